@@ -1,0 +1,1 @@
+"""Video in: readers, sampling and preprocessing, and the synthetic world."""
