@@ -1,0 +1,11 @@
+"""Built-in drafters, brought in through the same hook as a plugin's."""
+
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.plugins import hookimpl
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [TreeDrafter, SelfDrafter, PromptLookupDrafter]

@@ -1,0 +1,18 @@
+"""Self-speculation: the target drafts for itself from its pruned context, one copy of the weights (SpecVLM, "Self-SD")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specvlm.drafters.tree import TreeDrafter
+
+
+@dataclass(frozen=True)
+class SelfDrafter(TreeDrafter):
+    """As `tree`, with the target as draft model: video features are shared, only a second, pruned cache is added.
+
+    At batch 1 a draft pass reads the same weights as a target pass, so this seldom pays; it needs no second checkpoint.
+    """
+
+    name = "self"
+    model = "target"

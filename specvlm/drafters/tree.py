@@ -1,0 +1,141 @@
+"""Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import UserError
+from specvlm.models.video_lm import VideoLM
+from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
+
+
+@dataclass(frozen=True)
+class TreeDrafter(Drafter):
+    """A tree of fixed shape, one forward pass of the draft model a level.
+
+    shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file of one.
+    children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
+    distribution, warped as the verifier's; `auto` samples when the verifier does. Both are exact under every verifier.
+    Cost: depth passes a round (5 for the paper's tree); the KV of accepted nodes is kept, not recomputed.
+    """
+
+    name = "tree"
+    model = "draft"
+    shape: str = "paper"
+    children: str = "auto"
+
+    def __post_init__(self) -> None:
+        TreeShape.parse(self.shape)
+        if self.children not in ("auto", "top", "sample"):
+            raise ValueError(f"children={self.children!r} is none of auto, top, sample")
+
+    @property
+    def max_nodes(self) -> int:
+        return len(TreeShape.parse(self.shape))
+
+    def start(self, ctx: DraftContext) -> DraftSession:
+        model = ctx.target if self.model == "target" else ctx.draft
+        assert model is not None
+        sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
+        if self.children == "sample" and ctx.sampling.temperature == 0:
+            raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
+        return TreeSession(ctx, model, TreeShape.parse(self.shape), sample)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One pass: the nodes expanded in it, what each sees of the expanded rows so far, and where its children go."""
+
+    nodes: tuple[int, ...]
+    seen: Tensor | None
+    children: Tensor  # (C,) tree nodes filled from this pass
+    rows: Tensor  # (C,) which row of the pass is the parent
+    ranks: Tensor  # (C,) which of the parent's guesses
+    orders: Tensor  # (C,) place among the siblings
+
+
+class _Plan:
+    """Everything about a shape that does not depend on tokens."""
+
+    def __init__(self, shape: TreeShape) -> None:
+        self.shape = shape
+        mask = ancestor_mask(shape.parents)
+        written: list[int] = []
+        self.levels: list[_Level] = []
+        for depth, nodes in enumerate(shape.levels):
+            written += nodes if depth else []
+            below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
+            children, rows, orders = torch.tensor(below).unbind(1)
+            ranks = torch.tensor([shape.ranks[c] for c in children.tolist()])
+            seen = mask[list(nodes)][:, written] if depth else None
+            self.levels.append(_Level(nodes, seen, children, rows, ranks, orders))
+        self.order = written  # tree node of each row behind the root's
+
+    @cached_property
+    def row_of(self) -> dict[int, int]:
+        """Slot of an expanded node, counted from the root's."""
+        return {0: 0} | {node: row for row, node in enumerate(self.order, start=1)}
+
+
+class TreeSession(DraftSession):
+    """Keeps the draft's own cache: pruned prompt, then accepted tokens; the tree's rows come and go behind them."""
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
+        self.ctx, self.model, self.sample = ctx, model, sample
+        self.plan = _Plan(shape)
+        self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
+        self.base = 0  # slot of the current root
+        self.tokens = torch.zeros(len(shape), dtype=torch.int64)
+        self.cache = ctx.caches.take("draft", model, len(ctx.prompt) + ctx.max_new_tokens + len(shape) + 1)
+        prompt, keep = ctx.prompt, ctx.keep
+        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
+        embeds = model.embed(prompt, features, keep)
+        if ctx.positions == "original":
+            positions = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
+        else:
+            positions = torch.arange(len(embeds)).expand(model.axes, -1)
+        model.prefill(embeds, positions, self.cache)
+
+    def propose(self, last: Verdict | None) -> DraftTree:
+        if last is not None:
+            self._commit(last)
+        plan, cache, model = self.plan, self.cache, self.model
+        shape = plan.shape
+        q = torch.zeros(len(shape), model.vocabulary, device=model.device) if self.sample else None
+        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=model.device)
+        self.tokens[0] = self.pending[-1]
+        for depth, level in enumerate(plan.levels):
+            if depth == 0:
+                rows = len(self.pending)
+                seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
+                logits = model.append(torch.tensor(self.pending), range(rows), seen, cache)[-1:]
+                self.base = cache.length - 1
+            else:
+                logits = model.append(self.tokens[list(level.nodes)], [depth] * len(level.nodes), level.seen, cache, self.base)
+            logits = logits[:, : self.ctx.vocabulary]
+            if q is None:
+                best = logits.topk(int(level.ranks.max()) + 1).indices
+                self.tokens[level.children] = best[level.rows, level.ranks]
+            else:
+                q_rows = self.ctx.sampling.probabilities(logits)
+                q[list(level.nodes), : q_rows.shape[1]] = q_rows.to(q.dtype)
+                self.tokens[level.children] = self._draw(q_rows, int(level.orders.max()) + 1)[level.rows, level.orders]
+        return DraftTree(self.tokens, shape.parents, q)
+
+    def _draw(self, q_QV: Tensor, count: int) -> Tensor:
+        """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
+        race = torch.empty(q_QV.shape, dtype=torch.float64).exponential_(generator=self.ctx.generator).to(q_QV.device)
+        return (race / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
+
+    def _commit(self, last: Verdict) -> None:
+        """Keep the rows of accepted nodes that were expanded; what else was accepted is fed with the next root."""
+        expanded = [node for node in last.path if node in self.plan.row_of]
+        self.cache.keep(self.base, [self.plan.row_of[node] for node in expanded])
+        left: Sequence[int] = last.path[len(expanded) :]
+        self.pending = [*self.tokens[list(left)].tolist(), last.bonus]

@@ -1,0 +1,1 @@
+"""Model families, and how a checkpoint folder becomes one."""

@@ -1,0 +1,70 @@
+"""LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token behind each video."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
+from specvlm.data.video import Clip
+from specvlm.models.video_lm import VideoLM
+from specvlm.types import TokenGrid, VideoPrompt
+
+
+class LlavaOneVision(VideoLM):
+    """videos: {"pixels": (F, 3, height, width)}."""
+
+    family = "llava_onevision"
+    axes = 1
+
+    @cached_property
+    def _video_config(self) -> LlavaVideoConfig:
+        return LlavaVideoConfig.from_folder(self.folder)
+
+    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
+        pixels = llava_video(clip.frames, self._video_config)
+        return self.grid(len(pixels)), {"pixels": pixels}
+
+    def grid(self, frames: int) -> TokenGrid:
+        """The tower's patch grid halved on both sides, rounded up; the newline token counts as a video token."""
+        vision = self.hf.config.vision_config
+        side = math.ceil(vision.image_size // vision.patch_size / 2)
+        return TokenGrid(frames, side, side, newline=1)
+
+    def process_image(self, image: Tensor) -> dict[str, Any]:
+        pixels, size, tokens = llava_image(image, self.folder)
+        return {"pixels": pixels, "size": size, "tokens": tokens}
+
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
+        core = self.hf.model
+        newline_D = core.image_newline.to(self.dtype)[None]
+        chosen = torch.arange(grid.frames) if frames is None else frames
+        features_FPD = torch.zeros(grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device)
+        if len(chosen):
+            pixels = video["pixels"][chosen].to(self.device, self.dtype)
+            out = core.get_video_features(pixels[None]).pooler_output.flatten(0, -2)
+            # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
+            features_FPD[chosen.to(self.device)] = out[: len(chosen) * grid.per_frame].unflatten(0, (len(chosen), -1))
+        return torch.cat([features_FPD.flatten(0, 1), newline_D])
+
+    def encode_image(self, image: dict[str, Any]) -> Tensor:
+        pixels = image["pixels"].to(self.device, self.dtype)
+        out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device))
+        return torch.cat(list(out.pooler_output))
+
+    def positions(self, prompt: VideoPrompt) -> Tensor:
+        return torch.arange(len(prompt))[None]
+
+    def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
+        inputs = {"input_ids": prompt.tokens[None].to(self.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if prompt.videos:
+            inputs["pixel_values_videos"] = torch.stack([v["pixels"] for v in prompt.videos]).to(self.device, self.dtype)
+        if prompt.images:
+            inputs["pixel_values"] = torch.stack([i["pixels"] for i in prompt.images]).to(self.device, self.dtype)
+            inputs["image_sizes"] = torch.tensor([i["size"] for i in prompt.images], device=self.device)
+        return inputs

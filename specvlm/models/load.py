@@ -1,0 +1,98 @@
+"""How a checkpoint folder becomes a VideoLM, and when two of them make a pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specvlm.errors import UserError
+from specvlm.models import attention
+from specvlm.models.llava_onevision import LlavaOneVision
+from specvlm.models.qwen2_5_vl import Qwen2_5_VL
+from specvlm.models.video_lm import VideoLM
+
+FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+def config_of(path: str | Path) -> Any:
+    """The checkpoint's configuration; raises UserError when there is none or its family is unknown."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    looks_local = folder.is_absolute() or str(path).startswith(".") or folder.exists()
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{path}: no such model folder")
+    if looks_local and not (folder / "config.json").is_file():
+        raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: neither a model folder nor a model that can be fetched ({first_line(error)})") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{path}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
+    return config
+
+
+def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf") -> VideoLM:
+    """Weights from safetensors alone, in the checkpoint's own dtype unless another is named; no remote code."""
+    from transformers import AutoModelForImageTextToText
+
+    config = config_of(path)
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{path}: has a config.json but no *.safetensors weights")
+    attention.register()
+    try:
+        hf = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else DTYPES[dtype],
+            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except KeyError:
+        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}") from None
+    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
+    return FAMILIES[config.model_type](hf.eval().requires_grad_(False).to(device), tokenizer_of(path), path, mrope)
+
+
+def tokenizer_of(path: str | Path) -> Any:
+    """The checkpoint's tokenizer, with the chat template that some keep in a file only their processor reads."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(error)})") from None
+    template = Path(path) / "chat_template.json"
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+    if tokenizer.chat_template is None:
+        raise UserError(f"{path}: the tokenizer has no chat template")
+    return tokenizer
+
+
+def check_pair(target: VideoLM, draft: VideoLM) -> int:
+    """The number of token ids both models know. Raises UserError for two that cannot draft for one another.
+
+    Padded vocabularies may differ in size; the tokenizers may not differ at all, since ids are what the two exchange.
+    """
+    if target.family != draft.family:
+        raise UserError(f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}: a pair needs one family")
+    ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+    if ours != theirs:
+        token, number = next(((t, i) for t, i in ours.items() if theirs.get(t) != i), next(iter(theirs.items())))
+        raise UserError(
+            f"target {target.folder} and draft {draft.folder} have different tokenizers "
+            f"({len(ours)} and {len(theirs)} tokens; {token!r} is {ours.get(token)} and {theirs.get(token)}): they cannot draft for one another"
+        )
+    return min(target.vocabulary, draft.vocabulary)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

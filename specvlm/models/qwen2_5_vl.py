@@ -1,0 +1,103 @@
+"""Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with true M-RoPE."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
+from specvlm.data.video import Clip
+from specvlm.models.video_lm import VideoLM
+from specvlm.types import TokenGrid, VideoPrompt
+
+
+class Qwen2_5_VL(VideoLM):
+    """videos: {"pixels": (t*h*w, patch values), "thw": patch grid, "seconds": of one temporal patch}."""
+
+    family = "qwen2_5_vl"
+    axes = 3
+
+    @cached_property
+    def _video_config(self) -> QwenVideoConfig:
+        return QwenVideoConfig.from_folder(self.folder)
+
+    @property
+    def _merge(self) -> int:
+        return int(self.hf.config.vision_config.spatial_merge_size)
+
+    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
+        pixels, (t, h, w) = qwen_video(clip.frames, self._video_config)
+        seconds = self._video_config.temporal_patch_size / clip.fps
+        return TokenGrid(t, h // self._merge, w // self._merge), {"pixels": pixels, "thw": (t, h, w), "seconds": seconds}
+
+    def process_image(self, image: Tensor) -> dict[str, Any]:
+        pixels, (t, h, w) = qwen_image(image, self.folder)
+        return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
+
+    def _tower(self, pixels: Tensor, thw: tuple[int, int, int]) -> Tensor:
+        visual = self.hf.model.visual
+        return visual(pixels.to(self.device, visual.dtype), grid_thw=torch.tensor([thw], device=self.device)).pooler_output
+
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
+        t, h, w = video["thw"]
+        if frames is None:
+            return self._tower(video["pixels"], (t, h, w))
+        features_FPD = torch.zeros(t, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device)
+        if len(frames):
+            pixels = video["pixels"].unflatten(0, (t, h * w))[frames].flatten(0, 1)
+            features_FPD[frames.to(self.device)] = self._tower(pixels, (len(frames), h, w)).unflatten(0, (len(frames), -1))
+        return features_FPD.flatten(0, 1)
+
+    def encode_image(self, image: dict[str, Any]) -> Tensor:
+        return self._tower(image["pixels"], image["thw"])
+
+    def _grids(self, prompt: VideoPrompt) -> dict[str, Tensor | None]:
+        return {
+            "image_grid_thw": torch.tensor([i["thw"] for i in prompt.images]) if prompt.images else None,
+            "video_grid_thw": torch.tensor([v["thw"] for v in prompt.videos]) if prompt.videos else None,
+            "second_per_grid_ts": torch.tensor([v["seconds"] for v in prompt.videos]) if prompt.videos else None,
+        }
+
+    def _kinds(self, prompt: VideoPrompt) -> Tensor:
+        """(1, S): 0 text, 1 image, 2 video, as transformers 5 wants them for 3-D positions."""
+        return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
+
+    def positions(self, prompt: VideoPrompt) -> Tensor:
+        """(3, S). "hf" asks the installed transformers, whose rules differ between releases, so that `generate` is matched."""
+        if self.mrope == "reference":
+            return self._reference_positions(prompt)
+        position_ids, _ = self.hf.model.get_rope_index(prompt.tokens[None], mm_token_type_ids=self._kinds(prompt), **self._grids(prompt))
+        return position_ids[:, 0]
+
+    def _reference_positions(self, prompt: VideoPrompt) -> Tensor:
+        """Qwen's own rule: a video's (t, h, w) start where the text stopped, text goes on after the largest of the three."""
+        kinds = self._kinds(prompt)[0]
+        images, videos = iter(prompt.images), iter(prompt.videos)
+        positions, slot, start = [], 0, 0
+        while slot < len(prompt):
+            kind = int(kinds[slot])
+            if kind == 0:
+                end = slot + int((kinds[slot:] != 0).int().argmax()) if (kinds[slot:] != 0).any() else len(prompt)
+                block = (torch.arange(end - slot) + start).expand(3, -1)
+            else:
+                item = next(images if kind == 1 else videos)
+                t, h, w = item["thw"]
+                pace = float(item.get("seconds", 0.0)) * self.hf.config.vision_config.tokens_per_second if kind == 2 else 0.0
+                axes = [(torch.arange(t) * pace).long(), torch.arange(h // self._merge), torch.arange(w // self._merge)]
+                block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
+                end = slot + block.shape[1]
+            positions.append(block)
+            slot, start = end, int(block.max()) + 1
+        return torch.cat(positions, 1)
+
+    def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
+        inputs = {"input_ids": prompt.tokens[None], "mm_token_type_ids": self._kinds(prompt), **self._grids(prompt)}
+        if prompt.videos:
+            inputs["pixel_values_videos"] = torch.cat([v["pixels"] for v in prompt.videos]).to(self.dtype)
+        if prompt.images:
+            inputs["pixel_values"] = torch.cat([i["pixels"] for i in prompt.images]).to(self.dtype)
+        moved = {k: v.to(self.device) for k, v in inputs.items() if v is not None}
+        return moved | {"attention_mask": torch.ones_like(moved["input_ids"])}

@@ -1,0 +1,198 @@
+"""What a model must offer to be a target or a draft, over the unforked Hugging Face classes.
+
+Shape suffixes: S prompt tokens, N video tokens, Q rows of one pass, V vocabulary, D width, A rotary axes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import KVCache
+from specvlm.data.video import Clip
+from specvlm.errors import UserError
+from specvlm.models.attention import Enough, Guidance
+from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
+
+
+class VideoLM(ABC):
+    """One checkpoint. Stateless: what a request needs comes in as arguments and lives in its cache.
+
+    hf: the Hugging Face model, in eval mode, its text part loaded with attn_implementation="specvlm". folder: where
+    preprocessing settings are read from. mrope: "hf" for the positions the installed transformers' `generate` uses,
+    "reference" for those of Qwen's own code (text follows the largest of t, h, w); only Qwen2.5-VL has a difference.
+    """
+
+    family: ClassVar[str]
+    axes: ClassVar[int]
+
+    def __init__(self, hf: Any, tokenizer: Any = None, folder: str | Path = "", mrope: str = "hf") -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.folder = Path(folder)
+        self.mrope = mrope
+        self.text = hf.model.language_model
+        config = hf.config.get_text_config()
+        self.layers = int(config.num_hidden_layers)
+        self.kv_heads = int(config.num_key_value_heads)
+        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.vocabulary = int(hf.lm_head.weight.shape[0])
+        self.video_token = int(hf.config.video_token_id)
+        self.image_token = int(hf.config.image_token_id)
+        stops = hf.generation_config.eos_token_id
+        self.stop_ids = frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.folder})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.embed_tokens.weight.device
+
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, self.device)
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    def prompt(self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = ()) -> VideoPrompt:
+        """A chat turn: the images, then the videos, then the question, through the tokenizer's own chat template.
+
+        images: uint8 (3, H, W). Raises UserError when the template leaves no text after the video.
+        """
+        content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips) + [{"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        videos = [self.process_video(clip) for clip in clips]
+        return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], [self.process_image(i) for i in images])
+
+    def expand(
+        self,
+        ids: Sequence[int],
+        grids: Sequence[TokenGrid],
+        videos: Sequence[dict[str, Any]],
+        images: Sequence[dict[str, Any]] = (),
+    ) -> VideoPrompt:
+        """Token ids with one placeholder a video and image → VideoPrompt with one a token. images carry their "tokens" count."""
+        for token, wanted, what in ((self.video_token, len(grids), "videos"), (self.image_token, len(images), "images")):
+            if list(ids).count(token) != wanted:
+                raise UserError(f"the prompt text has {list(ids).count(token)} placeholders for {wanted} {what}; remove special tokens from the question")
+        lengths = {self.video_token: iter(map(len, grids)), self.image_token: iter(int(image["tokens"]) for image in images)}
+        tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
+        tokens_S = torch.tensor(tokens)
+        prompt = VideoPrompt(tokens_S, (tokens_S == self.video_token).nonzero().flatten(), tuple(grids), tuple(videos), tuple(images))
+        if prompt.cut == len(prompt):
+            raise UserError("no text follows the video: put the question behind it, since its attention is what scores the video tokens")
+        return prompt
+
+    @abstractmethod
+    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
+        """Pixels as the vision tower wants them, equal to the Hugging Face video processor's."""
+
+    @abstractmethod
+    def process_image(self, image: Tensor) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
+        """The same request as keyword arguments of Hugging Face's `generate`."""
+
+    # ---- vision and embedding --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
+        """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero."""
+
+    @abstractmethod
+    def encode_image(self, image: dict[str, Any]) -> Tensor: ...
+
+    @abstractmethod
+    def positions(self, prompt: VideoPrompt) -> Tensor:
+        """(A, S) rotary positions of the whole prompt. The text that follows goes on at the last one plus one."""
+
+    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None) -> Tensor:
+        """(N, D) video features. Frames none of whose tokens are kept are skipped: no frame attends to another in the tower."""
+        parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
+        for grid, video in zip(prompt.grids, prompt.videos, strict=True):
+            frames = None
+            if keep is not None and keep.pool is None:
+                inside = keep.index[(keep.index >= start) & (keep.index < start + grid.cells)] - start
+                frames = (inside // grid.per_frame).unique().cpu()
+            parts.append(self.encode_video(grid, video, None if frames is None or len(frames) == grid.frames else frames))
+            start += len(grid)
+        return torch.cat(parts)
+
+    def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
+        """(S, D) rows that enter the language model; with `keep`, those of the kept slots only."""
+        embeds_SD = self.text.embed_tokens(prompt.tokens.to(self.device))
+        if prompt.images:
+            at = (prompt.tokens == self.image_token).to(self.device)
+            embeds_SD[at] = torch.cat([self.encode_image(image) for image in prompt.images]).to(embeds_SD.dtype)
+        index = prompt.video_index.to(self.device)
+        if keep is None:
+            embeds_SD[index] = features_ND
+            return embeds_SD
+        kept = keep.index.to(self.device)
+        # A merger's row k stands where token index[k] stood.
+        embeds_SD[index[kept]] = features_ND[kept] if keep.pool is None else (keep.pool.to(features_ND) @ features_ND)
+        return embeds_SD[prompt.kept_slots(keep.index).to(self.device)]
+
+    # ---- the language model ------------------------------------------------------------------------------------------
+
+    def forward(self, embeds_QD: Tensor, positions_AQ: Tensor, cache: KVCache, mask_QK: Tensor | None, guidance: Guidance | None = None) -> Tensor:
+        """One pass over rows that are appended to the cache. mask None: causal, on an empty cache. Returns hidden states (Q, D)."""
+        mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
+        position_ids = positions_AQ.to(self.device)[:, None]
+        extra = {} if guidance is None else {"guidance": guidance}
+        out = self.text(
+            inputs_embeds=embeds_QD[None],
+            position_ids=position_ids if self.axes > 1 else position_ids[0],
+            attention_mask={"full_attention": mask, "sliding_attention": mask},
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        cache.advance(len(embeds_QD))
+        return out.last_hidden_state[0]
+
+    def head(self, hidden_QD: Tensor) -> Tensor:
+        """(Q, V) logits."""
+        return self.hf.lm_head(hidden_QD)
+
+    def prefill(self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, cut: int = 0, guidance: Guidance | None = None) -> Tensor:
+        """Fill an empty cache in two passes, split at `cut` (0: one pass); guidance watches the second. Last row's hidden state (D,)."""
+        cache.offset = int(positions_AS[:, -1].max()) + 1 - len(embeds_SD)
+        if cut:
+            self.forward(embeds_SD[:cut], positions_AS[:, :cut], cache, None)
+        rows = len(embeds_SD) - cut
+        mask = torch.ones(rows, len(embeds_SD), dtype=torch.bool, device=self.device).tril(cut) if cut else None
+        try:
+            return self.forward(embeds_SD[cut:], positions_AS[:, cut:], cache, mask, guidance)[-1]
+        except Enough:  # the guidance was all that was wanted
+            return embeds_SD.new_empty(0)
+
+    def append(self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None) -> Tensor:
+        """(Q, V) logits of text rows behind the cache: a token, a tree, a level of a tree.
+
+        depths: distance of each row below slot `root` (default: the next slot). seen_QT: which of the last T slots,
+        these rows included, each row may attend to; everything before is seen. None: one row, sees all.
+        """
+        start = (cache.length if root is None else root) + cache.offset
+        positions = torch.tensor(depths) + start
+        mask = None
+        if seen_QT is not None:
+            before = cache.length + len(tokens_Q) - seen_QT.shape[1]
+            mask = torch.cat([torch.ones(len(tokens_Q), before, dtype=torch.bool), seen_QT], 1)
+        embeds_QD = self.text.embed_tokens(tokens_Q.to(self.device))
+        return self.head(self.forward(embeds_QD, positions.expand(self.axes, -1), cache, mask))
+
+    def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
+        """(M, V) logits of every node in one pass; its rows stay behind the cache until `cache.keep`."""
+        return self.append(tree.tokens, tree.depths, tree.mask, cache)

@@ -1,0 +1,210 @@
+"""The three kinds of strategy, and what each is given. A plugin needs this file and `types.py`.
+
+A strategy is a frozen dataclass of plain values: its fields are its Hydra config, its repr is its log line. What
+changes during a request lives in the session and the cache, made per request.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import CachePool
+from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+SIGNALS: dict[str, str] = {
+    "verifier_attention": "(N,) the target's attention from the text after the video, mean over layers, heads and rows",
+    "verifier_attention_per_layer": "(L, N) the same, mean over heads and rows",
+    "verifier_attention_last_row": "(L, N) the target's attention of the last prompt row, mean over heads",
+    "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
+    "features": "(N, D) the target's video features as they enter its language model",
+}
+
+
+class Strategy:
+    """Base of all kinds. `name` is the registered name and the file name; `kind` is the Hydra group."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class PruneContext:
+    """What a pruner may look at. Signals it did not ask for are absent, and asking for one then is an error that says so.
+
+    grids: one a video, in prompt order; their tokens lie one after the other in 0..total-1. budget: how many tokens
+    may be kept. generator: on the CPU, seeded per request.
+    """
+
+    grids: tuple[TokenGrid, ...]
+    budget: int
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.grids))
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The grid of the only video; a pruner that handles several uses `grids` and `by_frame`."""
+        if len(self.grids) != 1:
+            raise ValueError(f"this pruner handles one video a prompt, this prompt has {len(self.grids)}")
+        return self.grids[0]
+
+    def signal(self, name: str) -> Tensor:
+        if name not in self.signals:
+            raise ValueError(f'the signal "{name}" is not there: name it in the pruner\'s `needs` (there is {sorted(self.signals) or "none"})')
+        return self.signals[name]
+
+    @property
+    def verifier_attention(self) -> Tensor:
+        return self.signal("verifier_attention")
+
+    @property
+    def features(self) -> Tensor:
+        return self.signal("features")
+
+    def by_frame(self, values_N: Tensor) -> list[Tensor]:
+        """Values (N, ...) as one (F, P, ...) tensor a video; a trailing newline token is left out."""
+        parts = values_N.split([len(grid) for grid in self.grids])
+        return [part[: g.cells].unflatten(0, (g.frames, g.per_frame)) for part, g in zip(parts, self.grids, strict=True)]
+
+    def flatten(self, values_FP: Sequence[Tensor], newline: float = float("-inf")) -> Tensor:
+        """The inverse of `by_frame` for one value a token: (N,), newline tokens get the value `newline`."""
+        parts = [
+            torch.cat([x.flatten(), x.new_full((grid.newline,), newline)])
+            for x, grid in zip(values_FP, self.grids, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+class Pruner(Strategy, ABC):
+    """Picks (or merges) the video tokens the drafter sees.
+
+    keeps_all: nothing is ever dropped; the loop then ignores the ratio and does not select.
+    """
+
+    kind = "pruner"
+    keeps_all: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals `select` reads, of those in `SIGNALS`. A class attribute will do."""
+        return frozenset()
+
+    @property
+    def draft_layers(self) -> int:
+        """How many drafter layers a signal of the drafter needs; its prefill over the unpruned video stops there."""
+        return 0
+
+    @abstractmethod
+    def select(self, ctx: PruneContext) -> KeepSet:
+        """At most `ctx.budget` tokens, 0 < budget < total: the loop itself handles keeping all and keeping none."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the target's next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(..., V) logits to probabilities, in float32 or better: temperature, then top-k, then top-p, as Hugging Face orders them."""
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} gives no distribution to sample from (0 is greedy)")
+        scores = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits) / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], float("-inf"))
+        if self.top_p < 1.0:
+            # Stable, so that equal scores at the cut go the same way in a tree's forward pass as in a one-token pass.
+            ascending, order = scores.sort(dim=-1, stable=True)
+            # A token goes when it and everything below it weigh at most 1 - top_p; the best one always stays.
+            drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
+            drop[..., -1] = False
+            scores = scores.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+        return scores.softmax(-1)
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
+
+    draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
+    drafter that *is* the target shares. vocabulary: ids below it are known to both models.
+    """
+
+    prompt: VideoPrompt
+    keep: KeepSet
+    bonus: int
+    target: VideoLM
+    draft: VideoLM | None
+    features_ND: Tensor | None
+    positions: str
+    max_new_tokens: int
+    vocabulary: int
+    sampling: Sampling
+    generator: torch.Generator
+    caches: CachePool = field(default_factory=CachePool)
+
+
+class DraftSession(ABC):
+    """The drafter's side of one request."""
+
+    @abstractmethod
+    def propose(self, last: Verdict | None) -> DraftTree:
+        """Guesses below the last accepted token. last: what became of the previous tree; None in the first round."""
+
+
+class Drafter(Strategy, ABC):
+    """How guesses are made. `model`: whose weights draft, "draft", "target" or None."""
+
+    kind = "drafter"
+    model: ClassVar[str | None] = "draft"
+
+    @property
+    @abstractmethod
+    def max_nodes(self) -> int:
+        """Most nodes of a tree, root included: the target's cache keeps room for them."""
+
+    @abstractmethod
+    def start(self, ctx: DraftContext) -> DraftSession: ...
+
+
+@dataclass(frozen=True)
+class VerifyContext:
+    """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own)."""
+
+    tree: DraftTree
+    logits_MV: Tensor
+    generator: torch.Generator
+
+
+class Verifier(Strategy, ABC):
+    """The rule that accepts guesses: a pure function of its context."""
+
+    kind = "verifier"
+    lossless: ClassVar[bool] = True
+
+    @property
+    def sampling(self) -> Sampling:
+        """The distribution that this rule is exact for; drafters that sample draw from theirs warped alike."""
+        return Sampling()
+
+    @abstractmethod
+    def verify(self, ctx: VerifyContext) -> Verdict: ...
+
+    @abstractmethod
+    def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
+        """The next token where nothing was guessed: after the prefill, and in `autoregressive`."""

@@ -1,0 +1,270 @@
+"""What the parts of a decoding graph hand each other. Needs torch, nothing else.
+
+Shape suffixes: S prompt tokens, N video tokens, K kept video tokens, M tree nodes (root included), V vocabulary,
+F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 otherwise), D width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How the tokens of one video lie in time and space, after the model's own merger.
+
+    `newline` counts tokens that follow the last frame and belong to none (LLaVA-OneVision appends one); they are
+    video tokens like the others, last in the order, and can be dropped.
+    """
+
+    frames: int
+    height: int
+    width: int
+    newline: int = 0
+
+    def __len__(self) -> int:
+        return self.cells + self.newline
+
+    @property
+    def per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def cells(self) -> int:
+        return self.frames * self.per_frame
+
+
+@dataclass(frozen=True)
+class VideoPrompt:
+    """One request: tokens with every placeholder expanded, and the pixels that belong to them.
+
+    tokens (S,) int64 on the host; video_index (N,) the slots of all video tokens, ascending, over all videos;
+    grids one a video, lengths adding up to N; videos / images: what the family's vision tower wants, one entry each
+    (a dict of tensors). Text must follow the last video token, since that text is what scores the video.
+    """
+
+    tokens: Tensor
+    video_index: Tensor
+    grids: tuple[TokenGrid, ...]
+    videos: tuple[dict[str, Any], ...] = ()
+    images: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(map(len, self.grids)) != len(self.video_index):
+            raise ValueError(f"grids of {[len(g) for g in self.grids]} tokens do not fill {len(self.video_index)} video slots")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def cut(self) -> int:
+        """First slot of the text after the last video; 0 without a video. The prefill is split here."""
+        return int(self.video_index[-1]) + 1 if len(self.video_index) else 0
+
+    def kept_slots(self, index_K: Tensor) -> Tensor:
+        """Slots of the prompt that stay when only the video tokens `index_K` do; ascending."""
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[self.video_index] = False
+        keep[self.video_index[index_K.cpu()]] = True
+        return keep.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class KeepSet:
+    """Which of `total` video tokens the drafter sees: sorted, unique, in range. Empty means a text-only drafter.
+
+    pool: for mergers, a sparse (K, N) matrix with rows that sum to 1, applied to the drafter's own features; row k
+    stands at the position of token index[k]. None is plain selection.
+    """
+
+    index: Tensor
+    total: int
+    pool: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        index = self.index
+        if index.ndim != 1 or index.dtype != torch.int64:
+            raise ValueError(f"KeepSet.index must be a 1-D int64 tensor, got {tuple(index.shape)} {index.dtype}")
+        if len(index) and (index[0] < 0 or index[-1] >= self.total or bool((index[1:] <= index[:-1]).any())):
+            raise ValueError(f"KeepSet.index must be sorted, unique and within 0..{self.total - 1}")
+        if self.pool is not None and tuple(self.pool.shape) != (len(index), self.total):
+            raise ValueError(f"KeepSet.pool must be ({len(index)}, {self.total}), got {tuple(self.pool.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @classmethod
+    def top(cls, scores_N: Tensor, budget: int) -> KeepSet:
+        """The `budget` highest scores; among equals the earlier token wins, on every device."""
+        if bool(scores_N.isnan().any()):
+            raise ValueError(f"cannot rank {len(scores_N)} video tokens: {int(scores_N.isnan().sum())} of their scores are NaN")
+        order = scores_N.sort(descending=True, stable=True).indices
+        return cls(order[:budget].sort().values, len(scores_N))
+
+    @classmethod
+    def uniform(cls, total: int, budget: int, device: torch.device | str = "cpu") -> KeepSet:
+        """`budget` tokens at linspace(0, total - 1), cut to whole numbers; one token is the first.
+
+        In integers, since a float linspace cut to int64 depends on how its last bit was rounded.
+        """
+        return cls(torch.arange(budget, device=device) * (total - 1) // max(budget - 1, 1), total)
+
+    @classmethod
+    def everything(cls, total: int, device: torch.device | str = "cpu") -> KeepSet:
+        return cls(torch.arange(total, device=device), total)
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """A static draft tree as data: parents (M,) with parents[i] < i and node 0 the root, rank[i] = how good a child.
+
+    Node i is the `rank[i]`-th best guess of the drafter below its parent. Everything else is derived and cached on
+    the host, since the shape is fixed for a session.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def from_paths(cls, paths: list[list[int]]) -> TreeShape:
+        """From nodes written as the ranks on the way down, e.g. [[0], [1], [0, 0]]; every prefix must be there."""
+        try:
+            ordered = sorted({tuple(int(r) for r in path) for path in paths}, key=lambda p: (len(p), p))
+        except (TypeError, ValueError):
+            raise ValueError(f"a tree is a list of lists of child ranks like [[0],[1],[0,0]], got {paths!r}") from None
+        number = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
+        for path in ordered:
+            if not path or min(path) < 0 or path[:-1] not in number:
+                raise ValueError(f"tree node {list(path)} needs its parent {list(path[:-1])} and ranks from 0")
+        return cls((-1, *(number[p[:-1]] for p in ordered)), (0, *(p[-1] for p in ordered)))
+
+    @classmethod
+    def parse(cls, text: str) -> TreeShape:
+        """`paper`, `chain:5`, `4x2x1` (that many children of every node, a number a level), a literal list of nodes, or a .json file of one."""
+        if text == "paper":
+            return cls.from_paths(PAPER_TREE)
+        head, _, tail = text.partition(":")
+        if head == "chain" and tail.isdigit() and int(tail) > 0:
+            return cls.from_paths([[0] * depth for depth in range(1, int(tail) + 1)])
+        widths = text.split("x")
+        if all(w.isdigit() and int(w) > 0 for w in widths):
+            paths: list[list[int]] = []
+            level: list[list[int]] = [[]]
+            for width in widths:
+                level = [[*path, rank] for path in level for rank in range(int(width))]
+                paths += level
+            return cls.from_paths(paths)
+        try:
+            return cls.from_paths(json.loads(Path(text).read_text() if text.endswith(".json") else text))
+        except (json.JSONDecodeError, OSError, TypeError):
+            raise ValueError(f'tree shape {text!r} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json') from None
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def depth(self) -> int:
+        return max(self.depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Children of each node, best first."""
+        below: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            below[parent].append(node)
+        return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n])) for nodes in below)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Nodes that have children, by depth: each level is one forward pass of the drafter."""
+        return tuple(
+            tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
+        )
+
+
+# mc_sim_7b_63, the static tree of EAGLE-1 that SpecVLM drafts with: 25 nodes, 15 leaves, 4/8/8/3/2 by depth.
+PAPER_TREE = [[0], [1], [2], [3]]
+PAPER_TREE += [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0]]
+PAPER_TREE += [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 2, 0], [0, 2, 1], [1, 0, 0]]
+PAPER_TREE += [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Guesses of one round. tokens (M,), parents (M,) with parents[i] < i; node 0 is the last accepted token.
+
+    q: (M, V) the distribution each node's children were drawn from, in the order of their numbers and without
+    replacement (rows of leaves are unused); None when children are not random given the context (top-k, look-up).
+    """
+
+    tokens: Tensor
+    parents: tuple[int, ...]
+    q: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        return TreeShape(self.parents, (0,) * len(self)).depths
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
+        return ancestor_mask(self.parents)
+
+
+def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the target made of a tree. path: accepted nodes, root first, on the host; bonus: the target's own next token."""
+
+    path: tuple[int, ...]
+    bonus: int
+
+    @property
+    def accepted(self) -> int:
+        """Accepted draft tokens, the bonus token not counted (the paper's tau)."""
+        return len(self.path) - 1
+
+
+Accepted = Verdict
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round as it happened. tokens: what it adds to the output, stop id included, never past a stop id or the limit.
+
+    Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked; accepted: of those, how many the
+    verifier took (before the output was cut); full: False when a stop id or the token limit cut the round short.
+    times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify; they add up to the time since
+    the step before. keep: what the drafter sees, in the step that started it.
+    """
+
+    tokens: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    full: bool = True
+    times_s: dict[str, float] = field(default_factory=dict)
+    keep: KeepSet | None = None
