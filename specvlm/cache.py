@@ -41,6 +41,12 @@ class KVCache:
         """Rotary position of the next token."""
         return self.length + self.offset
 
+    def fits(self, model: VideoLM, capacity: int) -> bool:
+        """Would `model` find `capacity` slots of its own shape here?"""
+        layers, _, heads, _, width = self.keys.shape
+        same = (layers, heads, width) == (model.layers, model.kv_heads, model.head_dim)
+        return same and self.capacity >= capacity and (self.keys.dtype, self.keys.device) == (model.dtype, model.device)
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write rows (1, H, Q, D) behind `length` and return all that a row may attend to. `advance` makes them count."""
         end = self.length + key.shape[2]
@@ -80,7 +86,7 @@ class CachePool:
 
     def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
         cache = self._caches.get(role)
-        if cache is None or cache.capacity < capacity or cache.keys.dtype != model.dtype or cache.keys.device != model.device:
+        if cache is None or not cache.fits(model, capacity):
             self._caches.pop(role, None)  # free the old one before the new one is there
             cache = self._caches[role] = model.new_cache(capacity)
         cache.clear()

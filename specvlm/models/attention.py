@@ -40,13 +40,14 @@ class Guidance:
         """query (1, H, Q, D), key (1, H/G, K, D), after rotation. Reads only: the pass itself is not touched."""
         heads, count = query.shape[1], query.shape[2]
         rows = slice(None) if self.rows else slice(count - 1, count)
-        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)[rows]
+        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1) if self.rows else None
         mean = last = 0.0
         for head, key_KD in enumerate(key[0]):
             group = heads // key.shape[1]
             query_GQD = query[0, head * group : (head + 1) * group, rows]
             scores_GQK = (query_GQD @ key_KD.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
-            scores_GQK[..., -count:].masked_fill_(future, float("-inf"))
+            if future is not None:  # the last row alone sees every key
+                scores_GQK[..., -count:].masked_fill_(future, float("-inf"))
             weights_GQN = scores_GQK.softmax(-1).index_select(-1, self.video_index)
             mean = mean + weights_GQN.mean(1).sum(0)
             last = last + weights_GQN[:, -1].sum(0)

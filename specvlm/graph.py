@@ -1,0 +1,221 @@
+"""The decoding loop, and the plain loop it must agree with. Both in one file, in the order things happen.
+
+embed → prefill the target → select → start the drafter → (propose → score → verify → keep)*
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import CachePool, KVCache
+from specvlm.errors import UserError
+from specvlm.models.attention import Guidance
+from specvlm.models.video_lm import VideoLM
+from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier, VerifyContext
+from specvlm.types import KeepSet, Step, VideoPrompt
+
+
+class Clock:
+    """Seconds by part since the last `lap`. Waits for the device at every mark, so that a part pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: dict[str, float] = {}
+        self.last = perf_counter()
+
+    def mark(self, part: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def lap(self) -> dict[str, float]:
+        parts, self.parts = self.parts, {}
+        return parts
+
+
+class Output:
+    """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
+
+    def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
+        if limit < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {limit}")
+        self.room, self.stop_ids = limit, stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.room == 0
+
+    def take(self, tokens: list[int]) -> tuple[int, ...]:
+        tokens = tokens[: self.room]
+        stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
+        self.room = 0 if stop else self.room - len(tokens)
+        return tuple(tokens[:stop])
+
+
+def generator_for(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def prefill(
+    target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, guidance: Guidance | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fill the target's cache; returns the video features (N, D) and the logits (V,) of the next token."""
+    features_ND = target.features(prompt)
+    embeds_SD = target.embed(prompt, features_ND)
+    clock.mark("embed")
+    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
+    return features_ND, target.head(hidden_D)
+
+
+@torch.inference_mode()
+def autoregressive(
+    target: VideoLM, prompt: VideoPrompt, max_new_tokens: int, verifier: Verifier, seed: int = 0, caches: CachePool | None = None
+) -> Iterator[Step]:
+    """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
+    clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
+    cache = (caches or CachePool()).take("target", target, len(prompt) + max_new_tokens)
+    _, logits_V = prefill(target, prompt, cache, clock)
+    token = verifier.first(logits_V, generator)
+    clock.mark("prefill")
+    yield Step(output.take([token]), times_s=clock.lap())
+    while not output.done:
+        logits_MV = target.append(torch.tensor([token]), [0], None, cache)
+        token = verifier.first(logits_MV[0], generator)
+        clock.mark("verify")
+        yield Step(output.take([token]), times_s=clock.lap())
+
+
+@dataclass
+class DecodingGraph:
+    """A target, a draft and three strategies. `decode` yields a request's steps as they happen.
+
+    ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
+    drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
+    vocabulary: token ids known to both models. Caches are kept between requests; one request at a time.
+    """
+
+    target: VideoLM
+    draft: VideoLM | None
+    pruner: Pruner
+    drafter: Drafter
+    verifier: Verifier
+    ratio: float = 0.9
+    positions: str = "original"
+    seed: int = 0
+    vocabulary: int = 0
+    caches: CachePool = field(default_factory=CachePool)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise UserError(f"ratio={self.ratio} is not between 0 and 1: it is the share of video tokens dropped")
+        if self.positions not in ("original", "reindexed"):
+            raise UserError(f"positions={self.positions!r} is none of original, reindexed")
+        if self.drafter.model == "draft" and self.draft is None:
+            raise UserError(f"drafter={self.drafter.name} needs a draft model")
+        self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
+
+    @torch.inference_mode()
+    def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
+        target, drafter, verifier = self.target, self.drafter, self.verifier
+        clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
+        cache = self.caches.take("target", target, len(prompt) + max_new_tokens + drafter.max_nodes)
+        lease = self.caches.lease("target")
+        guidance = self._guidance(prompt)
+        features_ND, logits_V = prefill(target, prompt, cache, clock, guidance)
+        token = verifier.first(logits_V, generator)
+        clock.mark("prefill")
+        yield Step(output.take([token]), times_s=clock.lap())
+        if output.done:
+            return
+
+        keep = self.select(prompt, guidance, features_ND, generator)
+        clock.mark("prune")
+        context = DraftContext(
+            prompt=prompt,
+            keep=keep,
+            bonus=token,
+            target=target,
+            draft=self.draft,
+            features_ND=features_ND,
+            positions=self.positions,
+            max_new_tokens=max_new_tokens,
+            vocabulary=self.vocabulary,
+            sampling=verifier.sampling,
+            generator=generator,
+            caches=self.caches,
+        )
+        session = drafter.start(context)
+        clock.mark("draft_prefill")
+
+        verdict = None
+        while not output.done:
+            if self.caches.lease("target") != lease:
+                raise RuntimeError("this request was overtaken by a newer one on the same graph; read one to its end before the next")
+            tree = session.propose(verdict)
+            clock.mark("draft")
+            base = cache.length
+            logits_MV = target.score(tree, cache)
+            verdict = verifier.verify(VerifyContext(tree, logits_MV, generator))
+            cache.keep(base, verdict.path)
+            new = [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+            clock.mark("verify")
+            tokens = output.take(new)
+            yield Step(tokens, len(tree) - 1, verdict.accepted, len(tokens) == len(new), clock.lap(), keep)
+            keep = None
+
+    def budget(self, prompt: VideoPrompt) -> int:
+        """Video tokens the drafter may see, int(N (1 - ratio)); the small term undoes 1 - 0.9 < 0.1 in binary."""
+        total = len(prompt.video_index)
+        return total if self.pruner.keeps_all else math.floor(total * (1 - self.ratio) + 1e-9)
+
+    def _prunes(self, prompt: VideoPrompt) -> bool:
+        """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
+        return self.drafter.model is not None and 0 < self.budget(prompt) < len(prompt.video_index)
+
+    def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
+        """The collector for what the pruner reads of the target's attention; None when it reads nothing."""
+        needs = self.pruner.needs if self._prunes(prompt) else frozenset()
+        rows = bool(needs & {"verifier_attention", "verifier_attention_per_layer"})
+        last_row = "verifier_attention_last_row" in needs
+        if not (rows or last_row):
+            return None
+        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row)
+
+    def select(self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator) -> KeepSet:
+        """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much."""
+        total, budget = len(prompt.video_index), self.budget(prompt)
+        if not self._prunes(prompt):
+            return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
+        signals: dict[str, Tensor] = {}
+        if "features" in self.pruner.needs:
+            signals["features"] = features_ND
+        if guidance is not None and guidance.rows:
+            signals["verifier_attention_per_layer"] = guidance.per_layer()
+            signals["verifier_attention"] = guidance.per_layer().mean(0)
+        if guidance is not None and guidance.last_row:
+            signals["verifier_attention_last_row"] = guidance.last_rows()
+        if "draft_attention_last_row" in self.pruner.needs:
+            signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
+        context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
+        keep = self.pruner.select(context)
+        if keep.total != total or len(keep) > budget:
+            raise ValueError(f"pruner {self.pruner.name} kept {len(keep)} of {keep.total} tokens, its budget was {budget} of {total}")
+        return keep
+
+    def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
+        """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer that is asked for."""
+        model = self.target if self.drafter.model == "target" else self.draft
+        assert model is not None
+        features = features_ND if model is self.target else model.features(prompt)
+        guidance = Guidance(prompt.video_index.to(model.device), rows=False, last_row=True, depth=self.pruner.draft_layers)
+        cache = self.caches.take("draft", model, len(prompt))
+        model.prefill(model.embed(prompt, features), model.positions(prompt), cache, guidance=guidance)
+        return guidance.last_rows()
