@@ -1,13 +1,25 @@
-"""Read a video file into a few frames."""
+"""Read a video file into a few frames: which frames, at what times. Decoding itself is in ``readers.py``."""
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from specvlm.data.container import check_file
+from specvlm.data.readers import READERS, Reader
+from specvlm.errors import UserError, did_you_mean
+
+MAX_FRAMES = 768  # Hugging Face's own limit for Qwen2.5-VL
 
 
 @dataclass(frozen=True)
 class VideoInfo:
+    """What a file holds: number of frames, mean frames per second, pixels as shown, seconds."""
+
     frames: int
     fps: float
     width: int
@@ -17,18 +29,149 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    frames: Tensor  # uint8 (T, 3, H, W), CPU
-    times: tuple[float, ...]  # seconds
-    fps: float  # sampled frames per second
+    """Frames sampled from a video, as decoded: nothing is resized."""
+
+    frames: Tensor  # uint8 (T, 3, H, W), RGB, on the CPU
+    times: tuple[float, ...]  # seconds of each frame after the first one of the file
+    fps: float  # sampled frames per second: T / frames in the window * source_fps, as Hugging Face's sampled_fps
     source: str
-    total_frames: int
-    source_fps: float
+    total_frames: int  # of the whole file
+    source_fps: float  # mean over the file
+
+
+def _uniform(total: int, count: int) -> list[int]:
+    return [place * total // count for place in range(count)]
+
+
+def _qwen(total: int, count: int) -> list[int]:
+    return torch.arange(0, total, total / count).int().tolist()[:count]
+
+
+def _endpoints(total: int, count: int) -> list[int]:
+    return torch.linspace(0, total - 1, count).round().long().tolist()
+
+
+# Which of ``total`` frames are ``count`` evenly spaced ones.
+# uniform:   floor(i * total / count) exactly; Hugging Face's rule for LLaVA-OneVision (its 5.23 code; 5.17 rounds in float32)
+# qwen:      Qwen2VLVideoProcessor.sample_frames: count rounded to an even number, then the same in float32
+# endpoints: round(i * (total - 1) / (count - 1)), first and last frame included; the rule of qwen-vl-utils
+SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {"uniform": _uniform, "qwen": _qwen, "endpoints": _endpoints}
 
 
 def probe(path: str | Path, reader: str = "decord") -> VideoInfo:
-    raise NotImplementedError
+    """Describe a video file; reads its index and decodes its first frame.
+
+    Raises UserError as ``read_video`` does.
+    """
+    with _open(Path(path), reader) as video:
+        height, width = video.decode([0]).shape[2:]
+        fps = _mean_fps(video)
+        return VideoInfo(len(video.times), fps, width, height, len(video.times) / fps)
 
 
-def read_video(path: str | Path, *, frames: int | None = None, fps: float | None = None, start: float = 0.0,
-               end: float | None = None, reader: str = "decord", max_frames: int = 768) -> Clip:
-    raise NotImplementedError
+def read_video(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    reader: str = "decord",
+    max_frames: int = MAX_FRAMES,
+    sampling: str = "uniform",
+) -> Clip:
+    """Decode evenly spaced frames of a video file, those shown from ``start`` until before ``end`` (seconds).
+
+    ``frames=n`` takes n of them by the rule that ``sampling`` names (see ``SAMPLINGS``); ``fps=f`` takes
+    ``floor(seconds * f)``, at least one, at most what there is and ``max_frames``; neither takes every frame. "qwen"
+    makes the count even, and with ``fps`` at least 4, as Hugging Face does. Even spacing counts frames, not seconds:
+    where the frame rate varies, ``times`` tells when each frame is shown.
+
+    Raises UserError: a missing file, a folder, no video, a damaged or truncated one, one without frames; a reader that is
+    unknown, not installed or lacks the codec; a window without frames; more frames asked for than there are
+    (as Hugging Face, nothing is repeated) or than ``max_frames``.
+    """
+    _check(frames, fps, start, end, max_frames, sampling)
+    with _open(Path(path), reader) as video:
+        total, source_fps = len(video.times), _mean_fps(video)
+        window = _window(video.times, start, end, path)
+        count = _count(len(window), source_fps, frames, fps, max_frames, sampling)
+        if count > len(window):
+            raise UserError(f"{path} has {len(window)} frames{_span(start, end)}, fewer than the {count} asked for: set frames={len(window)} or less")
+        if count > max_frames:
+            raise UserError(f"{path}: {count} frames are more than max_frames={max_frames}: set frames=, fps= or max_frames=")
+        index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
+        pixels = video.decode(index)
+        times = tuple(video.times[place] for place in index)
+    return Clip(pixels, times, len(index) / len(window) * source_fps, str(path), total, source_fps)
+
+
+def _check(
+    frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str
+) -> None:
+    if sampling not in SAMPLINGS:
+        raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
+    if frames is not None and fps is not None:
+        raise UserError(f"frames={frames} and fps={fps} exclude each other: set one")
+    for name, value in (("frames", frames), ("max_frames", max_frames)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"{name}={value}: wanted a whole number from 1")
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"fps={fps}: wanted a number above 0")
+    if not 0 <= start < math.inf:
+        raise UserError(f"start={start}: wanted seconds from 0")
+    if end is not None and not end > start:
+        raise UserError(f"end={end}: wanted seconds after start={start}")
+
+
+@contextmanager
+def _open(path: Path, reader: str) -> Iterator[Reader]:
+    if reader not in READERS:
+        raise UserError(f'unknown reader "{reader}": one of {", ".join(READERS)}.{did_you_mean(reader, READERS)}')
+    check_file(path)
+    video = READERS[reader](path)
+    try:
+        if not video.times:
+            raise UserError(f"{path} holds no frames")
+        yield video
+    finally:
+        video.close()
+
+
+def _mean_fps(video: Reader) -> float:
+    """Frames per second by the clock of the frames, since containers name a wrong rate where it varies."""
+    seconds = video.times[-1] - video.times[0]
+    if seconds <= 0:
+        return video.fps or 25.0
+    measured = (len(video.times) - 1) / seconds
+    return video.fps if abs(video.fps - measured) < 0.01 * measured else measured
+
+
+def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
+    slack = 1e-3  # decord's times are float32
+    last = math.inf if end is None else end
+    first = sum(time < start - slack for time in times)
+    stop = sum(time < last - slack for time in times)
+    if first >= stop:
+        raise UserError(f"{path} has no frame{_span(start, end)}: its last one is at {times[-1]:.2f} s")
+    return range(first, stop)
+
+
+def _span(start: float, end: float | None) -> str:
+    if not start and end is None:
+        return ""
+    return f" from {start} s" + ("" if end is None else f" to {end} s")
+
+
+def _count(
+    total: int, source_fps: float, frames: int | None, fps: float | None, max_frames: int, sampling: str
+) -> int:
+    if frames is not None:
+        return max(2 * round(frames / 2), 1) if sampling == "qwen" else frames
+    if fps is None:
+        return total
+    wanted = total / source_fps * fps
+    if sampling == "qwen":
+        most = min(total, max_frames // 2 * 2)
+        return max(math.floor(min(max(wanted, 4), most) / 2) * 2, 1)
+    return min(max(int(wanted), 1), total, max_frames)

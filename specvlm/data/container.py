@@ -1,0 +1,80 @@
+"""What a file says about itself before any decoder sees it: that it is there, and whole.
+
+Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows.
+"""
+
+from pathlib import Path
+from typing import BinaryIO
+
+from specvlm.errors import UserError
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError for what is missing, a folder, unreadable, empty, or shorter than its container declares."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a video file")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            declared = _declared_size(file, size)
+    except FileNotFoundError:
+        hint = " (addresses are not fetched: download it first)" if "://" in str(path) or ":/" in str(path) else ""
+        raise UserError(f"no such file: {path}{hint}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if size == 0:
+        raise UserError(f"{path} is empty (0 bytes)")
+    if declared > size:
+        raise UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
+
+
+def is_mpeg_stream(path: Path) -> bool:
+    """Whether a file is an MPEG program or transport stream (packs; packets of 188 bytes, or 192 on discs)."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    return head[:4] == b"\0\0\1\xba" or any(head[at::step][:2] == b"GG" for at, step in ((0, 188), (4, 192)))
+
+
+def _declared_size(file: BinaryIO, size: int) -> int:
+    """Return the bytes that an MP4/MOV, AVI or Matroska/WebM file should have; 0 where the container does not say."""
+    head = file.read(64)
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        return _mp4_size(file, size)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return _matroska_size(head)
+    return 0
+
+
+def _mp4_size(file: BinaryIO, size: int) -> int:
+    """Follow the top-level boxes, each (size, type), to the end of the last one (ISO/IEC 14496-12, 4.2)."""
+    place = 0
+    while place + 8 <= size:
+        file.seek(place)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:  # the size is in the next eight bytes
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8:  # 0: up to the end of the file; anything else is no box
+            return size
+        place += length
+    return place
+
+
+def _matroska_size(head: bytes) -> int:
+    """Return where the segment ends that follows the EBML header (RFC 8794, 4: lengths are variable-size integers)."""
+    length, used = _vint(head[4:])
+    segment = 4 + used + length
+    if head[segment : segment + 4] != b"\x18\x53\x80\x67":
+        return 0
+    length, used = _vint(head[segment + 4 :])
+    unknown = length == (1 << 7 * used) - 1  # all ones: a live recording
+    return 0 if unknown or not used else segment + 4 + used + length
+
+
+def _vint(data: bytes) -> tuple[int, int]:
+    """Read a variable-size integer; return it and the bytes it took (0 where there is none)."""
+    used = 9 - data[0].bit_length() if data and data[0] else 0
+    value = int.from_bytes(data[:used], "big")
+    return value & ((1 << 7 * used) - 1), used
