@@ -1,0 +1,180 @@
+"""`python -m specvlm`: one run, or with -m a sweep.
+
+Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
+specvlm (with its traceback), 130 Ctrl-C. A sweep ends with the highest of its jobs'. HYDRA_FULL_ERROR=1 shows the
+traceback of mistakes too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from specvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OK, MISMATCH, MISTAKE, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+
+
+class JobFailed(Exception):
+    """Carries a job's exit code out of another process, where the sweeper runs jobs in parallel."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
+    except KeyboardInterrupt:
+        print("specvlm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def guarded(action: Callable[[], int], full: bool) -> int:
+    """Call `action`; a mistake becomes one line on stderr and its exit code."""
+    try:
+        return action()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        return PIPE_CLOSED
+    except (UserError, OSError) as err:
+        if full:
+            traceback.print_exc()
+        print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
+        return MISTAKE
+    except JobFailed as err:
+        return int(err.args[0])
+    except Exception:
+        traceback.print_exc()
+        print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
+        return FAULT
+
+
+def command(argv: list[str], full: bool) -> int:
+    """Check every job, then let Hydra run them."""
+    from hydra._internal.utils import get_args_parser
+
+    from specvlm import compose, manual, registry
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args = parser.parse_args(argv)
+    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    words = compose.quoted(argv, sweep)
+    registry.store()
+    manual.store()
+    with compose.explained():
+        if not runs(args):
+            return launch(words, Launch(1, None), full)
+        extra = Path(args.config_dir) if args.config_dir else None
+        planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
+        plan = Launch(len(planned), planned[0].sweep_dir if sweep else planned[0].run_dir)
+        key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
+
+
+def runs(args: argparse.Namespace) -> bool:
+    """Is this a run of the usual configuration, and not a question about it?"""
+    asks = (args.help, args.hydra_help, args.cfg, args.info, args.shell_completion, args.experimental_rerun)
+    return not any(asks) and not args.config_name and not args.config_path
+
+
+class Launch:
+    """What is about to run: how many jobs, and where they write. `folder` is None where that is Hydra's to decide."""
+
+    def __init__(self, jobs: int, folder: Path | None) -> None:
+        self.jobs = jobs
+        self.folder = folder.absolute() if folder else None
+        places = [self.folder, *self.folder.parents] if self.folder else []
+        self.there_before = next((place for place in places if place.exists()), None)
+
+    def tidy(self, folder: Path) -> None:
+        """Remove `folder`, and what was made to hold it, where nothing was written."""
+        while self.there_before in folder.parents:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return
+            folder = folder.parent
+
+    def tidy_sweep(self) -> None:
+        """Hydra writes multirun.yaml before the first job; without a job's folder beside it, it says nothing."""
+        if self.folder is None:
+            return
+        if self.folder != self.there_before and self.folder.is_dir():
+            if [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
+                (self.folder / "multirun.yaml").unlink()
+        self.tidy(self.folder)
+
+
+def launch(words: list[str], plan: Launch, full: bool) -> int:
+    """Run the jobs through Hydra; returns the highest exit code."""
+    import hydra
+
+    from specvlm import config
+
+    home = os.getpid()
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> int:
+        from hydra.core.hydra_config import HydraConfig
+
+        state = HydraConfig.get()
+        folder = Path(state.runtime.output_dir)
+        if plan.jobs > 1:
+            print(f"[{state.job.num + 1}/{plan.jobs}] {' '.join(state.overrides.task)}", flush=True)
+        try:
+            code = guarded(lambda: _run(cfg, folder), full)
+        finally:
+            plan.tidy(folder)
+        if code and os.getpid() != home:
+            raise JobFailed(code)
+        codes.append(code)
+        return code
+
+    try:
+        with _hydra_raises(words):
+            hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
+    finally:
+        plan.tidy_sweep()
+    return max(codes, default=OK)
+
+
+def _run(cfg: DictConfig, folder: Path) -> int:
+    from specvlm.run import run
+
+    return run(cfg, folder)
+
+
+@contextmanager
+def _hydra_raises(words: list[str]) -> Iterator[None]:
+    """Let Hydra read `words`, and raise its errors instead of printing them and exiting with 1."""
+    argv, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help shows what there is")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""From command-line words to checked configurations, with Hydra's errors turned into one line each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, flag_override
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from specvlm import config, registry
+from specvlm.errors import UserError, did_you_mean
+
+TEXT_KEYS = ("question",)
+PATH_KEYS = ("video", "target.path", "draft.path", "hydra.run.dir", "hydra.sweep.dir")
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The checked configuration of one run. Raises UserError."""
+    return jobs(overrides, sweep=False)[0].cfg
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write."""
+
+    cfg: DictConfig
+    run_dir: Path
+    sweep_dir: Path
+
+
+def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
+    """Every job that the words ask for, checked, so that none starts if one is wrong.
+
+    folder: one more place for YAML files. Raises UserError.
+    """
+    registry.store()
+    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        return [_checked([*words, *more]) for words in (_expand(overrides) if sweep else [list(overrides)])]
+
+
+def quoted(words: Sequence[str], sweep: bool) -> list[str]:
+    """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
+
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists.
+    """
+    return [_quoted(word, sweep) for word in words]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise into a UserError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as err:
+        raise UserError(explain(err)) from err
+
+
+def explain(err: Exception) -> str:
+    """What was wrong, what exists, "did you mean", without Hydra's own vocabulary."""
+    cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
+    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
+        group, _, name = err.missing_cfg_file.rpartition("/")
+        return registry.unknown(group, name, list(err.options))
+    if isinstance(err, OverrideParseException):
+        reason = err.message.removeprefix(f"Error parsing override '{err.override}'").strip().splitlines()[0]
+        return f'cannot read "{err.override}" ({reason}): write key=value, and quote special characters twice, as in "key=\'a, b\'"'
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _unknown_key(str(cause.full_key), cause.object_type)
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return _wrong_type(str(err), cause)
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(err))
+    if ambiguous:
+        return f"{ambiguous[1]}: several values are a sweep, which needs -m (one list is written key=[a,b])"
+    lines = [line.strip() for line in str(err).splitlines() if not re.match(r"\s*(full_key|object_type|reference_type)[:=]", line)]
+    return " ".join(line for line in lines if line) or type(err).__name__
+
+
+def _checked(words: list[str]) -> Job:
+    cfg = hydra_compose("config", words, return_hydra_config=True)
+    with flag_override(cfg, "struct", False):
+        hydra = cfg.pop("hydra")
+    config.validate(cfg)
+    for kind in registry.KINDS:
+        registry.build(kind, cfg[kind])
+    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir))
+
+
+def _expand(words: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep as Hydra's own sweeper makes them. With another sweeper, what is not swept."""
+    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    other = any(override.key_or_group == "hydra/sweeper" and override.value() != "basic" for override in parsed)
+    choices: dict[str, list[str]] = {}
+    for override in parsed:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [override.input_line or ""]
+        elif override.is_discrete_sweep() and not other:
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if not choices[key]:
+                raise UserError(f"{override.input_line}: nothing matches")
+        elif not other:
+            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+    return [list(job) for job in itertools.product(*choices.values())]
+
+
+def _unknown_key(full_key: str, owner: Any) -> str:
+    parent, _, key = full_key.rpartition(".")
+    if not parent:
+        deeper = [f"{kind}.{key}" for kind, infos in registry.collect().items() for i in infos.values() if _has(i.config, key)]
+        hint = did_you_mean(key, config.NAMES) or (f' Did you mean "{deeper[0]}"?' if deeper else "")
+        return f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{hint}'
+    names = [f.name for f in fields(owner)] if is_dataclass(owner) else []
+    whose = f'{parent} "{owner.name}"' if parent in registry.KINDS and "name" in names else parent
+    there = [name for name in names if name != "name" or parent not in registry.KINDS]
+    hint = did_you_mean(full_key, [f"{parent}.{name}" for name in there])
+    return f'there is no key "{full_key}"; {whose} has {", ".join(there) or "no keys"}.{hint}'
+
+
+def _has(owner: Any, key: str) -> bool:
+    return any(f.name == key for f in fields(owner))
+
+
+def _wrong_type(text: str, cause: ValidationError) -> str:
+    seen = text.removeprefix("Error merging override ").splitlines()[0] if text.startswith("Error merging") else str(cause.full_key)
+    reason = str(cause).splitlines()[0]
+    owner: Any = cause.object_type
+    hint = get_type_hints(owner).get(str(cause.key)) if is_dataclass(owner) else None
+    if hint is None:
+        return f"{seen}: {reason}"
+    return f"{seen}: expected {hint.__name__ if isinstance(hint, type) else str(hint)} ({reason})"
+
+
+def _quoted(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+")
+    literal = name in TEXT_KEYS or (name in PATH_KEYS and (not sweep or Path(value).exists()))
+    if not equals or not literal or value in ("", "null", "???") or value[0] in "'\"" or re.match(r"(choice|glob|shuffle)\(|.*\$\{", value):
+        return word
+    inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{key}='{inner}'"

@@ -1,0 +1,104 @@
+"""The top-level keys of a run: their types and limits. Defaults and comments stand in conf/config.yaml.
+
+The strategies' own keys come from their fields (see registry.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from specvlm.errors import UserError, did_you_mean
+
+EMBEDDED = "embedded:"
+CHOICES = {
+    "positions": ("original", "reindexed"),
+    "mrope": ("hf", "reference"),
+    "reader": ("decord", "pyav"),
+    "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
+}
+GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
+
+
+@dataclass
+class ModelConfig:
+    """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one that travels with specvlm."""
+
+    path: str = MISSING
+
+
+@dataclass
+class RunConfig:
+    """The schema that Hydra checks every run against."""
+
+    pruner: Any = MISSING
+    drafter: Any = MISSING
+    verifier: Any = MISSING
+    target: ModelConfig = field(default_factory=ModelConfig)
+    draft: ModelConfig = field(default_factory=ModelConfig)
+    ratio: float = MISSING
+    positions: str = MISSING
+    mrope: str = MISSING
+    video: str = MISSING
+    question: str | None = MISSING
+    frames: int | None = MISSING
+    fps: float | None = MISSING
+    reader: str = MISSING
+    max_new_tokens: int = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    dtype: str = MISSING
+    baseline: bool = MISSING
+
+
+KEYS = tuple(f.name for f in fields(RunConfig))
+NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # what may stand before "=" on the command line
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check what a type cannot say. Raises UserError with the value seen and the values allowed."""
+    for key in cfg:
+        if key not in KEYS:
+            raise UserError(f'there is no key "{key}"; there is {", ".join(NAMES)}.{did_you_mean(str(key), NAMES)}')
+    for key in KEYS:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} has no value: give {key}=…")
+    for key, allowed in CHOICES.items():
+        if cfg[key] not in allowed:
+            raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
+    # "not (a <= x <= b)" rather than "x < a or x > b": it refuses NaN too.
+    _expect(cfg, "ratio", 0 <= cfg.ratio <= 1, "a share of the video tokens to drop, from 0 to 1")
+    _expect(cfg, "max_new_tokens", cfg.max_new_tokens >= 1, "at least 1")
+    _expect(cfg, "seed", 0 <= cfg.seed < 2**63, "an integer from 0 to 2**63 - 1")
+    _expect(cfg, "frames", cfg.frames is None or cfg.frames >= 1, "at least 1, or null")
+    _expect(cfg, "fps", cfg.fps is None or 0 < cfg.fps < float("inf"), "more than 0, or null")
+    _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device) is not None, "auto, cpu, cuda, cuda:1 or mps")
+    _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
+    for side in ("target", "draft"):
+        if OmegaConf.is_missing(cfg[side], "path"):
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+
+
+def model_folder(path: str) -> Path:
+    """Where the weights lie: `embedded:qwen2_5_vl/target` is a folder of the package's assets, anything else is itself."""
+    if path.startswith(EMBEDDED):
+        return Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
+    return Path(path).expanduser()
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml in {here} or beside it: specvlm is not installed completely")
+
+
+def _expect(cfg: DictConfig, key: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={cfg[key]}: expected {allowed}")

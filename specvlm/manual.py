@@ -1,0 +1,61 @@
+"""The text of `python -m specvlm --help`, made from what is registered and from conf/config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from specvlm import config, registry
+
+EXAMPLES = """\
+  python -m specvlm pruner=two_stage ratio=0.9                 the embedded pair on an embedded clip
+  python -m specvlm video=FILE question="What happens?"        any video file
+  python -m specvlm pair=qwen2_5_vl_32b_7b target.path=… draft.path=…
+  python -m specvlm -m pruner=two_stage,uniform,random ratio=0.5,0.9
+  python -m specvlm -m 'pruner=glob(*)'                        every pruner there is
+  python -m specvlm verifier=sampling verifier.temperature=0.7
+  python -m specvlm --cfg job                                  show what would run"""
+
+
+def store() -> None:
+    """Hand the text to Hydra, which prints it for --help."""
+    # Hydra fills in $NAMES and OmegaConf ${…}; ours has neither.
+    text = manual().replace("$", "$$").replace("$${", "\\$${")
+    ConfigStore.instance().store(
+        group="hydra/help",
+        name="specvlm",
+        package="hydra.help",
+        node={"app_name": "specvlm", "header": "", "footer": "", "template": text},
+        provider="specvlm",
+    )
+
+
+def manual() -> str:
+    parts = ["specvlm: lossless speculative decoding for video LLMs", EXAMPLES]
+    for kind, infos in registry.collect().items():
+        parts.append("\n".join([f"{kind}=NAME", *(_entry(kind, name, info) for name, info in infos.items())]))
+    for group in ("pair", "experiment"):
+        presets = sorted(path.stem for path in (config.conf_dir() / group).glob("*.yaml"))
+        parts.append(f"{group}=NAME\n" + "\n".join(f"  {name}" for name in presets))
+    lines = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
+    keys = [match.groups() for line in lines if (match := re.match(r"(\w+): (.*?) +# (.*)", line))]
+    parts.append("KEY=VALUE\n" + "\n".join(f"  {f'{key}={value}':<24}  {comment}" for key, value, comment in keys))
+    parts.append("Hydra's own options: --hydra-help. A broken plugin: SPECVLM_PLUGIN_TRACEBACK=1 shows where.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
+    options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
+    lines = [f"  {name:<20}{info.summary} [{info.plugin}]", *(f"{'':<22}{option}" for option in options)]
+    return "\n".join(lines)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    if field.default is dataclasses.MISSING:
+        return "(required)"
+    return "null" if field.default is None else str(getattr(field.default, "name", field.default))
