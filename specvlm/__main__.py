@@ -111,9 +111,9 @@ class Launch:
         """Hydra writes multirun.yaml before the first job; without a job's folder beside it, it says nothing."""
         if self.folder is None:
             return
-        if self.folder != self.there_before and self.folder.is_dir():
-            if [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
-                (self.folder / "multirun.yaml").unlink()
+        ours = self.folder != self.there_before and self.folder.is_dir()
+        if ours and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
+            (self.folder / "multirun.yaml").unlink()
         self.tidy(self.folder)
 
 

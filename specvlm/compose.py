@@ -23,6 +23,7 @@ from specvlm import config, registry
 from specvlm.errors import UserError, did_you_mean
 
 TEXT_KEYS = ("question",)
+HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
 PATH_KEYS = ("video", "target.path", "draft.path", "hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -45,6 +46,8 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
     folder: one more place for YAML files. Raises UserError.
     """
+    if folder and not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder")
     registry.store()
     more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
@@ -61,10 +64,12 @@ def quoted(words: Sequence[str], sweep: bool) -> list[str]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into a UserError of one line."""
+    """Turn what Hydra, OmegaConf and YAML raise into a UserError of one line. Hydra raises a bare ValueError for some words."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as err:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as err:
         raise UserError(explain(err)) from err
 
 
@@ -76,7 +81,8 @@ def explain(err: Exception) -> str:
         return registry.unknown(group, name, list(err.options))
     if isinstance(err, OverrideParseException):
         reason = err.message.removeprefix(f"Error parsing override '{err.override}'").strip().splitlines()[0]
-        return f'cannot read "{err.override}" ({reason}): write key=value, and quote special characters twice, as in "key=\'a, b\'"'
+        how = "write key=value, and quote special characters twice, as in \"key='a, b'\""
+        return f'cannot read "{err.override}" ({reason}): {how}'
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         return _unknown_key(str(cause.full_key), cause.object_type)
     if isinstance(cause, ValidationError) and cause.full_key:
@@ -84,8 +90,8 @@ def explain(err: Exception) -> str:
     ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(err))
     if ambiguous:
         return f"{ambiguous[1]}: several values are a sweep, which needs -m (one list is written key=[a,b])"
-    lines = [line.strip() for line in str(err).splitlines() if not re.match(r"\s*(full_key|object_type|reference_type)[:=]", line)]
-    return " ".join(line for line in lines if line) or type(err).__name__
+    details = re.compile(r"\s*(full_key|object_type|reference_type)[:=]")
+    return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
 
 
 def _checked(words: list[str]) -> Job:
@@ -134,7 +140,8 @@ def _has(owner: Any, key: str) -> bool:
 
 
 def _wrong_type(text: str, cause: ValidationError) -> str:
-    seen = text.removeprefix("Error merging override ").splitlines()[0] if text.startswith("Error merging") else str(cause.full_key)
+    override = re.match(r"Error merging override (.*)", text)
+    seen = override[1] if override else str(cause.full_key)
     reason = str(cause).splitlines()[0]
     owner: Any = cause.object_type
     hint = get_type_hints(owner).get(str(cause.key)) if is_dataclass(owner) else None
@@ -147,7 +154,8 @@ def _quoted(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
     literal = name in TEXT_KEYS or (name in PATH_KEYS and (not sweep or Path(value).exists()))
-    if not equals or not literal or value in ("", "null", "???") or value[0] in "'\"" or re.match(r"(choice|glob|shuffle)\(|.*\$\{", value):
+    literal |= name == "drafter.shape" and value.startswith("[")  # a text that looks like a list
+    if not equals or not literal or not value or HYDRAS_OWN.match(value):
         return word
     inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     return f"{key}='{inner}'"

@@ -26,7 +26,7 @@ GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
 
 @dataclass
 class ModelConfig:
-    """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one that travels with specvlm."""
+    """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one inside the package."""
 
     path: str = MISSING
 
@@ -61,9 +61,9 @@ NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # what may stand before "=" on t
 
 def validate(cfg: DictConfig) -> None:
     """Check what a type cannot say. Raises UserError with the value seen and the values allowed."""
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in KEYS:
-            raise UserError(f'there is no key "{key}"; there is {", ".join(NAMES)}.{did_you_mean(str(key), NAMES)}')
+            raise UserError(f'there is no key "{key}"; there is {", ".join(NAMES)}.{did_you_mean(key, NAMES)}')
     for key in KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} has no value: give {key}=…")

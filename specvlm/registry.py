@@ -1,9 +1,11 @@
-"""Every strategy by kind and name: checked, as a Hydra option, and built from its config. A name is written once, in its class."""
+"""Every strategy by kind and name: checked, as a Hydra option, and built from its config.
+
+A name is written once, in its class.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -95,7 +97,8 @@ def find(kind: str, name: str) -> StrategyInfo:
 
 
 def unknown(kind: str, name: str, names: list[str]) -> str:
-    return f'{kind}={name}: there is no {kind} "{name}"; there is {", ".join(sorted(names)) or "none"}.{did_you_mean(name, names)}'
+    there = ", ".join(sorted(names)) or "none"
+    return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
 
 
 def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
@@ -108,30 +111,36 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     if node is None or "name" not in node:
         raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
     info = find(kind, str(node["name"]))
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    there = ["name", *(field.name for field in info.fields)]
+    for key in plain:
+        if key not in there:
+            has = ", ".join(there[1:]) or "no keys"
+            raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
     try:
         merged = OmegaConf.merge(OmegaConf.structured(info.config), plain)
         values = vars(OmegaConf.to_object(merged))
     except MissingMandatoryValue as err:
         raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
     except OmegaConfBaseException as err:
-        raise UserError(f"{kind}={node['name']}: {str(err).splitlines()[0]}") from err
+        raise UserError(f"{kind}={info.cls.name}: {str(err).splitlines()[0]}") from err
     hints = get_type_hints(info.cls)
     try:
         return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except ValueError as err:
-        raise UserError(f"{kind}={node['name']}: {err}") from err
+        raise UserError(f"{kind}={info.cls.name}: {err}") from err
 
 
 def _check_class(cls: type[Strategy]) -> None:
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        raise PluginError(f"{_full(cls)}: kind {kind!r} is not one of {', '.join(KINDS)}: derive from Pruner, Drafter or Verifier")
+        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter or Verifier")
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")
-    if inspect.isabstract(cls):
-        raise PluginError(f"{_full(cls)} does not implement {', '.join(sorted(cls.__abstractmethods__))}")
+    missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
+    if missing:
+        raise PluginError(f"{_full(cls)} does not implement {', '.join(sorted(missing))}")
     if any(field.name == "name" for field in _fields(cls)):
         return  # the check of field names says it better
     name = getattr(cls, "name", None)

@@ -1,0 +1,66 @@
+# make demo   set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
+# make test   set up once, then run the tests                            (ARGS="-k registry" to choose)
+# make check  lint, types and tests, as before a commit
+#
+# PYTHON=python3.12 chooses the interpreter. TORCH="--index-url URL" chooses another build of torch, such as the
+# CPU one, which is ten times smaller than the CUDA build.
+
+SHELL := /bin/bash
+PYTHON ?=
+TORCH ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINS := pyproject.toml constraints.txt
+
+.PHONY: demo test check lint types clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m specvlm pruner=two_stage ratio=0.9 $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# Each step leaves a stamp, so that a second call starts the job at once, without asking pip.
+$(VENV)/.created:
+	@for python in "$(PYTHON)" python3 python3.11 python3.12 python3.13; do \
+	  if [ -n "$$python" ] && $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "setting up $(VENV) with $$($$python --version)"; \
+	    $$python -m venv $(VENV) && touch $@ && exit 0; exit 1; fi; \
+	  if [ -n "$(PYTHON)" ]; then echo "PYTHON=$(PYTHON) is not Python 3.11 or newer" >&2; exit 1; fi; \
+	done; echo "no Python 3.11 or newer found; name one with PYTHON=…" >&2; exit 1
+
+# Alone and first: beside other packages an unpinned torch is replaced by the newest, with gigabytes of CUDA libraries.
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	@echo "installing torch (a minute or more)"
+	@$(PIP) -c constraints.txt $(TORCH) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.installed: $(PINS) $(VENV)/.torch
+	@echo "installing specvlm and what it needs"
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(PINS) $(VENV)/.installed
+	@echo "installing what the tests need"
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(PINS) $(VENV)/.installed-test
+	@echo "installing ruff and mypy"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
