@@ -1,0 +1,176 @@
+"""Contract checks for the authors of strategies: one line in a plugin's tests, e.g. `check_pruner(FrameDiffPruner)`.
+
+Needs no model, no video and no test framework. A broken contract is an AssertionError that says which and where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.strategy import SIGNALS, PruneContext, Pruner
+from specvlm.types import KeepSet, TokenGrid
+
+__all__ = ["check_pruner"]
+
+GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
+    (TokenGrid(1, 2, 3),),
+    (TokenGrid(5, 1, 1),),
+    (TokenGrid(4, 2, 2),),
+    (TokenGrid(3, 3, 5),),
+    (TokenGrid(4, 2, 2, newline=1),),
+    (TokenGrid(1, 1, 1, newline=1),),
+    (TokenGrid(2, 2, 2), TokenGrid(3, 1, 4)),
+    (TokenGrid(2, 3, 2, newline=1), TokenGrid(1, 2, 2, newline=1)),
+)
+PLAIN = (int, float, str, bool, type(None), tuple, list)
+
+
+def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
+    """Assert that a pruner keeps the contract of `Pruner.select`, for its class (with `fields`) or one instance.
+
+    Checked on small grids (one frame, one token a frame, newline tokens, two videos), every budget from 1 to N - 1,
+    random, equal and zero signals in float32 and bfloat16, on the CPU and on CUDA where there is one: the budget, the
+    device, the rows of `pool`, the same tokens for the same seed whatever torch's global generator did, inputs left
+    alone, and that a missing signal is refused. A pruner may refuse several videos with a ValueError, nothing else.
+    """
+    if isinstance(pruner, type):
+        _check_class(pruner)
+        pruner = pruner(**fields)
+    elif fields:
+        pruner = dataclasses.replace(pruner, **fields)  # type: ignore[type-var]  # Pruner is no dataclass, its classes are
+    _check_class(type(pruner))
+    _check_needs(pruner)
+    for ctx, where in _contexts(pruner):
+        before = {name: signal.clone() for name, signal in ctx.signals.items()}
+        keep = _select(pruner, ctx, where)
+        if keep is not None:
+            _check_keep(pruner, ctx, keep, where)
+            _check_repeatable(pruner, dataclasses.replace(ctx, generator=_generator()), keep, where)
+        for name, signal in ctx.signals.items():
+            assert torch.equal(signal, before[name]), f"{pruner!r} changed its input {name} on {where}"
+    _check_missing(pruner)
+
+
+def _check_class(cls: type[Pruner]) -> None:
+    what = cls.__name__
+    assert issubclass(cls, Pruner), f"{what} is not a subclass of specvlm.strategy.Pruner"
+    name = getattr(cls, "name", None)
+    assert str(name).isidentifier(), f"{what}.name must be a name like two_stage, got {name!r}"
+    frozen = "__dataclass_fields__" in vars(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert frozen, f"{what} must be a @dataclass(frozen=True): its fields are its config"
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        assert field.name not in ("ratio", "budget"), f"{what}.{field.name} would hide the run's own: read ctx.budget"
+    try:
+        default = cls()
+    except TypeError as error:
+        raise AssertionError(f"{what}() must work, so that pruner={name} alone does: {error}") from None
+    for field in dataclasses.fields(default):  # type: ignore[arg-type]
+        value = getattr(default, field.name)
+        assert isinstance(value, PLAIN), f"{what}.{field.name} must be a plain value that a config can hold, got {value!r}"
+
+
+def _check_needs(pruner: Pruner) -> None:
+    needs = pruner.needs
+    assert isinstance(needs, frozenset), f"{pruner!r}: needs must be a frozenset of names, got {needs!r}"
+    unknown = sorted(needs - SIGNALS.keys())
+    assert not unknown, f"{pruner!r} needs {unknown}, and the engine has only {sorted(SIGNALS)}"
+    asks_drafter = any(name.startswith("draft_") for name in needs)
+    assert (pruner.draft_layers > 0) == asks_drafter, (
+        f"{pruner!r}: draft_layers is {pruner.draft_layers}; it must be positive for signals of the drafter and 0 without"
+    )
+
+
+def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    for device in devices:
+        for grids in GRIDS:
+            total = sum(map(len, grids))
+            for kind in ("random", "equal", "zero"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    signals = {name: _signal(name, total, kind, dtype, pruner).to(device) for name in sorted(pruner.needs)}
+                    for budget in range(1, total):
+                        where = f"{grids}, budget {budget} of {total}, {kind} signals of {dtype} on {device}"
+                        yield PruneContext(grids, budget, signals, _generator(), device), where
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
+    """An invented signal of the shape that its line in SIGNALS begins with."""
+    match = re.match(r"\(([\w, ]+?),?\)", SIGNALS[name])
+    assert match is not None, f"SIGNALS[{name!r}] does not begin with a shape"
+    layers = pruner.draft_layers if name.startswith("draft_") else 32
+    sizes = {"N": total, "L": layers, "D": 8}
+    shape = [sizes[axis.strip()] for axis in match[1].split(",")]
+    if kind == "random":
+        return torch.rand(shape, generator=_generator(total)).to(dtype)
+    return torch.full(shape, 1.0 / total if kind == "equal" else 0.0, dtype=dtype)
+
+
+def _select(pruner: Pruner, ctx: PruneContext, where: str) -> KeepSet | None:
+    """The keep set, or None where several videos are refused."""
+    try:
+        return pruner.select(ctx)
+    except Exception as error:
+        if isinstance(error, ValueError) and len(ctx.grids) > 1 and _is_sentence(error):
+            return None
+        raise AssertionError(f"{pruner!r} failed on {where}: {type(error).__name__}: {error}") from error
+
+
+def _is_sentence(error: Exception) -> bool:
+    return len(str(error).split()) > 2 and "\n" not in str(error)
+
+
+def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
+    what = f"{pruner!r} on {where}"
+    assert isinstance(keep, KeepSet), f"{what}: select returned {type(keep).__name__}, not a KeepSet"
+    assert keep.total == ctx.total, f"{what}: keep set over {keep.total} tokens"
+    if pruner.keeps_all:
+        assert len(keep) == ctx.total, f"{what}: keeps_all, and yet {len(keep)} tokens were kept"
+    else:
+        assert len(keep) <= ctx.budget, f"{what}: {len(keep)} tokens kept"
+    assert keep.index.device.type == ctx.device.type, f"{what}: keep set on {keep.index.device}"
+    # KeepSet checked this when it was made; a subclass need not have.
+    ordered = bool((keep.index[1:] > keep.index[:-1]).all())
+    assert ordered, f"{what}: index is not sorted and unique"
+    if keep.pool is not None:
+        sums_K = keep.pool.to_dense().float().sum(1)
+        assert torch.allclose(sums_K, torch.ones_like(sums_K), atol=1e-2), f"{what}: rows of pool must sum to 1, got {sums_K}"
+
+
+def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
+    """The same seed and signals once more, from another state of torch's global generator, which must stay untouched."""
+    before = torch.get_rng_state()
+    try:
+        state = _generator(1).get_state()
+        torch.set_rng_state(state)
+        again = pruner.select(ctx)
+        assert torch.equal(state, torch.get_rng_state()), f"{pruner!r} draws from torch's global generator, not ctx.generator"
+    finally:
+        torch.set_rng_state(before)
+    assert torch.equal(keep.index, again.index), f"{pruner!r} kept other tokens for the same seed and signals on {where}"
+
+
+def _check_missing(pruner: Pruner) -> None:
+    """Each declared signal is really read, and its absence refused in a sentence."""
+    grids = GRIDS[2]
+    total = sum(map(len, grids))
+    signals = {name: _signal(name, total, "random", torch.float32, pruner) for name in pruner.needs}
+    for missing in pruner.needs:
+        rest = {name: signal for name, signal in signals.items() if name != missing}
+        try:
+            pruner.select(PruneContext(grids, total // 2, rest, _generator()))
+        except Exception as error:
+            if isinstance(error, ValueError) and missing in str(error) and _is_sentence(error):
+                continue
+            what = f"{pruner!r} without {missing} fails with {type(error).__name__}: {error}"
+            raise AssertionError(f"{what}; read it with ctx.signal") from error
+        raise AssertionError(f"{pruner!r} declares that it needs {missing} and works without it")

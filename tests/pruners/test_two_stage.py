@@ -1,0 +1,190 @@
+"""two_stage against the formula of the paper, worked out in fractions, and its per-frame spread."""
+
+from fractions import Fraction
+from math import floor
+
+import pytest
+import torch
+
+from specvlm.pruners import TwoStagePruner, UniformPruner
+from specvlm.strategy import PruneContext
+from specvlm.types import TokenGrid
+
+
+def brute_force(scores, budget, mass):
+    """The smallest set that holds `mass` of the attention, cut to the budget; then every so-manieth leftover."""
+    exact = [Fraction(score) for score in scores]
+    ranked = sorted(range(len(exact)), key=lambda j: (-exact[j], j))
+    stage_one = next(n for n in range(len(exact) + 1) if sum(exact[j] for j in ranked[:n]) >= Fraction(str(mass)) * sum(exact))
+    kept = set(ranked[: min(stage_one, budget)])
+    rest = [j for j in range(len(exact)) if j not in kept]
+    count = budget - len(kept)
+    if count == 1:
+        kept.add(rest[0])
+    for i in range(count if count > 1 else 0):
+        kept.add(rest[floor(Fraction(i * (len(rest) - 1), count - 1))])
+    return sorted(kept)
+
+
+def invented_scores(kind, total, generator):
+    """Score vectors of the kinds that matter: long-tailed as attention is, with ties, with zeros, all equal."""
+    uniform = torch.rand(total, generator=generator)
+    return {
+        "long_tail": uniform**8 / 100,
+        "softmax": (8 * uniform).softmax(0),
+        "small_integers": (uniform * 4).floor(),
+        "sevenths": (uniform * 7).floor() / 7,
+        "mostly_zero": torch.where(uniform < 0.8, torch.zeros(total), uniform),
+        "equal": torch.full((total,), float(uniform[0]) / total),
+        "zero": torch.zeros(total),
+        "one_peak": torch.where(uniform == uniform.max(), 1.0, 1e-6),
+    }[kind]
+
+
+KINDS = ["long_tail", "softmax", "small_integers", "sevenths", "mostly_zero", "equal", "zero", "one_peak"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_keep_sets_equal_brute_force_on_200_score_vectors(dtype):
+    generator = torch.Generator().manual_seed(20)
+    for number in range(200):
+        total = int(torch.randint(2, 80, (), generator=generator))
+        scores = invented_scores(KINDS[number % len(KINDS)], total, generator).to(dtype)
+        mass = [0.4, 0.5, 0.1, 0.07, 0.9, 1.0, 0.55, 1 / 3][int(torch.randint(8, (), generator=generator))]
+        for budget in sorted({1, 2, total - 1, total, int(torch.randint(1, total + 1, (), generator=generator))}):
+            ctx = PruneContext((TokenGrid(1, 1, total),), budget, {"verifier_attention": scores})
+            kept = TwoStagePruner(mass).select(ctx).index.tolist()
+            assert kept == brute_force(scores.tolist(), budget, mass), (number, total, budget, mass)
+
+
+def keep(scores, budget, grids=None, **fields):
+    scores = torch.as_tensor(scores)
+    grids = grids or (TokenGrid(1, 1, len(scores)),)
+    return TwoStagePruner(**fields).select(PruneContext(grids, budget, {"verifier_attention": scores})).index.tolist()
+
+
+@pytest.mark.parametrize("share", range(1, 99))
+def test_a_share_of_equal_scores_is_counted_exactly(share):
+    # Two tokens are left to stage II, which takes the first and the last leftover. In floats, 0.07 * 100 is above 7.
+    assert keep([1 / 300] * 100, share + 2, mass=share / 100) == [*range(share + 1), 99]
+
+
+def test_stage_one_takes_the_smallest_set_that_reaches_the_mass():
+    # 4 + 3 of 10 reach 0.7 exactly, so the third best is left to stage II, which takes the first and last leftover.
+    assert keep([1.0, 0.0, 4.0, 2.0, 3.0, 0.0], 4, mass=0.7) == [0, 2, 4, 5]
+    assert keep([1.0, 0.0, 4.0, 2.0, 3.0, 0.0], 4, mass=0.71) == [0, 2, 3, 4]
+
+
+def test_stage_one_that_fills_the_budget_leaves_nothing_to_stage_two():
+    assert keep([1.0, 9.0, 1.0, 9.0], 2, mass=0.9) == [1, 3]
+    assert keep([1.0, 9.0, 1.0, 9.0], 1, mass=0.4) == [1]
+
+
+def test_stage_one_may_cover_every_token():
+    assert keep([1.0, 2.0, 3.0], 3, mass=1.0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("budget", [1, 3, 9])
+def test_no_attention_at_all_is_uniform(budget):
+    ctx = PruneContext((TokenGrid(5, 1, 2),), budget)
+    assert keep([0.0] * 10, budget) == UniformPruner().select(ctx).index.tolist()
+
+
+def test_scores_of_any_scale_give_the_same_tokens():
+    scores = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) ** 6
+    assert keep(scores, 20) == keep(scores * 2.0**-120, 20) == keep(scores * 2.0**90, 20)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
+@pytest.mark.parametrize("spread", ["linspace", "frame"])
+def test_attention_that_cannot_be_is_refused_in_a_sentence(bad, spread):
+    with pytest.raises(ValueError, match="attention must be finite and not negative, got values from"):
+        keep([0.5, bad, 0.25], 2, spread=spread)
+
+
+@pytest.mark.parametrize("mass", [0.0, -0.4, 1.01, float("nan")])
+def test_mass_out_of_range_is_refused(mass):
+    with pytest.raises(ValueError, match="mass must be above 0 and at most 1"):
+        TwoStagePruner(mass=mass)
+
+
+def test_unknown_spread_is_refused_with_the_allowed_ones():
+    with pytest.raises(ValueError, match=r"linspace or frame, got 'frames'\. Did you mean .frame"):
+        TwoStagePruner(spread="frames")
+
+
+def per_frame(kept, grids):
+    """Kept tokens a frame; newline tokens are counted nowhere."""
+    counts, start = [], 0
+    for grid in grids:
+        for frame in range(grid.frames):
+            first = start + frame * grid.per_frame
+            counts.append(sum(first <= token < first + grid.per_frame for token in kept))
+        start += len(grid)
+    return counts
+
+
+def test_spread_frame_gives_every_frame_the_same_share_of_stage_two():
+    grids = (TokenGrid(8, 4, 4),)
+    peak = torch.zeros(128)
+    peak[35] = 1.0  # stage I: one token of frame 2
+    counts = per_frame(keep(peak, 25, grids, spread="frame"), grids)
+    assert counts == [3, 3, 4, 3, 3, 3, 3, 3]
+    counts = per_frame(keep(peak, 29, grids, spread="frame"), grids)
+    assert sorted(counts) == [3, 3, 3, 4, 4, 4, 4, 4]
+
+
+def test_spread_frame_is_more_even_than_linspace():
+    # Stage I takes half of frame 0. Of 12 more, linspace gives the frames 2, 3, 4 and 3: it strides over leftovers.
+    grids = (TokenGrid(4, 2, 4),)
+    scores = torch.zeros(32)
+    scores[:4] = 1.0
+    assert per_frame(keep(scores, 16, grids, mass=1.0), grids) == [4 + 2, 3, 4, 3]
+    assert per_frame(keep(scores, 16, grids, mass=1.0, spread="frame"), grids) == [4 + 3, 3, 3, 3]
+
+
+def test_spread_frame_reaches_every_frame_that_stage_one_left_empty():
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(200):
+        frames, height, width, newline = (int(torch.randint(1, 7, (), generator=generator)) for _ in range(4))
+        grids = (TokenGrid(frames, height, width, newline % 2), TokenGrid(2, width, height, newline // 4))
+        total = sum(map(len, grids))
+        scores = torch.rand(total, generator=generator) ** 12
+        budget = int(torch.randint(1, total + 1, (), generator=generator))
+        first = keep_first(scores, budget)
+        empty = per_frame(first, grids).count(0)
+        kept = keep(scores, budget, grids, spread="frame")
+        assert set(first) <= set(kept)
+        assert len(kept) == budget
+        if budget - len(first) >= empty:
+            assert min(per_frame(kept, grids)) >= 1
+
+
+def keep_first(scores, budget):
+    """Stage I by definition."""
+    ranked = sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))
+    total, sums, first = float(scores.double().sum()), 0.0, []
+    while len(first) < budget and sums < 0.4 * total:
+        first.append(ranked[len(first)])
+        sums += float(scores[first[-1]])
+    return first
+
+
+def test_spread_frame_with_one_token_a_frame_covers_frames_and_moves_about_in_them():
+    grids = (TokenGrid(16, 4, 4),)
+    kept = keep(torch.zeros(256), 16, grids, spread="frame")
+    assert per_frame(kept, grids) == [1] * 16
+    assert sorted(token % 16 for token in kept) == list(range(16))  # each cell of the picture once
+
+
+def test_spread_frame_puts_one_token_in_each_quarter_of_a_frame():
+    for height, width in ((4, 4), (8, 8), (4, 16), (6, 10)):
+        kept = keep(torch.zeros(height * width), 4, (TokenGrid(1, height, width),), spread="frame")
+        quarters = {(token // width * 2 // height, token % width * 2 // width) for token in kept}
+        assert len(quarters) == 4, (height, width, kept)
+
+
+def test_spread_frame_takes_the_newline_last():
+    grids = (TokenGrid(2, 2, 2, newline=1), TokenGrid(1, 1, 2, newline=1))
+    assert keep(torch.zeros(12), 10, grids, spread="frame") == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert keep(torch.zeros(12), 11, grids, spread="frame") == [*range(11)]
