@@ -11,7 +11,7 @@ TORCH ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .PHONY: demo test check lint types clean

@@ -62,15 +62,14 @@ def command(argv: list[str], full: bool) -> int:
     """Check every job, then let Hydra run them."""
     from hydra._internal.utils import get_args_parser
 
-    from specvlm import compose, manual, registry
+    from specvlm import compose
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     words = compose.quoted(argv, sweep)
-    registry.store()
-    manual.store()
+    compose.register()
     with compose.explained():
         if not runs(args):
             return launch(words, Launch(1, None), full)

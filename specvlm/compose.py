@@ -19,12 +19,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from specvlm import config, registry
+from specvlm import config, manual, registry
 from specvlm.errors import UserError, did_you_mean
 
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
 PATH_KEYS = ("video", "target.path", "draft.path", "hydra.run.dir", "hydra.sweep.dir")
+
+
+def register() -> None:
+    """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
+    registry.store()
+    manual.store()
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -48,7 +54,7 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     """
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
-    registry.store()
+    register()
     more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
         return [_checked([*words, *more]) for words in (_expand(overrides) if sweep else [list(overrides)])]

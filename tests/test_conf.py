@@ -1,0 +1,312 @@
+"""The configuration, and the command line around it: what is accepted, what is refused, and how it ends."""
+
+import errno
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from specvlm import compose, config, plugins, registry
+from specvlm.__main__ import main
+from specvlm.errors import UserError
+from specvlm.plugins import Plugin
+from specvlm.strategy import Pruner
+
+
+@dataclass(frozen=True)
+class FramePruner(Pruner):
+    """Keep whole frames."""
+
+    name = "frame"
+    first: float = 1.0
+
+    def select(self, ctx):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """A plugin `specvlm-frame 0.7` with one pruner and no YAML."""
+    load = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda: [*load(), Plugin("specvlm-frame", "0.7", (FramePruner,))])
+    registry.collect.cache_clear()
+    yield
+    registry.collect.cache_clear()
+    ConfigStore.instance().repo["pruner"].pop("frame.yaml", None)
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """Replace the decoding by a list of what would have run; the working directory is empty."""
+    calls = []
+
+    def run(cfg, folder):
+        outcome = behaviour.get(cfg.pruner.name, behaviour["*"])
+        if isinstance(outcome, BaseException):
+            raise outcome
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+        calls.append((cfg, folder))
+        return outcome
+
+    behaviour = {"*": 0}
+    fake = ModuleType("specvlm.run")
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "specvlm.run", fake)
+    monkeypatch.chdir(tmp_path)
+    run.calls, run.behaviour = calls, behaviour
+    return run
+
+
+def written():
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+# The configuration itself
+
+
+def test_every_key_has_a_type_a_default_and_a_comment():
+    raw = OmegaConf.load(config.conf_dir() / "config.yaml")
+    defaults = set(raw) - {"defaults", "hydra"}
+    assert defaults == set(config.KEYS) - {"pruner", "drafter", "verifier", "target", "draft"}
+    for line in (config.conf_dir() / "config.yaml").read_text().splitlines():
+        if line.split(":")[0] in defaults:
+            assert "# " in line, line
+
+
+def test_defaults_are_the_main_job():
+    cfg = compose.compose()
+    assert (cfg.pruner.name, cfg.drafter.name, cfg.verifier.name, cfg.ratio) == ("two_stage", "tree", "greedy", 0.9)
+    assert cfg.target.path.startswith("embedded:") and cfg.dtype == "float32" and cfg.baseline is True
+
+
+PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path in (config.conf_dir() / group).glob("*.yaml")]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes(preset):
+    compose.compose([preset, "target.path=a", "draft.path=b"])
+
+
+def test_no_preset_has_a_registered_name():
+    for kind, infos in registry.collect().items():
+        assert not {path.stem for path in (config.conf_dir() / kind).glob("*.yaml")} & set(infos)
+
+
+def test_command_line_wins_over_preset():
+    assert compose.compose(["pair=embedded_llava_onevision", "dtype=bfloat16"]).dtype == "bfloat16"
+
+
+def test_plugin_without_yaml_is_an_option_with_its_fields(plugin):
+    cfg = compose.compose(["pruner=frame", "pruner.first=0.5"])
+    assert registry.build("pruner", cfg.pruner) == FramePruner(first=0.5)
+    with pytest.raises(UserError, match="pruner.first=abc: expected float"):
+        compose.compose(["pruner=frame", "pruner.first=abc"])
+
+
+def test_embedded_models_are_folders_of_the_package():
+    assert config.model_folder("embedded:a/b") == Path(config.__file__).parent / "assets" / "a" / "b"
+    assert config.model_folder("/models/x") == Path("/models/x")
+
+
+TEXTS = ["what, and why?", "it's (a) [b] {c}: d=e", 'say "hi"', "back\\slash\\", "100 % of $5", "\\'", "ünï çödé 视频"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_question_and_paths_are_taken_literally(text):
+    words = [f"question={text}", f"video={text}", f"target.path={text}"]
+    cfg = compose.compose(compose.quoted(words, sweep=False))
+    assert (cfg.question, cfg.video, cfg.target.path) == (text, text, text)
+
+
+def test_quoted_leaves_hydras_own_syntax_alone():
+    words = ["question=null", "question='a, b'", "question=choice(a,b)", "ratio=0.1,0.2", "video=", "-m", "drafter.shape=paper"]
+    assert compose.quoted(words, sweep=False) == words
+    assert compose.quoted(["video=a.mp4,b.mp4"], sweep=True) == ["video=a.mp4,b.mp4"]
+
+
+def test_a_tree_can_be_given_as_a_list():
+    assert compose.compose(compose.quoted(["drafter.shape=[[0],[1],[0,0]]"], sweep=False)).drafter.shape == "[[0],[1],[0,0]]"
+
+
+# What is refused, with one line and code 2
+
+
+REFUSED = [
+    ("pruner=two_stge", 'there is no pruner "two_stge"; there is fastv, none, .*window. Did you mean "two_stage"?'),
+    ("prunner=x", 'there is no key "prunner".*Did you mean "pruner"?'),
+    ("max_new_token=3", 'there is no key "max_new_token".*Did you mean "max_new_tokens"?'),
+    ("+max_new_token=3", 'there is no key "max_new_token".*Did you mean "max_new_tokens"?'),
+    ("mass=0.3", 'Did you mean "pruner.mass"?'),
+    ("pruner.mas=0.3", 'there is no key "pruner.mas"; pruner "two_stage" has mass, spread. Did you mean "pruner.mass"?'),
+    ("pruner=none pruner.mass=0.3", 'pruner "none" has no keys'),
+    ("pruner.name=none", 'pruner=none has no key "mass"'),
+    ("pair=embeded_qwen2_5_vl", 'Did you mean "embedded_qwen2_5_vl"?'),
+    ("experiment=chian", 'Did you mean "chain"?'),
+    ("target.pth=x", 'Did you mean "target.path"?'),
+    ("ratio=abc", "ratio=abc: expected float"),
+    ("ratio=null", "ratio=null: expected float"),
+    ("frames=1.5", r"frames=1.5: expected int \| None"),
+    ("baseline=maybe", "baseline=maybe: expected bool"),
+    ("pruner.mass=[1]", "pruner.mass=.*expected float"),
+    ("target=abc", "target=abc"),
+    ("ratio=[1", r'cannot read "ratio=\[1"'),
+    ("ratio", 'cannot read "ratio"'),
+    ("=3", "."),
+    ("ratio=-0.1", "ratio=-0.1: expected a share .* from 0 to 1"),
+    ("ratio=1.5", "ratio=1.5: expected a share .* from 0 to 1"),
+    ("ratio=nan", "ratio=nan: expected a share .* from 0 to 1"),
+    ("max_new_tokens=0", "max_new_tokens=0: expected at least 1"),
+    ("seed=-1", "seed=-1"),
+    ("frames=0", "frames=0: expected at least 1, or null"),
+    ("fps=0", "fps=0.0: expected more than 0, or null"),
+    ("device=gpu", "device=gpu: expected auto, cpu, cuda"),
+    ("dtype=flaot32", 'expected one of auto, .*Did you mean "float32"?'),
+    ("positions=orignal", 'expected one of original, reindexed. Did you mean "original"?'),
+    ("mrope=x", "expected one of hf, reference"),
+    ("reader=cv2", "expected one of decord, pyav"),
+    ("video=", "video=: expected a file or the name of an embedded clip"),
+    ("~ratio", "ratio has no value"),
+    ("~pruner", "pruner has no value"),
+    ("ratio=${nope}", "Interpolation key 'nope' not found"),
+    ("pair=qwen2_5_vl_32b_7b", "target.path has no value"),
+    ("drafter.shape=nonsense", "drafter=tree: tree shape 'nonsense' is none of"),
+    ("ratio=0.5,0.9", "several values are a sweep, which needs -m"),
+    ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+    ("-m pruner=none,unifrm", 'there is no pruner "unifrm"'),
+    ("-m pruner=none ratio=0.5,1.9", "ratio=1.9"),
+    ("-m pruner=none,two_stage pruner.mass=0.2", 'pruner "none" has no keys'),
+    ("-m ratio=[1", r'cannot read "ratio=\[1"'),
+    ("-m pruner=glob(zz*)", "nothing matches"),
+    ("-m ratio=interval(0,1)", "needs a sweeper that samples"),
+    ("--cfg job pruner=nope", 'there is no pruner "nope"'),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_bad_input_ends_with_one_line_and_code_2_and_nothing_written(line, why, ran, capsys):
+    assert main(shlex.split(line)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("specvlm: ")
+    assert re.search(why, err), err
+    assert not ran.calls and written() == []
+
+
+def test_full_error_shows_the_traceback(ran, capsys, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main(["ratio=abc"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+# What runs
+
+
+def test_run_writes_into_the_dated_folder_or_where_it_is_told(ran):
+    assert main(["pruner=none"]) == 0 and main(["hydra.run.dir=a, b/c"]) == 0
+    folders = [folder.relative_to(Path.cwd()) for _, folder in ran.calls]
+    assert folders[0].parts[0] == "outputs" and len(folders[0].parts) == 3
+    assert folders[1] == Path("a, b/c")
+    assert [path.name for path in folders[1].iterdir()] == ["config.yaml"]
+
+
+def test_sweep_makes_a_folder_a_job(ran, capsys):
+    assert main(shlex.split("-m pruner=two_stage,uniform,random ratio=0.5,0.9")) == 0
+    assert [(cfg.pruner.name, cfg.ratio) for cfg, _ in ran.calls][:3] == [
+        ("two_stage", 0.5),
+        ("two_stage", 0.9),
+        ("uniform", 0.5),
+    ]
+    assert len({folder for _, folder in ran.calls}) == 6
+    assert ran.calls[3][1].name == "3_pruner=uniform,ratio=0.9"
+    assert "[6/6] pruner=random ratio=0.9" in capsys.readouterr().out
+
+
+def test_sweep_over_questions_gives_each_its_folder(ran):
+    assert main(["-m", "question=choice('a, b','c/d')"]) == 0
+    assert [cfg.question for cfg, _ in ran.calls] == ["a, b", "c/d"]
+    assert len({folder for _, folder in ran.calls}) == 2
+
+
+def test_sweep_over_all_pruners_has_the_plugins_too(ran, plugin):
+    assert main(["-m", "pruner=glob(*)"]) == 0
+    assert {cfg.pruner.name for cfg, _ in ran.calls} == set(registry.collect()["pruner"])
+
+
+def test_a_failing_job_does_not_lose_the_others_and_the_worst_code_counts(ran, capsys):
+    ran.behaviour |= {"uniform": UserError("no such file"), "random": 1}
+    assert main(["-m", "pruner=uniform,random,none"]) == 2
+    assert [cfg.pruner.name for cfg, _ in ran.calls] == ["random", "none"]
+    assert capsys.readouterr().err == "specvlm: no such file\n"
+    assert not any("uniform" in path for path in written())
+    assert main(["-m", "pruner=random,none"]) == 1
+
+
+@pytest.mark.parametrize("line", ["pruner=none", "-m pruner=none,random", "hydra.run.dir=a/b"])
+@pytest.mark.parametrize("error", [UserError("no such file: x"), OSError(errno.ENOSPC, "No space left on device", "x")])
+def test_mistake_during_the_run_leaves_no_folder(line, error, ran, capsys):
+    ran.behaviour["*"] = error
+    assert main(shlex.split(line)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert set(lines) == {f"specvlm: {error}"}
+    assert written() == []
+
+
+def test_folder_that_was_there_before_stays(ran):
+    Path("mine").mkdir()
+    ran.behaviour["*"] = UserError("x")
+    assert main(["hydra.run.dir=mine"]) == 2
+    assert written() == ["mine"]
+
+
+def test_run_folder_that_cannot_be_made_is_one_line(ran, capsys):
+    Path("file").write_text("")
+    for line in ("hydra.run.dir=file/x", "-m hydra.sweep.dir=file/x"):
+        assert main(line.split()) == 2
+        assert capsys.readouterr().err.startswith("specvlm: [Errno ")
+    assert written() == ["file"]
+
+
+def test_full_disk_while_the_sweep_is_set_up_leaves_nothing(ran, capsys, monkeypatch):
+    def save(config, path):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(OmegaConf, "save", save)
+    assert main(["-m", "pruner=none"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert written() == []
+
+
+def test_interrupt_is_one_line_and_code_130(ran, capsys):
+    ran.behaviour["*"] = KeyboardInterrupt()
+    assert main(["-m", "pruner=none,random"]) == 130
+    assert capsys.readouterr().err == "specvlm: interrupted\n"
+    assert written() == []
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_code_3(ran, capsys):
+    ran.behaviour["*"] = RuntimeError("boom")
+    assert main([]) == 3
+    assert "RuntimeError: boom" in capsys.readouterr().err
+
+
+def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plugin):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert not done.value.code
+    text = capsys.readouterr().out
+    for kind, infos in registry.collect().items():
+        assert f"{kind}=NAME" in text
+        for name, info in infos.items():
+            assert name in text and f"{info.summary} [{info.plugin}]" in text
+            assert all(f"{kind}.{field.name}=" in text for field in info.fields)
+    assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
+    assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline")) and "experiment=NAME\n  chain" in text
