@@ -1,0 +1,12 @@
+"""The built-in verifiers, one a file."""
+
+from __future__ import annotations
+
+from specvlm.plugins import hookimpl
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [GreedyVerifier, SamplingVerifier]
