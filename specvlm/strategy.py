@@ -128,8 +128,7 @@ class Sampling:
         if 0 < self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], float("-inf"))
         if self.top_p < 1.0:
-            # Stable, so that equal scores at the cut go the same way in a tree's forward pass as in a one-token pass.
-            ascending, order = scores.sort(dim=-1, stable=True)
+            ascending, order = scores.sort(dim=-1)
             # A token goes when it and everything below it weigh at most 1 - top_p; the best one always stays.
             drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
             drop[..., -1] = False
