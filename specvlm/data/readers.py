@@ -113,7 +113,7 @@ class PyavReader:
         self._path = path
         self._error: type[Exception] = av.FFmpegError
         try:
-            self._container: Any = av.open(str(path))
+            self._container: Any = av.open(str(path), metadata_errors="replace")
             self._index()
         except self._error:
             raise UserError(f"{path} is damaged or not a video: PyAV cannot read it") from None

@@ -1,0 +1,87 @@
+"""Still images, through Hugging Face's own image processors: the PIL ones, which need no torchvision.
+
+Where torchvision works, Hugging Face itself takes other ones, which differ in 0.1 % of the values by up to 2/255.
+Shapes: H height, W width, P tiles, S tile side; grid (t, h, w) counts patches.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import UserError
+
+
+def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
+    """Turn an image uint8 (3, H, W) into patches float32 (h*w, C*temporal*patch*patch) and their grid (1, h, w).
+
+    Raises UserError where the model folder has no image processor settings or a side is 200 times the other.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    _check(image)
+    processor = _load(Qwen2VLImageProcessorPil, folder)
+    if max(image.shape[1:]) > 200 * min(image.shape[1:]):
+        raise UserError(f"an image of {image.shape[2]}x{image.shape[1]}: no side may be more than 200 times the other")
+    out = processor.preprocess(image.numpy(), input_data_format="channels_first", return_tensors="pt")
+    t, h, w = out["image_grid_thw"][0].tolist()
+    return out["pixel_values"], (t, h, w)
+
+
+def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[Tensor, tuple[int, int], int]:
+    """Turn an image uint8 (3, H, W) into tiles float32 (P, 3, S, S), its (H, W), and the number of tokens it takes.
+
+    The first tile is the whole image, the others are its parts at the best of the model's resolutions. An image that
+    shares its prompt with other images (``alone=False``) is one tile, padded to a square: give get_image_features
+    ``batch_num_images`` then. Raises UserError where the folder has no image processor settings.
+    """
+    from transformers import AutoConfig
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    _check(image)
+    processor, config = _load(LlavaOnevisionImageProcessorPil, folder), AutoConfig.from_pretrained(folder)
+    picture = image.numpy()
+    images = picture if alone else [[picture, picture]]  # two, of which one is dropped, say "not alone"
+    tiles = processor.preprocess(images, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
+    side = config.vision_config.image_size
+    if tiles.shape[2:] != (side, side):
+        raise UserError(f"{folder}: the image processor makes tiles of {tuple(tiles.shape[2:])}, the model takes {side}")
+    size = (image.shape[1], image.shape[2])
+    return tiles, size, _llava_tokens(size, config) if alone else (side // config.vision_config.patch_size) ** 2 + 1
+
+
+def _llava_tokens(size: tuple[int, int], config: Any) -> int:
+    """Count the rows of LlavaOnevisionModel.pack_image_features: the whole image, then its parts, cut to the image's
+    shape, shrunk to at most the number of tiles in ``anyres_max_9``, with a newline token after each row."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    height, width = size
+    side = config.vision_config.image_size
+    cells = side // config.vision_config.patch_size
+    best_height, best_width = select_best_resolution(size, config.image_grid_pinpoints)
+    rows, columns = best_height // side * cells, best_width // side * cells
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * cells**2))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return cells**2 + rows * (columns + 1)
+
+
+def _check(image: Tensor) -> None:
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image: wanted uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+
+
+def _load(processor: Any, folder: str | Path) -> Any:
+    if not Path(folder).is_dir():  # Hugging Face would take it for a name on its hub
+        raise UserError(f"no such model folder: {folder}")
+    try:
+        return processor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no usable image processor settings: {str(error).splitlines()[0]}") from None
