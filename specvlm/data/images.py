@@ -83,5 +83,8 @@ def _load(processor: Any, folder: str | Path) -> Any:
         raise UserError(f"no such model folder: {folder}")
     try:
         return processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no usable image processor settings: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} has no usable image processor settings: wanted preprocessor_config.json, or processor_config.json"
+            " with an image_processor in it"
+        ) from None
