@@ -72,10 +72,10 @@ def command(argv: list[str], full: bool) -> int:
     compose.register()
     with compose.explained():
         if not runs(args):
-            return launch(words, Launch(1, None), full)
+            return launch(words, Plan(1, None), full)
         extra = Path(args.config_dir) if args.config_dir else None
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
-        plan = Launch(len(planned), planned[0].sweep_dir if sweep else planned[0].run_dir)
+        plan = Plan(len(planned), planned[0].sweep_dir if sweep else planned[0].run_dir)
         key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
 
@@ -86,7 +86,7 @@ def runs(args: argparse.Namespace) -> bool:
     return not any(asks) and not args.config_name and not args.config_path
 
 
-class Launch:
+class Plan:
     """What is about to run: how many jobs, and where they write. `folder` is None where that is Hydra's to decide."""
 
     def __init__(self, jobs: int, folder: Path | None) -> None:
@@ -116,9 +116,10 @@ class Launch:
         self.tidy(self.folder)
 
 
-def launch(words: list[str], plan: Launch, full: bool) -> int:
+def launch(words: list[str], plan: Plan, full: bool) -> int:
     """Run the jobs through Hydra; returns the highest exit code."""
     import hydra
+    from hydra.errors import HydraException
 
     from specvlm import config
 
@@ -144,6 +145,10 @@ def launch(words: list[str], plan: Launch, full: bool) -> int:
     try:
         with _hydra_raises(words):
             hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
+    except OSError as err:
+        if err.filename or isinstance(err, HydraException):
+            raise
+        raise UserError(f"{err}: cannot write into {plan.folder}") from err  # a full disk does not say where
     finally:
         plan.tidy_sweep()
     return max(codes, default=OK)

@@ -72,7 +72,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
     _check_class(cls)
     for field in _fields(cls):
         if field.name in RESERVED or field.name.startswith("_"):
-            hint = "write `name = …` without a type" if field.name in ("name", "kind", "needs") else "rename it"
+            hint = f"write `{field.name} = …` without a type" if field.name in ("name", "kind", "needs") else "rename it"
             raise PluginError(f'{_full(cls)}: a field may not be called "{field.name}", that name is taken: {hint}')
     return StrategyInfo(cls, plugin, _summary(cls), _config_class(cls))
 

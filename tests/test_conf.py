@@ -110,6 +110,15 @@ def test_plugin_without_yaml_is_an_option_with_its_fields(plugin):
         compose.compose(["pruner=frame", "pruner.first=abc"])
 
 
+def test_a_preset_of_ones_own_builds_on_a_registered_strategy(tmp_path):
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner" / "mine.yaml").write_text("defaults: [two_stage]\nmass: 0.2\n")
+    (job,) = compose.jobs(["pruner=mine", "pruner.spread=frame"], sweep=False, folder=tmp_path)
+    assert (job.cfg.pruner.name, job.cfg.pruner.mass, job.cfg.pruner.spread) == ("two_stage", 0.2, "frame")
+    with pytest.raises(UserError, match="pruner.mass=abc: expected float"):
+        compose.jobs(["pruner=mine", "pruner.mass=abc"], sweep=False, folder=tmp_path)
+
+
 def test_embedded_models_are_folders_of_the_package():
     assert config.model_folder("embedded:a/b") == Path(config.__file__).parent / "assets" / "a" / "b"
     assert config.model_folder("/models/x") == Path("/models/x")

@@ -1,0 +1,139 @@
+"""The wheel works from any folder, and a third-party package of two files brings a strategy and takes it away again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from specvlm import config
+from specvlm.testing import check_pruner
+
+ROOT = Path(__file__).parents[1]
+PAIR = config.model_folder(OmegaConf.load(ROOT / "conf" / "pair" / "embedded_qwen2_5_vl.yaml").target.path)
+PLUGIN = ROOT / "plugins" / "specvlm-frame-diff"
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
+
+
+def python(*words, cwd, **env):
+    """Run Python as a user of an installed specvlm would: elsewhere, and without this checkout on the path."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def wheel_of(project, folder):
+    """Build with the build back end alone: no network, no isolated environment."""
+    done = python("-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=project)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def install(wheel, site):
+    done = python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel, cwd=site.parent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return wheel_of(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A scratch environment with specvlm and the plugin, both from their wheels."""
+    folder = tmp_path_factory.mktemp("env")
+    site = folder / "site"
+    install(wheel, site)
+    copy = shutil.copytree(PLUGIN, folder / "plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    install(wheel_of(copy, folder), site)
+    return site
+
+
+def specvlm(site, *words):
+    """`-P` keeps the working directory off the path, so that only `site` can answer."""
+    env = {"PYTHONPATH": str(site), "SPECVLM_PLUGINS": "specvlm-frame-diff", "COLUMNS": "120"}
+    folder = site.parent / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    return python("-P", "-m", "specvlm", *words, cwd=folder, **env)
+
+
+def test_wheel_carries_configuration_assets_types_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        assert f"specvlm/{file.relative_to(ROOT)}" in names
+    for file in (ROOT / "specvlm").rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            assert str(file.relative_to(ROOT)) in names, file
+    assert "specvlm/py.typed" in names and "specvlm = specvlm.__main__:main" in entry_points
+    assert not any(name.startswith(("tests/", "experiments/", "plugins/")) for name in names)
+
+
+def test_pinned_versions_satisfy_what_the_package_asks_for():
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["test"], *extras["dev"][1:], *extras["pyav"]]:
+        need = requirements.Requirement(text)
+        assert need.specifier.contains(pins[need.name]), f"{need.name}: {pins[need.name]} is not {need.specifier}"
+    assert "torchvision" not in pins
+
+
+def test_plugin_keeps_the_contract(monkeypatch):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    from specvlm_frame_diff import FrameDiffPruner
+
+    check_pruner(FrameDiffPruner)
+    check_pruner(FrameDiffPruner, first_frame=0.0)
+
+
+def test_plugin_is_two_files():
+    assert sorted(path.name for path in PLUGIN.iterdir() if path.is_file()) == ["pyproject.toml", "specvlm_frame_diff.py"]
+
+
+def test_installed_plugin_is_in_the_help_and_composes_from_any_folder(site):
+    shown = specvlm(site, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "frame_diff" in shown.stdout and "[specvlm-frame-diff 0.1.0]" in shown.stdout
+    assert "pruner.first_frame=1.0" in shown.stdout
+    composed = specvlm(site, "--cfg", "job", "--package", "pruner", "pruner=frame_diff", "pruner.first_frame=0.5")
+    assert composed.returncode == 0, composed.stderr
+    assert "name: frame_diff\nfirst_frame: 0.5" in composed.stdout
+
+
+@pytest.mark.skipif(not PAIR.is_dir(), reason="the embedded pair is not in this checkout")
+def test_installed_plugin_decodes_losslessly_from_any_folder(site):
+    done = specvlm(site, "pruner=frame_diff", "pruner.first_frame=0.5", "max_new_tokens=12", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((site.parent / "elsewhere" / "run" / "summary.json").read_text())
+    assert summary["token_ids"] == summary["baseline_token_ids"] and len(summary["token_ids"]) == 12
+    assert 0 < summary["kept_tokens"] <= summary["video_tokens"] // 10
+    assert "FrameDiffPruner(first_frame=0.5)" in summary["strategies"]["pruner"]
+
+
+def test_removing_the_plugin_removes_its_option(site, tmp_path):
+    without = shutil.copytree(site, tmp_path / "site", ignore=shutil.ignore_patterns("specvlm_frame_diff*"))
+    gone = specvlm(without, "pruner=frame_diff")
+    assert gone.returncode == 2
+    assert gone.stderr.splitlines()[-1].startswith(
+        'specvlm: pruner=frame_diff: there is no pruner "frame_diff"; there is fastv'
+    )
+    assert "specvlm-frame-diff of SPECVLM_PLUGINS is not installed" in gone.stderr.splitlines()[0]
+    assert not list((tmp_path / "elsewhere").iterdir())
