@@ -5,7 +5,6 @@ embed → prefill the target → select → start the drafter → (propose → s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -172,9 +171,9 @@ class DecodingGraph:
             keep = None
 
     def budget(self, prompt: VideoPrompt) -> int:
-        """Video tokens the drafter may see, int(N (1 - ratio)); the small term undoes 1 - 0.9 < 0.1 in binary."""
+        """Video tokens the drafter may see."""
         total = len(prompt.video_index)
-        return total if self.pruner.keeps_all else math.floor(total * (1 - self.ratio) + 1e-9)
+        return total if self.pruner.keeps_all else KeepSet.budget(total, self.ratio)
 
     def _prunes(self, prompt: VideoPrompt) -> bool:
         """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""

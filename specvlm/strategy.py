@@ -63,7 +63,8 @@ class PruneContext:
 
     def signal(self, name: str) -> Tensor:
         if name not in self.signals:
-            raise ValueError(f'the signal "{name}" is not there: name it in the pruner\'s `needs` (there is {sorted(self.signals) or "none"})')
+            there = ", ".join(sorted(self.signals)) or "none"
+            raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the pruner')
         return self.signals[name]
 
     @property
@@ -121,7 +122,7 @@ class Sampling:
     top_p: float = 1.0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., V) logits to probabilities, in float32 or better: temperature, then top-k, then top-p, as Hugging Face orders them."""
+        """(..., V) logits to probabilities, in float32 or better: temperature, top-k, top-p, in Hugging Face's order."""
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} gives no distribution to sample from (0 is greedy)")
         scores = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits) / self.temperature

@@ -7,6 +7,7 @@ F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 otherwise), D wi
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +101,11 @@ class KeepSet:
     def __len__(self) -> int:
         return len(self.index)
 
+    @staticmethod
+    def budget(total: int, ratio: float) -> int:
+        """Tokens that may stay when the share `ratio` is dropped: int(N (1 - ratio)), without the error of 1 - 0.9 in binary."""
+        return math.floor(total * (1 - ratio) + 1e-9)
+
     @classmethod
     def top(cls, scores_N: Tensor, budget: int) -> KeepSet:
         """The `budget` highest scores; among equals the earlier token wins, on every device."""
@@ -147,7 +153,7 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """`paper`, `chain:5`, `4x2x1` (that many children of every node, a number a level), a literal list of nodes, or a .json file of one."""
+        """`paper`, `chain:5`, `4x2x1` (children of every node, a number a level), a list of nodes, or a .json file of one."""
         if text == "paper":
             return cls.from_paths(PAPER_TREE)
         head, _, tail = text.partition(":")
@@ -164,7 +170,7 @@ class TreeShape:
         try:
             return cls.from_paths(json.loads(Path(text).read_text() if text.endswith(".json") else text))
         except (json.JSONDecodeError, OSError, TypeError):
-            raise ValueError(f'tree shape {text!r} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json') from None
+            raise ValueError(f"tree shape {text!r} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json") from None
 
     def __len__(self) -> int:
         return len(self.parents)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
-from specvlm.data.video import Clip
+from specvlm.data.video import Clip, VideoInfo
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -24,6 +24,10 @@ class LlavaOneVision(VideoLM):
     @cached_property
     def _video_config(self) -> LlavaVideoConfig:
         return LlavaVideoConfig.from_folder(self.folder)
+
+    def sampling(self, info: VideoInfo) -> dict[str, Any]:
+        """32 frames, evenly spaced, as the model was trained; all of a shorter video."""
+        return {"frames": min(32, info.frames)}
 
     def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
         pixels = llava_video(clip.frames, self._video_config)

@@ -37,6 +37,25 @@ def config_of(path: str | Path) -> Any:
     return config
 
 
+def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
+    """The model without its weights: enough to make prompts, check a pair and plan memory."""
+    from transformers import AutoModelForImageTextToText
+
+    config = config_of(path)
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config)
+    return FAMILIES[config.model_type](hf.eval(), tokenizer_of(path), path, mrope)
+
+
+def dtype_of(path: str | Path, dtype: str) -> torch.dtype:
+    """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    config = config_of(path)
+    own = config.dtype or config.get_text_config().dtype
+    return getattr(torch, own) if isinstance(own, str) else own or torch.float32
+
+
 def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf") -> VideoLM:
     """Weights from safetensors alone, in the checkpoint's own dtype unless another is named; no remote code."""
     from transformers import AutoModelForImageTextToText

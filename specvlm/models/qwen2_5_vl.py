@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
-from specvlm.data.video import Clip
+from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -27,6 +27,12 @@ class Qwen2_5_VL(VideoLM):
     @property
     def _merge(self) -> int:
         return int(self.hf.config.vision_config.spatial_merge_size)
+
+    def sampling(self, info: VideoInfo) -> dict[str, Any]:
+        """Two frames a second, as its video processor; evenly spaced where that were more than it takes."""
+        if info.duration * 2 > MAX_FRAMES:
+            return {"frames": MAX_FRAMES, "sampling": "qwen"}
+        return {"fps": 2.0, "sampling": "qwen"}
 
     def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
         pixels, (t, h, w) = qwen_video(clip.frames, self._video_config)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import KVCache
-from specvlm.data.video import Clip
+from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
@@ -94,6 +94,10 @@ class VideoLM(ABC):
         return prompt
 
     @abstractmethod
+    def sampling(self, info: VideoInfo) -> dict[str, Any]:
+        """The family's own way to sample frames of such a video, as arguments of `read_video`."""
+
+    @abstractmethod
     def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
         """Pixels as the vision tower wants them, equal to the Hugging Face video processor's."""
 
@@ -129,9 +133,13 @@ class VideoLM(ABC):
             start += len(grid)
         return torch.cat(parts)
 
+    def embed_tokens(self, tokens_S: Tensor) -> Tensor:
+        """(S, D). A target with a larger padded vocabulary may utter ids unknown to its draft, which then sees its own last one."""
+        return self.text.embed_tokens(tokens_S.to(self.device).clamp(max=self.vocabulary - 1))
+
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
         """(S, D) rows that enter the language model; with `keep`, those of the kept slots only."""
-        embeds_SD = self.text.embed_tokens(prompt.tokens.to(self.device))
+        embeds_SD = self.embed_tokens(prompt.tokens)
         if prompt.images:
             at = (prompt.tokens == self.image_token).to(self.device)
             embeds_SD[at] = torch.cat([self.encode_image(image) for image in prompt.images]).to(embeds_SD.dtype)
@@ -190,8 +198,7 @@ class VideoLM(ABC):
         if seen_QT is not None:
             before = cache.length + len(tokens_Q) - seen_QT.shape[1]
             mask = torch.cat([torch.ones(len(tokens_Q), before, dtype=torch.bool), seen_QT], 1)
-        embeds_QD = self.text.embed_tokens(tokens_Q.to(self.device))
-        return self.head(self.forward(embeds_QD, positions.expand(self.axes, -1), cache, mask))
+        return self.head(self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask))
 
     def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """(M, V) logits of every node in one pass; its rows stay behind the cache until `cache.keep`."""

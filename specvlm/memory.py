@@ -1,0 +1,72 @@
+"""What a run will need, worked out from configurations before any weight is loaded."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specvlm.models.video_lm import VideoLM
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose, of one device. Weights and caches are exact, activations an estimate from the widest layer."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def plan(target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: torch.dtype, patches: int) -> MemoryPlan:
+    """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: rows of the vision tower.
+
+    target and draft may be skeletons (see `load.skeleton`). draft None: no second cache.
+    """
+    parts = {"target weights": weights(target, dtype), "target KV cache": kv_bytes(target, slots, dtype)}
+    if draft is not None:
+        if draft is not target:
+            parts["draft weights"] = weights(draft, dtype)
+        parts["draft KV cache"] = kv_bytes(draft, kept, dtype)
+    config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
+    text_rows = slots * (2 * config.intermediate_size + 4 * config.hidden_size)
+    vision_rows = patches * (2 * vision.intermediate_size + 4 * vision.hidden_size)
+    parts["activations (estimate)"] = max(text_rows, vision_rows) * dtype.itemsize
+    return MemoryPlan(parts)
+
+
+def weights(model: VideoLM, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in model.hf.parameters()) * dtype.itemsize
+
+
+def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
+    return 2 * model.layers * model.kv_heads * model.head_dim * slots * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had, None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    line = next((line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+    return int(line.split()[1]) * 1024 if line else None
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the allocator on a GPU; of the whole process, since its start, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,94 @@
+"""From the steps of a request to the figures of its summary. Every key of summary.json is explained here."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from specvlm.types import Step
+
+KEYS = {
+    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | sampled (not comparable token by token) | not checked (baseline=false)",
+    "text": "the answer, special tokens left out",
+    "token_ids": "ids of the answer, the stop id included",
+    "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",
+    "prompt_tokens": "all tokens of the prompt",
+    "video_tokens": "video tokens of the prompt",
+    "kept_tokens": "video tokens the drafter saw; null when no drafter was started",
+    "new_tokens": "length of token_ids",
+    "rounds": "checks of the target after the prefill",
+    "accepted_per_round": "guesses accepted a round, the bonus token not counted (the paper's tau); rounds cut by a stop id or the token limit are left out; null when every round was cut",
+    "tokens_per_round": "accepted_per_round + 1",
+    "drafted_per_round": "guesses checked a round",
+    "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses",
+    "time_to_first_token_s": "embed + prefill, seconds",
+    "decode_s": "everything after the first token: prune, drafter's prefill, drafting, checking",
+    "end_to_end_s": "time_to_first_token_s + decode_s; reading the video is in times_s.video",
+    "tokens_per_second": "tokens after the first, over decode_s",
+    "baseline_decode_s": "the same of `autoregressive`",
+    "baseline_end_to_end_s": "the same of `autoregressive`",
+    "speedup_decode": "baseline_decode_s / decode_s",
+    "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
+    "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify",
+    "peak_memory_bytes": "most memory in use: of the GPU's allocator, or of the whole process on a CPU",
+    "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
+    "strategies": "pruner, drafter and verifier with all their fields",
+    "versions": "of specvlm, python, torch, transformers and the machine",
+}
+
+START = ("embed", "prefill")
+
+
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    return [token for step in steps for token in step.tokens]
+
+
+def times_of(steps: Sequence[Step]) -> dict[str, float]:
+    """Seconds by part, added up over the steps."""
+    total: dict[str, float] = {}
+    for step in steps:
+        for part, seconds in step.times_s.items():
+            total[part] = total.get(part, 0.0) + seconds
+    return total
+
+
+def speed_of(steps: Sequence[Step]) -> dict[str, float]:
+    """time_to_first_token_s, decode_s, end_to_end_s, tokens_per_second."""
+    times = times_of(steps)
+    first = sum(times.get(part, 0.0) for part in START)
+    whole = sum(times.values())
+    decoded = len(tokens_of(steps)) - 1
+    rate = decoded / (whole - first) if whole > first else 0.0
+    return {"time_to_first_token_s": first, "decode_s": whole - first, "end_to_end_s": whole, "tokens_per_second": rate}
+
+
+def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
+    """rounds, accepted_per_round, tokens_per_round, drafted_per_round, acceptance_by_depth."""
+    rounds = steps[1:]
+    accepted = [step.accepted for step in rounds if step.full]
+    mean = sum(accepted) / len(accepted) if accepted else None
+    deepest = max(accepted, default=0)
+    return {
+        "rounds": len(rounds),
+        "accepted_per_round": mean,
+        "tokens_per_round": None if mean is None else mean + 1,
+        "drafted_per_round": sum(step.drafted for step in rounds) / len(rounds) if rounds else None,
+        "acceptance_by_depth": [sum(a >= depth for a in accepted) / len(accepted) for depth in range(1, deepest + 1)],
+    }
+
+
+def ratio_of(baseline: float, ours: float) -> float | None:
+    return baseline / ours if ours > 0 and baseline > 0 else None
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0], "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("specvlm", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

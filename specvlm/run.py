@@ -1,0 +1,206 @@
+"""One run: read the video, plan the memory, load the pair, decode, prove, report, write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from specvlm import lossless, memory, metrics, registry
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+from specvlm.data.video import probe, read_video
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.models.load import check_pair, dtype_of, load, skeleton
+from specvlm.models.video_lm import VideoLM
+from specvlm.show import Screen
+from specvlm.types import Step, VideoPrompt
+
+OK, MISMATCH = 0, 1
+
+
+def run(cfg: DictConfig, folder: Path) -> int:
+    """Decode one video as `cfg` says and write the run's folder. Returns 1 on MISMATCH, else 0.
+
+    Raises UserError before anything is written when the input cannot be used.
+    """
+    screen = Screen()
+    job = prepare(cfg)
+    screen.plan(job)
+    graph = assemble(cfg, job)
+    steps, baseline = decode(cfg, job, graph, folder, screen)
+    summary, verdict = summarize(cfg, job, graph, steps, baseline)
+    write_json(folder / "summary.json", summary)
+    screen.summary(summary, folder)
+    return MISMATCH if verdict == "mismatch" else OK
+
+
+@dataclass
+class Job:
+    """What is known before the weights are loaded."""
+
+    pruner: Any
+    drafter: Any
+    verifier: Any
+    prompt: VideoPrompt
+    kept: int
+    vocabulary: int
+    device: torch.device
+    dtype: torch.dtype
+    plan: memory.MemoryPlan
+    clip: str
+    question: str
+    video_s: float
+
+
+def prepare(cfg: DictConfig) -> Job:
+    """Check all input and make the prompt; reads configurations and the video, no weights."""
+    pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
+    device = device_of(cfg.device)
+    target = skeleton(model_folder(cfg.target.path), cfg.mrope)
+    draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
+    vocabulary = check_pair(target, draft) if draft else target.vocabulary
+    start = perf_counter()
+    name, path, question = find_clip(cfg.video)
+    question = cfg.question or question
+    asked = {"frames": cfg.frames, "fps": cfg.fps}
+    sampling = asked if any(asked.values()) else target.sampling(probe(path, cfg.reader))
+    prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)])
+    video_s = perf_counter() - start
+    dtype = dtype_of(target.folder, cfg.dtype)
+    graph = DecodingGraph(target, draft, pruner, drafter, verifier, cfg.ratio, cfg.positions)
+    slots = len(prompt) + cfg.max_new_tokens + drafter.max_nodes
+    kept = graph.budget(prompt)
+    drafts = {"draft": draft, "target": target, None: None}[drafter.model]
+    patches = max((v["pixels"].shape[0] for v in prompt.videos), default=0)
+    plan = memory.plan(target, drafts, slots, slots - len(prompt.video_index) + kept, dtype, patches)
+    free = memory.free_bytes(device)
+    if free is not None and plan.total > free:
+        raise UserError(
+            f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+            "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
+        )
+    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, plan, name, question, video_s)
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: there is no CUDA device here; use device=cpu or device=auto")
+    return device
+
+
+def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
+    """Load the weights of those models that the drafter needs."""
+    options = (cfg.dtype, str(job.device), cfg.mrope)
+    target = load(model_folder(cfg.target.path), *options)
+    draft = load(model_folder(cfg.draft.path), *options) if job.drafter.model == "draft" else None
+    return DecodingGraph(
+        target, draft, job.pruner, job.drafter, job.verifier, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary
+    )
+
+
+def decode(
+    cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen
+) -> tuple[list[Step], list[Step] | None]:
+    """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
+
+    def alone(limit: int) -> Iterator[Step]:
+        return autoregressive(graph.target, job.prompt, limit, job.verifier, cfg.seed, graph.caches)
+
+    with screen.waiting("warming up"):
+        for warm_up in (graph.decode(job.prompt, min(cfg.max_new_tokens, 8)), alone(min(cfg.max_new_tokens, 2))):
+            list(warm_up)
+    memory.reset_peak(job.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    steps: list[Step] = []
+    with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
+        for number, step in enumerate(graph.decode(job.prompt, cfg.max_new_tokens)):
+            steps.append(step)
+            log.write(json.dumps(row(number, step)) + "\n")
+            log.flush()
+            show(step)
+    if not cfg.baseline:
+        return steps, None
+    with screen.progress("the target on its own", len(metrics.tokens_of(steps))) as advance:
+        baseline = []
+        for step in alone(cfg.max_new_tokens):
+            baseline.append(step)
+            advance()
+    return steps, baseline
+
+
+def row(number: int, step: Step) -> dict[str, Any]:
+    """A line of steps.jsonl."""
+    fields = {"round": number, "tokens": step.tokens, "drafted": step.drafted, "accepted": step.accepted, "full": step.full}
+    kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
+    return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
+
+
+def summarize(
+    cfg: DictConfig, job: Job, graph: DecodingGraph, steps: list[Step], baseline: list[Step] | None
+) -> tuple[dict[str, Any], str]:
+    """The content of summary.json (see metrics.KEYS) and the bare verdict."""
+    tokens, alone = metrics.tokens_of(steps), metrics.tokens_of(baseline or [])
+    speed, base = metrics.speed_of(steps), metrics.speed_of(baseline or [])
+    difference = None
+    if baseline is None:
+        verdict = text = "not checked"
+    elif graph.verifier.sampling.temperature > 0:
+        verdict = text = "sampled"
+    else:
+        comparison = lossless.compare(graph.target, job.prompt, alone, tokens)
+        verdict, text = comparison.verdict, str(comparison)
+        difference = asdict(comparison) if comparison.token is not None else None
+    kept = next((len(step.keep) for step in steps if step.keep is not None), None)
+    summary = {
+        "verdict": text,
+        "text": graph.target.tokenizer.decode(tokens, skip_special_tokens=True),
+        "token_ids": tokens,
+        "baseline_token_ids": alone if baseline else None,
+        "prompt_tokens": len(job.prompt),
+        "video_tokens": len(job.prompt.video_index),
+        "kept_tokens": kept,
+        "new_tokens": len(tokens),
+        **metrics.acceptance_of(steps),
+        **speed,
+        "baseline_decode_s": base["decode_s"] if baseline else None,
+        "baseline_end_to_end_s": base["end_to_end_s"] if baseline else None,
+        "speedup_decode": metrics.ratio_of(base["decode_s"], speed["decode_s"]),
+        "speedup_end_to_end": metrics.ratio_of(base["end_to_end_s"], speed["end_to_end_s"]),
+        "times_s": {"video": job.video_s} | metrics.times_of(steps),
+        "peak_memory_bytes": memory.peak_bytes(job.device),
+        "difference": difference,
+        "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
+        "versions": metrics.versions(),
+    }
+    assert set(summary) == set(metrics.KEYS)
+    return summary, verdict
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing: a reader never sees half a file."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    part = path.with_suffix(path.suffix + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

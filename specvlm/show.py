@@ -1,0 +1,126 @@
+"""What a run shows on the terminal. The only place, beside the command line itself, that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from specvlm.types import Step
+
+if TYPE_CHECKING:
+    from specvlm.run import Job
+
+COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
+
+
+class Screen:
+    """Plain text where the output is no terminal: no colours, no bars, no control characters."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def plan(self, job: Job) -> None:
+        """The question, the memory that will be needed, and what the drafter will be shown."""
+        say = self.console.print
+        say(f"[bold]{job.clip}[/]: {job.question}")
+        parts = ", ".join(f"{name} {size(count)}" for name, count in job.plan.parts.items())
+        say(f"[dim]memory plan:[/] {size(job.plan.total)} on {job.device} ({parts})")
+        say(f"[dim]drafter:[/] {job.drafter}")
+        if job.drafter.model is None:
+            say("[dim]pruner:[/] not used, this drafter looks at no video")
+            return
+        total = len(job.prompt.video_index)
+        say(f"[dim]pruner:[/] {job.pruner} drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens")
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        if self.console.is_terminal:
+            with self.console.status(what):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar, gone when done."""
+        columns = (TextColumn("[dim]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
+    @contextmanager
+    def answer(self, tokenizer: Any) -> Iterator[Callable[[Step], None]]:
+        """Prints the answer as its tokens come. Text is shown once later tokens can no longer change it."""
+        tokens: list[int] = []
+        shown = ""
+
+        def show(step: Step) -> None:
+            nonlocal shown
+            tokens.extend(step.tokens)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if text.startswith(shown) and not text.endswith("\ufffd"):
+                self.console.print(text[len(shown) :], end="", markup=False)
+                self.console.file.flush()
+                shown = text
+
+        self.console.print()
+        try:
+            yield show
+        finally:
+            self.console.print("\n")
+
+    def summary(self, summary: dict[str, Any], folder: Path) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows(summary):
+            table.add_row(f"[dim]{name}[/]", value)
+        self.console.print(table)
+        verdict = summary["verdict"]
+        colour = next((c for start, c in COLOURS.items() if verdict.startswith(start)), "bold")
+        self.console.print(f"\n[{colour}]{verdict}[/] {meaning(verdict)}", soft_wrap=True)
+        self.console.print(f"[dim]written to {folder}[/]")
+
+
+def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The table below the answer."""
+    yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
+    accepted = summary["accepted_per_round"]
+    if accepted is not None:
+        drafted = summary["drafted_per_round"]
+        yield "per round", f"{accepted:.2f} accepted of {drafted:.0f} guesses, {summary['tokens_per_round']:.2f} tokens"
+        yield "accepted by depth", "  ".join(f"{d}: {share:.0%}" for d, share in enumerate(summary["acceptance_by_depth"], 1))
+    if summary["kept_tokens"] is not None:
+        yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"
+    yield "time to first token", seconds(summary["time_to_first_token_s"])
+    yield "decode", against(summary["decode_s"], summary["baseline_decode_s"], summary["speedup_decode"])
+    yield "end to end", against(summary["end_to_end_s"], summary["baseline_end_to_end_s"], summary["speedup_end_to_end"])
+    yield "speed", f"{summary['tokens_per_second']:.0f} tokens/s"
+    yield "time by part", ", ".join(f"{part.replace('_', ' ')} {seconds(s)}" for part, s in summary["times_s"].items())
+    yield "peak memory", size(summary["peak_memory_bytes"])
+
+
+def against(ours: float, alone: float | None, speedup: float | None) -> str:
+    if alone is None or speedup is None:
+        return seconds(ours)
+    return f"{seconds(ours)}, the target alone {seconds(alone)}: {speedup:.2f} times as fast"
+
+
+def meaning(verdict: str) -> str:
+    if verdict == "identical":
+        return "to the target's own output"
+    if verdict.startswith("numeric tie"):
+        return "- two tokens the target cannot tell apart in this dtype"
+    return ""
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,161 @@
+"""Whatever is pruned, drafted and guessed: the output is the target's own, and equals Hugging Face's."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from specvlm import lossless
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.pruners.fastv import FastVPruner
+from specvlm.pruners.none import NonePruner
+from specvlm.pruners.random import RandomPruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.pruners.verifier_attention import VerifierAttentionPruner
+from specvlm.pruners.window import WindowPruner
+from specvlm.verifiers.greedy import GreedyVerifier
+
+PRUNERS = [
+    NonePruner(),
+    UniformPruner(),
+    RandomPruner(),
+    WindowPruner("front"),
+    WindowPruner("middle"),
+    WindowPruner("back"),
+    VerifierAttentionPruner(),
+    TwoStagePruner(),
+    TwoStagePruner(spread="frame"),
+    FastVPruner(layer=2),
+    FastVPruner(layer=2, source="draft"),
+]
+DRAFTERS = [TreeDrafter(), TreeDrafter("chain:5"), TreeDrafter("3x1x2"), SelfDrafter(), PromptLookupDrafter()]
+GREEDY = GreedyVerifier()
+
+
+def decode(family, pruner=None, drafter=None, ratio=0.5, limit=30, request=None, draft=None, **fields):
+    graph = DecodingGraph(
+        tiny.model(family), draft or tiny.draft_of(family), pruner or NonePruner(), drafter or TreeDrafter(), GREEDY, ratio, **fields
+    )
+    return list(graph.decode(request or tiny.prompt(family), limit))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("request_of", [dict(), dict(videos=2), dict(images=1), dict(videos=2, images=2)], ids=str)
+def test_autoregressive_equals_hugging_face_generate(family, request_of):
+    request = tiny.prompt(family, **request_of)
+    expected = tiny.hf_greedy(tiny.model(family), request, 30)
+    assert tokens_of(list(autoregressive(tiny.model(family), request, 30, GREEDY))) == expected
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
+def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, drafter):
+    expected = tiny.hf_greedy(tiny.model(family), tiny.prompt(family), 30)
+    for ratio in (0, 0.5, 0.9, 1):
+        assert tokens_of(decode(family, pruner, drafter, ratio)) == expected, f"ratio {ratio}"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("request_of", [dict(videos=2), dict(images=1), dict(videos=3, images=1)], ids=str)
+@pytest.mark.parametrize("pruner", [TwoStagePruner(), TwoStagePruner(spread="frame"), FastVPruner(source="draft")], ids=repr)
+@pytest.mark.parametrize("positions", ["original", "reindexed"])
+def test_several_videos_and_images_stay_lossless(family, request_of, pruner, positions):
+    request = tiny.prompt(family, **request_of)
+    expected = tiny.hf_greedy(tiny.model(family), request, 20)
+    for ratio in (0.5, 0.9, 1):
+        assert tokens_of(decode(family, pruner, ratio=ratio, limit=20, request=request, positions=positions)) == expected
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("drafter", [TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("3x2x1x1x1")], ids=repr)
+def test_a_drafter_that_is_the_target_and_sees_all_is_accepted_in_full(family, drafter):
+    found = acceptance_of(decode(family, NonePruner(), drafter, limit=60, draft=tiny.model(family)))
+    assert found["accepted_per_round"] == 5.0 and found["acceptance_by_depth"] == [1.0] * 5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_reindexed_positions_are_harmless_when_nothing_is_dropped_in_1d(family):
+    steps = decode(family, NonePruner(), positions="reindexed", limit=60, draft=tiny.model(family))
+    assert (acceptance_of(steps)["accepted_per_round"] == 5.0) == (family == "llava_onevision")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_stop_ids_and_the_token_limit_are_exact(family):
+    request = tiny.prompt(family)
+    answer = tiny.hf_greedy(tiny.model(family), request, 40)
+    for limit in (1, 2, 3, 6, 7, 40):
+        assert tokens_of(decode(family, limit=limit, draft=tiny.model(family))) == answer[:limit]
+    unused = next(token for token in range(97) if token not in answer)
+    for at in (0, 1, 4, 9):
+        stop = answer[at]
+        first = answer.index(stop)
+        lm = tiny.wrap(tiny.model(family).hf)
+        lm.stop_ids = frozenset({unused, stop})
+        graph = DecodingGraph(lm, tiny.model(family), NonePruner(), TreeDrafter(), GREEDY)
+        assert tokens_of(list(graph.decode(request, 40))) == answer[: first + 1]
+        assert tokens_of(list(autoregressive(lm, request, 40, GREEDY))) == answer[: first + 1]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_padded_vocabularies_may_differ(family):
+    request = tiny.prompt(family)
+    expected = tiny.hf_greedy(tiny.model(family), request, 20)
+    for vocabulary in (94, 128):
+        assert tokens_of(decode(family, limit=20, draft=tiny.model(family, seed=3, vocabulary=vocabulary))) == expected
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_requests_of_different_length_share_caches_without_a_trace(family):
+    graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), TwoStagePruner(), TreeDrafter(), GREEDY, 0.5)
+    requests = [tiny.prompt(family, seed, frames=frames) for seed, frames in ((0, 4), (1, 9), (2, 3), (0, 4))]
+    for request in requests:
+        assert tokens_of(list(graph.decode(request, 20))) == tiny.hf_greedy(tiny.model(family), request, 20)
+    half_read = graph.decode(requests[0], 20)
+    next(half_read), next(half_read)
+    assert tokens_of(list(graph.decode(requests[1], 20))) == tiny.hf_greedy(tiny.model(family), requests[1], 20)
+    with pytest.raises(RuntimeError, match="overtaken"):
+        next(half_read)
+
+
+def test_float32_equals_generate_too():
+    for family in tiny.FAMILIES:
+        target, draft = tiny.model(family, dtype=torch.float32), tiny.draft_of(family, dtype=torch.float32)
+        request = tiny.prompt(family)
+        graph = DecodingGraph(target, draft, TwoStagePruner(), TreeDrafter(), GREEDY, 0.5)
+        assert tokens_of(list(graph.decode(request, 40))) == tiny.hf_greedy(target, request, 40)
+
+
+def test_the_comparison_tells_a_fault_from_a_tie():
+    family = "qwen2_5_vl"
+    target, request = tiny.model(family, dtype=torch.float32), tiny.prompt(family)
+    answer = tiny.hf_greedy(target, request, 12)
+    assert lossless.compare(target, request, answer, answer).verdict == "identical"
+    wrong = [*answer[:5], (answer[5] + 1) % 90, *answer[6:]]
+    found = lossless.compare(target, request, answer, wrong)
+    assert (found.verdict, found.token) == ("mismatch", 5) and found.gap > 100 * found.drift
+    assert lossless.compare(target, request, answer, answer[:7]).verdict == "mismatch"
+
+
+def test_a_tie_is_called_one_with_its_gap():
+    family = "qwen2_5_vl"
+    target, request = tiny.model(family, dtype=torch.float32), tiny.prompt(family)
+    answer = tiny.hf_greedy(target, request, 12)
+    twin = tiny.wrap(tiny.copy.deepcopy(target.hf))
+    other = next(t for t in range(5, 80) if t not in answer)
+    twin.hf.lm_head.weight[other] = twin.hf.lm_head.weight[answer[5]]  # now the two tokens tie exactly
+    found = lossless.compare(twin, request, answer, [*answer[:5], other, *answer[6:]])
+    assert (found.verdict, found.token, found.gap) == ("tie", 5, 0.0) and "numeric tie at token 5" in str(found)
+
+
+@pytest.mark.parametrize(("fields", "part"), [(dict(ratio=-0.1), "ratio"), (dict(ratio=1.5), "ratio"), (dict(positions="sideways"), "positions")])
+def test_bad_settings_are_refused_in_a_sentence(fields, part):
+    with pytest.raises(UserError, match=part):
+        decode("qwen2_5_vl", **fields)
