@@ -91,7 +91,7 @@ class Plan:
 
     def __init__(self, jobs: int, folder: Path | None) -> None:
         self.jobs = jobs
-        self.folder = folder.absolute() if folder else None
+        self.folder = Path(os.path.abspath(folder)) if folder else None
         places = [self.folder, *self.folder.parents] if self.folder else []
         self.there_before = next((place for place in places if place.exists()), None)
 

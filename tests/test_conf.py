@@ -94,6 +94,13 @@ def test_every_preset_composes(preset):
     compose.compose([preset, "target.path=a", "draft.path=b"])
 
 
+def test_presets_add_to_the_defaults():
+    sampling = compose.compose(["experiment=sampling"]).verifier
+    assert (sampling.name, sampling.temperature, sampling.top_k) == ("sampling", 0.7, 0)
+    aware, plain = (compose.compose([f"pair=embedded_qwen2_5_vl{kind}"]) for kind in ("_aware", ""))
+    assert aware.target == plain.target and aware.dtype == plain.dtype and aware.draft.path != plain.draft.path
+
+
 def test_no_preset_has_a_registered_name():
     for kind, infos in registry.collect().items():
         assert not {path.stem for path in (config.conf_dir() / kind).glob("*.yaml")} & set(infos)
@@ -219,7 +226,7 @@ def test_full_error_shows_the_traceback(ran, capsys, monkeypatch):
 
 
 def test_run_writes_into_the_dated_folder_or_where_it_is_told(ran):
-    assert main(["pruner=none"]) == 0 and main(["hydra.run.dir=a, b/c"]) == 0
+    assert main(["pruner=none"]) == 0 and main(["hydra.run.dir=x/../a, b/c"]) == 0
     folders = [folder.relative_to(Path.cwd()) for _, folder in ran.calls]
     assert folders[0].parts[0] == "outputs" and len(folders[0].parts) == 3
     assert folders[1] == Path("a, b/c")
