@@ -74,7 +74,7 @@ def prepare(cfg: DictConfig) -> Job:
     question = cfg.question or question
     asked = {"frames": cfg.frames, "fps": cfg.fps}
     sampling = asked if any(asked.values()) else target.sampling(probe(path, cfg.reader))
-    prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)])
+    prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)], max_pixels=cfg.max_pixels)
     video_s = perf_counter() - start
     dtype = dtype_of(target.folder, cfg.dtype)
     graph = DecodingGraph(target, draft, pruner, drafter, verifier, cfg.ratio, cfg.positions)

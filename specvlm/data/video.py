@@ -97,7 +97,9 @@ def read_video(
         window = _window(video.times, start, end, path)
         count = _count(len(window), source_fps, frames, fps, max_frames, sampling)
         if count > len(window):
-            raise UserError(f"{path} has {len(window)} frames{_span(start, end)}, fewer than the {count} asked for: set frames={len(window)} or less")
+            raise UserError(
+                f"{path} has {len(window)} frames{_span(start, end)}, fewer than the {count} asked for: set frames={len(window)} or less"
+            )
         if count > max_frames:
             raise UserError(f"{path}: {count} frames are more than max_frames={max_frames}: set frames=, fps= or max_frames=")
         index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
@@ -106,9 +108,7 @@ def read_video(
     return Clip(pixels, times, len(index) / len(window) * source_fps, str(path), total, source_fps)
 
 
-def _check(
-    frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str
-) -> None:
+def _check(frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str) -> None:
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
@@ -163,9 +163,7 @@ def _span(start: float, end: float | None) -> str:
     return f" from {start} s" + ("" if end is None else f" to {end} s")
 
 
-def _count(
-    total: int, source_fps: float, frames: int | None, fps: float | None, max_frames: int, sampling: str
-) -> int:
+def _count(total: int, source_fps: float, frames: int | None, fps: float | None, max_frames: int, sampling: str) -> int:
     if frames is not None:
         return max(2 * round(frames / 2), 1) if sampling == "qwen" else frames
     if fps is None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
+from specvlm.data.settings import read_video_settings
 from specvlm.data.video import Clip, VideoInfo
+from specvlm.errors import UserError
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -26,10 +28,16 @@ class LlavaOneVision(VideoLM):
         return LlavaVideoConfig.from_folder(self.folder)
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """32 frames, evenly spaced, as the model was trained; all of a shorter video."""
-        return {"frames": min(32, info.frames)}
+        """As its video processor's settings have it, else 32 frames, evenly spaced; never more than there are."""
+        settings = read_video_settings(self.folder, ("Llava",))
+        frames = int(settings.get("num_frames") or 32)
+        if settings.get("fps") and info.duration * float(settings["fps"]) <= frames:
+            return {"fps": float(settings["fps"])}
+        return {"frames": min(frames, info.frames)}
 
-    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
+    def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
+        if max_pixels:
+            raise UserError(f"max_pixels={max_pixels}: {self.family} takes frames of one size, there is nothing to limit")
         pixels = llava_video(clip.frames, self._video_config)
         return self.grid(len(pixels)), {"pixels": pixels}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
+from specvlm.data.settings import read_video_settings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
@@ -29,13 +31,14 @@ class Qwen2_5_VL(VideoLM):
         return int(self.hf.config.vision_config.spatial_merge_size)
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Two frames a second, as its video processor; evenly spaced where that were more than it takes."""
-        if info.duration * 2 > MAX_FRAMES:
-            return {"frames": MAX_FRAMES, "sampling": "qwen"}
-        return {"fps": 2.0, "sampling": "qwen"}
+        """As its video processor's settings have it, else two frames a second; evenly spaced where that were too many."""
+        settings = read_video_settings(self.folder, ("Qwen",))
+        fps, most = float(settings.get("fps") or 2), int(settings.get("max_frames") or MAX_FRAMES)
+        return {"frames": most, "sampling": "qwen"} if info.duration * fps > most else {"fps": fps, "sampling": "qwen"}
 
-    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
-        pixels, (t, h, w) = qwen_video(clip.frames, self._video_config)
+    def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
+        config = replace(self._video_config, max_pixels=max_pixels) if max_pixels else self._video_config
+        pixels, (t, h, w) = qwen_video(clip.frames, config)
         seconds = self._video_config.temporal_patch_size / clip.fps
         return TokenGrid(t, h // self._merge, w // self._merge), {"pixels": pixels, "thw": (t, h, w), "seconds": seconds}
 

@@ -63,15 +63,18 @@ class VideoLM(ABC):
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
-    def prompt(self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = ()) -> VideoPrompt:
+    def prompt(
+        self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = (), max_pixels: int | None = None
+    ) -> VideoPrompt:
         """A chat turn: the images, then the videos, then the question, through the tokenizer's own chat template.
 
-        images: uint8 (3, H, W). Raises UserError when the template leaves no text after the video.
+        images: uint8 (3, H, W). max_pixels: of one frame, instead of the checkpoint's own limit. Raises UserError when
+        the template leaves no text after the video.
         """
         content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips) + [{"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        videos = [self.process_video(clip) for clip in clips]
+        videos = [self.process_video(clip, max_pixels) for clip in clips]
         return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], [self.process_image(i) for i in images])
 
     def expand(
@@ -98,7 +101,7 @@ class VideoLM(ABC):
         """The family's own way to sample frames of such a video, as arguments of `read_video`."""
 
     @abstractmethod
-    def process_video(self, clip: Clip) -> tuple[TokenGrid, dict[str, Any]]:
+    def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
         """Pixels as the vision tower wants them, equal to the Hugging Face video processor's."""
 
     @abstractmethod
