@@ -1,0 +1,259 @@
+"""Held-out acceptance of the embedded pairs: every pruner, every ratio, both drafts, captions and questions.
+
+Output is greedy and lossless, so a scene's answer is decoded once by the target; each setting then drafts against that
+known answer, which accepts exactly what the target would (tests/test_evaluate.py shows it). Rows: one per scene, draft
+and setting, in results/<family>_<kind>.jsonl; `report` turns them into the tables of RESULTS.md.
+
+    python -m experiments.embedded_pair.evaluate run --family qwen2_5_vl --kind caption --scenes 128 --workers 2
+    python -m experiments.embedded_pair.evaluate report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specvlm.config import model_folder
+from specvlm.data import synthetic
+from specvlm.data.video import Clip
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph, generator_for
+from specvlm.models.attention import Guidance
+from specvlm.models.load import load
+from specvlm.models.video_lm import VideoLM
+from specvlm.pruners.fastv import FastVPruner
+from specvlm.pruners.none import NonePruner
+from specvlm.pruners.random import RandomPruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.pruners.verifier_attention import VerifierAttentionPruner
+from specvlm.pruners.window import WindowPruner
+from specvlm.strategy import DraftContext, DraftSession, Pruner, Sampling
+from specvlm.types import DraftTree, Verdict, VideoPrompt
+from specvlm.verifiers.greedy import GreedyVerifier
+
+RESULTS = Path(__file__).parent / "results"
+FAMILIES = ("qwen2_5_vl", "llava_onevision")
+DRAFTS = ("plain", "aware")
+RATIOS = (0.5, 0.75, 0.9, 0.95)
+FIRST_SCENE = 77_000_000  # held out: training draws other seeds
+PRUNERS: dict[str, Pruner] = {
+    "uniform": UniformPruner(),
+    "random": RandomPruner(),
+    "window front": WindowPruner("front"),
+    "window middle": WindowPruner("middle"),
+    "window back": WindowPruner("back"),
+    "verifier_attention": VerifierAttentionPruner(),
+    "two_stage": TwoStagePruner(),
+    "two_stage spread=frame": TwoStagePruner(spread="frame"),
+    "fastv": FastVPruner(),
+    "fastv source=draft": FastVPruner(layer=1, source="draft"),
+}
+
+
+def settings() -> Iterator[tuple[str, Pruner, float, str]]:
+    """name, pruner, ratio, positions of the drafter."""
+    yield "full context", NonePruner(), 0.0, "original"
+    yield "text only", UniformPruner(), 1.0, "original"
+    for ratio in RATIOS:
+        for name, pruner in PRUNERS.items():
+            yield name, pruner, ratio, "original"
+    for ratio in (0.5, 0.9):
+        yield "two_stage positions=reindexed", TwoStagePruner(), ratio, "reindexed"
+
+
+def scene_request(lm: VideoLM, family: str, kind: str, number: int) -> tuple[VideoPrompt, str]:
+    """A held-out scene as a prompt, and its gold answer. Captions: at least two objects, as in the prototype's figures."""
+    seed = FIRST_SCENE + number
+    scene = synthetic.sample_scene(seed, min_objects=2)
+    if kind == "caption":
+        question, gold = random.Random(seed).choice(synthetic.CAPTION_QUESTIONS), synthetic.caption(scene)
+    else:
+        question, gold = random.Random(seed).choice(synthetic.questions(scene, seed))
+    frames = torch.from_numpy(synthetic.render(scene, seed)).permute(0, 3, 1, 2)
+    step = 1 if family == "qwen2_5_vl" else 2  # LLaVA-OneVision takes one frame a second
+    clip = Clip(frames[::step].contiguous(), (), synthetic.FPS / step, f"scene {seed}", len(frames), synthetic.FPS)
+    return lm.prompt(question, [clip]), gold
+
+
+def replay(session: DraftSession, answer: list[int]) -> list[tuple[int, bool]]:
+    """Rounds of a drafter against a known greedy answer (its first token came from the prefill): (accepted, full)."""
+    at, verdict, rounds = 0, None, []
+    while at + 1 < len(answer):
+        tree = session.propose(verdict)
+        path = longest_match(tree, answer[at + 1 :])
+        end = at + len(path)  # the bonus token's place
+        full = end < len(answer)
+        rounds.append((len(path) - 1, full))
+        if not full:
+            break
+        verdict, at = Verdict(tuple(path), answer[end]), end
+    return rounds
+
+
+def longest_match(tree: DraftTree, following: list[int]) -> list[int]:
+    """Nodes, root first, whose tokens are the beginning of `following`."""
+    tokens, path = tree.tokens.tolist(), [0]
+    for wanted in following:
+        child = next((n for n in range(1, len(tree)) if tree.parents[n] == path[-1] and tokens[n] == wanted), None)
+        if child is None:
+            break
+        path.append(child)
+    return path
+
+
+class Family:
+    """The target and the drafts of one family, in float32, one thread."""
+
+    def __init__(self, family: str, shape: str) -> None:
+        self.family = family
+        self.target = load(model_folder(f"embedded:{family}/target"), "float32")
+        self.drafts = {name: load(model_folder(f"embedded:{family}/{name}"), "float32") for name in DRAFTS}
+        self.drafter = TreeDrafter(shape)
+
+    @torch.inference_mode()
+    def scene(self, kind: str, number: int, limit: int = 200) -> list[dict[str, Any]]:
+        target = self.target
+        prompt, gold = scene_request(target, self.family, kind, number)
+        guidance = Guidance(prompt.video_index, rows=True, last_row=True)
+        features = target.features(prompt)
+        cache = target.new_cache(len(prompt) + limit)
+        hidden = target.prefill(target.embed(prompt, features), target.positions(prompt), cache, prompt.cut, guidance)
+        answer = [int(target.head(hidden).argmax())]
+        while answer[-1] not in target.stop_ids and len(answer) < limit:
+            answer.append(int(target.append(torch.tensor(answer[-1:]), [0], None, cache)[0].argmax()))
+        text = target.tokenizer.decode(answer, skip_special_tokens=True)
+        exact = text.split() == target.tokenizer.decode(target.tokenizer(gold)["input_ids"], skip_special_tokens=True).split()
+        rows = [{"scene": number, "exact": exact, "tokens": len(answer)}]
+        for draft_name, draft in self.drafts.items():
+            draft_features = draft.features(prompt)
+            draft.features = lambda *_, known=draft_features: known  # the tower is not what is measured here
+            for name, pruner, ratio, positions in settings():
+                graph = DecodingGraph(target, draft, pruner, self.drafter, GreedyVerifier(), ratio, positions)
+                generator = generator_for(number)
+                keep = graph.select(prompt, guidance, features, generator)
+                session = self.drafter.start(
+                    DraftContext(prompt, keep, answer[0], target, draft, None, positions, limit, graph.vocabulary, Sampling(), generator)
+                )
+                rounds = replay(session, answer)
+                full = [accepted for accepted, whole in rounds if whole]
+                row = {"scene": number, "draft": draft_name, "setting": name, "ratio": ratio, "kept": len(keep)}
+                rows.append(row | {"rounds": len(rounds), "accepted": full})
+            del draft.features
+        return rows
+
+
+_family: Family | None = None
+
+
+def _start(family: str, shape: str) -> None:
+    global _family
+    torch.set_num_threads(1)
+    _family = Family(family, shape)
+
+
+def _scene(job: tuple[str, int]) -> list[dict[str, Any]]:
+    assert _family is not None
+    return _family.scene(*job)
+
+
+def run(family: str, kind: str, scenes: int, workers: int, shape: str, out: Path) -> None:
+    """Rows appended as scenes finish; scenes already in the file are not done again."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{family}_{kind}.jsonl"
+    done = {json.loads(line)["scene"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    jobs = [(kind, number) for number in range(scenes) if number not in done]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (family, shape)) as pool, path.open("a") as file:
+        for count, rows in enumerate(pool.map(_scene, jobs), start=1):
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            if count % 8 == 0:
+                print(f"{family} {kind}: {count} of {len(jobs)} scenes", flush=True)
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def per_scene(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float], dict[int, float]]:
+    """(draft, setting, ratio) → scene → accepted per round, of scenes with a round that was not cut short."""
+    table: dict[tuple[str, str, float], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row.get("accepted"):
+            table[row["draft"], row["setting"], row["ratio"]][row["scene"]] = sum(row["accepted"]) / len(row["accepted"])
+    return table
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean over scenes with its 95 % bootstrap interval (percentiles, fixed seed)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
+    low, high = x[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(x.mean()), low, high
+
+
+def tables(family: str, kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    scenes = [row for row in rows if "exact" in row]
+    exact = sum(row["exact"] for row in scenes)
+    length = sum(row["tokens"] for row in scenes) / len(scenes)
+    yield f"## {family}, {kind}s\n\nTarget: {exact} of {len(scenes)} exact ({exact / len(scenes):.1%}), {length:.0f} tokens on average.\n"
+    table = per_scene(rows)
+    for draft in DRAFTS:
+        names = list(dict.fromkeys(setting for d, setting, _ in table if d == draft))
+        ratios = sorted({ratio for d, _, ratio in table if d == draft})
+        yield f"### draft `{draft}`\n"
+        yield "| setting | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"
+        yield "|---|" + "---|" * len(ratios)
+        for name in names:
+            cells = []
+            for ratio in ratios:
+                values = table.get((draft, name, ratio))
+                mean, low, high = interval(list(values.values())) if values else (0.0, 0.0, 0.0)
+                cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]" if values else "")
+            yield f"| {name} | " + " | ".join(cells) + " |"
+        yield ""
+
+
+def report(out: Path) -> None:
+    lines = ["# Accepted per round, held-out scenes\n", HEADER]
+    for family in FAMILIES:
+        for kind in ("caption", "question"):
+            path = out / f"{family}_{kind}.jsonl"
+            if path.is_file():
+                lines += tables(family, kind, [json.loads(line) for line in path.read_text().splitlines()])
+    (out / "RESULTS.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+HEADER = """Synthetic scenes, greedy, the paper's 25-node tree, float32. A cell is the mean over scenes of a scene's accepted guesses per
+round (bonus token not counted, rounds cut short by the end of the answer left out; at most 5), with its 95 % bootstrap interval over
+scenes. Columns are the share of video tokens dropped. `plain` never saw pruned input in training, `aware` did.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser.add_argument("--kind", choices=("caption", "question"), default="caption")
+    parser.add_argument("--scenes", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shape", default="paper")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.action == "report":
+        report(args.out)
+    else:
+        run(args.family, args.kind, args.scenes, args.workers, args.shape, args.out)
+
+
+if __name__ == "__main__":
+    main()
