@@ -58,10 +58,10 @@ def _llava_tokens(size: tuple[int, int], config: Any) -> int:
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = size
-    side = config.vision_config.image_size
-    cells = side // config.vision_config.patch_size
+    side: int = config.vision_config.image_size
+    cells: int = side // config.vision_config.patch_size
     best_height, best_width = select_best_resolution(size, config.image_grid_pinpoints)
-    rows, columns = best_height // side * cells, best_width // side * cells
+    rows, columns = int(best_height) // side * cells, int(best_width) // side * cells
     if width / height > columns / rows:
         rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
     else:

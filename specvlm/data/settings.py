@@ -15,7 +15,7 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
     """
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
-    found = read_json(folder / "processor_config.json").get("video_processor")
+    found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if found is None and (folder / name).is_file():
             found = read_json(folder / name)

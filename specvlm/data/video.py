@@ -97,9 +97,8 @@ def read_video(
         window = _window(video.times, start, end, path)
         count = _count(len(window), source_fps, frames, fps, max_frames, sampling)
         if count > len(window):
-            raise UserError(
-                f"{path} has {len(window)} frames{_span(start, end)}, fewer than the {count} asked for: set frames={len(window)} or less"
-            )
+            has = f"{path} has {len(window)} frames{_span(start, end)}"
+            raise UserError(f"{has}, fewer than the {count} asked for: set frames={len(window)} or less")
         if count > max_frames:
             raise UserError(f"{path}: {count} frames are more than max_frames={max_frames}: set frames=, fps= or max_frames=")
         index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
