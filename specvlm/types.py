@@ -255,9 +255,6 @@ class Verdict:
         return len(self.path) - 1
 
 
-Accepted = Verdict
-
-
 @dataclass(frozen=True)
 class Step:
     """One round as it happened. tokens: what it adds to the output, stop id included, never past a stop id or the limit.

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.models.video_lm import VideoLM
 from specvlm.strategy import DraftContext, Drafter, DraftSession
 from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Lossless speculative decoding for video LLMs, as a framework of exchangeable strategies.
+
+    from specvlm import DecodingGraph, load, registry
+    graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
+    for step in graph.decode(prompt, max_new_tokens=256): …
+
+What needs transformers is imported at first use, so that plugins and the command line start fast.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from specvlm.errors import UserError
+from specvlm.plugins import hookimpl
+from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Sampling, Verifier, VerifyContext
+from specvlm.types import DraftTree, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
+
+_LATER = {
+    "DecodingGraph": "specvlm.graph",
+    "autoregressive": "specvlm.graph",
+    "check_pair": "specvlm.models.load",
+    "load": "specvlm.models.load",
+    "compare": "specvlm.lossless",
+    "read_video": "specvlm.data.video",
+}
+
+__all__ = [
+    "DecodingGraph",
+    "DraftContext",
+    "DraftSession",
+    "DraftTree",
+    "Drafter",
+    "KeepSet",
+    "PruneContext",
+    "Pruner",
+    "Sampling",
+    "Step",
+    "TokenGrid",
+    "TreeShape",
+    "UserError",
+    "Verdict",
+    "Verifier",
+    "VerifyContext",
+    "VideoPrompt",
+    "autoregressive",
+    "check_pair",
+    "compare",
+    "hookimpl",
+    "load",
+    "read_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'specvlm' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
