@@ -76,7 +76,12 @@ def prefill(
 
 @torch.inference_mode()
 def autoregressive(
-    target: VideoLM, prompt: VideoPrompt, max_new_tokens: int, verifier: Verifier, seed: int = 0, caches: CachePool | None = None
+    target: VideoLM,
+    prompt: VideoPrompt,
+    max_new_tokens: int,
+    verifier: Verifier,
+    seed: int = 0,
+    caches: CachePool | None = None,
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
@@ -154,10 +159,12 @@ class DecodingGraph:
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
-        verdict = None
+        verdict, first = None, True
         while not output.done:
             if self.caches.lease("target") != lease:
-                raise RuntimeError("this request was overtaken by a newer one on the same graph; read one to its end before the next")
+                raise RuntimeError(
+                    "this request was overtaken by a newer one on the same graph; read one to its end before the next"
+                )
             tree = session.propose(verdict)
             clock.mark("draft")
             base = cache.length
@@ -167,8 +174,8 @@ class DecodingGraph:
             new = [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
             clock.mark("verify")
             tokens = output.take(new)
-            yield Step(tokens, len(tree) - 1, verdict.accepted, len(tokens) == len(new), clock.lap(), keep)
-            keep = None
+            yield Step(tokens, len(tree) - 1, verdict.accepted, len(tokens) == len(new), clock.lap(), keep if first else None)
+            first = False
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
@@ -188,7 +195,9 @@ class DecodingGraph:
             return None
         return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row)
 
-    def select(self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator) -> KeepSet:
+    def select(
+        self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
+    ) -> KeepSet:
         """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much."""
         total, budget = len(prompt.video_index), self.budget(prompt)
         if not self._prunes(prompt):
@@ -206,11 +215,13 @@ class DecodingGraph:
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
         keep = self.pruner.select(context)
         if keep.total != total or len(keep) > budget:
-            raise ValueError(f"pruner {self.pruner.name} kept {len(keep)} of {keep.total} tokens, its budget was {budget} of {total}")
+            raise ValueError(
+                f"pruner {self.pruner.name} kept {len(keep)} of {keep.total} tokens, its budget was {budget} of {total}"
+            )
         return keep
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
-        """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer that is asked for."""
+        """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer asked for."""
         model = self.target if self.drafter.model == "target" else self.draft
         assert model is not None
         features = features_ND if model is self.target else model.features(prompt)

@@ -41,10 +41,11 @@ class Comparison:
 @torch.inference_mode()
 def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], output: Sequence[int]) -> Comparison:
     """Tie: the gap is within what the two ways of computing the same logits differ by, and that difference is rounding."""
-    at = next((i for i, (ours, theirs) in enumerate(zip(output, baseline)) if ours != theirs), min(len(output), len(baseline)))
+    shorter = min(len(output), len(baseline))
+    at = next((i for i in range(shorter) if output[i] != baseline[i]), shorter)
     if at == len(output) == len(baseline):
         return Comparison("identical")
-    if at == min(len(output), len(baseline)):
+    if at == shorter:
         return Comparison("mismatch", at, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
     if at == 0:
         return Comparison("mismatch", at, reason="the first token comes from the same prefill in both")
@@ -53,9 +54,13 @@ def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], outpu
     drift = float((one_row_V - many_rows_V).abs().max())
     gap = float(one_row_V[baseline[at]] - one_row_V[output[at]])
     if drift > DRIFT[target.dtype] * scale:
-        return Comparison("mismatch", at, gap, drift, f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains")
+        return Comparison(
+            "mismatch", at, gap, drift, f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains"
+        )
     if gap > 4 * drift + epsilon * scale:
-        return Comparison("mismatch", at, gap, drift, f"the target prefers its own token by {gap:.1g}, rounding explains {drift:.1g}")
+        return Comparison(
+            "mismatch", at, gap, drift, f"the target prefers its own token by {gap:.1g}, rounding explains {drift:.1g}"
+        )
     return Comparison("tie", at, gap, drift)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from specvlm.types import Step
 
 KEYS = {
-    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | sampled (not comparable token by token) | not checked (baseline=false)",
+    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | sampled | not checked (no baseline)",
     "text": "the answer, special tokens left out",
     "token_ids": "ids of the answer, the stop id included",
     "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",
@@ -20,7 +20,8 @@ KEYS = {
     "kept_tokens": "video tokens the drafter saw; null when no drafter was started",
     "new_tokens": "length of token_ids",
     "rounds": "checks of the target after the prefill",
-    "accepted_per_round": "guesses accepted a round, the bonus token not counted (the paper's tau); rounds cut by a stop id or the token limit are left out; null when every round was cut",
+    "accepted_per_round": "guesses accepted a round, the bonus token not counted (the paper's tau), of rounds that no stop id "
+    "or token limit cut short; null when there is none",
     "tokens_per_round": "accepted_per_round + 1",
     "drafted_per_round": "guesses checked a round",
     "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses",

@@ -21,7 +21,6 @@ from specvlm.data.video import probe, read_video
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, load, skeleton
-from specvlm.models.video_lm import VideoLM
 from specvlm.show import Screen
 from specvlm.types import Step, VideoPrompt
 

@@ -49,7 +49,12 @@ class Screen:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar, gone when done."""
-        columns = (TextColumn("[dim]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("[dim]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)

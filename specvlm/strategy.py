@@ -48,7 +48,7 @@ class PruneContext:
     budget: int
     signals: dict[str, Tensor] = field(default_factory=dict)
     generator: torch.Generator | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def total(self) -> int:

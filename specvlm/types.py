@@ -103,7 +103,7 @@ class KeepSet:
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:
-        """Tokens that may stay when the share `ratio` is dropped: int(N (1 - ratio)), without the error of 1 - 0.9 in binary."""
+        """Tokens that stay when the share `ratio` is dropped: int(N (1 - ratio)), free of the error of 1 - 0.9 in binary."""
         return math.floor(total * (1 - ratio) + 1e-9)
 
     @classmethod

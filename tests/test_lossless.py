@@ -41,7 +41,13 @@ GREEDY = GreedyVerifier()
 
 def decode(family, pruner=None, drafter=None, ratio=0.5, limit=30, request=None, draft=None, **fields):
     graph = DecodingGraph(
-        tiny.model(family), draft or tiny.draft_of(family), pruner or NonePruner(), drafter or TreeDrafter(), GREEDY, ratio, **fields
+        tiny.model(family),
+        draft or tiny.draft_of(family),
+        pruner or NonePruner(),
+        drafter or TreeDrafter(),
+        GREEDY,
+        ratio,
+        **fields,
     )
     return list(graph.decode(request or tiny.prompt(family), limit))
 
@@ -155,7 +161,9 @@ def test_a_tie_is_called_one_with_its_gap():
     assert (found.verdict, found.token, found.gap) == ("tie", 5, 0.0) and "numeric tie at token 5" in str(found)
 
 
-@pytest.mark.parametrize(("fields", "part"), [(dict(ratio=-0.1), "ratio"), (dict(ratio=1.5), "ratio"), (dict(positions="sideways"), "positions")])
+@pytest.mark.parametrize(
+    ("fields", "part"), [(dict(ratio=-0.1), "ratio"), (dict(ratio=1.5), "ratio"), (dict(positions="sideways"), "positions")]
+)
 def test_bad_settings_are_refused_in_a_sentence(fields, part):
     with pytest.raises(UserError, match=part):
         decode("qwen2_5_vl", **fields)

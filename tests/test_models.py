@@ -113,7 +113,9 @@ def test_guidance_stops_the_pass_at_the_layer_asked_for():
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     full, early = (Guidance(request.video_index, rows=False, last_row=True, depth=depth) for depth in (None, 2))
     for guidance in (full, early):
-        lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(len(request)), guidance=guidance)
+        lm.prefill(
+            lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(len(request)), guidance=guidance
+        )
     assert len(full.last_rows()) == 3 and torch.equal(early.last_rows(), full.last_rows()[:2])
 
 

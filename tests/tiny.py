@@ -53,7 +53,13 @@ def _qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
 
 def _llava(vocabulary: int) -> LlavaOnevisionForConditionalGeneration:
     vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4, initializer_range=0.2
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=20,
+        patch_size=4,
+        initializer_range=0.2,
     )
     rope = {"rope_type": "default", "rope_theta": 1000.0}
     return LlavaOnevisionForConditionalGeneration(
@@ -127,5 +133,7 @@ def prompt(family: str, seed: int = 0, videos: int = 1, images: int = 0, frames:
 
 def hf_greedy(lm: VideoLM, request: VideoPrompt, limit: int, stops: list[int] | None = None) -> list[int]:
     """Hugging Face's own answer."""
-    out = lm.hf.generate(**lm.generate_inputs(request), max_new_tokens=limit, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    out = lm.hf.generate(
+        **lm.generate_inputs(request), max_new_tokens=limit, do_sample=False, eos_token_id=stops, pad_token_id=0
+    )
     return out[0, len(request) :].tolist()

@@ -142,7 +142,9 @@ class Family:
                 generator = generator_for(number)
                 keep = graph.select(prompt, guidance, features, generator)
                 session = self.drafter.start(
-                    DraftContext(prompt, keep, answer[0], target, draft, None, positions, limit, graph.vocabulary, Sampling(), generator)
+                    DraftContext(
+                        prompt, keep, answer[0], target, draft, None, positions, limit, graph.vocabulary, Sampling(), generator
+                    )
                 )
                 rounds = replay(session, answer)
                 full = [accepted for accepted, whole in rounds if whole]
@@ -204,7 +206,8 @@ def tables(family: str, kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     scenes = [row for row in rows if "exact" in row]
     exact = sum(row["exact"] for row in scenes)
     length = sum(row["tokens"] for row in scenes) / len(scenes)
-    yield f"## {family}, {kind}s\n\nTarget: {exact} of {len(scenes)} exact ({exact / len(scenes):.1%}), {length:.0f} tokens on average.\n"
+    yield f"## {family}, {kind}s\n"
+    yield f"Target: {exact} of {len(scenes)} exact ({exact / len(scenes):.1%}), {length:.0f} tokens on average.\n"
     table = per_scene(rows)
     for draft in DRAFTS:
         names = list(dict.fromkeys(setting for d, setting, _ in table if d == draft))
@@ -233,9 +236,10 @@ def report(out: Path) -> None:
     print("\n".join(lines))
 
 
-HEADER = """Synthetic scenes, greedy, the paper's 25-node tree, float32. A cell is the mean over scenes of a scene's accepted guesses per
-round (bonus token not counted, rounds cut short by the end of the answer left out; at most 5), with its 95 % bootstrap interval over
-scenes. Columns are the share of video tokens dropped. `plain` never saw pruned input in training, `aware` did.
+HEADER = """Synthetic scenes, greedy, the paper's 25-node tree, float32. A cell is the mean over scenes of a scene's accepted
+guesses per round (bonus token not counted, rounds cut short by the end of the answer left out; at most 5), with its
+95 % bootstrap interval over scenes. Columns are the share of video tokens dropped. `plain` never saw pruned input in
+training, `aware` did.
 """
 
 

@@ -23,5 +23,7 @@ def find_clip(video: str) -> tuple[str, Path, str]:
         return video, FOLDER / f"{video}.mp4", clips.get(video, {}).get("question", QUESTION)
     path = Path(video).expanduser()
     if not path.exists() and "/" not in video and not path.suffix:
-        raise UserError(f"video={video}: no such file, and no embedded clip; there is {', '.join(names())}.{did_you_mean(video, names())}")
+        raise UserError(
+            f"video={video}: no such file, and no embedded clip; there is {', '.join(names())}.{did_you_mean(video, names())}"
+        )
     return path.name, path, QUESTION

@@ -41,7 +41,7 @@ class Guidance:
         heads, count = query.shape[1], query.shape[2]
         rows = slice(None) if self.rows else slice(count - 1, count)
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1) if self.rows else None
-        mean = last = 0.0
+        mean = last = query.new_zeros(())
         for head, key_KD in enumerate(key[0]):
             group = heads // key.shape[1]
             query_GQD = query[0, head * group : (head + 1) * group, rows]

@@ -55,7 +55,9 @@ class LlavaOneVision(VideoLM):
         core = self.hf.model
         newline_D = core.image_newline.to(self.dtype)[None]
         chosen = torch.arange(grid.frames) if frames is None else frames
-        features_FPD = torch.zeros(grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device)
+        features_FPD = torch.zeros(
+            grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device
+        )
         if len(chosen):
             pixels = video["pixels"][chosen].to(self.device, self.dtype)
             out = core.get_video_features(pixels[None]).pooler_output.flatten(0, -2)

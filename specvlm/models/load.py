@@ -102,13 +102,16 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
     Padded vocabularies may differ in size; the tokenizers may not differ at all, since ids are what the two exchange.
     """
     if target.family != draft.family:
-        raise UserError(f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}: a pair needs one family")
+        raise UserError(
+            f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}: a pair needs one family"
+        )
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
-        token, number = next(((t, i) for t, i in ours.items() if theirs.get(t) != i), next(iter(theirs.items())))
+        token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))
         raise UserError(
             f"target {target.folder} and draft {draft.folder} have different tokenizers "
-            f"({len(ours)} and {len(theirs)} tokens; {token!r} is {ours.get(token)} and {theirs.get(token)}): they cannot draft for one another"
+            f"({len(ours)} and {len(theirs)} tokens; {token!r} is {ours.get(token)} and {theirs.get(token)}): "
+            "they cannot draft for one another"
         )
     return min(target.vocabulary, draft.vocabulary)
 

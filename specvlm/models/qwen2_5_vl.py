@@ -78,7 +78,9 @@ class Qwen2_5_VL(VideoLM):
         """(3, S). "hf" asks the installed transformers, whose rules differ between releases, so that `generate` is matched."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
-        position_ids, _ = self.hf.model.get_rope_index(prompt.tokens[None], mm_token_type_ids=self._kinds(prompt), **self._grids(prompt))
+        position_ids, _ = self.hf.model.get_rope_index(
+            prompt.tokens[None], mm_token_type_ids=self._kinds(prompt), **self._grids(prompt)
+        )
         return position_ids[:, 0]
 
     def _reference_positions(self, prompt: VideoPrompt) -> Tensor:

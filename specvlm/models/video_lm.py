@@ -72,7 +72,9 @@ class VideoLM(ABC):
         the template leaves no text after the video.
         """
         content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips) + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], [self.process_image(i) for i in images])
@@ -84,16 +86,20 @@ class VideoLM(ABC):
         videos: Sequence[dict[str, Any]],
         images: Sequence[dict[str, Any]] = (),
     ) -> VideoPrompt:
-        """Token ids with one placeholder a video and image → VideoPrompt with one a token. images carry their "tokens" count."""
+        """Token ids with a placeholder for each video and image to one a token. images carry their "tokens" count."""
         for token, wanted, what in ((self.video_token, len(grids), "videos"), (self.image_token, len(images), "images")):
-            if list(ids).count(token) != wanted:
-                raise UserError(f"the prompt text has {list(ids).count(token)} placeholders for {wanted} {what}; remove special tokens from the question")
+            if (found := list(ids).count(token)) != wanted:
+                raise UserError(f"{found} placeholders for {wanted} {what} in the prompt: leave special tokens out of the question")
         lengths = {self.video_token: iter(map(len, grids)), self.image_token: iter(int(image["tokens"]) for image in images)}
         tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
         tokens_S = torch.tensor(tokens)
-        prompt = VideoPrompt(tokens_S, (tokens_S == self.video_token).nonzero().flatten(), tuple(grids), tuple(videos), tuple(images))
+        prompt = VideoPrompt(
+            tokens_S, (tokens_S == self.video_token).nonzero().flatten(), tuple(grids), tuple(videos), tuple(images)
+        )
         if prompt.cut == len(prompt):
-            raise UserError("no text follows the video: put the question behind it, since its attention is what scores the video tokens")
+            raise UserError(
+                "no text follows the video: put the question behind it, since its attention is what scores the video tokens"
+            )
         return prompt
 
     @abstractmethod
@@ -137,7 +143,7 @@ class VideoLM(ABC):
         return torch.cat(parts)
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
-        """(S, D). A target with a larger padded vocabulary may utter ids unknown to its draft, which then sees its own last one."""
+        """(S, D). A target of larger padded vocabulary may utter ids unknown to its draft, which then sees its last one."""
         return self.text.embed_tokens(tokens_S.to(self.device).clamp(max=self.vocabulary - 1))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
@@ -157,8 +163,10 @@ class VideoLM(ABC):
 
     # ---- the language model ------------------------------------------------------------------------------------------
 
-    def forward(self, embeds_QD: Tensor, positions_AQ: Tensor, cache: KVCache, mask_QK: Tensor | None, guidance: Guidance | None = None) -> Tensor:
-        """One pass over rows that are appended to the cache. mask None: causal, on an empty cache. Returns hidden states (Q, D)."""
+    def forward(
+        self, embeds_QD: Tensor, positions_AQ: Tensor, cache: KVCache, mask_QK: Tensor | None, guidance: Guidance | None = None
+    ) -> Tensor:
+        """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, on an empty cache, or one row."""
         mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
         position_ids = positions_AQ.to(self.device)[:, None]
         extra = {} if guidance is None else {"guidance": guidance}
@@ -177,8 +185,10 @@ class VideoLM(ABC):
         """(Q, V) logits."""
         return self.hf.lm_head(hidden_QD)
 
-    def prefill(self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, cut: int = 0, guidance: Guidance | None = None) -> Tensor:
-        """Fill an empty cache in two passes, split at `cut` (0: one pass); guidance watches the second. Last row's hidden state (D,)."""
+    def prefill(
+        self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, cut: int = 0, guidance: Guidance | None = None
+    ) -> Tensor:
+        """Fill an empty cache, in two passes split at `cut` unless that is 0; guidance watches the last. Last row (D,)."""
         cache.offset = int(positions_AS[:, -1].max()) + 1 - len(embeds_SD)
         if cut:
             self.forward(embeds_SD[:cut], positions_AS[:, :cut], cache, None)
@@ -189,7 +199,9 @@ class VideoLM(ABC):
         except Enough:  # the guidance was all that was wanted
             return embeds_SD.new_empty(0)
 
-    def append(self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None) -> Tensor:
+    def append(
+        self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
+    ) -> Tensor:
         """(Q, V) logits of text rows behind the cache: a token, a tree, a level of a tree.
 
         depths: distance of each row below slot `root` (default: the next slot). seen_QT: which of the last T slots,
