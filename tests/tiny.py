@@ -108,10 +108,12 @@ def video(family: str, frames: int = 4, seed: int = 0, height: int = 8, width: i
     return TokenGrid(frames, 3, 3, newline=1), {"pixels": torch.randn(frames, 3, 20, 20, generator=generator)}
 
 
-def image(family: str, seed: int = 5) -> dict:
+def image(family: str, seed: int = 5, alone: bool = True) -> dict:
     generator = torch.Generator().manual_seed(seed)
     if family == "qwen2_5_vl":
         return {"pixels": torch.randn(4 * 4, 96, generator=generator), "thw": (1, 4, 4), "tokens": 4}
+    if not alone:  # one tile, and a newline token
+        return {"pixels": torch.randn(1, 3, 20, 20, generator=generator), "size": (20, 40), "tokens": 25 + 1}
     # Two 20x20 tiles behind the whole picture: 25 + 5 rows of 10 + 5 newlines.
     return {"pixels": torch.randn(3, 3, 20, 20, generator=generator), "size": (20, 40), "tokens": 25 + 5 * 11}
 
@@ -128,7 +130,9 @@ def prompt(family: str, seed: int = 0, videos: int = 1, images: int = 0, frames:
     longer = 1 if family == "qwen2_5_vl" else 0
     pairs = [video(family, frames + longer * number, seed + number) for number in range(videos)]
     lm = model(family)
-    return lm.expand(ids + words[20:28], [g for g, _ in pairs], [v for _, v in pairs], [image(family)] * images)
+    return lm.expand(
+        ids + words[20:28], [g for g, _ in pairs], [v for _, v in pairs], [image(family, alone=images == 1)] * images
+    )
 
 
 def hf_greedy(lm: VideoLM, request: VideoPrompt, limit: int, stops: list[int] | None = None) -> list[int]:

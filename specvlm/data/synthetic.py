@@ -43,7 +43,11 @@ _PHRASES = """ system user assistant up down left right . , ? describe the this 
 object objects appear appears on background at second stays there moves to from then turns disappears remain remains until end and
 scene is empty many how where does which color shape move yes no it changes not first last that be with an a one"""
 VOCABULARY = SPECIAL_TOKENS + sorted(
-    set(" ".join([*SHAPES, *COLORS, *BACKGROUNDS, *TEXTURES, *SIZES, *PLACES, *NUMBERS, *CAPTION_QUESTIONS, SYSTEM, _PHRASES]).split())
+    set(
+        " ".join(
+            [*SHAPES, *COLORS, *BACKGROUNDS, *TEXTURES, *SIZES, *PLACES, *NUMBERS, *CAPTION_QUESTIONS, SYSTEM, _PHRASES]
+        ).split()
+    )
 )
 
 
@@ -171,7 +175,10 @@ def questions(scene: Scene, seed: int | random.Random) -> list[tuple[str, str]]:
             pair = f"what happens at second {second} ?", _events(thing)
         elif kind == 2:
             moved = f"yes , the {color} object moves {_direction(thing)} from the {place} to the {PLACES[thing.stop]} ."
-            pair = f"does the {color} object move ?", moved if thing.moves else f"no , the {color} object stays at the {place} ."
+            pair = (
+                f"does the {color} object move ?",
+                moved if thing.moves else f"no , the {color} object stays at the {place} .",
+            )
         elif kind == 3:
             what = f"it is a {SIZES[thing.size]} {named} that appears at second {second} at the {place}"
             pair = f"what is the {color} object ?", what + _fate(thing)
@@ -266,8 +273,16 @@ def draw(objects: Tensor, backgrounds: Tensor, frames: Tensor, dtype: torch.dtyp
         alpha = cover(each(o[:, Col.SHAPE]), dx.view(-1, 1, SPRITE), dy.view(-1, SPRITE, 1), each(radii[o[:, Col.SIZE].long()]))
         alpha = (alpha.view(batch, count, 1, SPRITE, SPRITE) * visible[:, :, None, None, None]).to(dtype)
         turned = frames >= o[:, None, Col.TURN_FRAME]
-        color = torch.where(turned[..., None], palette[o[:, None, Col.TURN].long()], palette[o[:, None, Col.COLOR].long()]).to(dtype)
-        at = (b.view(-1, 1, 1, 1, 1), t.view(1, -1, 1, 1, 1), c.view(1, 1, -1, 1, 1), py[:, :, None, :, None], px[:, :, None, None, :])
+        color = torch.where(turned[..., None], palette[o[:, None, Col.TURN].long()], palette[o[:, None, Col.COLOR].long()]).to(
+            dtype
+        )
+        at = (
+            b.view(-1, 1, 1, 1, 1),
+            t.view(1, -1, 1, 1, 1),
+            c.view(1, 1, -1, 1, 1),
+            py[:, :, None, :, None],
+            px[:, :, None, None, :],
+        )
         video[at] = video[at] * (1 - alpha) + color[..., None, None] * alpha
     return video
 

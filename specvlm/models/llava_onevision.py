@@ -47,8 +47,8 @@ class LlavaOneVision(VideoLM):
         side = math.ceil(vision.image_size // vision.patch_size / 2)
         return TokenGrid(frames, side, side, newline=1)
 
-    def process_image(self, image: Tensor) -> dict[str, Any]:
-        pixels, size, tokens = llava_image(image, self.folder)
+    def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
+        pixels, size, tokens = llava_image(image, self.folder, alone)
         return {"pixels": pixels, "size": size, "tokens": tokens}
 
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
@@ -67,7 +67,8 @@ class LlavaOneVision(VideoLM):
 
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         pixels = image["pixels"].to(self.device, self.dtype)
-        out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device))
+        shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: not the only image
+        out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device), **shared)
         return torch.cat(list(out.pooler_output))
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
@@ -80,5 +81,7 @@ class LlavaOneVision(VideoLM):
             inputs["pixel_values_videos"] = torch.stack([v["pixels"] for v in prompt.videos]).to(self.device, self.dtype)
         if prompt.images:
             inputs["pixel_values"] = torch.stack([i["pixels"] for i in prompt.images]).to(self.device, self.dtype)
+            if len(prompt.images) > 1:
+                inputs["batch_num_images"] = torch.tensor([len(prompt.images)])
             inputs["image_sizes"] = torch.tensor([i["size"] for i in prompt.images], device=self.device)
         return inputs

@@ -42,7 +42,7 @@ class Qwen2_5_VL(VideoLM):
         seconds = self._video_config.temporal_patch_size / clip.fps
         return TokenGrid(t, h // self._merge, w // self._merge), {"pixels": pixels, "thw": (t, h, w), "seconds": seconds}
 
-    def process_image(self, image: Tensor) -> dict[str, Any]:
+    def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
         pixels, (t, h, w) = qwen_image(image, self.folder)
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 

@@ -77,7 +77,8 @@ class VideoLM(ABC):
         )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         videos = [self.process_video(clip, max_pixels) for clip in clips]
-        return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], [self.process_image(i) for i in images])
+        pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
+        return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], pictures)
 
     def expand(
         self,
@@ -89,7 +90,9 @@ class VideoLM(ABC):
         """Token ids with a placeholder for each video and image to one a token. images carry their "tokens" count."""
         for token, wanted, what in ((self.video_token, len(grids), "videos"), (self.image_token, len(images), "images")):
             if (found := list(ids).count(token)) != wanted:
-                raise UserError(f"{found} placeholders for {wanted} {what} in the prompt: leave special tokens out of the question")
+                raise UserError(
+                    f"{found} placeholders for {wanted} {what} in the prompt: leave special tokens out of the question"
+                )
         lengths = {self.video_token: iter(map(len, grids)), self.image_token: iter(int(image["tokens"]) for image in images)}
         tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
         tokens_S = torch.tensor(tokens)
@@ -111,7 +114,8 @@ class VideoLM(ABC):
         """Pixels as the vision tower wants them, equal to the Hugging Face video processor's."""
 
     @abstractmethod
-    def process_image(self, image: Tensor) -> dict[str, Any]: ...
+    def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
+        """alone: no other image shares the prompt, so that LLaVA-OneVision may cut it into tiles."""
 
     @abstractmethod
     def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
