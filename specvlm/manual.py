@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -36,15 +37,24 @@ def store() -> None:
 def manual() -> str:
     parts = ["specvlm: lossless speculative decoding for video LLMs", EXAMPLES]
     for kind, infos in registry.collect().items():
-        parts.append("\n".join([f"{kind}=NAME", *(_entry(kind, name, info) for name, info in infos.items())]))
+        entries = [_entry(kind, name, info) for name, info in infos.items()]
+        parts.append("\n".join([f"{kind}=NAME", *entries, *map(_preset, _presets(kind))]))
     for group in ("pair", "experiment"):
-        presets = sorted(path.stem for path in (config.conf_dir() / group).glob("*.yaml"))
-        parts.append(f"{group}=NAME\n" + "\n".join(f"  {name}" for name in presets))
+        parts.append("\n".join([f"{group}=NAME", *(f"  {path.stem}" for path in _presets(group))]))
     lines = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
     keys = [match.groups() for line in lines if (match := re.match(r"(\w+): (.*?) +# (.*)", line))]
     parts.append("KEY=VALUE\n" + "\n".join(f"  {f'{key}={value}':<24}  {comment}" for key, value, comment in keys))
     parts.append("Hydra's own options: --hydra-help. A broken plugin: SPECVLM_PLUGIN_TRACEBACK=1 shows where.")
     return "\n\n".join(parts) + "\n"
+
+
+def _presets(group: str) -> list[Path]:
+    return sorted((config.conf_dir() / group).glob("*.yaml"))
+
+
+def _preset(path: Path) -> str:
+    """A YAML file among the strategies; its first line says what it is for."""
+    return f"  {path.stem:<20}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:

@@ -164,7 +164,7 @@ REFUSED = [
     ("pruner=none pruner.mass=0.3", 'pruner "none" has no keys'),
     ("pruner.name=none", 'pruner=none has no key "mass"'),
     ("pair=embeded_qwen2_5_vl", 'Did you mean "embedded_qwen2_5_vl"?'),
-    ("experiment=chian", 'Did you mean "chain"?'),
+    ("experiment=samplin", 'Did you mean "sampling"?'),
     ("target.pth=x", 'Did you mean "target.path"?'),
     ("ratio=abc", "ratio=abc: expected float"),
     ("ratio=null", "ratio=null: expected float"),
@@ -325,4 +325,4 @@ def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plu
             assert name in text and f"{info.summary} [{info.plugin}]" in text
             assert all(f"{kind}.{field.name}=" in text for field in info.fields)
     assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
-    assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline")) and "experiment=NAME\n  chain" in text
+    assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline")) and "experiment=NAME\n  sampling" in text and "[preset]" in text

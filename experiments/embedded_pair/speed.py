@@ -1,0 +1,140 @@
+"""Speed of the embedded pairs on this machine: drafters against our own autoregressive loop and Hugging Face `generate`.
+
+Medians over held-out caption scenes; the order of methods rotates from scene to scene, after a warm-up of each. Decode
+time is everything after the first token, the drafter's own prefill included; Hugging Face's is the time of the whole
+call less that of a call for one token.
+
+    python -m experiments.embedded_pair.speed --family qwen2_5_vl --scenes 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from experiments.embedded_pair.evaluate import FAMILIES, RESULTS, scene_request
+from specvlm import metrics
+from specvlm.config import model_folder
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.models.load import load
+from specvlm.pruners.none import NonePruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.strategy import Drafter, Pruner
+from specvlm.types import Step, VideoPrompt
+from specvlm.verifiers.greedy import GreedyVerifier
+
+LIMIT = 200
+# name: pruner, drafter; ratio 0.9 throughout
+GRAPHS: dict[str, tuple[Pruner, Drafter]] = {
+    "tree paper": (TwoStagePruner(), TreeDrafter("paper")),
+    "tree 2x1x1x1x1": (TwoStagePruner(), TreeDrafter("2x1x1x1x1")),
+    "chain 3": (TwoStagePruner(), TreeDrafter("chain:3")),
+    "chain 5": (TwoStagePruner(), TreeDrafter("chain:5")),
+    "chain 7": (TwoStagePruner(), TreeDrafter("chain:7")),
+    "chain 5, full context": (NonePruner(), TreeDrafter("chain:5")),
+    "self, tree paper": (TwoStagePruner(), SelfDrafter("paper")),
+    "self, chain 3": (TwoStagePruner(), SelfDrafter("chain:3")),
+    "prompt_lookup": (TwoStagePruner(), PromptLookupDrafter()),
+}
+
+
+class Bench:
+    """One family: every method as a function from a prompt to (tokens, decode seconds, end-to-end seconds, accepted)."""
+
+    def __init__(self, family: str) -> None:
+        self.target = load(model_folder(f"embedded:{family}/target"), "float32")
+        self.draft = load(model_folder(f"embedded:{family}/plain"), "float32")
+        self.graphs = {
+            name: DecodingGraph(self.target, self.draft, pruner, drafter, GreedyVerifier(), 0.9)
+            for name, (pruner, drafter) in GRAPHS.items()
+        }
+
+    def methods(self) -> dict[str, Callable[[VideoPrompt], dict]]:
+        ours = {name: lambda prompt, g=graph: timed(list(g.decode(prompt, LIMIT))) for name, graph in self.graphs.items()}
+        return {"Hugging Face generate": self.hugging_face, "autoregressive": self.alone} | ours
+
+    def alone(self, prompt: VideoPrompt) -> dict:
+        caches = next(iter(self.graphs.values())).caches
+        return timed(list(autoregressive(self.target, prompt, LIMIT, GreedyVerifier(), 0, caches)))
+
+    def hugging_face(self, prompt: VideoPrompt) -> dict:
+        seconds = []
+        for limit in (1, LIMIT):
+            inputs, start = self.target.generate_inputs(prompt), perf_counter()
+            out = self.target.hf.generate(**inputs, max_new_tokens=limit, do_sample=False)
+            seconds.append(perf_counter() - start)
+        tokens = out[0, len(prompt) :].tolist()
+        return {"tokens": tokens, "decode_s": seconds[1] - seconds[0], "end_to_end_s": seconds[1], "accepted": None}
+
+
+def timed(steps: list[Step]) -> dict:
+    speed = metrics.speed_of(steps)
+    accepted = metrics.acceptance_of(steps)["accepted_per_round"] if any(step.drafted for step in steps) else None
+    return {"tokens": metrics.tokens_of(steps), "accepted": accepted} | {k: speed[k] for k in ("decode_s", "end_to_end_s")}
+
+
+def run(family: str, scenes: int, path: Path) -> list[dict]:
+    bench = Bench(family)
+    methods, rows = bench.methods(), []
+    names = list(methods)
+    for number in range(-1, scenes):  # scene -1 is the warm-up
+        prompt, _ = scene_request(bench.target, family, "caption", max(number, 0))
+        results = {name: methods[name](prompt) for name in names[number % len(names) :] + names[: number % len(names)]}
+        expected = results["autoregressive"]["tokens"]
+        for name, result in results.items():
+            row = {"scene": number, "method": name, "new_tokens": len(expected), "same": result.pop("tokens") == expected}
+            rows += [row | result] if number >= 0 else []
+        print(f"{family}: scene {number + 1} of {scenes}", flush=True)
+    about = {"family": family, "machine": platform.machine(), "threads": torch.get_num_threads()} | metrics.versions()
+    path.write_text("\n".join(json.dumps(row) for row in [about, *rows]) + "\n")
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Medians over scenes; speed-ups are medians of the per-scene quotients."""
+    by_scene = {(row["scene"], row["method"]): row for row in rows}
+    scenes, names = sorted({row["scene"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
+    names.sort(key=lambda name: name not in ("Hugging Face generate", "autoregressive"))
+    lines = [
+        "| method | ms per token | decode | against ours | against HF | end to end | against ours | against HF | accepted | same |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for name in names:
+        mine = [by_scene[scene, name] for scene in scenes]
+
+        def quotient(base: str, key: str, mine: list[dict] = mine) -> str:
+            return f"{statistics.median(by_scene[row['scene'], base][key] / row[key] for row in mine):.2f}"
+
+        per_token = statistics.median(row["decode_s"] / (row["new_tokens"] - 1) for row in mine)
+        cells = [name, f"{1000 * per_token:.2f}"]
+        for key in ("decode_s", "end_to_end_s"):
+            cells.append(f"{1000 * statistics.median(row[key] for row in mine):.0f} ms")
+            cells += [quotient(base, key) for base in ("autoregressive", "Hugging Face generate")]
+        accepted = [row["accepted"] for row in mine if row["accepted"] is not None]
+        cells += [f"{statistics.mean(accepted):.2f}" if accepted else "", f"{sum(row['same'] for row in mine)}/{len(mine)}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(table(run(args.family, args.scenes, args.out / f"{args.family}_speed.jsonl")))
+
+
+if __name__ == "__main__":
+    main()
