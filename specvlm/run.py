@@ -69,8 +69,8 @@ def prepare(cfg: DictConfig) -> Job:
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     start = perf_counter()
-    name, path, question = find_clip(cfg.video)
-    question = cfg.question or question
+    path = find_clip(cfg.video)
+    question = cfg.question or "describe the video."
     asked = {"frames": cfg.frames, "fps": cfg.fps}
     sampling = asked if any(asked.values()) else target.sampling(probe(path, cfg.reader))
     prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)], max_pixels=cfg.max_pixels)
@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> Job:
             f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
             "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
         )
-    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, plan, name, question, video_s)
+    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, plan, path.name, question, video_s)
 
 
 def device_of(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from specvlm.types import Step
 
@@ -24,6 +25,9 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 120
+            disable_progress_bar()  # Hugging Face's own, while weights load
 
     def plan(self, job: Job) -> None:
         """The question, the memory that will be needed, and what the drafter will be shown."""
@@ -102,6 +106,8 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if summary["kept_tokens"] is not None:
         yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"
     yield "time to first token", seconds(summary["time_to_first_token_s"])
+    if summary["drafter_start_s"]:
+        yield "drafter start", f"{seconds(summary['drafter_start_s'])} (prune, prefill of the pruned prompt)"
     yield "decode", against(summary["decode_s"], summary["baseline_decode_s"], summary["speedup_decode"])
     yield "end to end", against(summary["end_to_end_s"], summary["baseline_end_to_end_s"], summary["speedup_end_to_end"])
     yield "speed", f"{summary['tokens_per_second']:.0f} tokens/s"
@@ -112,7 +118,7 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def against(ours: float, alone: float | None, speedup: float | None) -> str:
     if alone is None or speedup is None:
         return seconds(ours)
-    return f"{seconds(ours)}, the target alone {seconds(alone)}: {speedup:.2f} times as fast"
+    return f"{seconds(ours)}, the target alone {seconds(alone)}: {speedup:.2f} x"
 
 
 def meaning(verdict: str) -> str:

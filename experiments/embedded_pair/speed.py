@@ -1,8 +1,8 @@
 """Speed of the embedded pairs on this machine: drafters against our own autoregressive loop and Hugging Face `generate`.
 
 Medians over held-out caption scenes; the order of methods rotates from scene to scene, after a warm-up of each. Decode
-time is everything after the first token, the drafter's own prefill included; Hugging Face's is the time of the whole
-call less that of a call for one token.
+time is that of all rounds, without either prefill; Hugging Face's is the time of the whole call less that of a call for
+one token. End-to-end time has everything, the drafter's vision tower and prefill included.
 
     python -m experiments.embedded_pair.speed --family qwen2_5_vl --scenes 20
 """
