@@ -75,7 +75,7 @@ def prepare(cfg: DictConfig) -> Job:
     sampling = asked if any(asked.values()) else target.sampling(probe(path, cfg.reader))
     prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)], max_pixels=cfg.max_pixels)
     video_s = perf_counter() - start
-    dtype = dtype_of(target.folder, cfg.dtype)
+    dtype = dtype_of(target, cfg.dtype)
     graph = DecodingGraph(target, draft, pruner, drafter, verifier, cfg.ratio, cfg.positions)
     slots = len(prompt) + cfg.max_new_tokens + drafter.max_nodes
     kept = graph.budget(prompt)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from specvlm.types import Step
 
@@ -25,6 +25,7 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        set_verbosity_error()  # what goes wrong in Hugging Face's code is said in one line of ours
         if not self.console.is_terminal:
             self.console.width = 120
             disable_progress_bar()  # Hugging Face's own, while weights load

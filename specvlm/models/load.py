@@ -18,22 +18,34 @@ FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, Ll
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
-def config_of(path: str | Path) -> Any:
-    """The checkpoint's configuration; raises UserError when there is none or its family is unknown."""
+def folder_of(path: str | Path, weights: bool = False) -> Path:
+    """The checkpoint's folder; a name of the hub is fetched, its weights only if they are wanted. Raises UserError."""
+    folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
+        raise UserError(f"{path}: no such model folder")
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        try:
+            wanted = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no such model folder, and it cannot be fetched ({first_line(error)})") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
+    return folder
+
+
+def config_of(folder: Path) -> Any:
+    """The checkpoint's configuration; raises UserError when it cannot be read or its family is unknown."""
     from transformers import AutoConfig
 
-    folder = Path(path)
-    looks_local = folder.is_absolute() or str(path).startswith(".") or folder.exists()
-    if looks_local and not folder.is_dir():
-        raise UserError(f"{path}: no such model folder")
-    if looks_local and not (folder / "config.json").is_file():
-        raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: neither a model folder nor a model that can be fetched ({first_line(error)})") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: the config.json cannot be used ({first_line(error)})") from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"{path}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{folder}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
     return config
 
 
@@ -41,58 +53,62 @@ def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
     """The model without its weights: enough to make prompts, check a pair and plan memory."""
     from transformers import AutoModelForImageTextToText
 
-    config = config_of(path)
+    folder = folder_of(path)
+    config = config_of(folder)
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config)
-    return FAMILIES[config.model_type](hf.eval(), tokenizer_of(path), path, mrope)
+    return FAMILIES[config.model_type](hf.eval(), tokenizer_of(folder), folder, mrope)
 
 
-def dtype_of(path: str | Path, dtype: str) -> torch.dtype:
+def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
     if dtype != "auto":
         return DTYPES[dtype]
-    config = config_of(path)
-    own = config.dtype or config.get_text_config().dtype
-    return getattr(torch, own) if isinstance(own, str) else own or torch.float32
+    own = model.hf.config.dtype or model.hf.config.get_text_config().dtype or torch.float32
+    return getattr(torch, own) if isinstance(own, str) else own
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf") -> VideoLM:
-    """Weights from safetensors alone, in the checkpoint's own dtype unless another is named; no remote code."""
+    """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
+
+    dtype: "auto" is the checkpoint's own. Raises UserError when anything of it cannot be used.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    config = config_of(path)
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}")
+    folder = folder_of(path, weights=True)
+    family = FAMILIES[config_of(folder).model_type]
+    if not any(folder.glob("*.safetensors")):
         raise UserError(f"{path}: has a config.json but no *.safetensors weights")
     attention.register()
     try:
         hf = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=dtype if dtype == "auto" else DTYPES[dtype],
+            folder,
+            dtype=DTYPES.get(dtype, "auto"),
             attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except KeyError:
-        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}") from None
-    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
-    return FAMILIES[config.model_type](hf.eval().requires_grad_(False).to(device), tokenizer_of(path), path, mrope)
+    return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
 
 
-def tokenizer_of(path: str | Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
     """The checkpoint's tokenizer, with the chat template that some keep in a file only their processor reads."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(error)})") from None
-    template = Path(path) / "chat_template.json"
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from None
+    template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
     if tokenizer.chat_template is None:
-        raise UserError(f"{path}: the tokenizer has no chat template")
+        raise UserError(f"{folder}: the tokenizer has no chat template")
     return tokenizer
 
 

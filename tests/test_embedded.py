@@ -1,0 +1,88 @@
+"""The embedded pairs, in float32: the output of every strategy is that of Hugging Face's `generate`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import tiny
+from test_lossless import PRUNERS
+
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+from specvlm.data.video import probe, read_video
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.models.load import check_pair, load
+from specvlm.models.video_lm import VideoLM
+from specvlm.pruners.none import NonePruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.verifiers.greedy import GreedyVerifier
+
+
+@cache
+def model(family: str, name: str) -> VideoLM:
+    lm = load(model_folder(f"embedded:{family}/{name}"), "float32")
+    known = {}
+
+    def features(prompt, keep=None, compute=lm.features):
+        """A clip goes through a tower once: hundreds of decodes below look at the same one."""
+        if id(prompt) not in known:
+            known[id(prompt)] = compute(prompt)
+        return known[id(prompt)]
+
+    lm.features = features
+    return lm
+
+
+@cache
+def request_of(family: str, clip: str = "synthetic_1", question: str = "how many objects appear?"):
+    lm, path = model(family, "target"), find_clip(clip)
+    return lm.prompt(question, [read_video(path, **lm.sampling(probe(path)))])
+
+
+@cache
+def answer_of_generate(family: str, **fields) -> tuple[int, ...]:
+    lm, request = model(family, "target"), request_of(family, **fields)
+    out = lm.hf.generate(**lm.generate_inputs(request), max_new_tokens=200, do_sample=False)
+    return tuple(out[0, len(request) :].tolist())
+
+
+def decode(family, pruner, drafter, ratio, draft="plain", **fields):
+    graph = DecodingGraph(model(family, "target"), model(family, draft), pruner, drafter, GreedyVerifier(), ratio)
+    return list(graph.decode(request_of(family, **fields), 200))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
+    expected = answer_of_generate(family)
+    for drafter in (TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("chain:3"), PromptLookupDrafter()):
+        for ratio in (0, 0.5, 0.9, 1):
+            assert tuple(tokens_of(decode(family, pruner, drafter, ratio))) == expected, f"{drafter}, ratio {ratio}"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("clip", ["synthetic_2", "bbb_apple"])
+@pytest.mark.parametrize("draft", ["plain", "aware"])
+def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
+    fields = {"clip": clip, "question": "describe the video."}
+    steps = decode(family, TwoStagePruner(), TreeDrafter(), 0.9, draft, **fields)
+    assert tuple(tokens_of(steps)) == answer_of_generate(family, **fields)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_target_as_its_own_drafter_is_accepted_in_full(family):
+    steps = decode(family, NonePruner(), SelfDrafter(), 0.9, clip="synthetic_2", question="describe the video.")
+    assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_generation_ends_at_each_of_the_checkpoints_stop_ids(family):
+    lm = model(family, "target")
+    assert len(lm.stop_ids) >= 2 and check_pair(lm, model(family, "plain")) == lm.vocabulary
+    answer = tokens_of(list(autoregressive(lm, request_of(family), 200, GreedyVerifier())))
+    assert answer[-1] in lm.stop_ids and not lm.stop_ids & set(answer[:-1])

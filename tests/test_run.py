@@ -1,0 +1,193 @@
+"""Whole runs through the command line: what they write, show and return, and how bad input ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from specvlm import metrics
+from specvlm.__main__ import main
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+
+FAST = ["max_new_tokens=14", "question=how many objects appear?"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def runs(folder: Path = Path("out")) -> tuple[dict, list[dict]]:
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return json.loads((folder / "summary.json").read_text()), steps
+
+
+def copy_of(name: str, **changes) -> Path:
+    folder = shutil.copytree(model_folder(f"embedded:qwen2_5_vl/{name}"), Path(name))
+    for file, change in changes.items():
+        path = folder / file.replace("_json", ".json")
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("pair", ["embedded_qwen2_5_vl", "embedded_llava_onevision"])
+def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
+    assert main(["pruner=two_stage", "ratio=0.9", f"pair={pair}", "hydra.run.dir=out", *FAST]) == 0
+    summary, steps = runs()
+    assert set(summary) == set(metrics.KEYS) and summary["verdict"] == "identical"
+    assert summary["token_ids"] == summary["baseline_token_ids"] == [t for step in steps for t in step["tokens"]]
+    assert summary["kept_tokens"] == len(steps[1]["kept"]) == int(summary["video_tokens"] * 0.1) == 102
+    assert summary["rounds"] == len(steps) - 1 and summary["new_tokens"] == len(summary["token_ids"])
+    parts = sum(seconds for part, seconds in summary["times_s"].items() if part != "video")
+    assert abs(parts - summary["end_to_end_s"]) < 1e-6
+    assert OmegaConf.load("out/config.yaml").pruner.name == "two_stage"
+    shown = capsys.readouterr().out
+    assert "keeps 102 of" in shown and "memory plan" in shown and "identical" in shown
+    assert "four objects appear on a checkered navy background." in shown
+    assert sorted(path.name for path in Path("out").iterdir()) == ["config.yaml", "steps.jsonl", "summary.json"]
+
+
+def test_a_sweep_makes_a_folder_for_each_of_its_six_runs():
+    assert main(["-m", "pruner=two_stage,uniform,random", "ratio=0.5,0.9", "hydra.sweep.dir=sweep", *FAST]) == 0
+    summaries = [runs(path.parent)[0] for path in sorted(Path("sweep").glob("*/summary.json"))]
+    assert len(summaries) == 6 and {s["verdict"] for s in summaries} == {"identical"}
+    assert sorted(s["kept_tokens"] for s in summaries) == [102] * 3 + [512] * 3
+
+
+def test_drafters_without_a_draft_model_and_sampling_run_too(capsys):
+    assert main(["drafter=prompt_lookup", "hydra.run.dir=a", "draft.path=nowhere", *FAST]) == 0
+    assert main(["drafter=self", "drafter.shape=chain:2", "hydra.run.dir=b", "draft.path=nowhere", *FAST]) == 0
+    assert main(["verifier=sampling", "verifier.temperature=0.7", "hydra.run.dir=c", *FAST]) == 0
+    assert [runs(Path(folder))[0]["verdict"] for folder in "abc"] == ["identical", "identical", "sampled"]
+
+
+def test_a_mismatch_is_called_one_and_sets_the_exit_code(monkeypatch, capsys):
+    from specvlm.graph import Output
+
+    take = Output.take
+    seen = []
+
+    def faulty(self, tokens):
+        seen.append(1)
+        return take(self, [5 if len(tokens) > 1 else token for token in tokens])
+
+    monkeypatch.setattr(Output, "take", faulty)
+    assert main(["hydra.run.dir=out", *FAST]) == 1
+    assert runs()[0]["verdict"].startswith("MISMATCH at token") and "MISMATCH" in capsys.readouterr().out
+
+
+def without_weights() -> list[str]:
+    (copy_of("target") / "model.safetensors").unlink()
+    return ["target.path=target"]
+
+
+def cut_weights() -> list[str]:
+    path = copy_of("target") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    return ["target.path=target"]
+
+
+def weights_of_another_shape() -> list[str]:
+    path = copy_of("target") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.language_model.norm.weight"] = torch.ones(7)
+    save_file(tensors, path, {"format": "pt"})
+    return ["target.path=target"]
+
+
+def other_tokenizer() -> list[str]:
+    def swap(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary["red"], vocabulary["green"] = vocabulary["green"], vocabulary["red"]
+
+    copy_of("plain", tokenizer_json=swap)
+    return ["draft.path=plain"]
+
+
+def other_model_type() -> list[str]:
+    copy_of("target", config_json=lambda content: content.update(model_type="llama"))
+    return ["target.path=target"]
+
+
+def truncated_video() -> list[str]:
+    content = find_clip("bbb_apple").read_bytes()
+    Path("cut.mp4").write_bytes(content[: len(content) // 2])
+    return ["video=cut.mp4"]
+
+
+def text_as_video() -> list[str]:
+    Path("note.mp4").write_text("not a video")
+    return ["video=note.mp4"]
+
+
+BAD = {
+    "missing file": (lambda: ["video=nowhere.mp4"], "nowhere.mp4"),
+    "unknown clip": (lambda: ["video=sinthetic_1"], 'Did you mean "synthetic_1"?'),
+    "a folder": (lambda: ["video=."], "folder"),
+    "not a video": (text_as_video, "note.mp4"),
+    "truncated video": (truncated_video, "truncated"),
+    "empty file": (lambda: Path("empty.mp4").touch() or ["video=empty.mp4"], "empty"),
+    "too many frames": (lambda: ["frames=4000"], "frames"),
+    "ratio below": (lambda: ["ratio=-0.1"], "ratio"),
+    "ratio above": (lambda: ["ratio=1.5"], "ratio"),
+    "wrong type": (lambda: ["ratio=lots"], "ratio"),
+    "unknown pruner": (lambda: ["pruner=two_stagge"], 'Did you mean "two_stage"?'),
+    "misspelt group": (lambda: ["prunner=uniform"], 'Did you mean "pruner"?'),
+    "no tokens": (lambda: ["max_new_tokens=0"], "max_new_tokens"),
+    "tree shape": (lambda: ["drafter.shape=bushy"], "chain:5"),
+    "no such model": (lambda: ["target.path=./nowhere"], "no such model folder"),
+    "not a model": (lambda: ["target.path=."], "config.json"),
+    "no weights": (without_weights, "no *.safetensors"),
+    "cut weights": (cut_weights, "cannot be loaded"),
+    "weights of another shape": (weights_of_another_shape, "cannot be loaded"),
+    "other tokenizer": (other_tokenizer, "different tokenizers"),
+    "other family": (lambda: ["draft.path=embedded:llava_onevision/plain"], "a pair needs one family"),
+    "other model type": (other_model_type, "not supported"),
+    "max_pixels of LLaVA": (lambda: ["pair=embedded_llava_onevision", "max_pixels=10"], "nothing to limit"),
+    "special token": (lambda: ["question=what is <|video_pad|>?"], "placeholders"),
+    "no CUDA": (lambda: ["device=cuda:7"], "cuda"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_code_2_and_writes_nothing(case, capfd):
+    make, expected = BAD[case]
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    words = make()
+    before = sorted(Path().rglob("*"))
+    assert main([*words, "hydra.run.dir=out/deep"]) == 2
+    captured = capfd.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("specvlm: ") and expected in lines[0], captured.err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_one_frame_is_enough():
+    assert main(["frames=1", "hydra.run.dir=out", *FAST]) == 0
+    assert runs()[0]["video_tokens"] == 64
+
+
+def test_a_full_disk_ends_with_one_line(monkeypatch, capfd):
+    real = Path.open
+
+    def full(self, mode="r", *args, **named):
+        if "w" in mode and self.name == "steps.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return real(self, mode, *args, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert main(["hydra.run.dir=out", *FAST]) == 2
+    assert "No space left on device" in capfd.readouterr().err
