@@ -13,7 +13,7 @@ from experiments.embedded_pair.forward import TEXT_ROWS
 from experiments.embedded_pair.tokenizer import END, PAD, encode, first_question, next_question
 from specvlm.data import synthetic
 
-LENGTHS = {16: 0.7, 12: 0.1, 8: 0.1, 4: 0.1}  # share of steps by video length in seconds
+LENGTHS = {16: 0.7, 12: 0.1, 8: 0.1, 4: 0.1}  # share of steps by video length in seconds, after the vision stage
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Batch:
     count_row: Tensor  # int64 (B,)
 
     def to(self, device: torch.device) -> "Batch":
-        values = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**values)
+        move = lambda v: v.pin_memory().to(device, non_blocking=True)  # noqa: E731
+        return Batch(**{k: move(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def conversation(scene: synthetic.Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -69,7 +69,7 @@ def make_rows(family: str, seed: int, step: int, size: int, lengths: dict[int, f
 class Feeder:
     """Batches for steps `first`, `first + 1`, ... prepared ahead by `workers` processes (0: in this one)."""
 
-    def __init__(self, family: str, seed: int, size: int, first: int = 0, workers: int = 0, lengths: dict[int, float] = LENGTHS):
+    def __init__(self, family: str, seed: int, size: int, first: int, workers: int, lengths: dict[int, float]):
         self._args = lambda step: (family, seed, step, size, lengths)
         self._step, self._ready = first, collections.deque()
         # Forked, so that no worker imports everything again: build the feeder before the process uses CUDA or torch threads.

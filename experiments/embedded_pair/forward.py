@@ -6,7 +6,7 @@ compiled function of tensors, so all layers share one graph. Videos of a batch h
 Legend: B videos, F frames after temporal merging (one a second), N video tokens, P patches, D width, R text rows, A attention.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,8 @@ def qwen_merge(x, norm, w1, b1, w2, b2):
 def siglip_block(x, heads, n1, c1, q_w, q_b, k_w, k_b, v_w, v_b, o_w, o_b, n2, c2, u_w, u_b, d_w, d_b):
     frames, rows, width = x.shape
     y = layer_norm(x, n1, c1)
-    q, k, v = (linear(y, w, b).view(frames, rows, heads, -1).transpose(1, 2) for w, b in ((q_w, q_b), (k_w, k_b), (v_w, v_b)))
+    split = lambda w, b: linear(y, w, b).view(frames, rows, heads, -1).transpose(1, 2)  # noqa: E731
+    q, k, v = split(q_w, q_b), split(k_w, k_b), split(v_w, v_b)
     out = F.scaled_dot_product_attention(q, k, v)
     x = x + linear(out.transpose(1, 2).reshape(frames, rows, width), o_w, o_b)
     return x + linear(F.gelu(linear(layer_norm(x, n2, c2), u_w, u_b), approximate="tanh"), d_w, d_b)
@@ -86,7 +87,7 @@ def text_block(x, cos, sin, heads, dropout, n1, q_w, q_b, k_w, k_b, v_w, v_b, o_
 
 
 def patches(video: Tensor, family: str, dtype: torch.dtype, noise: float = NOISE) -> Tensor:
-    """Frames (B * T, 3, H, W) in 0..255 to noisy, 8-bit rounded, normalised patches (B * F, P, values) in the family's order."""
+    """Frames (B * T, 3, H, W) in 0..255 to noisy, rounded, normalised patches (B * F, P, values) in the family's order."""
     x = (video.float() + noise * torch.randn_like(video, dtype=torch.float32)).clamp(0, 255).round()
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) * 255 for v in MEAN_STD[family])
     x = ((x - mean) / std).to(dtype)
@@ -97,14 +98,14 @@ def patches(video: Tensor, family: str, dtype: torch.dtype, noise: float = NOISE
     return x.reshape(-1, GRID * GRID, 3 * PATCH * PATCH)
 
 
-@lru_cache(maxsize=None)
+@cache
 def maybe_compiled(function, compiled: bool):
     """One compiled object a function, shared by all models, so equal shapes compile once."""
     return torch.compile(function, dynamic=False) if compiled else function
 
 
 class Forward:
-    """The forward of one model. `compiled` is for training; a per-call `plain=True` runs the same functions eagerly."""
+    """The forward of one model. `compiled` is for training; a per-call `plain=True` runs the functions eagerly."""
 
     def __init__(self, model: PreTrainedModel, family: str, compiled: bool = False, dropout: float = 0.0):
         self.model, self.family, self.compiled, self.dropout = model, family, compiled, dropout

@@ -57,7 +57,8 @@ class Learner:
             extra = extra + 0.3 * gather_loss(self.heads, tapped[1][:, -batch.ids.shape[1] :], batch)
         with torch.no_grad():
             right = (logits.argmax(-1) == target).float() * mark
-            figures = {"ce": cross.detach(), "accuracy": right.sum() / mark.sum(), "exact": (right == mark).all(1).float().mean()}
+            exact = (right == mark).all(1).float().mean()
+            figures = {"ce": cross.detach(), "accuracy": right.sum() / mark.sum(), "exact": exact}
         return loss + weight * extra, figures
 
     def update(self, loss: Tensor, step: int) -> None:
@@ -74,7 +75,7 @@ class Learner:
         """Start from the vision tower and `see` head of a vision-only run's state, or from the tower of exported weights."""
         wanted = ("visual", "vision_tower", "multi_modal_projector", "heads.see")
         with safe_open(path, "pt") as file, torch.no_grad():
-            state = any(name.startswith("p.") for name in file.keys())
+            state = any(name.startswith("p.") for name in list(file.keys()))
             for name, parameter in self.parameters.items():
                 if state and any(w in name for w in wanted):
                     parameter.copy_(file.get_tensor(f"p.{name}"))
@@ -118,7 +119,7 @@ def frozen(family: str, size: str, path: Path, device: torch.device) -> Forward:
     """A trained model as exported, for teaching or evaluation."""
     model = build(family, size).to(device).eval().requires_grad_(False)
     with safe_open(path, "pt") as file:
-        load_weights(model, {n: file.get_tensor(n) for n in file.keys()})
+        load_weights(model, {n: file.get_tensor(n) for n in list(file.keys())})
     return Forward(model, family, device.type == "cuda")
 
 

@@ -1,7 +1,7 @@
 """A quick, teacher-forced evaluation on held-out scenes, to choose snapshots: `python -m experiments.embedded_pair.quick_eval`.
 
-Along the target's own greedy answer the draft's rank of every next token decides which tree nodes would have been accepted, so
-one forward a context gives the exact number of accepted tokens of any static tree. `evaluate.py` runs the library's loop instead.
+Along the target's own greedy answer the draft's rank of every next token decides which tree nodes would have been accepted,
+so one forward a context gives the exact number of accepted tokens of any static tree. `evaluate.py` runs the library's loop.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def greedy(net: Forward, video: Tensor, batch: Batch, most: int = 150) -> tuple[
 
 
 def accepted(ranks: list[int], nodes: set[tuple[int, ...]]) -> list[int]:
-    """Accepted tokens of every round; the first token comes from the target's prefill, each round adds the target's next one."""
+    """Accepted tokens of every round; the first token comes from the target's prefill, a round adds the target's next one."""
     rounds, at = [], 1
     while at < len(ranks):
         depth = 0

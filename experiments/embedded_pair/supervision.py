@@ -1,8 +1,8 @@
 """What training asks of the models beside the answers: linear heads that are thrown away afterwards.
 
 `see` reads every video token: is there an object, its shape, colour, size and centre, the cell's own place, the background.
-`recall` reads video tokens after a middle layer: when and where did the object in this cell first appear, which second is it now.
-`gather` reads the last question rows after a late layer: for every colour, is there an object, when, from where to where, what.
+`recall` reads video tokens after a middle layer: when and where did the object in this cell first appear, what second is it.
+`gather` reads the last question rows after a late layer: for every colour, is there an object, when, where, what.
 They teach a tower to look and the text layers to look back; without `see` shapes stayed near chance in the first minutes.
 
 Legend: B videos, T tokens a video, U = B * T, K object slots.
@@ -108,22 +108,24 @@ def see_accuracy(heads: nn.ModuleDict, tokens_BTD: Tensor, labels: dict[str, Ten
     return {k: (((z[k].argmax(-1) == labels[k]) * on).sum() / on.sum()).item() for k in ("shape", "color", "size")}
 
 
+def _by_color(batch: Batch, column: Col) -> Tensor:
+    """A column of the objects (B, 3, colours), indexed by the object's colour; 0 for colours that are absent."""
+    on, color = batch.objects[..., Col.ON].long(), batch.objects[..., Col.COLOR].long()
+    table = torch.zeros(len(on), len(COLOR_NAMES), dtype=torch.long, device=on.device)
+    return table.scatter_add_(1, color, batch.objects[..., column].long() * on)[:, None].expand(-1, 3, -1)
+
+
 def gather_loss(heads: nn.ModuleDict, text_BRD: Tensor, batch: Batch) -> Tensor:
     """On the last three question rows of those conversations that begin with the caption."""
     rows = torch.stack([batch.count_row - i for i in range(3)], 1).clamp(min=0)
     picked = text_BRD.gather(1, rows[..., None].expand(-1, -1, text_BRD.shape[-1])).float()
     z = heads["gather"](picked).view(len(rows), 3, len(COLOR_NAMES), -1)
     z = dict(zip(GATHER, z.split(list(GATHER.values()), -1), strict=True))
-    on = batch.objects[..., Col.ON].long()
-    color = batch.objects[..., Col.COLOR].long()
-    table = lambda c: torch.zeros(len(on), len(COLOR_NAMES), dtype=torch.long, device=on.device).scatter_add_(  # noqa: E731
-        1, color, batch.objects[..., c].long() * on
-    )[:, None].expand(-1, 3, -1)
     asked = (batch.count_row >= 0).float()[:, None, None]
-    present = table(Col.ON).float()
+    present = _by_color(batch, Col.ON).float()
     count = asked.sum() * 3 + 1e-6
     loss = (F.binary_cross_entropy_with_logits(z["present"][..., 0], present, reduction="none") * asked).sum() / (count * 8)
     for name in ("second", "start", "stop", "shape"):
-        each = F.cross_entropy(z[name].movedim(-1, 1), table(Col[name.upper()]), reduction="none")
+        each = F.cross_entropy(z[name].movedim(-1, 1), _by_color(batch, Col[name.upper()]), reduction="none")
         loss = loss + (each * present * asked).sum() / (count * 3)
     return loss

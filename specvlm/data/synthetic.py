@@ -1,8 +1,8 @@
 """A procedural world of short videos with exact captions, for the embedded model pairs.
 
-One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly vanish again.
-Everything is a pure function of its seed: `sample_scene`, `questions` and `render` give the same result on every machine
-(the noise comes from a CPU generator). Seeds below `HELD_OUT` are never used in training.
+One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly vanish
+again. Everything is a pure function of its seed: `sample_scene`, `questions` and `render` repeat exactly (the noise comes
+from a CPU generator). Seeds below `HELD_OUT` are never used in training.
 
 Legend: B scenes, K object slots, C columns of an object row, T frames, S side of a sprite box in pixels.
 """
@@ -20,7 +20,7 @@ HELD_OUT = 1_000_000
 NOISE = 4.0  # standard deviation in 8-bit steps
 SPRITE = 46  # pixels; the largest shape has a radius of 16 and its centre is rounded
 
-SHAPES = "circle square triangle cross ring diamond star bar".split()
+SHAPES = ["circle", "square", "triangle", "cross", "ring", "diamond", "star", "bar"]
 COLORS = {"red": (225, 45, 45), "green": (50, 200, 70), "blue": (70, 110, 255), "yellow": (245, 220, 50),
           "orange": (255, 140, 30), "purple": (175, 75, 230), "white": (245, 245, 245), "cyan": (60, 220, 230)}  # fmt: skip
 BACKGROUNDS = {"black": (16, 16, 18), "gray": (105, 105, 110), "navy": (18, 26, 84), "maroon": (84, 18, 28),
@@ -28,7 +28,8 @@ BACKGROUNDS = {"black": (16, 16, 18), "gray": (105, 105, 110), "navy": (18, 26, 
 TEXTURES = ["plain", "striped", "checkered"]
 SIZES, RADII = ["small", "medium", "large"], [7.0, 11.0, 16.0]
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen").split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+           "thirteen", "fourteen", "fifteen"]  # fmt: skip
 COLOR_NAMES, BACKGROUND_NAMES = list(COLORS), list(BACKGROUNDS)
 
 SYSTEM = "you watch a short video and answer ."
@@ -39,9 +40,10 @@ CAPTION_QUESTIONS = (
 )  # fmt: skip
 SPECIAL_TOKENS = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|video_pad|>", "<|image_pad|>", "<video>", "<image>"]  # fmt: skip
-_PHRASES = """ system user assistant up down left right . , ? describe the this what happens in tell me about give full account of
-object objects appear appears on background at second stays there moves to from then turns disappears remain remains until end and
-scene is empty many how where does which color shape move yes no it changes not first last that be with an a one"""
+_PHRASES = """system user assistant up down left right . , ? describe the this what happens in tell me about give full
+account of object objects appear appears on background at second stays there moves to from then turns disappears remain
+remains until end and scene is empty many how where does which color shape move yes no it changes not first last that be with
+an a one"""
 VOCABULARY = SPECIAL_TOKENS + sorted(
     set(
         " ".join(
