@@ -77,7 +77,7 @@ class KVCache:
 class CachePool:
     """Caches kept across requests: one per role, grown when a request needs more slots.
 
-    A role's cache belongs to the request that asked last: an older, half-read request finds out by `owns`.
+    A role's cache belongs to the request that asked last: an older, half-read one finds its `lease` outdated.
     """
 
     def __init__(self) -> None:

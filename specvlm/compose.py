@@ -16,7 +16,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, registry
@@ -104,6 +104,7 @@ def _checked(words: list[str]) -> Job:
     cfg = hydra_compose("config", words, return_hydra_config=True)
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
+    OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     for kind in registry.KINDS:
         registry.build(kind, cfg[kind])

@@ -50,6 +50,7 @@ class RunConfig:
     max_pixels: int | None = MISSING
     reader: str = MISSING
     max_new_tokens: int = MISSING
+    repetition_penalty: float | None = MISSING
     seed: int = MISSING
     device: str = MISSING
     dtype: str = MISSING
@@ -77,8 +78,10 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "seed", 0 <= cfg.seed < 2**63, "an integer from 0 to 2**63 - 1")
     _expect(cfg, "frames", cfg.frames is None or cfg.frames >= 1, "at least 1, or null")
     _expect(cfg, "fps", cfg.fps is None or 0 < cfg.fps < float("inf"), "more than 0, or null")
+    penalty = cfg.repetition_penalty
+    _expect(cfg, "repetition_penalty", penalty is None or 0 < penalty < float("inf"), "more than 0, or null")
     _expect(cfg, "max_pixels", cfg.max_pixels is None or cfg.max_pixels >= 1, "at least 1, or null")
-    _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device) is not None, "auto, cpu, cuda, cuda:1 or mps")
+    _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):

@@ -16,6 +16,7 @@ from specvlm.cache import CachePool, KVCache
 from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
+from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier, VerifyContext
 from specvlm.types import KeepSet, Step, VideoPrompt
 
@@ -34,6 +35,10 @@ class Clock:
         now = perf_counter()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.last
         self.last = now
+
+    def resume(self) -> None:
+        """What the consumer did since the last step is not ours."""
+        self.last = perf_counter()
 
     def lap(self) -> dict[str, float]:
         parts, self.parts = self.parts, {}
@@ -63,15 +68,33 @@ def generator_for(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+class Turn:
+    """A request's claim on the target's cache in a pool, which a newer request takes over."""
+
+    def __init__(self, caches: CachePool, target: VideoLM, slots: int) -> None:
+        self.caches = caches
+        self.cache = caches.take("target", target, slots)
+        self.lease = caches.lease("target")
+
+    def check(self) -> None:
+        """To be called whenever the consumer asks for the next step."""
+        if self.caches.lease("target") != self.lease:
+            raise RuntimeError("this request was overtaken by a newer one on the same caches; read one to its end first")
+
+
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, guidance: Guidance | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fill the target's cache; returns the video features (N, D) and the logits (V,) of the next token."""
+    """Fill the target's cache; returns the video features (N, D) and the logits (1, V) of the next token."""
     features_ND = target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
     clock.mark("embed")
     hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
-    return features_ND, target.head(hidden_D)
+    return features_ND, target.head(hidden_D[None])
+
+
+def penalty_of(target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
+    return RepetitionPenalty(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
 
 
 @torch.inference_mode()
@@ -85,16 +108,20 @@ def autoregressive(
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
-    cache = (caches or CachePool()).take("target", target, len(prompt) + max_new_tokens)
-    _, logits_V = prefill(target, prompt, cache, clock)
-    token = verifier.first(logits_V, generator)
-    clock.mark("prefill")
-    yield Step(output.take([token]), times_s=clock.lap())
-    while not output.done:
-        logits_MV = target.append(torch.tensor([token]), [0], None, cache)
-        token = verifier.first(logits_MV[0], generator)
-        clock.mark("verify")
+    turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), penalty_of(target, prompt)
+    _, logits_MV = prefill(target, prompt, turn.cache, clock)
+    part = "prefill"
+    while True:
+        token = verifier.first(penalty(logits_MV)[0], generator)
+        clock.mark(part)
         yield Step(output.take([token]), times_s=clock.lap())
+        if output.done:
+            return
+        turn.check()
+        clock.resume()
+        penalty.add(torch.tensor([token]))
+        logits_MV = target.append(torch.tensor([token]), [0], None, turn.cache)
+        part = "verify"
 
 
 @dataclass
@@ -130,16 +157,18 @@ class DecodingGraph:
     def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
-        cache = self.caches.take("target", target, len(prompt) + max_new_tokens + drafter.max_nodes)
-        lease = self.caches.lease("target")
-        guidance = self._guidance(prompt)
-        features_ND, logits_V = prefill(target, prompt, cache, clock, guidance)
-        token = verifier.first(logits_V, generator)
+        turn = Turn(self.caches, target, len(prompt) + max_new_tokens + drafter.max_nodes)
+        cache, penalty, guidance = turn.cache, penalty_of(target, prompt), self._guidance(prompt)
+        features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
+        token = verifier.first(penalty(logits_MV)[0], generator)
         clock.mark("prefill")
         yield Step(output.take([token]), times_s=clock.lap())
         if output.done:
             return
 
+        turn.check()
+        clock.resume()
+        penalty.add(torch.tensor([token]))
         keep = self.select(prompt, guidance, features_ND, generator)
         clock.mark("prune")
         context = DraftContext(
@@ -159,23 +188,25 @@ class DecodingGraph:
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
-        verdict, first = None, True
-        while not output.done:
-            if self.caches.lease("target") != lease:
-                raise RuntimeError(
-                    "this request was overtaken by a newer one on the same graph; read one to its end before the next"
-                )
+        verdict, shown = None, keep if drafter.model else None
+        while True:
             tree = session.propose(verdict)
             clock.mark("draft")
             base = cache.length
-            logits_MV = target.score(tree, cache)
+            logits_MV = penalty(target.score(tree, cache), tree)
             verdict = verifier.verify(VerifyContext(tree, logits_MV, generator))
             cache.keep(base, verdict.path)
             new = [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
             clock.mark("verify")
             tokens = output.take(new)
-            yield Step(tokens, len(tree) - 1, verdict.accepted, len(tokens) == len(new), clock.lap(), keep if first else None)
-            first = False
+            full, depth = len(tokens) == len(new), max(tree.depths)
+            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown)
+            if output.done:
+                return
+            turn.check()
+            clock.resume()
+            penalty.add(torch.tensor(new))
+            shown = None
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""

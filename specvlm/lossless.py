@@ -1,18 +1,20 @@
-"""Is the output the target's own? Compares it with `autoregressive` and explains the first difference.
+"""Is the output the target's own? Compares it with `autoregressive`, and explains the first difference.
 
 A check of several rows and a pass of one row add numbers in another order. In float32 that hardly ever shows; in
-bfloat16 two tokens whose logits (almost) tie may change places. Such a tie is measured, never assumed.
+bfloat16 two tokens whose logits (almost) tie may change places. Such a tie is measured, never assumed, and behind one
+every further token is held to the target's choice given the output so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specvlm.models.video_lm import VideoLM
+from specvlm.penalty import RepetitionPenalty
 from specvlm.types import VideoPrompt
 
 # How far two orders of summation may drift apart, relative to the largest logit, before it is a fault and no rounding.
@@ -21,8 +23,9 @@ DRIFT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bf
 
 @dataclass(frozen=True)
 class Comparison:
-    """verdict: identical, tie or mismatch. token: index of the first difference; gap: by how much the target prefers
-    its own token there, in logits; drift: largest change of any logit between one-row and many-row passes."""
+    """verdict: identical, tie or mismatch. token: index of the first difference, or of the first fault behind it; gap:
+    by how much the target prefers another token there, in logits; drift: largest change of any logit between one-row
+    and many-row passes."""
 
     verdict: str
     token: int | None = None
@@ -40,37 +43,46 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], output: Sequence[int]) -> Comparison:
-    """Tie: the gap is within what the two ways of computing the same logits differ by, and that difference is rounding."""
+    """Tie: from the first difference on, every token is the target's choice within what rounding does to that choice."""
     shorter = min(len(output), len(baseline))
-    at = next((i for i in range(shorter) if output[i] != baseline[i]), shorter)
-    if at == len(output) == len(baseline):
+    first = next((i for i in range(shorter) if output[i] != baseline[i]), shorter)
+    if first == len(output) == len(baseline):
         return Comparison("identical")
-    if at == shorter:
-        return Comparison("mismatch", at, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
-    if at == 0:
-        return Comparison("mismatch", at, reason="the first token comes from the same prefill in both")
-    one_row_V, many_rows_V = (_logits_after(target, prompt, baseline[:at], step) for step in (1, at))
-    scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
-    drift = float((one_row_V - many_rows_V).abs().max())
-    gap = float(one_row_V[baseline[at]] - one_row_V[output[at]])
-    if drift > DRIFT[target.dtype] * scale:
-        return Comparison(
-            "mismatch", at, gap, drift, f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains"
-        )
-    if gap > 4 * drift + epsilon * scale:
-        return Comparison(
-            "mismatch", at, gap, drift, f"the target prefers its own token by {gap:.1g}, rounding explains {drift:.1g}"
-        )
-    return Comparison("tie", at, gap, drift)
+    if first == shorter:
+        return Comparison("mismatch", first, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
+    ended = output[-1] in target.stop_ids
+    if target.stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
+        return Comparison("mismatch", first, reason="the output does not end where it should")
+    tie = Comparison("identical")
+    for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first):
+        scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
+        drift = float((one_row_V - many_rows_V).abs().max())
+        gap = float(one_row_V.max() - one_row_V[output[at]])
+        if drift > DRIFT[target.dtype] * scale:
+            why = f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains"
+            return Comparison("mismatch", at, gap, drift, why)
+        if gap > 4 * drift + epsilon * scale:
+            why = f"the target prefers another token by {gap:.1g}, rounding explains {drift:.1g}"
+            return Comparison("mismatch", at, gap, drift, why)
+        if at == first:
+            tie = Comparison("tie", at, gap, drift)
+    return tie
 
 
-def _logits_after(target: VideoLM, prompt: VideoPrompt, tokens: Sequence[int], step: int) -> Tensor:
-    """(V,) in float64, behind prompt and tokens, the tokens fed `step` rows a pass."""
-    cache = target.new_cache(len(prompt) + len(tokens))
-    target.prefill(target.embed(prompt, target.features(prompt)), target.positions(prompt), cache, prompt.cut)
-    logits = torch.empty(0)
-    for start in range(0, len(tokens), step):
-        rows = torch.tensor(tokens[start : start + step])
-        seen = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-        logits = target.append(rows, range(len(rows)), seen, cache)[-1]
-    return logits.double()
+def _both_ways(target: VideoLM, prompt: VideoPrompt, output: Sequence[int], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each token of the output from `first` on: its index and the logits (V,) before it, by one-row and by many-row
+    passes, in float64."""
+    penalty = RepetitionPenalty(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
+    embeds_SD, positions_AS = target.embed(prompt, target.features(prompt)), target.positions(prompt)
+    caches = [target.new_cache(len(prompt) + len(output)) for _ in range(2)]
+    hiddens = [target.prefill(embeds_SD, positions_AS, cache, prompt.cut) for cache in caches]
+    one_V, tokens = target.head(hiddens[0]), torch.tensor(output)
+    rows = len(output) - 1
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+    many_TV = torch.cat([target.head(hiddens[1])[None], target.append(tokens[:-1], range(rows), causal, caches[1])])
+    for at in range(len(output)):
+        if at >= first:
+            yield at, penalty(one_V[None])[0].double(), penalty(many_TV[at][None])[0].double()
+        if at < rows:
+            penalty.add(tokens[at])
+            one_V = target.append(tokens[at : at + 1], [0], None, caches[0])[0]

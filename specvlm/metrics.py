@@ -11,7 +11,8 @@ from typing import Any
 from specvlm.types import Step
 
 KEYS = {
-    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | sampled | not checked (no baseline)",
+    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | "
+    "sampled | lossy | not checked (no baseline)",
     "text": "the answer, special tokens left out",
     "token_ids": "ids of the answer, the stop id included",
     "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",
@@ -23,13 +24,13 @@ KEYS = {
     "accepted_per_round": "guesses accepted a round, the bonus token not counted (the paper's tau), of rounds that no stop id "
     "or token limit cut short; null when there is none",
     "tokens_per_round": "accepted_per_round + 1",
-    "drafted_per_round": "guesses checked a round",
-    "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses",
+    "drafted_per_round": "guesses checked a round, of the same rounds",
+    "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses, to the depth of the tree",
     "time_to_first_token_s": "embed + prefill, seconds",
     "drafter_start_s": "prune + the drafter's own prefill, after the first token; 0 where nothing is drafted",
     "decode_s": "all rounds: drafting and checking, both prefills left out (the paper's measure)",
     "end_to_end_s": "time_to_first_token_s + drafter_start_s + decode_s; reading the video is in times_s.video",
-    "tokens_per_second": "tokens after the first, over decode_s",
+    "tokens_per_second": "tokens after the first, over drafter_start_s + decode_s",
     "baseline_decode_s": "the same of `autoregressive`",
     "baseline_end_to_end_s": "the same of `autoregressive`",
     "speedup_decode": "baseline_decode_s / decode_s",
@@ -68,21 +69,22 @@ def speed_of(steps: Sequence[Step]) -> dict[str, float]:
         "drafter_start_s": start,
         "decode_s": decode,
         "end_to_end_s": whole,
-        "tokens_per_second": (len(tokens_of(steps)) - 1) / decode if decode > 0 else 0.0,
+        "tokens_per_second": (len(tokens_of(steps)) - 1) / (start + decode) if decode > 0 else 0.0,
     }
 
 
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     """rounds, accepted_per_round, tokens_per_round, drafted_per_round, acceptance_by_depth."""
     rounds = steps[1:]
-    accepted = [step.accepted for step in rounds if step.full]
+    full = [step for step in rounds if step.full]
+    accepted = [step.accepted for step in full]
     mean = sum(accepted) / len(accepted) if accepted else None
-    deepest = max(accepted, default=0)
+    deepest = max((step.depth for step in full), default=0)
     return {
         "rounds": len(rounds),
         "accepted_per_round": mean,
         "tokens_per_round": None if mean is None else mean + 1,
-        "drafted_per_round": sum(step.drafted for step in rounds) / len(rounds) if rounds else None,
+        "drafted_per_round": sum(step.drafted for step in full) / len(full) if full else None,
         "acceptance_by_depth": [sum(a >= depth for a in accepted) / len(accepted) for depth in range(1, deepest + 1)],
     }
 

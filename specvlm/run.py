@@ -36,9 +36,11 @@ def run(cfg: DictConfig, folder: Path) -> int:
     job = prepare(cfg)
     screen.plan(job)
     graph = assemble(cfg, job)
-    steps, baseline = decode(cfg, job, graph, folder, screen)
-    summary, verdict = summarize(cfg, job, graph, steps, baseline)
-    write_json(folder / "summary.json", summary)
+    screen.ignored(graph.target.ignored_settings)
+    with files_of(folder):
+        steps, baseline = decode(cfg, job, graph, folder, screen)
+        summary, verdict = summarize(cfg, job, graph, steps, baseline)
+        write_json(folder / "summary.json", summary)
     screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
 
@@ -80,8 +82,11 @@ def prepare(cfg: DictConfig) -> Job:
     slots = len(prompt) + cfg.max_new_tokens + drafter.max_nodes
     kept = graph.budget(prompt)
     drafts = {"draft": draft, "target": target, None: None}[drafter.model]
-    patches = max((v["pixels"].shape[0] for v in prompt.videos), default=0)
-    plan = memory.plan(target, drafts, slots, slots - len(prompt.video_index) + kept, dtype, patches)
+    patches = max(map(target.vision_rows, prompt.videos), default=0)
+    pruned = slots - len(prompt.video_index) + kept
+    if pruner.draft_layers and 0 < kept < len(prompt.video_index):
+        pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
+    plan = memory.plan(target, drafts, slots, pruned, dtype, patches)
     free = memory.free_bytes(device)
     if free is not None and plan.total > free:
         raise UserError(
@@ -95,8 +100,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: there is no CUDA device here; use device=cpu or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device={name}: there are {count} CUDA devices here; use device=cpu or device=auto")
     return device
 
 
@@ -104,6 +110,8 @@ def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
     """Load the weights of those models that the drafter needs."""
     options = (cfg.dtype, str(job.device), cfg.mrope)
     target = load(model_folder(cfg.target.path), *options)
+    if cfg.repetition_penalty is not None:
+        target.repetition_penalty = cfg.repetition_penalty
     draft = load(model_folder(cfg.draft.path), *options) if job.drafter.model == "draft" else None
     return DecodingGraph(
         target, draft, job.pruner, job.drafter, job.verifier, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary
@@ -122,7 +130,6 @@ def decode(
         for warm_up in (graph.decode(job.prompt, min(cfg.max_new_tokens, 8)), alone(min(cfg.max_new_tokens, 2))):
             list(warm_up)
     memory.reset_peak(job.device)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     steps: list[Step] = []
     with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
@@ -157,6 +164,8 @@ def summarize(
     difference = None
     if baseline is None:
         verdict = text = "not checked"
+    elif not graph.verifier.lossless:
+        verdict = text = "lossy"
     elif graph.verifier.sampling.temperature > 0:
         verdict = text = "sampled"
     else:
@@ -189,17 +198,32 @@ def summarize(
     return summary, verdict
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a reader never sees half a file."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+FILES = ("config.yaml", "steps.jsonl", "summary.json")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    part = path.with_suffix(path.suffix + ".part")
+def files_of(folder: Path) -> Iterator[None]:
+    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end."""
+
+    def clear() -> None:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+
     try:
-        yield part
+        folder.mkdir(parents=True, exist_ok=True)
+        clear()
+        yield
+    except OSError as error:
+        if folder.is_dir():
+            clear()
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing: a reader never sees half a file."""
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

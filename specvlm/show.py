@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,12 @@ class Screen:
             return
         total = len(job.prompt.video_index)
         say(f"[dim]pruner:[/] {job.pruner} drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens")
+
+    def ignored(self, settings: Sequence[str]) -> None:
+        if settings:
+            self.console.print(
+                f"[yellow]not applied[/], though the checkpoint's generation config sets it: {', '.join(settings)}"
+            )
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -83,7 +89,8 @@ class Screen:
         try:
             yield show
         finally:
-            self.console.print("\n")
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            self.console.print(text[len(shown) :] + "\n", markup=False)
 
     def summary(self, summary: dict[str, Any], folder: Path) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -102,7 +109,7 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     accepted = summary["accepted_per_round"]
     if accepted is not None:
         drafted = summary["drafted_per_round"]
-        yield "per round", f"{accepted:.2f} accepted of {drafted:.0f} guesses, {summary['tokens_per_round']:.2f} tokens"
+        yield "per round", f"{accepted:.2f} accepted of {drafted:.4g} guesses, {summary['tokens_per_round']:.2f} tokens"
         yield "accepted by depth", "  ".join(f"{d}: {share:.0%}" for d, share in enumerate(summary["acceptance_by_depth"], 1))
     if summary["kept_tokens"] is not None:
         yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,9 @@ class DraftTree:
         return ancestor_mask(self.parents)
 
 
+@lru_cache(maxsize=64)
 def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
+    """(M, M) bool, not to be written to: which nodes, itself among them, lie above a node."""
     mask = torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -259,14 +261,15 @@ class Verdict:
 class Step:
     """One round as it happened. tokens: what it adds to the output, stop id included, never past a stop id or the limit.
 
-    Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked; accepted: of those, how many the
-    verifier took (before the output was cut); full: False when a stop id or the token limit cut the round short.
+    Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked, depth: most of them on one path;
+    accepted: how many the verifier took (before the output was cut); full: False when a stop id or the limit cut it.
     times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify; they add up to the time since
     the step before. keep: what the drafter sees, in the step that started it.
     """
 
     tokens: tuple[int, ...]
     drafted: int = 0
+    depth: int = 0
     accepted: int = 0
     full: bool = True
     times_s: dict[str, float] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from specvlm import lossless
+from specvlm import lossless, memory
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -124,11 +124,16 @@ def test_requests_of_different_length_share_caches_without_a_trace(family):
     requests = [tiny.prompt(family, seed, frames=frames) for seed, frames in ((0, 4), (1, 9), (2, 3), (0, 4))]
     for request in requests:
         assert tokens_of(list(graph.decode(request, 20))) == tiny.hf_greedy(tiny.model(family), request, 20)
-    half_read = graph.decode(requests[0], 20)
-    next(half_read), next(half_read)
-    assert tokens_of(list(graph.decode(requests[1], 20))) == tiny.hf_greedy(tiny.model(family), requests[1], 20)
-    with pytest.raises(RuntimeError, match="overtaken"):
-        next(half_read)
+    for read in (1, 2):
+        for half_read in (
+            graph.decode(requests[0], 20),
+            autoregressive(graph.target, requests[0], 20, GREEDY, 0, graph.caches),
+        ):
+            for _ in range(read):
+                next(half_read)
+            assert tokens_of(list(graph.decode(requests[1], 20))) == tiny.hf_greedy(graph.target, requests[1], 20)
+            with pytest.raises(RuntimeError, match="overtaken"):
+                next(half_read)
 
 
 def test_float32_equals_generate_too():
@@ -157,8 +162,49 @@ def test_a_tie_is_called_one_with_its_gap():
     twin = tiny.wrap(tiny.copy.deepcopy(target.hf))
     other = next(t for t in range(5, 80) if t not in answer)
     twin.hf.lm_head.weight[other] = twin.hf.lm_head.weight[answer[5]]  # now the two tokens tie exactly
-    found = lossless.compare(twin, request, answer, [*answer[:5], other, *answer[6:]])
+    tied = [*answer[:5], other]
+    while len(tied) < len(answer):  # what the target itself says behind the other token
+        tied.append(follow(twin, request, tied))
+    found = lossless.compare(twin, request, answer, tied)
     assert (found.verdict, found.token, found.gap) == ("tie", 5, 0.0) and "numeric tie at token 5" in str(found)
+    found = lossless.compare(twin, request, answer, [*tied[:8], (tied[8] + 1) % 90, *tied[9:]])
+    assert (found.verdict, found.token) == ("mismatch", 8), "a fault behind a tie is one all the same"
+    assert lossless.compare(twin, request, answer, tied[:9]).verdict == "mismatch"
+
+
+def follow(lm, request, tokens):
+    cache = lm.new_cache(len(request) + len(tokens))
+    lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
+    seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    return int(lm.append(torch.tensor(tokens), range(len(tokens)), seen, cache)[-1].argmax())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("drafter", [TreeDrafter(), SelfDrafter(), PromptLookupDrafter()], ids=repr)
+def test_the_checkpoints_repetition_penalty_is_applied_as_generate_does(family, drafter):
+    request = tiny.prompt(family)
+    plain = tiny.hf_greedy(tiny.model(family), request, 40)
+    target, draft = (tiny.wrap(tiny.copy.deepcopy(tiny.model(family).hf)) for _ in range(2))
+    target.hf.generation_config.repetition_penalty = target.repetition_penalty = 1.3
+    expected = tiny.hf_greedy(target, request, 40)
+    assert expected != plain
+    assert tokens_of(list(autoregressive(target, request, 40, GREEDY))) == expected
+    graph = DecodingGraph(target, draft, UniformPruner(), drafter, GREEDY, 0.5)
+    assert tokens_of(list(graph.decode(request, 40))) == expected
+    assert lossless.compare(target, request, expected, expected).verdict == "identical"
+
+
+@pytest.mark.parametrize("positions", ["original", "reindexed"])
+@pytest.mark.parametrize("drafter", [TreeDrafter(), SelfDrafter("chain:2"), PromptLookupDrafter()], ids=repr)
+def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
+    family, request, limit = "qwen2_5_vl", tiny.prompt("qwen2_5_vl"), 20
+    graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, GREEDY, 0.9, positions)
+    list(graph.decode(request, limit))
+    kept = len(request) - len(request.video_index) + graph.budget(request)
+    slots = len(request) + limit + drafter.max_nodes
+    if drafter.model is not None:
+        slots += kept + limit + drafter.max_nodes
+    assert graph.caches.nbytes == memory.kv_bytes(tiny.model(family), slots, torch.float64)
 
 
 @pytest.mark.parametrize(

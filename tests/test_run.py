@@ -107,6 +107,23 @@ def weights_of_another_shape() -> list[str]:
     return ["target.path=target"]
 
 
+def a_missing_tensor() -> list[str]:
+    path = copy_of("target") / "model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if "model.layers.3.mlp" not in n}, path, {"format": "pt"})
+    return ["target.path=target"]
+
+
+def broken_tokenizer() -> list[str]:
+    (copy_of("target") / "tokenizer.json").write_text("{}")
+    return ["target.path=target"]
+
+
+def wrong_config() -> list[str]:
+    copy_of("target", config_json=lambda content: content["text_config"].update(hidden_size="x"))
+    return ["target.path=target"]
+
+
 def other_tokenizer() -> list[str]:
     def swap(content):
         vocabulary = content["model"]["vocab"]
@@ -152,6 +169,11 @@ BAD = {
     "no weights": (without_weights, "no *.safetensors"),
     "cut weights": (cut_weights, "cannot be loaded"),
     "weights of another shape": (weights_of_another_shape, "cannot be loaded"),
+    "a missing tensor": (a_missing_tensor, "lack 3 tensors"),
+    "broken tokenizer": (broken_tokenizer, "tokenizer cannot be loaded"),
+    "wrong config": (wrong_config, "config.json cannot be used"),
+    "too wide a tree": (lambda: ["drafter.shape=300x2"], "guesses of a node"),
+    "unknown reference": (lambda: ["question=x ${y}"], "y"),
     "other tokenizer": (other_tokenizer, "different tokenizers"),
     "other family": (lambda: ["draft.path=embedded:llava_onevision/plain"], "a pair needs one family"),
     "other model type": (other_model_type, "not supported"),
@@ -180,7 +202,7 @@ def test_one_frame_is_enough():
     assert runs()[0]["video_tokens"] == 64
 
 
-def test_a_full_disk_ends_with_one_line(monkeypatch, capfd):
+def test_a_full_disk_ends_with_one_line_that_names_the_folder_and_leaves_nothing(monkeypatch, capfd):
     real = Path.open
 
     def full(self, mode="r", *args, **named):
@@ -190,4 +212,17 @@ def test_a_full_disk_ends_with_one_line(monkeypatch, capfd):
 
     monkeypatch.setattr(Path, "open", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
-    assert "No space left on device" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "No space left on device" in error and "out" in error and not Path("out").exists()
+
+
+def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
+    assert main(["hydra.run.dir=out", *FAST]) == 0
+    monkeypatch.setattr("specvlm.run.summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["hydra.run.dir=out", *FAST]) == 130
+    assert not Path("out/summary.json").exists()
+
+
+def test_prompt_lookup_says_that_it_saw_no_video(capsys):
+    assert main(["drafter=prompt_lookup", "hydra.run.dir=out", *FAST]) == 0
+    assert runs()[0]["kept_tokens"] is None and "drafter saw" not in capsys.readouterr().out

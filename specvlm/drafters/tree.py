@@ -45,10 +45,16 @@ class TreeDrafter(Drafter):
     def start(self, ctx: DraftContext) -> DraftSession:
         model = ctx.target if self.model == "target" else ctx.draft
         assert model is not None
+        shape = TreeShape.parse(self.shape)
+        widest = max(shape.ranks) + 1
+        if widest > ctx.vocabulary:
+            raise UserError(
+                f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens"
+            )
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        return TreeSession(ctx, model, TreeShape.parse(self.shape), sample)
+        return TreeSession(ctx, model, shape, sample)
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,16 @@ class TreeSession(DraftSession):
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
         self.ctx, self.model, self.sample = ctx, model, sample
         self.plan = _Plan(shape)
+        # Drawn on the model's device, seeded from the request's own generator.
+        seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
+        self.generator = torch.Generator(model.device).manual_seed(seed)
         self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
         self.base = 0  # slot of the current root
         self.tokens = torch.zeros(len(shape), dtype=torch.int64)
-        self.cache = ctx.caches.take("draft", model, len(ctx.prompt) + ctx.max_new_tokens + len(shape) + 1)
         prompt, keep = ctx.prompt, ctx.keep
         features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
         embeds = model.embed(prompt, features, keep)
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + len(shape))
         if ctx.positions == "original":
             positions = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
         else:
@@ -110,7 +119,7 @@ class TreeSession(DraftSession):
             self._commit(last)
         plan, cache, model = self.plan, self.cache, self.model
         shape = plan.shape
-        q = torch.zeros(len(shape), model.vocabulary, device=model.device) if self.sample else None
+        q: Tensor | None = None
         self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=model.device)
         self.tokens[0] = self.pending[-1]
         for depth, level in enumerate(plan.levels):
@@ -122,18 +131,19 @@ class TreeSession(DraftSession):
             else:
                 logits = model.append(self.tokens[list(level.nodes)], [depth] * len(level.nodes), level.seen, cache, self.base)
             logits = logits[:, : self.ctx.vocabulary]
-            if q is None:
+            if not self.sample:
                 best = logits.topk(int(level.ranks.max()) + 1).indices
                 self.tokens[level.children] = best[level.rows, level.ranks]
             else:
                 q_rows = self.ctx.sampling.probabilities(logits)
-                q[list(level.nodes), : q_rows.shape[1]] = q_rows.to(q.dtype)
+                q = q_rows.new_zeros(len(shape), q_rows.shape[1]) if q is None else q
+                q[list(level.nodes)] = q_rows
                 self.tokens[level.children] = self._draw(q_rows, int(level.orders.max()) + 1)[level.rows, level.orders]
         return DraftTree(self.tokens, shape.parents, q)
 
     def _draw(self, q_QV: Tensor, count: int) -> Tensor:
         """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
-        race = torch.empty(q_QV.shape, dtype=torch.float64).exponential_(generator=self.ctx.generator).to(q_QV.device)
+        race = torch.empty(q_QV.shape, dtype=torch.float64, device=q_QV.device).exponential_(generator=self.generator)
         return (race / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
 
     def _commit(self, last: Verdict) -> None:

@@ -41,11 +41,12 @@ class Guidance:
         heads, count = query.shape[1], query.shape[2]
         rows = slice(None) if self.rows else slice(count - 1, count)
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1) if self.rows else None
+        wide = torch.promote_types(query.dtype, torch.float32)  # 8 bits of mantissa would make false ties
         mean = last = query.new_zeros(())
         for head, key_KD in enumerate(key[0]):
             group = heads // key.shape[1]
             query_GQD = query[0, head * group : (head + 1) * group, rows]
-            scores_GQK = (query_GQD @ key_KD.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
+            scores_GQK = (query_GQD.to(wide) @ key_KD.to(wide).mT) * scaling
             if future is not None:  # the last row alone sees every key
                 scores_GQK[..., -count:].masked_fill_(future, float("-inf"))
             weights_GQN = scores_GQK.softmax(-1).index_select(-1, self.video_index)

@@ -65,6 +65,10 @@ class LlavaOneVision(VideoLM):
             features_FPD[chosen.to(self.device)] = out[: len(chosen) * grid.per_frame].unflatten(0, (len(chosen), -1))
         return torch.cat([features_FPD.flatten(0, 1), newline_D])
 
+    def vision_rows(self, video: dict[str, Any]) -> int:
+        vision = self.hf.config.vision_config
+        return len(video["pixels"]) * int(vision.image_size // vision.patch_size) ** 2
+
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         pixels = image["pixels"].to(self.device, self.dtype)
         shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: not the only image

@@ -42,7 +42,7 @@ def config_of(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the checks inside raise types of their own
         raise UserError(f"{folder}: the config.json cannot be used ({first_line(error)})") from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
@@ -84,8 +84,9 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
         raise UserError(f"{path}: has a config.json but no *.safetensors weights")
     attention.register()
     try:
-        hf = AutoModelForImageTextToText.from_pretrained(
+        hf, info = AutoModelForImageTextToText.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=DTYPES.get(dtype, "auto"),
             attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
             use_safetensors=True,
@@ -93,6 +94,8 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
+    if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
+        raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
 
 
@@ -102,7 +105,7 @@ def tokenizer_of(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises whatever its parser meets first
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from None
     template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
@@ -129,6 +132,12 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
             f"({len(ours)} and {len(theirs)} tokens; {token!r} is {ours.get(token)} and {theirs.get(token)}): "
             "they cannot draft for one another"
         )
+    for what in ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size"):
+        ours, theirs = (getattr(model.hf.config.vision_config, what, None) for model in (target, draft))
+        if ours != theirs and not (what == "image_size" and target.axes > 1):
+            raise UserError(
+                f"target {target.folder} and draft {draft.folder} see videos differently: {what} is {ours} and {theirs}"
+            )
     return min(target.vocabulary, draft.vocabulary)
 
 

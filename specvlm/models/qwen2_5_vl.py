@@ -60,6 +60,9 @@ class Qwen2_5_VL(VideoLM):
             features_FPD[frames.to(self.device)] = self._tower(pixels, (len(frames), h, w)).unflatten(0, (len(frames), -1))
         return features_FPD.flatten(0, 1)
 
+    def vision_rows(self, video: dict[str, Any]) -> int:
+        return len(video["pixels"])
+
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         return self._tower(image["pixels"], image["thw"])
 

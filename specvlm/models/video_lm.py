@@ -19,6 +19,20 @@ from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
 
+# What else a generation config may hold that changes greedy output in `generate`, and that is not applied here.
+UNSUPPORTED = (
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+)
+
 
 class VideoLM(ABC):
     """One checkpoint. Stateless: what a request needs comes in as arguments and lives in its cache.
@@ -45,6 +59,8 @@ class VideoLM(ABC):
         self.video_token = int(hf.config.video_token_id)
         self.image_token = int(hf.config.image_token_id)
         stops = hf.generation_config.eos_token_id
+        self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)
+        self.ignored_settings = tuple(name for name in UNSUPPORTED if getattr(hf.generation_config, name, None))
         self.stop_ids = frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])
 
     def __repr__(self) -> str:
@@ -126,6 +142,10 @@ class VideoLM(ABC):
     @abstractmethod
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
         """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero."""
+
+    @abstractmethod
+    def vision_rows(self, video: dict[str, Any]) -> int:
+        """Patches that go through the vision tower at once."""
 
     @abstractmethod
     def encode_image(self, image: dict[str, Any]) -> Tensor: ...
@@ -216,7 +236,8 @@ class VideoLM(ABC):
         mask = None
         if seen_QT is not None:
             before = cache.length + len(tokens_Q) - seen_QT.shape[1]
-            mask = torch.cat([torch.ones(len(tokens_Q), before, dtype=torch.bool), seen_QT], 1)
+            prefix = torch.ones(len(tokens_Q), before, dtype=torch.bool, device=self.device)
+            mask = torch.cat([prefix, seen_QT.to(self.device)], 1)
         return self.head(self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask))
 
     def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
