@@ -10,6 +10,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import specvlm
+from experiments.embedded_pair import forward
+from experiments.embedded_pair.keepsets import keep_set
+from experiments.embedded_pair.models import build
+from experiments.embedded_pair.tokenizer import encode, first_question
 from specvlm.data import synthetic
 from specvlm.data.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
 from specvlm.data.video import read_video
@@ -115,6 +119,27 @@ def test_the_target_captions_every_clip_exactly(family):
         answer = model.generate(**inputs, max_new_tokens=160)[0, inputs["input_ids"].shape[1] :]
         assert answer[-1] == tokenizer.eos_token_id
         assert answer[:-1].tolist() == tokenizer(facts["caption"]).input_ids, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_training_forward_gives_the_logits_of_the_stock_one(family):
+    scene, step = synthetic.sample_scene(3, seconds=4), 1 if family == "qwen2_5_vl" else 2
+    objects, backgrounds = map(torch.from_numpy, synthetic.pack([scene]))
+    frames = synthetic.draw(objects, backgrounds, torch.arange(0, 8, step).float())[0]
+    ids = torch.tensor(first_question(family, "describe the video .") + encode(synthetic.caption(scene)))
+    net = forward.Forward(build(family, "draft").eval(), family)
+    assert forward.parity(net, forward.patches(frames, family, torch.float32), 4, ids) < 1e-5
+
+
+def test_training_keep_sets_are_those_of_the_pruner():
+    attention = torch.rand(4, 65, generator=torch.Generator().manual_seed(0)) ** torch.tensor([[1.0], [4], [16], [64]])
+    kept = keep_set("two_stage", attention, 13)
+    for row, index in zip(attention, kept, strict=True):
+        value, order = row.sort(descending=True)
+        first = min(int((value.cumsum(0) < 0.4 * value.sum()).sum()) + 1, 13)
+        rest = order[first:].sort().values
+        spread = [rest[i * (len(rest) - 1) // max(1, 12 - first)].item() for i in range(13 - first)]
+        assert index.tolist() == sorted(order[:first].tolist() + spread)
 
 
 def _inputs(family, tokenizer, path, question):

@@ -8,6 +8,7 @@ Legend: B scenes, K object slots, C columns of an object row, T frames, S side o
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -257,7 +258,13 @@ def canvas(backgrounds: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.where(edge < 4, base + 70 - 10 * edge, base).to(dtype)
 
 
-def draw(objects: Tensor, backgrounds: Tensor, frames: Tensor, dtype: torch.dtype = torch.float32, cover=coverage) -> Tensor:
+def draw(
+    objects: Tensor,
+    backgrounds: Tensor,
+    frames: Tensor,
+    dtype: torch.dtype = torch.float32,
+    cover: Callable[..., Tensor] = coverage,
+) -> Tensor:
     """Noise-free frames (B, T, 3, H, W) in 0..255 at the frame numbers (T,); only sprite boxes are touched, so it is cheap."""
     device, batch, count = objects.device, len(objects), len(frames)
     video = canvas(backgrounds, dtype)[:, None].expand(-1, count, -1, -1, -1).clone()
