@@ -278,20 +278,15 @@ def draw(
         corner = (center[:, k] - SPRITE / 2).floor().clamp(0, SIDE - SPRITE).long()
         px, py = corner[..., 0:1] + box, corner[..., 1:2] + box
         dx, dy = px + 0.5 - center[:, k, :, 0:1], py + 0.5 - center[:, k, :, 1:2]
-        each = lambda v: v[:, None].expand(-1, count).reshape(-1, 1, 1)  # noqa: E731  one value a frame
-        alpha = cover(each(o[:, Col.SHAPE]), dx.view(-1, 1, SPRITE), dy.view(-1, SPRITE, 1), each(radii[o[:, Col.SIZE].long()]))
+        shape, radius = (v.repeat_interleave(count).view(-1, 1, 1) for v in (o[:, Col.SHAPE], radii[o[:, Col.SIZE].long()]))
+        alpha = cover(shape, dx.view(-1, 1, SPRITE), dy.view(-1, SPRITE, 1), radius)
         alpha = (alpha.view(batch, count, 1, SPRITE, SPRITE) * visible[:, :, None, None, None]).to(dtype)
         turned = frames >= o[:, None, Col.TURN_FRAME]
         color = torch.where(turned[..., None], palette[o[:, None, Col.TURN].long()], palette[o[:, None, Col.COLOR].long()]).to(
             dtype
         )
-        at = (
-            b.view(-1, 1, 1, 1, 1),
-            t.view(1, -1, 1, 1, 1),
-            c.view(1, 1, -1, 1, 1),
-            py[:, :, None, :, None],
-            px[:, :, None, None, :],
-        )
+        rows, columns = py[:, :, None, :, None], px[:, :, None, None, :]
+        at = (b.view(-1, 1, 1, 1, 1), t.view(1, -1, 1, 1, 1), c.view(1, 1, -1, 1, 1), rows, columns)
         video[at] = video[at] * (1 - alpha) + color[..., None, None] * alpha
     return video
 
