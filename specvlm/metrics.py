@@ -11,8 +11,8 @@ from typing import Any
 from specvlm.types import Step
 
 KEYS = {
-    "verdict": "identical | numeric tie at token K (gap G) | MISMATCH at token K: why | "
-    "sampled | lossy | not checked (no baseline)",
+    "verdict": "identical, numeric tie at token K (gap G), MISMATCH at token K: why, sampled, lossy, or not checked (no "
+    "baseline)",
     "text": "the answer, special tokens left out",
     "token_ids": "ids of the answer, the stop id included",
     "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",

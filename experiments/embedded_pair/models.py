@@ -128,6 +128,9 @@ def save_folder(model: PreTrainedModel, family: str, folder: Path) -> None:
         image = common | {"image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor",
                           "size": size, "image_grid_pinpoints": [[SIDE, SIDE]], "do_pad": True}  # fmt: skip
         video = common | {"video_processor_type": "LlavaOnevisionVideoProcessor", "processor_class": "LlavaOnevisionProcessor",
-                          "size": size, "fps": 1, "num_frames": 16}  # fmt: skip
+                          "size": size, "fps": 1}  # fmt: skip
+        processor = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": (SIDE // PATCH) ** 2,
+                     "vision_feature_select_strategy": "full"}  # fmt: skip
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     for name, content in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,46 @@
+"""The README says what is there: every strategy, every key of summary.json, the plugin as it stands, commands that compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from specvlm import compose, registry
+from specvlm.metrics import KEYS
+from specvlm.strategy import SIGNALS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_built_in_strategy_has_a_row():
+    for kind, infos in registry.collect().items():
+        for name, info in infos.items():
+            assert info.plugin != "specvlm" or f"| `{kind}={name}` |" in README, f"{kind}={name}"
+
+
+def test_every_key_of_the_summary_and_every_signal_is_explained_in_its_own_words():
+    for key, meaning in KEYS.items():
+        assert f"| `{key}` | {meaning} |" in README, key
+    for signal in SIGNALS:
+        assert f"`{signal}`" in README, signal
+
+
+def test_the_pruner_shown_is_the_one_that_ships():
+    shown = re.search(r"```python\n(@dataclass\(frozen=True\)\nclass FrameDiffPruner.*?)```", README, re.S)[1]
+    module = (ROOT / "plugins/specvlm-frame-diff/specvlm_frame_diff.py").read_text(encoding="utf-8")
+    for line in shown.splitlines():
+        code = line.split("  #")[0].strip()
+        assert not code or code.startswith('"""') or code in module, line
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("python -m specvlm ")])
+def test_the_commands_compose(line):
+    words = shlex.split(line.split("  #")[0].rstrip("\\"))[3:]
+    if "--help" in words:
+        return
+    sweep = "-m" in words
+    assert compose.jobs(compose.quoted([w for w in words if w != "-m"], sweep), sweep)
