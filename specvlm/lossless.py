@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specvlm.cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
 from specvlm.types import VideoPrompt
@@ -42,8 +43,17 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], output: Sequence[int]) -> Comparison:
-    """Tie: from the first difference on, every token is the target's choice within what rounding does to that choice."""
+def compare(
+    target: VideoLM,
+    prompt: VideoPrompt,
+    baseline: Sequence[int],
+    output: Sequence[int],
+    caches: CachePool | None = None,
+) -> Comparison:
+    """Tie: from the first difference on, every token is the target's choice within what rounding does to that choice.
+
+    Costs nothing when identical; else two prefills and a one-row pass a token. caches: memory to use again.
+    """
     shorter = min(len(output), len(baseline))
     first = next((i for i in range(shorter) if output[i] != baseline[i]), shorter)
     if first == len(output) == len(baseline):
@@ -54,7 +64,7 @@ def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], outpu
     if target.stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
         return Comparison("mismatch", first, reason="the output does not end where it should")
     tie = Comparison("identical")
-    for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first):
+    for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first, caches or CachePool()):
         scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
         drift = float((one_row_V - many_rows_V).abs().max())
         gap = float(one_row_V.max() - one_row_V[output[at]])
@@ -69,12 +79,14 @@ def compare(target: VideoLM, prompt: VideoPrompt, baseline: Sequence[int], outpu
     return tie
 
 
-def _both_ways(target: VideoLM, prompt: VideoPrompt, output: Sequence[int], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each token of the output from `first` on: its index and the logits (V,) before it, by one-row and by many-row
-    passes, in float64."""
+def _both_ways(
+    target: VideoLM, prompt: VideoPrompt, output: Sequence[int], first: int, pool: CachePool
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each token of the output from `first` on: its index and the logits (V,) before it, by one-row and by
+    many-row passes, in float64."""
     penalty = RepetitionPenalty(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
     embeds_SD, positions_AS = target.embed(prompt, target.features(prompt)), target.positions(prompt)
-    caches = [target.new_cache(len(prompt) + len(output)) for _ in range(2)]
+    caches = [pool.take(role, target, len(prompt) + len(output)) for role in ("target", "draft")]
     hiddens = [target.prefill(embeds_SD, positions_AS, cache, prompt.cut) for cache in caches]
     one_V, tokens = target.head(hiddens[0]), torch.tensor(output)
     rows = len(output) - 1

@@ -25,6 +25,7 @@ from specvlm.show import Screen
 from specvlm.types import Step, VideoPrompt
 
 OK, MISMATCH = 0, 1
+SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
 
 
 def run(cfg: DictConfig, folder: Path) -> int:
@@ -35,12 +36,16 @@ def run(cfg: DictConfig, folder: Path) -> int:
     screen = Screen()
     job = prepare(cfg)
     screen.plan(job)
-    graph = assemble(cfg, job)
-    screen.ignored(graph.target.ignored_settings)
-    with files_of(folder):
-        steps, baseline = decode(cfg, job, graph, folder, screen)
-        summary, verdict = summarize(cfg, job, graph, steps, baseline)
-        write_json(folder / "summary.json", summary)
+    try:
+        graph = assemble(cfg, job)
+        screen.ignored(graph.target.ignored_settings)
+        with files_of(folder):
+            steps, baseline = decode(cfg, job, graph, folder, screen)
+            summary, verdict = summarize(cfg, job, graph, steps, baseline)
+            write_json(folder / "summary.json", summary)
+    except torch.OutOfMemoryError as error:
+        planned = f"{job.plan.total / 2**30:.1f} GiB"
+        raise UserError(f"{job.device} is out of memory, though {planned} were planned: {SMALLER}") from error
     screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
 
@@ -90,8 +95,7 @@ def prepare(cfg: DictConfig) -> Job:
     free = memory.free_bytes(device)
     if free is not None and plan.total > free:
         raise UserError(
-            f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
-            "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
+            f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: {SMALLER}"
         )
     return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, plan, path.name, question, video_s)
 
@@ -169,7 +173,7 @@ def summarize(
     elif graph.verifier.sampling.temperature > 0:
         verdict = text = "sampled"
     else:
-        comparison = lossless.compare(graph.target, job.prompt, alone, tokens)
+        comparison = lossless.compare(graph.target, job.prompt, alone, tokens, graph.caches)
         verdict, text = comparison.verdict, str(comparison)
         difference = asdict(comparison) if comparison.token is not None else None
     kept = next((len(step.keep) for step in steps if step.keep is not None), None)

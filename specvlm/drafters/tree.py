@@ -48,9 +48,7 @@ class TreeDrafter(Drafter):
         shape = TreeShape.parse(self.shape)
         widest = max(shape.ranks) + 1
         if widest > ctx.vocabulary:
-            raise UserError(
-                f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens"
-            )
+            raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")

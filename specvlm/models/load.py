@@ -94,6 +94,8 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
+    if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
+        raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)

@@ -12,6 +12,7 @@ from torch import Tensor
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
 from specvlm.data.settings import read_video_settings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
+from specvlm.errors import UserError
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -37,7 +38,11 @@ class Qwen2_5_VL(VideoLM):
         return {"frames": most, "sampling": "qwen"} if info.duration * fps > most else {"fps": fps, "sampling": "qwen"}
 
     def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
-        config = replace(self._video_config, max_pixels=max_pixels) if max_pixels else self._video_config
+        config = self._video_config
+        if max_pixels and max_pixels < config.min_pixels:
+            raise UserError(f"max_pixels={max_pixels}: the checkpoint's frames have at least {config.min_pixels}")
+        if max_pixels:
+            config = replace(config, max_pixels=max_pixels)
         pixels, (t, h, w) = qwen_video(clip.frames, config)
         seconds = self._video_config.temporal_patch_size / clip.fps
         return TokenGrid(t, h // self._merge, w // self._merge), {"pixels": pixels, "thw": (t, h, w), "seconds": seconds}
