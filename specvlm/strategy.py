@@ -36,7 +36,7 @@ class Strategy:
     name: ClassVar[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PruneContext:
     """What a pruner may look at. Signals it did not ask for are absent, and asking for one then is an error that says so.
 
@@ -137,7 +137,7 @@ class Sampling:
         return scores.softmax(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DraftContext:
     """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
 
@@ -182,7 +182,7 @@ class Drafter(Strategy, ABC):
     def start(self, ctx: DraftContext) -> DraftSession: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VerifyContext:
     """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own)."""
 

@@ -42,7 +42,7 @@ class TokenGrid:
         return self.frames * self.per_frame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoPrompt:
     """One request: tokens with every placeholder expanded, and the pixels that belong to them.
 
@@ -77,7 +77,7 @@ class VideoPrompt:
         return keep.nonzero().flatten()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeepSet:
     """Which of `total` video tokens the drafter sees: sorted, unique, in range. Empty means a text-only drafter.
 
@@ -209,7 +209,7 @@ PAPER_TREE += [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 2, 0],
 PAPER_TREE += [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DraftTree:
     """Guesses of one round. tokens (M,), parents (M,) with parents[i] < i; node 0 is the last accepted token.
 

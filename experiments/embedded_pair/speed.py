@@ -105,9 +105,7 @@ def table(rows: list[dict]) -> str:
     by_scene = {(row["scene"], row["method"]): row for row in rows}
     scenes, names = sorted({row["scene"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
     names.sort(key=lambda name: name not in ("Hugging Face generate", "autoregressive"))
-    lines = [
-        "| method | ms per token | decode | against ours | against HF | end to end | against ours | against HF | accepted | same |"
-    ]
+    lines = ["| method | ms per token | decode | vs ours | vs HF | end to end | vs ours | vs HF | accepted | same output |"]
     lines.append("|---" * 10 + "|")
     for name in names:
         mine = [by_scene[scene, name] for scene in scenes]

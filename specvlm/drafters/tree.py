@@ -81,6 +81,8 @@ class _Plan:
             children, rows, orders = torch.tensor(below).unbind(1)
             ranks = torch.tensor([shape.ranks[c] for c in children.tolist()])
             seen = mask[list(nodes)][:, written] if depth else None
+            if seen is not None and bool(seen.all()):
+                seen = None  # a chain: the only row sees everything, and attention without a mask is faster
             self.levels.append(_Level(nodes, seen, children, rows, ranks, orders))
         self.order = written  # tree node of each row behind the root's
 
