@@ -226,6 +226,19 @@ def tables(family: str, kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
                 cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]" if values else "")
             yield f"| {name} | " + " | ".join(cells) + " |"
         yield ""
+        yield from paired(table, draft)
+
+
+def paired(table: dict[tuple[str, str, float], dict[int, float]], draft: str, ratio: float = 0.9) -> Iterator[str]:
+    """Scene by scene against uniform: the differences' mean and interval, which the cells' own intervals overstate."""
+    base = table[draft, "uniform", ratio]
+    parts = []
+    for name in PRUNERS:
+        mine = table[draft, name, ratio]
+        mean, low, high = interval([mine[scene] - base[scene] for scene in mine.keys() & base.keys()])
+        if name != "uniform":
+            parts.append(f"{name} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+    yield f"Against uniform at {ratio:g}, paired by scene: {'; '.join(parts)}.\n"
 
 
 def report(out: Path) -> None:

@@ -40,6 +40,7 @@ GRAPHS: dict[str, tuple[Pruner, Drafter]] = {
     "tree 2x1x1x1x1": (TwoStagePruner(), TreeDrafter("2x1x1x1x1")),
     "chain 3": (TwoStagePruner(), TreeDrafter("chain:3")),
     "chain 5": (TwoStagePruner(), TreeDrafter("chain:5")),
+    "chain 5, mass 0.2": (TwoStagePruner(mass=0.2), TreeDrafter("chain:5")),
     "chain 7": (TwoStagePruner(), TreeDrafter("chain:7")),
     "chain 5, full context": (NonePruner(), TreeDrafter("chain:5")),
     "self, tree paper": (TwoStagePruner(), SelfDrafter("paper")),
@@ -124,14 +125,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def report(out: Path) -> None:
+    parts = ["# Speed of the embedded pairs\n", (__doc__ or "").split("\n\n")[1] + "\n"]
+    for family in FAMILIES:
+        path = out / f"{family}_speed.jsonl"
+        if path.is_file():
+            about, *rows = map(json.loads, path.read_text().splitlines())
+            said = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("family", "specvlm"))
+            parts += [f"## {family}\n", f"{len({row['scene'] for row in rows})} scenes; {said}.\n", table(rows), ""]
+    (out / "SPEED.md").write_text("\n".join(parts))
+    print("\n".join(parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="write SPEED.md from the rows that are there, run nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    print(table(run(args.family, args.scenes, args.out / f"{args.family}_speed.jsonl")))
+    if not args.report:
+        run(args.family, args.scenes, args.out / f"{args.family}_speed.jsonl")
+    report(args.out)
 
 
 if __name__ == "__main__":
