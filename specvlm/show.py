@@ -115,7 +115,7 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"
     yield "time to first token", seconds(summary["time_to_first_token_s"])
     if summary["drafter_start_s"]:
-        yield "drafter start", f"{seconds(summary['drafter_start_s'])} (prune, prefill of the pruned prompt)"
+        yield "drafter start", f"{seconds(summary['drafter_start_s'])} (prune, its vision tower, prefill of the pruned prompt)"
     yield "decode", against(summary["decode_s"], summary["baseline_decode_s"], summary["speedup_decode"])
     yield "end to end", against(summary["end_to_end_s"], summary["baseline_end_to_end_s"], summary["speedup_end_to_end"])
     yield "speed", f"{summary['tokens_per_second']:.0f} tokens/s"
@@ -132,6 +132,8 @@ def against(ours: float, alone: float | None, speedup: float | None) -> str:
 def meaning(verdict: str) -> str:
     if verdict == "identical":
         return "to the target's own output"
+    if verdict == "sampled":
+        return "by a rule that is exact in distribution; token by token there is nothing to compare"
     if verdict.startswith("numeric tie"):
         return "- two tokens the target cannot tell apart in this dtype"
     return ""

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from specvlm import compose, registry
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
 from specvlm.metrics import KEYS
 from specvlm.strategy import SIGNALS
 
@@ -35,6 +37,22 @@ def test_the_pruner_shown_is_the_one_that_ships():
     for line in shown.splitlines():
         code = line.split("  #")[0].strip()
         assert not code or code.startswith('"""') or code in module, line
+
+
+def test_the_python_example_prints_the_answer(capsys):
+    code = re.search(r"```python\n(from specvlm import DecodingGraph.*?)```", README, re.S)[1]
+    for model, name in (("32B", "target"), ("7B", "plain")):
+        code = code.replace(f"/models/Qwen2.5-VL-{model}-Instruct", str(model_folder(f"embedded:qwen2_5_vl/{name}")))
+    for there, here in (
+        ('"talk.mp4", frames=128', f'"{find_clip("synthetic_1")}", fps=2'),
+        (", max_pixels=200704", ""),
+        ("cuda", "cpu"),
+        ("What is shown?", "how many objects appear?"),
+    ):
+        assert there in code
+        code = code.replace(there, here)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
 
 
 @pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("python -m specvlm ")])

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -144,6 +145,20 @@ def truncated_video() -> list[str]:
     return ["video=cut.mp4"]
 
 
+def video_without_frames() -> list[str]:
+    with av.open("none.mp4", "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        out.start_encoding()
+    return ["video=none.mp4"]
+
+
+def template_without_question() -> list[str]:
+    folder = copy_of("target")
+    (folder / "chat_template.jinja").write_text("<|vision_start|><|video_pad|>")
+    return ["target.path=target"]
+
+
 def text_as_video() -> list[str]:
     Path("note.mp4").write_text("not a video")
     return ["video=note.mp4"]
@@ -155,6 +170,8 @@ BAD = {
     "a folder": (lambda: ["video=."], "folder"),
     "not a video": (text_as_video, "note.mp4"),
     "truncated video": (truncated_video, "truncated"),
+    "zero frames": (video_without_frames, "none.mp4"),
+    "no text after the video": (template_without_question, "no text follows the video"),
     "empty file": (lambda: Path("empty.mp4").touch() or ["video=empty.mp4"], "empty"),
     "too many frames": (lambda: ["frames=4000"], "frames"),
     "ratio below": (lambda: ["ratio=-0.1"], "ratio"),

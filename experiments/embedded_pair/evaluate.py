@@ -46,7 +46,7 @@ FAMILIES = ("qwen2_5_vl", "llava_onevision")
 DRAFTS = ("plain", "aware")
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 AWARE_SCENES = 32  # `aware` is near 5 whatever is pruned: fewer scenes tell that well enough
-FIRST_SCENE = 77_000_000  # held out: training draws other seeds
+FIRST_SCENE = 77_000_000  # held out: the seeds of training, 1e6 (1 + seed) + step, ended far below
 PRUNERS: dict[str, Pruner] = {
     "uniform": UniformPruner(),
     "random": RandomPruner(),
@@ -255,7 +255,7 @@ def report(out: Path) -> None:
 HEADER = """Synthetic scenes, greedy, the paper's 25-node tree, float32. A cell is the mean over scenes of a scene's accepted
 guesses per round (bonus token not counted, rounds cut short by the end of the answer left out; at most 5), with its
 95 % bootstrap interval over scenes. Columns are the share of video tokens dropped. `plain` never saw pruned input in
-training, `aware` did.
+training, `aware` did, and is measured on the first 32 scenes only. Captions and questions are of the same scenes.
 """
 
 

@@ -102,7 +102,7 @@ def run(family: str, scenes: int, path: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Medians over scenes; speed-ups are medians of the per-scene quotients."""
+    """Medians over scenes; speed-ups are medians of the per-scene quotients, in brackets 95 % bootstrap intervals."""
     by_scene = {(row["scene"], row["method"]): row for row in rows}
     scenes, names = sorted({row["scene"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
     names.sort(key=lambda name: name not in ("Hugging Face generate", "autoregressive"))
@@ -111,8 +111,14 @@ def table(rows: list[dict]) -> str:
     for name in names:
         mine = [by_scene[scene, name] for scene in scenes]
 
-        def quotient(base: str, key: str, mine: list[dict] = mine) -> str:
-            return f"{statistics.median(by_scene[row['scene'], base][key] / row[key] for row in mine):.2f}"
+        def quotient(base: str, key: str, mine: list[dict] = mine, name: str = name) -> str:
+            values = [by_scene[row["scene"], base][key] / row[key] for row in mine]
+            middle = f"{statistics.median(values):.2f}"
+            if base == "autoregressive" and key == "decode_s" and name != base:
+                picks = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+                spread = torch.tensor(values)[picks].quantile(0.5, 1).quantile(torch.tensor([0.025, 0.975])).tolist()
+                middle += f" [{spread[0]:.2f}, {spread[1]:.2f}]"
+            return middle
 
         per_token = statistics.median(row["decode_s"] / (row["new_tokens"] - 1) for row in mine)
         cells = [name, f"{1000 * per_token:.2f}"]

@@ -44,7 +44,7 @@ class Qwen2_5_VL(VideoLM):
         if max_pixels:
             config = replace(config, max_pixels=max_pixels)
         pixels, (t, h, w) = qwen_video(clip.frames, config)
-        seconds = self._video_config.temporal_patch_size / clip.fps
+        seconds = config.seconds_per_grid(clip.fps)
         return TokenGrid(t, h // self._merge, w // self._merge), {"pixels": pixels, "thw": (t, h, w), "seconds": seconds}
 
     def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
