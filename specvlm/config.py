@@ -54,6 +54,7 @@ class RunConfig:
     seed: int = MISSING
     device: str = MISSING
     dtype: str = MISSING
+    threads: int | None = MISSING
     baseline: bool = MISSING
 
 
@@ -78,6 +79,7 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "seed", 0 <= cfg.seed < 2**63, "an integer from 0 to 2**63 - 1")
     _expect(cfg, "frames", cfg.frames is None or cfg.frames >= 1, "at least 1, or null")
     _expect(cfg, "fps", cfg.fps is None or 0 < cfg.fps < float("inf"), "more than 0, or null")
+    _expect(cfg, "threads", cfg.threads is None or cfg.threads >= 1, "at least 1, or null")
     penalty = cfg.repetition_penalty
     _expect(cfg, "repetition_penalty", penalty is None or 0 < penalty < float("inf"), "more than 0, or null")
     _expect(cfg, "max_pixels", cfg.max_pixels is None or cfg.max_pixels >= 1, "at least 1, or null")

@@ -34,6 +34,8 @@ def run(cfg: DictConfig, folder: Path) -> int:
     Raises UserError before anything is written when the input cannot be used.
     """
     screen = Screen()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     job = prepare(cfg)
     screen.plan(job)
     try:

@@ -148,9 +148,11 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=1, help="as the presets of the embedded pairs have it")
     parser.add_argument("--report", action="store_true", help="write SPEED.md from the rows that are there, run nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
     if not args.report:
         run(args.family, args.scenes, args.out / f"{args.family}_speed.jsonl")
     report(args.out)
