@@ -93,10 +93,6 @@ def prefill(
     return features_ND, target.head(hidden_D[None])
 
 
-def penalty_of(target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
-    return RepetitionPenalty(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
-
-
 @torch.inference_mode()
 def autoregressive(
     target: VideoLM,
@@ -108,7 +104,7 @@ def autoregressive(
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
-    turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), penalty_of(target, prompt)
+    turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
     part = "prefill"
     while True:
@@ -158,7 +154,7 @@ class DecodingGraph:
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
         turn = Turn(self.caches, target, len(prompt) + max_new_tokens + drafter.max_nodes)
-        cache, penalty, guidance = turn.cache, penalty_of(target, prompt), self._guidance(prompt)
+        cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
         features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
         token = verifier.first(penalty(logits_MV)[0], generator)
         clock.mark("prefill")

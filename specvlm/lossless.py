@@ -84,7 +84,7 @@ def _both_ways(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each token of the output from `first` on: its index and the logits (V,) before it, by one-row and by
     many-row passes, in float64."""
-    penalty = RepetitionPenalty(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
+    penalty = RepetitionPenalty.of(target, prompt)
     embeds_SD, positions_AS = target.embed(prompt, target.features(prompt)), target.positions(prompt)
     caches = [pool.take(role, target, len(prompt) + len(output)) for role in ("target", "draft")]
     hiddens = [target.prefill(embeds_SD, positions_AS, cache, prompt.cut) for cache in caches]

@@ -5,10 +5,15 @@ Released Qwen2.5-VL checkpoints ask for 1.05, so without it the output would not
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, VideoPrompt
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
 
 
 class RepetitionPenalty:
@@ -21,6 +26,11 @@ class RepetitionPenalty:
         self.factor = factor
         self.seen_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.add(tokens_S)
+
+    @classmethod
+    def of(cls, target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
+        """What `target` asks for, its prompt seen."""
+        return cls(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
 
     def add(self, tokens: Tensor) -> None:
         """Tokens that stand from now on."""
