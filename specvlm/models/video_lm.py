@@ -55,7 +55,7 @@ class VideoLM(ABC):
         self.layers = int(config.num_hidden_layers)
         self.kv_heads = int(config.num_key_value_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        self.vocabulary = int(hf.lm_head.weight.shape[0])
+        self.vocabulary = int(hf.lm_head.out_features)
         self.video_token = int(hf.config.video_token_id)
         self.image_token = int(hf.config.image_token_id)
         stops = hf.generation_config.eos_token_id
