@@ -1,0 +1,91 @@
+"""The language model's pass over a few text rows, over Hugging Face's own parameters, with nothing the host must know.
+
+Both families' language models are Qwen2's (arXiv 2407.10671): RMSNorm, grouped-query attention with rotary positions,
+a gated MLP. Rows of text have one position on all of M-RoPE's axes, so there it is plain rotary embedding.
+
+Shape suffixes: Q rows of this pass, T rows from slot `base` on, V vocabulary, D width of a head.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import KVCache
+from specvlm.engine import ops as plain
+from specvlm.engine.ops import Weight
+from specvlm.models.video_lm import VideoLM
+
+ROWS = 64  # most rows of a pass the kernels are made for
+
+
+def why_not(model: VideoLM) -> str | None:
+    """Why the lean pass cannot stand for this model's own; None when it can."""
+    config = model.hf.config.get_text_config()
+    layer = model.text.layers[0]
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rotary.get("rope_type") or rotary.get("type") or "default"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if kind not in ("default", "mrope"):
+        return f"its rotary positions are scaled ({kind})"
+    if hasattr(layer.self_attn, "q_norm"):
+        return "it normalises queries"
+    missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
+    return f"its layers have no {missing[0]}" if missing else None
+
+
+class LeanText:
+    """The language model of a VideoLM as one function of device tensors. ops: `ops` or `kernels`."""
+
+    def __init__(self, model: VideoLM, ops: ModuleType = plain) -> None:
+        self.ops, self.text = ops, model.text
+        self.layers = [_Layer(layer) for layer in model.text.layers]
+        self.head = Weight.of(model.hf.lm_head)
+        self.norm = model.text.norm
+        self.heads = int(model.hf.config.get_text_config().num_attention_heads)
+        self.vocabulary, self.width = model.vocabulary, model.head_dim
+        self.turns = model.text.rotary_emb.inv_freq
+
+    def __call__(
+        self, tokens_Q: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
+    ) -> Tensor:
+        """(Q, D) normed hidden states of rows written to the slots base + at + row.
+
+        depths_Q: position of each row above that of slot `base`. seen_QT: int8, which of the slots from `base` on, its
+        own among them, a row sees; it sees all before. base, offset: integers on the device; position = slot + offset.
+        """
+        ops, scale = self.ops, self.width**-0.5
+        x = self.text.embed_tokens(tokens_Q.clamp(max=self.vocabulary - 1))
+        angles = (base + offset + depths_Q).float()[:, None] * self.turns.float()
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        parts = None
+        for number, layer in enumerate(self.layers):
+            keys, values = cache.keys[number, 0], cache.values[number, 0]
+            x, y = ops.add_norm(x, parts, layer.before.weight, layer.before.variance_epsilon)
+            q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
+            seen = ops.attention(q, keys, values, base, seen_QT, scale)
+            x, y = ops.add_norm(x, ops.linear(seen.flatten(1), layer.o), layer.after.weight, layer.after.variance_epsilon)
+            parts = ops.linear(ops.gated(y, layer.gate, layer.up), layer.down)
+        return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon)[1]
+
+    def logits(self, hidden_QD: Tensor) -> Tensor:
+        """(Q, V)."""
+        return self.ops.linear(hidden_QD, (self.head,), whole=True)[0]
+
+
+class _Layer:
+    """Where a layer's parameters are. Nothing is copied."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.after = layer.input_layernorm, layer.post_attention_layernorm
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = tuple(map(Weight.of, projections))
+        self.biases = tuple(p.bias for p in projections if p.bias is not None)
+        self.o = (Weight.of(attention.o_proj),)
+        self.gate, self.up = Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)
+        self.down = (Weight.of(mlp.down_proj),)

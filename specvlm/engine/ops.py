@@ -1,0 +1,105 @@
+"""The steps of a lean forward in plain torch: what the kernels must agree with, and what runs where there are none.
+
+Signatures and shapes are those of `kernels.py`, whose docstring has the suffixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as dense
+from torch.nn.functional import silu
+
+from specvlm.models.quantize import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's own tensors, as the kernels read them. kind: "full" (in the rows' dtype), "fp8", "int8" or "int4".
+
+    data (N, K), or (N, K/2) in 4 bits; scale (N,), or (N, K/group) in 4 bits, of no meaning when full.
+    """
+
+    layer: nn.Module
+    data: Tensor
+    scale: Tensor
+    kind: str = "full"
+    group: int = 0
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Weight:
+        if isinstance(layer, QuantizedLinear):
+            return cls(layer, layer.qweight, layer.scale, layer.kind, layer.group)
+        assert isinstance(layer, nn.Linear)
+        return cls(layer, layer.weight, layer.weight)
+
+    @property
+    def outputs(self) -> int:
+        return self.data.shape[0]
+
+    def times(self, x_QK: Tensor) -> Tensor:
+        """(Q, N), without the bias."""
+        full = self.data if self.kind == "full" else self.layer.weight_in(x_QK.dtype)  # type: ignore[operator]
+        return dense(x_QK, full)
+
+
+def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: bool = False) -> Tensor:
+    """(1, Q, N): x times one to three weights side by side."""
+    return torch.cat([w.times(x_QK) for w in weights], -1)[None]
+
+
+def gated(x_QK: Tensor, gate: Weight, up: Weight) -> Tensor:
+    """(Q, N): silu(x gate^T) * (x up^T)."""
+    return silu(gate.times(x_QK)) * up.times(x_QK)
+
+
+def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + sum of parts, its RMSNorm times weight), both (Q, K)."""
+    total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
+    wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight_K * scaled.to(total.dtype)
+
+
+def rope(
+    parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
+    keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
+) -> Tensor:  # fmt: skip
+    """(Q, H, D) rotated queries; keys and values go to the cache's slots base + at + row. cos and sin: (Q, D/2)."""
+    kv_heads, _, width = keys_JCD.shape
+    rows_QN = parts_SQN.sum(0)
+    if biases:
+        rows_QN = rows_QN + torch.cat(biases).to(rows_QN.dtype)
+    rows_QHD = rows_QN.to(keys_JCD.dtype).unflatten(-1, (-1, width))
+    turning, values = rows_QHD[:, : heads + kv_heads], rows_QHD[:, heads + kv_heads :]
+    low, high = turning.chunk(2, -1)
+    cos, sin = cos_QD[:, None], sin_QD[:, None]
+    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+    slots = base + at + torch.arange(len(rows_QN), device=base.device)
+    keys_JCD.index_copy_(1, slots, turned[:, heads:].transpose(0, 1))
+    values_JCD.index_copy_(1, slots, values.transpose(0, 1))
+    return turned[:, :heads]
+
+
+def attention(q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float) -> Tensor:
+    """(Q, H, D): each row over the first `base` slots and those of the next T that seen (int8) marks. The naive form:
+    a mask over every slot of the cache, keys and values repeated for each query head.
+    """
+    rows, heads, _ = q_QHD.shape
+    kv_heads, capacity, _ = keys_JCD.shape
+    slots_C = torch.arange(capacity, device=base.device)
+    node_C = (slots_C - base).clamp(0, seen_QT.shape[1] - 1)
+    tail_C = (slots_C >= base) & (slots_C < base + seen_QT.shape[1])
+    seen_QC = (slots_C < base) | (tail_C & (seen_QT[:, node_C] != 0))
+    wide = torch.promote_types(q_QHD.dtype, torch.float32)
+    keys, values = (x.repeat_interleave(heads // kv_heads, 0).to(wide) for x in (keys_JCD, values_JCD))
+    score_HQC = (q_QHD.transpose(0, 1).to(wide) @ keys.mT) * scale
+    weight_HQC = score_HQC.masked_fill(~seen_QC, float("-inf")).softmax(-1)
+    return (weight_HQC @ values).transpose(0, 1).to(q_QHD.dtype)
+
+
+def top(logits_QV: Tensor, count: int) -> Tensor:
+    """(Q, count) int64: the tokens of the largest logits, largest first."""
+    return logits_QV.topk(count).indices
