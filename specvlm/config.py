@@ -20,7 +20,9 @@ CHOICES = {
     "mrope": ("hf", "reference"),
     "reader": ("decord", "pyav"),
     "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
+    "engine": ("auto", "eager", "graphs"),
 }
+WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
 GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
 
 
@@ -29,6 +31,7 @@ class ModelConfig:
     """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one inside the package."""
 
     path: str = MISSING
+    weights: str | None = None
 
 
 @dataclass
@@ -54,6 +57,7 @@ class RunConfig:
     seed: int = MISSING
     device: str = MISSING
     dtype: str = MISSING
+    engine: str = MISSING
     threads: int | None = MISSING
     baseline: bool = MISSING
 
@@ -88,6 +92,10 @@ def validate(cfg: DictConfig) -> None:
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):
             raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+        weights = cfg[side].weights
+        if weights not in (None, *WEIGHTS):
+            hint = did_you_mean(weights, WEIGHTS)
+            raise UserError(f"{side}.weights={weights}: expected one of null, {', '.join(WEIGHTS)}.{hint}")
 
 
 def model_folder(path: str) -> Path:

@@ -41,8 +41,9 @@ def manual() -> str:
         parts.append("\n".join([f"{kind}=NAME", *entries, *map(_preset, _presets(kind))]))
     for group in ("pair", "experiment"):
         parts.append("\n".join([f"{group}=NAME", *(f"  {path.stem}" for path in _presets(group))]))
-    lines = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8").splitlines()
-    keys = [match.groups() for line in lines if (match := re.match(r"(\w+): (.*?) +# (.*)", line))]
+    text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:(\w+):\n  )?(\w+): (.*?) +# (.*)", text, re.M)  # one level down, as target.weights is
+    keys = [(f"{parent}.{key}" if parent else key, value, comment) for parent, key, value, comment in lines]
     parts.append("KEY=VALUE\n" + "\n".join(f"  {f'{key}={value}':<24}  {comment}" for key, value, comment in keys))
     parts.append("Hydra's own options: --hydra-help. A broken plugin: SPECVLM_PLUGIN_TRACEBACK=1 shows where.")
     return "\n\n".join(parts) + "\n"

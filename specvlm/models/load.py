@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from specvlm.errors import UserError
+from specvlm.errors import UserError, did_you_mean
 from specvlm.models import attention
 from specvlm.models.llava_onevision import LlavaOneVision
+from specvlm.models.quantize import KINDS, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
 
@@ -62,16 +63,35 @@ def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
+    return _dtype_in(model.hf.config, dtype)
+
+
+def _dtype_in(config: Any, dtype: str) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
-    own = model.hf.config.dtype or model.hf.config.get_text_config().dtype or torch.float32
+    own = config.dtype or config.get_text_config().dtype or torch.float32
     return getattr(torch, own) if isinstance(own, str) else own
 
 
-def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf") -> VideoLM:
+def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights") -> str | None:
+    """What linear layers are quantised to, None for not at all. Raises UserError, naming `key`, if `dtype` gainsays "bf16"."""
+    if weights not in (None, "bf16", *KINDS):
+        raise UserError(f"{key}={weights}: expected one of null, bf16, {', '.join(KINDS)}.{did_you_mean(weights, KINDS)}")
+    if weights == "bf16" and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"{key}=bf16, but dtype comes out as {name}: give dtype=bfloat16 as well, or leave {key} out")
+    return weights if weights in KINDS else None
+
+
+def load(
+    path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf", weights: str | None = None
+) -> VideoLM:
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
-    dtype: "auto" is the checkpoint's own. Raises UserError when anything of it cannot be used.
+    dtype: "auto" is the checkpoint's own. weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`);
+    "bf16" does not, and wants a dtype that is bfloat16. The checkpoint is read into the host's memory, from where `device` gets
+    its text part block by block, quantised on arrival: it holds little more than it will keep, and does the arithmetic.
+    Raises UserError when anything of it cannot be used.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -79,7 +99,8 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}")
     folder = folder_of(path, weights=True)
-    family = FAMILIES[config_of(folder).model_type]
+    config = config_of(folder)
+    family, kind = FAMILIES[config.model_type], kind_of(weights, _dtype_in(config, dtype))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{path}: has a config.json but no *.safetensors weights")
     attention.register()
@@ -98,6 +119,11 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
         raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
+    if kind is not None:
+        try:
+            quantize_text(hf, kind, device)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
     return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
 
 

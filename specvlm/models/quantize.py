@@ -2,6 +2,8 @@
 
 Round to nearest, weights only, no calibration: activations, embeddings, norms and the vision tower keep their dtype. The
 storage is our own, because the graphs engine's kernels read it as it lies, inside a captured graph, and it costs no dependency.
+Read about, not measured: torchao, whose weight tensors get their speed from torch.compile, and bitsandbytes, whose 8-bit layer
+could not be captured in a CUDA graph (vLLM pull request 15611); transformers' quantization_config leads to the likes of them.
 
 Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of K, B rows of one block.
 """
@@ -97,7 +99,7 @@ class QuantizedLinear(nn.Module):
                 return fn(tensor)
             return fn(tensor.view(bits[tensor.itemsize])).view(tensor.dtype)
 
-        return super()._apply(moved, recurse)
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
 def pack(q_NK: Tensor) -> Tensor:
