@@ -83,9 +83,7 @@ def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights") -> st
     return weights if weights in KINDS else None
 
 
-def load(
-    path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf", weights: str | None = None
-) -> VideoLM:
+def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf", weights: str | None = None) -> VideoLM:
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
     dtype: "auto" is the checkpoint's own. weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`);

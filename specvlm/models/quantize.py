@@ -122,7 +122,7 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
     where = linear.weight.device if device is None else torch.device(device)
     bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(where), linear.bias.requires_grad)
     layer = QuantizedLinear(linear.in_features, linear.out_features, kind, bias, where)
-    for start in range(0, linear.out_features, BLOCK):
+    for start in range(0, 0 if where.type == "meta" else linear.out_features, BLOCK):
         rows = slice(start, start + BLOCK)
         weight_BGK = linear.weight.detach()[rows].to(where).float().unflatten(1, (-1, layer.group))
         # A row of zeros gets the smallest normal number: dividing by it is harmless.
