@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from specvlm.models.quantize import bytes_of
 from specvlm.models.video_lm import VideoLM
+
+Kinds = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,18 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def plan(target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: torch.dtype, patches: int) -> MemoryPlan:
+def plan(
+    target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: torch.dtype, patches: int, kinds: Kinds = (None, None)
+) -> MemoryPlan:
     """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: rows of the vision tower.
 
-    target and draft may be skeletons (see `load.skeleton`). draft None: no second cache.
+    kinds: what the linear layers of target and draft are quantised to. target and draft may be skeletons (see
+    `load.skeleton`), and must not be quantised yet. draft None: no second cache.
     """
-    parts = {"target weights": weights(target, dtype), "target KV cache": kv_bytes(target, slots, dtype)}
+    parts = {"target weights": weights(target, dtype, kinds[0]), "target KV cache": kv_bytes(target, slots, dtype)}
     if draft is not None:
         if draft is not target:
-            parts["draft weights"] = weights(draft, dtype)
+            parts["draft weights"] = weights(draft, dtype, kinds[1])
         parts["draft KV cache"] = kv_bytes(draft, kept, dtype)
     config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
     text_rows = slots * (2 * config.intermediate_size + 4 * config.hidden_size)
@@ -40,8 +46,8 @@ def plan(target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: t
     return MemoryPlan(parts)
 
 
-def weights(model: VideoLM, dtype: torch.dtype) -> int:
-    return sum(p.numel() for p in model.hf.parameters()) * dtype.itemsize
+def weights(model: VideoLM, dtype: torch.dtype, kind: str | None = None) -> int:
+    return bytes_of(model.hf, dtype, kind)
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:

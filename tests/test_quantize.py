@@ -17,7 +17,7 @@ from specvlm.cache import CachePool
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
 from specvlm.models import load
-from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, quantize, quantize_text
+from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, bytes_of, quantize, quantize_text
 from specvlm.registry import build
 
 SIZES = [(256, 40), (96, 5), (3584, 3), (12, BLOCK + 9)]  # (K, N)
@@ -121,6 +121,19 @@ def test_a_model_on_meta_has_the_sizes_of_one_with_weights(kind):
     assert head(torch.empty(2, 32, device="meta")).shape == (2, 97)
     filled = head.to_empty(device="cpu")
     assert (filled.qweight.dtype, filled.scale.dtype, filled.qweight.device.type) == (STORED[kind], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bytes_planned_are_the_bytes_held(kind, tied):
+    hf = copy.deepcopy(tiny.model("qwen2_5_vl").hf).bfloat16()
+    if tied:
+        hf.lm_head.weight = hf.model.language_model.embed_tokens.weight
+    before = (bytes_of(hf, torch.bfloat16), bytes_of(copy.deepcopy(hf).to("meta"), torch.bfloat16, kind))
+    assert before[0] == sum(weight.nbytes for weight in hf.parameters())
+    quantize_text(hf, kind)
+    stored = sum(b.nbytes for m in hf.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())
+    assert before[1] == stored + sum(weight.nbytes for weight in hf.parameters())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -144,10 +144,21 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None) 
     than one block in full on `device` (see `quantize`). A head tied to the embedding is untied: the embedding keeps its weight
     and its dtype.
     """
-    layers = hf.model.language_model.layers
-    for parent in [module for module in layers.modules() if not isinstance(module, nn.Linear)]:
-        # By name: whoever held the old layers would keep their weights alive.
-        for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
-            setattr(parent, name, quantize(getattr(parent, name), kind, device))
-    hf.lm_head = quantize(hf.lm_head, kind, device)
+    for parent, name in _text_linears(hf):
+        setattr(parent, name, quantize(getattr(parent, name), kind, device))
     hf.config.tie_word_embeddings = False
+
+
+def bytes_of(hf: Any, dtype: torch.dtype, kind: str | None = None) -> int:
+    """What `hf`, which may lie on meta, will take with its parameters in `dtype` and its text part quantised to `kind`."""
+    layers = [] if kind is None else [getattr(parent, name) for parent, name in _text_linears(hf)]
+    replaced = {id(layer.weight) for layer in layers} - {id(hf.get_input_embeddings().weight)}
+    rest = sum(weight.numel() for weight in hf.parameters() if id(weight) not in replaced) * dtype.itemsize
+    stored = [QuantizedLinear(layer.in_features, layer.out_features, str(kind), device="meta") for layer in layers]
+    return rest + sum(buffer.nbytes for layer in stored for buffer in layer.buffers())
+
+
+def _text_linears(hf: Any) -> list[tuple[nn.Module, str]]:
+    """What `quantize_text` replaces: owner and name, since whoever held the layers would keep their weights alive."""
+    owners = [module for module in hf.model.language_model.layers.modules() if not isinstance(module, nn.Linear)]
+    return [*((o, name) for o in owners for name, child in o.named_children() if isinstance(child, nn.Linear)), (hf, "lm_head")]
