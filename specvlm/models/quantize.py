@@ -71,12 +71,9 @@ class QuantizedLinear(nn.Module):
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """(N, K) dequantised: the product is taken in float32 or wider and rounded to `dtype` once."""
         q_NK = unpack(self.qweight) if self.kind == "int4" else self.qweight
-        if self.kind == "fp8":
-            q_NK = q_NK.to(dtype)  # exact in every dtype there is; float8 takes no part in type promotion
-        out_NK = torch.empty(self.out_features, self.in_features, dtype=dtype, device=q_NK.device)
-        grouped = (self.out_features, -1, self.group)
-        torch.mul(q_NK.view(grouped), self.scale.view(self.out_features, -1, 1), out=out_NK.view(grouped))
-        return out_NK
+        w_NK = q_NK.to(dtype)  # exact in every dtype there is
+        w_NK.view(self.out_features, -1, self.group).mul_(self.scale.view(self.out_features, -1, 1))
+        return w_NK
 
     def forward(self, x: Tensor) -> Tensor:
         """Dequantises the whole weight first: right for the many rows of a prefill, slow for the few of a decoding step."""
@@ -110,7 +107,7 @@ def pack(q_NK: Tensor) -> Tensor:
 
 def unpack(bytes_NJ: Tensor) -> Tensor:
     """(N, K) int8 in -8..7."""
-    return torch.cat([bytes_NJ & 15, bytes_NJ >> 4], dim=1).to(torch.int8) - 8
+    return torch.cat([bytes_NJ & 15, bytes_NJ >> 4], dim=1).view(torch.int8).sub_(8)
 
 
 def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = None) -> QuantizedLinear:
