@@ -38,6 +38,8 @@ KEYS = {
     "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator, or of the whole process on a CPU",
     "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
+    "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
+    "where none was loaded",
     "strategies": "pruner, drafter and verifier with all their fields",
     "versions": "of specvlm, python, torch, transformers and the machine",
 }

@@ -20,7 +20,7 @@ from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.models.load import check_pair, dtype_of, load, skeleton
+from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
 from specvlm.show import Screen
 from specvlm.types import Step, VideoPrompt
 
@@ -64,6 +64,7 @@ class Job:
     vocabulary: int
     device: torch.device
     dtype: torch.dtype
+    kinds: dict[str, str | None]  # by side: what its text part is quantised to, None for not at all
     plan: memory.MemoryPlan
     clip: str
     question: str
@@ -77,6 +78,9 @@ def prepare(cfg: DictConfig) -> Job:
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
+    dtype = dtype_of(target, cfg.dtype)
+    sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
+    kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
     start = perf_counter()
     path = find_clip(cfg.video)
     question = cfg.question or "describe the video."
@@ -84,7 +88,6 @@ def prepare(cfg: DictConfig) -> Job:
     sampling = asked if any(asked.values()) else target.sampling(probe(path, cfg.reader))
     prompt = target.prompt(question, [read_video(path, reader=cfg.reader, **sampling)], max_pixels=cfg.max_pixels)
     video_s = perf_counter() - start
-    dtype = dtype_of(target, cfg.dtype)
     graph = DecodingGraph(target, draft, pruner, drafter, verifier, cfg.ratio, cfg.positions)
     slots = len(prompt) + cfg.max_new_tokens + drafter.max_nodes
     kept = graph.budget(prompt)
@@ -93,13 +96,13 @@ def prepare(cfg: DictConfig) -> Job:
     pruned = slots - len(prompt.video_index) + kept
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    plan = memory.plan(target, drafts, slots, pruned, dtype, patches)
+    plan = memory.plan(target, drafts, slots, pruned, dtype, patches, (kinds["target"], kinds.get("draft")))
     free = memory.free_bytes(device)
     if free is not None and plan.total > free:
         raise UserError(
             f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: {SMALLER}"
         )
-    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, plan, path.name, question, video_s)
+    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, kinds, plan, path.name, question, video_s)
 
 
 def device_of(name: str) -> torch.device:
@@ -115,10 +118,10 @@ def device_of(name: str) -> torch.device:
 def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
     """Load the weights of those models that the drafter needs."""
     options = (cfg.dtype, str(job.device), cfg.mrope)
-    target = load(model_folder(cfg.target.path), *options)
+    target = load(model_folder(cfg.target.path), *options, cfg.target.weights)
     if cfg.repetition_penalty is not None:
         target.repetition_penalty = cfg.repetition_penalty
-    draft = load(model_folder(cfg.draft.path), *options) if job.drafter.model == "draft" else None
+    draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights) if job.drafter.model == "draft" else None
     return DecodingGraph(
         target, draft, job.pruner, job.drafter, job.verifier, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary
     )
@@ -197,6 +200,7 @@ def summarize(
         "times_s": {"video": job.video_s} | metrics.times_of(steps),
         "peak_memory_bytes": memory.peak_bytes(job.device),
         "difference": difference,
+        "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in job.kinds.items()},
         "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
         "versions": metrics.versions(),
     }

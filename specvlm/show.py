@@ -36,6 +36,8 @@ class Screen:
         say(f"[bold]{job.clip}[/]: {job.question}")
         parts = ", ".join(f"{name} {size(count)}" for name, count in job.plan.parts.items())
         say(f"[dim]memory plan:[/] {size(job.plan.total)} on {job.device} ({parts})")
+        if quantised := ", ".join(f"{side} {kind}" for side, kind in job.kinds.items() if kind):
+            say(f"[dim]quantised:[/] {quantised} (text layers and head)")
         say(f"[dim]drafter:[/] {job.drafter}")
         if job.drafter.model is None:
             say("[dim]pruner:[/] not used, this drafter looks at no video")

@@ -196,6 +196,7 @@ BAD = {
     "other model type": (other_model_type, "not supported"),
     "max_pixels of LLaVA": (lambda: ["pair=embedded_llava_onevision", "max_pixels=10"], "nothing to limit"),
     "special token": (lambda: ["question=what is <|video_pad|>?"], "placeholders"),
+    "bf16 weights in float32": (lambda: ["target.weights=bf16"], "target.weights=bf16, but dtype comes out as float32"),
     "no CUDA": (lambda: ["device=cuda:7"], "cuda"),
 }
 
@@ -243,3 +244,20 @@ def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
 def test_prompt_lookup_says_that_it_saw_no_video(capsys):
     assert main(["drafter=prompt_lookup", "hydra.run.dir=out", *FAST]) == 0
     assert runs()[0]["kept_tokens"] is None and "drafter saw" not in capsys.readouterr().out
+
+
+def test_a_run_of_quantised_models_is_the_quantised_targets_own_output_and_says_so(capsys):
+    assert main(["target.weights=int8", "draft.weights=int4", "hydra.run.dir=out", *FAST]) == 0
+    summary, _ = runs()
+    assert summary["verdict"] == "identical" and summary["weights"] == {"target": "int8", "draft": "int4"}
+    assert "quantised: target int8, draft int4" in capsys.readouterr().out
+    assert main(["drafter=self", "drafter.shape=chain:2", "target.weights=fp8", "hydra.run.dir=out", *FAST]) == 0
+    assert runs()[0]["weights"] == {"target": "fp8"}
+
+
+def test_a_draft_in_8_bits_guesses_nearly_as_well():
+    accepted = []
+    for weights in ("null", "int8", "fp8"):
+        assert main([f"draft.weights={weights}", "max_new_tokens=80", "hydra.run.dir=out"]) == 0
+        accepted.append(runs()[0]["accepted_per_round"])
+    assert min(accepted[1:]) > accepted[0] - 0.5, accepted

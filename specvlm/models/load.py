@@ -66,6 +66,11 @@ def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     return _dtype_in(model.hf.config, dtype)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As the configuration has it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype_in(config: Any, dtype: str) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
@@ -78,8 +83,7 @@ def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights") -> st
     if weights not in (None, "bf16", *KINDS):
         raise UserError(f"{key}={weights}: expected one of null, bf16, {', '.join(KINDS)}.{did_you_mean(weights, KINDS)}")
     if weights == "bf16" and dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"{key}=bf16, but dtype comes out as {name}: give dtype=bfloat16 as well, or leave {key} out")
+        raise UserError(f"{key}=bf16, but dtype comes out as {name_of(dtype)}: give dtype=bfloat16 as well, or leave {key} out")
     return weights if weights in KINDS else None
 
 
@@ -118,10 +122,7 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     if kind is not None:
-        try:
-            quantize_text(hf, kind, device)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+        quantize_text(hf, kind, device)
     return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
 
 

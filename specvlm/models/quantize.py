@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_of
 
+from specvlm.errors import UserError
+
 KINDS = ("fp8", "int8", "int4")
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a scale's reach is stored as
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -35,7 +37,7 @@ class QuantizedLinear(nn.Module):
     K/2. Error: at most scale/2, 1/14 of the group's absmax.
 
     Scales are float32 whatever the activations are; bias, where there is one, is the layer's own. The error that rounding the
-    result to a dtype adds (2^-9 of |w| in bfloat16) comes on top. Raises ValueError for a kind not in KINDS, and for int4 with
+    result to a dtype adds (2^-9 of |w| in bfloat16) comes on top. Raises UserError for a kind not in KINDS, and for int4 with
     an odd K.
     """
 
@@ -52,9 +54,9 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f"weights={kind!r} is none of {', '.join(KINDS)}")
+            raise UserError(f"weights={kind} is none of {', '.join(KINDS)}")
         if kind == "int4" and in_features % 2:
-            raise ValueError(f"int4 packs weights in pairs: {in_features} input features are odd")
+            raise UserError(f"weights=int4 packs inputs in pairs, and there is a layer of {in_features}: use int8 or fp8")
         self.kind, self.in_features, self.out_features = kind, in_features, out_features
         columns = in_features // 2 if kind == "int4" else in_features
         self.register_buffer("qweight", torch.empty(out_features, columns, dtype=STORED[kind], device=device))
