@@ -1,0 +1,253 @@
+"""`python -m specvlm.advise`: what speculation would bring on this machine, from a short profile, and whether to use it.
+
+It takes the words of a run, such as pair=… video=… dtype=…, and its own, which follow. Exit codes are those of a run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from specvlm import compose, metrics, registry
+from specvlm.__main__ import INTERRUPTED, OK, guarded
+from specvlm.advise import acceptance, table
+from specvlm.advise.acceptance import Known
+from specvlm.advise.advice import Candidate, candidates, recommend
+from specvlm.advise.costs import Costs, part_ms, probes, profile
+from specvlm.errors import UserError, did_you_mean
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.run import SMALLER, Job, assemble, prepare, write_json
+from specvlm.show import Screen, size
+
+OWN = {
+    "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
+    "runs; left out, it is measured on the video",
+    "drafters": "which to consider, of tree,self,prompt_lookup (all)",
+    "tokens": "most new tokens of a decode (128)",
+    "check": "true: then decode as recommended and in two other ways, and compare with what was predicted (false)",
+    "costs": "the costs.json of an earlier profile, instead of one now; needs acceptance=",
+}
+DRAFTERS, TREES = ("tree", "self", "prompt_lookup"), ("tree", "self")
+RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
+CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
+SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
+SHORTEST = 4  # tokens of an answer that can be measured on
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The adviser's own words, checked."""
+
+    drafters: tuple[str, ...] = DRAFTERS
+    known: Known = field(default_factory=dict)
+    tokens: int = 128
+    check: bool = False
+    costs: Costs | None = None
+
+    @classmethod
+    def of_words(cls, own: dict[str, str]) -> Wishes:
+        """Raises UserError."""
+        names = [name.strip() for name in own.get("drafters", ",".join(DRAFTERS)).split(",")]
+        if unknown := [name for name in names if name not in DRAFTERS]:
+            hint = did_you_mean(unknown[0], DRAFTERS)
+            raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(DRAFTERS)}.{hint}")
+        tokens, check = own.get("tokens", "128"), own.get("check", "false")
+        if not (tokens.isdecimal() and int(tokens) >= 8):
+            raise UserError(f"tokens={tokens}: expected a whole number from 8")
+        if check not in ("true", "false"):
+            raise UserError(f"check={check}: expected true or false")
+        known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
+        if known and not (names := [name for name in names if any(name == of for of, _ in known)]):
+            raise UserError(f"acceptance={own['acceptance']} says nothing about drafters={own['drafters']}")
+        costs = Costs.read(Path(own["costs"])) if "costs" in own else None
+        if costs and (not known or check == "true"):
+            raise UserError("costs= loads no model: it needs acceptance=, and check=true does not go with it")
+        if costs:
+            names = [name for name in names if any(name == start.drafter for start in costs.starts)]
+        return cls(tuple(names), known, int(tokens), check == "true", costs)
+
+    def trees(self, cfg: DictConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
+        """The shapes and the ratios to predict, by drafter; those of the run itself are among them."""
+        ratios = sorted({*RATIOS, float(cfg.ratio)})
+        if self.known:  # a drafter without video cannot be assumed to guess as well as one with it
+            ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
+        if registry.build("pruner", cfg.pruner).keeps_all:
+            ratios = [0.0]
+        own = cfg.drafter.get("shape")
+        every = {
+            "tree": (tuple(dict.fromkeys([*SHAPES, own or SHAPES[0]])), tuple(ratios)),
+            "self": (CHAINS[:4], RATIOS_OF_SELF if len(ratios) > 1 else (0.0,)),
+        }
+        return {name: every[name] for name in self.drafters if name in TREES}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(words):
+        own = "\n".join(f"  {key}=…  {meaning}" for key, meaning in OWN.items())
+        print(f"{(__doc__ or '').strip()}\n\n{own}")
+        return OK
+    try:
+        return guarded(lambda: command(words), full=os.environ.get("HYDRA_FULL_ERROR") == "1")
+    except KeyboardInterrupt:
+        print("specvlm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def command(words: Sequence[str]) -> int:
+    keys = [word.partition("=")[0] for word in words]
+    own = {key: word.partition("=")[2] for key, word in zip(keys, words, strict=True) if key in OWN}
+    others = [word for key, word in zip(keys, words, strict=True) if key not in OWN]
+    if options := [word for word in others if word.startswith("-")]:
+        raise UserError(f"{options[0]}: the adviser has no options but --help, which shows its words")
+    wishes = Wishes.of_words(own)
+    run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
+    kept = [word for word in others if word.partition("=")[0].split(".")[0] not in ("drafter", "ratio", "hydra")]
+    advise(run.cfg, run.run_dir, kept, wishes)
+    return OK
+
+
+def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
+    """Profile, predict, print, and write costs.json and advice.json into `folder`. words: of the run, to be repeated."""
+    screen = Screen()
+    say = screen.console.print
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    trees = wishes.trees(cfg)
+    checked: list[dict[str, Any]] = []
+    if wishes.costs:
+        found = candidates(wishes.costs, wishes.known, trees)
+        best = conclude(screen, wishes.costs, found, cfg.max_new_tokens, words, folder)
+    else:
+        job = plan(cfg, trees)
+        say(f"[bold]{job.clip}[/]: {job.question}")
+        say(f"[dim]memory plan:[/] {size(job.plan.total)} on {job.device}")
+        say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
+        try:
+            graph = assemble(cfg, job)
+            limit = min(wishes.tokens, cfg.max_new_tokens)
+            costs, found, answer = measure(graph, job, wishes, trees, limit, screen)
+            ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
+            best = conclude(screen, costs, found, len(answer) if ended else cfg.max_new_tokens, words, folder)
+            if wishes.check:
+                with screen.waiting("decoding to check"):
+                    checked = [check(graph, job, candidate, limit) for candidate in three(found, best)]
+        except torch.OutOfMemoryError as error:
+            planned = f"{job.plan.total / 2**30:.1f} GiB"
+            raise UserError(f"{job.device} is out of memory, though {planned} were planned: {SMALLER}") from error
+    if checked:
+        table.show_check(screen, checked)
+        write_json(folder / "check.json", {"checked": checked})
+    say(f"[dim]written to {folder}[/]")
+
+
+def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]) -> Job:
+    """The input, checked; memory is planned for the configuration that needs the most."""
+    widest = cfg.copy()
+    widest.drafter = {"name": next(iter(trees), "prompt_lookup")}
+    widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
+    return prepare(widest)
+
+
+def measure(
+    graph: DecodingGraph,
+    job: Job,
+    wishes: Wishes,
+    trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
+    limit: int,
+    screen: Screen,
+) -> tuple[Costs, list[Candidate], list[int]]:
+    """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
+    ratios = {name: every for name, (_, every) in trees.items()}
+    total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + ("prompt_lookup" in wishes.drafters)
+    screen.console.print(f"[dim]profile:[/] {total} short decodes")
+    with screen.progress("profile", total) as advance:
+        for _ in range(2):  # the first is the warm-up
+            alone = list(autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches))
+            advance()
+        answer = metrics.tokens_of(alone)
+        if len(answer) < SHORTEST:
+            raise UserError(f"the target's answer has {len(answer)} tokens, too few to measure on: ask another question")
+        costs, kept = profile(graph, job.prompt, alone, ratios, limit, advance)
+        known = wishes.known or {
+            (name, ratio): acceptance.of_answer(using(graph, name), job.prompt, keep, answer)
+            for (name, ratio), keep in kept.items()
+        }
+        found = candidates(costs, known, trees)
+        if "prompt_lookup" in wishes.drafters:
+            found.append(lookup(graph, job, limit, costs.alone_first_s))
+            advance()
+    return costs, found, answer
+
+
+def using(graph: DecodingGraph, drafter: str, shape: str = "", ratio: float | None = None) -> DecodingGraph:
+    """The same pair, caches and engine with another drafter."""
+    node = {"name": drafter} | ({"shape": shape} if shape else {})
+    return replace(graph, drafter=registry.build("drafter", node), ratio=graph.ratio if ratio is None else ratio)
+
+
+def lookup(graph: DecodingGraph, job: Job, limit: int, first_s: float) -> Candidate:
+    """Prompt look-up as it is: its trees differ from round to round, so it is measured, not predicted.
+
+    first_s: of the target's prefill.
+    """
+    graph = using(graph, "prompt_lookup")
+    steps = list(graph.decode(job.prompt, limit))
+    draft, verify = (1000 * mean(step.times_s[part] for step in steps[2:] or steps[1:]) for part in ("draft", "verify"))
+    start_s = first_s + metrics.speed_of(steps)["drafter_start_s"]
+    accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
+    return Candidate("prompt_lookup", "", graph.ratio, accepted, "measured", draft, verify, start_s)
+
+
+def conclude(
+    screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
+) -> Candidate | None:
+    """Show and write what follows for an answer of `tokens` tokens; returns what is recommended, if anything."""
+    table.show(screen, costs, found, tokens)
+    best, text = recommend(costs, found, tokens)
+    if best:
+        text.append("  " + shlex.join(["python", "-m", "specvlm", *words, *best.words]))
+    screen.console.print("\n".join(text), markup=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(c) | {"token_ms": c.token_ms, "end_to_end_s": c.end_to_end_s(tokens)} for c in found]
+    write_json(folder / "costs.json", asdict(costs))
+    write_json(folder / "advice.json", {"advice": text, "answer_tokens": tokens, "candidates": rows})
+    return best
+
+
+def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
+    """What is checked: the recommended one, or else the fastest; the middle and the slowest of the trees."""
+    trees = sorted((c for c in found if c.shape), key=lambda c: c.token_ms) or list(found)
+    return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
+
+
+def check(graph: DecodingGraph, job: Job, candidate: Candidate, limit: int) -> dict[str, Any]:
+    """Decode with `candidate`, behind a warm-up, and set ms of a round, accepted and ms per token beside the prediction."""
+    graph = using(graph, candidate.drafter, candidate.shape, candidate.ratio)
+    steps = [list(graph.decode(job.prompt, limit)) for _ in range(2)][1]
+    round_ms = part_ms([steps], "draft") + part_ms([steps], "verify")
+    accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
+    token_ms = round_ms / (accepted + 1)
+    # An assumed acceptance is no prediction: what can be checked then are the costs.
+    expected = candidate.token_ms if candidate.source == "measured" else candidate.round_ms / (accepted + 1)
+    return {
+        "candidate": str(candidate),
+        "round_ms": [candidate.round_ms, round_ms],
+        "accepted": [candidate.accepted, accepted],
+        "token_ms": [expected, token_ms],
+        "error": expected / token_ms - 1,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

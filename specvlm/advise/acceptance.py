@@ -1,0 +1,161 @@
+"""How many guesses of a tree the target will accept: replayed where the ranks of its answer are known, else assumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph
+from specvlm.types import KeepSet, TreeShape, VideoPrompt
+
+# How the share of tokens that a drafter's w best guesses miss falls: (1 - first) * w ** -SPREAD. Only where no ranks were
+# measured. Of three clips each, the embedded pairs have 0.3 without video and 1.2 to 2 with it: a cautious middle.
+SPREAD = 0.7
+
+
+@dataclass(frozen=True)
+class Replay:
+    """ranks: of each token of the target's own answer after the first, among the drafter's guesses below those before it.
+
+    Greedy verification takes a guess exactly when it is that token, so rounds of any tree can be replayed without a model.
+    """
+
+    ranks: tuple[int, ...]
+    source: str = "measured"
+
+    def accepted(self, shape: TreeShape) -> float:
+        """Guesses accepted a round, the bonus token not counted."""
+        below = [{shape.ranks[child]: child for child in children} for children in shape.children]
+        taken: list[int] = []
+        at = 0
+        while at < len(self.ranks):
+            node, depth = 0, 0
+            while at + depth < len(self.ranks) and (child := below[node].get(self.ranks[at + depth])) is not None:
+                node, depth = child, depth + 1
+            at += depth + 1
+            if at <= len(self.ranks) or not taken:  # a round that the end of the answer cuts short does not count
+                taken.append(depth)
+        return sum(taken) / len(taken) if taken else 0.0
+
+
+@dataclass(frozen=True)
+class Chances:
+    """first: chance that the drafter's best guess at depth 1, 2, 3 … is right where the guesses above were; the last holds on.
+
+    The other guesses share the misses by SPREAD; chances multiply along a path (Sequoia, arXiv 2402.12374).
+    """
+
+    first: tuple[float, ...]
+    source: str = "assumed"
+
+    def accepted(self, shape: TreeShape) -> float:
+        reach = [1.0]
+        for node in range(1, len(shape)):
+            first = self.first[min(shape.depths[node], len(self.first)) - 1]
+            rank = shape.ranks[node]
+            chance = first if rank == 0 else (1 - first) * _share(rank)
+            reach.append(reach[shape.parents[node]] * chance)
+        return sum(reach[1:])
+
+    @classmethod
+    def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Chances:
+        """Such that `shape` reaches each depth as often as was measured (`acceptance_by_depth` of a run)."""
+        first: list[float] = []
+        reach = {0: 1.0}
+        for depth, wanted in enumerate(by_depth, start=1):
+            nodes = [node for node, d in enumerate(shape.depths) if d == depth]
+            best = sum(reach[shape.parents[n]] for n in nodes if shape.ranks[n] == 0)
+            others = sum(reach[shape.parents[n]] * _share(shape.ranks[n]) for n in nodes if shape.ranks[n])
+            chance = (wanted - others) / (best - others) if best > others else 0.0
+            first.append(min(max(chance, 0.0), 1.0))
+            for n in nodes:
+                rank = shape.ranks[n]
+                reach[n] = reach[shape.parents[n]] * (first[-1] if rank == 0 else (1 - first[-1]) * _share(rank))
+        return cls(tuple(first), source)
+
+    @classmethod
+    def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Chances:
+        """The same chance at every depth, such that `shape` has `accepted` a round."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cls((middle,)).accepted(shape) < accepted else (low, middle)
+        return cls((low,), source)
+
+
+def _share(rank: int) -> float:
+    """Of the misses of the best guess, those that guess number `rank` (from 1) is right on."""
+    return float(rank**-SPREAD - (rank + 1) ** -SPREAD)
+
+
+Known = dict[tuple[str, float], Replay | Chances]  # by drafter (tree, self) and ratio
+
+
+def of_words(text: str) -> Known:
+    """`3.5`, `0:4.8,0.9:4.0` (by ratio) of the paper's tree, or run folders with commas between. Raises UserError."""
+    known: Known = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        if (Path(word) / "summary.json").is_file():
+            known |= of_run(Path(word))
+            continue
+        ratio, _, accepted = word.rpartition(":")
+        paper = TreeShape.parse("paper")
+        try:
+            at, mean = float(ratio or 0.9), float(accepted)
+        except ValueError:
+            raise UserError(
+                f"acceptance={word}: expected a number such as 3.5, numbers by ratio such as 0:4.8,0.9:4, or folders of runs, "
+                "with a summary.json in them"
+            ) from None
+        if not (0 <= at <= 1 and 0 <= mean <= paper.depth):
+            raise UserError(
+                f"acceptance={word}: expected 0 to {paper.depth} accepted a round of the paper's tree, at ratios from 0 to 1"
+            )
+        known["tree", at] = Chances.of_mean(mean, paper)
+    if not known:
+        raise UserError("acceptance= has no value: give a number such as 3.5 or the folder of a run")
+    return known
+
+
+def of_run(folder: Path) -> Known:
+    """From an earlier run's config.yaml and summary.json. Raises UserError."""
+    try:
+        cfg = OmegaConf.load(folder / "config.yaml")
+        by_depth = json.loads((folder / "summary.json").read_text())["acceptance_by_depth"]
+        assert isinstance(cfg, DictConfig)
+        drafter, shape = cfg.drafter.name, TreeShape.parse(cfg.drafter.shape)
+        ratio = 0.0 if cfg.pruner.name == "none" else float(cfg.ratio)
+    except Exception as error:  # whatever a foreign file provokes
+        raise UserError(f"acceptance={folder}: no run of a tree drafter ({type(error).__name__}: {error})") from None
+    if not by_depth:
+        raise UserError(f"acceptance={folder}: that run had no whole round to learn from; take a longer answer")
+    name = "self" if drafter == "self" else "tree"
+    return {(name, ratio): Chances.of_depths(shape, by_depth, f"of {folder.name or folder}")}
+
+
+@torch.inference_mode()
+def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: Sequence[int]) -> Replay:
+    """One pass of the draft model over the pruned prompt and the target's own answer, whose tokens are then ranked."""
+    model = graph.target if graph.drafter.model == "target" else graph.draft
+    assert model is not None
+    embeds_SD = model.embed(prompt, model.features(prompt, keep), keep)
+    positions_AS = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
+    if graph.positions == "reindexed":
+        positions_AS = torch.arange(len(embeds_SD)).expand(model.axes, -1)
+    cache = graph.caches.take("draft", model, len(embeds_SD) + len(answer))
+    model.prefill(embeds_SD, positions_AS, cache)
+    rows = len(answer) - 1
+    seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
+    logits_QV = model.append(torch.tensor(answer[:-1]), range(rows), seen, cache)[:, : graph.vocabulary]
+    wanted_Q = torch.tensor(answer[1:], device=logits_QV.device)
+    own_Q1 = logits_QV.gather(1, wanted_Q.clamp(max=graph.vocabulary - 1)[:, None])
+    rank_Q = (logits_QV > own_Q1).sum(1).masked_fill(wanted_Q >= graph.vocabulary, graph.vocabulary)
+    if graph.verifier.sampling.temperature > 0:
+        return Replay(tuple(rank_Q.tolist()), "as if greedy")
+    return Replay(tuple(rank_Q.tolist()))

@@ -1,0 +1,231 @@
+"""What drafting and checking cost on the machine at hand: measured on a few tree shapes, fitted, predicted for any other.
+
+Shapes are probed by whole rounds of the real loop, so that host work, cache moves and graph replays are all inside.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from specvlm import registry
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph
+from specvlm.metrics import DRAFTER_START, FIRST_TOKEN
+from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt
+
+ROUNDS = 12  # of a probe; the first two are warm-up
+# One row a pass or w rows in every pass but the first: so the cost of a pass of w rows can be told from the others.
+WIDEST = "16x1x1"
+PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
+PROBES_OF_SELF = ("chain:5", "chain:2")
+WIDTHS = (1, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over the rounds of one shape. context: slots of the drafter's pruned prompt."""
+
+    drafter: str
+    shape: str
+    ratio: float
+    context: int
+    draft_ms: float
+    check_ms: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds before the first round: embed + prefill of the target, then prune + the drafter's own prefill."""
+
+    drafter: str
+    ratio: float
+    first_s: float
+    draft_s: float
+
+
+class Curve:
+    """ms of forward passes over a context: a constant, a cost by rows (straight between knots), a share a slot of context.
+
+    Least squares over relative errors, none of the costs below 0: a term that would be is left out.
+    """
+
+    def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
+        """passes: rows of each pass of an observation; contexts, ms: of each observation."""
+        self.knots = np.array(sorted(knots), dtype=float)
+        self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
+        columns = np.array([self.columns(*seen) for seen in zip(passes, contexts, strict=True)])
+        weighted = columns / np.array(ms)[:, None]
+        used = np.array(columns.any(0))
+        self.costs = np.zeros(columns.shape[1])
+        while used.any():
+            found = np.linalg.lstsq(weighted[:, used], np.ones(len(ms)), rcond=None)[0]
+            if (found >= 0).all():
+                self.costs[used] = found
+                break
+            used[np.flatnonzero(used)[found.argmin()]] = False
+
+    def columns(self, rows: Sequence[int], context: int) -> list[float]:
+        weights = np.zeros(len(self.knots))
+        for count in rows:
+            if len(self.knots) == 1:
+                weights[0] += 1
+                continue
+            left = int(np.clip(np.searchsorted(self.knots, count) - 1, 0, len(self.knots) - 2))
+            share = (count - self.knots[left]) / (self.knots[left + 1] - self.knots[left])
+            weights[left : left + 2] += 1 - share, share
+        by_context, constant = self.varied
+        return [float(constant), len(rows) * context * by_context, *weights]
+
+    def __call__(self, rows: Sequence[int], context: int = 0) -> float:
+        return float(np.dot(self.costs, self.columns(rows, context)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A profile: one prompt of `text` + `video` tokens on one machine.
+
+    alone_ms, alone_first_s: the target without a drafter, per token, and before the first one.
+    """
+
+    text: int
+    video: int
+    alone_ms: float
+    alone_first_s: float
+    timings: tuple[Timing, ...]
+    starts: tuple[Start, ...] = ()
+    machine: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Costs:
+        """From the costs.json of an earlier profile. Raises UserError."""
+        try:
+            found = json.loads(path.read_text())
+            timings = tuple(Timing(**row) for row in found.pop("timings"))
+            return cls(timings=timings, starts=tuple(Start(**row) for row in found.pop("starts")), **found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"costs={path} is no costs.json of an earlier profile ({error})") from None
+
+    def context(self, ratio: float) -> int:
+        """Slots of the drafter's prompt."""
+        return self.text + KeepSet.budget(self.video, ratio)
+
+    @cached_property
+    def _drafts(self) -> dict[str, Curve]:
+        curves = {}
+        for drafter in dict.fromkeys(t.drafter for t in self.timings):
+            seen = [t for t in self.timings if t.drafter == drafter]
+            passes = [rows_of(t.shape) for t in seen]
+            widest = max(max(rows) for rows in passes)
+            knots = [w for w in WIDTHS if w <= widest]
+            curves[drafter] = Curve(passes, [t.context for t in seen], [t.draft_ms for t in seen], knots)
+        return curves
+
+    @cached_property
+    def _checks(self) -> Curve:
+        nodes = [len(TreeShape.parse(t.shape)) for t in self.timings] + [1]
+        ms = [t.check_ms for t in self.timings] + [self.alone_ms]
+        return Curve([(count,) for count in nodes], [0] * len(nodes), ms, sorted(set(nodes)))
+
+    def draft_ms(self, drafter: str, shape: str, ratio: float) -> float:
+        """All draft passes of a round."""
+        return self._drafts[drafter](rows_of(shape), self.context(ratio))
+
+    def check_ms(self, shape: str) -> float:
+        return self._checks((len(TreeShape.parse(shape)),))
+
+    def start(self, drafter: str, ratio: float) -> Start:
+        """Of the profiled ratio nearest to `ratio`."""
+        return min((s for s in self.starts if s.drafter == drafter), key=lambda s: abs(s.ratio - ratio))
+
+
+def predict(costs: Costs, shape: str, ratio: float, accepted: float, drafter: str = "tree") -> float:
+    """ms per token: draft passes and check of a round over its accepted + 1 tokens, prefills left out."""
+    return (costs.draft_ms(drafter, shape, ratio) + costs.check_ms(shape)) / (accepted + 1)
+
+
+def rows_of(shape: str) -> tuple[int, ...]:
+    """Rows of each draft pass of a round."""
+    return tuple(map(len, TreeShape.parse(shape).levels))
+
+
+def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
+    """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
+
+    The first needs the largest caches, so that nothing is allocated, or captured, twice.
+    """
+    ordered = sorted(set(ratios))
+    main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
+    if drafter == "self":
+        return [(shape, ratio) for ratio in ordered for shape in PROBES_OF_SELF]
+    first = [(WIDEST, ordered[0])] if ordered[0] != main else []
+    return [*first, *((shape, main) for shape in PROBES), *(("chain:8", ratio) for ratio in ordered if ratio != main)]
+
+
+def profile(
+    graph: DecodingGraph,
+    prompt: VideoPrompt,
+    alone: Sequence[Step],
+    ratios: Mapping[str, Sequence[float]],
+    limit: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Costs, dict[tuple[str, float], KeepSet]]:
+    """Measure by short decodes; also what the pruner kept, by drafter and ratio.
+
+    alone: steps of `autoregressive` on the same prompt; ratios: by drafter, `tree` or `self`; limit: most new tokens;
+    advance: called after every decode, of which there are as many as `probes`.
+    """
+    video, timings, kept = len(prompt.video_index), [], {}
+    seen: dict[tuple[str, float], list[list[Step]]] = {}
+    for drafter, every in ratios.items():
+        for shape, ratio in probes(every, drafter):
+            strategy = registry.build("drafter", {"name": drafter, "shape": shape})
+            decodes = rounds_of(replace(graph, drafter=strategy, ratio=ratio), prompt, limit)
+            keep = decodes[0][1].keep
+            assert keep is not None
+            kept[drafter, ratio] = keep
+            seen.setdefault((drafter, ratio), []).extend(decodes)
+            context = len(prompt) - video + len(keep)
+            timings.append(Timing(drafter, shape, ratio, context, part_ms(decodes, "draft"), part_ms(decodes, "verify")))
+            advance()
+    # Whether the target watches its attention for the pruner decides how long its prefill takes, the ratio does not.
+    first_s = {False: [_sum(alone[0], FIRST_TOKEN)], True: []}
+    for at, decodes in seen.items():
+        first_s[0 < len(kept[at]) < video] += [_sum(steps[0], FIRST_TOKEN) for steps in decodes]
+    starts = [
+        Start(*at, min(first_s[0 < len(kept[at]) < video]), min(_sum(steps[1], DRAFTER_START) for steps in decodes))
+        for at, decodes in seen.items()
+    ]
+    device = graph.target.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    alone_ms = part_ms([alone], "verify")
+    return Costs(len(prompt) - video, video, alone_ms, min(first_s[False]), tuple(timings), tuple(starts), machine), kept
+
+
+def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
+    """The first `rounds` rounds of a decode, as (prefill, round, round, …); of several decodes where answers are short."""
+    decodes: list[list[Step]] = []
+    while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
+        decodes.append(list(islice(graph.decode(prompt, limit), 1 + rounds)))
+        if len(decodes[-1]) < 2:
+            raise UserError("the target's answer is over after one token: nothing to speculate on; ask another question")
+    return decodes
+
+
+def part_ms(decodes: Iterable[Sequence[Step]], part: str) -> float:
+    """Median over the rounds, the first two of each decode left out where there are more."""
+    rounds = [step for steps in decodes for step in (steps[3:] or steps[1:])]
+    return 1000 * median(step.times_s[part] for step in rounds)
+
+
+def _sum(step: Step, parts: Iterable[str]) -> float:
+    return sum(step.times_s.get(part, 0.0) for part in parts)

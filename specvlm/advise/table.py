@@ -1,0 +1,57 @@
+"""What the adviser shows: predictions as a table, and predicted against measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from specvlm.advise.advice import Candidate, alone_s
+from specvlm.advise.costs import Costs
+from specvlm.show import Screen, seconds
+
+FASTEST = 8
+
+
+def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
+    """The target alone; then by ms per token the fastest of all, and the fastest shape of every drafter and ratio."""
+    ranked = sorted(found, key=lambda c: c.token_ms)
+    firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()
+    alone = alone_s(costs, tokens)
+    rows = [("the target alone", "", "", "", "", "", f"{costs.alone_ms:.2f}", "", seconds(alone), "")]
+    for c in (c for number, c in enumerate(ranked) if number < FASTEST or c in firsts):
+        took = c.end_to_end_s(tokens)
+        what = f"{c.drafter} {c.shape}", f"{c.ratio:g}" if c.shape else "", f"{c.accepted:.2f}", c.source
+        times = f"{c.draft_ms:.2f}", f"{c.check_ms:.2f}", f"{c.token_ms:.2f}", f"{costs.alone_ms / c.token_ms:.2f} x"
+        rows.append((*what, *times, seconds(took), f"{alone / took:.2f} x"))
+    screen.console.print("\n[dim]predicted; draft and check are ms of a round[/]")
+    names = ("drafter", "ratio", "accepted", "", "draft", "check", "ms per token", "", f"{tokens} tokens", "")
+    _print(screen, names, rows)
+    screen.console.print()
+
+
+def show_check(screen: Screen, checked: Sequence[dict[str, Any]]) -> None:
+    names = ("predicted / measured", "ms a round", "accepted", "ms per token", "error")
+    rows = [
+        (
+            row["candidate"],
+            *("{:.2f} / {:.2f}".format(*row[key]) for key in ("round_ms", "accepted", "token_ms")),
+            f"{row['error']:+.1%}",
+        )
+        for row in checked
+    ]
+    worst = max(abs(row["error"]) for row in checked)
+    screen.console.print()
+    _print(screen, names, rows)
+    verdict = "within 10 %" if worst <= 0.1 else "not within 10 %"
+    screen.console.print(f"predicted against measured: {verdict} (at worst {worst:.1%})")
+
+
+def _print(screen: Screen, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("", names[0]) else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    screen.console.print(table)
