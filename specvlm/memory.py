@@ -42,7 +42,10 @@ def plan(
     config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
     text_rows = slots * (2 * config.intermediate_size + 4 * config.hidden_size)
     vision_rows = patches * (2 * vision.intermediate_size + 4 * vision.hidden_size)
-    parts["activations (estimate)"] = max(text_rows, vision_rows) * dtype.itemsize
+    # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
+    quantised = [model for model, kind in zip((target, draft), kinds, strict=True) if model and kind]
+    heads = [model.vocabulary * model.hf.config.get_text_config().hidden_size for model in quantised]
+    parts["activations (estimate)"] = max(text_rows, vision_rows, *heads) * dtype.itemsize
     return MemoryPlan(parts)
 
 

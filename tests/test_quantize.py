@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from specvlm import autoregressive, config
+from specvlm import autoregressive, config, memory
 from specvlm.cache import CachePool
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
@@ -134,6 +134,14 @@ def test_the_bytes_planned_are_the_bytes_held(kind, tied):
     quantize_text(hf, kind)
     stored = sum(b.nbytes for m in hf.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())
     assert before[1] == stored + sum(weight.nbytes for weight in hf.parameters())
+
+
+def test_the_plan_of_a_quantised_target_is_smaller_and_has_room_to_dequantise_its_head():
+    target = load.skeleton(config.model_folder("embedded:qwen2_5_vl/target"))
+    plain, ours = (memory.plan(target, target, 8, 8, torch.float32, 4, kinds).parts for kinds in ((None, None), ("int8", None)))
+    assert ours["target weights"] < plain["target weights"] and "draft weights" not in ours
+    head = target.hf.lm_head
+    assert ours["activations (estimate)"] == head.out_features * head.in_features * 4 > plain["activations (estimate)"]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
