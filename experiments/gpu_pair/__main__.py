@@ -1,0 +1,323 @@
+"""What a pair costs on this machine: `python -m experiments.gpu_pair shape=qwen2_5_vl_32b_7b video_tokens=16384 ratio=0.9`.
+
+Random weights of the true shapes, unless target=FOLDER draft=FOLDER are given; rounds at a given acceptance.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import platform
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.gpu_pair import report
+from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes, weight_bytes
+from experiments.gpu_pair.models import WRAPS, read
+from experiments.gpu_pair.shapes import Llava, Qwen, build, pair_of, prompt_of
+from specvlm import metrics
+from specvlm.cache import CachePool
+from specvlm.config import model_folder
+from specvlm.errors import UserError, did_you_mean
+from specvlm.models.load import DTYPES
+from specvlm.models.video_lm import VideoLM
+from specvlm.run import device_of
+
+HERE = Path(__file__).parent
+PARTS = ("copy", "capture", "start", "hf", "rounds")
+REAL_UP_TO = 32768  # video tokens; a longer prefill takes minutes of a machine that is not ours
+T = TypeVar("T")
+
+
+@dataclass
+class Options:
+    """Everything that may stand on the command line. Lists are written with commas: ratio=0.9,0,1."""
+
+    shape: str = "qwen2_5_vl_32b_7b"
+    target: str = ""  # a checkpoint folder instead of random weights
+    draft: str = ""
+    video_tokens: str = "16384"
+    ratio: str = "0.9,0,1"  # the first is the main one
+    accepted: str = "2,3,4,5"
+    draft_weights: str = "bf16"  # of bf16, fp8, int8, int4; bf16 is dtype as it is
+    target_weights: str = "auto"  # one of them; auto: as the shape has it
+    tree: str = "paper"
+    engine: str = "auto"  # auto | eager | graphs
+    device: str = "auto"
+    dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
+    prefill: str = "auto"  # real | random (caches filled with random numbers); auto: real up to 32,768 video tokens
+    only: str = ",".join(PARTS)
+    rounds: int = 20
+    warmup: int = 5
+    prefills: int = 3
+    limit_s: float = float("inf")  # what has not begun by then is skipped, and named
+    seed: int = 0
+    out: str = str(HERE / "results.jsonl")
+    commit: str = ""  # where git cannot say it
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Options:
+        """Raises UserError for an unknown key or a value of the wrong type."""
+        known = {f.name: type(f.default) for f in fields(cls)}
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if not equals or name not in known:
+                hint = did_you_mean(name, known)
+                raise UserError(f"{word!r} is no key=value of this command; the keys are {', '.join(known)}.{hint}")
+        options = cls()
+        for name, value in OmegaConf.to_container(OmegaConf.from_cli(list(words))).items():  # type: ignore[union-attr]
+            text = ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            try:
+                setattr(options, str(name), known[str(name)](text))
+            except ValueError:
+                raise UserError(f"{name}={text}: expected a number") from None
+        options.check()
+        return options
+
+    def check(self) -> None:
+        pair_of(self.shape)
+        weights = ("bf16", "fp8", "int8", "int4")
+        choices = {"draft_weights": weights, "target_weights": ("auto", *weights), "only": PARTS}
+        choices |= {"prefill": ("auto", "real", "random"), "dtype": ("auto", *DTYPES), "engine": ("auto", "eager", "graphs")}
+        for name, allowed in choices.items():
+            for value in getattr(self, name).split(","):
+                if value not in allowed:
+                    raise UserError(f"{name}={value}: expected {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+        for name in ("video_tokens", "ratio", "accepted"):
+            self.numbers(name)
+        if any(not 0 <= ratio <= 1 for ratio in self.numbers("ratio")):
+            raise UserError(f"ratio={self.ratio}: expected shares of the video tokens to drop, from 0 to 1")
+        for name in ("rounds", "warmup", "prefills"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.draft and not self.target:
+            raise UserError("draft=FOLDER without target=FOLDER: give both, or neither for random weights")
+
+    def numbers(self, name: str) -> list[float]:
+        try:
+            return [float(text) for text in getattr(self, name).split(",")]
+        except ValueError:
+            raise UserError(f"{name}={getattr(self, name)}: expected numbers, with commas between them") from None
+
+
+class Record:
+    """Rows as they come: to the file, and kept. A part that fails leaves a row that says so, and the rest goes on."""
+
+    def __init__(self, path: Path, about: dict[str, Any], limit_s: float) -> None:
+        self.path, self.about, self.limit_s = path, about, limit_s
+        self.rows: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self.failed = 0
+        self.begun = perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, part: str, **figures: Any) -> None:
+        row = self.about | {"part": part} | {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def attempt(self, name: str, what: Callable[[], T], **where: Any) -> T | None:
+        """None when it failed or there was no time left for it."""
+        if perf_counter() - self.begun > self.limit_s:
+            self.skipped.append(name)
+            return None
+        print(f"{perf_counter() - self.begun:6.1f} s  {name}", flush=True)
+        try:
+            return what()
+        except UserError:
+            raise
+        except Exception as error:
+            memory_gone = isinstance(error, torch.OutOfMemoryError)
+            said = "out of memory" if memory_gone else f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            if not memory_gone:
+                traceback.print_exc()
+                self.failed += 1
+        self.add("failed", what=name, error=said, **where)
+        free()  # behind the except clause, whose traceback holds what was allocated
+        return None
+
+
+def engine_of(name: str, device: torch.device) -> dict[str, Any]:
+    try:
+        from specvlm.engine import engine_for
+    except ImportError:
+        return {}
+    return {"engine": engine_for(name, device)}
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def commit_of() -> str:
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def about(options: Options, device: torch.device) -> dict[str, Any]:
+    """What every row says of the run."""
+    gpu = device.type == "cuda"
+    tiny = options.shape.startswith("tiny")
+    made = "random weights of a tiny shape" if tiny else "random weights of the true shapes"
+    return {
+        "shape": options.shape,
+        "machine": torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": options.commit or commit_of(),
+        "versions": {k: v for k, v in metrics.versions().items() if k in ("python", "torch", "transformers")},
+        "weights": f"checkpoints {options.target} and {options.draft or 'itself'}" if options.target else made,
+        "acceptance": "given",
+        "tree": options.tree,
+    }
+
+
+class Run:
+    """The models of one shape, and the parts asked for, context by context."""
+
+    def __init__(self, options: Options, record: Record, device: torch.device) -> None:
+        self.options, self.record, self.device = options, record, device
+        self.pair = pair_of(options.shape)
+        gpu = device.type == "cuda"
+        self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else torch.bfloat16 if gpu else torch.float32
+        auto = options.target_weights == "auto"
+        self.target_weights = self.pair.target_weights if auto else options.target_weights
+        self.counts = Counts(options.rounds, options.warmup, options.prefills)
+        self.wanted = set(options.only.split(","))
+        self.bandwidth = float("nan")
+
+    def all(self) -> None:
+        if figures := self.record.attempt("copy", lambda: copy_bandwidth(self.device)):
+            self.bandwidth = figures["gb_per_s"] * 1e9
+            self.record.add("copy", **figures)
+            free()
+        self.record.about["dtype"] = str(self.dtype).removeprefix("torch.")
+        where = {"target_weights": self.target_weights}
+        target = self.record.attempt("make the target", lambda: self.model(self.pair.target, self.target_weights), **where)
+        if target is None:
+            return
+        for number, weights in enumerate(self.options.draft_weights.split(",")):
+            self.one_draft(target, weights, first=number == 0)
+            free()
+
+    def model(self, shape: Qwen | Llava, weights: str, folder: str = "") -> VideoLM:
+        folder = folder or (self.options.target if shape is self.pair.target else "")
+        if folder:
+            return read(model_folder(folder), self.device, self.options.dtype, weights)
+        return build(shape, WRAPS[shape.family], self.device, self.dtype, weights, self.options.seed)
+
+    def one_draft(self, target: VideoLM, weights: str, first: bool) -> None:
+        """All contexts, with the draft's weights stored in one way. first: also measure what does not depend on them."""
+        shape, draft = self.pair.draft, None
+        if shape is None and weights != "bf16":
+            raise UserError(f"draft_weights={weights}: shape={self.options.shape} has no draft model of its own")
+        tags: dict[str, Any] = {"draft_weights": weights, "target_weights": self.target_weights}
+        if shape is not None:
+            making = f"make the draft, {weights}"
+            draft = self.record.attempt(making, lambda: self.model(shape, weights, self.options.draft), **tags)
+            if draft is None:
+                return
+        loop = engine_of(self.options.engine, self.device)
+        tags["engine"] = loop["engine"].name if loop else "eager"
+        caches = CachePool()
+        for number in self.options.numbers("video_tokens"):
+            tokens = int(number)
+            name = f"{tokens} video tokens, draft {weights}: "
+            real = self.options.prefill == "real" or (self.options.prefill == "auto" and tokens <= REAL_UP_TO)
+            made = [prompt_of(target, self.pair.target, tokens, pixels, self.options.seed) for pixels in (real, False)]
+            whole, unread = made
+            tags |= {"video_tokens": len(unread.video_index), "prefill": "real" if real else "random"}
+            bench = self.record.attempt(
+                f"{name}allocate the caches",
+                lambda whole=whole if real else None, unread=unread: Bench(
+                    target, draft, whole, unread, self.options.tree, self.counts, loop, caches
+                ),
+                **tags,
+            )
+            if bench is not None:
+                self.context(bench, name, tags, first)
+
+    def context(self, bench: Bench, name: str, tags: dict[str, Any], first: bool) -> None:
+        attempt, add, wanted = self.record.attempt, self.record.add, self.wanted
+        ratios, target, draft = self.options.numbers("ratio"), bench.target, bench.drafting
+        slots = len(bench.unread)
+        check_floor = 1000 * (weight_bytes(target) + kv_bytes(target, slots)) / self.bandwidth
+        add("bytes", **tags, target_weight_bytes=weight_bytes(target), draft_weight_bytes=weight_bytes(draft),
+            target_kv_bytes=kv_bytes(target, slots), check_floor_ms=check_floor)  # fmt: skip
+        if "capture" in wanted and (figures := attempt(f"{name}capture", lambda: bench.capture(ratios[0]), **tags)):
+            add("capture", **tags, **figures)
+        if "start" in wanted and bench.prompt is not None:
+            for ratio in ratios:
+                repeats = self.counts.prefills if ratio == ratios[0] else 1
+                label = f"{name}start, ratio {ratio:g}"
+                if figures := attempt(label, lambda r=ratio, n=repeats: bench.start(r, n), **tags, ratio=ratio):
+                    add("start", **tags, ratio=ratio, **figures)
+        if not wanted & {"hf", "rounds"}:
+            return
+        hf_ms = None
+        alone = attempt(f"{name}autoregressive", bench.autoregressive, **tags)
+        if alone is None:
+            return
+        add("autoregressive", **tags, **alone, floor_ms=check_floor)
+        # Hugging Face has no layer for our quantised weights, so its own loop would only be slowed by ours.
+        if "hf" in wanted and first and bench.prompt is not None and self.target_weights == "bf16":
+            hf = attempt(f"{name}Hugging Face generate", bench.hugging_face, **tags)
+            if hf is not None:
+                tokens = hf.pop("tokens")
+                hf_ms = hf["ms_per_token"]
+                add("hf", **tags, **hf, same_tokens=tokens == list(bench.known[: len(tokens)]))
+        if "rounds" not in wanted:
+            return
+        for ratio in ratios:
+            draft_floor = 1000 * (weight_bytes(draft) + kv_bytes(draft, bench.draft_slots(ratio))) / self.bandwidth
+            for accepted in self.options.numbers("accepted"):
+                label = f"{name}ratio {ratio:g}, {accepted:g} accepted"
+                where = tags | {"ratio": ratio, "accepted": accepted}
+                figures = attempt(label, lambda r=ratio, a=accepted: bench.rounds(r, a), **where)
+                if figures:
+                    floors = {"draft_pass_floor_ms": draft_floor, "check_floor_ms": check_floor}
+                    floors["floor_ms"] = check_floor + figures["levels"] * draft_floor
+                    versus = {"against_ours": alone["ms_per_token"] / figures["ms_per_token"]}
+                    if hf_ms:
+                        versus["against_hf"] = hf_ms / figures["ms_per_token"]
+                    add("rounds", **where, **figures, **floors, **versus)
+
+
+def main(words: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        print("  " + "\n  ".join(f"{f.name}={f.default}" for f in fields(Options)))
+        return 0
+    try:
+        options = Options.parse(words)
+        device = device_of(options.device)
+        record = Record(Path(options.out), about(options, device), options.limit_s)
+        with torch.no_grad():
+            Run(options, record, device).all()
+    except UserError as error:
+        print(f"gpu_pair: {error}", file=sys.stderr)
+        return 2
+    print("\n" + report.text(record.rows))
+    if record.skipped:
+        print(f"skipped, limit_s={options.limit_s:g} was over: {'; '.join(record.skipped)}")
+    print(f"{len(record.rows)} rows appended to {record.path}")
+    return 1 if record.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

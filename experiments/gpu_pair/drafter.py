@@ -1,0 +1,106 @@
+"""A drafter for benchmarks alone: it does all the work of the real one, then guesses right as often as it is told to.
+
+Random weights agree on nothing, so acceptance cannot be measured with them; it is given, and the time measured.
+
+Shape suffixes: T tokens of the known answer, M tree nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import UserError
+from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.types import DraftTree, TreeShape, Verdict
+
+
+@dataclass(frozen=True)
+class GivenDrafter(Drafter):
+    """`inner` drafts; of its guesses, the first `accepted` of a path are then replaced by the target's own tokens.
+
+    known: the target's answer to the same prompt, from an earlier run. accepted: a mean such as 3.5 is reached by
+    alternating 3 and 4. Every other guess that could be right is made wrong. Behind the end of `known`, and once the
+    output has left it, nothing is right.
+
+    Cost: one row of a table copied over the tokens, on the device. Limits: the drafter's cache holds keys and values of
+    its own guesses, not of the accepted tokens, which changes no shape and so no time. Raises UserError for more
+    accepted than the tree is deep.
+    """
+
+    name = "given"
+    inner: TreeDrafter = field(default_factory=TreeDrafter)
+    known: tuple[int, ...] = ()
+    accepted: float = 4.0
+
+    def __post_init__(self) -> None:
+        depth = self.tree.depth
+        if not 0 <= self.accepted <= depth:
+            raise UserError(f"accepted={self.accepted:g}: drafter.shape={self.inner.shape} can have 0 to {depth} accepted")
+
+    @property
+    def model(self) -> str:  # type: ignore[override]
+        return str(self.inner.model)
+
+    @property
+    def tree(self) -> TreeShape:
+        return TreeShape.parse(self.inner.shape)
+
+    @property
+    def max_nodes(self) -> int:
+        return self.inner.max_nodes
+
+    def start(self, ctx: DraftContext) -> DraftSession:
+        return GivenSession(self, ctx)
+
+
+class GivenSession(DraftSession):
+    """Writes into the real session's own token tensor, so that what it commits next is what was checked."""
+
+    def __init__(self, drafter: GivenDrafter, ctx: DraftContext) -> None:
+        self.inner = drafter.inner.start(ctx)
+        self.known, self.accepted, self.rounds = drafter.known, drafter.accepted, 0
+        self.position = 0 if self.known and self.known[0] == ctx.bonus else len(self.known)  # of the root in `known`
+        low = int(drafter.accepted)
+        device = (ctx.target if drafter.model == "target" or ctx.draft is None else ctx.draft).device
+        tables = (guesses(drafter.tree, self.known, many, ctx.vocabulary) for many in (low, low + 1))
+        self.tables = {many: table.to(device) for many, table in zip((low, low + 1), tables, strict=True)}
+        self.guessed: Tensor | None = None
+
+    def propose(self, last: Verdict | None) -> DraftTree:
+        if last is not None:
+            self._follow(last)
+        tree = self.inner.propose(last)
+        if self.position < len(self.known):
+            many = int((self.rounds + 1) * self.accepted + 1e-9) - int(self.rounds * self.accepted + 1e-9)
+            tree.tokens[1:] = self.tables[many][self.position]
+        self.rounds += 1
+        return tree
+
+    def _follow(self, last: Verdict) -> None:
+        """Where the new root stands in the known answer: behind its end once the output differs from it."""
+        at = self.position + len(last.path)
+        # Accepted guesses were the known tokens, or the round before had already left them.
+        self.position = at if at < len(self.known) and self.known[at] == last.bonus else len(self.known)
+
+
+def guesses(shape: TreeShape, known: Sequence[int], accepted: int, vocabulary: int) -> Tensor:
+    """(T, M - 1): what the tree below a root at known[t] shall hold. Best children down to depth `accepted` are right.
+
+    All others are wrong by one more than their rank, so that siblings differ and none is right by chance.
+    """
+    answer_T = torch.tensor([*known, *[0] * shape.depth])
+    line = {0}  # best child of best child
+    for node in range(1, len(shape)):
+        if (parent := shape.parents[node]) in line and shape.children[parent][0] == node:
+            line.add(node)
+    columns = []
+    for node in range(1, len(shape)):
+        depth = shape.depths[node]
+        shift = 0 if node in line and depth <= accepted else 1 + shape.ranks[node]
+        columns.append((answer_T[depth : depth + len(known)] + shift) % vocabulary)
+    return torch.stack(columns, 1)

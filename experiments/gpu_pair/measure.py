@@ -1,0 +1,266 @@
+"""What is measured of one pair, part by part. Nothing here prints or writes; a figure is a dict, times in ms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.gpu_pair.drafter import GivenDrafter
+from specvlm import memory
+from specvlm.cache import CachePool
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.models.video_lm import VideoLM
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.strategy import Pruner
+from specvlm.types import Step, VideoPrompt
+from specvlm.verifiers.greedy import GreedyVerifier
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """How often: measured rounds or tokens, those thrown away before them, and real prefills."""
+
+    rounds: int = 20
+    warmup: int = 5
+    prefills: int = 3
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_bandwidth(device: torch.device, repeats: int = 20) -> Figures:
+    """Device-to-device copy, bytes read + bytes written a second: the roof under which every pass of few rows stands."""
+    gpu = device.type == "cuda"
+    source = torch.empty(2**30 if gpu else 2**24, dtype=torch.uint8, device=device).fill_(1)
+    sink = torch.empty_like(source)
+    ms = []
+    for _ in range(repeats + 3):
+        if gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            sink.copy_(source)
+            end.record()
+            end.synchronize()
+            ms.append(start.elapsed_time(end))
+        else:
+            before = perf_counter()
+            sink.copy_(source)
+            ms.append(1000 * (perf_counter() - before))
+    middle = median(ms[3:])
+    return {"ms": middle, "gb_per_s": 2 * source.nbytes / middle / 1e6}
+
+
+def weight_bytes(lm: VideoLM) -> int:
+    """What one pass of few rows reads: the text layers, the last norm, the head. Quantised weights count as they are stored."""
+
+    def held(module: nn.Module) -> int:
+        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+    return held(lm.text.layers) + held(lm.text.norm) + held(lm.hf.lm_head)
+
+
+def kv_bytes(lm: VideoLM, slots: int) -> int:
+    return memory.kv_bytes(lm, slots, lm.dtype)
+
+
+@dataclass
+class Bench:
+    """One pair, one engine, one context. draft None: the target drafts for itself.
+
+    prompt: with pixels, None where the prefill is left out. unread: the same without pixels; its decode finds the rows of
+    the last prefill in the caches, or random ones.
+    """
+
+    target: VideoLM
+    draft: VideoLM | None
+    prompt: VideoPrompt | None
+    unread: VideoPrompt
+    tree: str
+    counts: Counts
+    options: dict[str, Any]  # engine=…, for both loops
+    caches: CachePool
+    known: tuple[int, ...] = ()
+    inner: TreeDrafter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inner = TreeDrafter(self.tree) if self.draft is not None else SelfDrafter(self.tree)
+        self.depth = GivenDrafter(self.inner).tree.depth
+        # Every request asks for as many tokens, and here for the slots of a tree: so the cache is not allocated twice.
+        self.limit = (self.counts.rounds + self.counts.warmup) * (self.depth + 1) + 2
+        self.caches.take("target", self.target, len(self.unread) + self.limit + self.inner.max_nodes)
+
+    @property
+    def drafting(self) -> VideoLM:
+        return self.draft or self.target
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    def graph(self, ratio: float, accepted: float = 0.0, pruner: Pruner | None = None) -> DecodingGraph:
+        return DecodingGraph(
+            self.target,
+            self.draft,
+            pruner or UniformPruner(),
+            GivenDrafter(self.inner, self.known, accepted),
+            GreedyVerifier(),
+            ratio,
+            caches=self.caches,
+            **self.options,
+        )
+
+    def alone(self, limit: int) -> Iterator[Step]:
+        return autoregressive(self.target, self.unread, limit, GreedyVerifier(), caches=self.caches, **self.options)
+
+    def draft_slots(self, ratio: float) -> int:
+        return len(self.unread) - len(self.unread.video_index) + self.graph(ratio).budget(self.unread)
+
+    # ---- the parts ---------------------------------------------------------------------------------------------------
+
+    def capture(self, ratio: float) -> Figures:
+        """What the first request takes longer than the second: compiling, capturing, libraries' own start."""
+
+        def seconds(steps: Iterator[Step]) -> float:
+            start = perf_counter()
+            list(islice(steps, 4))
+            synchronize(self.device)
+            return perf_counter() - start
+
+        alone = [seconds(self.alone(self.limit)) for _ in range(2)]
+        rounds = [seconds(self.graph(ratio).decode(self.unread, self.limit)) for _ in range(2)]
+        return {"s": alone[0] - alone[1] + rounds[0] - rounds[1], "autoregressive_s": alone[0] - alone[1]}
+
+    def start(self, ratio: float, repeats: int) -> Figures:
+        """Medians over real prefills, the first thrown away where there are several: parts up to the first round, in ms."""
+        assert self.prompt is not None
+        memory.reset_peak(self.device)
+        seen = []
+        for _ in range(repeats):
+            steps = self.graph(ratio, pruner=TwoStagePruner()).decode(self.prompt, self.limit)
+            first, second = next(steps), next(steps)
+            steps.close()  # type: ignore[attr-defined]
+            seen.append(first.times_s | {k: v for k, v in second.times_s.items() if k in ("prune", "draft_prefill")})
+        kept = seen[1:] or seen
+        parts = {f"{part}_ms": 1000 * median(s[part] for s in kept) for part in seen[0]}
+        return parts | {
+            "target_start_ms": parts["embed_ms"] + parts["prefill_ms"],
+            "draft_start_ms": parts["prune_ms"] + parts["draft_prefill_ms"],
+            "repeats": len(kept),
+            "peak_gib": memory.peak_bytes(self.device) / 2**30,
+        }
+
+    def hugging_face(self) -> Figures:
+        """The unmodified model's own `generate` over its own attention: the median gap between tokens, and the first token."""
+        assert self.prompt is not None
+        hf, stamps = self.target.hf, _Stamps(self.device)
+        parts = {"text_config": hf.config.get_text_config(), "vision_config": hf.config.vision_config}
+        ours = {part: config._attn_implementation for part, config in parts.items()}
+        hf.set_attn_implementation(dict.fromkeys(ours, "sdpa"))
+        try:
+            inputs = self.target.generate_inputs(self.prompt)
+            many = self.counts.rounds + self.counts.warmup
+            hf.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+            synchronize(self.device)
+            start = perf_counter()
+            out = hf.generate(
+                **inputs, max_new_tokens=many, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=stamps
+            )
+            end = perf_counter()
+        finally:
+            hf.set_attn_implementation(ours)
+        gaps = [1000 * (b - a) for a, b in zip(stamps.at, stamps.at[1:], strict=False)][self.counts.warmup - 1 :]
+        tokens = out[0, len(self.prompt) :].tolist()
+        return {
+            "ms_per_token": median(gaps),
+            "mean_ms_per_token": 1000 * (end - stamps.at[0]) / (len(tokens) - 1),
+            "first_token_ms": 1000 * (stamps.at[0] - start),
+            "repeats": len(gaps),
+            "tokens": tokens,
+        }
+
+    def autoregressive(self) -> Figures:
+        """Our own loop, a token a step, medians; its answer is what the given drafter will know."""
+        walls, steps = timed(self.alone(self.limit))
+        self.known = tuple(token for step in steps for token in step.tokens)
+        kept = walls[1 + self.counts.warmup :]
+        return {"ms_per_token": 1000 * median(kept), "repeats": len(kept)}
+
+    def rounds(self, ratio: float, accepted: float) -> Figures:
+        """Rounds at a given acceptance, medians.
+
+        The output may leave the known answer where bfloat16 logits nearly tie. Then the answer that did so is taken as
+        known and the decode repeated, at most twice; `departures` counts.
+        """
+        wanted = 1 + self.counts.warmup + self.counts.rounds
+        for departures in range(3):
+            steps = self.graph(ratio, accepted).decode(self.unread, self.limit)
+            walls, seen = timed(islice(steps, wanted))
+            tokens = [token for step in seen for token in step.tokens]
+            if tokens == list(self.known[: len(tokens)]):
+                break
+            if departures < 2:
+                self.known = (*tokens, *(token for step in steps for token in step.tokens))
+        else:
+            departures += 1
+        steps.close()  # type: ignore[attr-defined]
+        walls, seen = walls[1 + self.counts.warmup :], seen[1 + self.counts.warmup :]
+        draft, check = (median(step.times_s[part] for step in seen) for part in ("draft", "verify"))
+        host = median(w - s.times_s["draft"] - s.times_s["verify"] for w, s in zip(walls, seen, strict=True))
+        levels = len(GivenDrafter(self.inner).tree.levels)
+        found = sum(step.accepted for step in seen) / len(seen)
+        return {
+            "accepted_found": found,
+            "ms": 1000 * median(walls),
+            "ms_per_token": 1000 * median(walls) / (1 + found),
+            "draft_ms": 1000 * draft,
+            "draft_pass_ms": 1000 * draft / levels,
+            "check_ms": 1000 * check,
+            "host_ms": 1000 * host,
+            "levels": levels,
+            "rows": self.inner.max_nodes,
+            "draft_slots": self.draft_slots(ratio),
+            "repeats": len(walls),
+            "departures": departures,
+        }
+
+
+def timed(steps: Iterator[Step]) -> tuple[list[float], list[Step]]:
+    """The steps, and the seconds from asking for each to having it."""
+    walls, seen = [], []
+    while True:
+        before = perf_counter()
+        step = next(steps, None)
+        if step is None:
+            return walls, seen
+        walls.append(perf_counter() - before)
+        seen.append(step)
+
+
+class _Stamps:
+    """A streamer as `generate` takes it: when each token came. The first thing it is given is the prompt."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.begun = device, False
+        self.at: list[float] = []
+
+    def put(self, value: Any) -> None:
+        synchronize(self.device)
+        if self.begun:
+            self.at.append(perf_counter())
+        self.begun = True
+
+    def end(self) -> None: ...

@@ -1,0 +1,71 @@
+"""The two families, with one thing more: the prefill of a video without pixels costs nothing.
+
+A benchmark decodes one prompt dozens of times. Its features and embeddings are then empty tensors on the meta device, and
+`prefill` finds the rows of the last real prefill in the cache, or fills it with random numbers where there are none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import KVCache
+from specvlm.models.llava_onevision import LlavaOneVision
+from specvlm.models.load import load
+from specvlm.models.qwen2_5_vl import Qwen2_5_VL
+from specvlm.models.video_lm import VideoLM
+from specvlm.types import KeepSet, VideoPrompt
+
+
+class Benched(VideoLM):
+    """Remembers of each cache how many rows its last prefill left, and the last hidden state."""
+
+    def __init__(self, *more: Any, **named: Any) -> None:
+        super().__init__(*more, **named)
+        self.filled: WeakKeyDictionary[KVCache, tuple[int, Tensor]] = WeakKeyDictionary()
+
+    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None) -> Tensor:
+        if prompt.videos[0]["pixels"] is not None:
+            return super().features(prompt, keep)
+        return torch.empty(len(prompt.video_index), self.text.config.hidden_size, dtype=self.dtype, device="meta")
+
+    def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
+        if not features_ND.is_meta:
+            return super().embed(prompt, features_ND, keep)
+        slots = len(prompt) if keep is None else len(prompt.kept_slots(keep.index))
+        return features_ND.new_empty(slots, features_ND.shape[1])
+
+    def prefill(self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, *more: Any, **named: Any) -> Tensor:
+        rows = len(embeds_SD)
+        if not embeds_SD.is_meta:
+            self.filled[cache] = rows, super().prefill(embeds_SD, positions_AS, cache, *more, **named).clone()
+        else:
+            if self.filled.get(cache, (0,))[0] != rows:
+                for layer in (*cache.keys, *cache.values):
+                    layer[:, :, :rows].normal_()
+                self.filled[cache] = rows, torch.randn(embeds_SD.shape[1], dtype=self.dtype, device=self.device)
+            cache.offset = int(positions_AS[:, -1].max()) + 1 - rows
+            cache.advance(rows)
+        return self.filled[cache][1]
+
+
+class BenchedQwen(Benched, Qwen2_5_VL):
+    """Qwen2.5-VL."""
+
+
+class BenchedLlava(Benched, LlavaOneVision):
+    """LLaVA-OneVision."""
+
+
+WRAPS: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, BenchedLlava)}
+
+
+def read(folder: str | Path, device: torch.device, dtype: str, weights: str) -> VideoLM:
+    """A checkpoint instead of random weights."""
+    lm = load(folder, dtype, str(device), weights=None if weights == "bf16" else weights)
+    lm.hf.generation_config.eos_token_id = None  # a benchmark goes on past the end of an answer
+    return WRAPS[lm.family](lm.hf, lm.tokenizer, lm.folder, lm.mrope)

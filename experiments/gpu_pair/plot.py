@@ -1,0 +1,123 @@
+"""ms per token against context and against ratio, with the bandwidth floor: `python -m experiments.gpu_pair.plot [FILE]`.
+
+FILE: results.jsonl of this folder. Writes SHAPE_context.png and SHAPE_ratio.png beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.gpu_pair.report import Row, latest, read
+
+INK, GREY = "#222222", "#8a8a8a"
+COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3")
+
+
+def figure(title: str, row: Row) -> tuple[Any, Any]:
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GREY, "text.color": INK}
+    fig, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=160)
+    fig.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    note = f"{row['machine']}, {row['weights']}, at a given acceptance. Dashed: bandwidth floor. Commit {row['commit']}."
+    fig.text(0.01, 0.915, note, fontsize=7.5, color=GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_ylabel("ms per token")
+    return fig, axes
+
+
+def line(axes: Any, xs: Sequence[Any], ys: Sequence[float], floors: Sequence[float | None], label: str, colour: str) -> None:
+    axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)
+    if all(floor is not None and floor == floor for floor in floors):
+        axes.plot(xs, floors, linestyle=(0, (4, 3)), linewidth=1.1, color=colour, alpha=0.75)
+
+
+def finish(fig: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.tight_layout(rect=(0, 0, 1, 0.96))
+    fig.savefig(path)
+    pyplot.close(fig)
+
+
+def floor_of(row: Row) -> float:
+    return row["floor_ms"] / (1 + row.get("accepted_found", 0.0))
+
+
+def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -> None:
+    """Hugging Face, our autoregressive loop, and rounds of one ratio and acceptance for each way to store the draft."""
+    fig, axes = figure(f"{rows[0]['shape']}: ms per token against context", rows[0])
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["part"] == "hf":
+            series.setdefault("Hugging Face generate", []).append(row)
+        elif row["part"] == "autoregressive" and row["draft_weights"] == rows_first(rows, "autoregressive")["draft_weights"]:
+            series.setdefault("our autoregressive", []).append(row)
+        elif row["part"] == "rounds" and (row["ratio"], row["accepted"]) == (ratio, accepted):
+            series.setdefault(f"{accepted:g} accepted, {row['draft_weights']} draft", []).append(row)
+    for colour, (label, mine) in zip(COLOURS, series.items(), strict=False):
+        mine = sorted(mine, key=lambda row: row["video_tokens"])
+        floors = [floor_of(row) if "floor_ms" in row else None for row in mine]
+        line(axes, [row["video_tokens"] for row in mine], [row["ms_per_token"] for row in mine], floors, label, colour)
+    contexts = sorted({row["video_tokens"] for row in rows if "video_tokens" in row})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel(f"video tokens; drafter at ratio {ratio:g}")
+    finish(fig, axes, path)
+
+
+def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> None:
+    """One line an acceptance, our autoregressive loop across."""
+    mine = [row for row in rows if row.get("video_tokens") == context and row.get("draft_weights") == weights]
+    fig, axes = figure(f"{rows[0]['shape']}: ms per token against ratio, {context:,} video tokens, {weights} draft", rows[0])
+    rounds = [row for row in mine if row["part"] == "rounds"]
+    ratios = sorted({row["ratio"] for row in rounds})
+    for row in (row for row in mine if row["part"] == "autoregressive"):
+        line(axes, ratios, [row["ms_per_token"]] * len(ratios), [row["floor_ms"]] * len(ratios), "our autoregressive", INK)
+    for colour, accepted in zip(COLOURS, sorted({row["accepted"] for row in rounds}), strict=False):
+        found = sorted((row for row in rounds if row["accepted"] == accepted), key=lambda row: row["ratio"])
+        xs, ys = [row["ratio"] for row in found], [row["ms_per_token"] for row in found]
+        line(axes, xs, ys, [floor_of(row) for row in found], f"{accepted:g} accepted", colour)
+    axes.set_xticks(ratios)
+    axes.set_xlabel("ratio: share of the video tokens that the drafter does not see")
+    finish(fig, axes, path)
+
+
+def rows_first(rows: Iterable[Row], part: str) -> Row:
+    return next(row for row in rows if row["part"] == part)
+
+
+def main(path: Path) -> None:
+    rows = latest(read(path))
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        rounds = [row for row in mine if row["part"] == "rounds"]
+        if not rounds:
+            continue
+        accepted = min((row["accepted"] for row in rounds), key=lambda a: abs(a - 4))
+        ratio = min((row["ratio"] for row in rounds), key=lambda r: abs(r - 0.9))
+        context = min((row["video_tokens"] for row in rounds), key=lambda n: abs(n - 16384))
+        by_context(mine, path.with_name(f"{shape}_context.png"), ratio, accepted)
+        by_ratio(mine, path.with_name(f"{shape}_ratio.png"), context, rounds[0]["draft_weights"])
+        print(f"{shape}: {shape}_context.png, {shape}_ratio.png")
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results.jsonl"
+    if not file.is_file():
+        sys.exit(f"{file}: no such file; python -m experiments.gpu_pair writes it")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ModuleNotFoundError:
+        sys.exit("the plots need matplotlib: pip install 'specvlm[bench]'")
+    main(file)

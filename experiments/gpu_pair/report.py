@@ -1,0 +1,183 @@
+"""Rows as tables: `python -m experiments.gpu_pair.report [results.jsonl]`. Of rows for the same thing the last one counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+KEY = ("shape", "part", "target_weights", "draft_weights", "engine", "tree", "video_tokens", "ratio", "accepted", "what")
+EIGHT_BITS = ("fp8", "int8")
+MAIN = {"shape": "qwen2_5_vl_32b_7b", "target_weights": "bf16", "tree": "paper"}
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    return list({tuple(row.get(key) for key in KEY): row for row in rows}.values())
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Everything of these rows: a block a shape, then the targets of issue 3 where their pair was measured."""
+    rows = latest(rows)
+    blocks = [block([row for row in rows if row["shape"] == shape]) for shape in dict.fromkeys(row["shape"] for row in rows)]
+    return "\n\n".join([*blocks, *([targets(rows)] if any(_is(row, **MAIN) for row in rows) else [])])
+
+
+def block(rows: Sequence[Row]) -> str:
+    """One shape."""
+    first = rows[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    said = f"{first['weights']}, at a given acceptance; tree {first['tree']}; commit {first['commit']}; {versions}"
+    lines = [f"## {first['shape']} on {first['machine']}, {first['date'][:10]}", "", f"{said}. Times in ms.", ""]
+    copied = [row for row in rows if row["part"] == "copy"]
+    if copied:
+        lines += [f"Device copy, read + write: {copied[-1]['gb_per_s'] / 1000:.2f} TB/s.", ""]
+    rounds = [row for row in rows if row["part"] == "rounds"]
+    # Acceptance changes hardly anything of a round's time, so its parts are shown for one figure of it.
+    shown = min((row["accepted"] for row in rounds), key=lambda accepted: abs(accepted - 4), default=None)
+    for part, columns in TABLES.items():
+        mine = [row for row in rows if row["part"] == part]
+        if part == "parts":
+            mine = [row for row in rounds if row["accepted"] == shown]
+        if mine:
+            lines += [*table(mine, part, columns), ""]
+    return "\n".join(lines).rstrip()
+
+
+COMMON = ("video_tokens", "prefill", "engine", "target_weights", "draft_weights")
+TABLES: dict[str, tuple[str, ...]] = {
+    "capture": (*COMMON, "s", "autoregressive_s"),
+    "start": (*COMMON, "ratio", "embed_ms", "prefill_ms", "prune_ms", "draft_prefill_ms", "target_start_ms", "draft_start_ms",
+              "peak_gib"),
+    "hf": (*COMMON, "ms_per_token", "first_token_ms", "same_tokens"),
+    "autoregressive": (*COMMON, "ms_per_token", "floor_ms"),
+    "rounds": (*COMMON, "ratio", "accepted", "accepted_found", "ms", "floor_ms", "ms_per_token", "against_ours", "against_hf",
+               "departures"),
+    "parts": (*COMMON, "ratio", "ms", "draft_ms", "levels", "draft_pass_ms", "draft_pass_floor_ms", "check_ms",
+              "check_floor_ms", "host_ms"),
+    "failed": ("what", "error"),
+}  # fmt: skip
+TITLES = {
+    "capture": "First requests: what they take longer than the second, in seconds",
+    "start": "Up to the first round, vision included (two_stage; medians of real prefills)",
+    "hf": "Hugging Face generate, unmodified",
+    "autoregressive": "Our own autoregressive loop",
+    "rounds": "Rounds, at a given acceptance",
+    "parts": "Parts of a round",
+    "failed": "Failed",
+}
+
+
+def table(rows: Sequence[Row], part: str, columns: Sequence[str]) -> list[str]:
+    """A column that says the same in every row goes into the title."""
+    there = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    fixed = [c for c in there if c in COMMON and len(rows) > 1 and len({row.get(c) for row in rows}) == 1]
+    shown = [c for c in there if c not in fixed]
+    same = ", ".join(f"{c.replace('_', ' ')} {rows[0][c]}" for c in fixed)
+    cells = [[c.removesuffix("_ms").replace("_", " ") for c in shown], *([_cell(row.get(c)) for c in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    drawn = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+    return [f"{TITLES[part]}{f' ({same})' if same else ''}:", "", drawn[0], rule, *drawn[1:]]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+# ---- the targets of issue 3 --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """figure: the measured value, None where its rows are missing. at_least: more is better."""
+
+    what: str
+    before: str
+    limit: float
+    unit: str
+    figure: Callable[[Sequence[Row]], float | None]
+    at_least: bool = False
+
+
+def _is(row: Row, **wanted: Any) -> bool:
+    return all(row.get(key) in value if isinstance(value, tuple) else row.get(key) == value for key, value in wanted.items())
+
+
+def _best(part: str, key: str, pick: Callable[[Iterable[float]], float] = min, **wanted: Any) -> Callable[..., float | None]:
+    """The figure of the main pair, by default at 16,384 video tokens, with the better of two ways to store 8 bits."""
+    wanted = MAIN | {"part": part, "video_tokens": 16384} | wanted
+
+    def figure(rows: Sequence[Row]) -> float | None:
+        found = [row[key] for row in rows if _is(row, **wanted) and row.get(key) is not None]
+        return pick(found) if found else None
+
+    return figure
+
+
+def _rounds(key: str, weights: str | tuple[str, ...], **more: Any) -> Callable[..., float | None]:
+    pick = max if key.startswith("against") else min
+    return _best("rounds", key, pick, **({"ratio": 0.9, "accepted": 4.0, "draft_weights": weights} | more))
+
+
+def growth(rows: Sequence[Row]) -> float | None:
+    """Round at 131,072 video tokens over (round at 16,384 + the time its further KV bytes take at the copy's speed)."""
+    short, long = (_rounds("ms", "bf16", video_tokens=n)(rows) for n in (16384, 131072))
+    floors = [_rounds("floor_ms", "bf16", video_tokens=n)(rows) for n in (16384, 131072)]
+    if short is None or long is None or floors[0] is None or floors[1] is None:
+        return None
+    return long / (short + floors[1] - floors[0])
+
+
+def _seconds(figure: Callable[..., float | None]) -> Callable[..., float | None]:
+    return lambda rows: None if (ms := figure(rows)) is None else ms / 1000
+
+
+GOALS = (
+    Goal("autoregressive, per token", "20.7 ms", 19.0, "ms", _best("autoregressive", "ms_per_token")),
+    Goal("check of 26 rows", "23.3 ms", 20.5, "ms", _rounds("check_ms", ("bf16", *EIGHT_BITS))),
+    Goal("draft pass, pruned context, bf16", "5.6 ms", 4.7, "ms", _rounds("draft_pass_ms", "bf16")),
+    Goal("draft pass, pruned context, 8-bit", "-", 3.0, "ms", _rounds("draft_pass_ms", EIGHT_BITS)),
+    Goal("round, host included, bf16 draft", "51 ms", 44.0, "ms", _rounds("ms", "bf16")),
+    Goal("round, host included, 8-bit draft", "-", 36.0, "ms", _rounds("ms", EIGHT_BITS)),
+    Goal("4.0 accepted, against our autoregressive, bf16", "2.0 x", 2.15, "x", _rounds("against_ours", "bf16"), True),
+    Goal("4.0 accepted, against our autoregressive, 8-bit", "-", 2.6, "x", _rounds("against_ours", EIGHT_BITS), True),
+    Goal("4.0 accepted, against Hugging Face generate, bf16", "6 x", 7.0, "x", _rounds("against_hf", "bf16"), True),
+    Goal("4.0 accepted, against Hugging Face generate, 8-bit", "-", 8.5, "x", _rounds("against_hf", EIGHT_BITS), True),
+    Goal("target prefill, vision included", "-", 3.0, "s", _seconds(_best("start", "target_start_ms"))),
+    Goal("drafter start at ratio 0.9, its vision too", "-", 1.0, "s", _seconds(_best("start", "draft_start_ms", ratio=0.9))),
+    Goal("peak memory", "-", 92.0, "GiB", _best("start", "peak_gib", max, draft_weights="bf16", ratio=0.9)),
+    Goal("round at 128k over (16k + its further KV bytes)", "-", 1.25, "x", growth),
+)
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """The table of issue 3, with the measured figure beside each."""
+    rows = latest(rows)
+    lines = ["## Targets: Qwen2.5-VL-32B <- 7B, 16,384 video tokens, 26-row tree, random weights, at a given acceptance", ""]
+    lines += ["| what | prototype | target | measured | |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        found = goal.figure(rows)
+        sign = ">=" if goal.at_least else "<="
+        verdict = "" if found is None else "pass" if (found >= goal.limit) == goal.at_least or found == goal.limit else "MISS"
+        measured = "not measured" if found is None else f"{found:.2f} {goal.unit}"
+        lines.append(f"| {goal.what} | {goal.before} | {sign} {goal.limit:g} {goal.unit} | {measured} | {verdict} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results.jsonl"
+    if not file.is_file():
+        sys.exit(f"{file}: no such file; python -m experiments.gpu_pair writes it")
+    print(text(read(file)))

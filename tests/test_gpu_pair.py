@@ -1,0 +1,164 @@
+"""The benchmark of a pair, with tiny shapes on the CPU: acceptance is what was given, and what was measured is written down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from experiments.gpu_pair.__main__ import Options, main
+from experiments.gpu_pair.drafter import GivenDrafter, guesses
+from experiments.gpu_pair.measure import weight_bytes
+from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
+from experiments.gpu_pair.report import GOALS, MAIN, read, targets
+from experiments.gpu_pair.shapes import SHAPES, build, model_class, prompt_of
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.types import TreeShape
+from specvlm.verifiers.greedy import GreedyVerifier
+
+SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
+FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shape", ["paper", "chain:4", "3x2x1x1", "[[1],[2],[1,0],[1,0,0],[1,0,0,3]]"])
+@pytest.mark.parametrize("accepted", [0, 1.5, 3, 4])
+def test_given_acceptance_is_met_in_every_round(family, shape, accepted):
+    target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
+    known = [step.tokens[0] for step in autoregressive(target, request, 60, GreedyVerifier())]
+    drafter = GivenDrafter(TreeDrafter(shape), tuple(known), accepted)
+    steps = list(DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5).decode(request, 60))
+    assert [token for step in steps for token in step.tokens] == known
+    found = [step.accepted for step in steps[1:] if step.full]
+    assert found[:8:2] == [int(accepted)] * len(found[:8:2])
+    assert found[1:8:2] == [int(accepted + 0.5)] * len(found[1:8:2])
+
+
+def test_no_guess_of_another_branch_is_right():
+    shape = TreeShape.parse("paper")
+    known = torch.arange(5, 25).tolist()
+    rows = guesses(shape, known, 2, 97)
+    right = [[node for node in range(1, len(shape)) if row[node - 1] == known[t + shape.depths[node]]] for t, row in
+             enumerate(rows.tolist()[:10])]  # fmt: skip
+    assert all(nodes == [1, 5] for nodes in right)
+    siblings = [rows[0, [child - 1 for child in children]].tolist() for children in shape.children if children]
+    assert all(len(set(tokens)) == len(tokens) for tokens in siblings)
+
+
+def test_more_accepted_than_the_tree_is_deep_is_refused():
+    with pytest.raises(UserError, match="accepted=5: drafter.shape=chain:3 can have 0 to 3"):
+        GivenDrafter(TreeDrafter("chain:3"), (), 5)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_self"])
+def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    assert main([f"shape={shape}", f"out={out}", *FAST]) == 0
+    rows = read(out)
+    parts = [row["part"] for row in rows]
+    assert {"copy", "bytes", "capture", "start", "hf", "autoregressive", "rounds"} == set(parts)
+    rounds = [row for row in rows if row["part"] == "rounds"]
+    assert [(row["ratio"], row["accepted"]) for row in rounds] == [(0.5, 2), (0.5, 3.5), (0, 2), (0, 3.5)]
+    for row in rounds:
+        low, high = int(row["accepted"]), int(row["accepted"] + 0.5)
+        assert low <= row["accepted_found"] <= high and row["departures"] == 0
+        assert row["ms"] >= row["draft_ms"] > 0 and row["against_ours"] > 0 and row["against_hf"] > 0
+    assert next(row for row in rows if row["part"] == "hf")["same_tokens"]
+    assert all(row["weights"] == "random weights of a tiny shape" and row["acceptance"] == "given" for row in rows)
+    shown = capsys.readouterr().out
+    assert "random weights of a tiny shape, at a given acceptance" in shown and "Rounds, at a given acceptance" in shown
+
+
+def test_a_prefill_left_out_and_quantised_weights(tmp_path, capsys):
+    pytest.importorskip("specvlm.models.quantize")
+    out = tmp_path / "results.jsonl"
+    words = ["shape=tiny", f"out={out}", *SMALL, "ratio=0.5", "accepted=2", "prefill=random"]
+    assert main([*words, "draft_weights=bf16,int8", "target_weights=int8"]) == 0
+    rows = read(out)
+    assert not {"start", "hf"} & {row["part"] for row in rows}
+    assert [row["draft_weights"] for row in rows if row["part"] == "rounds"] == ["bf16", "int8"]
+    assert all(row["accepted_found"] == 2 for row in rows if row["part"] == "rounds")
+    sizes = [row["draft_weight_bytes"] for row in rows if row["part"] == "bytes"]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+    def gone(self, ratio, repeats):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("experiments.gpu_pair.measure.Bench.start", gone)
+    out = tmp_path / "results.jsonl"
+    assert main(["shape=tiny", f"out={out}", *SMALL, "ratio=0.5", "accepted=2", "only=start,rounds"]) == 0
+    rows = read(out)
+    assert [row["error"] for row in rows if row["part"] == "failed"] == ["out of memory"]
+    assert any(row["part"] == "rounds" for row in rows)
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path, capsys):
+    assert main(["shape=tiny", f"out={tmp_path / 'results.jsonl'}", *SMALL, "limit_s=0"]) == 0
+    assert "skipped, limit_s=0 was over: copy; make the target" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("video_token=64", 'Did you mean "video_tokens"'),
+        ("shape=tinny", 'Did you mean "tiny"'),
+        ("draft_weights=fp4", "draft_weights=fp4: expected bf16"),
+        ("ratio=2", "ratio=2: expected shares"),
+        ("ratio=a", "ratio=a: expected numbers"),
+        ("rounds=many", "rounds=many: expected a number"),
+        ("draft=x", "draft=FOLDER without target=FOLDER"),
+    ],
+)
+def test_a_mistake_is_one_line(word, said, capsys):
+    assert main([word]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_lists_and_numbers_are_read():
+    options = Options.parse(["ratio=0.9", "accepted=[2,3]", "rounds=7", "limit_s=500"])
+    assert options.numbers("ratio") == [0.9] and options.numbers("accepted") == [2, 3]
+    assert (options.rounds, options.limit_s) == (7, 500.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("qwen2_5_vl_32b_7b", 33.45), ("llava_onevision_72b_7b", 73.18), ("qwen2_5_vl_7b_3b", 8.29)]
+)
+def test_shapes_have_the_released_models_parameters(shape, billions):
+    with torch.device("meta"):
+        hf = model_class(SHAPES[shape].target)(SHAPES[shape].target.config())
+    assert round(sum(p.numel() for p in hf.parameters()) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(("shape", "wrap"), [("tiny", BenchedQwen), ("tiny_llava", BenchedLlava)])
+def test_a_built_model_has_the_buffers_of_a_made_one(shape, wrap):
+    own = SHAPES[shape].target
+    lm = build(own, wrap, torch.device("cpu"), torch.float64)
+    made = dict(model_class(own)(own.config()).named_buffers())
+    assert made and all(torch.equal(buffer, made[name]) for name, buffer in lm.hf.named_buffers())
+    assert len(prompt_of(lm, own, 64, pixels=False).video_index) in (64, 7 * 9 + 1)
+    held = sum(p.numel() for name, p in lm.hf.named_parameters() if ".layers." in name and "language_model" in name)
+    assert weight_bytes(lm) == 8 * (held + own.text.width + own.text.width * own.text.vocabulary)
+
+
+def test_every_target_has_its_figure_when_its_rows_are_there():
+    about = MAIN | {"engine": "graphs", "video_tokens": 16384}
+    rounds = {"part": "rounds", "ratio": 0.9, "accepted": 4.0, "check_ms": 20.0, "against_hf": 9.0, "floor_ms": 35.0}
+    rows = [about | {"part": "autoregressive", "ms_per_token": 20.0, "draft_weights": "bf16"}]
+    rows += [about | rounds | {"draft_weights": "bf16", "ms": 43.0, "draft_pass_ms": 4.5, "against_ours": 2.2}]
+    rows += [about | rounds | {"draft_weights": "int8", "ms": 33.0, "draft_pass_ms": 2.5, "against_ours": 2.8}]
+    rows += [about | rounds | {"video_tokens": 131072, "draft_weights": "bf16", "ms": 50.0, "floor_ms": 42.0}]
+    start = {"part": "start", "ratio": 0.9, "draft_weights": "bf16"}
+    rows += [about | start | {"target_start_ms": 2000.0, "draft_start_ms": 1200.0, "peak_gib": 90.0}]
+    lines = targets(json.loads(json.dumps(rows))).splitlines()[4:]
+    missed = [line for line in lines if "MISS" in line]
+    assert len(lines) == len(GOALS) and sum("pass" in line.split("|")[-2] for line in lines) == len(GOALS) - 2
+    assert [line.split("|")[1].strip()[:13] for line in missed] == ["autoregressiv", "drafter start"]
