@@ -13,6 +13,7 @@ from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.models import attention, video_lm
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.none import NonePruner
@@ -145,6 +146,116 @@ def test_frames_without_a_kept_token_are_not_encoded_and_the_others_do_not_chang
     some = lm.features(request, keep)
     torch.testing.assert_close(some[keep.index], everything[keep.index], rtol=0, atol=1e-12)
     assert int((some == 0).all(1).sum()) > len(everything) // 2
+
+
+def attention_of(rows, keys, group, width=8, **where):
+    torch.manual_seed(rows)
+    query = torch.randn(1, 2 * group, rows, width, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, keys, width, dtype=torch.float64)
+    seen = torch.arange(keys) <= torch.arange(keys - rows, keys)[:, None]
+    wide = [x.repeat_interleave(group, 1) for x in (key, value)]
+    scores = (query @ wide[0].mT / width**0.5).masked_fill(~seen, float("-inf"))
+    expected = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
+    out, _ = attention.attend(torch.nn.Module(), *(x.to(**where) for x in (query, key, value)), None)
+    return out, expected
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 9), (2, 9), (8, 9), (9, 9), (5, 64)])
+def test_attention_without_a_mask_is_causal_and_its_rows_are_the_last(rows, keys, group):
+    out, expected = attention_of(rows, keys, group)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 999), (60, 999), (700, 999), (999, 999)])
+def test_flash_attention_behind_a_prefix_is_aligned_at_the_lower_right(rows, keys, width):
+    out, expected = attention_of(rows, keys, 5, width, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("chunk", [5, 16, 17])
+def test_a_prefill_in_chunks_equals_one_of_one_pass(family, chunk):
+    lm, request = tiny.model(family), tiny.prompt(family, videos=2)
+    embeds, positions = lm.embed(request, lm.features(request)), lm.positions(request)
+
+    def filled_by(most, cut, **watched):
+        cache, guidance = lm.new_cache(len(request)), Guidance(request.video_index, **watched)
+        hidden = lm.prefill(embeds, positions, cache, cut, guidance, most)
+        assert cache.length == len(request)
+        return hidden, cache, guidance
+
+    for cut, watched in ((request.cut, dict(rows=True, last_row=True)), (0, dict(rows=False, last_row=True))):
+        (hidden, cache, guidance), (expected, whole, watching) = (filled_by(m, cut, **watched) for m in (chunk, 10_000))
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(cache.keys, whole.keys, rtol=0, atol=1e-11)
+        torch.testing.assert_close(guidance.last_rows(), watching.last_rows(), rtol=0, atol=1e-12)
+        if guidance.rows:
+            torch.testing.assert_close(guidance.per_layer(), watching.per_layer(), rtol=0, atol=1e-12)
+    _, _, early = filled_by(chunk, 0, rows=False, last_row=True, depth=2)
+    torch.testing.assert_close(early.last_rows(), guidance.last_rows()[:2], rtol=0, atol=1e-12)
+
+
+def test_passes_of_a_prefill_are_of_one_length_and_never_too_long(monkeypatch):
+    lm, request, seen = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), []
+    forward = VideoLM.forward
+    monkeypatch.setattr(VideoLM, "forward", lambda self, *a: seen.append((len(a[0]), a[3])) or forward(self, *a))
+    lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(99), request.cut, chunk=16)
+    assert {mask for _, mask in seen} == {None}  # nothing as large as rows x keys
+    assert [rows for rows, _ in seen] == [12, 13, 13, len(request) - request.cut]
+
+
+@pytest.mark.parametrize("block", [1, 3000, 20_000])
+def test_guidance_is_the_same_however_little_of_it_is_held_at_once(block, monkeypatch):
+    lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
+    bounded, free = (Guidance(request.video_index, rows=True, last_row=True) for _ in range(2))
+    filled(lm, request, free)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    filled(lm, request, bounded)
+    torch.testing.assert_close(bounded.per_layer(), free.per_layer(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(bounded.last_rows(), free.last_rows(), rtol=0, atol=1e-14)
+
+
+# Of windows of 4x4 patches, these hold: whole ones alone; some cut at the right; at the bottom; at both; none whole.
+GRIDS = [(3, 8, 4), (2, 8, 10), (1, 6, 4), (3, 10, 14), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("grids", [*([grid] for grid in GRIDS), GRIDS], ids=str)
+def test_the_window_attention_of_the_vision_tower_equals_a_call_for_each_window(grids):
+    lm = tiny.model("qwen2_5_vl")
+    plain = tiny.copy.deepcopy(lm.hf.model.visual)
+    plain.set_attn_implementation("sdpa")
+    pixels = torch.randn(sum(t * h * w for t, h, w in grids), 96, dtype=torch.float64)
+    expected = plain(pixels, grid_thw=torch.tensor(grids)).pooler_output
+    ours = lm.hf.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output  # as a bare `generate` calls it
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+    if len(grids) == 1:
+        torch.testing.assert_close(lm.encode_image({"pixels": pixels, "thw": grids[0]}), expected, rtol=0, atol=1e-13)
+
+
+def test_the_vision_tower_calls_attention_once_a_layer_and_length_of_window(monkeypatch):
+    calls, real = [], attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **n: calls.append(a[0].shape) or real(*a, **n))
+    lm, (grid, video) = tiny.model("qwen2_5_vl"), tiny.video("qwen2_5_vl", frames=3, height=10, width=14)
+    lm.encode_video(grid, video, None)
+    # Windows of a frame: 6 of 4x4 patches, 5 cut at one side, 1 at both. That they are 3 frames makes no more calls.
+    assert sorted(calls[:3]) == [(3, 2, 4, 8), (15, 2, 8, 8), (18, 2, 16, 8)]
+    assert calls[3:] == [(3, 2, 140, 8)]  # the second layer is one of full attention
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("patches", [1, 70])
+def test_a_video_encoded_in_chunks_is_the_same(family, patches, monkeypatch):
+    lm, (grid, video) = tiny.model(family), tiny.video(family, frames=5)
+    for frames in (None, torch.tensor([1, 2]), torch.tensor([0, 3, 4]), torch.tensor([], dtype=torch.int64)):
+        monkeypatch.undo()
+        expected = lm.encode_video(grid, video, frames)
+        assert lm.vision_rows(video) == 5 * lm.frame_patches(video)[1]
+        monkeypatch.setattr(video_lm, "PATCHES", patches)
+        torch.testing.assert_close(lm.encode_video(grid, video, frames), expected, rtol=0, atol=1e-12)
+        assert lm.vision_rows(video) == max(1, patches // lm.frame_patches(video)[1]) * lm.frame_patches(video)[1]
 
 
 def test_reference_positions_start_the_text_after_the_largest_axis():

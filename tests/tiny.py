@@ -79,7 +79,7 @@ def _llava(vocabulary: int) -> LlavaOnevisionForConditionalGeneration:
 def wrap(hf: torch.nn.Module) -> VideoLM:
     attention.register()
     hf = hf.eval().requires_grad_(False)
-    hf.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+    hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     return (Qwen2_5_VL if isinstance(hf, Qwen2_5_VLForConditionalGeneration) else LlavaOneVision)(hf)
 
 

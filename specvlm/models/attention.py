@@ -1,9 +1,10 @@
-"""The attention function our forward passes run through, and the side computation that reads guidance from it.
+"""The attention functions our forward passes run through, and the side computation that reads guidance from the text's.
 
 Registered with Hugging Face's own AttentionInterface, so that no modeling file is forked. Masks and the guidance
 collector are arguments of the forward pass; nothing is set on a model.
 
-Shape suffixes: H query heads, G query heads of one KV head, Q rows of this pass, K keys, N video tokens, D head width.
+Shape suffixes: H heads (of the keys, where G is there too), G query heads of one KV head, Q rows of this pass, R rows of some
+windows, K keys, N video tokens, D head width.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "specvlm"
+# Hugging Face hands a vision tower's attention the whole sequence and its windows only under a name with "flash" in it; under
+# any other it calls it once a window, thousands of times a video.
+VISION = "specvlm_flash_windows"
+# For a loaded model's `set_attn_implementation`; at loading, that word in a name would ask for a kernel of the hub.
+IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
+
+BLOCK = 2**28  # bytes of attention scores that guidance holds at once
 
 
 class Enough(Exception):
@@ -26,7 +35,8 @@ class Enough(Exception):
 class Guidance:
     """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
 
-    Never holds more than one KV head's (G, Q, K) block; what is kept is (N,) sums or, where asked for, (L, N).
+    Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
+    twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
     video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
     """
 
@@ -36,28 +46,43 @@ class Guidance:
         self._mean: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
 
+    def ahead(self) -> Guidance | None:
+        """For passes before the one that is watched: sees nothing, and stops where this one stops."""
+        return None if self.depth is None else Guidance(self.video_index, rows=False, depth=self.depth)
+
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """query (1, H, Q, D), key (1, H/G, K, D), after rotation. Reads only: the pass itself is not touched."""
-        heads, count = query.shape[1], query.shape[2]
-        rows = slice(None) if self.rows else slice(count - 1, count)
-        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1) if self.rows else None
-        wide = torch.promote_types(query.dtype, torch.float32)  # 8 bits of mantissa would make false ties
-        mean = last = query.new_zeros(())
-        for head, key_KD in enumerate(key[0]):
-            group = heads // key.shape[1]
-            query_GQD = query[0, head * group : (head + 1) * group, rows]
-            scores_GQK = (query_GQD.to(wide) @ key_KD.to(wide).mT) * scaling
-            if future is not None:  # the last row alone sees every key
-                scores_GQK[..., -count:].masked_fill_(future, float("-inf"))
-            weights_GQN = scores_GQK.softmax(-1).index_select(-1, self.video_index)
-            mean = mean + weights_GQN.mean(1).sum(0)
-            last = last + weights_GQN[:, -1].sum(0)
-        if self.rows:
-            self._mean[layer] = mean / heads
-        if self.last_row:
-            self._last[layer] = last / heads
+        """query (1, H * G, Q, D), key (1, H, K, D), after rotation. Reads only: the pass itself is not touched."""
+        if self.rows or self.last_row:
+            first = 0 if self.rows else query.shape[2] - 1
+            mean_N, last_N = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
+            if self.rows:
+                self._mean[layer] = mean_N
+            if self.last_row:
+                self._last[layer] = last_N
         if self.depth is not None and layer + 1 >= self.depth:
             raise Enough
+
+    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, Tensor]:
+        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row."""
+        heads, group, count, _ = query_HGQD.shape
+        wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties
+        row_bytes = group * key_HKD.shape[1] * wide.itemsize
+        rows = max(1, min(count - first, BLOCK // row_bytes))
+        step = max(1, BLOCK // (rows * row_bytes))
+        mean_N = torch.zeros(len(self.video_index), dtype=wide, device=query_HGQD.device)
+        last_N = torch.zeros_like(mean_N)
+        for head in range(0, heads, step):
+            keys_HDK = key_HKD[head : head + step].to(wide).mT
+            for row in range(first, count, rows):
+                queries_HGQD = query_HGQD[head : head + step, :, row : row + rows].to(wide)
+                scores_HGQK = (queries_HGQD.flatten(1, 2) @ keys_HDK).unflatten(1, queries_HGQD.shape[1:3]).mul_(scaling)
+                future = torch.ones(queries_HGQD.shape[2], count, dtype=torch.bool, device=mean_N.device).triu(row + 1)
+                scores_HGQK[..., -count:].masked_fill_(future, float("-inf"))
+                weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, self.video_index)
+                mean_N += weights_HGQN.sum((0, 1, 2))
+                if row + rows >= count:
+                    last_N += weights_HGQN[:, :, -1].sum((0, 1))
+        return mean_N / (heads * group * (count - first)), last_N / (heads * group)
 
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""
@@ -79,19 +104,80 @@ def attend(
     guidance: Guidance | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; without a mask it is causal, and then every key must belong to this pass."""
-    causal = attention_mask is None and query.shape[2] > 1
-    assert not causal or query.shape[2] == key.shape[2], "a causal pass over an existing prefix needs an explicit mask"
-    grouped = key.shape[1] != query.shape[1]
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )
+    """Scaled dot-product attention; without a mask it is causal, the rows being the last of the keys."""
+    rows, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and 1 < rows < keys:
+        out = _behind_a_prefix(query, key, value, scaling)
+    else:
+        causal, grouped = attention_mask is None and rows > 1, key.shape[1] != query.shape[1]
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
     if guidance is not None:
         guidance.observe(int(module.layer_idx), query, key, float(scaling or query.shape[-1] ** -0.5))  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
 
 
+def _behind_a_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last rows: row i of Q sees the first K - Q + i + 1 keys.
+
+    `is_causal` of scaled_dot_product_attention aligns the triangle at the upper left, where rows and keys differ in number. The
+    flash kernel itself aligns it at the lower right, reads grouped keys as they lie and needs no mask; it is called by the
+    name that torch.nn.attention.bias.causal_lower_right calls it by (the same in torch 2.11 to 2.13). That class is not used
+    since it is a prototype, pads odd head widths by a copy of all keys, and prefers an efficient-attention kernel to a mask
+    where flash cannot be had. Elsewhere (CPU, float32, float64, head widths flash has no kernel for): a mask, exact and simple,
+    (Q, K) in size.
+    """
+    grouped = key.shape[1] != query.shape[1]
+    if query.is_cuda and query.shape[-1] % 8 == 0:
+        asked = SDPAParams(query, key, value, None, 0.0, False, grouped)  # is_causal=True would be refused: not square
+        if can_use_flash_attention(asked):
+            flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+            return flash(query, key, value, dropout_p=0.0, is_causal=True, scale=scaling)[0]
+    rows, keys = query.shape[2], key.shape[2]
+    mask_QK = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask_QK, scale=scaling, enable_gqa=grouped)
+
+
+def attend_windows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a vision tower: everything to everything (SigLIP's images) or, of one sequence, inside its windows.
+
+    query, key, value: (B, H, Q, D). cu_seq_lens_q: where the windows of the only sequence start, and its end; best on the
+    CPU, since their lengths are read here. Windows of one length are a batch of one call: as exact as a call each, anywhere.
+    """
+    if cu_seq_lens_q is None:
+        out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    lengths = cu_seq_lens_q.cpu().diff()
+    query_QHD, key_QHD, value_QHD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if len(kinds := lengths.unique().tolist()) == 1:
+        return _inside(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
+    length_of_row = lengths.repeat_interleave(lengths)
+    out_QHD = torch.empty_like(query_QHD, memory_format=torch.contiguous_format)
+    for length in kinds:
+        rows = (length_of_row == length).nonzero().flatten().to(query.device)
+        out_QHD[rows] = _inside(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
+    return out_QHD[None], None
+
+
+def _inside(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
+    """(R, H, D): attention inside each `length` rows, one window after the other."""
+    query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query_RHD, key_RHD, value_RHD))
+    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
+
+
 def register() -> None:
-    """Make `attn_implementation="specvlm"` known. The mask function keeps a bare `generate` right under that name too."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    """Make IMPLEMENTATIONS known. The mask function keeps a bare `generate` right under those names too."""
+    for name, function in ((NAME, attend), (VISION, attend_windows)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)

@@ -53,21 +53,18 @@ class LlavaOneVision(VideoLM):
 
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
         core = self.hf.model
-        newline_D = core.image_newline.to(self.dtype)[None]
-        chosen = torch.arange(grid.frames) if frames is None else frames
-        features_FPD = torch.zeros(
-            grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device
-        )
-        if len(chosen):
-            pixels = video["pixels"][chosen].to(self.device, self.dtype)
-            out = core.get_video_features(pixels[None]).pooler_output.flatten(0, -2)
-            # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
-            features_FPD[chosen.to(self.device)] = out[: len(chosen) * grid.per_frame].unflatten(0, (len(chosen), -1))
-        return torch.cat([features_FPD.flatten(0, 1), newline_D])
 
-    def vision_rows(self, video: dict[str, Any]) -> int:
+        def encode(pixels_F: Tensor) -> Tensor:
+            out = core.get_video_features(pixels_F.to(self.device, self.dtype)[None]).pooler_output.flatten(0, -2)
+            # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
+            return out[: len(pixels_F) * grid.per_frame]
+
+        features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
+        return torch.cat([features, core.image_newline.to(self.dtype)[None]])
+
+    def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         vision = self.hf.config.vision_config
-        return len(video["pixels"]) * int(vision.image_size // vision.patch_size) ** 2
+        return len(video["pixels"]), int(vision.image_size // vision.patch_size) ** 2
 
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         pixels = image["pixels"].to(self.device, self.dtype)

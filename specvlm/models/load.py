@@ -111,12 +111,12 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
             folder,
             output_loading_info=True,
             dtype=DTYPES.get(dtype, "auto"),
-            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
             use_safetensors=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
+    hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
         raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):

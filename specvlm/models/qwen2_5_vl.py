@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
 from specvlm.data.settings import read_video_settings
@@ -52,21 +53,28 @@ class Qwen2_5_VL(VideoLM):
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int]) -> Tensor:
-        visual = self.hf.model.visual
-        return visual(pixels.to(self.device, visual.dtype), grid_thw=torch.tensor([thw], device=self.device)).pooler_output
+        """(t*h*w / merge², D). Where windows start stays on the CPU: attention reads it in every layer, and need not wait."""
+        visual, grid = self.hf.model.visual, torch.tensor([thw])
+        window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
+        return visual(
+            pixels.to(self.device, visual.dtype),
+            grid_thw=grid.to(self.device),
+            cu_seqlens=get_vision_cu_seqlens(grid),
+            window_index=window_index.to(self.device),
+            cu_window_seqlens=cu_window_seqlens,
+        ).pooler_output
 
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
         t, h, w = video["thw"]
-        if frames is None:
-            return self._tower(video["pixels"], (t, h, w))
-        features_FPD = torch.zeros(t, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device)
-        if len(frames):
-            pixels = video["pixels"].unflatten(0, (t, h * w))[frames].flatten(0, 1)
-            features_FPD[frames.to(self.device)] = self._tower(pixels, (len(frames), h, w)).unflatten(0, (len(frames), -1))
-        return features_FPD.flatten(0, 1)
 
-    def vision_rows(self, video: dict[str, Any]) -> int:
-        return len(video["pixels"])
+        def encode(pixels_FPV: Tensor) -> Tensor:
+            return self._tower(pixels_FPV.flatten(0, 1), (len(pixels_FPV), h, w))
+
+        return self._encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
+
+    def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
+        t, h, w = video["thw"]
+        return t, h * w
 
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         return self._tower(image["pixels"], image["thw"])

@@ -6,7 +6,8 @@ Shape suffixes: S prompt tokens, N video tokens, Q rows of one pass, V vocabular
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
+
+CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
+PATCHES = 16_384  # of one pass through a vision tower, or one frame's where that has more
 
 # What else a generation config may hold that changes greedy output in `generate`, and that is not applied here.
 UNSUPPORTED = (
@@ -37,7 +41,7 @@ UNSUPPORTED = (
 class VideoLM(ABC):
     """One checkpoint. Stateless: what a request needs comes in as arguments and lives in its cache.
 
-    hf: the Hugging Face model, in eval mode, its text part loaded with attn_implementation="specvlm". folder: where
+    hf: the Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`. folder: where
     preprocessing settings are read from. mrope: "hf" for the positions the installed transformers' `generate` uses,
     "reference" for those of Qwen's own code (text follows the largest of t, h, w); only Qwen2.5-VL has a difference.
     """
@@ -144,8 +148,27 @@ class VideoLM(ABC):
         """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero."""
 
     @abstractmethod
+    def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
+        """The video's frames as the vision tower knows them (Qwen2.5-VL's are two of the clip's), and patches of each."""
+
     def vision_rows(self, video: dict[str, Any]) -> int:
         """Patches that go through the vision tower at once."""
+        frames, patches = self.frame_patches(video)
+        return min(frames, max(1, PATCHES // patches)) * patches
+
+    def _encode_frames(
+        self, pixels: Tensor, grid: TokenGrid, patches: int, frames: Tensor | None, encode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """(cells, D): some frames after the other through `encode`, which turns their pixels (F, ...) into (F * P, D)."""
+        chosen = torch.arange(grid.frames) if frames is None else frames
+        features_FPD = torch.zeros(
+            grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device
+        )
+        for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
+            first, end = int(part[0]), int(part[-1]) + 1
+            some = pixels[first:end] if end - first == len(part) else pixels[part]  # neighbours need no copy
+            features_FPD[part.to(self.device)] = encode(some).unflatten(0, (len(part), -1)).to(self.dtype)
+        return features_FPD.flatten(0, 1)
 
     @abstractmethod
     def encode_image(self, image: dict[str, Any]) -> Tensor: ...
@@ -190,7 +213,7 @@ class VideoLM(ABC):
     def forward(
         self, embeds_QD: Tensor, positions_AQ: Tensor, cache: KVCache, mask_QK: Tensor | None, guidance: Guidance | None = None
     ) -> Tensor:
-        """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, on an empty cache, or one row."""
+        """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, behind all that is there."""
         mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
         position_ids = positions_AQ.to(self.device)[:, None]
         extra = {} if guidance is None else {"guidance": guidance}
@@ -210,18 +233,31 @@ class VideoLM(ABC):
         return self.hf.lm_head(hidden_QD)
 
     def prefill(
-        self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, cut: int = 0, guidance: Guidance | None = None
+        self,
+        embeds_SD: Tensor,
+        positions_AS: Tensor,
+        cache: KVCache,
+        cut: int = 0,
+        guidance: Guidance | None = None,
+        chunk: int = CHUNK,
     ) -> Tensor:
-        """Fill an empty cache, in two passes split at `cut` unless that is 0; guidance watches the last. Last row (D,)."""
-        cache.offset = int(positions_AS[:, -1].max()) + 1 - len(embeds_SD)
-        if cut:
-            self.forward(embeds_SD[:cut], positions_AS[:, :cut], cache, None)
-        rows = len(embeds_SD) - cut
-        mask = torch.ones(rows, len(embeds_SD), dtype=torch.bool, device=self.device).tril(cut) if cut else None
-        try:
-            return self.forward(embeds_SD[cut:], positions_AS[:, cut:], cache, mask, guidance)[-1]
-        except Enough:  # the guidance was all that was wanted
-            return embeds_SD.new_empty(0)
+        """Fill an empty cache, in passes of at most `chunk` rows, one of which begins at `cut`. Returns the last row (D,).
+
+        Guidance watches the last pass, and if it reads rows, that is all of them from `cut` on, however many.
+        """
+        total = len(embeds_SD)
+        cache.offset = int(positions_AS[:, -1].max()) + 1 - total
+        whole = guidance is not None and guidance.rows
+        starts = [*_starts(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
+        ahead = None if guidance is None else guidance.ahead()
+        for start, end in pairwise([*starts, total]):
+            watch = guidance if end == total else ahead
+            try:
+                hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch)
+            except Enough:  # the guidance was all that was wanted
+                cache.advance(end - start)
+                hidden_QD = embeds_SD.new_empty(1, 0)
+        return hidden_QD[-1]
 
     def append(
         self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
@@ -243,3 +279,9 @@ class VideoLM(ABC):
     def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """(M, V) logits of every node in one pass; its rows stay behind the cache until `cache.keep`."""
         return self.append(tree.tokens, tree.depths, tree.mask, cache)
+
+
+def _starts(start: int, end: int, most: int) -> list[int]:
+    """Where pieces of about one length begin, none longer than `most`."""
+    count = -(-(end - start) // most)
+    return [start + (end - start) * piece // count for piece in range(count)]
