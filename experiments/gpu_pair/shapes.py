@@ -192,7 +192,7 @@ def build(
     _buffers(hf, shape, device)
     left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if tensor.is_meta]
     assert not left, left
-    hf.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+    hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     return wrap(hf)
 
 
