@@ -21,7 +21,7 @@ def figure(title: str, row: Row) -> tuple[Any, Any]:
 
     pyplot.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GREY, "text.color": INK}
     fig, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=160)
-    fig.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    fig.text(0.01, 0.955, title, fontsize=11, fontweight="bold")
     note = f"{row['machine']}, {row['weights']}, at a given acceptance. Dashed: bandwidth floor. Commit {row['commit']}."
     fig.text(0.01, 0.915, note, fontsize=7.5, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
@@ -42,7 +42,7 @@ def finish(fig: Any, axes: Any, path: Path) -> None:
 
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    fig.tight_layout(rect=(0, 0, 1, 0.96))
+    fig.tight_layout(rect=(0, 0, 1, 0.92))
     fig.savefig(path)
     pyplot.close(fig)
 
@@ -102,6 +102,8 @@ def main(path: Path) -> None:
         rounds = [row for row in mine if row["part"] == "rounds"]
         if not rounds:
             continue
+        if any(row["engine"] == "graphs" for row in rounds):
+            mine, rounds = ([row for row in some if row.get("engine") != "eager"] for some in (mine, rounds))
         accepted = min((row["accepted"] for row in rounds), key=lambda a: abs(a - 4))
         ratio = min((row["ratio"] for row in rounds), key=lambda r: abs(r - 0.9))
         context = min((row["video_tokens"] for row in rounds), key=lambda n: abs(n - 16384))
