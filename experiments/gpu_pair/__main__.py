@@ -277,6 +277,7 @@ class Run:
         # Hugging Face has no layer for our quantised weights, so its own loop would only be slowed by ours.
         if "hf" in wanted and first and bench.prompt is not None and self.target_weights == "bf16":
             hf = attempt(f"{name}Hugging Face generate", bench.hugging_face, **tags)
+            free()
             if hf is not None:
                 tokens = hf.pop("tokens")
                 hf_ms = hf["ms_per_token"]
