@@ -22,7 +22,7 @@ from specvlm.__main__ import INTERRUPTED, OK, guarded
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
-from specvlm.advise.costs import Costs, part_ms, probes, profile
+from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.errors import UserError, did_you_mean
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.run import SMALLER, Job, assemble, prepare, write_json
@@ -40,6 +40,7 @@ DRAFTERS, TREES = ("tree", "self", "prompt_lookup"), ("tree", "self")
 RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
+PARTS = (("draft",), CHECK)
 SHORTEST = 4  # tokens of an answer that can be measured on
 
 
@@ -173,7 +174,7 @@ def measure(
     screen.console.print(f"[dim]profile:[/] {total} short decodes")
     with screen.progress("profile", total) as advance:
         for _ in range(2):  # the first is the warm-up
-            alone = list(autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches))
+            alone = watched(autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches))
             advance()
         answer = metrics.tokens_of(alone)
         if len(answer) < SHORTEST:
@@ -202,11 +203,11 @@ def lookup(graph: DecodingGraph, job: Job, limit: int, first_s: float) -> Candid
     first_s: of the target's prefill.
     """
     graph = using(graph, "prompt_lookup")
-    steps = list(graph.decode(job.prompt, limit))
-    draft, verify = (1000 * mean(step.times_s[part] for step in steps[2:] or steps[1:]) for part in ("draft", "verify"))
+    steps = watched(graph.decode(job.prompt, limit))
+    draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)
     start_s = first_s + metrics.speed_of(steps)["drafter_start_s"]
     accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
-    return Candidate("prompt_lookup", "", graph.ratio, accepted, "measured", draft, verify, start_s)
+    return Candidate("prompt_lookup", "", graph.ratio, accepted, "measured", draft, check, start_s)
 
 
 def conclude(
@@ -234,8 +235,8 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
 def check(graph: DecodingGraph, job: Job, candidate: Candidate, limit: int) -> dict[str, Any]:
     """Decode with `candidate`, behind a warm-up, and set ms of a round, accepted and ms per token beside the prediction."""
     graph = using(graph, candidate.drafter, candidate.shape, candidate.ratio)
-    steps = [list(graph.decode(job.prompt, limit)) for _ in range(2)][1]
-    round_ms = part_ms([steps], "draft") + part_ms([steps], "verify")
+    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]
+    round_ms = part_ms([steps], "draft", *CHECK)
     accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
     token_ms = round_ms / (accepted + 1)
     # An assumed acceptance is no prediction: what can be checked then are the costs.

@@ -65,19 +65,11 @@ class Chances:
 
     @classmethod
     def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Chances:
-        """Such that `shape` reaches each depth as often as was measured (`acceptance_by_depth` of a run)."""
-        first: list[float] = []
-        reach = {0: 1.0}
-        for depth, wanted in enumerate(by_depth, start=1):
-            nodes = [node for node, d in enumerate(shape.depths) if d == depth]
-            best = sum(reach[shape.parents[n]] for n in nodes if shape.ranks[n] == 0)
-            others = sum(reach[shape.parents[n]] * _share(shape.ranks[n]) for n in nodes if shape.ranks[n])
-            chance = (wanted - others) / (best - others) if best > others else 0.0
-            first.append(min(max(chance, 0.0), 1.0))
-            for n in nodes:
-                rank = shape.ranks[n]
-                reach[n] = reach[shape.parents[n]] * (first[-1] if rank == 0 else (1 - first[-1]) * _share(rank))
-        return cls(tuple(first), source)
+        """From the `acceptance_by_depth` of a run with `shape`. A chain says it depth by depth, a tree its mean alone."""
+        if len(shape) > shape.depth + 1:
+            return cls.of_mean(sum(by_depth), shape, source)
+        reached = [1.0, *by_depth]
+        return cls(tuple(now / before if before else 0.0 for before, now in zip(reached, by_depth, strict=False)), source)
 
     @classmethod
     def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Chances:

@@ -79,15 +79,15 @@ def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Ca
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"
-    if quickest.token_ms > WORTH * costs.alone_ms:
+    if quickest.token_ms >= WORTH * costs.alone_ms:
         return None, [f"Do not speculate here: at best, with {quickest}, {figures}. {why(costs, quickest)}"]
     took, alone = best.end_to_end_s(tokens), alone_s(costs, tokens)
     if took > WORTH * alone:
         extra_s = quickest.start_s - costs.alone_first_s
-        needed = 1 + 1000 * extra_s / (costs.alone_ms - quickest.token_ms)
+        needed = 2 + 1000 * (quickest.start_s - WORTH * costs.alone_first_s) / (WORTH * costs.alone_ms - quickest.token_ms)
         return None, [
             f"Do not speculate here for {tokens} tokens: decoding alone would gain ({quickest}: {figures}), but the start of "
-            f"its drafter, {seconds(extra_s)} for pruning, vision tower and prefill, pays only from {needed:.0f} tokens on."
+            f"its drafter, {seconds(extra_s)} for pruning, vision tower and prefill, pays only from {int(needed)} tokens on."
         ]
     text = [
         f"Use {best}: {best.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms: "
@@ -121,8 +121,9 @@ def pruning(found: Sequence[Candidate], tokens: int) -> list[str]:
         return []
     full, best = (min(part, key=lambda c: c.token_ms) for part in (whole, pruned))
     ends = [min(c.end_to_end_s(tokens) for c in part) for part in (whole, pruned)]
+    guessed = " (if as many guesses are accepted, which is assumed)" if "as at" in full.source + best.source else ""
     pays = "pays" if best.token_ms < PRUNING_WORTH * full.token_ms else "does not pay"
     return [
         f"Pruning {pays} in decoding here: {full.token_ms:.2f} ms per token with nothing dropped, {best.token_ms:.2f} ms at "
-        f"ratio {best.ratio:g}; end to end {seconds(ends[0])} and {seconds(ends[1])}."
+        f"ratio {best.ratio:g}{guessed}; end to end {seconds(ends[0])} and {seconds(ends[1])}."
     ]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -23,17 +23,22 @@ from specvlm.graph import DecodingGraph
 from specvlm.metrics import DRAFTER_START, FIRST_TOKEN
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt
 
-ROUNDS = 12  # of a probe; the first two are warm-up
+ROUNDS = 20  # of a probe; the first two are warm-up
 # One row a pass or w rows in every pass but the first: so the cost of a pass of w rows can be told from the others.
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
-PROBES_OF_SELF = ("chain:5", "chain:2")
+PROBES_OF_SELF = ("chain:5", "chain:3")
 WIDTHS = (1, 4, 8, 16)
+APART = 1.3  # sizes of trees nearer to each other than this factor share a knot: less noise
+CHECK = ("verify", "host")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds of one shape. context: slots of the drafter's pruned prompt."""
+    """Medians over the rounds of one shape. context: slots of the drafter's pruned prompt.
+
+    check_ms: with what the host does beside a round's drafting and checking.
+    """
 
     drafter: str
     shape: str
@@ -134,7 +139,11 @@ class Costs:
     def _checks(self) -> Curve:
         nodes = [len(TreeShape.parse(t.shape)) for t in self.timings] + [1]
         ms = [t.check_ms for t in self.timings] + [self.alone_ms]
-        return Curve([(count,) for count in nodes], [0] * len(nodes), ms, sorted(set(nodes)))
+        knots = [1]
+        for count in sorted(nodes):
+            if count >= APART * knots[-1]:
+                knots.append(count)
+        return Curve([(count,) for count in nodes], [0] * len(nodes), ms, knots)
 
     def draft_ms(self, drafter: str, shape: str, ratio: float) -> float:
         """All draft passes of a round."""
@@ -142,6 +151,11 @@ class Costs:
 
     def check_ms(self, shape: str) -> float:
         return self._checks((len(TreeShape.parse(shape)),))
+
+    def misfit(self) -> float:
+        """Worst relative error of the fit on the rounds it was made from: what a busy machine leaves, or another form."""
+        rounds = ((self.draft_ms(t.drafter, t.shape, t.ratio) + self.check_ms(t.shape), t) for t in self.timings)
+        return max((abs(fitted / (t.draft_ms + t.check_ms) - 1) for fitted, t in rounds), default=0.0)
 
     def start(self, drafter: str, ratio: float) -> Start:
         """Of the profiled ratio nearest to `ratio`."""
@@ -181,8 +195,8 @@ def profile(
 ) -> tuple[Costs, dict[tuple[str, float], KeepSet]]:
     """Measure by short decodes; also what the pruner kept, by drafter and ratio.
 
-    alone: steps of `autoregressive` on the same prompt; ratios: by drafter, `tree` or `self`; limit: most new tokens;
-    advance: called after every decode, of which there are as many as `probes`.
+    alone: steps of `autoregressive` on the same prompt, `watched`; ratios: by drafter, `tree` or `self`; limit: most new
+    tokens; advance: called after every decode, of which there are as many as `probes`.
     """
     video, timings, kept = len(prompt.video_index), [], {}
     seen: dict[tuple[str, float], list[list[Step]]] = {}
@@ -195,7 +209,7 @@ def profile(
             kept[drafter, ratio] = keep
             seen.setdefault((drafter, ratio), []).extend(decodes)
             context = len(prompt) - video + len(keep)
-            timings.append(Timing(drafter, shape, ratio, context, part_ms(decodes, "draft"), part_ms(decodes, "verify")))
+            timings.append(Timing(drafter, shape, ratio, context, part_ms(decodes, "draft"), part_ms(decodes, *CHECK)))
             advance()
     # Whether the target watches its attention for the pruner decides how long its prefill takes, the ratio does not.
     first_s = {False: [_sum(alone[0], FIRST_TOKEN)], True: []}
@@ -207,7 +221,7 @@ def profile(
     ]
     device = graph.target.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    alone_ms = part_ms([alone], "verify")
+    alone_ms = part_ms([alone], *CHECK)
     return Costs(len(prompt) - video, video, alone_ms, min(first_s[False]), tuple(timings), tuple(starts), machine), kept
 
 
@@ -215,16 +229,29 @@ def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int
     """The first `rounds` rounds of a decode, as (prefill, round, round, …); of several decodes where answers are short."""
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
-        decodes.append(list(islice(graph.decode(prompt, limit), 1 + rounds)))
+        decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))
         if len(decodes[-1]) < 2:
             raise UserError("the target's answer is over after one token: nothing to speculate on; ask another question")
     return decodes
 
 
-def part_ms(decodes: Iterable[Sequence[Step]], part: str) -> float:
-    """Median over the rounds, the first two of each decode left out where there are more."""
+def watched(steps: Iterator[Step], count: int | None = None) -> list[Step]:
+    """The first `count` steps with one more part, `host`: what passed while each was waited for and no other part has."""
+    seen: list[Step] = []
+    while count is None or len(seen) < count:
+        before = perf_counter()
+        step = next(steps, None)
+        if step is None:
+            break
+        host = perf_counter() - before - sum(step.times_s.values())
+        seen.append(replace(step, times_s=step.times_s | {"host": max(host, 0.0)}))
+    return seen
+
+
+def part_ms(decodes: Iterable[Sequence[Step]], *parts: str) -> float:
+    """Median of the sum of `parts` over the rounds, the first two of each decode left out where there are more."""
     rounds = [step for steps in decodes for step in (steps[3:] or steps[1:])]
-    return 1000 * median(step.times_s[part] for step in rounds)
+    return 1000 * median(_sum(step, parts) for step in rounds)
 
 
 def _sum(step: Step, parts: Iterable[str]) -> float:

@@ -12,6 +12,7 @@ from specvlm.advise.costs import Costs
 from specvlm.show import Screen, seconds
 
 FASTEST = 8
+MISFIT = 0.1  # more is said to be noise
 
 
 def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
@@ -28,7 +29,9 @@ def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) 
     screen.console.print("\n[dim]predicted; draft and check are ms of a round[/]")
     names = ("drafter", "ratio", "accepted", "", "draft", "check", "ms per token", "", f"{tokens} tokens", "")
     _print(screen, names, rows)
-    screen.console.print()
+    misfit = f"the predictions miss the rounds they were made from by {costs.misfit():.0%} at worst"
+    busy = costs.misfit() > MISFIT
+    screen.console.print(f"[yellow]{misfit}: was the machine busy? Profile again[/]\n" if busy else f"[dim]{misfit}[/]\n")
 
 
 def show_check(screen: Screen, checked: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,266 @@
+"""The adviser: costs are fitted and predicted, acceptance replayed or assumed, and the advice follows from both."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from omegaconf import OmegaConf
+
+from specvlm import compose, metrics
+from specvlm.advise import Costs, predict
+from specvlm.advise.__main__ import OWN, RATIOS, SHAPES, Wishes, main, three
+from specvlm.advise.acceptance import Chances, Replay, of_answer, of_words
+from specvlm.advise.advice import candidates, recommend
+from specvlm.advise.costs import PROBES, Start, Timing, probes, rows_of
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.types import TreeShape
+from specvlm.verifiers.greedy import GreedyVerifier
+
+TEXT, VIDEO = 100, 1000
+
+
+def invented(draft: float = 2.0, row: float = 0.1, slot: float = 0.001, check: float = 10.0, start: float = 0.5) -> Costs:
+    """A draft pass costs `draft` + `row` a row + `slot` a slot of context, a check `check` + 0.2 a node; 10.2 ms alone."""
+    timings = []
+    for shape, ratio in probes(RATIOS):
+        context = TEXT + round(VIDEO * (1 - ratio))
+        passes = rows_of(shape)
+        ms = len(passes) * (draft + slot * context) + row * sum(passes)
+        timings.append(Timing("tree", shape, ratio, context, ms, check + len(TreeShape.parse(shape)) / 5))
+    starts = [Start("tree", ratio, 3.0, start * (1 - ratio)) for ratio in RATIOS]
+    return Costs(TEXT, VIDEO, 10.2, 3.0, tuple(timings), tuple(starts))
+
+
+def everything(costs: Costs, accepted: float):
+    return candidates(costs, {("tree", 0.9): Chances.of_mean(accepted, TreeShape.parse("paper"))}, {"tree": (SHAPES, RATIOS)})
+
+
+# ---- costs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_drafting_and_check_over_accepted_and_bonus():
+    costs = invented()
+    assert rows_of("paper") == (1, 4, 4, 1, 1)
+    drafting = 5 * (2.0 + 0.001 * (100 + 100)) + 0.1 * 11
+    assert costs.draft_ms("tree", "paper", 0.9) == pytest.approx(drafting)
+    assert costs.check_ms("paper") == pytest.approx(10 + 26 / 5)
+    assert predict(costs, "paper", 0.9, 4.0) == pytest.approx((drafting + 15.2) / 5)
+    assert costs.misfit() < 1e-9
+
+
+@pytest.mark.parametrize("shape", ["chain:5", "4x2x1x1", "2x2x1x1", "[[0],[1],[0,0]]"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9, 1.0])
+def test_shapes_and_ratios_that_were_not_probed_are_predicted(shape, ratio):
+    assert shape not in PROBES
+    passes = rows_of(shape)
+    drafting = len(passes) * (2.0 + 0.001 * (TEXT + round(VIDEO * (1 - ratio)))) + 0.1 * sum(passes)
+    expected = (drafting + 10 + len(TreeShape.parse(shape)) / 5) / 3
+    assert predict(invented(), shape, ratio, 2.0) == pytest.approx(expected)
+
+
+def test_a_cost_that_noise_would_make_negative_is_left_out():
+    costs = invented(slot=0.0)
+    noisy = [t if t.ratio else replace(t, draft_ms=0.97 * t.draft_ms) for t in costs.timings]  # more context, less time
+    fitted = replace(costs, timings=tuple(noisy))
+    assert fitted.draft_ms("tree", "chain:8", 0.0) == pytest.approx(fitted.draft_ms("tree", "chain:8", 1.0))
+    assert 0.005 < fitted.misfit() < 0.03
+    assert fitted.draft_ms("tree", "chain:8", 0.5) == pytest.approx(8 * 2.1, rel=0.02)
+
+
+def test_a_profile_of_one_shape_at_one_ratio_predicts_at_least_itself():
+    costs = Costs(TEXT, VIDEO, 20.0, 3.0, (Timing("tree", "paper", 0.9, 200, 25.0, 22.0),))
+    assert predict(costs, "paper", 0.9, 3.7) == pytest.approx(47 / 4.7)
+
+
+def test_the_first_probe_needs_the_largest_caches():
+    ordered = probes(RATIOS)
+    assert ordered[0] == (max(PROBES, key=lambda shape: len(TreeShape.parse(shape))), min(RATIOS))
+    assert {ratio for _, ratio in ordered} == set(RATIOS) and {shape for shape, ratio in ordered if ratio == 0.9} == set(PROBES)
+    assert all(len(TreeShape.parse(shape)) <= 64 for shape in (*PROBES, *SHAPES))
+
+
+# ---- acceptance ----------------------------------------------------------------------------------------------------------
+
+
+def test_replay_follows_the_ranks_through_the_tree():
+    # Rounds of chain:2 take 2 + bonus, 0 + bonus, 1 + bonus; the last one is cut short by the end.
+    ranks = (0, 0, 0, 3, 0, 1, 0)
+    assert Replay(ranks).accepted(TreeShape.parse("chain:2")) == pytest.approx((2 + 0 + 1) / 3)
+    # With two guesses on each of two levels: 2 + bonus, then rank 3 misses, 2 + bonus.
+    assert Replay(ranks).accepted(TreeShape.parse("2x2")) == pytest.approx((2 + 0 + 2) / 3)
+    assert Replay((0,)).accepted(TreeShape.parse("chain:2")) == 1  # a whole answer in one round is better than nothing
+
+
+@pytest.mark.parametrize("shape", ["paper", "chain:4", "2x2x1", "3x1"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_replay_is_what_decoding_accepts(shape, ratio):
+    request = tiny.prompt("qwen2_5_vl")
+    drafter = TreeDrafter(shape)
+    graph = DecodingGraph(
+        tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl", 0.05), UniformPruner(), drafter, GreedyVerifier(), ratio
+    )
+    answer = metrics.tokens_of(list(autoregressive(graph.target, request, 40, graph.verifier)))
+    steps = list(graph.decode(request, 40))
+    replayed = of_answer(graph, request, steps[1].keep, answer)
+    measured = metrics.acceptance_of(steps)["accepted_per_round"]
+    assert 0 < measured < TreeShape.parse(shape).depth
+    assert replayed.accepted(TreeShape.parse(shape)) == pytest.approx(measured)
+
+
+def test_an_assumed_mean_is_that_of_the_papers_tree_and_wider_trees_accept_more():
+    chances = of_words("3.5")["tree", 0.9]
+    assert chances.accepted(TreeShape.parse("paper")) == pytest.approx(3.5)
+    one, two, four = (chances.accepted(TreeShape.parse(shape)) for shape in ("1", "2", "4"))
+    assert one < two < four < 1
+    assert {at: round(c.accepted(TreeShape.parse("paper")), 6) for (_, at), c in of_words("0:4.5, 0.9:4").items()} == {
+        0: 4.5,
+        0.9: 4,
+    }
+
+
+def test_acceptance_by_depth_of_a_run_is_reproduced_and_a_shorter_chain_is_its_beginning():
+    chances = Chances.of_depths(TreeShape.parse("chain:4"), [0.8, 0.7, 0.5, 0.0], "a run")
+    assert chances.accepted(TreeShape.parse("chain:4")) == pytest.approx(2.0)
+    assert chances.accepted(TreeShape.parse("chain:2")) == pytest.approx(0.8 + 0.7)
+    chances = Chances.of_depths(TreeShape.parse("paper"), [0.75, 0.71, 0.67, 0.62, 0.58], "a run")
+    assert chances.accepted(TreeShape.parse("paper")) == pytest.approx(3.33)
+
+
+def test_acceptance_is_read_from_the_folder_of_a_run(tmp_path):
+    cfg = {"drafter": {"name": "tree", "shape": "chain:3"}, "pruner": {"name": "two_stage"}, "ratio": 0.75}
+    (tmp_path / "summary.json").write_text(json.dumps({"acceptance_by_depth": [0.9, 0.6, 0.3]}))
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    ((key, chances),) = of_words(str(tmp_path)).items()
+    assert key == ("tree", 0.75) and chances.source == f"of {tmp_path.name}"
+    assert chances.accepted(TreeShape.parse("chain:3")) == pytest.approx(1.8)
+    OmegaConf.save(
+        cfg | {"drafter": {"name": "self", "shape": "chain:3"}, "pruner": {"name": "none"}}, tmp_path / "config.yaml"
+    )
+    assert list(of_words(str(tmp_path))) == [("self", 0.0)]
+
+
+# ---- advice --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cheap_draft_that_is_often_right_is_recommended():
+    costs = invented()
+    best, (text, *_) = recommend(costs, everything(costs, 4.0), 256)
+    assert best and best.token_ms < costs.alone_ms / 2
+    assert text.startswith(f"Use {best}: ") and f"{costs.alone_ms / best.token_ms:.2f} x" in text
+
+
+def test_a_draft_as_dear_as_the_target_is_not():
+    costs = invented(draft=10.0)
+    best, (text,) = recommend(costs, everything(costs, 2.0), 256)
+    assert best is None and text.startswith("Do not speculate here: at best") and "its largest cost is drafting" in text
+
+
+def test_a_dear_check_is_named():
+    costs = invented(draft=0.5, check=60.0)
+    best, (text,) = recommend(costs, everything(costs, 3.0), 256)
+    assert best is None and "its largest cost is the check" in text
+
+
+def test_a_start_that_a_short_answer_does_not_win_back_is_named():
+    costs = invented(start=1.0)
+    found = [c for c in everything(costs, 4.0) if c.ratio < 1]
+    best, (text,) = recommend(costs, found, 8)
+    assert best is None and "Do not speculate here for 8 tokens" in text and "pays only from" in text
+    needed = int(re.search(r"pays only from (\d+) tokens on", text)[1])
+    quickest = [min(found, key=lambda c: c.token_ms)]
+    assert recommend(costs, quickest, needed)[0] and not recommend(costs, quickest, needed - 1)[0]
+
+
+def test_pruning_is_said_to_pay_only_where_it_does():
+    known = {("tree", ratio): Chances.of_mean(4.0, TreeShape.parse("paper")) for ratio in RATIOS}
+    for slot, verdict in ((0.0, "Pruning does not pay in decoding"), (0.01, "Pruning pays in decoding")):
+        costs = invented(slot=slot)
+        _, text = recommend(costs, candidates(costs, known, {"tree": (SHAPES, RATIOS)}), 256)
+        assert text[-1].startswith(verdict)
+
+
+def test_three_different_configurations_are_checked():
+    found = everything(invented(), 4.0)
+    best = min(found, key=lambda c: c.token_ms)
+    assert len(set(three(found, best))) == 3 and three(found, best)[0] == best == three(found, None)[0]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["drafters=tre"], 'drafters=tre: expected some of tree, self, prompt_lookup. Did you mean "tree"?'),
+        (["tokens=few"], "tokens=few: expected a whole number from 8"),
+        (["check=maybe"], "check=maybe: expected true or false"),
+        (["acceptance=many"], "acceptance=many: expected a number such as 3.5"),
+        (["acceptance=7"], "acceptance=7: expected 0 to 5 accepted"),
+        (["acceptance="], "acceptance= has no value"),
+        (["acceptance=3", "drafters=self"], "acceptance=3 says nothing about drafters=self"),
+        (["costs=nowhere.json", "acceptance=3"], "costs=nowhere.json is no costs.json of an earlier profile"),
+        (["ratoi=0.5"], 'there is no key "ratoi"'),
+        (["-m"], "-m: the adviser has no options"),
+        (["video=nowhere.mp4"], "nowhere.mp4"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and says in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_word(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{key}=…" in shown for key in OWN)
+
+
+@pytest.mark.slow
+def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    words = [
+        "question=how many objects appear?",
+        "max_new_tokens=14",
+        "drafters=tree,prompt_lookup",
+        "drafter=tree",
+        "ratio=0.8",
+    ]
+    assert main([*words, "check=true", "hydra.run.dir=out"]) == 0
+    shown = capsys.readouterr().out
+    assert "the target alone" in shown and "predicted against measured: " in shown
+    assert "Use drafter=" in shown or "Do not speculate here" in shown  # which, is a matter of time
+    assert sorted(path.name for path in Path("out").iterdir()) == ["advice.json", "check.json", "costs.json"]
+    costs, advice = Costs.read(Path("out/costs.json")), json.loads(Path("out/advice.json").read_text())
+    assert costs.video == 1024 and {t.shape for t in costs.timings} == set(PROBES) and advice["answer_tokens"] == 10
+    assert {c["ratio"] for c in advice["candidates"] if c["shape"] == "paper"} == {*RATIOS, 0.8}
+    checked = json.loads(Path("out/check.json").read_text())["checked"]
+    for row in checked:  # the acceptance is replayed, so it is exact; times are not asked of a busy machine
+        assert row["accepted"][0] == pytest.approx(row["accepted"][1])
+    # Asked again with the same costs, it needs no model.
+    assert main(["target.path=nowhere", "costs=out/costs.json", "acceptance=4.8", "hydra.run.dir=again"]) == 0
+    shown = capsys.readouterr().out
+    assert "256 tokens" in shown and "assumed, as at 0.9" in shown
+
+
+def test_the_commands_in_the_readme_compose():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("python -m specvlm.advise")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line.split("  #")[0])[3:]
+        own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN}
+        Wishes.of_words({key: value for key, value in own.items() if key != "costs"})
+        assert compose.jobs([word for word in words if word.partition("=")[0] not in OWN], sweep=False)
