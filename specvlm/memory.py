@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from specvlm.models.quantize import bytes_of
-from specvlm.models.video_lm import VideoLM
+from specvlm.models.video_lm import CHUNK, VideoLM
 
 Kinds = tuple[str | None, str | None]
 
@@ -29,7 +29,7 @@ class MemoryPlan:
 def plan(
     target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: torch.dtype, patches: int, kinds: Kinds = (None, None)
 ) -> MemoryPlan:
-    """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: rows of the vision tower.
+    """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: of one pass of a tower.
 
     kinds: what the linear layers of target and draft are quantised to. target and draft may be skeletons (see
     `load.skeleton`), and must not be quantised yet. draft None: no second cache.
@@ -40,12 +40,13 @@ def plan(
             parts["draft weights"] = weights(draft, dtype, kinds[1])
         parts["draft KV cache"] = kv_bytes(draft, kept, dtype)
     config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
-    text_rows = slots * (2 * config.intermediate_size + 4 * config.hidden_size)
-    vision_rows = patches * (2 * vision.intermediate_size + 4 * vision.hidden_size)
+    text_rows = min(slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
+    vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
+    prompt = 2 * slots * config.hidden_size  # video features and embeddings, there all the while
     # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
     quantised = [model for model, kind in zip((target, draft), kinds, strict=True) if model and kind]
     heads = [model.vocabulary * model.hf.config.get_text_config().hidden_size for model in quantised]
-    parts["activations (estimate)"] = max(text_rows, vision_rows, *heads) * dtype.itemsize
+    parts["activations (estimate)"] = (prompt + max(text_rows, vision_rows, *heads)) * dtype.itemsize
     return MemoryPlan(parts)
 
 
@@ -60,7 +61,8 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be had, None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
+        return torch.cuda.mem_get_info(device)[0] + unused
     info = Path("/proc/meminfo")
     if not info.is_file():
         return None

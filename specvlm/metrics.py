@@ -12,7 +12,7 @@ from specvlm.types import Step
 
 KEYS = {
     "verdict": "identical, numeric tie at token K (gap G), MISMATCH at token K: why, sampled, lossy, or not checked (no "
-    "baseline)",
+    "baseline, or out of memory)",
     "text": "the answer, special tokens left out",
     "token_ids": "ids of the answer, the stop id included",
     "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",
@@ -40,6 +40,8 @@ KEYS = {
     "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
     "where none was loaded",
+    "out_of_memory": "what the run did when memory ran out: warming up, decoding, decoding without a drafter, or checking; all "
+    "else is then of what was done before. null when it did not",
     "strategies": "pruner, drafter and verifier with all their fields",
     "versions": "of specvlm, python, torch, transformers and the machine",
 }

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,23 +33,56 @@ def run(cfg: DictConfig, folder: Path) -> int:
 
     Raises UserError before anything is written when the input cannot be used.
     """
-    screen = Screen()
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    job = prepare(cfg)
-    screen.plan(job)
-    try:
-        graph = assemble(cfg, job)
-        screen.ignored(graph.target.ignored_settings)
-        with files_of(folder):
-            steps, baseline = decode(cfg, job, graph, folder, screen)
-            summary, verdict = summarize(cfg, job, graph, steps, baseline)
-            write_json(folder / "summary.json", summary)
-    except torch.OutOfMemoryError as error:
-        planned = f"{job.plan.total / 2**30:.1f} GiB"
-        raise UserError(f"{job.device} is out of memory, though {planned} were planned: {SMALLER}") from error
+    screen, record = Screen(), Record()
+    with threads(cfg.threads):
+        job = prepare(cfg)
+        screen.plan(job)
+        try:
+            graph = assemble(cfg, job)
+            screen.ignored(graph.target.ignored_settings)
+            with files_of(folder):
+                try:
+                    decode(cfg, job, graph, folder, screen, record)
+                    summary, verdict = summarize(cfg, job, graph, record)
+                except torch.OutOfMemoryError:
+                    record.out_of_memory = record.stage
+                    write_config(cfg, folder)
+                    write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
+                    raise
+                write_json(folder / "summary.json", summary)
+        except torch.OutOfMemoryError as error:
+            planned, done = (
+                f"{job.plan.total / 2**30:.1f} GiB",
+                f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}",
+            )
+            raise UserError(
+                f"{job.device} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}"
+                f"{done if record.out_of_memory else ''}"
+            ) from error
     screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Of the CPU, for this run alone: the next job of a sweep may ask for another number, or for none."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Record:
+    """What a run has brought forth so far. Outlives a run that fails."""
+
+    steps: list[Step] = field(default_factory=list)
+    baseline: list[Step] | None = None  # whole, or not there
+    stage: str = "loading"
+    out_of_memory: str | None = None
 
 
 @dataclass
@@ -118,43 +151,45 @@ def device_of(name: str) -> torch.device:
 def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
     """Load the weights of those models that the drafter needs."""
     options = (cfg.dtype, str(job.device), cfg.mrope)
-    target = load(model_folder(cfg.target.path), *options, cfg.target.weights)
+    target = load(model_folder(cfg.target.path), *options, cfg.target.weights, progress=True)
     if cfg.repetition_penalty is not None:
         target.repetition_penalty = cfg.repetition_penalty
-    draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights) if job.drafter.model == "draft" else None
+    draft = None
+    if job.drafter.model == "draft":
+        draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights, progress=True)
     return DecodingGraph(
         target, draft, job.pruner, job.drafter, job.verifier, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary
     )
 
 
-def decode(
-    cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen
-) -> tuple[list[Step], list[Step] | None]:
+def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen, record: Record) -> None:
     """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
 
     def alone(limit: int) -> Iterator[Step]:
         return autoregressive(graph.target, job.prompt, limit, job.verifier, cfg.seed, graph.caches)
 
-    with screen.waiting("warming up"):
+    record.stage = "warming up"
+    with screen.waiting(record.stage):
         for warm_up in (graph.decode(job.prompt, min(cfg.max_new_tokens, 8)), alone(min(cfg.max_new_tokens, 2))):
             list(warm_up)
     memory.reset_peak(job.device)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    steps: list[Step] = []
+    write_config(cfg, folder)
+    record.stage = "decoding"
     with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
         for number, step in enumerate(graph.decode(job.prompt, cfg.max_new_tokens)):
-            steps.append(step)
+            record.steps.append(step)
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
             show(step)
     if not cfg.baseline:
-        return steps, None
-    with screen.progress("the target on its own", len(metrics.tokens_of(steps))) as advance:
+        return
+    record.stage = "decoding without a drafter"
+    with screen.progress("the target on its own", len(metrics.tokens_of(record.steps))) as advance:
         baseline = []
         for step in alone(cfg.max_new_tokens):
             baseline.append(step)
             advance()
-    return steps, baseline
+    record.baseline = baseline
 
 
 def row(number: int, step: Step) -> dict[str, Any]:
@@ -164,20 +199,20 @@ def row(number: int, step: Step) -> dict[str, Any]:
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
 
 
-def summarize(
-    cfg: DictConfig, job: Job, graph: DecodingGraph, steps: list[Step], baseline: list[Step] | None
-) -> tuple[dict[str, Any], str]:
+def summarize(cfg: DictConfig, job: Job, graph: DecodingGraph, record: Record) -> tuple[dict[str, Any], str]:
     """The content of summary.json (see metrics.KEYS) and the bare verdict."""
+    steps, baseline = record.steps, record.baseline
     tokens, alone = metrics.tokens_of(steps), metrics.tokens_of(baseline or [])
     speed, base = metrics.speed_of(steps), metrics.speed_of(baseline or [])
     difference = None
-    if baseline is None:
+    if baseline is None or record.out_of_memory:
         verdict = text = "not checked"
     elif not graph.verifier.lossless:
         verdict = text = "lossy"
     elif graph.verifier.sampling.temperature > 0:
         verdict = text = "sampled"
     else:
+        record.stage = "checking"
         comparison = lossless.compare(graph.target, job.prompt, alone, tokens, graph.caches)
         verdict, text = comparison.verdict, str(comparison)
         difference = asdict(comparison) if comparison.token is not None else None
@@ -200,6 +235,7 @@ def summarize(
         "times_s": {"video": job.video_s} | metrics.times_of(steps),
         "peak_memory_bytes": memory.peak_bytes(job.device),
         "difference": difference,
+        "out_of_memory": record.out_of_memory,
         "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in job.kinds.items()},
         "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
         "versions": metrics.versions(),
@@ -227,6 +263,10 @@ def files_of(folder: Path) -> Iterator[None]:
         if folder.is_dir():
             clear()
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
+
+
+def write_config(cfg: DictConfig, folder: Path) -> None:
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,11 +13,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from specvlm import metrics
+from specvlm import load, memory, metrics
 from specvlm.__main__ import main
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
+from specvlm.errors import UserError
+from specvlm.models.load import skeleton
+from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
 
 FAST = ["max_new_tokens=14", "question=how many objects appear?"]
 
@@ -239,6 +243,108 @@ def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
     monkeypatch.setattr("specvlm.run.summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert main(["hydra.run.dir=out", *FAST]) == 130
     assert not Path("out/summary.json").exists()
+
+
+def out_of_memory_at(monkeypatch, passes: int) -> None:
+    """The target's pass of that number fails, and every later one."""
+    forward, seen = VideoLM.forward, []
+
+    def failing(self, *args, **named):
+        seen.append(1)
+        if len(seen) >= passes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(VideoLM, "forward", failing)
+
+
+@pytest.mark.parametrize("drafter", ["chain", "prompt_lookup"])
+def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monkeypatch, capfd):
+    words = [f"drafter={drafter}", "question=how many objects appear?", "max_new_tokens=14"]
+    passes, forward = [], VideoLM.forward
+    monkeypatch.setattr(VideoLM, "forward", lambda self, *a, **n: passes.append(1) or forward(self, *a, **n))
+    assert main([*words, "hydra.run.dir=whole"]) == 0
+    whole, _ = runs(Path("whole"))
+    capfd.readouterr()
+    met = set()
+    for share in (0, 0.25, 0.4, 0.5, 0.6, 0.75, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoLM, "forward", forward)
+            out_of_memory_at(patch, max(1, int(len(passes) * share)))
+            assert main([*words, "hydra.run.dir=out"]) == 2
+        captured = capfd.readouterr()
+        assert len(captured.err.strip().splitlines()) == 1 and "ran out of memory while" in captured.err, captured.err
+        summary = json.loads(Path("out/summary.json").read_text())
+        assert set(summary) == set(metrics.KEYS) and summary["verdict"] == "not checked"
+        assert f"{summary['new_tokens']} tokens are in" in captured.err and summary["out_of_memory"] in captured.err
+        assert summary["token_ids"] == whole["token_ids"][: summary["new_tokens"]]
+        assert summary["text"] in captured.out and Path("out/config.yaml").is_file()
+        if summary["out_of_memory"] == "warming up":
+            assert summary["new_tokens"] == 0 and not Path("out/steps.jsonl").exists()
+        else:
+            assert summary["token_ids"] == [t for step in runs()[1] for t in step["tokens"]]
+        met.add(summary["out_of_memory"])
+    assert met == {"warming up", "decoding", "decoding without a drafter"} and whole["out_of_memory"] is None
+
+
+def test_out_of_memory_while_checking_keeps_both_answers(monkeypatch, capfd):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("specvlm.run.lossless.compare", full)
+    assert main(["hydra.run.dir=out", *FAST]) == 2
+    summary, _ = runs()
+    assert "ran out of memory while checking" in capfd.readouterr().err and summary["out_of_memory"] == "checking"
+    assert summary["token_ids"] == summary["baseline_token_ids"] and summary["speedup_decode"] and summary["text"]
+
+
+def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("specvlm.run.load", full)
+    assert main(["hydra.run.dir=out", *FAST]) == 2
+    error = capfd.readouterr().err
+    assert "ran out of memory while loading" in error and "tokens are in" not in error and not Path("out").exists()
+
+
+def test_the_threads_of_one_job_are_not_those_of_the_next(monkeypatch):
+    seen = []
+    real = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count) or real(count))
+    monkeypatch.setattr("specvlm.run.prepare", lambda cfg: (_ for _ in ()).throw(UserError(str(torch.get_num_threads()))))
+    assert main(["-m", "threads=2,3,null", "hydra.sweep.dir=sweep", *FAST]) == 2
+    assert seen == [2, 1, 3, 1, 1] and torch.get_num_threads() == 1
+
+
+def test_loading_by_the_api_shows_no_bars_and_leaves_them_as_they_were(capfd):
+    logging.enable_progress_bar()
+    lm = load(model_folder("embedded:qwen2_5_vl/plain"))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "") and logging.is_progress_bar_enabled() and lm.layers
+    load(model_folder("embedded:qwen2_5_vl/plain"), progress=True)
+    assert "Loading weights" in capfd.readouterr().err
+    logging.disable_progress_bar()
+    load(model_folder("embedded:qwen2_5_vl/plain"))
+    assert not logging.is_progress_bar_enabled()
+
+
+def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision_tower(monkeypatch):
+    lm = skeleton(model_folder("embedded:qwen2_5_vl/target"))
+
+    def activations(slots: int, patches: int) -> int:
+        return memory.plan(lm, None, slots, 0, torch.bfloat16, patches).parts["activations (estimate)"]
+
+    width = lm.hf.config.get_text_config().hidden_size
+    more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
+    assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2
+    assert lm.vision_rows({"thw": (1000, 32, 32)}) == PATCHES and lm.vision_rows({"thw": (3, 200, 200)}) == 40_000
+
+
+def test_memory_that_torch_keeps_for_itself_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (500, 1000)), ("memory_reserved", 300), ("memory_allocated", 120)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert memory.free_bytes(torch.device("cuda")) == 500 + 180
 
 
 def test_prompt_lookup_says_that_it_saw_no_video(capsys):

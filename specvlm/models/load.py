@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,20 @@ def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights") -> st
     return weights if weights in KINDS else None
 
 
-def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str = "hf", weights: str | None = None) -> VideoLM:
+def load(
+    path: str | Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    mrope: str = "hf",
+    weights: str | None = None,
+    progress: bool = False,
+) -> VideoLM:
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
     dtype: "auto" is the checkpoint's own. weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`);
     "bf16" does not, and wants a dtype that is bfloat16. The checkpoint is read into the host's memory, from where `device` gets
     its text part block by block, quantised on arrival: it holds little more than it will keep, and does the arithmetic.
+    progress: let Hugging Face draw its bars, where they are not turned off.
     Raises UserError when anything of it cannot be used.
     """
     from safetensors import SafetensorError
@@ -107,13 +117,14 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
         raise UserError(f"{path}: has a config.json but no *.safetensors weights")
     attention.register()
     try:
-        hf, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=DTYPES.get(dtype, "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with nullcontext() if progress else _no_bars():
+            hf, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=DTYPES.get(dtype, "auto"),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
@@ -124,6 +135,19 @@ def load(path: str | Path, dtype: str = "auto", device: str = "cpu", mrope: str 
     if kind is not None:
         quantize_text(hf, kind, device)
     return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tokenizer_of(folder: Path) -> Any:
