@@ -87,6 +87,18 @@ def test_a_prefill_left_out_and_quantised_weights(tmp_path, capsys):
     assert sizes[1] < 0.5 * sizes[0]
 
 
+def test_every_draft_is_held_against_the_same_generate(tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    assert (
+        main(["shape=tiny", f"out={out}", *SMALL, "ratio=0.5", "accepted=2", "draft_weights=bf16,int8", "only=hf,rounds"]) == 0
+    )
+    rows = read(out)
+    (hf,) = (row for row in rows if row["part"] == "hf")
+    rounds = [row for row in rows if row["part"] == "rounds"]
+    assert [row["draft_weights"] for row in rounds] == ["bf16", "int8"]
+    assert all(row["against_hf"] == pytest.approx(hf["ms_per_token"] / row["ms_per_token"], rel=0.01) for row in rounds)
+
+
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
     def gone(self, ratio, repeats):
         raise torch.OutOfMemoryError("no more")
@@ -114,7 +126,9 @@ def test_what_there_is_no_time_for_is_named(tmp_path, capsys):
         ("ratio=2", "ratio=2: expected shares"),
         ("ratio=a", "ratio=a: expected numbers"),
         ("rounds=many", "rounds=many: expected a number"),
-        ("draft=x", "draft=FOLDER without target=FOLDER"),
+        ("draft=x", "target=FOLDER and draft=FOLDER go together"),
+        ("tree=chain:3", "tree=chain:3 can have 0 to 3 accepted"),
+        ("tree=chain", "none of: paper, chain:5"),
     ],
 )
 def test_a_mistake_is_one_line(word, said, capsys):

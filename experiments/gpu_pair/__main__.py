@@ -29,9 +29,10 @@ from specvlm import metrics
 from specvlm.cache import CachePool
 from specvlm.config import model_folder
 from specvlm.errors import UserError, did_you_mean
-from specvlm.models.load import DTYPES
+from specvlm.models.load import DTYPES, first_line
 from specvlm.models.video_lm import VideoLM
 from specvlm.run import device_of
+from specvlm.types import TreeShape
 
 HERE = Path(__file__).parent
 PARTS = ("copy", "capture", "start", "hf", "rounds")
@@ -85,7 +86,7 @@ class Options:
         return options
 
     def check(self) -> None:
-        pair_of(self.shape)
+        """Raises UserError for what a type cannot say, before anything is made."""
         weights = ("bf16", "fp8", "int8", "int4")
         choices = {"draft_weights": weights, "target_weights": ("auto", *weights), "only": PARTS}
         choices |= {"prefill": ("auto", "real", "random"), "dtype": ("auto", *DTYPES), "engine": ("auto", "eager", "graphs")}
@@ -100,8 +101,17 @@ class Options:
         for name in ("rounds", "warmup", "prefills"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.draft and not self.target:
-            raise UserError("draft=FOLDER without target=FOLDER: give both, or neither for random weights")
+        pair = pair_of(self.shape)
+        try:
+            depth = TreeShape.parse(self.tree).depth
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if pair.draft is None and (self.draft_weights != "bf16" or self.draft):
+            raise UserError(f"shape={self.shape} has no draft model of its own: leave draft and draft_weights out")
+        if pair.draft is not None and bool(self.draft) != bool(self.target):
+            raise UserError("target=FOLDER and draft=FOLDER go together: give both, or neither for random weights")
+        if not 0 <= min(self.numbers("accepted")) <= max(self.numbers("accepted")) <= depth:
+            raise UserError(f"accepted={self.accepted}: tree={self.tree} can have 0 to {depth} accepted")
 
     def numbers(self, name: str) -> list[float]:
         try:
@@ -139,7 +149,7 @@ class Record:
             raise
         except Exception as error:
             memory_gone = isinstance(error, torch.OutOfMemoryError)
-            said = "out of memory" if memory_gone else f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            said = "out of memory" if memory_gone else f"{type(error).__name__}: {first_line(error)}"
             if not memory_gone:
                 traceback.print_exc()
                 self.failed += 1
@@ -149,11 +159,15 @@ class Record:
 
 
 def engine_of(name: str, device: torch.device) -> dict[str, Any]:
-    try:
-        from specvlm.engine import engine_for
-    except ImportError:
+    from specvlm import engine
+    from specvlm.graph import DecodingGraph
+
+    if "engine" not in DecodingGraph.__dataclass_fields__:
         return {}
-    return {"engine": engine_for(name, device)}
+    made = engine.engine_for(name, device)
+    if why := getattr(made, "why", None):
+        print(why)
+    return {"engine": made}
 
 
 def free() -> None:
@@ -200,17 +214,18 @@ class Run:
         self.counts = Counts(options.rounds, options.warmup, options.prefills)
         self.wanted = set(options.only.split(","))
         self.bandwidth = float("nan")
+        self.hf_ms: dict[int, float] = {}  # by video tokens
 
     def all(self) -> None:
         if figures := self.record.attempt("copy", lambda: copy_bandwidth(self.device)):
             self.bandwidth = figures["gb_per_s"] * 1e9
             self.record.add("copy", **figures)
             free()
-        self.record.about["dtype"] = str(self.dtype).removeprefix("torch.")
         where = {"target_weights": self.target_weights}
         target = self.record.attempt("make the target", lambda: self.model(self.pair.target, self.target_weights), **where)
         if target is None:
             return
+        self.record.about["dtype"] = str(target.dtype).removeprefix("torch.")
         for number, weights in enumerate(self.options.draft_weights.split(",")):
             self.one_draft(target, weights, first=number == 0)
             free()
@@ -224,8 +239,6 @@ class Run:
     def one_draft(self, target: VideoLM, weights: str, first: bool) -> None:
         """All contexts, with the draft's weights stored in one way. first: also measure what does not depend on them."""
         shape, draft = self.pair.draft, None
-        if shape is None and weights != "bf16":
-            raise UserError(f"draft_weights={weights}: shape={self.options.shape} has no draft model of its own")
         tags: dict[str, Any] = {"draft_weights": weights, "target_weights": self.target_weights}
         if shape is not None:
             making = f"make the draft, {weights}"
@@ -239,12 +252,12 @@ class Run:
             tokens = int(number)
             name = f"{tokens} video tokens, draft {weights}: "
             real = self.options.prefill == "real" or (self.options.prefill == "auto" and tokens <= REAL_UP_TO)
-            made = [prompt_of(target, self.pair.target, tokens, pixels, self.options.seed) for pixels in (real, False)]
-            whole, unread = made
+            unread = prompt_of(target, self.pair.target, tokens, False, self.options.seed)
+            whole = prompt_of(target, self.pair.target, tokens, True, self.options.seed) if real else None
             tags |= {"video_tokens": len(unread.video_index), "prefill": "real" if real else "random"}
             bench = self.record.attempt(
                 f"{name}allocate the caches",
-                lambda whole=whole if real else None, unread=unread: Bench(
+                lambda whole=whole, unread=unread: Bench(
                     target, draft, whole, unread, self.options.tree, self.counts, loop, caches
                 ),
                 **tags,
@@ -269,7 +282,6 @@ class Run:
                     add("start", **tags, ratio=ratio, **figures)
         if not wanted & {"hf", "rounds"}:
             return
-        hf_ms = None
         alone = attempt(f"{name}autoregressive", bench.autoregressive, **tags)
         if alone is None:
             return
@@ -280,7 +292,7 @@ class Run:
             free()
             if hf is not None:
                 tokens = hf.pop("tokens")
-                hf_ms = hf["ms_per_token"]
+                self.hf_ms[tags["video_tokens"]] = hf["ms_per_token"]
                 add("hf", **tags, **hf, same_tokens=tokens == list(bench.known[: len(tokens)]))
         if "rounds" not in wanted:
             return
@@ -294,7 +306,7 @@ class Run:
                     floors = {"draft_pass_floor_ms": draft_floor, "check_floor_ms": check_floor}
                     floors["floor_ms"] = check_floor + figures["levels"] * draft_floor
                     versus = {"against_ours": alone["ms_per_token"] / figures["ms_per_token"]}
-                    if hf_ms:
+                    if hf_ms := self.hf_ms.get(tags["video_tokens"]):
                         versus["against_hf"] = hf_ms / figures["ms_per_token"]
                     add("rounds", **where, **figures, **floors, **versus)
 
