@@ -76,6 +76,14 @@ def test_a_cost_that_noise_would_make_negative_is_left_out():
     assert fitted.draft_ms("tree", "chain:8", 0.5) == pytest.approx(8 * 2.1, rel=0.02)
 
 
+def test_one_probe_slowed_down_by_something_else_does_not_bend_the_fit_and_is_told():
+    costs = invented()
+    slow = [replace(t, draft_ms=2 * t.draft_ms) if (t.shape, t.ratio) == ("chain:8", 0.5) else t for t in costs.timings]
+    disturbed = replace(costs, timings=tuple(slow))
+    assert disturbed.draft_ms("tree", "chain:8", 0.5) == pytest.approx(costs.draft_ms("tree", "chain:8", 0.5), rel=0.02)
+    assert disturbed.misfit() > 0.2
+
+
 def test_a_profile_of_one_shape_at_one_ratio_predicts_at_least_itself():
     costs = Costs(TEXT, VIDEO, 20.0, 3.0, (Timing("tree", "paper", 0.9, 200, 25.0, 22.0),))
     assert predict(costs, "paper", 0.9, 3.7) == pytest.approx(47 / 4.7)
@@ -231,6 +239,8 @@ def test_help_names_every_word(capsys):
 def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
+    monkeypatch.setattr("specvlm.advise.__main__.RATIOS", (0.0, 0.9))
+    monkeypatch.setattr("specvlm.advise.costs.MISFIT", 100.0)  # once is enough
     words = [
         "question=how many objects appear?",
         "max_new_tokens=14",
@@ -245,7 +255,7 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     assert sorted(path.name for path in Path("out").iterdir()) == ["advice.json", "check.json", "costs.json"]
     costs, advice = Costs.read(Path("out/costs.json")), json.loads(Path("out/advice.json").read_text())
     assert costs.video == 1024 and {t.shape for t in costs.timings} == set(PROBES) and advice["answer_tokens"] == 10
-    assert {c["ratio"] for c in advice["candidates"] if c["shape"] == "paper"} == {*RATIOS, 0.8}
+    assert {c["ratio"] for c in advice["candidates"] if c["shape"] == "paper"} == {0.0, 0.8, 0.9}
     checked = json.loads(Path("out/check.json").read_text())["checked"]
     for row in checked:  # the acceptance is replayed, so it is exact; times are not asked of a busy machine
         assert row["accepted"][0] == pytest.approx(row["accepted"][1])

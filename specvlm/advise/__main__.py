@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -27,6 +27,7 @@ from specvlm.errors import UserError, did_you_mean
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.run import SMALLER, Job, assemble, prepare, write_json
 from specvlm.show import Screen, size
+from specvlm.types import Step
 
 OWN = {
     "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
@@ -41,7 +42,6 @@ RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
 PARTS = (("draft",), CHECK)
-SHORTEST = 4  # tokens of an answer that can be measured on
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Wishes:
             raise UserError("costs= loads no model: it needs acceptance=, and check=true does not go with it")
         if costs:
             names = [name for name in names if any(name == start.drafter for start in costs.starts)]
+            if not names:
+                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} says something about")
         return cls(tuple(names), known, int(tokens), check == "true", costs)
 
     def trees(self, cfg: DictConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
@@ -167,28 +169,26 @@ def measure(
     trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
     limit: int,
     screen: Screen,
-) -> tuple[Costs, list[Candidate], list[int]]:
+) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
     """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + ("prompt_lookup" in wishes.drafters)
     screen.console.print(f"[dim]profile:[/] {total} short decodes")
     with screen.progress("profile", total) as advance:
-        for _ in range(2):  # the first is the warm-up
-            alone = watched(autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches))
-            advance()
-        answer = metrics.tokens_of(alone)
-        if len(answer) < SHORTEST:
-            raise UserError(f"the target's answer has {len(answer)} tokens, too few to measure on: ask another question")
-        costs, kept = profile(graph, job.prompt, alone, ratios, limit, advance)
+        seen = profile(graph, job.prompt, lambda: alone(graph, job, limit), ratios, limit, advance)
         known = wishes.known or {
-            (name, ratio): acceptance.of_answer(using(graph, name), job.prompt, keep, answer)
-            for (name, ratio), keep in kept.items()
+            (name, ratio): acceptance.of_answer(using(graph, name), job.prompt, keep, seen.answer)
+            for (name, ratio), keep in seen.kept.items()
         }
-        found = candidates(costs, known, trees)
+        found = candidates(seen.costs, known, trees)
         if "prompt_lookup" in wishes.drafters:
-            found.append(lookup(graph, job, limit, costs.alone_first_s))
+            found.append(lookup(graph, job, limit, seen.costs.alone_first_s))
             advance()
-    return costs, found, answer
+    return seen.costs, found, seen.answer
+
+
+def alone(graph: DecodingGraph, job: Job, limit: int) -> Iterator[Step]:
+    return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches)
 
 
 def using(graph: DecodingGraph, drafter: str, shape: str = "", ratio: float | None = None) -> DecodingGraph:
@@ -233,11 +233,11 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
 
 
 def check(graph: DecodingGraph, job: Job, candidate: Candidate, limit: int) -> dict[str, Any]:
-    """Decode with `candidate`, behind a warm-up, and set ms of a round, accepted and ms per token beside the prediction."""
+    """Decode with `candidate` twice, take the faster, and set its round, accepted and ms per token beside the prediction."""
     graph = using(graph, candidate.drafter, candidate.shape, candidate.ratio)
-    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]
-    round_ms = part_ms([steps], "draft", *CHECK)
-    accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
+    decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]
+    round_ms = min(part_ms([steps], "draft", *CHECK) for steps in decodes)
+    accepted = metrics.acceptance_of(decodes[1])["accepted_per_round"] or 0.0
     token_ms = round_ms / (accepted + 1)
     # An assumed acceptance is no prediction: what can be checked then are the costs.
     expected = candidate.token_ms if candidate.source == "measured" else candidate.round_ms / (accepted + 1)

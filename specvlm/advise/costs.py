@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from specvlm import registry
 from specvlm.errors import UserError
@@ -27,10 +28,12 @@ ROUNDS = 20  # of a probe; the first two are warm-up
 # One row a pass or w rows in every pass but the first: so the cost of a pass of w rows can be told from the others.
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
-PROBES_OF_SELF = ("chain:5", "chain:3")
+PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
 WIDTHS = (1, 4, 8, 16)
 APART = 1.3  # sizes of trees nearer to each other than this factor share a knot: less noise
 CHECK = ("verify", "host")
+SHORTEST = 4  # tokens of an answer that can be measured on
+MISFIT = 0.1  # more is said to be noise
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,19 @@ class Start:
 class Curve:
     """ms of forward passes over a context: a constant, a cost by rows (straight between knots), a share a slot of context.
 
-    Least squares over relative errors, none of the costs below 0: a term that would be is left out.
+    Least absolute relative errors, so that one probe which something else on the machine slowed down does not bend the
+    curve. None of the costs is below 0: a term that would be is left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
         """passes: rows of each pass of an observation; contexts, ms: of each observation."""
         self.knots = np.array(sorted(knots), dtype=float)
         self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
-        columns = np.array([self.columns(*seen) for seen in zip(passes, contexts, strict=True)])
-        weighted = columns / np.array(ms)[:, None]
-        used = np.array(columns.any(0))
-        self.costs = np.zeros(columns.shape[1])
-        while used.any():
-            found = np.linalg.lstsq(weighted[:, used], np.ones(len(ms)), rcond=None)[0]
-            if (found >= 0).all():
-                self.costs[used] = found
-                break
-            used[np.flatnonzero(used)[found.argmin()]] = False
+        relative = np.array([self.columns(*seen) for seen in zip(passes, contexts, strict=True)]) / np.array(ms)[:, None]
+        weights = np.ones(len(ms))
+        for _ in range(20):  # least squares, with less weight each time for what lies far off
+            self.costs = _positive(relative * weights[:, None], weights)
+            weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
         weights = np.zeros(len(self.knots))
@@ -93,6 +92,19 @@ class Curve:
 
     def __call__(self, rows: Sequence[int], context: int = 0) -> float:
         return float(np.dot(self.costs, self.columns(rows, context)))
+
+
+def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares of rows @ x = wanted with the most negative of x held at 0, one after the other, until none is."""
+    costs = np.zeros(rows.shape[1])
+    used = [at for at in range(rows.shape[1]) if rows[:, at].any()]
+    while used:
+        found = np.linalg.lstsq(rows[:, used], wanted, rcond=None)[0]
+        if (found >= 0).all():
+            costs[used] = found
+            break
+        used.pop(int(found.argmin()))
+    return costs
 
 
 @dataclass(frozen=True)
@@ -185,44 +197,76 @@ def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, fl
     return [*first, *((shape, main) for shape in PROBES), *(("chain:8", ratio) for ratio in ordered if ratio != main)]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """costs; answer: the target's own tokens; kept: what the pruner kept, by drafter and ratio."""
+
+    costs: Costs
+    answer: tuple[int, ...]
+    kept: dict[tuple[str, float], KeepSet]
+
+
 def profile(
     graph: DecodingGraph,
     prompt: VideoPrompt,
-    alone: Sequence[Step],
+    alone: Callable[[], Iterator[Step]],
     ratios: Mapping[str, Sequence[float]],
     limit: int,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[Costs, dict[tuple[str, float], KeepSet]]:
-    """Measure by short decodes; also what the pruner kept, by drafter and ratio.
+) -> Profile:
+    """Measure by short decodes, and once more where the fit says that the machine was busy: the better of both counts.
 
-    alone: steps of `autoregressive` on the same prompt, `watched`; ratios: by drafter, `tree` or `self`; limit: most new
-    tokens; advance: called after every decode, of which there are as many as `probes`.
+    alone: `autoregressive` on the same prompt; ratios: by drafter, `tree` or `self`; limit: most new tokens; advance:
+    called after every decode, of which there are 2 and those of `probes`. Raises UserError for too short an answer.
     """
-    video, timings, kept = len(prompt.video_index), [], {}
-    seen: dict[tuple[str, float], list[list[Step]]] = {}
-    for drafter, every in ratios.items():
-        for shape, ratio in probes(every, drafter):
-            strategy = registry.build("drafter", {"name": drafter, "shape": shape})
-            decodes = rounds_of(replace(graph, drafter=strategy, ratio=ratio), prompt, limit)
-            keep = decodes[0][1].keep
-            assert keep is not None
-            kept[drafter, ratio] = keep
-            seen.setdefault((drafter, ratio), []).extend(decodes)
-            context = len(prompt) - video + len(keep)
-            timings.append(Timing(drafter, shape, ratio, context, part_ms(decodes, "draft"), part_ms(decodes, *CHECK)))
+    wanted = [(drafter, shape, ratio) for drafter, every in ratios.items() for shape, ratio in probes(every, drafter)]
+    plain: list[list[Step]] = []
+    decodes: dict[tuple[str, str, float], list[list[list[Step]]]] = {at: [] for at in wanted}
+    for passed in range(2):
+        for _ in range(2 - passed):  # the very first is the warm-up
+            plain.append(watched(alone()))
             advance()
+        answer = tuple(token for step in plain[0] for token in step.tokens)
+        if len(answer) < SHORTEST:
+            raise UserError(f"the target's answer has {len(answer)} tokens, too few to measure on: ask another question")
+        for drafter, shape, ratio in wanted:
+            strategy = registry.build("drafter", {"name": drafter, "shape": shape})
+            again = rounds_of(replace(graph, drafter=strategy, ratio=ratio), prompt, limit)
+            decodes[drafter, shape, ratio].append(again)
+            advance()
+        found = _profile(graph, prompt, answer, plain, decodes)
+        if found.costs.misfit() <= MISFIT / 2:
+            break
+    return found
+
+
+def _profile(
+    graph: DecodingGraph,
+    prompt: VideoPrompt,
+    answer: tuple[int, ...],
+    plain: Sequence[Sequence[Step]],
+    decodes: Mapping[tuple[str, str, float], Sequence[Sequence[Sequence[Step]]]],
+) -> Profile:
+    """plain: decodes without a drafter; decodes: by drafter, shape and ratio, a list of them for each pass."""
+    video, timings, kept = len(prompt.video_index), [], {}
     # Whether the target watches its attention for the pruner decides how long its prefill takes, the ratio does not.
-    first_s = {False: [_sum(alone[0], FIRST_TOKEN)], True: []}
-    for at, decodes in seen.items():
-        first_s[0 < len(kept[at]) < video] += [_sum(steps[0], FIRST_TOKEN) for steps in decodes]
-    starts = [
-        Start(*at, min(first_s[0 < len(kept[at]) < video]), min(_sum(steps[1], DRAFTER_START) for steps in decodes))
-        for at, decodes in seen.items()
-    ]
+    first_s = {False: [_sum(steps[0], FIRST_TOKEN) for steps in plain], True: []}
+    draft_s: dict[tuple[str, float], list[float]] = {}
+    for (drafter, shape, ratio), passes in decodes.items():
+        keep = passes[0][0][1].keep
+        assert keep is not None
+        kept[drafter, ratio] = keep
+        every = [steps for one in passes for steps in one]
+        first_s[0 < len(keep) < video] += [_sum(steps[0], FIRST_TOKEN) for steps in every]
+        draft_s.setdefault((drafter, ratio), []).extend(_sum(steps[1], DRAFTER_START) for steps in every)
+        draft_ms, check_ms = (min(part_ms(one, *parts) for one in passes) for parts in (("draft",), CHECK))
+        timings.append(Timing(drafter, shape, ratio, len(prompt) - video + len(keep), draft_ms, check_ms))
+    starts = [Start(*at, min(first_s[0 < len(kept[at]) < video]), min(seconds)) for at, seconds in draft_s.items()]
+    alone_ms = min(part_ms([steps], *CHECK) for steps in plain)
     device = graph.target.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    alone_ms = part_ms([alone], *CHECK)
-    return Costs(len(prompt) - video, video, alone_ms, min(first_s[False]), tuple(timings), tuple(starts), machine), kept
+    costs = Costs(len(prompt) - video, video, alone_ms, min(first_s[False]), tuple(timings), tuple(starts), machine)
+    return Profile(costs, answer, kept)
 
 
 def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
@@ -230,8 +274,6 @@ def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
         decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))
-        if len(decodes[-1]) < 2:
-            raise UserError("the target's answer is over after one token: nothing to speculate on; ask another question")
     return decodes
 
 

@@ -8,11 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from specvlm.advise.advice import Candidate, alone_s
-from specvlm.advise.costs import Costs
+from specvlm.advise.costs import MISFIT, Costs
 from specvlm.show import Screen, seconds
 
 FASTEST = 8
-MISFIT = 0.1  # more is said to be noise
 
 
 def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
