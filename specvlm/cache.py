@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 
+SLOTS = 256  # a pooled cache's capacity is a multiple of it, so that the next request, a little longer, still fits
+
+
 class KVCache:
     """Keys and values of one sequence, (L, 1, H, C, D): layers, KV heads, capacity in slots, head width.
 
@@ -23,8 +26,9 @@ class KVCache:
     """
 
     def __init__(self, layers: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(layers, 1, heads, capacity, width, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        # Zeros: where a mask stands in for a length, slots that nobody wrote are read, and weighted with zero.
+        self.keys = torch.zeros(layers, 1, heads, capacity, width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
         self.length = 0
         self.offset = 0
 
@@ -70,6 +74,13 @@ class KVCache:
             self.values[:, :, :, base:end] = self.values.index_select(3, rows)
         self.length = end
 
+    def move(self, base_1: Tensor, path_D: Tensor) -> None:
+        """As `keep`, on the device alone: rows `base + path` to `base`, `base + 1` …; `length` is left to the caller."""
+        to = base_1 + torch.arange(len(path_D), device=path_D.device)
+        for store in (self.keys, self.values):
+            rows = store.flatten(0, 2)
+            rows.index_copy_(1, to, rows.index_select(1, base_1 + path_D))
+
     def clear(self) -> None:
         self.length = self.offset = 0
 
@@ -88,7 +99,7 @@ class CachePool:
         cache = self._caches.get(role)
         if cache is None or not cache.fits(model, capacity):
             self._caches.pop(role, None)  # free the old one before the new one is there
-            cache = self._caches[role] = model.new_cache(capacity)
+            cache = self._caches[role] = model.new_cache(-(-capacity // SLOTS) * SLOTS)
         cache.clear()
         self._leases[role] = self._leases.get(role, 0) + 1
         return cache

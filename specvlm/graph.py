@@ -7,41 +7,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool, KVCache
+from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier, VerifyContext
+from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier
 from specvlm.types import KeepSet, Step, VideoPrompt
 
 
 class Clock:
-    """Seconds by part since the last `lap`. Waits for the device at every mark, so that a part pays for its own work."""
+    """Seconds by part since the last `lap`. On a GPU by events in its stream, so that no mark waits for the device: a part
+    pays for its own work, and for what the device waited for the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.parts: dict[str, float] = {}
-        self.last = perf_counter()
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def mark(self, part: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
+        self.marks.append((part, self._now()))
 
     def resume(self) -> None:
         """What the consumer did since the last step is not ours."""
-        self.last = perf_counter()
+        self.marks[-1] = ("", self._now())
 
     def lap(self) -> dict[str, float]:
-        parts, self.parts = self.parts, {}
+        if self.device.type == "cuda":
+            self.marks[-1][1].synchronize()
+        parts: dict[str, float] = {}
+        for (_, start), (part, end) in pairwise(self.marks):
+            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+            parts[part] = parts.get(part, 0.0) + seconds
+        self.marks = self.marks[-1:]
         return parts
 
 
@@ -101,23 +114,24 @@ def autoregressive(
     verifier: Verifier,
     seed: int = 0,
     caches: CachePool | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
     turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
+    engine = engine or Engine()
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
-    part = "prefill"
+    token = verifier.first(penalty(logits_MV)[0], generator)
+    clock.mark("prefill")
     while True:
-        token = verifier.first(penalty(logits_MV)[0], generator)
-        clock.mark(part)
         yield Step(output.take([token]), times_s=clock.lap())
         if output.done:
             return
         turn.check()
         clock.resume()
         penalty.add(torch.tensor([token]))
-        logits_MV = target.append(torch.tensor([token]), [0], None, turn.cache)
-        part = "verify"
+        token = engine.next(target, token, turn.cache, verifier, penalty, generator)
+        clock.mark("verify")
 
 
 @dataclass
@@ -126,7 +140,7 @@ class DecodingGraph:
 
     ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
     drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
-    vocabulary: token ids known to both models. Caches are kept between requests; one request at a time.
+    engine: how a step runs, see `specvlm.engine`. vocabulary: token ids known to both models. Caches are kept between requests; one request at a time.
     """
 
     target: VideoLM
@@ -139,6 +153,7 @@ class DecodingGraph:
     seed: int = 0
     vocabulary: int = 0
     caches: CachePool = field(default_factory=CachePool)
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
@@ -180,6 +195,7 @@ class DecodingGraph:
             sampling=verifier.sampling,
             generator=generator,
             caches=self.caches,
+            engine=self.engine,
         )
         session = drafter.start(context)
         clock.mark("draft_prefill")
@@ -188,11 +204,7 @@ class DecodingGraph:
         while True:
             tree = session.propose(verdict)
             clock.mark("draft")
-            base = cache.length
-            logits_MV = penalty(target.score(tree, cache), tree)
-            verdict = verifier.verify(VerifyContext(tree, logits_MV, generator))
-            cache.keep(base, verdict.path)
-            new = [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+            verdict, new = self.engine.check(target, tree, cache, verifier, penalty, generator)
             clock.mark("verify")
             tokens = output.take(new)
             full, depth = len(tokens) == len(new), max(tree.depths)

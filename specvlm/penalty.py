@@ -5,12 +5,13 @@ Released Qwen2.5-VL checkpoints ask for 1.05, so without it the output would not
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specvlm.types import DraftTree, VideoPrompt
+from specvlm.types import DraftTree, VideoPrompt, ancestor_mask
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
@@ -26,6 +27,13 @@ class RepetitionPenalty:
         self.factor = factor
         self.seen_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.add(tokens_S)
+
+    @classmethod
+    def over(cls, factor: float, seen_V: Tensor) -> RepetitionPenalty:
+        """With the tokens already marked in `seen_V`."""
+        made = cls.__new__(cls)
+        made.factor, made.seen_V = factor, seen_V
+        return made
 
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
@@ -44,8 +52,14 @@ class RepetitionPenalty:
         seen_MV = self.seen_V.expand(len(logits_MV), -1)
         if tree is not None:
             own_MV = torch.zeros_like(logits_MV, dtype=torch.bool)
-            own_MV[torch.arange(len(tree), device=own_MV.device), tree.tokens.to(own_MV.device)] = True
-            above_MM = tree.mask.to(logits_MV.device, torch.float32)
+            own_MV.scatter_(1, tree.tokens.to(own_MV.device)[:, None], True)
+            above_MM = _above(tree.parents, logits_MV.device)
             seen_MV = seen_MV | (above_MM @ own_MV.float() > 0)
         penalised_MV = torch.where(logits_MV < 0, logits_MV * self.factor, logits_MV / self.factor)
         return torch.where(seen_MV, penalised_MV, logits_MV)
+
+
+@lru_cache(maxsize=64)
+def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
+    """(M, M) a tree's ancestors in float32, on the device, since shapes recur in every round."""
+    return ancestor_mask(parents).to(device, torch.float32)

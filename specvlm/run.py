@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,7 @@ from specvlm import lossless, memory, metrics, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
+from specvlm.engine import engine_for
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
@@ -40,6 +42,7 @@ def run(cfg: DictConfig, folder: Path) -> int:
         try:
             graph = assemble(cfg, job)
             screen.ignored(graph.target.ignored_settings)
+        screen.note(graph.engine.note)
             with files_of(folder):
                 try:
                     decode(cfg, job, graph, folder, screen, record)
@@ -157,21 +160,22 @@ def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
     draft = None
     if job.drafter.model == "draft":
         draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights, progress=True)
-    return DecodingGraph(
-        target, draft, job.pruner, job.drafter, job.verifier, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary
-    )
+    engine = engine_for(cfg.engine, job.device)
+    strategies = (job.pruner, job.drafter, job.verifier)
+    return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)
 
 
 def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen, record: Record) -> None:
     """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
 
     def alone(limit: int) -> Iterator[Step]:
-        return autoregressive(graph.target, job.prompt, limit, job.verifier, cfg.seed, graph.caches)
+        return autoregressive(graph.target, job.prompt, limit, job.verifier, cfg.seed, graph.caches, graph.engine)
 
     record.stage = "warming up"
     with screen.waiting(record.stage):
-        for warm_up in (graph.decode(job.prompt, min(cfg.max_new_tokens, 8)), alone(min(cfg.max_new_tokens, 2))):
-            list(warm_up)
+        # Requests of the full length, broken off: what they grow and capture is what the run will use.
+        for warm_up in (graph.decode(job.prompt, cfg.max_new_tokens), alone(cfg.max_new_tokens)):
+            list(islice(warm_up, 3))
     memory.reset_peak(job.device)
     write_config(cfg, folder)
     record.stage = "decoding"
@@ -236,6 +240,8 @@ def summarize(cfg: DictConfig, job: Job, graph: DecodingGraph, record: Record) -
         "peak_memory_bytes": memory.peak_bytes(job.device),
         "difference": difference,
         "out_of_memory": record.out_of_memory,
+        "engine": graph.engine.name,
+        "capture_s": graph.engine.capture_s,
         "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in job.kinds.items()},
         "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
         "versions": metrics.versions(),

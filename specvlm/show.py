@@ -45,6 +45,10 @@ class Screen:
         total = len(job.prompt.video_index)
         say(f"[dim]pruner:[/] {job.pruner} drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens")
 
+    def note(self, line: str) -> None:
+        if line:
+            self.console.print(f"[yellow]note:[/] {line}")
+
     def ignored(self, settings: Sequence[str]) -> None:
         if settings:
             self.console.print(

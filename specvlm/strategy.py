@@ -18,6 +18,7 @@ from specvlm.cache import CachePool
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
+    from specvlm.engine import Engine
     from specvlm.models.video_lm import VideoLM
 
 SIGNALS: dict[str, str] = {
@@ -142,7 +143,8 @@ class DraftContext:
     """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
 
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
-    drafter that *is* the target shares. vocabulary: ids below it are known to both models.
+    drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
+    the eager one.
     """
 
     prompt: VideoPrompt
@@ -157,6 +159,7 @@ class DraftContext:
     sampling: Sampling
     generator: torch.Generator
     caches: CachePool = field(default_factory=CachePool)
+    engine: Engine | None = None
 
 
 class DraftSession(ABC):
@@ -184,15 +187,33 @@ class Drafter(Strategy, ABC):
 
 @dataclass(frozen=True, eq=False)
 class VerifyContext:
-    """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own)."""
+    """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own).
+
+    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for.
+    """
 
     tree: DraftTree
     logits_MV: Tensor
     generator: torch.Generator
+    dice: Tensor | None = None
+
+    def numbers(self, count: int) -> Tensor:
+        """(count,) uniform in [0, 1), float64, on the device of the logits."""
+        if self.dice is not None:
+            return self.dice
+        return uniform(count, self.generator).to(self.logits_MV.device)
+
+
+def uniform(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) random numbers in [0, 1), float64, drawn where the generator lives."""
+    return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 class Verifier(Strategy, ABC):
-    """The rule that accepts guesses: a pure function of its context."""
+    """The rule that accepts guesses: a pure function of its context.
+
+    Write `decide`, on the device alone, and the rule runs inside a captured step; or `verify`, free to read on the host.
+    """
 
     kind = "verifier"
     lossless: ClassVar[bool] = True
@@ -202,9 +223,32 @@ class Verifier(Strategy, ABC):
         """The distribution that this rule is exact for; drafters that sample draw from theirs warped alike."""
         return Sampling()
 
-    @abstractmethod
-    def verify(self, ctx: VerifyContext) -> Verdict: ...
+    @property
+    def on_device(self) -> bool:
+        return type(self).verify is Verifier.verify
 
-    @abstractmethod
+    def dice(self, nodes: int) -> int:
+        """How many uniform numbers `decide` asks of `ctx.numbers` for a tree of so many nodes."""
+        return 0
+
+    def decide(self, ctx: VerifyContext) -> Tensor:
+        """(2,) integers on the device: the last accepted node, and the target's own next token (-1: there is none).
+
+        What it does may depend on the shape of the tree, never on the value of a tensor.
+        """
+        raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
+
+    def verify(self, ctx: VerifyContext) -> Verdict:
+        last, bonus = self.decide(ctx).tolist()
+        return self.verdict(last, bonus, ctx.tree)
+
+    def verdict(self, last: int, bonus: int, tree: DraftTree) -> Verdict:
+        """What `decide` gave, on the host. Raises ValueError where the logits gave no next token."""
+        if bonus < 0:
+            raise ValueError("the target's logits hold NaN or +inf: there is no distribution to draw from")
+        return Verdict(tree.way_to(last), bonus)
+
     def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """The next token where nothing was guessed: after the prefill, and in `autoregressive`."""
+        """The next token where nothing was guessed: after the prefill, and in `autoregressive`. A tree of the root alone."""
+        root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
+        return self.verify(VerifyContext(root, logits_V[None], generator)).bonus

@@ -228,6 +228,13 @@ class DraftTree:
     def depths(self) -> tuple[int, ...]:
         return TreeShape(self.parents, (0,) * len(self)).depths
 
+    def way_to(self, node: int) -> tuple[int, ...]:
+        """The nodes from the root to `node`, both included."""
+        way = [node]
+        while self.parents[way[-1]] >= 0:
+            way.append(self.parents[way[-1]])
+        return tuple(reversed(way))
+
     @cached_property
     def mask(self) -> Tensor:
         """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.strategy import DraftContext, Drafter, DraftSession
 from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
@@ -52,11 +53,11 @@ class TreeDrafter(Drafter):
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        return TreeSession(ctx, model, shape, sample)
+        return (ctx.engine or Engine()).tree_session(ctx, model, shape, sample)
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """One pass: the nodes expanded in it, what each sees of the expanded rows so far, and where its children go."""
 
     nodes: tuple[int, ...]
@@ -67,14 +68,14 @@ class _Level:
     orders: Tensor  # (C,) place among the siblings
 
 
-class _Plan:
+class Plan:
     """Everything about a shape that does not depend on tokens."""
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
-        mask = ancestor_mask(shape.parents)
+        self.mask = mask = ancestor_mask(shape.parents)
         written: list[int] = []
-        self.levels: list[_Level] = []
+        self.levels: list[Level] = []
         for depth, nodes in enumerate(shape.levels):
             written += nodes if depth else []
             below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
@@ -83,7 +84,7 @@ class _Plan:
             seen = mask[list(nodes)][:, written] if depth else None
             if seen is not None and bool(seen.all()):
                 seen = None  # a chain: the only row sees everything, and attention without a mask is faster
-            self.levels.append(_Level(nodes, seen, children, rows, ranks, orders))
+            self.levels.append(Level(nodes, seen, children, rows, ranks, orders))
         self.order = written  # tree node of each row behind the root's
 
     @cached_property
@@ -92,12 +93,17 @@ class _Plan:
         return {0: 0} | {node: row for row, node in enumerate(self.order, start=1)}
 
 
+def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
+    """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
+    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
+
+
 class TreeSession(DraftSession):
     """Keeps the draft's own cache: pruned prompt, then accepted tokens; the tree's rows come and go behind them."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
         self.ctx, self.model, self.sample = ctx, model, sample
-        self.plan = _Plan(shape)
+        self.plan = Plan(shape)
         # Drawn on the model's device, seeded from the request's own generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
         self.generator = torch.Generator(model.device).manual_seed(seed)
@@ -107,7 +113,7 @@ class TreeSession(DraftSession):
         prompt, keep = ctx.prompt, ctx.keep
         features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
         embeds = model.embed(prompt, features, keep)
-        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + len(shape))
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + len(shape) + 2)
         if ctx.positions == "original":
             positions = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
         else:
@@ -138,13 +144,10 @@ class TreeSession(DraftSession):
                 q_rows = self.ctx.sampling.probabilities(logits)
                 q = q_rows.new_zeros(len(shape), q_rows.shape[1]) if q is None else q
                 q[list(level.nodes)] = q_rows
-                self.tokens[level.children] = self._draw(q_rows, int(level.orders.max()) + 1)[level.rows, level.orders]
+                race = torch.empty(q_rows.shape, dtype=torch.float64, device=q_rows.device)
+                best = draw(q_rows, race.exponential_(generator=self.generator), int(level.orders.max()) + 1)
+                self.tokens[level.children] = best[level.rows, level.orders]
         return DraftTree(self.tokens, shape.parents, q)
-
-    def _draw(self, q_QV: Tensor, count: int) -> Tensor:
-        """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
-        race = torch.empty(q_QV.shape, dtype=torch.float64, device=q_QV.device).exponential_(generator=self.generator)
-        return (race / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
 
     def _commit(self, last: Verdict) -> None:
         """Keep the rows of accepted nodes that were expanded; what else was accepted is fed with the next root."""

@@ -1,1 +1,102 @@
-"""How a step of the decoding loop runs."""
+"""How a step of the decoding loop runs: `eager` anywhere, through Hugging Face's modules; `graphs` on a GPU.
+
+An engine is kept across requests. It holds no request's state: only what it captured, by shape and cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from specvlm.cache import KVCache
+from specvlm.errors import UserError
+from specvlm.penalty import RepetitionPenalty
+from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
+from specvlm.types import DraftTree, TreeShape, Verdict
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+ENGINES = ("auto", "eager", "graphs")
+
+
+class Engine:
+    """The eager one, and what an engine must do. Each call ends with one read of a few integers by the host."""
+
+    name: ClassVar[str] = "eager"
+    capture_s = 0.0  # seconds spent so far on compiling and capturing
+    note = ""  # what its user should know
+
+    def next(
+        self,
+        target: VideoLM,
+        token: int,
+        cache: KVCache,
+        verifier: Verifier,
+        penalty: RepetitionPenalty,
+        generator: torch.Generator,
+    ) -> int:
+        """A pass of the target over its last token; the token that follows."""
+        logits_1V = target.append(torch.tensor([token]), [0], None, cache)
+        return verifier.first(penalty(logits_1V)[0], generator)
+
+    def check(
+        self,
+        target: VideoLM,
+        tree: DraftTree,
+        cache: KVCache,
+        verifier: Verifier,
+        penalty: RepetitionPenalty,
+        generator: torch.Generator,
+    ) -> tuple[Verdict, list[int]]:
+        """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
+        tokens: accepted ones and the bonus.
+        """
+        base = cache.length
+        logits_MV = penalty(target.score(tree, cache), tree)
+        verdict = verifier.verify(VerifyContext(tree, logits_MV, generator))
+        cache.keep(base, verdict.path)
+        return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+
+    def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
+        """How a static tree is drafted, level by level."""
+        from specvlm.drafters.tree import TreeSession  # which asks for an engine
+
+        return TreeSession(ctx, model, shape, sample)
+
+
+def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
+    """The engine called `name` for that device. auto: graphs where it can be had. Raises UserError for another name.
+
+    graphs where it cannot be had gives the eager one, whose `note` says so.
+    """
+    if name not in ENGINES:
+        raise UserError(f"engine={name} is none of {', '.join(ENGINES)}")
+    why = None if name == "eager" else why_no_graphs(torch.device(device))
+    if name == "eager" or why:
+        return Fallback(why) if name == "graphs" and why else Engine()
+    from specvlm.engine.graphs import GraphsEngine
+
+    return GraphsEngine()
+
+
+class Fallback(Engine):
+    """Eager, because what was asked for cannot be had."""
+
+    def __init__(self, why: str) -> None:
+        self.note = f"engine=graphs cannot run here ({why}): running eager"
+
+
+def why_no_graphs(device: torch.device) -> str | None:
+    """What keeps the graphs engine from a device; None when nothing does."""
+    if device.type != "cuda":
+        return f"{device} is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 8.0 is needed"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return None

@@ -1,8 +1,9 @@
 """Triton kernels for passes of few rows, where a step costs the bytes of the weights and the keys it reads.
 
 Every kernel may be captured in a CUDA graph: what changes from pass to pass (the length of the prefix) is read from
-the device. With `PDL` a kernel may be scheduled before its predecessor has ended (programmatic dependent launch, CUDA
-12): each waits for it before reading what it wrote, so the order of memory is that of the stream.
+the device. With `PDL` a kernel may be scheduled before its predecessor has ended (programmatic dependent launch): each
+lets its successor come at once, and waits for its predecessor before it touches anything but weights. Since every
+kernel waits, the one after next waits for both, and the order of memory is that of the stream.
 
 Shape suffixes: Q rows, K inputs, N outputs, S parts of a split sum, H query heads, J KV heads, G = H / J, D head width,
 C slots of a cache, T rows of the tree, V vocabulary.
@@ -12,7 +13,8 @@ The plain forms of the same functions, which the tests compare with, are in `ops
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +28,26 @@ from specvlm.engine.ops import Weight
 PDL = True  # off in Triton's interpreter, which knows no such launch
 
 
+# ---- rows in 8 bits -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_narrow(y, y_ptr, scale_ptr):
+    """A group of values, and their scale, in the 8 bits of y_ptr's type; y_ptr like y (GROUP, 1) or (GROUP, BQ) pointers."""
+    kind = y_ptr.dtype.element_ty
+    largest: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
+    scale = tl.maximum(tl.max(tl.abs(y), 0) / largest, 1e-20)
+    narrow = y / scale[None, :]
+    if kind == tl.int8:
+        narrow = tl.floor(narrow + 0.5)
+    return narrow.to(kind), scale
+
+
 # ---- linear layers of few rows ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _prefetch(w_ptr, offs_n, k0, stride, N, BYTES: tl.constexpr, BK: tl.constexpr):
+def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
     """Ask the L2 cache for a weight tile, which no earlier kernel writes, while that kernel is still running."""
     LINES: tl.constexpr = (BK * BYTES + 127) // 128
     lines = tl.arange(0, LINES) * (128 // BYTES)
@@ -41,54 +58,90 @@ def _prefetch(w_ptr, offs_n, k0, stride, N, BYTES: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
+def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int8 of 16 times the weight: a nibble q + 8 is q in two's complement but for its top bit, and stays at the top."""
+    if ASM:
+        if HIGH:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; xor.b32 t, $1, 0x88888888; and.b32 $0, t, 0xF0F0F0F0; }",
+                "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; xor.b32 t, $1, 0x88888888; shl.b32 t, t, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    q = packed >> 4 if HIGH else packed & 15
+    return (q.to(tl.int8) - 8) * 16
+
+
+@triton.jit
+def _add_product(acc, w, x, s, KIND: tl.constexpr):
+    """acc + w x for one tile of k, in float32; s: (BQ,) scales of rows in 8 bits."""
+    if KIND == "full":
+        acc = tl.dot(w, x, acc)
+    elif KIND == "fp8":
+        acc += tl.dot(w, x) * s[None, :]
+    else:
+        acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * s[None, :]
+    return acc
+
+
+@triton.jit
 def _dot_rows(
-    x_ptr, w_ptr, scale_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
-    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
+    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """(BN, BQ) float32 of w (N, K) times x (Q, K) over k_lo..k_hi; weights stand first, so that they fill the tensor cores.
 
-    Whole tiles only: k_hi - k_lo is a multiple of BK, and of a group of weights in 4 bits, BK is a divisor.
+    Whole tiles of k only. Rows in 8 bits have a scale each BK values, and then outputs come in whole tiles too; their spare
+    rows repeat the last one, since a mask costs a pass through registers there. What nobody stores may be undefined.
     """
     offs_k = tl.arange(0, BK)
-    rows_q = (offs_q < Q)[None, :]
-    rows_n = offs_n < N
+    rows = tl.minimum(offs_q, Q - 1)
+    groups = K // BK
     acc = tl.zeros((BN, BQ), dtype=tl.float32)
+    s = tl.zeros((BQ,), dtype=tl.float32)
     if KIND == "int4":
         half = K // 2
         for k in range(k_lo, k_hi, BK):
-            packed = tl.load(
-                w_ptr + offs_n[:, None].to(tl.int64) * half + (k + offs_k)[None, :],
-                mask=rows_n[:, None], other=136, eviction_policy="evict_first",
-            )  # fmt: skip
-            x_at = x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None]
-            x_ok = rows_q
-            x_low = tl.load(x_at, mask=x_ok, other=0.0)
-            x_high = tl.load(x_at + half, mask=x_ok, other=0.0)
-            low = ((packed & 15).to(tl.int8) - 8).to(x_low.dtype)
-            high = ((packed >> 4).to(tl.int8) - 8).to(x_low.dtype)
-            groups = K // GROUP
-            s_at = scale_ptr + offs_n * groups + k // GROUP
-            s_low = tl.load(s_at, mask=rows_n, other=0.0)
-            s_high = tl.load(s_at + groups // 2, mask=rows_n, other=0.0)
-            acc += tl.dot(low, x_low) * s_low[:, None] + tl.dot(high, x_high) * s_high[:, None]
+            w_at = offs_n[:, None].to(tl.int64) * half + (k + offs_k)[None, :]
+            packed = tl.load(w_ptr + w_at, eviction_policy="evict_first")
+            x_at = x_ptr + rows[None, :] * K + (k + offs_k)[:, None]
+            x_low = tl.load(x_at)
+            x_high = tl.load(x_at + half)
+            s_at = xs_ptr + rows * groups + k // BK
+            s_low = tl.load(s_at)
+            s_high = tl.load(s_at + groups // 2)
+            scale_at = ws_ptr + offs_n * (K // GROUP) + k // GROUP
+            w_low = tl.load(scale_at) * 0.0625
+            w_high = tl.load(scale_at + half // GROUP) * 0.0625
+            acc += tl.dot(_nibbles(packed, False, PDL), x_low, out_dtype=tl.int32).to(tl.float32) * (
+                w_low[:, None] * s_low[None, :]
+            )
+            acc += tl.dot(_nibbles(packed, True, PDL), x_high, out_dtype=tl.int32).to(tl.float32) * (
+                w_high[:, None] * s_high[None, :]
+            )
     else:
         for k in range(k_lo, k_hi, BK):
-            w = tl.load(
-                w_ptr + offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :],
-                mask=rows_n[:, None], other=0.0, eviction_policy="evict_first",
-            )  # fmt: skip
-            x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=rows_q, other=0.0)
-            acc = tl.dot(w.to(x.dtype), x, acc)
+            w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+            if KIND == "full":
+                w = tl.load(w_ptr + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+                x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+            else:
+                w = tl.load(w_ptr + w_at, eviction_policy="evict_first")
+                x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
+                s = tl.load(xs_ptr + rows * groups + k // BK)
+            acc = _add_product(acc, w, x, s, KIND)
         if KIND != "full":
-            acc *= tl.load(scale_ptr + offs_n, mask=rows_n, other=0.0)[:, None]
+            acc *= tl.load(ws_ptr + offs_n)[:, None]
     return acc
 
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, w0, w1, w2, s0, s1, s2, y_ptr, Q, N0, N1, N2, K, CHUNK,
+    x_ptr, xs_ptr, w0, w1, w2, s0, s1, s2, y_ptr, Q, N0, N1, N2, K, CHUNK,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
-    WIDTH: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (S, Q, N0+N1+N2): part s of the sum over k, of up to three weights that share their input. Grid (tiles, S)."""
     tile = tl.program_id(0)
@@ -105,57 +158,72 @@ def _rows_kernel(
     k_lo = part * CHUNK
     k_hi = tl.minimum(k_lo + CHUNK, WIDTH)
     if PDL:
-        if first * BN + BN <= N and k_lo + BK <= k_hi:
-            _prefetch(w, offs_n, k_lo, WIDTH, N, BYTES, BK)
-        gdc_wait()
-    acc = _dot_rows(x_ptr, w, s, offs_n, offs_q, Q, N, K, k_lo, k_hi, BQ, BN, BK, KIND, GROUP)
-    if PDL:
         gdc_launch_dependents()
+        if first * BN + BN <= N and k_lo + AHEAD * BK <= k_hi:
+            _prefetch(w, offs_n, k_lo, WIDTH, BYTES, AHEAD * BK)
+        gdc_wait()
+    acc = _dot_rows(x_ptr, xs_ptr, w, s, offs_n, offs_q, Q, N, K, k_lo, k_hi, BQ, BN, BK, KIND, GROUP, PDL)
     at = y_ptr + (part * Q + offs_q)[None, :].to(tl.int64) * (N0 + N1 + N2) + (shift + offs_n)[:, None]
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_q < Q)[None, :])
 
 
 @triton.jit
 def _gated_kernel(
-    x_ptr, gate, up, gate_s, up_s, y_ptr, Q, N, K,
+    x_ptr, xs_ptr, gate, up, gate_s, up_s, y_ptr, ys_ptr, like_ptr, Q, N, K,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
-    WIDTH: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (Q, N) = silu(x gate^T) * (x up^T), each rounded as the Hugging Face layer rounds it. Grid (tiles,)."""
-    offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """y (Q, N) = silu(x gate^T) * (x up^T), each rounded as the Hugging Face layer rounds it. Grid (tiles,).
+
+    NARROW: y in 8 bits, with a scale a tile and row.
+    """
+    tile = tl.program_id(0)
+    offs_n = tile * BN + tl.arange(0, BN)
     offs_q = tl.arange(0, BQ)
     offs_k = tl.arange(0, BK)
     if PDL:
-        if tl.program_id(0) * BN + BN <= N:
-            _prefetch(gate, offs_n, 0, WIDTH, N, BYTES, BK)
-            _prefetch(up, offs_n, 0, WIDTH, N, BYTES, BK)
+        gdc_launch_dependents()
+        if tile * BN + BN <= N:
+            _prefetch(gate, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
+            _prefetch(up, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
         gdc_wait()
-    kind = y_ptr.dtype.element_ty
+    kind = like_ptr.dtype.element_ty
     if KIND == "int4":
-        g = _dot_rows(x_ptr, gate, gate_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP)
-        u = _dot_rows(x_ptr, up, up_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP)
+        g = _dot_rows(x_ptr, xs_ptr, gate, gate_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
+        u = _dot_rows(x_ptr, xs_ptr, up, up_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
     else:  # one loop over both, so that x is read once
-        rows_n = offs_n < N
+        rows = tl.minimum(offs_q, Q - 1)
+        groups = K // BK
         g = tl.zeros((BN, BQ), dtype=tl.float32)
         u = tl.zeros((BN, BQ), dtype=tl.float32)
+        s = tl.zeros((BQ,), dtype=tl.float32)
         for k in range(0, WIDTH, BK):
             w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
-            x_at = offs_q[None, :] * K + (k + offs_k)[:, None]
-            x = tl.load(x_ptr + x_at, mask=(offs_q < Q)[None, :], other=0.0)
-            w_g = tl.load(gate + w_at, mask=rows_n[:, None], other=0.0, eviction_policy="evict_first")
-            w_u = tl.load(up + w_at, mask=rows_n[:, None], other=0.0, eviction_policy="evict_first")
-            g = tl.dot(w_g.to(x.dtype), x, g)
-            u = tl.dot(w_u.to(x.dtype), x, u)
+            if KIND == "full":
+                x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+                w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+                w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+            else:
+                x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
+                w_g = tl.load(gate + w_at, eviction_policy="evict_first")
+                w_u = tl.load(up + w_at, eviction_policy="evict_first")
+                s = tl.load(xs_ptr + rows * groups + k // BK)
+            g = _add_product(g, w_g, x, s, KIND)
+            u = _add_product(u, w_u, x, s, KIND)
         if KIND != "full":
-            g *= tl.load(gate_s + offs_n, mask=rows_n, other=0.0)[:, None]
-            u *= tl.load(up_s + offs_n, mask=rows_n, other=0.0)[:, None]
-    if PDL:
-        gdc_launch_dependents()
+            g *= tl.load(gate_s + offs_n)[:, None]
+            u *= tl.load(up_s + offs_n)[:, None]
     g = g.to(kind).to(tl.float32)
     u = u.to(kind).to(tl.float32)
-    gated = (g * tl.sigmoid(g)).to(kind).to(tl.float32) * u
+    out = ((g * tl.sigmoid(g)).to(kind).to(tl.float32) * u).to(kind).to(tl.float32)
     at = y_ptr + offs_q[None, :].to(tl.int64) * N + offs_n[:, None]
-    tl.store(at, gated.to(kind), mask=(offs_n < N)[:, None] & (offs_q < Q)[None, :])
+    ok = (offs_n < N)[:, None] & (offs_q < Q)[None, :]
+    if NARROW:
+        narrow, scale = _store_narrow(out, y_ptr, ys_ptr)
+        tl.store(at, narrow, mask=ok)
+        tl.store(ys_ptr + offs_q * (N // BN) + tile, scale, mask=offs_q < Q)
+    else:
+        tl.store(at, out.to(kind), mask=ok)
 
 
 # ---- what stands between the linear layers ----------------------------------------------------------------------------
@@ -163,17 +231,21 @@ def _gated_kernel(
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, Q, K, eps, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,)."""
+    x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, Q, K, eps,
+    S: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,).
+
+    NARROW: y in 8 bits, with a scale for each GROUP of a row.
+    """
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     ok = offs < K
     weight = tl.load(weight_ptr + offs, mask=ok, other=0.0)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
-    kind = y_ptr.dtype.element_ty
+        gdc_wait()
+    kind = sum_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * K + offs, mask=ok, other=0.0).to(tl.float32)
     if S > 0:
         added = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -182,7 +254,15 @@ def _add_norm_kernel(
         x = (x + added.to(kind).to(tl.float32)).to(kind).to(tl.float32)
     tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
     scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-    tl.store(y_ptr + row * K + offs, (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind), mask=ok)
+    y = (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind)
+    if NARROW:
+        groups = tl.trans(tl.reshape(y.to(tl.float32), (BLOCK // GROUP, GROUP)))
+        narrow, scale = _store_narrow(groups, y_ptr, ys_ptr)
+        tl.store(y_ptr + row * K + offs, tl.reshape(tl.trans(narrow), (BLOCK,)), mask=ok)
+        at = tl.arange(0, BLOCK // GROUP)
+        tl.store(ys_ptr + row * (K // GROUP) + at, scale, mask=at < K // GROUP)
+    else:
+        tl.store(y_ptr + row * K + offs, y, mask=ok)
 
 
 @triton.jit
@@ -198,8 +278,8 @@ def _rope_kernel(
     n = (H + 2 * J) * D
     kind = q_ptr.dtype.element_ty
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     low = tl.zeros((HALF,), dtype=tl.float32)
     high = tl.zeros((HALF,), dtype=tl.float32)
     for s in tl.static_range(S):
@@ -239,16 +319,19 @@ def _rope_kernel(
 
 
 @triton.jit
-def _attend_tile(q, k, v, seen, m, l, acc, scale, IEEE: tl.constexpr):
+def _attend_tile(q, k, v, seen, m, l, acc, scale, MASKED: tl.constexpr, IEEE: tl.constexpr):
     """One tile of keys into the running maximum m, sum l and weighted values acc of an online softmax, base 2."""
     if IEEE:
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
-        score = tl.dot(q, tl.trans(k)) * scale
-    score = tl.where(seen, score, float("-inf"))
-    top = tl.maximum(m, tl.max(score, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
-    weight = tl.exp2(score - safe[:, None])
+        score = tl.dot(q, tl.trans(k))
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    top = tl.maximum(m, tl.max(score, 1) * scale)
+    safe = top
+    if MASKED:
+        safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+    weight = tl.exp2(score * scale - safe[:, None])
     shrink = tl.exp2(m - safe)
     l = l * shrink + tl.sum(weight, 1)
     if IEEE:
@@ -259,108 +342,109 @@ def _attend_tile(q, k, v, seen, m, l, acc, scale, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(out_ptr, lse_ptr, offs_r, rows, at, m, l, acc, D: tl.constexpr):
+def _attend_rows(
+    q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, lse_ptr, first, base, head, part, parts, Q, T, scale,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """R rows of one KV head's queries over one part of the keys."""
+    G: tl.constexpr = H // J
+    rows = Q * G
     d = tl.arange(0, D)
-    ok = offs_r < rows
+    offs_n = tl.arange(0, BN)
+    r = first + tl.arange(0, R)
+    ok = r < rows
+    # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
+    q = tl.load(q_ptr + ((r // G) * H + head * G + r % G)[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
+    m = tl.full((R,), float("-inf"), dtype=tl.float32)
+    l = tl.zeros((R,), dtype=tl.float32)
+    acc = tl.zeros((R, D), dtype=tl.float32)
+    whole = base // BN * BN
+    share = tl.cdiv(whole // BN, parts) * BN
+    lo = tl.minimum(part * share, whole)
+    hi = tl.minimum(lo + share, whole)
+    for start in range(lo, hi, BN):
+        at = (start + offs_n)[:, None] * D + d[None, :]
+        k = tl.load(k_ptr + at)
+        v = tl.load(v_ptr + at)
+        m, l, acc = _attend_tile(q, k, v, True, m, l, acc, scale, False, IEEE)
+    if part == parts - 1:
+        for start in range(whole, base + T, BN):
+            slots = start + offs_n
+            node = slots - base
+            at = slots[:, None] * D + d[None, :]
+            inside = node < T
+            k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
+            v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
+            marked = tl.load(
+                seen_ptr + (r // G)[:, None] * T + node[None, :], mask=ok[:, None] & (inside & (node >= 0))[None, :], other=0
+            )
+            seen = (marked != 0) | (node < 0)[None, :]
+            m, l, acc = _attend_tile(q, k, v, seen, m, l, acc, scale, True, IEEE)
     safe = tl.where(l > 0, l, 1.0)
-    tl.store(out_ptr + (at + offs_r)[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None])
-    tl.store(lse_ptr + at + offs_r, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
+    at = (part * J + head) * rows + r
+    tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None])
+    tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, seen_ptr, base_ptr, out_ptr, lse_ptr, Q, T, capacity, scale,
-    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BN: tl.constexpr,
-    IEEE: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, seen_ptr, base_ptr, out_ptr, lse_ptr, Q, T, capacity, scale, first,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, IEEE: tl.constexpr,
+    BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over one part of the keys for all rows of one KV head's queries. Grid (J, parts, row blocks).
+    """Softmax over one part of the keys for a block of rows of one KV head's queries. Grid (J, parts, blocks of R rows).
 
-    The Q x G rows of a KV head are R1 rows and, where that fits them better than one larger power of two, R2 more.
-    Parts are equal shares of the `base` slots of the prefix; the last part also takes the T slots of the tree.
+    Parts are equal shares of the whole tiles of the first `base` slots; the last part also takes what is left of those,
+    and the T slots of the tree. BESIDE: the kernel before this one is its fellow for other rows, which came no sooner than
+    what both read was there, so that they may run side by side.
     """
     head = tl.program_id(0)
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    G: tl.constexpr = H // J
-    rows = Q * G
-    first = tl.program_id(2) * (R1 + R2)
-    d = tl.arange(0, D)
-    offs_n = tl.arange(0, BN)
-    r1 = first + tl.arange(0, R1)
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+        if BESIDE:
+            gdc_launch_dependents()
+        else:
+            gdc_wait()
+            gdc_launch_dependents()
     base = tl.load(base_ptr).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(base, parts), BN) * BN
-    lo = tl.minimum(part * share, base)
-    hi = tl.minimum(lo + share, base)
     k_ptr += head.to(tl.int64) * capacity * D
     v_ptr += head.to(tl.int64) * capacity * D
-    # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
-    q1 = tl.load(
-        q_ptr + ((r1 // G) * H + head * G + r1 % G)[:, None] * D + d[None, :], mask=(r1 < rows)[:, None], other=0.0
-    )
-    m1 = tl.full((R1,), float("-inf"), dtype=tl.float32)
-    l1 = tl.zeros((R1,), dtype=tl.float32)
-    acc1 = tl.zeros((R1, D), dtype=tl.float32)
-    if R2 > 0:
-        r2 = first + R1 + tl.arange(0, R2)
-        q2 = tl.load(
-            q_ptr + ((r2 // G) * H + head * G + r2 % G)[:, None] * D + d[None, :], mask=(r2 < rows)[:, None], other=0.0
-        )
-        m2 = tl.full((R2,), float("-inf"), dtype=tl.float32)
-        l2 = tl.zeros((R2,), dtype=tl.float32)
-        acc2 = tl.zeros((R2, D), dtype=tl.float32)
-    for start in range(lo, hi, BN):
-        slots = start + offs_n
-        inside = slots < hi
-        at = slots[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
-        m1, l1, acc1 = _attend_tile(q1, k, v, inside[None, :], m1, l1, acc1, scale, IEEE)
-        if R2 > 0:
-            m2, l2, acc2 = _attend_tile(q2, k, v, inside[None, :], m2, l2, acc2, scale, IEEE)
-    if part == parts - 1:
-        for start in range(0, T, BN):
-            nodes = start + offs_n
-            inside = nodes < T
-            at = (base + nodes)[:, None] * D + d[None, :]
-            k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
-            v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
-            seen1 = tl.load(
-                seen_ptr + (r1 // G)[:, None] * T + nodes[None, :], mask=(r1 < rows)[:, None] & inside[None, :], other=0
-            )
-            m1, l1, acc1 = _attend_tile(q1, k, v, seen1 != 0, m1, l1, acc1, scale, IEEE)
-            if R2 > 0:
-                seen2 = tl.load(
-                    seen_ptr + (r2 // G)[:, None] * T + nodes[None, :], mask=(r2 < rows)[:, None] & inside[None, :], other=0
-                )
-                m2, l2, acc2 = _attend_tile(q2, k, v, seen2 != 0, m2, l2, acc2, scale, IEEE)
-    at = (part * J + head) * rows
-    _store_rows(out_ptr, lse_ptr, r1, rows, at, m1, l1, acc1, D)
-    if R2 > 0:
-        _store_rows(out_ptr, lse_ptr, r2, rows, at, m2, l2, acc2, D)
+    _attend_rows(
+        q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, lse_ptr, first + tl.program_id(2) * R, base, head,
+        tl.program_id(1), tl.num_programs(1), Q, T, scale, H, J, D, R, BN, IEEE,
+    )  # fmt: skip
+    if PDL and BESIDE:
+        gdc_wait()
 
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, lse_ptr, y_ptr, Q, S, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr
-):
-    """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H)."""
+    part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H).
+
+    NARROW: y in 8 bits, with a scale a head and row.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     G: tl.constexpr = H // J
     d = tl.arange(0, D)
     s = tl.arange(0, BS)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     at = (s * J + head // G) * (Q * G) + row * G + head % G
     lse = tl.load(lse_ptr + at, mask=s < S, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
     part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(s < S)[:, None], other=0.0)
     y = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(y_ptr + (row * H + head) * D + d, y.to(y_ptr.dtype.element_ty))
+    at = y_ptr + (row * H + head) * D + d
+    if NARROW:
+        narrow, scale = _store_narrow(y[:, None], y_ptr, ys_ptr)
+        tl.store(at[:, None], narrow)
+        tl.store(ys_ptr + row * H + head + tl.arange(0, 1), scale)
+    else:
+        tl.store(at, y.to(y_ptr.dtype.element_ty))
 
 
 # ---- the best tokens of a row -----------------------------------------------------------------------------------------
@@ -380,8 +464,8 @@ def _top_kernel(
     offs = block * BLOCK + tl.arange(0, BLOCK)
     ok = offs < V
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row.to(tl.int64) * stride + offs, mask=ok, other=float("-inf")).to(tl.float32)
     index = offs
     if NESTED:
@@ -399,6 +483,10 @@ def _top_kernel(
 # ---- launches ---------------------------------------------------------------------------------------------------------
 
 
+AHEAD = 2  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
+GROUP = 128  # values of a row in 8 bits that share a scale: a tile of k, a head, a tile of the gated layer
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program."""
@@ -407,6 +495,35 @@ class Tile:
     inputs: int = 128
     stages: int = 4
     warps: int = 4
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Rows in 8 bits: data (Q, K) int8 or float8, scale (Q, K / GROUP). What weights in 8 or 4 bits are multiplied with."""
+
+    data: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows: slice) -> Narrow:
+        return Narrow(self.data[rows].contiguous(), self.scale[rows].contiguous())
+
+    @classmethod
+    def empty(cls, rows: int, width: int, kind: str, device: torch.device) -> Narrow:
+        dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
+        data = torch.empty(rows, width, dtype=dtype, device=device)
+        return cls(data, torch.empty(rows, width // GROUP, dtype=torch.float32, device=device))
+
+
+def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
+    """Why these kernels cannot do a model's linear layers; None when they can."""
+    for weight in weights:
+        if weight.inputs % GROUP or weight.data.stride(1) != 1:
+            return f"{weight.inputs} inputs of a layer are no multiple of {GROUP}"
+        if weight.kind != "full" and (weight.outputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
+            return f"weights in {weight.kind} need layers of multiples of {GROUP} and heads of {GROUP}"
+        if weight.kind == "int4" and weight.inputs % (2 * GROUP):
+            return f"weights in int4 need inputs of multiples of {2 * GROUP}"
+    return None
 
 
 def _options(tile: Tile) -> dict[str, Any]:
@@ -418,77 +535,83 @@ def _width(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
-def tile_of(weight: Weight, rows: int) -> Tile:
-    """By measurement on an H200 (see experiments/gpu_pair): enough bytes in flight for its memory."""
-    return Tile()
+def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
+    """By measurement on an H200: enough bytes in flight for its memory. double: two weights of this kind at once."""
+    if weight.kind == "full":
+        return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
+    return Tile(128, GROUP, 3 if double else 4, 4)
 
 
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
-    """Parts of a sum over k, so that tiles of few outputs still fill the device. The same for any number of rows."""
+    """Parts of a sum over k, so that tiles of few outputs fill the device. The same whatever the number of rows: with it,
+    a row's sums are rounded alike in a pass of one row and in a pass of a tree.
+    """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
-    steps = _stored(weights[0]) // tile.inputs
-    return max(1, min(round(2.5 * _processors(device) / tiles), steps // 4))
+    if weights[0].kind != "full":
+        return max(1, min(8, round(2.2 * _processors(device) / tiles)))
+    return max(1, round(1.5 * _processors(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _stored(weight: Weight) -> int:
-    """Elements of a row of the stored matrix."""
-    return weight.data.shape[1]
-
-
-def _fitting(weight: Weight, tile: Tile) -> Tile:
-    """The tile, its inputs cut to a divisor of the row (and of a group of weights in 4 bits)."""
-    step = min(tile.inputs, weight.group) if weight.kind == "int4" else tile.inputs
-    while _stored(weight) % step:
-        step //= 2
-    return replace(tile, inputs=step)
+def _split(x: Tensor | Narrow) -> tuple[Tensor, Tensor]:
+    return (x.data, x.scale) if isinstance(x, Narrow) else (x, x)
 
 
 def linear(
-    x_QK: Tensor, weights: tuple[Weight, ...], whole: bool = False, tile: Tile | None = None, parts: int = 0
+    x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None, tile: Tile | None = None, parts: int = 0
 ) -> Tensor:
-    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k; whole: (1, Q, N) as x is."""
-    rows, inputs = x_QK.shape
+    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k; whole: (1, Q, N) of that dtype."""
+    x, scale = _split(x_QK)
+    rows, inputs = x.shape
     first, last = weights[0], weights[-1]
-    tile = _fitting(first, tile or tile_of(first, rows))
-    parts = 1 if whole else parts or parts_of(weights, tile, x_QK.device)
+    tile = tile or tile_of(first, rows)
+    parts = 1 if whole else parts or parts_of(weights, tile, x.device)
     sizes = [w.outputs for w in weights] + [0] * (3 - len(weights))
     three = (*weights, last, last)[:3]
-    stored = _stored(first)
+    stored = first.data.shape[1]
     chunk = triton.cdiv(triton.cdiv(stored, parts), tile.inputs) * tile.inputs
-    y = torch.empty(parts, rows, sum(sizes), dtype=x_QK.dtype if whole else torch.float32, device=x_QK.device)
+    y = torch.empty(parts, rows, sum(sizes), dtype=whole or torch.float32, device=x.device)
     tiles = sum(triton.cdiv(n, tile.outputs) for n in sizes)
     _rows_kernel[(tiles, parts)](
-        x_QK, *(w.data for w in three), *(w.scale for w in three), y, rows, *sizes, inputs, chunk,
+        x, scale, *(w.data for w in three), *(w.scale for w in three), y, rows, *sizes, inputs, chunk,
         BQ=_width(rows), BN=tile.outputs, BK=tile.inputs, KIND=first.kind, GROUP=first.group,
-        BYTES=first.data.element_size(), WIDTH=stored, **_options(tile),
+        BYTES=first.data.element_size(), WIDTH=stored, AHEAD=AHEAD, **_options(tile),
     )  # fmt: skip
     return y
 
 
-def gated(x_QK: Tensor, gate: Weight, up: Weight, tile: Tile | None = None) -> Tensor:
-    """(Q, N): silu(x gate^T) * (x up^T)."""
-    rows, inputs = x_QK.shape
-    tile = _fitting(gate, tile or tile_of(gate, rows))
-    y = torch.empty(rows, gate.outputs, dtype=x_QK.dtype, device=x_QK.device)
+def gated(
+    x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full", tile: Tile | None = None
+) -> Tensor | Narrow:
+    """(Q, N): silu(x gate^T) * (x up^T), rounded as in dtype; kind: of the weights it will meet."""
+    x, scale = _split(x_QK)
+    rows, inputs = x.shape
+    tile = tile or tile_of(gate, rows, double=True)
+    narrow = Narrow.empty(rows, gate.outputs, kind, x.device) if kind != "full" else None
+    y = torch.empty(rows if narrow is None else 0, gate.outputs, dtype=dtype, device=x.device)
+    out, out_scale = (y, y) if narrow is None else _split(narrow)
     _gated_kernel[(triton.cdiv(gate.outputs, tile.outputs),)](
-        x_QK, gate.data, up.data, gate.scale, up.scale, y, rows, gate.outputs, inputs,
+        x, scale, gate.data, up.data, gate.scale, up.scale, out, out_scale, y, rows, gate.outputs, inputs,
         BQ=_width(rows), BN=tile.outputs, BK=tile.inputs, KIND=gate.kind, GROUP=gate.group,
-        BYTES=gate.data.element_size(), WIDTH=_stored(gate), **_options(tile),
+        BYTES=gate.data.element_size(), WIDTH=gate.data.shape[1], AHEAD=AHEAD, NARROW=narrow is not None, **_options(tile),
     )  # fmt: skip
-    return y
+    return y if narrow is None else narrow
 
 
-def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + sum of parts, its RMSNorm times weight), both (Q, K)."""
+def add_norm(
+    x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
+) -> tuple[Tensor, Tensor | Narrow]:
+    """(x + sum of parts, its RMSNorm times weight), both (Q, K); kind: of the weights the second will meet."""
     rows, width = x_QK.shape
-    total, y = torch.empty_like(x_QK), torch.empty_like(x_QK)
+    total = torch.empty_like(x_QK)
+    y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)
     _add_norm_kernel[(rows,)](
-        x_QK, x_QK if parts_SQK is None else parts_SQK, weight_K, total, y, rows, width, eps,
-        S=0 if parts_SQK is None else len(parts_SQK), BLOCK=triton.next_power_of_2(width), **_options(Tile(warps=16)),
+        x_QK, x_QK if parts_SQK is None else parts_SQK, weight_K, total, *_split(y), rows, width, eps,
+        S=0 if parts_SQK is None else len(parts_SQK), BLOCK=triton.next_power_of_2(width), GROUP=GROUP,
+        NARROW=kind != "full", **_options(Tile(warps=16)),
     )  # fmt: skip
     return total, y
 
@@ -510,49 +633,46 @@ def rope(
 
 
 def row_blocks(rows: int) -> tuple[int, int, int]:
-    """(R1, R2, blocks): two powers of two that hold the rows of a KV head with least padding, 256 rows a block."""
-    blocks = triton.cdiv(rows, 256)
-    rows = triton.cdiv(rows, blocks)
-    whole = max(16, triton.next_power_of_2(rows))
-    if whole > 16 and rows > whole // 2:
-        rest = max(16, triton.next_power_of_2(rows - whole // 2))
-        if rest < whole // 2:
-            return whole // 2, rest, blocks
-    return (whole, 0, blocks) if whole <= 128 else (128, 128, blocks)
+    """(R1, blocks, R2): the rows of a KV head as blocks of one power of two and a last one of another, little padded."""
+    most = 128 if rows > 64 else 64
+    blocks, rest = divmod(rows, most)
+    if not blocks or rest > most // 2:
+        return (most, blocks + 1, 0) if blocks else (_width(rows), 1, 0)
+    return most, blocks, _width(rest) if rest else 0
 
 
 def attention(
-    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float,
-    parts: int = 0, bn: int = 64, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """(Q, H, D): each row over the first `base` slots and those of the next T that seen (int8) marks. Source: flash
-    decoding with a tree mask on its tail; softmax in base 2, parts merged by log-sum-exp. parts 0: by the device.
+    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full",
+    parts: int = 0, bn: int = 64, tile: Tile | None = None, blocks: tuple[int, int, int] | None = None,
+) -> Tensor | Narrow:  # fmt: skip
+    """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks; kind: of the weights
+    it will meet. Flash decoding (split keys, parts merged by their log-sum-exp) with a tree mask on the last part.
     """
     rows, heads, width = q_QHD.shape
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
-    r1, r2, blocks = row_blocks(group_rows)
-    if not parts:
-        parts = split_of(kv_heads * blocks, group_rows, q_QHD.device)
+    r1, count, r2 = blocks or row_blocks(group_rows)
+    # Enough programs to fill the device, but few parts where the result of a part is large.
+    parts = parts or max(1, min(32, _processors(q_QHD.device) * (1 if group_rows > 64 else 2) // kv_heads))
     device = q_QHD.device
     part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
-    tile = tile or Tile(warps=8 if r1 + r2 > 64 else 4, stages=3)
-    _attention_kernel[(kv_heads, parts, blocks)](
-        q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse, rows, seen_QT.shape[1], capacity, scale * 1.4426950408889634,
-        H=heads, J=kv_heads, D=width, R1=r1, R2=r2, BN=bn, IEEE=q_QHD.dtype == torch.float32,
-        **_options(tile),
-    )  # fmt: skip
-    y = torch.empty_like(q_QHD)
-    _merge_kernel[(rows, heads)](
-        part, lse, y, rows, parts, H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), **_options(Tile(warps=2))
+    shared = (q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse, rows, seen_QT.shape[1], capacity, scale * 1.4426950408889634)
+    fixed = {"H": heads, "J": kv_heads, "D": width, "BN": bn, "IEEE": q_QHD.dtype == torch.float32}
+    if r2:  # a few rows beyond whole blocks: fewer warps, beside the others on the same processors
+        _attention_kernel[(kv_heads, parts, 1)](
+            *shared, count * r1, R=r2, BESIDE=False, **fixed, **_options(Tile(warps=8 if r2 > 64 else 4, stages=3))
+        )
+    _attention_kernel[(kv_heads, parts, count)](
+        *shared, 0, R=r1, BESIDE=r2 > 0, **fixed, **_options(tile or Tile(warps=8 if r1 > 64 else 4, stages=3))
     )
-    return y
-
-
-def split_of(programs: int, rows: int, device: torch.device) -> int:
-    """Parts of the keys: enough programs to fill the device, once where a part's result is large, else four times."""
-    return max(1, _processors(device) * (1 if rows > 64 else 4) // programs)
+    y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
+    out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
+    _merge_kernel[(rows, heads)](
+        part, lse, *_split(out), rows, parts,
+        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None, **_options(Tile(warps=2)),
+    )  # fmt: skip
+    return out
 
 
 def top(logits_QV: Tensor, count: int) -> Tensor:

@@ -8,6 +8,7 @@ Shape suffixes: Q rows of this pass, T rows from slot `base` on, V vocabulary, D
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +49,7 @@ class LeanText:
         self.norm = model.text.norm
         self.heads = int(model.hf.config.get_text_config().num_attention_heads)
         self.vocabulary, self.width = model.vocabulary, model.head_dim
-        self.turns = model.text.rotary_emb.inv_freq
+        self.turns, self.dtype = model.text.rotary_emb.inv_freq, model.text.embed_tokens.weight.dtype
 
     def __call__(
         self, tokens_Q: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
@@ -64,17 +65,24 @@ class LeanText:
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         parts = None
         for number, layer in enumerate(self.layers):
+            kind, before, after = layer.kind, layer.before, layer.after
             keys, values = cache.keys[number, 0], cache.values[number, 0]
-            x, y = ops.add_norm(x, parts, layer.before.weight, layer.before.variance_epsilon)
+            x, y = ops.add_norm(x, parts, before.weight, before.variance_epsilon, kind)
             q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
-            seen = ops.attention(q, keys, values, base, seen_QT, scale)
-            x, y = ops.add_norm(x, ops.linear(seen.flatten(1), layer.o), layer.after.weight, layer.after.variance_epsilon)
-            parts = ops.linear(ops.gated(y, layer.gate, layer.up), layer.down)
-        return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon)[1]
+            seen = ops.attention(q, keys, values, base, seen_QT, scale, kind)
+            x, y = ops.add_norm(x, ops.linear(seen, layer.o), after.weight, after.variance_epsilon, kind)
+            parts = ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down)
+        return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon, self.head.kind)[1]
+
+    def weights(self) -> Iterator[Weight]:
+        """All linear layers."""
+        for layer in self.layers:
+            yield from (*layer.qkv, *layer.o, layer.gate, layer.up, *layer.down)
+        yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """(Q, V)."""
-        return self.ops.linear(hidden_QD, (self.head,), whole=True)[0]
+        """(Q, V), of rows as a pass returned them."""
+        return self.ops.linear(hidden_QD, (self.head,), whole=self.dtype)[0]
 
 
 class _Layer:
@@ -89,3 +97,4 @@ class _Layer:
         self.o = (Weight.of(attention.o_proj),)
         self.gate, self.up = Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)
         self.down = (Weight.of(mlp.down_proj),)
+        self.kind = self.gate.kind

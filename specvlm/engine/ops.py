@@ -1,6 +1,7 @@
 """The steps of a lean forward in plain torch: what the kernels must agree with, and what runs where there are none.
 
-Signatures and shapes are those of `kernels.py`, whose docstring has the suffixes.
+Signatures and shapes are those of `kernels.py`, whose docstring has the suffixes; `kind`, the storage of the weights that
+a result will meet, matters there alone: here rows stay as they are, and stored weights are dequantised.
 """
 
 from __future__ import annotations
@@ -39,23 +40,29 @@ class Weight:
     def outputs(self) -> int:
         return self.data.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        return self.data.shape[1] * (2 if self.kind == "int4" else 1)
+
     def times(self, x_QK: Tensor) -> Tensor:
         """(Q, N), without the bias."""
         full = self.data if self.kind == "full" else self.layer.weight_in(x_QK.dtype)  # type: ignore[operator]
         return dense(x_QK, full)
 
 
-def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: bool = False) -> Tensor:
+def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """(1, Q, N): x times one to three weights side by side."""
     return torch.cat([w.times(x_QK) for w in weights], -1)[None]
 
 
-def gated(x_QK: Tensor, gate: Weight, up: Weight) -> Tensor:
+def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor:
     """(Q, N): silu(x gate^T) * (x up^T)."""
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
-def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
+) -> tuple[Tensor, Tensor]:
     """(x + sum of parts, its RMSNorm times weight), both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
     wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
@@ -83,8 +90,10 @@ def rope(
     return turned[:, :heads]
 
 
-def attention(q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float) -> Tensor:
-    """(Q, H, D): each row over the first `base` slots and those of the next T that seen (int8) marks. The naive form:
+def attention(
+    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
+) -> Tensor:
+    """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks. The naive form:
     a mask over every slot of the cache, keys and values repeated for each query head.
     """
     rows, heads, _ = q_QHD.shape
@@ -97,7 +106,7 @@ def attention(q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor,
     keys, values = (x.repeat_interleave(heads // kv_heads, 0).to(wide) for x in (keys_JCD, values_JCD))
     score_HQC = (q_QHD.transpose(0, 1).to(wide) @ keys.mT) * scale
     weight_HQC = score_HQC.masked_fill(~seen_QC, float("-inf")).softmax(-1)
-    return (weight_HQC @ values).transpose(0, 1).to(q_QHD.dtype)
+    return (weight_HQC @ values).transpose(0, 1).flatten(1).to(q_QHD.dtype)
 
 
 def top(logits_QV: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specvlm.strategy import Verifier, VerifyContext
-from specvlm.types import DraftTree, Verdict, ancestor_mask
+from specvlm.types import DraftTree, ancestor_mask
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GreedyVerifier(Verifier):
 
     name = "greedy"
 
-    def verify(self, ctx: VerifyContext) -> Verdict:
+    def decide(self, ctx: VerifyContext) -> Tensor:
         parents = ctx.tree.parents
         up_M, beside_MM, order_M = _layout(parents, ctx.logits_MV.device)
         best_M = ctx.logits_MV.argmax(-1)
@@ -40,8 +40,7 @@ class GreedyVerifier(Verifier):
         fits_M[0] = True  # the root was accepted in the round before
         stands_M = (fits_M | beside_MM).all(-1)
         last_1 = torch.where(stands_M, order_M, -1).argmax(0, keepdim=True)
-        last, bonus = torch.cat([last_1, best_M[last_1]]).tolist()
-        return Verdict(_path_to(last, parents), bonus)
+        return torch.cat([last_1, best_M[last_1]])
 
     def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
         return int(logits_V.argmax())
@@ -63,9 +62,3 @@ def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
         torch.tensor(order, device=device),
     )
 
-
-def _path_to(node: int, parents: tuple[int, ...]) -> tuple[int, ...]:
-    path = [node]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    return tuple(reversed(path))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specvlm.strategy import Sampling, Verifier, VerifyContext
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import DraftTree
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SamplingVerifier(Verifier):
     length than the tree, and for logits that give no distribution (NaN, +inf).
 
     Cost: all nodes are decided at once, in float64, a few passes over (M, V) and one more over the siblings of each
-    turn; then one copy of 2 M integers to the host, and the walk is there. Two uniform numbers a node are drawn where
+    turn. Two uniform numbers a node are drawn where
     ctx.generator lives, whatever the outcome, and moved to the logits. A seed need not give the same output on two devices.
     """
 
@@ -65,19 +65,18 @@ class SamplingVerifier(Verifier):
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def verify(self, ctx: VerifyContext) -> Verdict:
+    def dice(self, nodes: int) -> int:
+        return 2 * nodes
+
+    def decide(self, ctx: VerifyContext) -> Tensor:
         p_MV = self.sampling.probabilities(ctx.logits_MV).double()
         accept_M, rest_MV = odds(ctx.tree, p_MV)
-        next_M, bonus_M = _decide(ctx.tree.parents, accept_M, rest_MV, _uniform(2 * len(ctx.tree), ctx.generator, p_MV.device))
-        following, bonuses = torch.stack([next_M, bonus_M]).tolist()
-        path = [0]
-        while following[path[-1]]:
-            path.append(following[path[-1]])
-        return Verdict(tuple(path), _token(bonuses[path[-1]]))
-
-    def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        p_1V = self.sampling.probabilities(logits_V).double()[None]
-        return _token(int(_draw(p_1V, _uniform(1, generator, p_1V.device))))
+        next_M, bonus_M = _decide(ctx.tree.parents, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
+        last_1 = torch.zeros_like(next_M[:1])
+        for _ in range(max(ctx.tree.depths)):
+            further_1 = next_M[last_1]
+            last_1 = torch.where(further_1 > 0, further_1, last_1)
+        return torch.cat([last_1, bonus_M[last_1]])
 
 
 def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,16 +144,6 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
     # No hit at all: the uniform number was so close to 1 that the product rounded up to the total.
     token_n = torch.where(hit_nV.any(-1), hit_nV.to(torch.uint8).argmax(-1), p_nV.argmax(-1))
     return token_n.where(total_n1[:, 0].isfinite(), -1)
-
-
-def _uniform(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(device)
-
-
-def _token(drawn: int) -> int:
-    if drawn < 0:
-        raise ValueError("the target's logits hold NaN or +inf: there is no distribution to draw from")
-    return drawn
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,298 @@
+"""The engine for a GPU: a tree's whole expansion is one CUDA graph, its check another, an autoregressive step a third.
+
+The host writes a few integers before a graph and reads two behind the check. Graphs are captured once for a shape and a
+cache, not for a request: the length of the context is read from the device. Prefills run as in the eager engine.
+
+Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from functools import partial
+from time import perf_counter
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import KVCache
+from specvlm.drafters.tree import Plan, TreeSession, draw
+from specvlm.engine import Engine, ops
+from specvlm.engine.lean import ROWS, LeanText, why_not
+from specvlm.engine.program import Program
+from specvlm.penalty import RepetitionPenalty
+from specvlm.strategy import DraftContext, DraftSession, Sampling, Verifier, VerifyContext, uniform
+from specvlm.types import DraftTree, TreeShape, Verdict
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+log = logging.getLogger(__name__)
+_NOBODY = torch.Generator()  # in a captured step random numbers are inputs
+
+
+class GraphsEngine(Engine):
+    """backend: of `Program`; "cudagraph" by default, the others let the same code run without a GPU."""
+
+    name = "graphs"
+
+    def __init__(self, backend: str = "cudagraph") -> None:
+        self.backend = backend
+        self.capture_s = 0.0
+        self._lean: dict[int, tuple[VideoLM, LeanText | None]] = {}
+        self._programs: dict[Hashable, tuple[KVCache, Program]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if backend == "cudagraph" else None
+
+    # ---- the target's steps -----------------------------------------------------------------------------------------
+
+    def next(
+        self,
+        target: VideoLM,
+        token: int,
+        cache: KVCache,
+        verifier: Verifier,
+        penalty: RepetitionPenalty,
+        generator: torch.Generator,
+    ) -> int:
+        tree = DraftTree(torch.tensor([token], device=target.device), (-1,))
+        return self.check(target, tree, cache, verifier, penalty, generator)[0].bonus
+
+    def check(
+        self,
+        target: VideoLM,
+        tree: DraftTree,
+        cache: KVCache,
+        verifier: Verifier,
+        penalty: RepetitionPenalty,
+        generator: torch.Generator,
+    ) -> tuple[Verdict, list[int]]:
+        lean = self.lean(target)
+        if lean is None or len(tree) > ROWS or not verifier.on_device:
+            return super().check(target, tree, cache, verifier, penalty, generator)
+        device, count = target.device, len(tree)
+        base, dice = cache.length, verifier.dice(count)
+        # Not every verifier, tree or model needs all of these.
+        seen = penalty.seen_V if penalty.factor != 1 else torch.empty(0, dtype=torch.bool, device=device)
+        numbers = uniform(dice, generator) if dice else None
+        q = tree.q if tree.q is not None and dice else None
+
+        def build() -> Program:
+            inputs = [
+                torch.tensor([cache.capacity - count, 0], device=device),
+                torch.zeros(count, dtype=torch.int64, device=device),
+                torch.zeros_like(seen),
+                torch.full((dice,), 0.5, dtype=torch.float64, device=device),
+                torch.empty(0, device=device) if q is None else torch.zeros_like(q),
+            ]
+            fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, _Paths(tree.parents, device))
+            return Program(fn, inputs, self.backend, self._pool)
+
+        key = ("check", id(target), tree.parents, verifier, penalty.factor, q is not None)
+        program = self._program(key, cache, build)
+        (outcome,) = program((base, cache.offset), tree.tokens, seen, numbers, q)
+        last, bonus, *tokens = outcome.tolist()  # the round's one read
+        verdict = verifier.verdict(last, bonus, tree)
+        cache.length = base + len(verdict.path)
+        return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
+
+    # ---- the drafter's ----------------------------------------------------------------------------------------------
+
+    def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
+        plan = Plan(shape)
+        lean = self.lean(model)
+        if lean is None or max(len(level.nodes) for level in plan.levels) > ROWS:
+            return super().tree_session(ctx, model, shape, sample)
+        return CapturedTree(ctx, model, shape, sample, lean, self)
+
+    def expansion(
+        self, model: VideoLM, lean: LeanText, cache: KVCache, shape: TreeShape, fn: Callable[[], Program], more: Hashable
+    ) -> Program:
+        return self._program(("draft", id(model), shape, more), cache, fn)
+
+    # ---- what is kept -----------------------------------------------------------------------------------------------
+
+    def lean(self, model: VideoLM) -> LeanText | None:
+        """The model's lean pass; None, said once, for one that needs its own modules."""
+        if id(model) not in self._lean:
+            why = why_not(model)
+            if why:
+                log.warning("%s runs eager: %s", model, why)
+            self._lean[id(model)] = (model, None if why else LeanText(model, kernels_for(model)))
+        return self._lean[id(model)][1]
+
+    def _program(self, key: Hashable, cache: KVCache, build: Callable[[], Program]) -> Program:
+        """What was captured for this cache, which a larger one replaces."""
+        held = self._programs.get(key)
+        if held is None or held[0] is not cache:
+            stale = [other for other, (theirs, _) in self._programs.items() if other[:2] == key[:2] and theirs is not cache]  # type: ignore[index]
+            for other in stale:
+                del self._programs[other]
+            start = perf_counter()
+            held = self._programs[key] = (cache, build())
+            self.capture_s += perf_counter() - start
+        return held[1]
+
+
+def kernels_for(model: VideoLM) -> ModuleType:
+    """The Triton kernels where they are made for the model's dtype and device, else the plain operations."""
+    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+        return ops
+    from specvlm.engine import kernels
+
+    why = kernels.why_not(LeanText(model).weights(), model.head_dim)
+    if why:
+        log.warning("%s runs without kernels of its own: %s", model, why)
+    return ops if why else kernels
+
+
+class _Paths:
+    """A tree's ways from the root, as tables on the device."""
+
+    def __init__(self, parents: tuple[int, ...], device: torch.device) -> None:
+        tree = DraftTree(torch.empty(0), parents)
+        length = max(tree.depths) + 1
+        # Behind its end a way goes straight on, so that rows moved along it stay where they are.
+        ways = [[*tree.way_to(node), *range(tree.depths[node] + 1, length)] for node in range(len(parents))]
+        self.nodes_MD = torch.tensor(ways, device=device)
+        self.depths_M = torch.tensor(tree.depths, device=device)
+        self.seen_MM = tree.mask.to(device, torch.int8)
+
+
+def _check(
+    lean: LeanText,
+    verifier: Verifier,
+    parents: tuple[int, ...],
+    cache: KVCache,
+    factor: float,
+    paths: _Paths,
+    state_2: Tensor,
+    tokens_M: Tensor,
+    seen_V: Tensor,
+    dice: Tensor,
+    q_MV: Tensor,
+) -> tuple[Tensor]:
+    """Pass, penalty, verdict and cache move. state: slot of the root, position - slot."""
+    base, offset = state_2[:1], state_2[1:]
+    tree = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None)
+    logits_MV = lean.logits(lean(tokens_M, paths.depths_M, 0, paths.seen_MM, base, offset, cache))
+    if factor != 1:
+        logits_MV = RepetitionPenalty.over(factor, seen_V)(logits_MV, tree)
+    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice))
+    if len(parents) > 1:
+        cache.move(base, paths.nodes_MD.index_select(0, decision_2[:1])[0])
+    return (torch.cat([decision_2, tokens_M]),)
+
+
+class CapturedTree(TreeSession):
+    """A `TreeSession` whose rounds are one program each: commit what was accepted, feed the next root, expand level by level.
+
+    The last accepted node is always fed again with the new root: its row may be missing (a leaf is never expanded), and a
+    pass of two rows costs what one of one row costs.
+    """
+
+    def __init__(
+        self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool, lean: LeanText, engine: GraphsEngine
+    ) -> None:
+        super().__init__(ctx, model, shape, sample)
+        self.lean, self.engine = lean, engine
+        self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
+        self.rows = _Rows(self.plan, sample, model.device)
+        key = (ctx.vocabulary, ctx.sampling if sample else None)
+        self.program = engine.expansion(model, lean, self.cache, shape, self._build, key)
+        self.races = self.program.inputs[2] if sample else None
+        self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=model.device)
+
+    def _build(self) -> Program:
+        """Warmed up on the last rows of the cache, which no request has reached."""
+        device, count = self.model.device, len(self.plan.shape)
+        levels = sum(len(level.nodes) for level in self.plan.levels)
+        races = (levels, self.ctx.vocabulary) if self.sample else (0,)
+        scratch = self.cache.capacity - levels - self.plan.shape.depth - 2
+        inputs = [
+            torch.tensor([scratch, 0, 0, 0], device=device),
+            torch.zeros(count, dtype=torch.int64, device=device),
+            torch.ones(races, dtype=torch.float64, device=device),
+        ]
+        fn = partial(_expand, self.lean, self.rows, self.cache, self.ctx.vocabulary, self.sample, self.ctx.sampling)
+        return Program(fn, inputs, self.engine.backend, self.engine._pool)
+
+    def propose(self, last: Verdict | None) -> DraftTree:
+        node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        if self.races is not None:
+            self.races.exponential_(generator=self.generator)
+        self.tokens, q_MV = self.program((self.root, node, bonus, self.cache.offset), self.tokens, None)
+        self.root += self.plan.shape.depths[node] + 1
+        return DraftTree(self.tokens, self.plan.shape.parents, q_MV if self.sample else None)
+
+
+class _Rows:
+    """A plan's tables on the device. Rows: the two that are fed, then each level's expanded nodes below the root."""
+
+    def __init__(self, plan: Plan, sample: bool, device: torch.device) -> None:
+        shape = plan.shape
+        tree = DraftTree(torch.empty(0), shape.parents)
+        length = shape.depth + 1
+        row_of = plan.row_of
+        # Where a node on a way was written, counted from the root; what was never expanded is fed again, so any row will do.
+        ways = [
+            [*(row_of.get(n, d) for d, n in enumerate(tree.way_to(node))), *range(shape.depths[node] + 1, length)]
+            for node in range(len(shape))
+        ]
+        self.rows_MD = torch.tensor(ways, device=device)
+        self.depths_M = torch.tensor(shape.depths, device=device)
+        self.feed_depths = torch.tensor([0, 1], device=device)
+        self.feed_seen = torch.ones(2, 2, dtype=torch.int8, device=device).tril()
+        self.levels = []
+        before = 2
+        for depth, level in enumerate(plan.levels):
+            nodes = torch.tensor(level.nodes, device=device)
+            depths = torch.full_like(nodes, depth + 1)
+            seen = None
+            if depth:
+                inside = plan.mask[list(level.nodes)][:, plan.order[: before - 2 + len(level.nodes)]]
+                seen = torch.cat([torch.ones(len(level.nodes), 2, dtype=torch.bool), inside], 1).to(device, torch.int8)
+            tables = [t.to(device) for t in (level.children, level.rows, level.ranks, level.orders)]
+            widest = int((level.orders if sample else level.ranks).max()) + 1
+            self.levels.append((nodes, depths, before, seen, widest, *tables))
+            before += len(level.nodes) if depth else 0
+
+
+def _expand(
+    lean: LeanText,
+    rows: _Rows,
+    cache: KVCache,
+    vocabulary: int,
+    sample: bool,
+    sampling: Sampling,
+    state_4: Tensor,
+    old_M: Tensor,
+    races_RV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """state: slot of the last root, accepted node, bonus token, position - slot. Returns tokens (M,) and q (M, V) or (0,)."""
+    root, node, bonus, offset = state_4.split(1)
+    cache.move(root, rows.rows_MD.index_select(0, node)[0])
+    base = root + rows.depths_M[node]
+    tokens_M = torch.zeros_like(old_M)
+    tokens_M[:1] = bonus
+    wide = torch.promote_types(lean.dtype, torch.float32)
+    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sample else (0,), dtype=wide)
+    done = 0
+    for nodes, depths, at, seen, widest, children, parent_rows, ranks, orders in rows.levels:
+        if seen is None:
+            fed = torch.cat([old_M[node], bonus])
+            hidden = lean(fed, rows.feed_depths, 0, rows.feed_seen, base, offset, cache)[-1:]
+        else:
+            hidden = lean(tokens_M[nodes], depths, at, seen, base, offset, cache)
+        logits_QV = lean.logits(hidden)[:, :vocabulary]
+        if sample:
+            q_QV = sampling.probabilities(logits_QV)
+            q_MV.index_copy_(0, nodes, q_QV)
+            best = draw(q_QV, races_RV[done : done + len(nodes)], widest)
+            done += len(nodes)
+            tokens_M.index_copy_(0, children, best[parent_rows, orders])
+        else:
+            tokens_M.index_copy_(0, children, lean.ops.top(logits_QV, widest)[parent_rows, ranks])
+    return tokens_M, q_MV

@@ -1,0 +1,69 @@
+"""A function of device tensors as something to run again and again: as it is, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cudagraph", "aot_eager", "direct")
+
+
+class Program:
+    """fn over fixed input buffers into fixed output buffers.
+
+    fn must not depend on anything the host could change: no sizes, no Python numbers, no reads. It is run on the `inputs`
+    given here, twice when captured, so those must be harmless; every later call copies its values into the same buffers.
+
+    backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
+    pool: of memory shared with other programs, which never run at the same time.
+    """
+
+    def __init__(
+        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, pool: object = None
+    ) -> None:
+        self.inputs = [value.clone() for value in inputs]
+        self._staged: list[Tensor | None] = [None] * len(self.inputs)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
+        if backend != "cudagraph":
+            self.outputs = [out.clone() for out in self._fn(*self.inputs)]
+            return
+        # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.outputs = [out.clone() for out in fn(*self.inputs)]
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            for mine, out in zip(self.outputs, fn(*self.inputs), strict=True):
+                mine.copy_(out)
+
+    def __call__(self, *values: Tensor | Sequence[int] | None) -> list[Tensor]:
+        """The outputs, which the next call overwrites. None leaves an input as it is; integers go in by one small copy."""
+        for number, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                value = self._stage(number, buffer, value)
+            buffer.copy_(value, non_blocking=True)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for mine, out in zip(self.outputs, self._fn(*self.inputs), strict=True):
+                mine.copy_(out)
+        return self.outputs
+
+    def _stage(self, number: int, buffer: Tensor, value: Sequence[int]) -> Tensor:
+        """Pinned memory, so that the copy does not wait. It is written again only after the host has read a result."""
+        if buffer.device.type != "cuda":
+            return torch.tensor(value)
+        staged = self._staged[number]
+        if staged is None:
+            staged = self._staged[number] = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+        for at, integer in enumerate(value):
+            staged[at] = integer
+        return staged

@@ -1,0 +1,214 @@
+"""The graphs engine on a CPU: its lean pass, and its programs run directly or through torch.compile without a code generator."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine, Fallback, engine_for
+from specvlm.engine.graphs import GraphsEngine
+from specvlm.engine.lean import LeanText, why_not
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.models.quantize import quantize_text
+from specvlm.pruners.none import NonePruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.types import DraftTree, TreeShape
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
+
+DRAFTERS = {
+    "tree": TreeDrafter(),
+    "wide": TreeDrafter(shape="3x2"),
+    "chain": TreeDrafter(shape="chain:4"),
+    "self": SelfDrafter(),
+    "prompt_lookup": PromptLookupDrafter(),
+}
+
+
+def graph_of(family: str, drafter: str, engine: Engine, pruner=None, ratio: float = 0.5, verifier=None) -> DecodingGraph:
+    return DecodingGraph(
+        tiny.model(family),
+        tiny.draft_of(family),
+        pruner or UniformPruner(),
+        DRAFTERS[drafter],
+        verifier or GreedyVerifier(),
+        ratio,
+        engine=engine,
+    )
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shape", ["paper", "chain:3", "2x2x2"])
+@torch.inference_mode()
+def test_the_lean_pass_is_the_models_own(family, shape):
+    lm, request = tiny.model(family), tiny.prompt(family)
+    assert why_not(lm) is None
+    parents = TreeShape.parse(shape).parents
+    tree = DraftTree(torch.randint(5, 80, (len(parents),)), parents)
+    ours, theirs = lm.new_cache(len(request) + 40), lm.new_cache(len(request) + 40)
+    embeds = lm.embed(request, lm.features(request))
+    for cache in (ours, theirs):
+        lm.prefill(embeds, lm.positions(request), cache, request.cut)
+    want = lm.score(tree, theirs)
+    lean = LeanText(lm)
+    base, offset = torch.tensor([ours.length]), torch.tensor([ours.offset])
+    hidden = lean(tree.tokens, torch.tensor(tree.depths), 0, tree.mask.to(torch.int8), base, offset, ours)
+    torch.testing.assert_close(lean.logits(hidden), want, rtol=1e-12, atol=1e-12)
+    rows = slice(0, theirs.length)
+    torch.testing.assert_close(ours.keys[..., rows, :], theirs.keys[..., rows, :], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.values[..., rows, :], theirs.values[..., rows, :], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["direct", "aot_eager"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_graphs_is_eager(family, drafter, backend):
+    if backend == "aot_eager" and drafter not in ("tree", "chain"):
+        pytest.skip("the others run the same programs")
+    request = tiny.prompt(family)
+    steps = {}
+    for engine in (Engine(), GraphsEngine(backend)):
+        steps[engine.name] = list(graph_of(family, drafter, engine).decode(request, 24))
+    assert tokens_of(steps["graphs"]) == tokens_of(steps["eager"]) == tiny.hf_greedy(tiny.model(family), request, 24)
+    assert [s.accepted for s in steps["graphs"]] == [s.accepted for s in steps["eager"]]
+    engine = GraphsEngine(backend)
+    alone = autoregressive(tiny.model(family), request, 24, GreedyVerifier(), engine=engine)
+    assert tokens_of(list(alone)) == tokens_of(steps["eager"])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("pruner", [NonePruner(), TwoStagePruner()])
+def test_every_ratio(pruner, ratio):
+    request, engine = tiny.prompt("qwen2_5_vl"), GraphsEngine("direct")
+    out = tokens_of(list(graph_of("qwen2_5_vl", "tree", engine, pruner, ratio).decode(request, 20)))
+    assert out == tiny.hf_greedy(tiny.model("qwen2_5_vl"), request, 20)
+
+
+def test_the_same_model_accepts_everything():
+    """Nothing pruned and one set of weights: each path of the paper's tree is five deep, and is taken whole."""
+    request = tiny.prompt("qwen2_5_vl")
+    steps = list(graph_of("qwen2_5_vl", "self", GraphsEngine("direct"), NonePruner()).decode(request, 30))
+    assert acceptance_of(steps)["accepted_per_round"] == 5.0
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_repetition_penalty(family, monkeypatch):
+    monkeypatch.setattr(tiny.model(family), "repetition_penalty", 1.3)
+    request = tiny.prompt(family)
+    outs = [tokens_of(list(graph_of(family, "tree", e).decode(request, 24))) for e in (Engine(), GraphsEngine("direct"))]
+    assert outs[0] == outs[1]
+    assert outs[0] != tiny.hf_greedy(tiny.model(family), request, 24)
+
+
+@pytest.mark.parametrize("drafter", ["tree", "chain", "prompt_lookup"])
+def test_sampling_draws_what_eager_draws(drafter):
+    """The same seed, the same numbers; where children are sampled the two draw their noise in another order."""
+    request, verifier = tiny.prompt("qwen2_5_vl"), SamplingVerifier(temperature=0.8, top_k=20)
+    if drafter == "prompt_lookup":
+        outs = [
+            tokens_of(list(graph_of("qwen2_5_vl", drafter, e, verifier=verifier).decode(request, 24)))
+            for e in (Engine(), GraphsEngine("direct"))
+        ]
+        assert outs[0] == outs[1]
+    else:
+        steps = list(graph_of("qwen2_5_vl", drafter, GraphsEngine("direct"), verifier=verifier).decode(request, 24))
+        assert len(tokens_of(steps)) == 24 and sum(s.accepted for s in steps) > 0
+    alone = [
+        tokens_of(list(autoregressive(tiny.model("qwen2_5_vl"), request, 16, verifier, engine=e)))
+        for e in (Engine(), GraphsEngine("direct"))
+    ]
+    assert alone[0] == alone[1]
+
+
+def test_requests_one_after_another_and_after_a_broken_one():
+    """Different lengths, a larger one that makes the cache grow, one left half-read, one that fails: no trace in the next."""
+    family = "qwen2_5_vl"
+    graph = graph_of(family, "tree", GraphsEngine("direct"))
+    requests = [tiny.prompt(family, seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
+    want = [tiny.hf_greedy(tiny.model(family), r, 16) for r in requests]
+    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
+    half = graph.decode(requests[0], 16)
+    next(half), next(half)
+    assert tokens_of(list(graph.decode(requests[1], 16))) == want[1]
+    check, calls = graph.engine.check, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("in the middle")
+        return check(*arguments)
+
+    graph.engine.check = broken
+    with pytest.raises(torch.OutOfMemoryError):
+        list(graph.decode(requests[0], 16))
+    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
+
+
+def test_captured_once_for_a_shape_and_a_cache():
+    family = "qwen2_5_vl"
+    graph = graph_of(family, "tree", GraphsEngine("direct"))
+    for seed in range(4):
+        list(graph.decode(tiny.prompt(family, seed=seed), 12))
+    first = {key: program for key, (_, program) in graph.engine._programs.items()}
+    assert len(first) == 2
+    list(graph.decode(tiny.prompt(family, frames=90), 12))  # both caches grow
+    assert first.keys() == graph.engine._programs.keys()
+    assert all(graph.engine._programs[key][1] is not program for key, program in first.items() if key[0] == "check")
+
+
+def test_a_large_tree_and_a_rule_of_the_host_run_eager():
+    request = tiny.prompt("qwen2_5_vl")
+    want = tiny.hf_greedy(tiny.model("qwen2_5_vl"), request, 16)
+
+    class OnHost(GreedyVerifier):
+        name = "on_host"
+
+        def verify(self, ctx):
+            return super().verify(ctx)
+
+    assert not OnHost().on_device
+    out = graph_of("qwen2_5_vl", "tree", GraphsEngine("direct"), verifier=OnHost())
+    assert tokens_of(list(out.decode(request, 16))) == want
+    large = DecodingGraph(
+        tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl"), UniformPruner(), TreeDrafter(shape="5x4x3"), GreedyVerifier(),
+        engine=GraphsEngine("direct"),
+    )  # fmt: skip
+    assert tokens_of(list(large.decode(request, 16))) == want
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_models(kind):
+    """The output is that of the same quantised target, and its lean pass is its modules' own."""
+    import copy
+
+    lm = tiny.wrap(copy.deepcopy(tiny.model("qwen2_5_vl").hf))
+    quantize_text(lm.hf, kind)
+    request = tiny.prompt("qwen2_5_vl")
+    outs = [
+        tokens_of(
+            list(
+                DecodingGraph(
+                    lm, tiny.draft_of("qwen2_5_vl"), UniformPruner(), TreeDrafter(), GreedyVerifier(), engine=e
+                ).decode(request, 20)
+            )
+        )
+        for e in (Engine(), GraphsEngine("direct"))
+    ]
+    assert outs[0] == outs[1] == tokens_of(list(autoregressive(lm, request, 20, GreedyVerifier())))
+
+
+def test_engine_for():
+    assert type(engine_for("auto", "cpu")) is Engine
+    assert type(engine_for("eager", "cpu")) is Engine
+    fallback = engine_for("graphs", "cpu")
+    assert isinstance(fallback, Fallback) and fallback.name == "eager"
+    assert "cpu is no CUDA device" in fallback.note and "\n" not in fallback.note
+    with pytest.raises(UserError, match="engine=fast is none of auto, eager, graphs"):
+        engine_for("fast")
