@@ -15,6 +15,7 @@ from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
 from experiments.gpu_pair.report import GOALS, MAIN, read, targets
 from experiments.gpu_pair.shapes import SHAPES, build, model_class, prompt_of
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine.graphs import GraphsEngine
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.pruners.two_stage import TwoStagePruner
@@ -30,13 +31,25 @@ FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
 @pytest.mark.parametrize("accepted", [0, 1.5, 3, 4])
 def test_given_acceptance_is_met_in_every_round(family, shape, accepted):
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
-    known = [step.tokens[0] for step in autoregressive(target, request, 60, GreedyVerifier())]
+    known = [step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier())]
     drafter = GivenDrafter(TreeDrafter(shape), tuple(known), accepted)
-    steps = list(DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5).decode(request, 60))
+    steps = list(DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5).decode(request, 48))
     assert [token for step in steps for token in step.tokens] == known
     found = [step.accepted for step in steps[1:] if step.full]
     assert found[:8:2] == [int(accepted)] * len(found[:8:2])
     assert found[1:8:2] == [int(accepted + 0.5)] * len(found[1:8:2])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_given_acceptance_is_met_by_the_graphs_engine(family):
+    target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
+    known = tuple(step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier()))
+    drafter, engine = GivenDrafter(TreeDrafter("paper"), known, 3.5), GraphsEngine("direct")
+    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5, engine=engine)
+    for _ in range(2):  # the second request runs what the first has captured
+        steps = list(graph.decode(request, 48))
+        assert tuple(token for step in steps for token in step.tokens) == known
+        assert [step.accepted for step in steps[1:9]] == [3, 4] * 4
 
 
 def test_no_guess_of_another_branch_is_right():

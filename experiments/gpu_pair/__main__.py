@@ -26,8 +26,8 @@ from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes
 from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.shapes import Llava, Qwen, build, pair_of, prompt_of
 from specvlm import metrics
-from specvlm.cache import CachePool
 from specvlm.config import model_folder
+from specvlm.engine import engine_for
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models.load import DTYPES, first_line
 from specvlm.models.video_lm import VideoLM
@@ -158,18 +158,6 @@ class Record:
         return None
 
 
-def engine_of(name: str, device: torch.device) -> dict[str, Any]:
-    from specvlm import engine
-    from specvlm.graph import DecodingGraph
-
-    if "engine" not in DecodingGraph.__dataclass_fields__:
-        return {}
-    made = engine.engine_for(name, device)
-    if why := getattr(made, "why", None):
-        print(why)
-    return {"engine": made}
-
-
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -245,30 +233,30 @@ class Run:
             draft = self.record.attempt(making, lambda: self.model(shape, weights, self.options.draft), **tags)
             if draft is None:
                 return
-        loop = engine_of(self.options.engine, self.device)
-        tags["engine"] = loop["engine"].name if loop else "eager"
-        caches = CachePool()
         for number in self.options.numbers("video_tokens"):
-            tokens = int(number)
-            name = f"{tokens} video tokens, draft {weights}: "
-            real = self.options.prefill == "real" or (self.options.prefill == "auto" and tokens <= REAL_UP_TO)
-            unread = prompt_of(target, self.pair.target, tokens, False, self.options.seed)
-            whole = prompt_of(target, self.pair.target, tokens, True, self.options.seed) if real else None
-            tags |= {"video_tokens": len(unread.video_index), "prefill": "real" if real else "random"}
-            bench = self.record.attempt(
-                f"{name}allocate the caches",
-                lambda whole=whole, unread=unread: Bench(
-                    target, draft, whole, unread, self.options.tree, self.counts, loop, caches
-                ),
-                **tags,
-            )
-            if bench is not None:
-                self.context(bench, name, tags, first)
+            self.context(target, draft, int(number), tags, first)
+            free()
 
-    def context(self, bench: Bench, name: str, tags: dict[str, Any], first: bool) -> None:
+    def context(self, target: VideoLM, draft: VideoLM | None, tokens: int, tags: dict[str, Any], first: bool) -> None:
+        """All parts at one context. Caches and engine are new ones, and gone behind it."""
         attempt, add, wanted = self.record.attempt, self.record.add, self.wanted
-        ratios, target, draft = self.options.numbers("ratio"), bench.target, bench.drafting
-        slots = len(bench.unread)
+        engine = engine_for(self.options.engine, self.device)
+        if why := getattr(engine, "why", None):
+            print(why)
+        real = self.options.prefill == "real" or (self.options.prefill == "auto" and tokens <= REAL_UP_TO)
+        unread = prompt_of(target, self.pair.target, tokens, False, self.options.seed)
+        whole = prompt_of(target, self.pair.target, tokens, True, self.options.seed) if real else None
+        name = f"{tokens} video tokens, draft {tags['draft_weights']}: "
+        tags = tags | {"engine": engine.name, "video_tokens": len(unread.video_index), "prefill": "real" if real else "random"}
+        made = attempt(
+            f"{name}allocate the cache",
+            lambda: Bench(target, draft, whole, unread, self.options.tree, self.counts, engine),
+            **tags,
+        )
+        if made is None:
+            return
+        bench, ratios, slots = made, self.options.numbers("ratio"), len(unread)
+        draft = bench.drafting
         check_floor = 1000 * (weight_bytes(target) + kv_bytes(target, slots)) / self.bandwidth
         add("bytes", **tags, target_weight_bytes=weight_bytes(target), draft_weight_bytes=weight_bytes(draft),
             target_kv_bytes=kv_bytes(target, slots), check_floor_ms=check_floor)  # fmt: skip

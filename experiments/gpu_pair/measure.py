@@ -17,6 +17,7 @@ from specvlm import memory
 from specvlm.cache import CachePool
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.two_stage import TwoStagePruner
@@ -91,8 +92,8 @@ class Bench:
     unread: VideoPrompt
     tree: str
     counts: Counts
-    options: dict[str, Any]  # engine=…, for both loops
-    caches: CachePool
+    engine: Engine
+    caches: CachePool = field(default_factory=CachePool)
     known: tuple[int, ...] = ()
     inner: TreeDrafter = field(init=False)
 
@@ -120,11 +121,11 @@ class Bench:
             GreedyVerifier(),
             ratio,
             caches=self.caches,
-            **self.options,
+            engine=self.engine,
         )
 
     def alone(self, limit: int) -> Iterator[Step]:
-        return autoregressive(self.target, self.unread, limit, GreedyVerifier(), caches=self.caches, **self.options)
+        return autoregressive(self.target, self.unread, limit, GreedyVerifier(), caches=self.caches, engine=self.engine)
 
     def draft_slots(self, ratio: float) -> int:
         return len(self.unread) - len(self.unread.video_index) + self.graph(ratio).budget(self.unread)
@@ -140,12 +141,11 @@ class Bench:
             synchronize(self.device)
             return perf_counter() - start
 
-        engine = self.options.get("engine")
-        before = getattr(engine, "capture_s", 0.0)
+        before = self.engine.capture_s
         alone = [seconds(self.alone(self.limit)) for _ in range(2)]
         rounds = [seconds(self.graph(ratio).decode(self.unread, self.limit)) for _ in range(2)]
         more_s = alone[0] - alone[1] + rounds[0] - rounds[1]
-        return {"s": more_s, "of_engine_s": getattr(engine, "capture_s", 0.0) - before}
+        return {"s": more_s, "of_engine_s": self.engine.capture_s - before}
 
     def start(self, ratio: float, repeats: int) -> Figures:
         """Medians over real prefills, the first thrown away where there are several: parts up to the first round, in ms."""
