@@ -25,7 +25,7 @@ from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.errors import UserError, did_you_mean
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.run import SMALLER, Job, assemble, prepare, write_json
+from specvlm.run import SMALLER, Job, assemble, prepare, threads, write_json
 from specvlm.show import Screen, size
 from specvlm.types import Step
 
@@ -116,7 +116,8 @@ def command(words: Sequence[str]) -> int:
     wishes = Wishes.of_words(own)
     run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
     kept = [word for word in others if word.partition("=")[0].split(".")[0] not in ("drafter", "ratio", "hydra")]
-    advise(run.cfg, run.run_dir, kept, wishes)
+    with threads(run.cfg.threads):
+        advise(run.cfg, run.run_dir, kept, wishes)
     return OK
 
 
@@ -124,8 +125,6 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     """Profile, predict, print, and write costs.json and advice.json into `folder`. words: of the run, to be repeated."""
     screen = Screen()
     say = screen.console.print
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     trees = wishes.trees(cfg)
     checked: list[dict[str, Any]] = []
     if wishes.costs:
@@ -138,6 +137,8 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
             graph = assemble(cfg, job)
+            screen.ignored(graph.target.ignored_settings)
+            screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
             costs, found, answer = measure(graph, job, wishes, trees, limit, screen)
             ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
@@ -188,7 +189,7 @@ def measure(
 
 
 def alone(graph: DecodingGraph, job: Job, limit: int) -> Iterator[Step]:
-    return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches)
+    return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
 
 
 def using(graph: DecodingGraph, drafter: str, shape: str = "", ratio: float | None = None) -> DecodingGraph:
