@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 
-from experiments.gpu_pair.__main__ import Options, main
+from experiments.gpu_pair.__main__ import main
 from experiments.gpu_pair.drafter import GivenDrafter, guesses
 from experiments.gpu_pair.measure import weight_bytes
 from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
+from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.report import GOALS, MAIN, read, targets
 from experiments.gpu_pair.shapes import SHAPES, build, model_class, prompt_of
 from specvlm.drafters.tree import TreeDrafter

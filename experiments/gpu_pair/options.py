@@ -1,0 +1,97 @@
+"""The command line of the benchmark: keys, defaults, and mistakes found before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from experiments.gpu_pair.shapes import pair_of
+from specvlm.engine import ENGINES
+from specvlm.errors import UserError, did_you_mean
+from specvlm.models.load import DTYPES
+from specvlm.types import TreeShape
+
+PARTS = ("copy", "capture", "start", "hf", "rounds")
+
+
+@dataclass
+class Options:
+    """Everything that may stand on the command line. Lists are written with commas: ratio=0.9,0,1."""
+
+    shape: str = "qwen2_5_vl_32b_7b"
+    target: str = ""  # a checkpoint folder instead of random weights
+    draft: str = ""
+    video_tokens: str = "16384"
+    ratio: str = "0.9,0,1"  # the first is the main one
+    accepted: str = "2,3,4,5"
+    draft_weights: str = "bf16"  # of bf16, fp8, int8, int4; bf16 is dtype as it is
+    target_weights: str = "auto"  # one of them; auto: as the shape has it
+    tree: str = "paper"
+    engine: str = "auto"  # auto | eager | graphs
+    device: str = "auto"
+    dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
+    prefill: str = "auto"  # real | random (caches filled with random numbers); auto: real up to 32,768 video tokens
+    only: str = ",".join(PARTS)
+    rounds: int = 20
+    warmup: int = 5
+    prefills: int = 3
+    limit_s: float = float("inf")  # what has not begun by then is skipped, and named
+    seed: int = 0
+    out: str = str(Path(__file__).with_name("results.jsonl"))
+    commit: str = ""  # where git cannot say it
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Options:
+        """Raises UserError for an unknown key or a value of the wrong type."""
+        known = {f.name: type(f.default) for f in fields(cls)}
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if not equals or name not in known:
+                hint = did_you_mean(name, known)
+                raise UserError(f"{word!r} is no key=value of this command; the keys are {', '.join(known)}.{hint}")
+        options = cls()
+        for name, value in OmegaConf.to_container(OmegaConf.from_cli(list(words))).items():  # type: ignore[union-attr]
+            text = ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            try:
+                setattr(options, str(name), known[str(name)](text))
+            except ValueError:
+                raise UserError(f"{name}={text}: expected a number") from None
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Raises UserError for what a type cannot say, before anything is made."""
+        weights = ("bf16", "fp8", "int8", "int4")
+        choices = {"draft_weights": weights, "target_weights": ("auto", *weights), "only": PARTS}
+        choices |= {"prefill": ("auto", "real", "random"), "dtype": ("auto", *DTYPES), "engine": ENGINES}
+        for name, allowed in choices.items():
+            for value in getattr(self, name).split(","):
+                if value not in allowed:
+                    raise UserError(f"{name}={value}: expected {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+        for name in ("video_tokens", "ratio", "accepted"):
+            self.numbers(name)
+        if any(not 0 <= ratio <= 1 for ratio in self.numbers("ratio")):
+            raise UserError(f"ratio={self.ratio}: expected shares of the video tokens to drop, from 0 to 1")
+        for name in ("rounds", "warmup", "prefills"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
+        pair = pair_of(self.shape)
+        try:
+            depth = TreeShape.parse(self.tree).depth
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if pair.draft is None and (self.draft_weights != "bf16" or self.draft):
+            raise UserError(f"shape={self.shape} has no draft model of its own: leave draft and draft_weights out")
+        if pair.draft is not None and bool(self.draft) != bool(self.target):
+            raise UserError("target=FOLDER and draft=FOLDER go together: give both, or neither for random weights")
+        if not 0 <= min(self.numbers("accepted")) <= max(self.numbers("accepted")) <= depth:
+            raise UserError(f"accepted={self.accepted}: tree={self.tree} can have 0 to {depth} accepted")
+
+    def numbers(self, name: str) -> list[float]:
+        try:
+            return [float(text) for text in getattr(self, name).split(",")]
+        except ValueError:
+            raise UserError(f"{name}={getattr(self, name)}: expected numbers, with commas between them") from None
