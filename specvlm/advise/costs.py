@@ -187,14 +187,15 @@ def rows_of(shape: str) -> tuple[int, ...]:
 def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
     """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
 
-    The first needs the largest caches, so that nothing is allocated, or captured, twice.
+    The first needs the largest caches, so that nothing is allocated, or captured, twice. It comes once more at a ratio where
+    every other decode would be a shape's first: an engine captures when a drafter starts, and its start is to be told too.
     """
     ordered = sorted(set(ratios))
     main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
     if drafter == "self":
-        return [(shape, ratio) for ratio in ordered for shape in PROBES_OF_SELF]
-    first = [(WIDEST, ordered[0])] if ordered[0] != main else []
-    return [*first, *((shape, main) for shape in PROBES), *(("chain:8", ratio) for ratio in ordered if ratio != main)]
+        return [(shape, ratio) for ratio in ordered for shape in (PROBES_OF_SELF[0], *PROBES_OF_SELF)]
+    at_main, others = [(shape, main) for shape in PROBES], [("chain:8", ratio) for ratio in ordered if ratio != main]
+    return [(WIDEST, ordered[0]), *at_main, *others]
 
 
 @dataclass(frozen=True)
