@@ -29,7 +29,6 @@ ROUNDS = 20  # of a probe; the first two are warm-up
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-WIDTHS = (1, 4, 8, 16)
 APART = 1.3  # sizes of trees nearer to each other than this factor share a knot: less noise
 CHECK = ("verify", "host")
 SHORTEST = 4  # tokens of an answer that can be measured on
@@ -79,16 +78,16 @@ class Curve:
             weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
+        by_context, constant = self.varied
+        fixed = [float(constant), float(len(rows) * context * by_context)]
+        if len(self.knots) == 1:
+            return [*fixed, float(len(rows))]
         weights = np.zeros(len(self.knots))
         for count in rows:
-            if len(self.knots) == 1:
-                weights[0] += 1
-                continue
             left = int(np.clip(np.searchsorted(self.knots, count) - 1, 0, len(self.knots) - 2))
             share = (count - self.knots[left]) / (self.knots[left + 1] - self.knots[left])
             weights[left : left + 2] += 1 - share, share
-        by_context, constant = self.varied
-        return [float(constant), len(rows) * context * by_context, *weights]
+        return [*fixed, *weights]
 
     def __call__(self, rows: Sequence[int], context: int = 0) -> float:
         return float(np.dot(self.costs, self.columns(rows, context)))
@@ -142,8 +141,8 @@ class Costs:
         for drafter in dict.fromkeys(t.drafter for t in self.timings):
             seen = [t for t in self.timings if t.drafter == drafter]
             passes = [rows_of(t.shape) for t in seen]
-            widest = max(max(rows) for rows in passes)
-            knots = [w for w in WIDTHS if w <= widest]
+            widest = max(map(max, passes))
+            knots = [w for w in (1, 4, 8, 16) if w <= widest]  # the widths of PROBES
             curves[drafter] = Curve(passes, [t.context for t in seen], [t.draft_ms for t in seen], knots)
         return curves
 
@@ -187,8 +186,8 @@ def rows_of(shape: str) -> tuple[int, ...]:
 def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
     """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
 
-    The first needs the largest caches, so that nothing is allocated, or captured, twice. It comes once more at a ratio where
-    every other decode would be a shape's first: an engine captures when a drafter starts, and its start is to be told too.
+    The first needs the largest caches, so that nothing is allocated twice; and no ratio has first decodes of shapes alone, in
+    which an engine captures while the drafter starts.
     """
     ordered = sorted(set(ratios))
     main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
@@ -264,8 +263,8 @@ def _profile(
         timings.append(Timing(drafter, shape, ratio, len(prompt) - video + len(keep), draft_ms, check_ms))
     starts = [Start(*at, min(first_s[0 < len(kept[at]) < video]), min(seconds)) for at, seconds in draft_s.items()]
     alone_ms = min(part_ms([steps], *CHECK) for steps in plain)
-    device = graph.target.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    gpu = graph.target.device.type == "cuda"
+    machine = torch.cuda.get_device_name(graph.target.device) if gpu else platform.machine()
     costs = Costs(len(prompt) - video, video, alone_ms, min(first_s[False]), tuple(timings), tuple(starts), machine)
     return Profile(costs, answer, kept)
 
