@@ -42,7 +42,7 @@ def run(cfg: DictConfig, folder: Path) -> int:
         try:
             graph = assemble(cfg, job)
             screen.ignored(graph.target.ignored_settings)
-        screen.note(graph.engine.note)
+            screen.note(graph.engine.note)
             with files_of(folder):
                 try:
                     decode(cfg, job, graph, folder, screen, record)

@@ -133,7 +133,7 @@ class Sampling:
             ascending, order = scores.sort(dim=-1)
             # A token goes when it and everything below it weigh at most 1 - top_p; the best one always stays.
             drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
-            drop[..., -1] = False
+            drop[..., -1:].fill_(False)
             scores = scores.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
         return scores.softmax(-1)
 

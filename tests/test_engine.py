@@ -1,4 +1,4 @@
-"""The graphs engine on a CPU: its lean pass, and its programs run directly or through torch.compile without a code generator."""
+"""The graphs engine on a CPU: its lean pass, and its programs run directly or compiled without a code generator."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_captured_once_for_a_shape_and_a_cache():
     graph = graph_of(family, "tree", GraphsEngine("direct"))
     for seed in range(4):
         list(graph.decode(tiny.prompt(family, seed=seed), 12))
-    first = {key: program for key, (_, program) in graph.engine._programs.items()}
+    first = {key: held[1] for key, held in graph.engine._programs.items()}
     assert len(first) == 2
     list(graph.decode(tiny.prompt(family, frames=90), 12))  # both caches grow
     assert first.keys() == graph.engine._programs.keys()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class GraphsEngine(Engine):
         self.backend = backend
         self.capture_s = 0.0
         self._lean: dict[int, tuple[VideoLM, LeanText | None]] = {}
-        self._programs: dict[Hashable, tuple[KVCache, Program]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if backend == "cudagraph" else None
+        # A cache is not kept alive by what was captured for it.
+        self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if backend == "cudagraph" else None
 
     # ---- the target's steps -----------------------------------------------------------------------------------------
 
@@ -88,10 +90,10 @@ class GraphsEngine(Engine):
                 torch.empty(0, device=device) if q is None else torch.zeros_like(q),
             ]
             fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, _Paths(tree.parents, device))
-            return Program(fn, inputs, self.backend, self._pool)
+            return Program(fn, inputs, self.backend, self.pool)
 
         key = ("check", id(target), tree.parents, verifier, penalty.factor, q is not None)
-        program = self._program(key, cache, build)
+        program = self.program(key, cache, build)
         (outcome,) = program((base, cache.offset), tree.tokens, seen, numbers, q)
         last, bonus, *tokens = outcome.tolist()  # the round's one read
         verdict = verifier.verdict(last, bonus, tree)
@@ -107,11 +109,6 @@ class GraphsEngine(Engine):
             return super().tree_session(ctx, model, shape, sample)
         return CapturedTree(ctx, model, shape, sample, lean, self)
 
-    def expansion(
-        self, model: VideoLM, lean: LeanText, cache: KVCache, shape: TreeShape, fn: Callable[[], Program], more: Hashable
-    ) -> Program:
-        return self._program(("draft", id(model), shape, more), cache, fn)
-
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
     def lean(self, model: VideoLM) -> LeanText | None:
@@ -123,15 +120,13 @@ class GraphsEngine(Engine):
             self._lean[id(model)] = (model, None if why else LeanText(model, kernels_for(model)))
         return self._lean[id(model)][1]
 
-    def _program(self, key: Hashable, cache: KVCache, build: Callable[[], Program]) -> Program:
-        """What was captured for this cache, which a larger one replaces."""
+    def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[], Program]) -> Program:
+        """What was captured for this cache; what was captured for those that are gone, goes."""
         held = self._programs.get(key)
-        if held is None or held[0] is not cache:
-            stale = [other for other, (theirs, _) in self._programs.items() if other[:2] == key[:2] and theirs is not cache]  # type: ignore[index]
-            for other in stale:
-                del self._programs[other]
+        if held is None or held[0]() is not cache:
+            self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             start = perf_counter()
-            held = self._programs[key] = (cache, build())
+            held = self._programs[key] = (ref(cache), build())
             self.capture_s += perf_counter() - start
         return held[1]
 
@@ -200,8 +195,8 @@ class CapturedTree(TreeSession):
         self.lean, self.engine = lean, engine
         self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
         self.rows = _Rows(self.plan, sample, model.device)
-        key = (ctx.vocabulary, ctx.sampling if sample else None)
-        self.program = engine.expansion(model, lean, self.cache, shape, self._build, key)
+        key = ("draft", id(model), shape, ctx.vocabulary, ctx.sampling if sample else None)
+        self.program = engine.program(key, self.cache, self._build)
         self.races = self.program.inputs[2] if sample else None
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=model.device)
 
@@ -217,7 +212,7 @@ class CapturedTree(TreeSession):
             torch.ones(races, dtype=torch.float64, device=device),
         ]
         fn = partial(_expand, self.lean, self.rows, self.cache, self.ctx.vocabulary, self.sample, self.ctx.sampling)
-        return Program(fn, inputs, self.engine.backend, self.engine._pool)
+        return Program(fn, inputs, self.engine.backend, self.engine.pool)
 
     def propose(self, last: Verdict | None) -> DraftTree:
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
@@ -226,6 +221,22 @@ class CapturedTree(TreeSession):
         self.tokens, q_MV = self.program((self.root, node, bonus, self.cache.offset), self.tokens, None)
         self.root += self.plan.shape.depths[node] + 1
         return DraftTree(self.tokens, self.plan.shape.parents, q_MV if self.sample else None)
+
+
+class _Level(NamedTuple):
+    """A pass: tree nodes, their positions above the fed rows', slot of the first, what they see (None: the two fed rows),
+    guesses of a node, and for each child its tree node, its parent's row, which guess it is, and of which draw.
+    """
+
+    nodes: Tensor
+    depths: Tensor
+    at: int
+    seen: Tensor | None
+    widest: int
+    children: Tensor
+    parents: Tensor
+    ranks: Tensor
+    orders: Tensor
 
 
 class _Rows:
@@ -245,7 +256,7 @@ class _Rows:
         self.depths_M = torch.tensor(shape.depths, device=device)
         self.feed_depths = torch.tensor([0, 1], device=device)
         self.feed_seen = torch.ones(2, 2, dtype=torch.int8, device=device).tril()
-        self.levels = []
+        self.levels: list[_Level] = []
         before = 2
         for depth, level in enumerate(plan.levels):
             nodes = torch.tensor(level.nodes, device=device)
@@ -256,7 +267,7 @@ class _Rows:
                 seen = torch.cat([torch.ones(len(level.nodes), 2, dtype=torch.bool), inside], 1).to(device, torch.int8)
             tables = [t.to(device) for t in (level.children, level.rows, level.ranks, level.orders)]
             widest = int((level.orders if sample else level.ranks).max()) + 1
-            self.levels.append((nodes, depths, before, seen, widest, *tables))
+            self.levels.append(_Level(nodes, depths, before, seen, widest, *tables))
             before += len(level.nodes) if depth else 0
 
 
@@ -280,19 +291,20 @@ def _expand(
     wide = torch.promote_types(lean.dtype, torch.float32)
     q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sample else (0,), dtype=wide)
     done = 0
-    for nodes, depths, at, seen, widest, children, parent_rows, ranks, orders in rows.levels:
-        if seen is None:
+    for level in rows.levels:
+        if level.seen is None:
             fed = torch.cat([old_M[node], bonus])
             hidden = lean(fed, rows.feed_depths, 0, rows.feed_seen, base, offset, cache)[-1:]
         else:
-            hidden = lean(tokens_M[nodes], depths, at, seen, base, offset, cache)
+            hidden = lean(tokens_M[level.nodes], level.depths, level.at, level.seen, base, offset, cache)
         logits_QV = lean.logits(hidden)[:, :vocabulary]
         if sample:
             q_QV = sampling.probabilities(logits_QV)
-            q_MV.index_copy_(0, nodes, q_QV)
-            best = draw(q_QV, races_RV[done : done + len(nodes)], widest)
-            done += len(nodes)
-            tokens_M.index_copy_(0, children, best[parent_rows, orders])
+            q_MV.index_copy_(0, level.nodes, q_QV)
+            best = draw(q_QV, races_RV[done : done + len(level.nodes)], level.widest)
+            done += len(level.nodes)
+            tokens_M.index_copy_(0, level.children, best[level.parents, level.orders])
         else:
-            tokens_M.index_copy_(0, children, lean.ops.top(logits_QV, widest)[parent_rows, ranks])
+            best = lean.ops.top(logits_QV, level.widest)
+            tokens_M.index_copy_(0, level.children, best[level.parents, level.ranks])
     return tokens_M, q_MV

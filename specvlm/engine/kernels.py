@@ -319,9 +319,9 @@ def _rope_kernel(
 
 
 @triton.jit
-def _attend_tile(q, k, v, seen, m, l, acc, scale, MASKED: tl.constexpr, IEEE: tl.constexpr):
-    """One tile of keys into the running maximum m, sum l and weighted values acc of an online softmax, base 2."""
-    if IEEE:
+def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE: tl.constexpr):
+    """One tile of keys into the running maximum m, total and weighted values acc of an online softmax, base 2."""
+    if IEEE:  # noqa: SIM108
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
         score = tl.dot(q, tl.trans(k))
@@ -333,12 +333,12 @@ def _attend_tile(q, k, v, seen, m, l, acc, scale, MASKED: tl.constexpr, IEEE: tl
         safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
     weight = tl.exp2(score * scale - safe[:, None])
     shrink = tl.exp2(m - safe)
-    l = l * shrink + tl.sum(weight, 1)
+    total = total * shrink + tl.sum(weight, 1)
     if IEEE:
         acc = tl.dot(weight, v, acc * shrink[:, None], input_precision="ieee")
     else:
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
-    return top, l, acc
+    return top, total, acc
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def _attend_rows(
     # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
     q = tl.load(q_ptr + ((r // G) * H + head * G + r % G)[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
     m = tl.full((R,), float("-inf"), dtype=tl.float32)
-    l = tl.zeros((R,), dtype=tl.float32)
+    total = tl.zeros((R,), dtype=tl.float32)
     acc = tl.zeros((R, D), dtype=tl.float32)
     whole = base // BN * BN
     share = tl.cdiv(whole // BN, parts) * BN
@@ -366,7 +366,7 @@ def _attend_rows(
         at = (start + offs_n)[:, None] * D + d[None, :]
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
-        m, l, acc = _attend_tile(q, k, v, True, m, l, acc, scale, False, IEEE)
+        m, total, acc = _attend_tile(q, k, v, True, m, total, acc, scale, False, IEEE)
     if part == parts - 1:
         for start in range(whole, base + T, BN):
             slots = start + offs_n
@@ -379,8 +379,8 @@ def _attend_rows(
                 seen_ptr + (r // G)[:, None] * T + node[None, :], mask=ok[:, None] & (inside & (node >= 0))[None, :], other=0
             )
             seen = (marked != 0) | (node < 0)[None, :]
-            m, l, acc = _attend_tile(q, k, v, seen, m, l, acc, scale, True, IEEE)
-    safe = tl.where(l > 0, l, 1.0)
+            m, total, acc = _attend_tile(q, k, v, seen, m, total, acc, scale, True, IEEE)
+    safe = tl.where(total > 0, total, 1.0)
     at = (part * J + head) * rows + r
     tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None])
     tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
@@ -418,12 +418,12 @@ def _attention_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S,
+    part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S, first, S_BEYOND,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H).
 
-    NARROW: y in 8 bits, with a scale a head and row.
+    S_BEYOND: parts of the rows of a KV head from `first` on. NARROW: y in 8 bits, with a scale a head and row.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -433,10 +433,12 @@ def _merge_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    at = (s * J + head // G) * (Q * G) + row * G + head % G
-    lse = tl.load(lse_ptr + at, mask=s < S, other=float("-inf"))
+    r = row * G + head % G
+    inside = s < tl.where(r < first, S, S_BEYOND)
+    at = (s * J + head // G) * (Q * G) + r
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
-    part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(s < S)[:, None], other=0.0)
+    part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=inside[:, None], other=0.0)
     y = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
     at = y_ptr + (row * H + head) * D + d
     if NARROW:
@@ -483,18 +485,22 @@ def _top_kernel(
 # ---- launches ---------------------------------------------------------------------------------------------------------
 
 
-AHEAD = 2  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
+LOG2_E = 1.4426950408889634
+AHEAD = 1  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
 GROUP = 128  # values of a row in 8 bits that share a scale: a tile of k, a head, a tile of the gated layer
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program."""
+    """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program; registers of
+    a thread at most (0: as many as the compiler likes), so that two programs fit a processor.
+    """
 
     outputs: int = 64
     inputs: int = 128
     stages: int = 4
     warps: int = 4
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -519,7 +525,9 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     for weight in weights:
         if weight.inputs % GROUP or weight.data.stride(1) != 1:
             return f"{weight.inputs} inputs of a layer are no multiple of {GROUP}"
-        if weight.kind != "full" and (weight.outputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
+        if weight.kind != "full" and (
+            weight.outputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)
+        ):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} and heads of {GROUP}"
         if weight.kind == "int4" and weight.inputs % (2 * GROUP):
             return f"weights in int4 need inputs of multiples of {2 * GROUP}"
@@ -527,7 +535,10 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
 
 
 def _options(tile: Tile) -> dict[str, Any]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **({"launch_pdl": True} if PDL else {})}
+    more: dict[str, Any] = {"launch_pdl": True} if PDL else {}
+    if tile.registers:
+        more["maxnreg"] = tile.registers
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **more}
 
 
 def _width(rows: int) -> int:
@@ -539,7 +550,7 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
     """By measurement on an H200: enough bytes in flight for its memory. double: two weights of this kind at once."""
     if weight.kind == "full":
         return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
-    return Tile(128, GROUP, 3 if double else 4, 4)
+    return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6, 4)
 
 
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
@@ -547,8 +558,6 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
     a row's sums are rounded alike in a pass of one row and in a pass of a tree.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
-    if weights[0].kind != "full":
-        return max(1, min(8, round(2.2 * _processors(device) / tiles)))
     return max(1, round(1.5 * _processors(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
 
 
@@ -561,9 +570,16 @@ def _split(x: Tensor | Narrow) -> tuple[Tensor, Tensor]:
 
 
 def linear(
-    x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None, tile: Tile | None = None, parts: int = 0
+    x_QK: Tensor | Narrow,
+    weights: tuple[Weight, ...],
+    whole: torch.dtype | None = None,
+    tile: Tile | None = None,
+    parts: int = 0,
 ) -> Tensor:
-    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k; whole: (1, Q, N) of that dtype."""
+    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k.
+
+    whole: (1, Q, N) of that dtype.
+    """
     x, scale = _split(x_QK)
     rows, inputs = x.shape
     first, last = weights[0], weights[-1]
@@ -652,25 +668,42 @@ def attention(
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
     r1, count, r2 = blocks or row_blocks(group_rows)
-    # Enough programs to fill the device, but few parts where the result of a part is large.
-    parts = parts or max(1, min(32, _processors(q_QHD.device) * (1 if group_rows > 64 else 2) // kv_heads))
+    # Enough programs to fill the device, once where they are large. A few rows beyond whole blocks get a fifth of it, three
+    # programs a processor: they wait for memory alone, and are done when the others are.
+    processors = _processors(q_QHD.device)
+    slots = max(2, processors // kv_heads)
+    if not parts:
+        parts = min(32, 2 * slots) if group_rows <= 64 else max(1, slots * 13 // 16 if r2 else slots)
+    beyond = max(1, min(32, 3 * (processors // kv_heads - parts), parts)) if r2 else 0
     device = q_QHD.device
-    part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
-    lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
-    shared = (q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse, rows, seen_QT.shape[1], capacity, scale * 1.4426950408889634)
+    part = torch.empty(max(parts, beyond), kv_heads, group_rows, width, dtype=torch.float32, device=device)
+    lse = torch.empty(max(parts, beyond), kv_heads, group_rows, dtype=torch.float32, device=device)
+    shared = (
+        q_QHD,
+        keys_JCD,
+        values_JCD,
+        seen_QT,
+        base,
+        part,
+        lse,
+        rows,
+        seen_QT.shape[1],
+        capacity,
+        scale * 1.4426950408889634,
+    )
     fixed = {"H": heads, "J": kv_heads, "D": width, "BN": bn, "IEEE": q_QHD.dtype == torch.float32}
-    if r2:  # a few rows beyond whole blocks: fewer warps, beside the others on the same processors
-        _attention_kernel[(kv_heads, parts, 1)](
-            *shared, count * r1, R=r2, BESIDE=False, **fixed, **_options(Tile(warps=8 if r2 > 64 else 4, stages=3))
-        )
+    if r2:
+        few = Tile(warps=8 if r2 > 64 else 4, stages=3)
+        _attention_kernel[(kv_heads, beyond, 1)](*shared, count * r1, R=r2, BESIDE=False, **fixed, **_options(few))
     _attention_kernel[(kv_heads, parts, count)](
         *shared, 0, R=r1, BESIDE=r2 > 0, **fixed, **_options(tile or Tile(warps=8 if r1 > 64 else 4, stages=3))
     )
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
     _merge_kernel[(rows, heads)](
-        part, lse, *_split(out), rows, parts,
-        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None, **_options(Tile(warps=2)),
+        part, lse, *_split(out), rows, parts, count * r1, beyond,
+        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(max(parts, beyond)), NARROW=y is None,
+        **_options(Tile(warps=2)),
     )  # fmt: skip
     return out
 

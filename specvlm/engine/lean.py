@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specvlm.cache import KVCache

@@ -60,9 +60,7 @@ def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str 
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
-def add_norm(
-    x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
-) -> tuple[Tensor, Tensor]:
+def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
     """(x + sum of parts, its RMSNorm times weight), both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
     wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
@@ -96,7 +94,7 @@ def attention(
     """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks. The naive form:
     a mask over every slot of the cache, keys and values repeated for each query head.
     """
-    rows, heads, _ = q_QHD.shape
+    heads = q_QHD.shape[1]
     kv_heads, capacity, _ = keys_JCD.shape
     slots_C = torch.arange(capacity, device=base.device)
     node_C = (slots_C - base).clamp(0, seen_QT.shape[1] - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,13 @@ class Program:
     pool: of memory shared with other programs, which never run at the same time.
     """
 
-    def __init__(
-        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, pool: object = None
-    ) -> None:
+    def __init__(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, pool: Any = None) -> None:
         self.inputs = [value.clone() for value in inputs]
         self._staged: list[Tensor | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
+        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph needs it no more, nor what it holds
         if backend != "cudagraph":
+            self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
             self.outputs = [out.clone() for out in self._fn(*self.inputs)]
             return
         # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
@@ -52,7 +52,7 @@ class Program:
             buffer.copy_(value, non_blocking=True)
         if self.graph is not None:
             self.graph.replay()
-        else:
+        elif self._fn is not None:
             for mine, out in zip(self.outputs, self._fn(*self.inputs), strict=True):
                 mine.copy_(out)
         return self.outputs

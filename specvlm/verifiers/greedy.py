@@ -34,10 +34,9 @@ class GreedyVerifier(Verifier):
 
     def decide(self, ctx: VerifyContext) -> Tensor:
         parents = ctx.tree.parents
-        up_M, beside_MM, order_M = _layout(parents, ctx.logits_MV.device)
+        up_M, root_M, beside_MM, order_M = _layout(parents, ctx.logits_MV.device)
         best_M = ctx.logits_MV.argmax(-1)
-        fits_M = ctx.tree.tokens.to(best_M.device) == best_M[up_M]
-        fits_M[0] = True  # the root was accepted in the round before
+        fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root was accepted in the round before
         stands_M = (fits_M | beside_MM).all(-1)
         last_1 = torch.where(stands_M, order_M, -1).argmax(0, keepdim=True)
         return torch.cat([last_1, best_M[last_1]])
@@ -47,18 +46,18 @@ class GreedyVerifier(Verifier):
 
 
 @lru_cache(maxsize=64)
-def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the shape of a tree alone decides, kept on the device: shapes recur in every round.
 
-    (M,) parents with the root its own; (M, M) is column *not* on the way from the root to row; (M,) keys without
-    ties, higher for deeper nodes, then for lower numbers.
+    (M,) parents with the root its own; (M,) is it the root; (M, M) is column *not* on the way from the root to row; (M,)
+    keys without ties, higher for deeper nodes, then for lower numbers.
     """
     count = len(parents)
     depths = DraftTree(torch.empty(0), parents).depths
     order = [depth * count + count - 1 - node for node, depth in enumerate(depths)]
     return (
         torch.tensor(parents, device=device).clamp(min=0),
+        torch.tensor([parent < 0 for parent in parents], device=device),
         ~ancestor_mask(parents).to(device),
         torch.tensor(order, device=device),
     )
-

@@ -99,7 +99,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
         q_nV = _drawn_from(x_n1, p_nV, None if q_MV is None else q_MV[above_n])
         accept_M[child_n], p_MV[above_n] = _try(x_n1, p_nV, q_nV)
         if q_MV is not None:
-            q_MV[above_n, x_n1[:, 0]] = 0.0
+            q_MV.index_put_((above_n, x_n1[:, 0]), q_MV.new_zeros(()))
     return accept_M, p_MV[:, :known]
 
 
