@@ -140,7 +140,8 @@ class DecodingGraph:
 
     ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
     drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
-    engine: how a step runs, see `specvlm.engine`. vocabulary: token ids known to both models. Caches are kept between requests; one request at a time.
+    engine: how a step runs, see `specvlm.engine`. vocabulary: token ids known to both models. Caches are kept between
+    requests; one request at a time.
     """
 
     target: VideoLM
