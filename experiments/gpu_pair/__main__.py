@@ -26,6 +26,7 @@ from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Llava, Qwen, build, pair_of, prompt_of
 from specvlm import metrics
+from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
@@ -202,6 +203,7 @@ class Run:
                 add("hf", **tags, **hf, same_tokens=tokens == list(bench.known[: len(tokens)]))
         if "rounds" not in wanted:
             return
+        costs = attempt(f"{name}the adviser's profile", lambda: bench.profile(ratios), **tags) if "advise" in wanted else None
         for ratio in ratios:
             draft_floor = 1000 * (weight_bytes(draft) + kv_bytes(draft, bench.draft_slots(ratio))) / self.bandwidth
             for accepted in self.options.numbers("accepted"):
@@ -214,6 +216,13 @@ class Run:
                     versus = {"against_ours": alone["ms_per_token"] / figures["ms_per_token"]}
                     if hf_ms := self.hf_ms.get(tags["video_tokens"]):
                         versus["against_hf"] = hf_ms / figures["ms_per_token"]
+                    if costs is not None:
+                        shape, drafter = self.options.tree, bench.inner.name
+                        predicted = predict(costs, shape, ratio, figures["accepted_found"], drafter)
+                        versus |= {
+                            "predicted_ms_per_token": predicted,
+                            "predicted_error": predicted / figures["ms_per_token"] - 1,
+                        }
                     add("rounds", **where, **figures, **floors, **versus)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
@@ -14,6 +14,7 @@ from torch import nn
 
 from experiments.gpu_pair.drafter import GivenDrafter
 from specvlm import memory
+from specvlm.advise import Costs, profile
 from specvlm.cache import CachePool
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -201,6 +202,12 @@ class Bench:
         self.known = tuple(token for step in steps for token in step.tokens)
         kept = walls[1 + self.counts.warmup :]
         return {"ms_per_token": 1000 * median(kept), "repeats": len(kept)}
+
+    def profile(self, ratios: Sequence[float]) -> Costs:
+        """What the adviser measures, by other trees than the one whose rounds it is to predict. For one context."""
+        beyond = 40  # its largest tree has so many nodes more than ours, and the caches are allocated already
+        graph, drafter = self.graph(ratios[0]), self.inner.name
+        return profile(graph, self.unread, lambda: self.alone(60), {drafter: ratios}, self.limit - beyond).costs
 
     def rounds(self, ratio: float, accepted: float) -> Figures:
         """Rounds at a given acceptance, medians.

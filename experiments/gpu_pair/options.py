@@ -14,7 +14,7 @@ from specvlm.errors import UserError, did_you_mean
 from specvlm.models.load import DTYPES
 from specvlm.types import TreeShape
 
-PARTS = ("copy", "capture", "start", "hf", "rounds")
+PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")
 
 
 @dataclass

@@ -668,13 +668,15 @@ def attention(
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
     r1, count, r2 = blocks or row_blocks(group_rows)
-    # Enough programs to fill the device, once where they are large. A few rows beyond whole blocks get a fifth of it, three
-    # programs a processor: they wait for memory alone, and are done when the others are.
+    # Enough programs to fill the device, once where they are large: each takes a whole processor. Rows beyond whole blocks
+    # get the processors that are left, a few rows three programs on each, as they wait for memory alone.
     processors = _processors(q_QHD.device)
     slots = max(2, processors // kv_heads)
     if not parts:
-        parts = min(32, 2 * slots) if group_rows <= 64 else max(1, slots * 13 // 16 if r2 else slots)
-    beyond = max(1, min(32, 3 * (processors // kv_heads - parts), parts)) if r2 else 0
+        parts = min(32, 2 * slots) if group_rows <= 64 else slots
+        if r2:
+            parts = max(1, slots * 13 // 16 if r2 <= 16 else slots * 2 // 3)
+    beyond = max(1, min(32, (processors - parts * kv_heads) * (3 if r2 <= 16 else 1) // kv_heads)) if r2 else 0
     device = q_QHD.device
     part = torch.empty(max(parts, beyond), kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(max(parts, beyond), kv_heads, group_rows, dtype=torch.float32, device=device)
@@ -692,12 +694,11 @@ def attention(
         scale * 1.4426950408889634,
     )
     fixed = {"H": heads, "J": kv_heads, "D": width, "BN": bn, "IEEE": q_QHD.dtype == torch.float32}
-    if r2:
+    large = tile or Tile(warps=8 if r1 > 64 else 4, stages=3)
+    _attention_kernel[(kv_heads, parts, count)](*shared, 0, R=r1, BESIDE=False, **fixed, **_options(large))
+    if r2:  # behind the large ones, or those would wait for processors where small ones run
         few = Tile(warps=8 if r2 > 64 else 4, stages=3)
-        _attention_kernel[(kv_heads, beyond, 1)](*shared, count * r1, R=r2, BESIDE=False, **fixed, **_options(few))
-    _attention_kernel[(kv_heads, parts, count)](
-        *shared, 0, R=r1, BESIDE=r2 > 0, **fixed, **_options(tile or Tile(warps=8 if r1 > 64 else 4, stages=3))
-    )
+        _attention_kernel[(kv_heads, beyond, 1)](*shared, count * r1, R=r2, BESIDE=True, **fixed, **_options(few))
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
     _merge_kernel[(rows, heads)](
