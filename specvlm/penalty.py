@@ -5,7 +5,7 @@ Released Qwen2.5-VL checkpoints ask for 1.05, so without it the output would not
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +59,7 @@ class RepetitionPenalty:
         return torch.where(seen_MV, penalised_MV, logits_MV)
 
 
-@lru_cache(maxsize=64)
+@cache  # never let go: captured steps know the addresses
 def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
     """(M, M) a tree's ancestors in float32, on the device, since shapes recur in every round."""
     return ancestor_mask(parents).to(device, torch.float32)

@@ -234,7 +234,8 @@ class Verifier(Strategy, ABC):
     def decide(self, ctx: VerifyContext) -> Tensor:
         """(2,) integers on the device: the last accepted node, and the target's own next token (-1: there is none).
 
-        What it does may depend on the shape of the tree, never on the value of a tensor.
+        What it does may depend on the shape of the tree, never on the value of a tensor. Tensors made from that shape must be
+        kept (functools.cache): a captured step knows their addresses alone.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
 

@@ -203,7 +203,11 @@ class Run:
                 add("hf", **tags, **hf, same_tokens=tokens == list(bench.known[: len(tokens)]))
         if "rounds" not in wanted:
             return
-        costs = attempt(f"{name}the adviser's profile", lambda: bench.profile(ratios), **tags) if "advise" in wanted else None
+        costs = (
+            attempt(f"{name}the adviser's profile", lambda: bench.profile(ratios), **tags)
+            if "advise" in wanted and first
+            else None
+        )
         for ratio in ratios:
             draft_floor = 1000 * (weight_bytes(draft) + kv_bytes(draft, bench.draft_slots(ratio))) / self.bandwidth
             for accepted in self.options.numbers("accepted"):

@@ -45,6 +45,7 @@ DRAFTERS: dict[str, Drafter] = {
 }
 PAIRS = list(product((PRUNERS | {"none": NonePruner()}).items(), DRAFTERS.items()))
 LIMIT = 96
+CHUNK = 8
 
 
 def scenes(family: str, dtype: str, numbers: list[int], eager: int, share: int, device: str) -> list[dict[str, Any]]:
@@ -90,12 +91,11 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
     return out[0, len(request) :].tolist()
 
 
-def jobs(count: int, workers: int, eager: int, share: int) -> Iterator[tuple[str, str, list[int], int, int]]:
-    for dtype, family in product(("float32", "bfloat16"), FAMILIES):
-        for worker in range(workers):
-            numbers = list(range(count))[worker::workers]
-            if numbers:
-                yield family, dtype, numbers, eager, share
+def jobs(count: int, eager: int, share: int) -> Iterator[tuple[str, str, list[int], int, int]]:
+    """A few scenes each, both dtypes and families in turn, so that a run cut short has seen something of all."""
+    for start in range(0, count, CHUNK):
+        for dtype, family in product(("float32", "bfloat16"), FAMILIES):
+            yield family, dtype, list(range(start, min(start + CHUNK, count))), eager, share
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -132,14 +132,12 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool, options.out.open("w") as file:
-        waiting = [
-            pool.submit(scenes, *job, options.device)
-            for job in jobs(options.scenes, options.workers, options.eager, options.share)
-        ]
+        waiting = [pool.submit(scenes, *job, options.device) for job in jobs(options.scenes, options.eager, options.share)]
         for done in waiting:
             for row in done.result():
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
+            file.flush()
     print(report(rows))
 
 

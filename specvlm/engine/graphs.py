@@ -89,8 +89,9 @@ class GraphsEngine(Engine):
                 torch.full((dice,), 0.5, dtype=torch.float64, device=device),
                 torch.empty(0, device=device) if q is None else torch.zeros_like(q),
             ]
-            fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, _Paths(tree.parents, device))
-            return Program(fn, inputs, self.backend, self.pool)
+            paths = _Paths(tree.parents, device)
+            fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, paths)
+            return Program(fn, inputs, self.backend, self.pool, paths)
 
         key = ("check", id(target), tree.parents, verifier, penalty.factor, q is not None)
         program = self.program(key, cache, build)
@@ -194,7 +195,6 @@ class CapturedTree(TreeSession):
         super().__init__(ctx, model, shape, sample)
         self.lean, self.engine = lean, engine
         self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
-        self.rows = _Rows(self.plan, sample, model.device)
         key = ("draft", id(model), shape, ctx.vocabulary, ctx.sampling if sample else None)
         self.program = engine.program(key, self.cache, self._build)
         self.races = self.program.inputs[2] if sample else None
@@ -211,8 +211,9 @@ class CapturedTree(TreeSession):
             torch.zeros(count, dtype=torch.int64, device=device),
             torch.ones(races, dtype=torch.float64, device=device),
         ]
-        fn = partial(_expand, self.lean, self.rows, self.cache, self.ctx.vocabulary, self.sample, self.ctx.sampling)
-        return Program(fn, inputs, self.engine.backend, self.engine.pool)
+        rows = _Rows(self.plan, self.sample, device)
+        fn = partial(_expand, self.lean, rows, self.cache, self.ctx.vocabulary, self.sample, self.ctx.sampling)
+        return Program(fn, inputs, self.engine.backend, self.engine.pool, rows)
 
     def propose(self, last: Verdict | None) -> DraftTree:
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)

@@ -18,14 +18,23 @@ class Program:
     given here, twice when captured, so those must be harmless; every later call copies its values into the same buffers.
 
     backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
-    pool: of memory shared with other programs, which never run at the same time.
+    pool: of memory shared with other programs, which never run at the same time. tables: what holds the tensors that fn reads
+    beside its inputs and the models' weights: a graph knows their addresses, and keeps nothing alive.
     """
 
-    def __init__(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, pool: Any = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        backend: str,
+        pool: Any = None,
+        tables: object = None,
+    ) -> None:
         self.inputs = [value.clone() for value in inputs]
+        self.tables = tables
         self._staged: list[Tensor | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph needs it no more, nor what it holds
+        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
         if backend != "cudagraph":
             self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
             self.outputs = [out.clone() for out in self._fn(*self.inputs)]

@@ -6,7 +6,7 @@ Shape suffixes: M tree nodes, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class GreedyVerifier(Verifier):
         return int(logits_V.argmax())
 
 
-@lru_cache(maxsize=64)
+@cache  # never let go: captured steps know the addresses
 def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the shape of a tree alone decides, kept on the device: shapes recur in every round.
 

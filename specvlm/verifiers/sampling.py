@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
     return token_n.where(total_n1[:, 0].isfinite(), -1)
 
 
-@lru_cache(maxsize=64)
+@cache  # never let go: captured steps know the addresses
 def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Turn r: the nodes with more than r children, and the r-th child of each; on the device, since shapes recur."""
     seen: dict[int, int] = defaultdict(int)
