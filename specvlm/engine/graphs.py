@@ -125,7 +125,10 @@ class GraphsEngine(Engine):
         """What was captured for this cache; what was captured for those that are gone, goes."""
         held = self._programs.get(key)
         if held is None or held[0]() is not cache:
+            del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
+            if not self._programs and self.backend == "cudagraph":
+                self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone cannot be used again
             start = perf_counter()
             held = self._programs[key] = (ref(cache), build())
             self.capture_s += perf_counter() - start

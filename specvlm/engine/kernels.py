@@ -487,6 +487,7 @@ def _top_kernel(
 
 LOG2_E = 1.4426950408889634
 AHEAD = 1  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
+LEAST = 32  # fewest inputs of a tile
 GROUP = 128  # values of a row in 8 bits that share a scale: a tile of k, a head, a tile of the gated layer
 
 
@@ -522,11 +523,13 @@ class Narrow:
 
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     """Why these kernels cannot do a model's linear layers; None when they can."""
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"its heads are {head_dim} wide, which is no power of two from 16 on"
     for weight in weights:
-        if weight.inputs % GROUP or weight.data.stride(1) != 1:
-            return f"{weight.inputs} inputs of a layer are no multiple of {GROUP}"
+        if weight.inputs % LEAST or weight.data.stride(1) != 1:
+            return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
         if weight.kind != "full" and (
-            weight.outputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)
+            weight.outputs % GROUP or weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)
         ):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} and heads of {GROUP}"
         if weight.kind == "int4" and weight.inputs % (2 * GROUP):
@@ -548,6 +551,8 @@ def _width(rows: int) -> int:
 
 def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
     """By measurement on an H200: enough bytes in flight for its memory. double: two weights of this kind at once."""
+    if weight.kind == "full" and weight.inputs % GROUP:
+        return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
     if weight.kind == "full":
         return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
     return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6, 4)
