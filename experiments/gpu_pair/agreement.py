@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=1, help="one in so many pairs of pruner and drafter a scene, in turn")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "agreement.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("agreement.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -16,13 +16,14 @@ INK, GREY = "#222222", "#8a8a8a"
 COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3")
 
 
-def figure(title: str, row: Row) -> tuple[Any, Any]:
+def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GREY, "text.color": INK}
     fig, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=160)
     fig.text(0.01, 0.955, title, fontsize=11, fontweight="bold")
-    note = f"{row['machine']}, {row['weights']}, at a given acceptance. Dashed: bandwidth floor. Commit {row['commit']}."
+    row, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    note = f"{row['machine']}, {row['weights']}, at a given acceptance. Dashed: bandwidth floor. Commit {commits}."
     fig.text(0.01, 0.915, note, fontsize=7.5, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -53,7 +54,7 @@ def floor_of(row: Row) -> float:
 
 def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -> None:
     """Hugging Face, our autoregressive loop, and rounds of one ratio and acceptance for each way to store the draft."""
-    fig, axes = figure(f"{rows[0]['shape']}: ms per token against context", rows[0])
+    fig, axes = figure(f"{rows[0]['shape']}: ms per token against context", rows)
     series: dict[str, list[Row]] = {}
     for row in rows:
         if row["part"] == "hf":
@@ -77,7 +78,7 @@ def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -
 def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> None:
     """One line an acceptance, our autoregressive loop across."""
     mine = [row for row in rows if row.get("video_tokens") == context and row.get("draft_weights") == weights]
-    fig, axes = figure(f"{rows[0]['shape']}: ms per token against ratio, {context:,} video tokens, {weights} draft", rows[0])
+    fig, axes = figure(f"{rows[0]['shape']}: ms per token against ratio, {context:,} video tokens, {weights} draft", rows)
     rounds = [row for row in mine if row["part"] == "rounds"]
     ratios = sorted({row["ratio"] for row in rounds})
     for row in (row for row in mine if row["part"] == "autoregressive"):

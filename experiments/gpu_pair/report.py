@@ -34,7 +34,8 @@ def block(rows: Sequence[Row]) -> str:
     """One shape."""
     first = rows[-1]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    said = f"{first['weights']}, at a given acceptance; tree {first['tree']}; commit {first['commit']}; {versions}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    said = f"{first['weights']}, at a given acceptance; tree {first['tree']}; commit {commits}; {versions}"
     lines = [f"## {first['shape']} on {first['machine']}, {first['date'][:10]}", "", f"{said}. Times in ms.", ""]
     copied = [row for row in rows if row["part"] == "copy"]
     if copied:
@@ -59,7 +60,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "hf": (*COMMON, "ms_per_token", "first_token_ms", "same_tokens"),
     "autoregressive": (*COMMON, "ms_per_token", "floor_ms"),
     "rounds": (*COMMON, "ratio", "accepted", "accepted_found", "ms", "floor_ms", "ms_per_token", "against_ours", "against_hf",
-               "departures"),
+               "predicted_error", "departures"),
     "parts": (*COMMON, "ratio", "ms", "draft_ms", "levels", "draft_pass_ms", "draft_pass_floor_ms", "check_ms",
               "check_floor_ms", "host_ms"),
     "failed": ("what", "error"),
