@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 
-SLOTS = 256  # a pooled cache's capacity is a multiple of it, so that the next request, a little longer, still fits
+def pooled(slots: int) -> int:
+    """Capacity of a pool's cache for a request of so many slots: in steps, so that the next, a little longer, still fits."""
+    return -(-slots // 256) * 256
 
 
 class KVCache:
@@ -99,7 +101,7 @@ class CachePool:
         cache = self._caches.get(role)
         if cache is None or not cache.fits(model, capacity):
             self._caches.pop(role, None)  # free the old one before the new one is there
-            cache = self._caches[role] = model.new_cache(-(-capacity // SLOTS) * SLOTS)
+            cache = self._caches[role] = model.new_cache(pooled(capacity))
         cache.clear()
         self._leases[role] = self._leases.get(role, 0) + 1
         return cache

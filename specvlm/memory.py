@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from specvlm.cache import pooled
 from specvlm.models.quantize import bytes_of
 from specvlm.models.video_lm import CHUNK, VideoLM
 
@@ -34,11 +35,11 @@ def plan(
     kinds: what the linear layers of target and draft are quantised to. target and draft may be skeletons (see
     `load.skeleton`), and must not be quantised yet. draft None: no second cache.
     """
-    parts = {"target weights": weights(target, dtype, kinds[0]), "target KV cache": kv_bytes(target, slots, dtype)}
+    parts = {"target weights": weights(target, dtype, kinds[0]), "target KV cache": kv_bytes(target, pooled(slots), dtype)}
     if draft is not None:
         if draft is not target:
             parts["draft weights"] = weights(draft, dtype, kinds[1])
-        parts["draft KV cache"] = kv_bytes(draft, kept, dtype)
+        parts["draft KV cache"] = kv_bytes(draft, pooled(kept), dtype)
     config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
     text_rows = min(slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
     vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32

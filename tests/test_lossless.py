@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from specvlm import lossless, memory
+from specvlm.cache import pooled
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -201,9 +202,9 @@ def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
     graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, GREEDY, 0.9, positions)
     list(graph.decode(request, limit))
     kept = len(request) - len(request.video_index) + graph.budget(request)
-    slots = len(request) + limit + drafter.max_nodes
+    slots = pooled(len(request) + limit + drafter.max_nodes)
     if drafter.model is not None:
-        slots += kept + limit + drafter.max_nodes
+        slots += pooled(kept + limit + drafter.max_nodes)
     assert graph.caches.nbytes == memory.kv_bytes(tiny.model(family), slots, torch.float64)
 
 

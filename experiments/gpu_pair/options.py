@@ -34,7 +34,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
     prefill: str = "auto"  # real | random (caches filled with random numbers); auto: real up to 32,768 video tokens
-    only: str = ",".join(PARTS)
+    only: str = ",".join(PARTS[:-1])  # advise, the adviser's prediction beside each round, wants rounds=20 or more
     rounds: int = 20
     warmup: int = 5
     prefills: int = 3
