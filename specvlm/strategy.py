@@ -200,6 +200,8 @@ class VerifyContext:
     def numbers(self, count: int) -> Tensor:
         """(count,) uniform in [0, 1), float64, on the device of the logits."""
         if self.dice is not None:
+            if len(self.dice) != count:
+                raise ValueError(f"the verifier asks for {count} random numbers, and its `dice` announced {len(self.dice)}")
             return self.dice
         return uniform(count, self.generator).to(self.logits_MV.device)
 

@@ -59,6 +59,8 @@ class GraphsEngine(Engine):
         penalty: RepetitionPenalty,
         generator: torch.Generator,
     ) -> int:
+        if type(verifier).first is not Verifier.first:  # a rule of its own where nothing was guessed
+            return super().next(target, token, cache, verifier, penalty, generator)
         tree = DraftTree(torch.tensor([token], device=target.device), (-1,))
         return self.check(target, tree, cache, verifier, penalty, generator)[0].bonus
 
@@ -93,7 +95,8 @@ class GraphsEngine(Engine):
             fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, paths)
             return Program(fn, inputs, self.backend, self.pool, paths)
 
-        key = ("check", id(target), tree.parents, verifier, penalty.factor, q is not None)
+        rule = (type(verifier), repr(verifier))
+        key = ("check", id(target), tree.parents, rule, penalty.factor, None if q is None else q.shape)
         program = self.program(key, cache, build)
         (outcome,) = program((base, cache.offset), tree.tokens, seen, numbers, q)
         last, bonus, *tokens = outcome.tolist()  # the round's one read
@@ -123,6 +126,8 @@ class GraphsEngine(Engine):
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[], Program]) -> Program:
         """What was captured for this cache; what was captured for those that are gone, goes."""
+        if self.backend == "cudagraph":  # the others hold their cache, so of those the last one alone is kept
+            key = (*key, id(cache))
         held = self._programs.get(key)
         if held is None or held[0]() is not cache:
             del held
@@ -204,13 +209,12 @@ class CapturedTree(TreeSession):
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=model.device)
 
     def _build(self) -> Program:
-        """Warmed up on the last rows of the cache, which no request has reached."""
+        """Warmed up behind the prompt, whose last row the first round feeds again: all that is written there is still free."""
         device, count = self.model.device, len(self.plan.shape)
         levels = sum(len(level.nodes) for level in self.plan.levels)
         races = (levels, self.ctx.vocabulary) if self.sample else (0,)
-        scratch = self.cache.capacity - levels - self.plan.shape.depth - 2
         inputs = [
-            torch.tensor([scratch, 0, 0, 0], device=device),
+            torch.tensor([self.root, 0, 0, self.cache.offset], device=device),
             torch.zeros(count, dtype=torch.int64, device=device),
             torch.ones(races, dtype=torch.float64, device=device),
         ]

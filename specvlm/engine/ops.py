@@ -103,6 +103,8 @@ def attention(
     wide = torch.promote_types(q_QHD.dtype, torch.float32)
     keys, values = (x.repeat_interleave(heads // kv_heads, 0).to(wide) for x in (keys_JCD, values_JCD))
     score_HQC = (q_QHD.transpose(0, 1).to(wide) @ keys.mT) * scale
+    # What no row sees may hold anything, and zero times NaN is NaN.
+    values = values.masked_fill(~seen_QC.any(0)[:, None], 0.0)
     weight_HQC = score_HQC.masked_fill(~seen_QC, float("-inf")).softmax(-1)
     return (weight_HQC @ values).transpose(0, 1).flatten(1).to(q_QHD.dtype)
 

@@ -23,7 +23,8 @@ class GreedyVerifier(Verifier):
     deepest standing node wins, and the lowest number among equally deep ones, which needs siblings with one token.
     Exact match of a tree is SpecInfer's greedy verification (arXiv 2305.09781); of a chain, Stern et al. (1811.03115).
 
-    Equal logits go to the lowest id here and in `first`, so both decide alike where a model (bf16!) gives exact ties.
+    Equal logits go to the lowest id, in a tree as in the tree of one node that `first` is, so both decide alike where a
+    model (bf16!) gives exact ties.
     The output is the autoregressive one as far as the logits of both are equal: a tree's forward pass may round
     differently from a one-token pass.
 
@@ -40,9 +41,6 @@ class GreedyVerifier(Verifier):
         stands_M = (fits_M | beside_MM).all(-1)
         last_1 = torch.where(stands_M, order_M, -1).argmax(0, keepdim=True)
         return torch.cat([last_1, best_M[last_1]])
-
-    def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        return int(logits_V.argmax())
 
 
 @cache  # never let go: captured steps know the addresses
