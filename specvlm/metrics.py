@@ -43,7 +43,7 @@ KEYS = {
     "out_of_memory": "what the run did when memory ran out: warming up, decoding, decoding without a drafter, or checking; all "
     "else is then of what was done before. null when it did not",
     "engine": "how steps ran: eager, or graphs (captured on a GPU)",
-    "capture_s": "seconds the engine spent on compiling and capturing, in the warm-up, which no other time counts",
+    "capture_s": "seconds the engine spent on compiling and capturing, nearly all in the warm-up, which no other time counts",
     "strategies": "pruner, drafter and verifier with all their fields",
     "versions": "of specvlm, python, torch, transformers and the machine",
 }

@@ -160,6 +160,8 @@ def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
     draft = None
     if job.drafter.model == "draft":
         draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights, progress=True)
+    if job.device.type == "cuda":
+        torch.cuda.set_device(job.device)  # what captures and launches kernels goes by the current device
     engine = engine_for(cfg.engine, job.device)
     strategies = (job.pruner, job.drafter, job.verifier)
     return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)

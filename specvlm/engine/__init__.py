@@ -93,10 +93,12 @@ def why_no_graphs(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"{device} is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 8.0 is needed"
+    if major < 9:  # the kernels are scheduled by programmatic dependent launch, which older ones do not know
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
+    if (device.index or 0) != torch.cuda.current_device():
+        return f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
     try:
-        import triton  # noqa: F401
+        from triton.language.extra.cuda import gdc_wait  # noqa: F401
     except ImportError:
-        return "Triton is not installed"
+        return "Triton is not installed, or older than 3.4"
     return None

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from specvlm.cache import KVCache
 from specvlm.engine import ops as plain
 from specvlm.engine.ops import Weight
+from specvlm.models.quantize import QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 
 ROWS = 64  # most rows of a pass the kernels are made for
@@ -35,7 +36,15 @@ def why_not(model: VideoLM) -> str | None:
     if hasattr(layer.self_attn, "q_norm"):
         return "it normalises queries"
     missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
-    return f"its layers have no {missing[0]}" if missing else None
+    if missing:
+        return f"its layers have no {missing[0]}"
+    if getattr(config, "use_sliding_window", False):
+        return "its attention has a sliding window"
+    plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]
+    for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, *plain_parts):
+        if type(part) not in (nn.Linear, QuantizedLinear):
+            return f"a layer of it is a {type(part).__name__}"
+    return "an output layer of it has a bias" if any(part.bias is not None for part in plain_parts) else None
 
 
 class LeanText:
