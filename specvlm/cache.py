@@ -28,7 +28,7 @@ class KVCache:
     """
 
     def __init__(self, layers: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros: where a mask stands in for a length, slots that nobody wrote are read, and weighted with zero.
+        # Zeros, since an engine warms up over slots that nobody wrote: they give it numbers.
         self.keys = torch.zeros(layers, 1, heads, capacity, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.length = 0

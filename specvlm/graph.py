@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool, KVCache
-from specvlm.engine import Engine
+from specvlm.engine import Engine, Request
 from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
@@ -119,7 +119,7 @@ def autoregressive(
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
     turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
-    engine = engine or Engine()
+    engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
     token = verifier.first(penalty(logits_MV)[0], generator)
     clock.mark("prefill")
@@ -130,7 +130,7 @@ def autoregressive(
         turn.check()
         clock.resume()
         penalty.add(torch.tensor([token]))
-        token = engine.next(target, token, turn.cache, verifier, penalty, generator)
+        token = engine.next(request, token)
         clock.mark("verify")
 
 
@@ -201,11 +201,12 @@ class DecodingGraph:
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
+        request = Request(target, cache, verifier, penalty, generator)
         verdict, shown = None, keep if drafter.model else None
         while True:
             tree = session.propose(verdict)
             clock.mark("draft")
-            verdict, new = self.engine.check(target, tree, cache, verifier, penalty, generator)
+            verdict, new = self.engine.check(request, tree)
             clock.mark("verify")
             tokens = output.take(new)
             full, depth = len(tokens) == len(new), max(tree.depths)

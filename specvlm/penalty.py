@@ -23,22 +23,16 @@ class RepetitionPenalty:
     Source: CTRL (arXiv 1909.05858), section 4.1, in Hugging Face's form. factor 1 changes nothing and costs nothing.
     """
 
-    def __init__(self, factor: float, tokens_S: Tensor, vocabulary: int, device: torch.device) -> None:
-        self.factor = factor
-        self.seen_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.add(tokens_S)
-
-    @classmethod
-    def over(cls, factor: float, seen_V: Tensor) -> RepetitionPenalty:
-        """With the tokens already marked in `seen_V`."""
-        made = cls.__new__(cls)
-        made.factor, made.seen_V = factor, seen_V
-        return made
+    def __init__(self, factor: float, seen_V: Tensor) -> None:
+        """seen_V: bool, which tokens stand already; written to."""
+        self.factor, self.seen_V = factor, seen_V
 
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
         """What `target` asks for, its prompt seen."""
-        return cls(target.repetition_penalty, prompt.tokens, target.vocabulary, target.device)
+        made = cls(target.repetition_penalty, torch.zeros(target.vocabulary, dtype=torch.bool, device=target.device))
+        made.add(prompt.tokens)
+        return made
 
     def add(self, tokens: Tensor) -> None:
         """Tokens that stand from now on."""

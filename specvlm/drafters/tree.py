@@ -73,7 +73,7 @@ class Plan:
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
-        self.mask = mask = ancestor_mask(shape.parents)
+        mask = ancestor_mask(shape.parents)
         written: list[int] = []
         self.levels: list[Level] = []
         for depth, nodes in enumerate(shape.levels):

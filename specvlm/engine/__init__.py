@@ -5,6 +5,7 @@ An engine is kept across requests. It holds no request's state: only what it cap
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,41 +22,36 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "eager", "graphs")
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a request's checks need. cache: the target's."""
+
+    target: VideoLM
+    cache: KVCache
+    verifier: Verifier
+    penalty: RepetitionPenalty
+    generator: torch.Generator
+
+
 class Engine:
-    """The eager one, and what an engine must do. Each call ends with one read of a few integers by the host."""
+    """The eager one, and what an engine must do. A step ends with the host's read of a few integers."""
 
     name: ClassVar[str] = "eager"
     capture_s = 0.0  # seconds spent so far on compiling and capturing
     note = ""  # what its user should know
 
-    def next(
-        self,
-        target: VideoLM,
-        token: int,
-        cache: KVCache,
-        verifier: Verifier,
-        penalty: RepetitionPenalty,
-        generator: torch.Generator,
-    ) -> int:
+    def next(self, request: Request, token: int) -> int:
         """A pass of the target over its last token; the token that follows."""
-        logits_1V = target.append(torch.tensor([token]), [0], None, cache)
-        return verifier.first(penalty(logits_1V)[0], generator)
+        logits_1V = request.target.append(torch.tensor([token]), [0], None, request.cache)
+        return request.verifier.first(request.penalty(logits_1V)[0], request.generator)
 
-    def check(
-        self,
-        target: VideoLM,
-        tree: DraftTree,
-        cache: KVCache,
-        verifier: Verifier,
-        penalty: RepetitionPenalty,
-        generator: torch.Generator,
-    ) -> tuple[Verdict, list[int]]:
+    def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
         tokens: accepted ones and the bonus.
         """
-        base = cache.length
-        logits_MV = penalty(target.score(tree, cache), tree)
-        verdict = verifier.verify(VerifyContext(tree, logits_MV, generator))
+        cache, base = request.cache, request.cache.length
+        logits_MV = request.penalty(request.target.score(tree, cache), tree)
+        verdict = request.verifier.verify(VerifyContext(tree, logits_MV, request.generator))
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 

@@ -1,7 +1,7 @@
 """The engine for a GPU: a tree's whole expansion is one CUDA graph, its check another, an autoregressive step a third.
 
-The host writes a few integers before a graph and reads two behind the check. Graphs are captured once for a shape and a
-cache, not for a request: the length of the context is read from the device. Prefills run as in the eager engine.
+The host writes a few integers before a graph and reads one small tensor behind the check. Graphs are captured once for a
+shape and a cache, not for a request: the length of the context is read from the device. Prefills run as in the eager engine.
 
 Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specvlm.cache import KVCache
 from specvlm.drafters.tree import Plan, TreeSession, draw
-from specvlm.engine import Engine, ops
+from specvlm.engine import Engine, Request, ops
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Program
 from specvlm.penalty import RepetitionPenalty
@@ -50,37 +50,22 @@ class GraphsEngine(Engine):
 
     # ---- the target's steps -----------------------------------------------------------------------------------------
 
-    def next(
-        self,
-        target: VideoLM,
-        token: int,
-        cache: KVCache,
-        verifier: Verifier,
-        penalty: RepetitionPenalty,
-        generator: torch.Generator,
-    ) -> int:
-        if type(verifier).first is not Verifier.first:  # a rule of its own where nothing was guessed
-            return super().next(target, token, cache, verifier, penalty, generator)
-        tree = DraftTree(torch.tensor([token], device=target.device), (-1,))
-        return self.check(target, tree, cache, verifier, penalty, generator)[0].bonus
+    def next(self, request: Request, token: int) -> int:
+        if type(request.verifier).first is not Verifier.first:  # a rule of its own where nothing was guessed
+            return super().next(request, token)
+        root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
+        return self.check(request, root)[0].bonus
 
-    def check(
-        self,
-        target: VideoLM,
-        tree: DraftTree,
-        cache: KVCache,
-        verifier: Verifier,
-        penalty: RepetitionPenalty,
-        generator: torch.Generator,
-    ) -> tuple[Verdict, list[int]]:
+    def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
+        target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
         if lean is None or len(tree) > ROWS or not verifier.on_device:
-            return super().check(target, tree, cache, verifier, penalty, generator)
+            return super().check(request, tree)
         device, count = target.device, len(tree)
         base, dice = cache.length, verifier.dice(count)
         # Not every verifier, tree or model needs all of these.
         seen = penalty.seen_V if penalty.factor != 1 else torch.empty(0, dtype=torch.bool, device=device)
-        numbers = uniform(dice, generator) if dice else None
+        numbers = uniform(dice, request.generator) if dice else None
         q = tree.q if tree.q is not None and dice else None
 
         def build() -> Program:
@@ -107,9 +92,8 @@ class GraphsEngine(Engine):
     # ---- the drafter's ----------------------------------------------------------------------------------------------
 
     def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
-        plan = Plan(shape)
         lean = self.lean(model)
-        if lean is None or max(len(level.nodes) for level in plan.levels) > ROWS:
+        if lean is None or max(map(len, shape.levels)) > ROWS:
             return super().tree_session(ctx, model, shape, sample)
         return CapturedTree(ctx, model, shape, sample, lean, self)
 
@@ -118,10 +102,13 @@ class GraphsEngine(Engine):
     def lean(self, model: VideoLM) -> LeanText | None:
         """The model's lean pass; None, said once, for one that needs its own modules."""
         if id(model) not in self._lean:
-            why = why_not(model)
-            if why:
+            lean = None
+            if why := why_not(model):
                 log.warning("%s runs eager: %s", model, why)
-            self._lean[id(model)] = (model, None if why else LeanText(model, kernels_for(model)))
+            else:
+                lean = LeanText(model)
+                lean.ops = kernels_for(model, lean)
+            self._lean[id(model)] = (model, lean)
         return self._lean[id(model)][1]
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[], Program]) -> Program:
@@ -140,16 +127,25 @@ class GraphsEngine(Engine):
         return held[1]
 
 
-def kernels_for(model: VideoLM) -> ModuleType:
+def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
     """The Triton kernels where they are made for the model's dtype and device, else the plain operations."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return ops
     from specvlm.engine import kernels
 
-    why = kernels.why_not(LeanText(model).weights(), model.head_dim)
+    why = kernels.why_not(lean.weights(), model.head_dim)
     if why:
         log.warning("%s runs without kernels of its own: %s", model, why)
     return ops if why else kernels
+
+
+def _ways(tree: DraftTree, row_of: Callable[[int, int], int]) -> list[list[int]]:
+    """For each node the rows (row_of a node and its depth) on its way from the root. Behind its end a way goes straight on, so
+    that rows moved along it stay where they are.
+    """
+    length = max(tree.depths) + 1
+    ways = [tree.way_to(node) for node in range(len(tree))]
+    return [[*(row_of(n, depth) for depth, n in enumerate(way)), *range(len(way), length)] for way in ways]
 
 
 class _Paths:
@@ -157,10 +153,7 @@ class _Paths:
 
     def __init__(self, parents: tuple[int, ...], device: torch.device) -> None:
         tree = DraftTree(torch.empty(0), parents)
-        length = max(tree.depths) + 1
-        # Behind its end a way goes straight on, so that rows moved along it stay where they are.
-        ways = [[*tree.way_to(node), *range(tree.depths[node] + 1, length)] for node in range(len(parents))]
-        self.nodes_MD = torch.tensor(ways, device=device)
+        self.nodes_MD = torch.tensor(_ways(tree, lambda node, _: node), device=device)
         self.depths_M = torch.tensor(tree.depths, device=device)
         self.seen_MM = tree.mask.to(device, torch.int8)
 
@@ -183,7 +176,7 @@ def _check(
     tree = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None)
     logits_MV = lean.logits(lean(tokens_M, paths.depths_M, 0, paths.seen_MM, base, offset, cache))
     if factor != 1:
-        logits_MV = RepetitionPenalty.over(factor, seen_V)(logits_MV, tree)
+        logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree)
     decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice))
     if len(parents) > 1:
         cache.move(base, paths.nodes_MD.index_select(0, decision_2[:1])[0])
@@ -252,14 +245,8 @@ class _Rows:
 
     def __init__(self, plan: Plan, sample: bool, device: torch.device) -> None:
         shape = plan.shape
-        tree = DraftTree(torch.empty(0), shape.parents)
-        length = shape.depth + 1
-        row_of = plan.row_of
-        # Where a node on a way was written, counted from the root; what was never expanded is fed again, so any row will do.
-        ways = [
-            [*(row_of.get(n, d) for d, n in enumerate(tree.way_to(node))), *range(shape.depths[node] + 1, length)]
-            for node in range(len(shape))
-        ]
+        # Where a node was written, counted from the root; what was never expanded is fed again, so any row will do.
+        ways = _ways(DraftTree(torch.empty(0), shape.parents), plan.row_of.get)
         self.rows_MD = torch.tensor(ways, device=device)
         self.depths_M = torch.tensor(shape.depths, device=device)
         self.feed_depths = torch.tensor([0, 1], device=device)
@@ -271,8 +258,10 @@ class _Rows:
             depths = torch.full_like(nodes, depth + 1)
             seen = None
             if depth:
-                inside = plan.mask[list(level.nodes)][:, plan.order[: before - 2 + len(level.nodes)]]
-                seen = torch.cat([torch.ones(len(level.nodes), 2, dtype=torch.bool), inside], 1).to(device, torch.int8)
+                seen = torch.ones(len(level.nodes), before + len(level.nodes), dtype=torch.int8)
+                if level.seen is not None:
+                    seen[:, 2:] = level.seen
+                seen = seen.to(device)
             tables = [t.to(device) for t in (level.children, level.rows, level.ranks, level.orders)]
             widest = int((level.orders if sample else level.ranks).max()) + 1
             self.levels.append(_Level(nodes, depths, before, seen, widest, *tables))

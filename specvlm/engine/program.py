@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("cudagraph", "aot_eager", "direct")
-
 
 class Program:
     """fn over fixed input buffers into fixed output buffers.

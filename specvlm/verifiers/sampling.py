@@ -41,8 +41,8 @@ class SamplingVerifier(Verifier):
     length than the tree, and for logits that give no distribution (NaN, +inf).
 
     Cost: all nodes are decided at once, in float64, a few passes over (M, V) and one more over the siblings of each
-    turn. Two uniform numbers a node are drawn where
-    ctx.generator lives, whatever the outcome, and moved to the logits. A seed need not give the same output on two devices.
+    turn. Two uniform numbers a node are drawn where ctx.generator lives, whatever the outcome, and moved to the logits. A
+    seed need not give the same output on two devices.
     """
 
     name = "sampling"
