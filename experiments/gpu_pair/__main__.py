@@ -160,8 +160,8 @@ class Run:
         """All parts at one context. Caches and engine are new ones, and gone behind it."""
         attempt, add, wanted = self.record.attempt, self.record.add, self.wanted
         engine = engine_for(self.options.engine, self.device)
-        if why := getattr(engine, "why", None):
-            print(why)
+        if engine.note:
+            print(engine.note)
         real = self.options.prefill == "real" or (self.options.prefill == "auto" and tokens <= REAL_UP_TO)
         unread = prompt_of(target, self.pair.target, tokens, False, self.options.seed)
         whole = prompt_of(target, self.pair.target, tokens, True, self.options.seed) if real else None

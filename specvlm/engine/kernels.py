@@ -32,8 +32,8 @@ PDL = True  # off in Triton's interpreter, which knows no such launch
 
 
 @triton.jit
-def _store_narrow(y, y_ptr, scale_ptr):
-    """A group of values, and their scale, in the 8 bits of y_ptr's type; y_ptr like y (GROUP, 1) or (GROUP, BQ) pointers."""
+def _narrow(y, y_ptr):
+    """Values (GROUP, n) in the 8 bits of y_ptr's type, and a scale for each column."""
     kind = y_ptr.dtype.element_ty
     largest: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
     scale = tl.maximum(tl.max(tl.abs(y), 0) / largest, 1e-20)
@@ -219,7 +219,7 @@ def _gated_kernel(
     at = y_ptr + offs_q[None, :].to(tl.int64) * N + offs_n[:, None]
     ok = (offs_n < N)[:, None] & (offs_q < Q)[None, :]
     if NARROW:
-        narrow, scale = _store_narrow(out, y_ptr, ys_ptr)
+        narrow, scale = _narrow(out, y_ptr)
         tl.store(at, narrow, mask=ok)
         tl.store(ys_ptr + offs_q * (N // BN) + tile, scale, mask=offs_q < Q)
     else:
@@ -257,7 +257,7 @@ def _add_norm_kernel(
     y = (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind)
     if NARROW:
         groups = tl.trans(tl.reshape(y.to(tl.float32), (BLOCK // GROUP, GROUP)))
-        narrow, scale = _store_narrow(groups, y_ptr, ys_ptr)
+        narrow, scale = _narrow(groups, y_ptr)
         tl.store(y_ptr + row * K + offs, tl.reshape(tl.trans(narrow), (BLOCK,)), mask=ok)
         at = tl.arange(0, BLOCK // GROUP)
         tl.store(ys_ptr + row * (K // GROUP) + at, scale, mask=at < K // GROUP)
@@ -442,7 +442,7 @@ def _merge_kernel(
     y = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
     at = y_ptr + (row * H + head) * D + d
     if NARROW:
-        narrow, scale = _store_narrow(y[:, None], y_ptr, ys_ptr)
+        narrow, scale = _narrow(y[:, None], y_ptr)
         tl.store(at[:, None], narrow)
         tl.store(ys_ptr + row * H + head + tl.arange(0, 1), scale)
     else:
@@ -493,15 +493,12 @@ GROUP = 128  # values of a row in 8 bits that share a scale: a tile of k, a head
 
 @dataclass(frozen=True)
 class Tile:
-    """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program; registers of
-    a thread at most (0: as many as the compiler likes), so that two programs fit a processor.
-    """
+    """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program."""
 
     outputs: int = 64
     inputs: int = 128
     stages: int = 4
     warps: int = 4
-    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -538,10 +535,7 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
 
 
 def _options(tile: Tile) -> dict[str, Any]:
-    more: dict[str, Any] = {"launch_pdl": True} if PDL else {}
-    if tile.registers:
-        more["maxnreg"] = tile.registers
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **more}
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **({"launch_pdl": True} if PDL else {})}
 
 
 def _width(rows: int) -> int:
@@ -574,13 +568,7 @@ def _split(x: Tensor | Narrow) -> tuple[Tensor, Tensor]:
     return (x.data, x.scale) if isinstance(x, Narrow) else (x, x)
 
 
-def linear(
-    x_QK: Tensor | Narrow,
-    weights: tuple[Weight, ...],
-    whole: torch.dtype | None = None,
-    tile: Tile | None = None,
-    parts: int = 0,
-) -> Tensor:
+def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k.
 
     whole: (1, Q, N) of that dtype.
@@ -588,8 +576,8 @@ def linear(
     x, scale = _split(x_QK)
     rows, inputs = x.shape
     first, last = weights[0], weights[-1]
-    tile = tile or tile_of(first, rows)
-    parts = 1 if whole else parts or parts_of(weights, tile, x.device)
+    tile = tile_of(first, rows)
+    parts = 1 if whole else parts_of(weights, tile, x.device)
     sizes = [w.outputs for w in weights] + [0] * (3 - len(weights))
     three = (*weights, last, last)[:3]
     stored = first.data.shape[1]
@@ -604,13 +592,11 @@ def linear(
     return y
 
 
-def gated(
-    x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full", tile: Tile | None = None
-) -> Tensor | Narrow:
+def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
     """(Q, N): silu(x gate^T) * (x up^T), rounded as in dtype; kind: of the weights it will meet."""
     x, scale = _split(x_QK)
     rows, inputs = x.shape
-    tile = tile or tile_of(gate, rows, double=True)
+    tile = tile_of(gate, rows, double=True)
     narrow = Narrow.empty(rows, gate.outputs, kind, x.device) if kind != "full" else None
     y = torch.empty(rows if narrow is None else 0, gate.outputs, dtype=dtype, device=x.device)
     out, out_scale = (y, y) if narrow is None else _split(narrow)
@@ -663,43 +649,30 @@ def row_blocks(rows: int) -> tuple[int, int, int]:
 
 
 def attention(
-    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full",
-    parts: int = 0, bn: int = 64, tile: Tile | None = None, blocks: tuple[int, int, int] | None = None,
-) -> Tensor | Narrow:  # fmt: skip
+    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
+) -> Tensor | Narrow:
     """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks; kind: of the weights
     it will meet. Flash decoding (split keys, parts merged by their log-sum-exp) with a tree mask on the last part.
     """
     rows, heads, width = q_QHD.shape
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
-    r1, count, r2 = blocks or row_blocks(group_rows)
+    r1, count, r2 = row_blocks(group_rows)
     # Enough programs to fill the device, once where they are large: each takes a whole processor. Rows beyond whole blocks
     # get the processors that are left, a few rows three programs on each, as they wait for memory alone.
     processors = _processors(q_QHD.device)
     slots = max(2, processors // kv_heads)
-    if not parts:
-        parts = min(32, 2 * slots) if group_rows <= 64 else slots
-        if r2:
-            parts = max(1, slots * 13 // 16 if r2 <= 16 else slots * 2 // 3)
+    parts = min(32, 2 * slots) if group_rows <= 64 else slots
+    if r2:
+        parts = max(1, slots * 13 // 16 if r2 <= 16 else slots * 2 // 3)
     beyond = max(1, min(32, (processors - parts * kv_heads) * (3 if r2 <= 16 else 1) // kv_heads)) if r2 else 0
     device = q_QHD.device
     part = torch.empty(max(parts, beyond), kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(max(parts, beyond), kv_heads, group_rows, dtype=torch.float32, device=device)
-    shared = (
-        q_QHD,
-        keys_JCD,
-        values_JCD,
-        seen_QT,
-        base,
-        part,
-        lse,
-        rows,
-        seen_QT.shape[1],
-        capacity,
-        scale * 1.4426950408889634,
-    )
-    fixed = {"H": heads, "J": kv_heads, "D": width, "BN": bn, "IEEE": q_QHD.dtype == torch.float32}
-    large = tile or Tile(warps=8 if r1 > 64 else 4, stages=3)
+    sizes = (rows, seen_QT.shape[1], capacity, scale * LOG2_E)
+    shared = (q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse, *sizes)
+    fixed = {"H": heads, "J": kv_heads, "D": width, "BN": 64, "IEEE": q_QHD.dtype == torch.float32}
+    large = Tile(warps=8 if r1 > 64 else 4, stages=3)
     _attention_kernel[(kv_heads, parts, count)](*shared, 0, R=r1, BESIDE=False, **fixed, **_options(large))
     if r2:  # behind the large ones, or those would wait for processors where small ones run
         few = Tile(warps=8 if r2 > 64 else 4, stages=3)
