@@ -54,13 +54,10 @@ def run(cfg: DictConfig, folder: Path) -> int:
                     raise
                 write_json(folder / "summary.json", summary)
         except torch.OutOfMemoryError as error:
-            planned, done = (
-                f"{job.plan.total / 2**30:.1f} GiB",
-                f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}",
-            )
+            planned = f"{job.plan.total / 2**30:.1f} GiB"
+            done = f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}" if record.out_of_memory else ""
             raise UserError(
-                f"{job.device} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}"
-                f"{done if record.out_of_memory else ''}"
+                f"{job.device} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
             ) from error
     screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK

@@ -136,12 +136,9 @@ def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: 
     """One pass of the draft model over the pruned prompt and the target's own answer, whose tokens are then ranked."""
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
-    embeds_SD = model.embed(prompt, model.features(prompt, keep), keep)
-    positions_AS = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
-    if graph.positions == "reindexed":
-        positions_AS = torch.arange(len(embeds_SD)).expand(model.axes, -1)
-    cache = graph.caches.take("draft", model, len(embeds_SD) + len(answer))
-    model.prefill(embeds_SD, positions_AS, cache)
+    embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.positions)
+    cache = graph.caches.take("draft", model, len(embeds_KD) + len(answer))
+    model.prefill(embeds_KD, positions_AK, cache)
     rows = len(answer) - 1
     seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
     logits_QV = model.append(torch.tensor(answer[:-1]), range(rows), seen, cache)[:, : graph.vocabulary]

@@ -112,12 +112,8 @@ class TreeSession(DraftSession):
         self.tokens = torch.zeros(len(shape), dtype=torch.int64)
         prompt, keep = ctx.prompt, ctx.keep
         features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
-        embeds = model.embed(prompt, features, keep)
+        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
         self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + len(shape) + 2)
-        if ctx.positions == "original":
-            positions = model.positions(prompt)[:, prompt.kept_slots(keep.index)]
-        else:
-            positions = torch.arange(len(embeds)).expand(model.axes, -1)
         model.prefill(embeds, positions, self.cache)
 
     def propose(self, last: Verdict | None) -> DraftTree:

@@ -208,6 +208,15 @@ class VideoLM(ABC):
         embeds_SD[index[kept]] = features_ND[kept] if keep.pool is None else (keep.pool.to(features_ND) @ features_ND)
         return embeds_SD[prompt.kept_slots(keep.index).to(self.device)]
 
+    def pruned(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet, positions: str) -> tuple[Tensor, Tensor]:
+        """The kept slots alone as a drafter's prefill takes them: (K, D) rows, and (A, K) rotary positions, `original` (those
+        of the whole prompt) or `reindexed` (contiguous).
+        """
+        embeds_KD = self.embed(prompt, features_ND, keep)
+        if positions == "original":
+            return embeds_KD, self.positions(prompt)[:, prompt.kept_slots(keep.index)]
+        return embeds_KD, torch.arange(len(embeds_KD)).expand(self.axes, -1)
+
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def forward(
