@@ -342,26 +342,38 @@ def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE
 
 
 @triton.jit
-def _attend_rows(
-    q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, lse_ptr, first, base, head, part, parts, Q, T, scale,
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, seen_ptr, base_ptr, out_ptr, lse_ptr, Q, T, capacity, scale, share,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, IEEE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """R rows of one KV head's queries over one part of the keys."""
+    """Softmax over one part of the keys for a block of rows of one KV head's queries. Grid (J, parts, blocks).
+
+    A block is `share` rows, at most R. Parts are equal shares of the whole tiles of the first `base` slots; the last part
+    also takes what is left of those, and the T slots of the tree.
+    """
+    head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    base = tl.load(base_ptr).to(tl.int32)
+    k_ptr += head.to(tl.int64) * capacity * D
+    v_ptr += head.to(tl.int64) * capacity * D
     G: tl.constexpr = H // J
-    rows = Q * G
+    first = tl.program_id(2) * share
     d = tl.arange(0, D)
     offs_n = tl.arange(0, BN)
     r = first + tl.arange(0, R)
-    ok = r < rows
+    ok = r < tl.minimum(first + share, Q * G)
     # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
     q = tl.load(q_ptr + ((r // G) * H + head * G + r % G)[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
     m = tl.full((R,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((R,), dtype=tl.float32)
     acc = tl.zeros((R, D), dtype=tl.float32)
     whole = base // BN * BN
-    share = tl.cdiv(whole // BN, parts) * BN
-    lo = tl.minimum(part * share, whole)
-    hi = tl.minimum(lo + share, whole)
+    step = tl.cdiv(whole // BN, parts) * BN
+    lo = tl.minimum(part * step, whole)
+    hi = tl.minimum(lo + step, whole)
     for start in range(lo, hi, BN):
         at = (start + offs_n)[:, None] * D + d[None, :]
         k = tl.load(k_ptr + at)
@@ -381,49 +393,19 @@ def _attend_rows(
             seen = (marked != 0) | (node < 0)[None, :]
             m, total, acc = _attend_tile(q, k, v, seen, m, total, acc, scale, True, IEEE)
     safe = tl.where(total > 0, total, 1.0)
-    at = (part * J + head) * rows + r
+    at = (part * J + head) * (Q * G) + r
     tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None])
     tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
 
 
 @triton.jit
-def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, seen_ptr, base_ptr, out_ptr, lse_ptr, Q, T, capacity, scale, first,
-    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, IEEE: tl.constexpr,
-    BESIDE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Softmax over one part of the keys for a block of rows of one KV head's queries. Grid (J, parts, blocks of R rows).
-
-    Parts are equal shares of the whole tiles of the first `base` slots; the last part also takes what is left of those,
-    and the T slots of the tree. BESIDE: the kernel before this one is its fellow for other rows, which came no sooner than
-    what both read was there, so that they may run side by side.
-    """
-    head = tl.program_id(0)
-    if PDL:
-        if BESIDE:
-            gdc_launch_dependents()
-        else:
-            gdc_wait()
-            gdc_launch_dependents()
-    base = tl.load(base_ptr).to(tl.int32)
-    k_ptr += head.to(tl.int64) * capacity * D
-    v_ptr += head.to(tl.int64) * capacity * D
-    _attend_rows(
-        q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, lse_ptr, first + tl.program_id(2) * R, base, head,
-        tl.program_id(1), tl.num_programs(1), Q, T, scale, H, J, D, R, BN, IEEE,
-    )  # fmt: skip
-    if PDL and BESIDE:
-        gdc_wait()
-
-
-@triton.jit
 def _merge_kernel(
-    part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S, first, S_BEYOND,
+    part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H).
 
-    S_BEYOND: parts of the rows of a KV head from `first` on. NARROW: y in 8 bits, with a scale a head and row.
+    NARROW: y in 8 bits, with a scale a head and row.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -433,9 +415,8 @@ def _merge_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    r = row * G + head % G
-    inside = s < tl.where(r < first, S, S_BEYOND)
-    at = (s * J + head // G) * (Q * G) + r
+    inside = s < S
+    at = (s * J + head // G) * (Q * G) + row * G + head % G
     lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
     part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=inside[:, None], other=0.0)
@@ -639,13 +620,14 @@ def rope(
     return q
 
 
-def row_blocks(rows: int) -> tuple[int, int, int]:
-    """(R1, blocks, R2): the rows of a KV head as blocks of one power of two and a last one of another, little padded."""
-    most = 128 if rows > 64 else 64
-    blocks, rest = divmod(rows, most)
-    if not blocks or rest > most // 2:
-        return (most, blocks + 1, 0) if blocks else (_width(rows), 1, 0)
-    return most, blocks, _width(rest) if rest else 0
+def row_blocks(rows: int) -> tuple[int, int]:
+    """(R, blocks): the rows of a KV head as equal blocks of at most R.
+
+    Blocks read the same keys side by side, so that all but one find them in the L2 cache. 128 rows in a program do a third more
+    a second than 64 in each of two, so smaller ones are for where they save padding: at three of them.
+    """
+    blocks = triton.cdiv(rows, 64)
+    return (min(64, _width(rows)), blocks) if blocks in (1, 3) else (128, triton.cdiv(rows, 128))
 
 
 def attention(
@@ -657,32 +639,24 @@ def attention(
     rows, heads, width = q_QHD.shape
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
-    r1, count, r2 = row_blocks(group_rows)
-    # Enough programs to fill the device, once where they are large: each takes a whole processor. Rows beyond whole blocks
-    # get the processors that are left, a few rows three programs on each, as they wait for memory alone.
-    processors = _processors(q_QHD.device)
-    slots = max(2, processors // kv_heads)
-    parts = min(32, 2 * slots) if group_rows <= 64 else slots
-    if r2:
-        parts = max(1, slots * 13 // 16 if r2 <= 16 else slots * 2 // 3)
-    beyond = max(1, min(32, (processors - parts * kv_heads) * (3 if r2 <= 16 else 1) // kv_heads)) if r2 else 0
+    many, blocks = row_blocks(group_rows)
+    # Programs that fill the device once: one of 128 rows takes a whole processor, of 64 rows two share it.
+    parts = max(1, _processors(q_QHD.device) * (1 if many > 64 else 2) // (kv_heads * blocks))
+    parts = min(32, parts) if blocks == 1 else parts
     device = q_QHD.device
-    part = torch.empty(max(parts, beyond), kv_heads, group_rows, width, dtype=torch.float32, device=device)
-    lse = torch.empty(max(parts, beyond), kv_heads, group_rows, dtype=torch.float32, device=device)
-    sizes = (rows, seen_QT.shape[1], capacity, scale * LOG2_E)
-    shared = (q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse, *sizes)
-    fixed = {"H": heads, "J": kv_heads, "D": width, "BN": 64, "IEEE": q_QHD.dtype == torch.float32}
-    large = Tile(warps=8 if r1 > 64 else 4, stages=3)
-    _attention_kernel[(kv_heads, parts, count)](*shared, 0, R=r1, BESIDE=False, **fixed, **_options(large))
-    if r2:  # behind the large ones, or those would wait for processors where small ones run
-        few = Tile(warps=8 if r2 > 64 else 4, stages=3)
-        _attention_kernel[(kv_heads, beyond, 1)](*shared, count * r1, R=r2, BESIDE=True, **fixed, **_options(few))
+    part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
+    lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
+    _attention_kernel[(kv_heads, parts, blocks)](
+        q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse,
+        rows, seen_QT.shape[1], capacity, scale * LOG2_E, triton.cdiv(group_rows, blocks),
+        H=heads, J=kv_heads, D=width, R=many, BN=64, IEEE=q_QHD.dtype == torch.float32,
+        **_options(Tile(warps=8 if many > 64 else 4, stages=2 if many == 64 and blocks > 1 else 3)),
+    )  # fmt: skip
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
     _merge_kernel[(rows, heads)](
-        part, lse, *_split(out), rows, parts, count * r1, beyond,
-        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(max(parts, beyond)), NARROW=y is None,
-        **_options(Tile(warps=2)),
+        part, lse, *_split(out), rows, parts,
+        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None, **_options(Tile(warps=2)),
     )  # fmt: skip
     return out
 
