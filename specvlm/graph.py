@@ -119,7 +119,7 @@ def autoregressive(
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
     turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
-    engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator)
+    engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator, clock.mark)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
     token = verifier.first(penalty(logits_MV)[0], generator)
     clock.mark("prefill")
@@ -201,7 +201,7 @@ class DecodingGraph:
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
-        request = Request(target, cache, verifier, penalty, generator)
+        request = Request(target, cache, verifier, penalty, generator, clock.mark)
         verdict, shown = None, keep if drafter.model else None
         while True:
             tree = session.propose(verdict)

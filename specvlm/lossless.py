@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool
+from specvlm.engine import Engine
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
 from specvlm.types import VideoPrompt
@@ -49,10 +50,12 @@ def compare(
     baseline: Sequence[int],
     output: Sequence[int],
     caches: CachePool | None = None,
+    engine: Engine | None = None,
 ) -> Comparison:
     """Tie: from the first difference on, every token is the target's choice within what rounding does to that choice.
 
-    Costs nothing when identical; else two prefills and a one-row pass a token. caches: memory to use again.
+    Costs nothing when identical; else two prefills and a one-row pass a token. caches: memory to use again. engine: the one
+    that the output came from, since its arithmetic is what is judged: one that rounds rows to 8 bits is another model's.
     """
     shorter = min(len(output), len(baseline))
     first = next((i for i in range(shorter) if output[i] != baseline[i]), shorter)
@@ -64,7 +67,7 @@ def compare(
     if target.stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
         return Comparison("mismatch", first, reason="the output does not end where it should")
     tie = Comparison("identical")
-    for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first, caches or CachePool()):
+    for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first, caches or CachePool(), engine or Engine()):
         scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
         drift = float((one_row_V - many_rows_V).abs().max())
         gap = float(one_row_V.max() - one_row_V[output[at]])
@@ -80,7 +83,7 @@ def compare(
 
 
 def _both_ways(
-    target: VideoLM, prompt: VideoPrompt, output: Sequence[int], first: int, pool: CachePool
+    target: VideoLM, prompt: VideoPrompt, output: Sequence[int], first: int, pool: CachePool, engine: Engine
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each token of the output from `first` on: its index and the logits (V,) before it, by one-row and by
     many-row passes, in float64."""
@@ -90,11 +93,12 @@ def _both_ways(
     hiddens = [target.prefill(embeds_SD, positions_AS, cache, prompt.cut) for cache in caches]
     one_V, tokens = target.head(hiddens[0]), torch.tensor(output)
     rows = len(output) - 1
-    causal = torch.ones(rows, rows, dtype=torch.bool).tril()
-    many_TV = torch.cat([target.head(hiddens[1])[None], target.append(tokens[:-1], range(rows), causal, caches[1])])
+    many_TV = target.head(hiddens[1])[None]
+    if rows:
+        many_TV = torch.cat([many_TV, engine.append(target, tokens[:-1], caches[1])])
     for at in range(len(output)):
         if at >= first:
             yield at, penalty(one_V[None])[0].double(), penalty(many_TV[at][None])[0].double()
         if at < rows:
             penalty.add(tokens[at])
-            one_V = target.append(tokens[at : at + 1], [0], None, caches[0])[0]
+            one_V = engine.append(target, tokens[at : at + 1], caches[0])[0]

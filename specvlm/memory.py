@@ -71,6 +71,14 @@ def free_bytes(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
+def ran_out(error: BaseException) -> bool:
+    """Is it memory that an error is about? torch has a type of its own for one allocator of several."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")  # the CPU's allocator, cuBLAS and its kin, CUDA itself
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

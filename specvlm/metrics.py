@@ -35,15 +35,16 @@ KEYS = {
     "baseline_end_to_end_s": "the same of `autoregressive`",
     "speedup_decode": "baseline_decode_s / decode_s",
     "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
-    "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify",
+    "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify; capture "
+    "where the engine met a new shape of tree in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator, or of the whole process on a CPU",
     "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
     "where none was loaded",
     "out_of_memory": "what the run did when memory ran out: warming up, decoding, decoding without a drafter, or checking; all "
     "else is then of what was done before. null when it did not",
-    "engine": "how steps ran: eager, or graphs (captured on a GPU)",
-    "capture_s": "seconds the engine spent on compiling and capturing, nearly all in the warm-up, which no other time counts",
+    "engine": "how the steps of target and draft ran: eager, or graphs (captured on a GPU); without draft where there was none",
+    "capture_s": "seconds the engine spent on compiling and capturing, nearly all in the warm-up; in no other time but times_s",
     "strategies": "pruner, drafter and verifier with all their fields",
     "versions": "of specvlm, python, torch, transformers and the machine",
 }
@@ -68,7 +69,7 @@ def speed_of(steps: Sequence[Step]) -> dict[str, float]:
     """time_to_first_token_s, drafter_start_s, decode_s, end_to_end_s, tokens_per_second."""
     times = times_of(steps)
     first, start = (sum(times.get(part, 0.0) for part in parts) for parts in (FIRST_TOKEN, DRAFTER_START))
-    whole = sum(times.values())
+    whole = sum(times.values()) - times.get("capture", 0.0)
     decode = whole - first - start
     return {
         "time_to_first_token_s": first,

@@ -47,13 +47,17 @@ def run(cfg: DictConfig, folder: Path) -> int:
                 try:
                     decode(cfg, job, graph, folder, screen, record)
                     summary, verdict = summarize(cfg, job, graph, record)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not memory.ran_out(error):
+                        raise
                     record.out_of_memory = record.stage
                     write_config(cfg, folder)
                     write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
                     raise
                 write_json(folder / "summary.json", summary)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
             planned = f"{job.plan.total / 2**30:.1f} GiB"
             done = f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}" if record.out_of_memory else ""
             raise UserError(
@@ -216,7 +220,7 @@ def summarize(cfg: DictConfig, job: Job, graph: DecodingGraph, record: Record) -
         verdict = text = "sampled"
     else:
         record.stage = "checking"
-        comparison = lossless.compare(graph.target, job.prompt, alone, tokens, graph.caches)
+        comparison = lossless.compare(graph.target, job.prompt, alone, tokens, graph.caches, graph.engine)
         verdict, text = comparison.verdict, str(comparison)
         difference = asdict(comparison) if comparison.token is not None else None
     kept = next((len(step.keep) for step in steps if step.keep is not None), None)
@@ -239,7 +243,7 @@ def summarize(cfg: DictConfig, job: Job, graph: DecodingGraph, record: Record) -
         "peak_memory_bytes": memory.peak_bytes(job.device),
         "difference": difference,
         "out_of_memory": record.out_of_memory,
-        "engine": graph.engine.name,
+        "engine": {side: graph.engine.runs(getattr(graph, side)) for side in job.kinds},
         "capture_s": graph.engine.capture_s,
         "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in job.kinds.items()},
         "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},

@@ -270,8 +270,8 @@ class Step:
 
     Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked, depth: most of them on one path;
     accepted: how many the verifier took (before the output was cut); full: False when a stop id or the limit cut it.
-    times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify; they add up to the time since
-    the step before. keep: what the drafter sees, in the step that started it.
+    times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify, and capture where the engine met a new
+    shape; they add up to the time since the step before. keep: what the drafter sees, in the step that started it.
     """
 
     tokens: tuple[int, ...]

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from specvlm import lossless
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -16,7 +17,7 @@ from specvlm.engine.graphs import GraphsEngine
 from specvlm.engine.lean import LeanText, why_not
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.metrics import acceptance_of, speed_of, tokens_of
 from specvlm.models.quantize import quantize_text
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.two_stage import TwoStagePruner
@@ -207,6 +208,65 @@ def test_captured_once_for_a_shape_and_a_cache():
     list(graph.decode(tiny.prompt(family, frames=90), 12))  # both caches grow
     assert first.keys() == graph.engine._programs.keys()
     assert all(graph.engine._programs[key][1] is not program for key, program in first.items())
+
+
+def test_trees_that_never_repeat_are_captured_so_many_times_and_no_more(monkeypatch):
+    """And the request tells when: a capture is no time of a check's."""
+    monkeypatch.setattr("specvlm.engine.graphs.MOST", 3)
+    request, engine = tiny.prompt("qwen2_5_vl"), GraphsEngine("direct")
+
+    class Growing(PromptLookupDrafter):
+        """Another number of guesses in every round."""
+
+        name = "growing"
+
+        def start(self, ctx):
+            session, sizes = super().start(ctx), iter(range(1, 99))
+            session._continuation = lambda: [7] * next(sizes)
+            return session
+
+    graph = DecodingGraph(tiny.model("qwen2_5_vl"), None, UniformPruner(), Growing(length=30), GreedyVerifier(), engine=engine)
+    steps = list(graph.decode(request, 20))
+    assert tokens_of(steps) == tiny.hf_greedy(tiny.model("qwen2_5_vl"), request, 20)
+    assert len(engine._programs) == 3 < len(steps) - 1
+    assert ["capture" in step.times_s for step in steps[1:]] == [True] * 3 + [False] * (len(steps) - 4)
+    speed = speed_of(steps)
+    assert speed["decode_s"] == pytest.approx(sum(s.times_s["draft"] + s.times_s["verify"] for s in steps[1:]))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_appended_by_an_engine_are_its_steps(family):
+    """Across several passes of the most rows; and what a comparison of outputs reads."""
+    lm, request = tiny.model(family), tiny.prompt(family)
+    tokens = torch.randint(5, 80, (150,), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for engine in (Engine(), GraphsEngine("direct")):
+        cache = lm.new_cache(len(request) + 160)
+        with torch.inference_mode():
+            lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
+            logits.append(engine.append(lm, tokens, cache))
+        assert cache.length == len(request) + 150
+    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+
+
+def test_a_comparison_judges_by_the_engines_own_arithmetic(monkeypatch):
+    """An engine whose rows are rounded more coarsely is another model: what is a fault of the one is the other's own output."""
+    lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
+    engine, exact = GraphsEngine("direct"), LeanText.logits
+    want = tokens_of(list(autoregressive(lm, request, 12, GreedyVerifier(), engine=Engine())))
+    monkeypatch.setattr(LeanText, "logits", lambda self, hidden: exact(self, hidden).roll(1, -1))
+    shifted = tokens_of(list(autoregressive(lm, request, 12, GreedyVerifier(), engine=engine)))
+    assert shifted != want
+    assert lossless.compare(lm, request, want, shifted, engine=Engine()).verdict == "mismatch"
+    # After the prefill's own token, every token is the engine's choice.
+    assert lossless.compare(lm, request, [*shifted[:3], 5, *shifted[4:]], shifted, engine=engine).gap == 0.0
+
+
+def test_each_model_says_which_engine_it_runs_on(monkeypatch):
+    target, draft = tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl")
+    monkeypatch.setattr("specvlm.engine.graphs.why_not", lambda model: "it is odd" if model is draft else None)
+    engine = GraphsEngine("direct")
+    assert (engine.runs(target), engine.runs(draft), Engine().runs(target)) == ("graphs", "eager", "eager")
 
 
 def test_a_large_tree_and_a_rule_of_the_host_run_eager():

@@ -166,3 +166,44 @@ def test_no_memory_grows_over_fifty_requests():
         assert tokens_of(list(graph.decode(requests[number % 7], 16))) == want[number % 7]
     torch.cuda.synchronize()
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) <= before
+
+
+def test_models_go_with_what_was_captured_for_them():
+    import gc
+    from weakref import ref
+
+    from specvlm.engine import engine_for
+
+    engine, gone = engine_for("graphs", "cuda"), []
+    for _ in range(2):
+        lm = on_gpu("qwen2_5_vl", torch.float32)[0]
+        list(autoregressive(lm, tiny.prompt("qwen2_5_vl"), 4, GreedyVerifier(), engine=engine))
+        gone.append(ref(lm.text))
+        del lm
+        gc.collect()
+    assert gone[0]() is None and len(engine._programs) == 1
+
+
+def test_a_request_after_one_that_failed_midway():
+    from specvlm.drafters.tree import TreeDrafter
+    from specvlm.engine import engine_for
+
+    target, draft = on_gpu("qwen2_5_vl", torch.float32)
+    graph = DecodingGraph(
+        target, draft, UniformPruner(), TreeDrafter(), GreedyVerifier(), 0.5, engine=engine_for("graphs", "cuda")
+    )
+    requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
+    want = [tiny.hf_greedy(target, r, 16) for r in requests]
+    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
+    check, calls = graph.engine.check, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("in the middle")
+        return check(*arguments)
+
+    graph.engine.check = broken
+    with pytest.raises(torch.OutOfMemoryError):
+        list(graph.decode(requests[0], 16))
+    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want

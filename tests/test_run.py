@@ -287,15 +287,34 @@ def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monk
     assert met == {"warming up", "decoding", "decoding without a drafter"} and whole["out_of_memory"] is None
 
 
-def test_out_of_memory_while_checking_keeps_both_answers(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["cuda", "cpu", "cublas"],
+)
+def test_out_of_memory_while_checking_keeps_both_answers(error, monkeypatch, capfd):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr("specvlm.run.lossless.compare", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     summary, _ = runs()
     assert "ran out of memory while checking" in capfd.readouterr().err and summary["out_of_memory"] == "checking"
     assert summary["token_ids"] == summary["baseline_token_ids"] and summary["speedup_decode"] and summary["text"]
+
+
+def test_another_error_is_no_lack_of_memory(monkeypatch, capfd):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("specvlm.run.lossless.compare", broken)
+    assert main(["hydra.run.dir=out", *FAST]) == 3
+    error = capfd.readouterr().err
+    assert "RuntimeError: shapes do not match" in error and "ran out of memory" not in error
 
 
 def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):

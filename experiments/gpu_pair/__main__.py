@@ -25,7 +25,7 @@ from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes
 from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Llava, Qwen, build, pair_of, prompt_of
-from specvlm import metrics
+from specvlm import memory, metrics
 from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
@@ -67,7 +67,7 @@ class Record:
         except UserError:
             raise
         except Exception as error:
-            memory_gone = isinstance(error, torch.OutOfMemoryError)
+            memory_gone = memory.ran_out(error)
             said = "out of memory" if memory_gone else f"{type(error).__name__}: {first_line(error)}"
             if not memory_gone:
                 traceback.print_exc()

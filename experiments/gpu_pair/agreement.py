@@ -3,7 +3,9 @@
 float32: captured = eager = Hugging Face's `generate`, token by token. bfloat16: where the captured output leaves our own
 autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthetic scenes, trained small models.
 
-    python -m experiments.gpu_pair.agreement --scenes 32 --workers 8 --out agreement.jsonl
+    python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
+
+Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -45,43 +49,51 @@ DRAFTERS: dict[str, Drafter] = {
 }
 PAIRS = list(product((PRUNERS | {"none": NonePruner()}).items(), DRAFTERS.items()))
 LIMIT = 96
-CHUNK = 8
+CHUNK = 4
+
+
+def settle(numbers: Queue[int]) -> None:
+    """A worker's own GPU, the next in turn."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
 
 
 def scenes(family: str, dtype: str, numbers: list[int], eager: int, share: int, device: str) -> list[dict[str, Any]]:
-    """Rows of one worker: its own models, engine and caches. eager: of the first so many scenes also by the eager engine;
-    share: of the pairs of a pruner and a drafter, one in so many a scene, each in its turn.
+    """A row a scene, with what differed in full. Own models, engine and caches. eager: of the first so many scenes also by the
+    eager engine; share: of the pairs of a pruner and a drafter, one in so many a scene, each in its turn.
     """
-    torch.set_num_threads(1)
     target, draft = (load(model_folder(f"embedded:{family}/{name}"), dtype, device) for name in ("target", "plain"))
     caches, engine = CachePool(), engine_for("auto", device)
 
-    def graph(pruner: Pruner, drafter: Drafter, with_engine: Engine) -> DecodingGraph:
-        return DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=with_engine)
+    def decoded(pruner: Pruner, drafter: Drafter, by: Engine) -> list[int]:
+        graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=by)
+        return tokens_of(list(graph.decode(request, LIMIT)))
 
     rows = []
     for number in numbers:
         request, _ = scene_request(target, family, "caption", number)
         alone = tokens_of(list(autoregressive(target, request, LIMIT, GreedyVerifier(), caches=caches, engine=engine)))
-        about = {"family": family, "dtype": dtype, "scene": number, "tokens": len(alone), "engine": engine.name}
+        row: dict[str, Any] = {"family": family, "dtype": dtype, "scene": number, "tokens": len(alone)}
+        row |= {"engine": engine.runs(target), "decodes": 0, "different": []}
+        pairs = [pair for turn, pair in enumerate(PAIRS) if turn % share == number % share]
+        right = alone
         if dtype == "float32":
             right = generated(target, request)
-            rows.append(about | {"what": "autoregressive", "same": alone == right})
-        for turn, ((pruner_name, pruner), (name, drafter)) in enumerate(PAIRS):
-            if turn % share != number % share:
-                continue
-            if dtype != "float32" and pruner_name not in ("none", "uniform", "two_stage"):
-                continue
-            what = {"what": "decode", "pruner": pruner_name, "drafter": name}
-            tokens = tokens_of(list(graph(pruner, drafter, engine).decode(request, LIMIT)))
-            if dtype == "float32":
-                row = what | {"same": tokens == right}
-                if number < eager:
-                    row["eager_same"] = tokens_of(list(graph(pruner, drafter, Engine()).decode(request, LIMIT))) == right
-                rows.append(about | row)
-            else:
-                said = lossless.compare(target, request, alone, tokens, caches)
-                rows.append(about | what | {"same": tokens == alone, **asdict(said)})
+            row |= {"autoregressive_same": alone == right, "eager_decodes": 0}
+        else:
+            pairs = [pair for pair in pairs if pair[0][0] in ("none", "uniform", "two_stage")]
+        for (pruner_name, pruner), (drafter_name, drafter) in pairs:
+            outs = {"": decoded(pruner, drafter, engine)}
+            if dtype == "float32" and number < eager:
+                outs["eager_"] = decoded(pruner, drafter, Engine())
+            for by, tokens in outs.items():
+                row[f"{by}decodes"] += 1
+                if tokens != right:
+                    said = lossless.compare(target, request, right, tokens, caches, Engine() if by else engine)
+                    which = {"engine": by.strip("_") or engine.name, "pruner": pruner_name, "drafter": drafter_name}
+                    row["different"].append(which | asdict(said))
+        rows.append(row)
     return rows
 
 
@@ -92,9 +104,9 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
 
 
 def jobs(count: int, eager: int, share: int) -> Iterator[tuple[str, str, list[int], int, int]]:
-    """A few scenes each, both dtypes and families in turn, so that a run cut short has seen something of all."""
-    for start in range(0, count, CHUNK):
-        for dtype, family in product(("float32", "bfloat16"), FAMILIES):
+    """A few scenes each, families in turn; bfloat16, whose jobs are short, last."""
+    for dtype in ("float32", "bfloat16"):
+        for start, family in product(range(0, count, CHUNK), FAMILIES):
             yield family, dtype, list(range(start, min(start + CHUNK, count))), eager, share
 
 
@@ -104,18 +116,18 @@ def report(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups[row["dtype"], row["family"]].append(row)
     for (dtype, family), members in sorted(groups.items(), reverse=True):
-        decodes = [row for row in members if row["what"] == "decode"]
-        same = sum(row["same"] for row in decodes)
-        line = f"{dtype} {family}: {same} of {len(decodes)} outputs are "
+        found = [(one["engine"] == "eager", one) for row in members for one in row["different"]]
+        count = {key: sum(row.get(key, 0) for row in members) for key in ("decodes", "eager_decodes", "autoregressive_same")}
+        line = f"{dtype} {family}: {count['decodes'] - sum(not eager for eager, _ in found)} of {count['decodes']} outputs are "
         if dtype == "float32":
-            loops = [row for row in members if row["what"] == "autoregressive"]
-            eager = [row["eager_same"] for row in decodes if "eager_same" in row]
-            line += f"generate's (autoregressive: {sum(r['same'] for r in loops)} of {len(loops)}"
-            line += f"; eager engine: {sum(eager)} of {len(eager)})"
+            line += f"generate's (autoregressive: {count['autoregressive_same']} of {len(members)}; eager engine: "
+            line += f"{count['eager_decodes'] - sum(eager for eager, _ in found)} of {count['eager_decodes']})"
         else:
-            gaps = sorted(row["gap"] for row in decodes if not row["same"] and row.get("gap") is not None)
-            line += f"our autoregressive one's; verdicts {dict(Counter(row['verdict'] for row in decodes))}"
-            line += f"; gaps at the first difference {gaps[0]:.3g} to {gaps[-1]:.3g}" if gaps else ""
+            line += "our autoregressive one's"
+        if found:
+            gaps = sorted(one["gap"] for _, one in found if one["gap"] is not None)
+            line += f"; differences: {dict(Counter(one['verdict'] for _, one in found))}"
+            line += f"; gaps at the first one {gaps[0]:.3g} to {gaps[-1]:.3g}" if gaps else ""
         lines.append(line)
     return "\n".join(lines)
 
@@ -130,14 +142,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("agreement.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool, options.out.open("w") as file:
+    rows, begun = [], perf_counter()
+    turns = get_context("spawn").Queue()
+    for number in range(options.workers):
+        turns.put(number)
+    workers = ProcessPoolExecutor(options.workers, get_context("spawn"), settle, (turns,))
+    with workers as pool, options.out.open("w") as file:
         waiting = [pool.submit(scenes, *job, options.device) for job in jobs(options.scenes, options.eager, options.share)]
-        for done in waiting:
+        for done in as_completed(waiting):
             for row in done.result():
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
             file.flush()
+            print(f"{perf_counter() - begun:5.0f} s  {len(rows)} scenes", flush=True)
     print(report(rows))
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
-from specvlm import compose, metrics, registry
+from specvlm import compose, memory, metrics, registry
 from specvlm.__main__ import INTERRUPTED, OK, guarded
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
@@ -146,7 +145,9 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
             if wishes.check:
                 with screen.waiting("decoding to check"):
                     checked = [check(graph, job, candidate, limit) for candidate in three(found, best)]
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
             planned = f"{job.plan.total / 2**30:.1f} GiB"
             raise UserError(f"{job.device} is out of memory, though {planned} were planned: {SMALLER}") from error
     if checked:

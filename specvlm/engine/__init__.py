@@ -5,10 +5,12 @@ An engine is kept across requests. It holds no request's state: only what it cap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from specvlm.cache import KVCache
 from specvlm.errors import UserError
@@ -24,13 +26,14 @@ ENGINES = ("auto", "eager", "graphs")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a request's checks need. cache: the target's."""
+    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran."""
 
     target: VideoLM
     cache: KVCache
     verifier: Verifier
     penalty: RepetitionPenalty
     generator: torch.Generator
+    mark: Callable[[str], None] = lambda part: None
 
 
 class Engine:
@@ -42,7 +45,7 @@ class Engine:
 
     def next(self, request: Request, token: int) -> int:
         """A pass of the target over its last token; the token that follows."""
-        logits_1V = request.target.append(torch.tensor([token]), [0], None, request.cache)
+        logits_1V = self.append(request.target, torch.tensor([token]), request.cache)
         return request.verifier.first(request.penalty(logits_1V)[0], request.generator)
 
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
@@ -54,6 +57,18 @@ class Engine:
         verdict = request.verifier.verify(VerifyContext(tree, logits_MV, request.generator))
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+
+    def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
+        """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's
+        own steps.
+        """
+        rows = len(tokens_Q)
+        seen_QQ = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
+        return target.append(tokens_Q, range(rows), seen_QQ, cache)
+
+    def runs(self, model: VideoLM) -> str:
+        """The name of the engine that a model's steps really take: one may have to fall back for one of two models."""
+        return self.name
 
     def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
         """How a static tree is drafted, level by level."""
@@ -91,7 +106,7 @@ def why_no_graphs(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:  # the kernels are scheduled by programmatic dependent launch, which older ones do not know
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
-    if (device.index or 0) != torch.cuda.current_device():
+    if device.index not in (None, torch.cuda.current_device()):
         return f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
     try:
         from triton.language.extra.cuda import gdc_wait  # noqa: F401

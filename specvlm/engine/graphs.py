@@ -14,7 +14,7 @@ from functools import partial
 from time import perf_counter
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _NOBODY = torch.Generator()  # in a captured step random numbers are inputs
+MOST = 48  # programs captured for one cache: a drafter whose trees never repeat would capture every round
 
 
 class GraphsEngine(Engine):
@@ -43,8 +44,8 @@ class GraphsEngine(Engine):
     def __init__(self, backend: str = "cudagraph") -> None:
         self.backend = backend
         self.capture_s = 0.0
-        self._lean: dict[int, tuple[VideoLM, LeanText | None]] = {}
-        # A cache is not kept alive by what was captured for it.
+        self._lean: WeakKeyDictionary[VideoLM, LeanText | None] = WeakKeyDictionary()
+        # A cache is not kept alive by what was captured for it; the weights that it reads are.
         self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
         self.pool = torch.cuda.graph_pool_handle() if backend == "cudagraph" else None
 
@@ -68,7 +69,7 @@ class GraphsEngine(Engine):
         numbers = uniform(dice, request.generator) if dice else None
         q = tree.q if tree.q is not None and dice else None
 
-        def build() -> Program:
+        def build(backend: str) -> Program:
             inputs = [
                 torch.tensor([cache.capacity - count, 0], device=device),
                 torch.zeros(count, dtype=torch.int64, device=device),
@@ -78,11 +79,14 @@ class GraphsEngine(Engine):
             ]
             paths = _Paths(tree.parents, device)
             fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, paths)
-            return Program(fn, inputs, self.backend, self.pool, paths)
+            return Program(fn, inputs, backend, self.pool, paths)
 
         rule = (type(verifier), repr(verifier))
-        key = ("check", id(target), tree.parents, rule, penalty.factor, None if q is None else q.shape)
+        key = ("check", lean, tree.parents, rule, penalty.factor, None if q is None else q.shape)
+        captured = self.capture_s
         program = self.program(key, cache, build)
+        if self.capture_s > captured:
+            request.mark("capture")
         (outcome,) = program((base, cache.offset), tree.tokens, seen, numbers, q)
         last, bonus, *tokens = outcome.tolist()  # the round's one read
         verdict = verifier.verdict(last, bonus, tree)
@@ -101,18 +105,36 @@ class GraphsEngine(Engine):
 
     def lean(self, model: VideoLM) -> LeanText | None:
         """The model's lean pass; None, said once, for one that needs its own modules."""
-        if id(model) not in self._lean:
+        if model not in self._lean:
             lean = None
             if why := why_not(model):
                 log.warning("%s runs eager: %s", model, why)
             else:
                 lean = LeanText(model)
                 lean.ops = kernels_for(model, lean)
-            self._lean[id(model)] = (model, lean)
-        return self._lean[id(model)][1]
+            self._lean[model] = lean
+        return self._lean[model]
 
-    def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[], Program]) -> Program:
-        """What was captured for this cache; what was captured for those that are gone, goes."""
+    def runs(self, model: VideoLM) -> str:
+        return Engine.name if self.lean(model) is None else self.name
+
+    def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
+        lean = self.lean(target)
+        if lean is None:
+            return super().append(target, tokens_Q, cache)
+        parts = []
+        for tokens in tokens_Q.to(target.device).split(ROWS):
+            rows = torch.arange(len(tokens), device=target.device)
+            seen = torch.ones(len(tokens), len(tokens), dtype=torch.int8, device=target.device).tril()
+            base, offset = torch.tensor([[cache.length], [cache.offset]], device=target.device)
+            parts.append(lean.logits(lean(tokens, rows, 0, seen, base, offset, cache)))
+            cache.advance(len(tokens))
+        return torch.cat(parts)
+
+    def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
+        """What was captured for this cache; what was captured for those that are gone, goes. build: given a backend of Program,
+        which runs uncaptured beyond MOST.
+        """
         if self.backend == "cudagraph":  # the others hold their cache, so of those the last one alone is kept
             key = (*key, id(cache))
         held = self._programs.get(key)
@@ -121,8 +143,10 @@ class GraphsEngine(Engine):
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             if not self._programs and self.backend == "cudagraph":
                 self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone cannot be used again
+            if sum(v[0]() is cache for v in self._programs.values()) >= MOST:
+                return build("direct")
             start = perf_counter()
-            held = self._programs[key] = (ref(cache), build())
+            held = self._programs[key] = (ref(cache), build(self.backend))
             self.capture_s += perf_counter() - start
         return held[1]
 
@@ -196,12 +220,12 @@ class CapturedTree(TreeSession):
         super().__init__(ctx, model, shape, sample)
         self.lean, self.engine = lean, engine
         self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
-        key = ("draft", id(model), shape, ctx.vocabulary, ctx.sampling if sample else None)
+        key = ("draft", lean, shape, ctx.vocabulary, ctx.sampling if sample else None)
         self.program = engine.program(key, self.cache, self._build)
         self.races = self.program.inputs[2] if sample else None
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=model.device)
 
-    def _build(self) -> Program:
+    def _build(self, backend: str) -> Program:
         """Warmed up behind the prompt, whose last row the first round feeds again: all that is written there is still free."""
         device, count = self.model.device, len(self.plan.shape)
         levels = sum(len(level.nodes) for level in self.plan.levels)
@@ -213,7 +237,7 @@ class CapturedTree(TreeSession):
         ]
         rows = _Rows(self.plan, self.sample, device)
         fn = partial(_expand, self.lean, rows, self.cache, self.ctx.vocabulary, self.sample, self.ctx.sampling)
-        return Program(fn, inputs, self.engine.backend, self.engine.pool, rows)
+        return Program(fn, inputs, backend, self.engine.pool, rows)
 
     def propose(self, last: Verdict | None) -> DraftTree:
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)

@@ -12,8 +12,8 @@ from torch import Tensor
 class Program:
     """fn over fixed input buffers into fixed output buffers.
 
-    fn must not depend on anything the host could change: no sizes, no Python numbers, no reads. It is run on the `inputs`
-    given here, twice when captured, so those must be harmless; every later call copies its values into the same buffers.
+    fn must not depend on anything the host could change: no sizes, no Python numbers, no reads. To be captured it is run on
+    the `inputs` given here, so those must be harmless; every later call copies its values into the same buffers.
 
     backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
     pool: of memory shared with other programs, which never run at the same time. tables: what holds the tensors that fn reads
@@ -33,9 +33,9 @@ class Program:
         self._staged: list[Tensor | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
+        self.outputs: list[Tensor] = []
         if backend != "cudagraph":
             self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
-            self.outputs = [out.clone() for out in self._fn(*self.inputs)]
             return
         # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
         stream = torch.cuda.Stream()
@@ -60,7 +60,9 @@ class Program:
         if self.graph is not None:
             self.graph.replay()
         elif self._fn is not None:
-            for mine, out in zip(self.outputs, self._fn(*self.inputs), strict=True):
+            outs = self._fn(*self.inputs)
+            self.outputs = self.outputs or [out.clone() for out in outs]
+            for mine, out in zip(self.outputs, outs, strict=True):
                 mine.copy_(out)
         return self.outputs
 
