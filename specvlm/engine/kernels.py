@@ -640,23 +640,24 @@ def attention(
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
     many, blocks = row_blocks(group_rows)
-    # Programs that fill the device once: one of 128 rows takes a whole processor, of 64 rows two share it.
-    parts = max(1, _processors(q_QHD.device) * (1 if many > 64 else 2) // (kv_heads * blocks))
-    parts = min(32, parts) if blocks == 1 else parts
+    # Programs that fill the device once: one on each processor, but two where small blocks hold the tensor cores busy.
+    beside = many <= 64 and blocks > 1
+    parts = max(1, _processors(q_QHD.device) * (2 if beside else 1) // (kv_heads * blocks))
     device = q_QHD.device
     part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
     _attention_kernel[(kv_heads, parts, blocks)](
         q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse,
         rows, seen_QT.shape[1], capacity, scale * LOG2_E, triton.cdiv(group_rows, blocks),
-        H=heads, J=kv_heads, D=width, R=many, BN=64, IEEE=q_QHD.dtype == torch.float32,
-        **_options(Tile(warps=8 if many > 64 else 4, stages=2 if many == 64 and blocks > 1 else 3)),
+        H=heads, J=kv_heads, D=width, R=many, BN=32 if beside else 64, IEEE=q_QHD.dtype == torch.float32,
+        **_options(Tile(warps=8 if many > 64 else 4, stages=4 if beside else 3)),
     )  # fmt: skip
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
     _merge_kernel[(rows, heads)](
         part, lse, *_split(out), rows, parts,
-        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None, **_options(Tile(warps=2)),
+        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None,
+        **_options(Tile(warps=max(1, triton.next_power_of_2(parts) // 32))),
     )  # fmt: skip
     return out
 
