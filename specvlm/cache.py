@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ def pooled(slots: int) -> int:
     return -(-slots // 256) * 256
 
 
+class Store(NamedTuple):
+    """Keys and values of neighbouring layers, on the device where those layers are, (L, 1, H, C, D) each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def move(self, base_1: Tensor, path_D: Tensor) -> None:
+        """Rows `base + path` to `base`, `base + 1` …, with nothing the host must know."""
+        to = base_1 + torch.arange(len(path_D), device=path_D.device)
+        for store in self:
+            rows = store.flatten(0, 2)
+            rows.index_copy_(1, to, rows.index_select(1, base_1 + path_D))
+
+
 class KVCache:
     """Keys and values of one sequence, (L, 1, H, C, D): layers, KV heads, capacity in slots, head width.
 
@@ -25,22 +39,51 @@ class KVCache:
 
     Hugging Face attention layers call `update` and `get_seq_length`; nothing else of their Cache class is used.
     A forward pass writes its rows behind `length`; rows of rejected guesses are overwritten after `keep`.
+
+    devices: one for all layers, or for each neighbourhood of layers its length and its device, in order.
     """
 
-    def __init__(self, layers: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        capacity: int,
+        width: int,
+        dtype: torch.dtype,
+        devices: torch.device | Sequence[tuple[int, torch.device]],
+    ) -> None:
+        parts = ((layers, devices),) if isinstance(devices, torch.device) else tuple(devices)
+        assert sum(count for count, _ in parts) == layers
         # Zeros, since an engine warms up over slots that nobody wrote: they give it numbers.
-        self.keys = torch.zeros(layers, 1, heads, capacity, width, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
+        self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
+        self._at = [(store, row) for store in self.stores for row in range(len(store.keys))]
         self.length = 0
         self.offset = 0
 
     @property
+    def keys(self) -> Tensor:
+        """Of a cache that lies on one device."""
+        (store,) = self.stores
+        return store.keys
+
+    @property
+    def values(self) -> Tensor:
+        (store,) = self.stores
+        return store.values
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (1, H, C, D) each."""
+        store, row = self._at[number]
+        return store.keys[row], store.values[row]
+
+    @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.stores[0].keys.shape[3]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(tensor.nbytes for store in self.stores for tensor in store)
 
     @property
     def position(self) -> int:
@@ -49,14 +92,15 @@ class KVCache:
 
     def fits(self, model: VideoLM, capacity: int) -> bool:
         """Would `model` find `capacity` slots of its own shape here?"""
-        layers, _, heads, _, width = self.keys.shape
-        same = (layers, heads, width) == (model.layers, model.kv_heads, model.head_dim)
-        return same and self.capacity >= capacity and (self.keys.dtype, self.keys.device) == (model.dtype, model.device)
+        first = self.stores[0].keys
+        here = [(len(store.keys), store.keys.device) for store in self.stores]
+        same = (first.shape[2], first.shape[4], first.dtype) == (model.kv_heads, model.head_dim, model.dtype)
+        return same and self.capacity >= capacity and here == [(stage.layers, stage.device) for stage in model.stages]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write rows (1, H, Q, D) behind `length` and return all that a row may attend to. `advance` makes them count."""
         end = self.length + key.shape[2]
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys, values = self.layer(layer_idx)
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
@@ -71,17 +115,16 @@ class KVCache:
         """Of the rows from slot `base` on, keep those at `base + path` (ascending), moved together in place."""
         end = base + len(path)
         if list(path) != list(range(len(path))):
-            rows = torch.tensor(path, device=self.keys.device) + base
-            self.keys[:, :, :, base:end] = self.keys.index_select(3, rows)
-            self.values[:, :, :, base:end] = self.values.index_select(3, rows)
+            for store in self.stores:
+                rows = torch.tensor(path, device=store.keys.device) + base
+                for tensor in store:
+                    tensor[:, :, :, base:end] = tensor.index_select(3, rows)
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """As `keep`, on the device alone: rows `base + path` to `base`, `base + 1` …; `length` is left to the caller."""
-        to = base_1 + torch.arange(len(path_D), device=path_D.device)
-        for store in (self.keys, self.values):
-            rows = store.flatten(0, 2)
-            rows.index_copy_(1, to, rows.index_select(1, base_1 + path_D))
+        """As `keep`, on the one device alone; `length` is left to the caller."""
+        (store,) = self.stores
+        store.move(base_1, path_D)
 
     def clear(self) -> None:
         self.length = self.offset = 0

@@ -140,8 +140,8 @@ class DecodingGraph:
 
     ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
     drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
-    engine: how a step runs, see `specvlm.engine`. vocabulary: token ids known to both models. Caches are kept between
-    requests; one request at a time.
+    engine: how a step runs, see `specvlm.engine`. draft: a skeleton on ranks where it does not lie. vocabulary: token ids
+    known to both models. Caches are kept between requests; one request at a time.
     """
 
     target: VideoLM
@@ -181,7 +181,7 @@ class DecodingGraph:
         turn.check()
         clock.resume()
         penalty.add(torch.tensor([token]))
-        keep = self.select(prompt, guidance, features_ND, generator)
+        keep = self._agreed(prompt, guidance, features_ND, generator)
         clock.mark("prune")
         context = DraftContext(
             prompt=prompt,
@@ -204,7 +204,7 @@ class DecodingGraph:
         request = Request(target, cache, verifier, penalty, generator, clock.mark)
         verdict, shown = None, keep if drafter.model else None
         while True:
-            tree = session.propose(verdict)
+            tree = session.propose(verdict).to(target.device)
             clock.mark("draft")
             verdict, new = self.engine.check(request, tree)
             clock.mark("verify")
@@ -235,6 +235,18 @@ class DecodingGraph:
         if not (rows or last_row):
             return None
         return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row)
+
+    def _agreed(
+        self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
+    ) -> KeepSet:
+        """`select`, and where several ranks run this loop the first one's word for all: it may be the only one with a draft."""
+        ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
+        keep = self.select(prompt, guidance, features_ND, generator) if here else None
+        if ranks.size > 1:
+            keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
+            generator.set_state(state)
+        assert keep is not None
+        return keep
 
     def select(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator

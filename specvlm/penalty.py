@@ -30,7 +30,7 @@ class RepetitionPenalty:
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
         """What `target` asks for, its prompt seen."""
-        made = cls(target.repetition_penalty, torch.zeros(target.vocabulary, dtype=torch.bool, device=target.device))
+        made = cls(target.repetition_penalty, torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device))
         made.add(prompt.tokens)
         return made
 

@@ -101,6 +101,9 @@ class KeepSet:
     def __len__(self) -> int:
         return len(self.index)
 
+    def cpu(self) -> KeepSet:
+        return KeepSet(self.index.cpu(), self.total, None if self.pool is None else self.pool.cpu())
+
     @staticmethod
     def budget(total: int, ratio: float) -> int:
         """Tokens that stay when the share `ratio` is dropped: int(N (1 - ratio)), free of the error of 1 - 0.9 in binary."""
@@ -223,6 +226,12 @@ class DraftTree:
 
     def __len__(self) -> int:
         return len(self.parents)
+
+    def to(self, device: torch.device) -> DraftTree:
+        """Itself, where it is there already."""
+        if self.tokens.device == device:
+            return self
+        return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device))
 
     @cached_property
     def depths(self) -> tuple[int, ...]:

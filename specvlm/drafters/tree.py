@@ -53,7 +53,11 @@ class TreeDrafter(Drafter):
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        return (ctx.engine or Engine()).tree_session(ctx, model, shape, sample)
+        engine, ranks = ctx.engine or Engine(), ctx.target.ranks
+        if model.ranks.size == ranks.size:
+            return engine.tree_session(ctx, model, shape, sample)
+        session = engine.tree_session(ctx, model, shape, sample) if ranks.rank == 0 else None
+        return ToldSession(session, ctx, shape, sample)
 
 
 @dataclass(frozen=True)
@@ -151,3 +155,24 @@ class TreeSession(DraftSession):
         self.cache.keep(self.base, [self.plan.row_of[node] for node in expanded])
         left: Sequence[int] = last.path[len(expanded) :]
         self.pending = [*self.tokens[list(left)].tolist(), last.bonus]
+
+
+class ToldSession(DraftSession):
+    """The session of a draft that lies on the first rank alone: that one drafts, and tells the others its tree."""
+
+    def __init__(self, session: DraftSession | None, ctx: DraftContext, shape: TreeShape, sample: bool) -> None:
+        self.session, self.ranks, self.device, self.shape = session, ctx.target.ranks, ctx.target.device, shape
+        if session is None and sample:
+            torch.randint(2**62, (), generator=ctx.generator)  # as the session seeds itself: the generators stay alike
+        wide = torch.promote_types(ctx.target.dtype, torch.float32)
+        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=self.device)
+        self.q = torch.zeros(len(shape), ctx.vocabulary, dtype=wide, device=self.device) if sample else None
+
+    def propose(self, last: Verdict | None) -> DraftTree:
+        tree = DraftTree(self.tokens, self.shape.parents, self.q)
+        if self.session is not None:
+            tree = self.session.propose(last).to(self.device)
+        for tensor in (tree.tokens, tree.q):
+            if tensor is not None:
+                self.ranks.first(tensor)
+        return tree

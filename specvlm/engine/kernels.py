@@ -266,6 +266,20 @@ def _add_norm_kernel(
 
 
 @triton.jit
+def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The sum of S parts of `size` values each, rounded. Grid (blocks,)."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = offs < size
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for s in tl.static_range(S):
+        y += tl.load(part_ptr + s * size + offs, mask=ok, other=0.0)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def _rope_kernel(
     part_ptr, b0, b1, b2, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, capacity,
     S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
@@ -602,6 +616,17 @@ def add_norm(
         NARROW=kind != "full", **_options(Tile(warps=16)),
     )  # fmt: skip
     return total, y
+
+
+def whole(parts_SQN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(Q, N) in `dtype`: the sum of a linear layer's parts, rounded once."""
+    count, rows, width = parts_SQN.shape
+    y = torch.empty(rows, width, dtype=dtype, device=parts_SQN.device)
+    block = 2048
+    _whole_kernel[(triton.cdiv(rows * width, block),)](
+        parts_SQN, y, rows * width, S=count, BLOCK=block, **_options(Tile(warps=8))
+    )
+    return y
 
 
 def rope(

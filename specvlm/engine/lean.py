@@ -18,7 +18,9 @@ from specvlm.cache import KVCache
 from specvlm.engine import ops as plain
 from specvlm.engine.ops import Weight
 from specvlm.models.quantize import QuantizedLinear
+from specvlm.models.spread import cross, current
 from specvlm.models.video_lm import VideoLM
+from specvlm.ranks import own
 
 ROWS = 64  # most rows of a pass the kernels are made for
 
@@ -48,39 +50,69 @@ def why_not(model: VideoLM) -> str | None:
 
 
 class LeanText:
-    """The language model of a VideoLM as one function of device tensors. ops: `ops` or `kernels`."""
+    """The language model of a VideoLM as one function of device tensors, or as one a stage. ops: `ops` or `kernels`.
+
+    Where ranks share the layers, what they add to the residual stream is summed over them, rounded as by Hugging Face's
+    modules, and logits are gathered.
+    """
 
     def __init__(self, model: VideoLM, ops: ModuleType = plain) -> None:
-        self.ops, self.text = ops, model.text
+        self.ops, self.text, self.ranks = ops, model.text, model.ranks
         self.layers = [_Layer(layer) for layer in model.text.layers]
         self.head = Weight.of(model.hf.lm_head)
         self.norm = model.text.norm
-        self.heads = int(model.hf.config.get_text_config().num_attention_heads)
         self.vocabulary, self.width = model.vocabulary, model.head_dim
-        self.turns, self.dtype = model.text.rotary_emb.inv_freq, model.text.embed_tokens.weight.dtype
+        self.heads = self.layers[0].qkv[0].outputs // self.width  # of this rank
+        self.hidden, self.dtype = int(model.text.config.hidden_size), model.text.embed_tokens.weight.dtype
+        self.stages = model.stages
+        self.turns = [model.text.rotary_emb.inv_freq.to(stage.device) for stage in model.stages]
 
     def __call__(
         self, tokens_Q: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
-        """(Q, D) normed hidden states of rows written to the slots base + at + row.
+        """(Q, D) normed hidden states of rows written to the slots base + at + row, through all stages.
 
         depths_Q: position of each row above that of slot `base`. seen_QT: int8, which of the slots from `base` on, its
         own among them, a row sees; it sees all before. base, offset: integers on the device; position = slot + offset.
         """
-        ops, scale = self.ops, self.width**-0.5
-        x = self.text.embed_tokens(tokens_Q.clamp(max=self.vocabulary - 1))
-        angles = (base + offset + depths_Q).float()[:, None] * self.turns.float()
+        x = self.enter(tokens_Q)
+        for number, stage in enumerate(self.stages):
+            with current(stage.device):
+                x, depths_Q, seen_QT, base, offset = cross(stage.device, x, depths_Q, seen_QT, base, offset)
+                x = self.run(number, x, depths_Q, at, seen_QT, base, offset, cache)
+        return x
+
+    def enter(self, tokens_Q: Tensor) -> Tensor:
+        """(Q, D) rows as they enter the first stage."""
+        return self.text.embed_tokens(tokens_Q.clamp(max=self.vocabulary - 1))
+
+    def run(
+        self, number: int, x: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
+    ) -> Tensor:
+        """(Q, D) rows as they leave a stage: normed behind the last one. All else as in a call; all on the stage's device."""
+        ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
+        angles = (base + offset + depths_Q).float()[:, None] * self.turns[number].float()
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         parts = None
-        for number, layer in enumerate(self.layers):
+        for index in range(stage.start, stage.end):
+            layer = self.layers[index]
             kind, before, after = layer.kind, layer.before, layer.after
-            keys, values = cache.keys[number, 0], cache.values[number, 0]
+            keys, values = (store[0] for store in cache.layer(index))
             x, y = ops.add_norm(x, parts, before.weight, before.variance_epsilon, kind)
             q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
             seen = ops.attention(q, keys, values, base, seen_QT, scale, kind)
-            x, y = ops.add_norm(x, ops.linear(seen, layer.o), after.weight, after.variance_epsilon, kind)
-            parts = ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down)
+            parts = self._all(ops.linear(seen, layer.o))
+            x, y = ops.add_norm(x, parts, after.weight, after.variance_epsilon, kind)
+            parts = self._all(ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down))
+        if number + 1 < len(self.stages):
+            return x if parts is None else x + ops.whole(parts, x.dtype)
         return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon, self.head.kind)[1]
+
+    def _all(self, parts_SQN: Tensor) -> Tensor:
+        """A linear layer's parts over all ranks."""
+        if self.ranks.size == 1:
+            return parts_SQN
+        return self.ranks.sum(self.ops.whole(parts_SQN, self.dtype))[None]
 
     def weights(self) -> Iterator[Weight]:
         """All linear layers."""
@@ -90,7 +122,9 @@ class LeanText:
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, V), of rows as a pass returned them."""
-        return self.ops.linear(hidden_QD, (self.head,), whole=self.dtype)[0]
+        with current(self.stages[-1].device):
+            mine_QV = self.ops.linear(hidden_QD, (self.head,), whole=self.dtype)[0]
+        return mine_QV if self.head.outputs == self.vocabulary else self.ranks.gather(mine_QV)
 
 
 class _Layer:
@@ -101,7 +135,7 @@ class _Layer:
         self.before, self.after = layer.input_layernorm, layer.post_attention_layernorm
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.qkv = tuple(map(Weight.of, projections))
-        self.biases = tuple(p.bias for p in projections if p.bias is not None)
+        self.biases = tuple(own(p.bias) for p in projections if p.bias is not None)
         self.o = (Weight.of(attention.o_proj),)
         self.gate, self.up = Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)
         self.down = (Weight.of(mlp.down_proj),)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear as dense
 from torch.nn.functional import silu
 
 from specvlm.models.quantize import QuantizedLinear
+from specvlm.ranks import own
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Weight:
         if isinstance(layer, QuantizedLinear):
             return cls(layer, layer.qweight, layer.scale, layer.kind, layer.group)
         assert isinstance(layer, nn.Linear)
-        return cls(layer, layer.weight, layer.weight)
+        weight = own(layer.weight)
+        return cls(layer, weight, weight)
 
     @property
     def outputs(self) -> int:
@@ -66,6 +68,11 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
     wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight_K * scaled.to(total.dtype)
+
+
+def whole(parts_SQN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(Q, N) in `dtype`: the sum of a linear layer's parts, rounded once, as this layer's module would give it."""
+    return parts_SQN.sum(0).to(dtype)
 
 
 def rope(

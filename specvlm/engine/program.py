@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm.models.spread import current
+
 
 class Program:
     """fn over fixed input buffers into fixed output buffers.
@@ -16,8 +18,9 @@ class Program:
     the `inputs` given here, so those must be harmless; every later call copies its values into the same buffers.
 
     backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
-    pool: of memory shared with other programs, which never run at the same time. tables: what holds the tensors that fn reads
-    beside its inputs and the models' weights: a graph knows their addresses, and keeps nothing alive.
+    All is on the first input's device, which is made the current one here; values may come from another, in the order of both
+    streams. pool: of memory shared with other programs of that device, which never run at the same time. tables: what holds
+    the tensors that fn reads beside its inputs and the models' weights: a graph knows their addresses, and keeps nothing alive.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Program:
         tables: object = None,
     ) -> None:
         self.inputs = [value.clone() for value in inputs]
+        self.device = self.inputs[0].device
         self.tables = tables
         self._staged: list[Tensor | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -37,6 +41,10 @@ class Program:
         if backend != "cudagraph":
             self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
             return
+        with current(self.device):
+            self._capture(fn, pool)
+
+    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], pool: Any) -> None:
         # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -45,7 +53,8 @@ class Program:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # What other threads do, such as NCCL's watchdog asking for its events, is none of this capture's business.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             for mine, out in zip(self.outputs, fn(*self.inputs), strict=True):
                 mine.copy_(out)
 
@@ -57,13 +66,14 @@ class Program:
             if not isinstance(value, Tensor):
                 value = self._stage(number, buffer, value)
             buffer.copy_(value, non_blocking=True)
-        if self.graph is not None:
-            self.graph.replay()
-        elif self._fn is not None:
-            outs = self._fn(*self.inputs)
-            self.outputs = self.outputs or [out.clone() for out in outs]
-            for mine, out in zip(self.outputs, outs, strict=True):
-                mine.copy_(out)
+        with current(self.device):
+            if self.graph is not None:
+                self.graph.replay()
+            elif self._fn is not None:
+                outs = self._fn(*self.inputs)
+                self.outputs = self.outputs or [out.clone() for out in outs]
+                for mine, out in zip(self.outputs, outs, strict=True):
+                    mine.copy_(out)
         return self.outputs
 
     def _stage(self, number: int, buffer: Tensor, value: Sequence[int]) -> Tensor:

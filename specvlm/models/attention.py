@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from specvlm.ranks import Ranks
+
 NAME = "specvlm"
 # Hugging Face hands a vision tower's attention the whole sequence and its windows only under a name with "flash" in it; under
 # any other it calls it once a window, thousands of times a video.
@@ -54,7 +56,8 @@ class Guidance:
         """query (1, H * G, Q, D), key (1, H, K, D), after rotation. Reads only: the pass itself is not touched."""
         if self.rows or self.last_row:
             first = 0 if self.rows else query.shape[2] - 1
-            mean_N, last_N = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
+            read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
+            mean_N, last_N = (weights_N.to(self.video_index.device) for weights_N in read)
             if self.rows:
                 self._mean[layer] = mean_N
             if self.last_row:
@@ -69,7 +72,8 @@ class Guidance:
         row_bytes = group * key_HKD.shape[1] * wide.itemsize
         rows = max(1, min(count - first, BLOCK // row_bytes))
         step = max(1, BLOCK // (rows * row_bytes))
-        mean_N = torch.zeros(len(self.video_index), dtype=wide, device=query_HGQD.device)
+        video_index = self.video_index.to(query_HGQD.device)
+        mean_N = torch.zeros(len(video_index), dtype=wide, device=query_HGQD.device)
         last_N = torch.zeros_like(mean_N)
         for head in range(0, heads, step):
             keys_HDK = key_HKD[head : head + step].to(wide).mT
@@ -78,11 +82,20 @@ class Guidance:
                 scores_HGQK = (queries_HGQD.flatten(1, 2) @ keys_HDK).unflatten(1, queries_HGQD.shape[1:3]).mul_(scaling)
                 future = torch.ones(queries_HGQD.shape[2], count, dtype=torch.bool, device=mean_N.device).triu(row + 1)
                 scores_HGQK[..., -count:].masked_fill_(future, float("-inf"))
-                weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, self.video_index)
+                weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, video_index)
                 mean_N += weights_HGQN.sum((0, 1, 2))
                 if row + rows >= count:
                     last_N += weights_HGQN[:, :, -1].sum((0, 1))
         return mean_N / (heads * group * (count - first)), last_N / (heads * group)
+
+    def gather(self, ranks: Ranks) -> None:
+        """From the mean over this rank's heads to that over all heads: every rank holds as many."""
+        if ranks.size == 1:
+            return
+        for kept in (self._mean, self._last):
+            if kept:
+                mean_LN = ranks.sum(torch.stack([kept[layer] for layer in sorted(kept)]) / ranks.size)
+                kept.update(zip(sorted(kept), mean_LN, strict=True))
 
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""

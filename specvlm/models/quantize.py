@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_of
 
 from specvlm.errors import UserError
+from specvlm.ranks import ALONE, Ranks, own
 
 KINDS = ("fp8", "int8", "int4")
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a scale's reach is stored as
@@ -136,7 +137,23 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
     return layer
 
 
-def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None) -> None:
+def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: Ranks) -> QuantizedLinear:
+    """This rank's share of a layer that ranks hold together (see `models/spread.py`), quantised by itself, with the collective
+    that its kind of share needs. A row cut through has a scale on each rank: not quite the model that one device would have.
+    """
+    weight, bias = own(linear.weight.detach()), linear.bias
+    share = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    share.weight = nn.Parameter(weight, requires_grad=False)
+    share.bias = None if bias is None else nn.Parameter(own(bias.detach()), requires_grad=False)
+    layer = quantize(share, kind)
+    if weight.shape[1] < linear.in_features:
+        layer.register_forward_hook(lambda _module, _args, out: ranks.sum(out))
+    elif name == "lm_head" and weight.shape[0] < linear.out_features:
+        layer.register_forward_hook(lambda _module, _args, out: ranks.gather(out))
+    return layer
+
+
+def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, ranks: Ranks = ALONE) -> None:
     """Replace every nn.Linear of a Hugging Face model's text layers, and its head, by its quantised self, in place.
 
     Layer by layer, and an old weight is let go before the next is touched: beside the quantised weights there is never more
@@ -144,7 +161,8 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None) 
     and its dtype.
     """
     for parent, name in _text_linears(hf):
-        setattr(parent, name, quantize(getattr(parent, name), kind, device))
+        linear = getattr(parent, name)
+        setattr(parent, name, quantize(linear, kind, device) if ranks.size == 1 else quantize_share(linear, kind, name, ranks))
     hf.config.tie_word_embeddings = False
 
 

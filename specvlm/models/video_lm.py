@@ -18,6 +18,8 @@ from specvlm.cache import KVCache
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
+from specvlm.models.spread import Stage, stages_of, through
+from specvlm.ranks import ALONE, Ranks
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
 
 CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
@@ -44,12 +46,21 @@ class VideoLM(ABC):
     hf: the Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`. folder: where
     preprocessing settings are read from. mrope: "hf" for the positions the installed transformers' `generate` uses,
     "reference" for those of Qwen's own code (text follows the largest of t, h, w); only Qwen2.5-VL has a difference.
+    stages: how its layers are split over devices, by default as its weights lie. ranks: the processes that share every layer.
     """
 
     family: ClassVar[str]
     axes: ClassVar[int]
 
-    def __init__(self, hf: Any, tokenizer: Any = None, folder: str | Path = "", mrope: str = "hf") -> None:
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any = None,
+        folder: str | Path = "",
+        mrope: str = "hf",
+        stages: Sequence[Stage] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
         self.folder = Path(folder)
@@ -57,9 +68,11 @@ class VideoLM(ABC):
         self.text = hf.model.language_model
         config = hf.config.get_text_config()
         self.layers = int(config.num_hidden_layers)
-        self.kv_heads = int(config.num_key_value_heads)
+        self.stages = stages_of(self.text) if stages is None else tuple(stages)
+        self.ranks = ranks
+        self.kv_heads = int(config.num_key_value_heads) // ranks.size  # of this rank
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        self.vocabulary = int(hf.lm_head.out_features)
+        self.vocabulary = int(self.text.embed_tokens.num_embeddings)
         self.video_token = int(hf.config.video_token_id)
         self.image_token = int(hf.config.image_token_id)
         stops = hf.generation_config.eos_token_id
@@ -76,10 +89,17 @@ class VideoLM(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where tokens and features enter."""
         return self.text.embed_tokens.weight.device
 
+    @property
+    def head_device(self) -> torch.device:
+        """Where logits come out: another one than `device` when the layers are split."""
+        return self.stages[-1].device
+
     def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, self.device)
+        places = [(stage.layers, stage.device) for stage in self.stages]
+        return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, places)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
@@ -225,17 +245,22 @@ class VideoLM(ABC):
         """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, behind all that is there."""
         mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
         position_ids = positions_AQ.to(self.device)[:, None]
+        position_ids = position_ids if self.axes > 1 else position_ids[0]
         extra = {} if guidance is None else {"guidance": guidance}
-        out = self.text(
-            inputs_embeds=embeds_QD[None],
-            position_ids=position_ids if self.axes > 1 else position_ids[0],
-            attention_mask={"full_attention": mask, "sliding_attention": mask},
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-        )
+        if len(self.stages) > 1:
+            hidden_QD = through(self.stages, self.text, embeds_QD, position_ids, cache, mask, extra)
+        else:
+            out = self.text(
+                inputs_embeds=embeds_QD[None],
+                position_ids=position_ids,
+                attention_mask={"full_attention": mask, "sliding_attention": mask},
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+            )
+            hidden_QD = out.last_hidden_state[0]
         cache.advance(len(embeds_QD))
-        return out.last_hidden_state[0]
+        return hidden_QD
 
     def head(self, hidden_QD: Tensor) -> Tensor:
         """(Q, V) logits."""
@@ -266,6 +291,8 @@ class VideoLM(ABC):
             except Enough:  # the guidance was all that was wanted
                 cache.advance(end - start)
                 hidden_QD = embeds_SD.new_empty(1, 0)
+        if guidance is not None:
+            guidance.gather(self.ranks)
         return hidden_QD[-1]
 
     def append(

@@ -1,0 +1,114 @@
+"""The processes that hold one model together, each a share of every layer (tensor parallelism), and what passes between them.
+
+All ranks run the same loop on the same input. What could differ is decided from tensors that are the same on all of them (sums,
+gathered logits), or on the first rank, which tells the others. Collectives run in the stream of the work around them and may be
+captured in a CUDA graph; each rank must come to each of them, in the same order.
+
+Shape suffixes: Q rows of a pass, N outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from specvlm import torchrun
+from specvlm.errors import UserError
+from specvlm.watch import Watch
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process, alone: there is nobody to talk to, and nothing costs anything."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, share: Tensor) -> Tensor:
+        """The sum over all ranks, in place, in the tensor's own dtype."""
+        return share
+
+    def gather(self, share_QN: Tensor) -> Tensor:
+        """(Q, N * ranks): every rank's columns side by side."""
+        return share_QN
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The first rank's, in place on the others."""
+        return tensor
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank; elsewhere it is not called. Pickled, so keep it small and on the host."""
+        return make()
+
+
+ALONE = Ranks()
+
+
+class ProcessRanks(Ranks):
+    """All processes of torch.distributed's default group, which must be there already."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, share: Tensor) -> Tensor:
+        dist.all_reduce(share)
+        return share
+
+    def gather(self, share_QN: Tensor) -> Tensor:
+        out = share_QN.new_empty(self.size * len(share_QN), share_QN.shape[1])
+        dist.all_gather_into_tensor(out, share_QN.contiguous())
+        return out.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    def share(self, make: Callable[[], T]) -> T:
+        told = [make() if self.rank == 0 else None]
+        dist.broadcast_object_list(told, 0)
+        return told[0]  # type: ignore[return-value]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's share of a parameter that Hugging Face has spread over ranks as a DTensor; any other tensor as it is."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined for this block: gloo on the CPU, NCCL on GPUs, each of which is one rank's.
+
+    When one of them dies, the others end with one line (see `watch`). Raises UserError for ranks on several machines.
+    """
+    rank, size = torchrun.rank_here(), torchrun.size_here()
+    if torchrun.several_machines():
+        raise UserError("parallel=tensor takes the GPUs of one machine: start torchrun with --nnodes 1")
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast gains nothing for few rows, and is not everybody's to use
+    store, _, _ = next(rendezvous("env://"))
+    watch = Watch(PrefixStore("specvlm-watch", store.clone()), rank, size)
+    try:
+        shared, backend = PrefixStore("specvlm", store), "nccl" if gpu else "gloo"
+        own_gpu = device if gpu else None
+        dist.init_process_group(backend, store=shared, rank=rank, world_size=size, device_id=own_gpu)
+        yield ProcessRanks()
+    except BaseException as error:
+        watch.failed(" ".join(str(error).split()) or type(error).__name__, isinstance(error, UserError | KeyboardInterrupt))
+        raise
+    watch.ended()
+    gc.collect()  # captured collectives go before what they were captured with, or its end waits for theirs
+    with watch.patience("the ranks cannot part"):
+        dist.destroy_process_group()

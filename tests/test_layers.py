@@ -1,0 +1,133 @@
+"""A model whose layers are split over devices. Here both stages are on the CPU, and what crosses between them is watched."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import tiny
+import torch
+
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine
+from specvlm.engine.graphs import GraphsEngine
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.lossless import compare
+from specvlm.metrics import tokens_of
+from specvlm.models.spread import Stage, device_map, split
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
+
+DRAFTERS = {
+    "tree": TreeDrafter(),
+    "chain": TreeDrafter(shape="chain:4"),
+    "self": SelfDrafter(),
+    "prompt_lookup": PromptLookupDrafter(),
+}
+ENGINES = {"eager": Engine, "direct": lambda: GraphsEngine("direct")}
+CPU = torch.device("cpu")
+
+
+def in_stages(family: str, *ends: int):
+    """The tiny model once more, with its three layers cut behind those."""
+    whole = tiny.model(family)
+    starts = [0, *ends]
+    stages = [Stage(CPU, a, b) for a, b in zip(starts, [*ends, whole.layers], strict=True)]
+    return type(whole)(whole.hf, whole.tokenizer, whole.folder, whole.mrope, stages)
+
+
+CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1, 2)), ("tree", "eager", (1, 2))]
+
+
+@pytest.mark.parametrize(("drafter", "engine", "ends"), CASES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_split_target_gives_the_whole_ones_output(family, drafter, engine, ends):
+    lm = in_stages(family, *ends)
+    made = ENGINES[engine]()
+    graph = DecodingGraph(lm, tiny.draft_of(family), TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), 0.5, engine=made)
+    whole = DecodingGraph(tiny.model(family), tiny.draft_of(family), TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), 0.5)
+    for seed in (0, 1):  # the second request runs what the first has captured
+        request = tiny.prompt(family, seed=seed)
+        want = list(whole.decode(request, 20))
+        steps = list(graph.decode(request, 20))
+        assert tokens_of(steps) == tokens_of(want) == tiny.hf_greedy(tiny.model(family), request, 20)
+        assert [step.accepted for step in steps] == [step.accepted for step in want]
+        alone = tokens_of(list(autoregressive(lm, request, 20, GreedyVerifier(), caches=graph.caches, engine=made)))
+        assert alone == tokens_of(want)
+        assert compare(lm, request, alone, [*alone[:-1], (alone[-1] + 1) % 90]).verdict == "mismatch"
+
+
+def test_repetition_penalty_and_sampling(monkeypatch):
+    family = "qwen2_5_vl"
+    request = tiny.prompt(family)
+    outs = []
+    for lm, engine in ((tiny.model(family), Engine()), (in_stages(family, 1), GraphsEngine("direct"))):
+        monkeypatch.setattr(lm, "repetition_penalty", 1.3)
+        for verifier in (GreedyVerifier(), SamplingVerifier(temperature=0.8)):
+            drafter = PromptLookupDrafter()
+            graph = DecodingGraph(lm, None, TwoStagePruner(), drafter, verifier, 0.5, engine=engine)
+            outs.append(tokens_of(list(graph.decode(request, 20))))
+    assert outs[:2] == outs[2:]
+
+
+def test_all_that_crosses_goes_through_one_function(monkeypatch):
+    """A pass touches nothing of another stage but what `cross` handed over: the others' weights and keys are made unusable."""
+    family = "qwen2_5_vl"
+    lm, request, seen = in_stages(family, 2), tiny.prompt(family), []
+
+    def spy(device, *tensors):
+        seen.append([None if t is None else tuple(t.shape) for t in tensors])
+        return tuple(None if t is None else t.clone() for t in tensors)
+
+    monkeypatch.setattr("specvlm.models.spread.cross", spy)
+    cache = lm.new_cache(200)
+    with torch.inference_mode():
+        lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
+        lm.append(torch.tensor([5]), [0], None, cache)
+    passes, width = 2 + 1, tiny.TEXT["hidden_size"]
+    assert len(seen) == passes * 2
+    assert all(shapes[0][-1] == width and shapes[1] is None and len(shapes) == 4 for shapes in seen)
+    assert [len(store.keys) for store in cache.stores] == [2, 1]
+
+
+def test_cache_of_a_split_model_keeps_and_fits_by_stage():
+    lm = in_stages("qwen2_5_vl", 1)
+    cache, whole = lm.new_cache(16), tiny.model("qwen2_5_vl").new_cache(16)
+    assert cache.fits(lm, 16) and not cache.fits(tiny.model("qwen2_5_vl"), 16) and not whole.fits(lm, 16)
+    assert cache.nbytes == whole.nbytes
+    for layer in range(3):
+        rows = torch.randn(1, 2, 9, 8, dtype=torch.float64)
+        for one in (cache, whole):
+            one.update(rows, -rows, layer)
+    for one in (cache, whole):
+        one.keep(3, [0, 2, 5])
+    for layer in range(3):
+        for ours, theirs in zip(cache.layer(layer), whole.layer(layer), strict=True):
+            assert torch.equal(ours[..., :6, :], theirs[..., :6, :])
+
+
+@pytest.mark.parametrize(
+    ("layers", "room", "counts"),
+    [(80, (1, 1), [40, 40]), (80, (50.0, 65.0), [35, 45]), (3, (100, 1, 1), [1, 1, 1]), (5, (1, 100), [1, 4])],
+)
+def test_layers_go_where_there_is_room(layers, room, counts):
+    assert split(layers, room) == counts
+
+
+def test_more_devices_than_layers_are_refused():
+    with pytest.raises(UserError, match="3 layers cannot be split over 4 devices: use at most 3"):
+        split(3, (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_device_map_names_every_part_once(family):
+    hf = tiny.model(family).hf
+    placed = device_map(hf, [1, 2], [torch.device("cuda", number) for number in range(2)])
+    for name, _ in [*hf.named_parameters(), *hf.named_buffers()]:
+        assert sum(name == part or name.startswith(f"{part}.") for part in placed) == 1, name
+    assert [placed[f"model.language_model.layers.{n}"].index for n in range(3)] == [0, 1, 1]
+    assert (placed["model.language_model.embed_tokens"].index, placed["lm_head"].index) == (0, 1)
