@@ -1,8 +1,8 @@
 """`python -m specvlm`: one run, or with -m a sweep.
 
 Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
-specvlm (with its traceback), 130 Ctrl-C. A sweep ends with the highest of its jobs'. HYDRA_FULL_ERROR=1 shows the
-traceback of mistakes too.
+specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'.
+HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
+from specvlm import torchrun
 from specvlm.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 OK, MISMATCH, MISTAKE, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
 
@@ -31,6 +34,8 @@ class JobFailed(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if torchrun.rank_here():  # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
     except KeyboardInterrupt:
@@ -48,7 +53,10 @@ def guarded(action: Callable[[], int], full: bool) -> int:
     except (UserError, OSError) as err:
         if full:
             traceback.print_exc()
-        print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
+        if torchrun.rank_here():
+            sleep(AFTER_YOU_S)  # the first rank says it; what only another one met, the first hears of (see watch.py)
+        else:
+            print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
         return MISTAKE
     except JobFailed as err:
         return int(err.args[0])
@@ -68,6 +76,8 @@ def command(argv: list[str], full: bool) -> int:
     parser.error = _refuse  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    if sweep and torchrun.size_here() > 1:
+        raise UserError("a sweep does not run under torchrun: start torchrun once a job")
     words = compose.quoted(argv, sweep)
     compose.register()
     with compose.explained():
@@ -181,4 +191,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and torchrun.size_here() > 1:  # a collective that nobody answers would keep the interpreter from ending
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -22,6 +22,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
     "engine": ("auto", "eager", "graphs"),
 }
+PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
 GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
 
@@ -32,6 +33,14 @@ class ModelConfig:
 
     path: str = MISSING
     weights: str | None = None
+    parallel: str | None = None
+
+
+@dataclass
+class DraftConfig(ModelConfig):
+    """device: a GPU for the draft alone."""
+
+    device: str | None = None
 
 
 @dataclass
@@ -42,7 +51,7 @@ class RunConfig:
     drafter: Any = MISSING
     verifier: Any = MISSING
     target: ModelConfig = field(default_factory=ModelConfig)
-    draft: ModelConfig = field(default_factory=ModelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
     ratio: float = MISSING
     positions: str = MISSING
     mrope: str = MISSING
@@ -96,6 +105,17 @@ def validate(cfg: DictConfig) -> None:
         if weights not in (None, *WEIGHTS):
             hint = did_you_mean(weights, WEIGHTS)
             raise UserError(f"{side}.weights={weights}: expected one of null, {', '.join(WEIGHTS)}.{hint}")
+        parallel, allowed = cfg[side].parallel, PARALLEL[side]
+        if parallel not in (None, *allowed):
+            hint = did_you_mean(parallel, allowed)
+            raise UserError(f"{side}.parallel={parallel}: expected one of null, {', '.join(allowed)}.{hint}")
+        if parallel == "layers" and weights not in (None, "bf16"):
+            raise UserError(f"{side}.parallel=layers does not go with {side}.weights={weights}: use tensor, or one device")
+    if cfg.draft.parallel and cfg.target.parallel != "tensor":
+        raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
+    own = cfg.draft.device
+    if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:\d+", own) is None):
+        raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")
 
 
 def model_folder(path: str) -> Path:

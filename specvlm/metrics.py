@@ -37,8 +37,11 @@ KEYS = {
     "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
     "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify; capture "
     "where the engine met a new shape of tree in the middle of the request",
-    "peak_memory_bytes": "most memory in use: of the GPU's allocator, or of the whole process on a CPU",
+    "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
+    "process on a CPU",
     "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
+    "parallel": "how the target was spread: layers, or tensor; null on one device",
+    "devices": "over how many devices the target was spread",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
     "where none was loaded",
     "out_of_memory": "what the run did when memory ran out: warming up, decoding, decoding without a drafter, or checking; all "

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from specvlm import lossless, memory, metrics, registry
 from specvlm.config import model_folder
@@ -21,8 +21,12 @@ from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
+from specvlm.folder import files_of, write_config, write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
+from specvlm.models.spread import check_shares
+from specvlm.places import Places, places_of
+from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen
 from specvlm.types import Step, VideoPrompt
 
@@ -33,14 +37,23 @@ SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…)
 def run(cfg: DictConfig, folder: Path) -> int:
     """Decode one video as `cfg` says and write the run's folder. Returns 1 on MISMATCH, else 0.
 
-    Raises UserError before anything is written when the input cannot be used.
+    Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
+    the first one alone is heard and writes.
     """
+    places = places_of(cfg)
+    if places.ranks == 1:
+        return _run(cfg, folder, places, ALONE)
+    with joined(places.first) as ranks, TemporaryDirectory() as elsewhere:
+        return _run(cfg, folder if ranks.rank == 0 else Path(elsewhere), places, ranks)
+
+
+def _run(cfg: DictConfig, folder: Path, places: Places, ranks: Ranks) -> int:
     screen, record = Screen(), Record()
     with threads(cfg.threads):
-        job = prepare(cfg)
+        job = prepare(cfg, places)
         screen.plan(job)
         try:
-            graph = assemble(cfg, job)
+            graph = assemble(cfg, job, ranks)
             screen.ignored(graph.target.ignored_settings)
             screen.note(graph.engine.note)
             with files_of(folder):
@@ -58,10 +71,11 @@ def run(cfg: DictConfig, folder: Path) -> int:
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
-            planned = f"{job.plan.total / 2**30:.1f} GiB"
+            planned = f"{job.planned / 2**30:.1f} GiB"
             done = f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}" if record.out_of_memory else ""
+            where = " or ".join(map(str, places.devices))
             raise UserError(
-                f"{job.device} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
+                f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
             ) from error
     screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
@@ -99,22 +113,31 @@ class Job:
     prompt: VideoPrompt
     kept: int
     vocabulary: int
-    device: torch.device
+    places: Places
+    layers: list[int]  # of each device, where they are split
     dtype: torch.dtype
     kinds: dict[str, str | None]  # by side: what its text part is quantised to, None for not at all
-    plan: memory.MemoryPlan
+    plans: dict[torch.device, memory.MemoryPlan]  # of this process
     clip: str
     question: str
     video_s: float
 
+    @property
+    def planned(self) -> int:
+        """Bytes, on all devices of this process."""
+        return sum(plan.total for plan in self.plans.values())
 
-def prepare(cfg: DictConfig) -> Job:
+
+def prepare(cfg: DictConfig, places: Places) -> Job:
     """Check all input and make the prompt; reads configurations and the video, no weights."""
     pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
-    device = device_of(cfg.device)
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
+    if places.ranks > 1:
+        check_shares(target.hf.config, places.ranks, "target")
+        if draft and places.draft_shared:
+            check_shares(draft.hf.config, places.ranks, "draft")
     dtype = dtype_of(target, cfg.dtype)
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
     kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
@@ -133,37 +156,40 @@ def prepare(cfg: DictConfig) -> Job:
     pruned = slots - len(prompt.video_index) + kept
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    plan = memory.plan(target, drafts, slots, pruned, dtype, patches, (kinds["target"], kinds.get("draft")))
-    free = memory.free_bytes(device)
-    if free is not None and plan.total > free:
-        raise UserError(
-            f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: {SMALLER}"
-        )
-    return Job(pruner, drafter, verifier, prompt, kept, vocabulary, device, dtype, kinds, plan, path.name, question, video_s)
+    both = (kinds["target"], kinds.get("draft"))
+    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both)
+    free = {device: memory.free_bytes(device) for device in places.devices}
+    plans, layers = memory.by_device(whole, target, drafts, slots, dtype, places, [free[d] or 0 for d in places.target], both)
+    for device, plan in plans.items():
+        have = free[device]
+        if have is not None and plan.total > have:
+            advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
+            raise UserError(
+                f"the run needs about {plan.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"
+            )
+    strategies = (pruner, drafter, verifier)
+    return Job(*strategies, prompt, kept, vocabulary, places, layers, dtype, kinds, plans, path.name, question, video_s)
 
 
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"device={name}: there are {count} CUDA devices here; use device=cpu or device=auto")
-    return device
-
-
-def assemble(cfg: DictConfig, job: Job) -> DecodingGraph:
-    """Load the weights of those models that the drafter needs."""
-    options = (cfg.dtype, str(job.device), cfg.mrope)
-    target = load(model_folder(cfg.target.path), *options, cfg.target.weights, progress=True)
+def assemble(cfg: DictConfig, job: Job, ranks: Ranks) -> DecodingGraph:
+    """Load the weights of those models that the drafter needs. A draft that is another rank's is its skeleton here."""
+    places, progress = job.places, ranks.rank == 0
+    layers = list(zip(job.layers, places.target, strict=True)) if job.layers else []
+    options = (cfg.dtype, str(places.first), cfg.mrope)
+    target = load(model_folder(cfg.target.path), *options, cfg.target.weights, progress, layers, ranks)
     if cfg.repetition_penalty is not None:
         target.repetition_penalty = cfg.repetition_penalty
     draft = None
     if job.drafter.model == "draft":
-        draft = load(model_folder(cfg.draft.path), *options, cfg.draft.weights, progress=True)
-    if job.device.type == "cuda":
-        torch.cuda.set_device(job.device)  # what captures and launches kernels goes by the current device
-    engine = engine_for(cfg.engine, job.device)
+        folder, options = model_folder(cfg.draft.path), (cfg.dtype, str(places.draft), cfg.mrope)
+        if ranks.rank and not places.draft_shared:
+            draft = skeleton(folder, cfg.mrope)
+        else:
+            shared = ranks if places.draft_shared else ALONE
+            draft = load(folder, *options, cfg.draft.weights, progress, ranks=shared)
+    if places.first.type == "cuda":
+        torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
+    engine = engine_for(cfg.engine, places.first)
     strategies = (job.pruner, job.drafter, job.verifier)
     return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)
 
@@ -179,7 +205,8 @@ def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen
         # Requests of the full length, broken off: what they grow and capture is what the run will use.
         for warm_up in (graph.decode(job.prompt, cfg.max_new_tokens), alone(cfg.max_new_tokens)):
             list(islice(warm_up, 3))
-    memory.reset_peak(job.device)
+    for device in job.places.devices:
+        memory.reset_peak(device)
     write_config(cfg, folder)
     record.stage = "decoding"
     with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
@@ -240,49 +267,16 @@ def summarize(cfg: DictConfig, job: Job, graph: DecodingGraph, record: Record) -
         "speedup_decode": metrics.ratio_of(base["decode_s"], speed["decode_s"]),
         "speedup_end_to_end": metrics.ratio_of(base["end_to_end_s"], speed["end_to_end_s"]),
         "times_s": {"video": job.video_s} | metrics.times_of(steps),
-        "peak_memory_bytes": memory.peak_bytes(job.device),
+        "peak_memory_bytes": max(memory.peak_bytes(device) for device in job.places.devices),
         "difference": difference,
         "out_of_memory": record.out_of_memory,
         "engine": {side: graph.engine.runs(getattr(graph, side)) for side in job.kinds},
         "capture_s": graph.engine.capture_s,
+        "parallel": job.places.parallel,
+        "devices": job.places.ranks * len(job.places.target),
         "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in job.kinds.items()},
         "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
         "versions": metrics.versions(),
     }
     assert set(summary) == set(metrics.KEYS)
     return summary, verdict
-
-
-FILES = ("config.yaml", "steps.jsonl", "summary.json")
-
-
-@contextmanager
-def files_of(folder: Path) -> Iterator[None]:
-    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end."""
-
-    def clear() -> None:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear()
-        yield
-    except OSError as error:
-        if folder.is_dir():
-            clear()
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
-
-
-def write_config(cfg: DictConfig, folder: Path) -> None:
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a reader never sees half a file."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

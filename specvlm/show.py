@@ -34,8 +34,11 @@ class Screen:
         """The question, the memory that will be needed, and what the drafter will be shown."""
         say = self.console.print
         say(f"[bold]{job.clip}[/]: {job.question}")
-        parts = ", ".join(f"{name} {size(count)}" for name, count in job.plan.parts.items())
-        say(f"[dim]memory plan:[/] {size(job.plan.total)} on {job.device} ({parts})")
+        for device, plan in job.plans.items():
+            parts = ", ".join(f"{name} {size(count)}" for name, count in plan.parts.items())
+            say(f"[dim]memory plan:[/] {size(plan.total)} on {device} ({parts})")
+        if how := spread(job):
+            say(f"[dim]target:[/] {how}")
         if quantised := ", ".join(f"{side} {kind}" for side, kind in job.kinds.items() if kind):
             say(f"[dim]quantised:[/] {quantised} (text layers and head)")
         say(f"[dim]drafter:[/] {job.drafter}")
@@ -107,6 +110,20 @@ class Screen:
         colour = next((c for start, c in COLOURS.items() if verdict.startswith(start)), "bold")
         self.console.print(f"\n[{colour}]{verdict}[/] {meaning(verdict)}", soft_wrap=True)
         self.console.print(f"[dim]written to {folder}[/]")
+
+
+def spread(job: Job) -> str:
+    """How the target lies on its devices; nothing to say of one."""
+    places = job.places
+    if places.parallel == "tensor":
+        draft = "too" if places.draft_shared else "on the first alone"
+        return (
+            f"every layer shared by {places.ranks} ranks, the draft {draft}"
+            if job.drafter.model == "draft"
+            else (f"every layer shared by {places.ranks} ranks")
+        )
+    shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
+    return ", ".join(shares)
 
 
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:

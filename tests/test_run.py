@@ -331,7 +331,9 @@ def test_the_threads_of_one_job_are_not_those_of_the_next(monkeypatch):
     seen = []
     real = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count) or real(count))
-    monkeypatch.setattr("specvlm.run.prepare", lambda cfg: (_ for _ in ()).throw(UserError(str(torch.get_num_threads()))))
+    monkeypatch.setattr(
+        "specvlm.run.prepare", lambda cfg, places: (_ for _ in ()).throw(UserError(str(torch.get_num_threads())))
+    )
     assert main(["-m", "threads=2,3,null", "hydra.sweep.dir=sweep", *FAST]) == 2
     assert seen == [2, 1, 3, 1, 1] and torch.get_num_threads() == 1
 

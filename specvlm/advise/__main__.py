@@ -23,8 +23,11 @@ from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.errors import UserError, did_you_mean
+from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.run import SMALLER, Job, assemble, prepare, threads, write_json
+from specvlm.places import places_of
+from specvlm.ranks import ALONE
+from specvlm.run import SMALLER, Job, assemble, prepare, threads
 from specvlm.show import Screen, size
 from specvlm.types import Step
 
@@ -132,10 +135,10 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     else:
         job = plan(cfg, trees)
         say(f"[bold]{job.clip}[/]: {job.question}")
-        say(f"[dim]memory plan:[/] {size(job.plan.total)} on {job.device}")
+        say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
-            graph = assemble(cfg, job)
+            graph = assemble(cfg, job, ALONE)
             screen.ignored(graph.target.ignored_settings)
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
@@ -148,8 +151,8 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
-            planned = f"{job.plan.total / 2**30:.1f} GiB"
-            raise UserError(f"{job.device} is out of memory, though {planned} were planned: {SMALLER}") from error
+            planned = f"{job.planned / 2**30:.1f} GiB"
+            raise UserError(f"{job.places.first} is out of memory, though {planned} were planned: {SMALLER}") from error
     if checked:
         table.show_check(screen, checked)
         write_json(folder / "check.json", {"checked": checked})
@@ -161,7 +164,10 @@ def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, .
     widest = cfg.copy()
     widest.drafter = {"name": next(iter(trees), "prompt_lookup")}
     widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
-    return prepare(widest)
+    places = places_of(widest)
+    if places.ranks > 1:
+        raise UserError("the adviser runs in one process: leave target.parallel=tensor out, or take layers")
+    return prepare(widest, places)
 
 
 def measure(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from specvlm.models import attention
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.quantize import KINDS, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
+from specvlm.models.spread import device_map, tensor_plan
 from specvlm.models.video_lm import VideoLM
+from specvlm.ranks import ALONE, Ranks, own
 
 FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -96,6 +99,8 @@ def load(
     mrope: str = "hf",
     weights: str | None = None,
     progress: bool = False,
+    split: Sequence[tuple[int, torch.device]] = (),
+    ranks: Ranks = ALONE,
 ) -> VideoLM:
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
@@ -103,6 +108,9 @@ def load(
     "bf16" does not, and wants a dtype that is bfloat16. The checkpoint is read into the host's memory, from where `device` gets
     its text part block by block, quantised on arrival: it holds little more than it will keep, and does the arithmetic.
     progress: let Hugging Face draw its bars, where they are not turned off.
+    split: how many layers on which device, each read into its own, by Hugging Face's `device_map`; instead of `device`.
+    ranks: who shares every layer, by its `tp_plan`; each rank reads its share. Both need accelerate; weights of split layers
+    cannot be quantised.
     Raises UserError when anything of it cannot be used.
     """
     from safetensors import SafetensorError
@@ -116,10 +124,12 @@ def load(
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{path}: has a config.json but no *.safetensors weights")
     attention.register()
+    spread = spread_of(config, split, ranks, kind)
     try:
         with nullcontext() if progress else _no_bars():
             hf, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
+                **spread,
                 output_loading_info=True,
                 dtype=DTYPES.get(dtype, "auto"),
                 use_safetensors=True,
@@ -133,8 +143,53 @@ def load(
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     if kind is not None:
-        quantize_text(hf, kind, device)
-    return family(hf.eval().requires_grad_(False).to(device), tokenizer_of(folder), folder, mrope)
+        quantize_text(hf, kind, device, ranks)
+    hf = hf.eval().requires_grad_(False)
+    if split:
+        settle(hf)
+    if ranks.size > 1:
+        make_plain(hf)
+    return family(hf if spread else hf.to(device), tokenizer_of(folder), folder, mrope, ranks=ranks)
+
+
+def spread_of(config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None) -> dict[str, Any]:
+    """What `from_pretrained` wants to know of several devices. Raises UserError."""
+    if not split and ranks.size == 1:
+        return {}
+    if kind and split:
+        raise UserError(f"weights={kind} does not go with layers split over devices: leave weights out, or parallel")
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("several devices need accelerate: pip install 'specvlm[parallel]'")
+    if split:
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            bare = AutoModelForImageTextToText.from_config(config)
+        return {"device_map": device_map(bare, [n for n, _ in split], [device for _, device in split])}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=tensor_plan(config, ranks.size))}
+
+
+def make_plain(hf: Any) -> None:
+    """Parameters that every rank holds in full are tensors like any other again, tied ones still tied."""
+    plain: dict[int, torch.nn.Parameter] = {}
+    for module in hf.modules():
+        for name, held in list(module.named_parameters(recurse=False)):
+            if all(placement.is_replicate() for placement in getattr(held, "placements", ())):
+                if id(held) not in plain:
+                    plain[id(held)] = torch.nn.Parameter(own(held.detach()), requires_grad=False)
+                module._parameters[name] = plain[id(held)]
+
+
+def settle(hf: Any) -> None:
+    """Take off accelerate's hooks, since our passes cross devices by themselves; and a tied head goes to the last one."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(hf)
+    last = hf.model.language_model.norm.weight.device
+    if hf.lm_head.weight.device != last:
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.to(last), requires_grad=False)
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""A run's own files: what it writes where, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from specvlm.errors import UserError
+
+FILES = ("config.yaml", "steps.jsonl", "summary.json")
+
+
+@contextmanager
+def files_of(folder: Path) -> Iterator[None]:
+    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end."""
+
+    def clear() -> None:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear()
+        yield
+    except OSError as error:
+        if folder.is_dir():
+            clear()
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
+
+
+def write_config(cfg: DictConfig, folder: Path) -> None:
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing: a reader never sees half a file."""
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
