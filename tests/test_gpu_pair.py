@@ -13,7 +13,7 @@ from experiments.gpu_pair.drafter import GivenDrafter, guesses
 from experiments.gpu_pair.measure import weight_bytes
 from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
 from experiments.gpu_pair.options import Options
-from experiments.gpu_pair.report import GOALS, MAIN, read, targets
+from experiments.gpu_pair.report import FRAMES, GOALS, MAIN, SPREAD, against_hf, read, targets, targets_spread
 from experiments.gpu_pair.shapes import SHAPES, build, model_class, prompt_of
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.engine.graphs import GraphsEngine
@@ -88,6 +88,32 @@ def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
     assert "random weights of a tiny shape, at a given acceptance" in shown and "Rounds, at a given acceptance" in shown
 
 
+def test_a_split_target_is_measured_as_a_whole_one_is(tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    assert main(["shape=tiny_llava", "parallel=layers", f"out={out}", *FAST]) == 0
+    rows = read(out)
+    assert {row["parallel"] for row in rows} == {"layers"}
+    assert next(row for row in rows if row["part"] == "hf")["same_tokens"]
+    assert all(row["departures"] == 0 for row in rows if row["part"] == "rounds")
+
+
+def test_the_targets_of_several_gpus_take_each_form_and_the_split_ones_generate():
+    about = {**SPREAD, "machine": "m", "draft_weights": "bf16", "weights": "random", "versions": {}, "commit": "c", "date": ""}
+    rounds = {"part": "rounds", "ratio": 0.9, "accepted": 4.0, "ms_per_token": 10.0, "against_ours": 3.1}
+    rows = []
+    for tokens in FRAMES.values():
+        rows.append(about | {"part": "hf", "parallel": "layers", "video_tokens": tokens, "ms_per_token": 120.0})
+        for form in ("layers", "tensor"):
+            rows.append(about | rounds | {"parallel": form, "video_tokens": tokens})
+            rows.append(about | {"part": "autoregressive", "parallel": form, "video_tokens": tokens, "ms_per_token": 26.0,
+                                 "floor_ms": 18.0})  # fmt: skip
+    lines = targets_spread(against_hf(rows)).splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[4:6] for line in lines[4:]}
+    assert found["tensor, 64 frames, against Hugging Face generate, device_map"][0].strip() == "12.00 x"
+    assert found["layers, 64 frames, against our autoregressive in the same form"][1].strip() == "pass"
+    assert found["tensor, 128 frames, autoregressive over its bandwidth floor"][1].strip() == "MISS"
+
+
 def test_a_prefill_left_out_and_quantised_weights(tmp_path, capsys):
     pytest.importorskip("specvlm.models.quantize")
     out = tmp_path / "results.jsonl"
@@ -141,6 +167,9 @@ def test_what_there_is_no_time_for_is_named(tmp_path, capsys):
         ("ratio=a", "ratio=a: expected numbers"),
         ("rounds=many", "rounds=many: expected a number"),
         ("draft=x", "target=FOLDER and draft=FOLDER go together"),
+        ("parallel=layer", 'Did you mean "layers"'),
+        ("parallel=tensor", "parallel=tensor and torchrun go together"),
+        ("draft_parallel=tensor", "expected tensor, with parallel=tensor"),
         ("tree=chain:3", "tree=chain:3 can have 0 to 3 accepted"),
         ("tree=chain", "none of: paper, chain:5"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,15 +25,18 @@ from experiments.gpu_pair import report
 from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes, weight_bytes
 from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.options import Options
-from experiments.gpu_pair.shapes import Llava, Qwen, build, pair_of, prompt_of
-from specvlm import memory, metrics
+from experiments.gpu_pair.shapes import Llava, Qwen, build, model_class, pair_of, prompt_of
+from experiments.gpu_pair.spread import skeleton, stages_for
+from specvlm import memory, metrics, torchrun
 from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
 from specvlm.models.load import DTYPES, first_line
+from specvlm.models.spread import Stage
 from specvlm.models.video_lm import VideoLM
-from specvlm.run import device_of
+from specvlm.places import device_of
+from specvlm.ranks import ALONE, Ranks, joined
 
 HERE = Path(__file__).parent
 REAL_UP_TO = 32768  # video tokens; a longer prefill takes minutes of a machine that is not ours
@@ -42,8 +46,8 @@ T = TypeVar("T")
 class Record:
     """Rows as they come: to the file, and kept. A part that fails leaves a row that says so, and the rest goes on."""
 
-    def __init__(self, path: Path, about: dict[str, Any], limit_s: float) -> None:
-        self.path, self.about, self.limit_s = path, about, limit_s
+    def __init__(self, path: Path, about: dict[str, Any], limit_s: float, ranks: Ranks = ALONE) -> None:
+        self.path, self.about, self.limit_s, self.ranks = path, about, limit_s, ranks
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self.failed = 0
@@ -58,7 +62,7 @@ class Record:
 
     def attempt(self, name: str, what: Callable[[], T], **where: Any) -> T | None:
         """None when it failed or there was no time left for it."""
-        if perf_counter() - self.begun > self.limit_s:
+        if self.ranks.share(lambda: perf_counter() - self.begun > self.limit_s):
             self.skipped.append(name)
             return None
         print(f"{perf_counter() - self.begun:6.1f} s  {name}", flush=True)
@@ -67,6 +71,8 @@ class Record:
         except UserError:
             raise
         except Exception as error:
+            if self.ranks.size > 1:
+                raise  # the others are waiting for this one
             memory_gone = memory.ran_out(error)
             said = "out of memory" if memory_gone else f"{type(error).__name__}: {first_line(error)}"
             if not memory_gone:
@@ -94,11 +100,17 @@ def commit_of() -> str:
 def about(options: Options, device: torch.device) -> dict[str, Any]:
     """What every row says of the run."""
     gpu = device.type == "cuda"
+    count = torch.cuda.device_count() if options.parallel == "layers" else torchrun.size_here()
     tiny = options.shape.startswith("tiny")
+    machine = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU"
+    if gpu and count > 1:
+        machine = f"{count} x {machine}"
     made = "random weights of a tiny shape" if tiny else "random weights of the true shapes"
     return {
         "shape": options.shape,
-        "machine": torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU",
+        "machine": machine,
+        "parallel": options.parallel or None,
+        "draft_parallel": options.draft_parallel or None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": options.commit or commit_of(),
         "versions": {k: v for k, v in metrics.versions().items() if k in ("python", "torch", "transformers")},
@@ -111,13 +123,14 @@ def about(options: Options, device: torch.device) -> dict[str, Any]:
 class Run:
     """The models of one shape, and the parts asked for, context by context."""
 
-    def __init__(self, options: Options, record: Record, device: torch.device) -> None:
-        self.options, self.record, self.device = options, record, device
+    def __init__(self, options: Options, record: Record, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.options, self.record, self.device, self.ranks = options, record, device, ranks
         self.pair = pair_of(options.shape)
         gpu = device.type == "cuda"
         self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else torch.bfloat16 if gpu else torch.float32
         auto = options.target_weights == "auto"
-        self.target_weights = self.pair.target_weights if auto else options.target_weights
+        own = "bf16" if options.parallel else self.pair.target_weights
+        self.target_weights = own if auto else options.target_weights
         self.counts = Counts(options.rounds, options.warmup, options.prefills)
         self.wanted = set(options.only.split(","))
         self.bandwidth = float("nan")
@@ -141,7 +154,23 @@ class Run:
         folder = folder or (self.options.target if shape is self.pair.target else "")
         if folder:
             return read(model_folder(folder), self.device, self.options.dtype, weights)
-        return build(shape, WRAPS[shape.family], self.device, self.dtype, weights, self.options.seed)
+        wrap, seed, stages, ranks = WRAPS[shape.family], self.options.seed, (), ALONE
+        if shape is self.pair.target:
+            ranks = self.ranks
+            stages = self.stages() if self.options.parallel == "layers" else ()
+        elif self.options.draft_parallel:
+            ranks = self.ranks
+        elif self.ranks.rank:  # the draft is the first rank's alone
+            return wrap(skeleton(model_class(shape), shape.config()))
+        return build(shape, wrap, self.device, self.dtype, weights, seed, stages, ranks)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Of the target, with room for the draft on the first device."""
+        beside, draft = 0, self.pair.draft
+        if draft is not None:
+            hf = skeleton(model_class(draft), draft.config())
+            beside = sum(weight.numel() for weight in hf.parameters()) * self.dtype.itemsize
+        return stages_for(self.pair.target.text.layers, self.device, beside)
 
     def one_draft(self, target: VideoLM, weights: str, first: bool) -> None:
         """All contexts, with the draft's weights stored in one way. first: also measure what does not depend on them."""
@@ -238,12 +267,24 @@ def main(words: Sequence[str]) -> int:
     try:
         options = Options.parse(words)
         device = device_of(options.device)
-        record = Record(Path(options.out), about(options, device), options.limit_s)
-        with torch.no_grad():
-            Run(options, record, device).all()
+        if options.parallel != "tensor":
+            return measured(options, device, ALONE)
+        if device.type == "cuda":
+            device = torch.device("cuda", torchrun.local_rank())
+        if torchrun.rank_here():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        with joined(device) as ranks:
+            return measured(options, device, ranks)
     except UserError as error:
         print(f"gpu_pair: {error}", file=sys.stderr)
         return 2
+
+
+def measured(options: Options, device: torch.device, ranks: Ranks) -> int:
+    out = os.devnull if ranks.rank else options.out
+    record = Record(Path(out), about(options, device), options.limit_s, ranks)
+    with torch.no_grad():
+        Run(options, record, device, ranks).all()
     print("\n" + report.text(record.rows))
     if record.skipped:
         print(f"skipped, limit_s={options.limit_s:g} was over: {'; '.join(record.skipped)}")

@@ -67,6 +67,8 @@ class GivenSession(DraftSession):
         self.position = 0 if self.known and self.known[0] == ctx.bonus else len(self.known)  # of the root in `known`
         low = int(drafter.accepted)
         device = (ctx.target if drafter.model == "target" or ctx.draft is None else ctx.draft).device
+        if device.type == "meta":  # the draft is another rank's, which tells its trees
+            device = ctx.target.device
         tables = (guesses(drafter.tree, self.known, many, ctx.vocabulary) for many in (low, low + 1))
         self.tables = {many: table.to(device) for many, table in zip((low, low + 1), tables, strict=True)}
         self.guessed: Tensor | None = None

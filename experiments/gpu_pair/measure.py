@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from experiments.gpu_pair.drafter import GivenDrafter
+from experiments.gpu_pair.spread import hooked, restored
 from specvlm import memory
 from specvlm.advise import Costs, profile
 from specvlm.cache import CachePool
@@ -23,6 +24,7 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.ranks import own
 from specvlm.strategy import Pruner
 from specvlm.types import Step, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
@@ -67,10 +69,13 @@ def copy_bandwidth(device: torch.device, repeats: int = 20) -> Figures:
 
 
 def weight_bytes(lm: VideoLM) -> int:
-    """What one pass of few rows reads: the text layers, the last norm, the head. Quantised weights count as they are stored."""
+    """What one pass of few rows reads: the text layers, the last norm, the head. Quantised weights count as they are stored.
+
+    Of a model that ranks share, what one of them reads.
+    """
 
     def held(module: nn.Module) -> int:
-        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+        return sum(own(t).nbytes for t in (*module.parameters(), *module.buffers()))
 
     return held(lm.text.layers) + held(lm.text.norm) + held(lm.hf.lm_head)
 
@@ -151,7 +156,9 @@ class Bench:
     def start(self, ratio: float, repeats: int) -> Figures:
         """Medians over real prefills, the first thrown away where there are several: parts up to the first round, in ms."""
         assert self.prompt is not None
-        memory.reset_peak(self.device)
+        devices = {stage.device for stage in self.target.stages}
+        for device in devices:
+            memory.reset_peak(device)
         seen = []
         for _ in range(repeats):
             steps = self.graph(ratio, pruner=TwoStagePruner()).decode(self.prompt, self.limit)
@@ -164,7 +171,7 @@ class Bench:
             "target_start_ms": parts["embed_ms"] + parts["prefill_ms"],
             "draft_start_ms": parts["prune_ms"] + parts["draft_prefill_ms"],
             "repeats": len(kept),
-            "peak_gib": memory.peak_bytes(self.device) / 2**30,
+            "peak_gib": max(map(memory.peak_bytes, devices)) / 2**30,
         }
 
     def hugging_face(self) -> Figures:
@@ -174,7 +181,7 @@ class Bench:
         parts = {"text_config": hf.config.get_text_config(), "vision_config": hf.config.vision_config}
         ours = {part: config._attn_implementation for part, config in parts.items()}
         hf.set_attn_implementation(dict.fromkeys(ours, "sdpa"))
-        try:
+        with hooked(self.target), restored(lambda: hf.set_attn_implementation(ours)):
             inputs = self.target.generate_inputs(self.prompt)
             many = self.counts.rounds + self.counts.warmup
             hf.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -184,8 +191,6 @@ class Bench:
                 **inputs, max_new_tokens=many, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=stamps
             )
             end = perf_counter()
-        finally:
-            hf.set_attn_implementation(ours)
         gaps = [1000 * (b - a) for a, b in zip(stamps.at, stamps.at[1:], strict=False)][self.counts.warmup - 1 :]
         tokens = out[0, len(self.prompt) :].tolist()
         return {

@@ -45,9 +45,9 @@ class Benched(VideoLM):
             self.filled[cache] = rows, super().prefill(embeds_SD, positions_AS, cache, *more, **named).clone()
         else:
             if self.filled.get(cache, (0,))[0] != rows:
-                for layer in (*cache.keys, *cache.values):
+                for layer in (layer for store in cache.stores for tensor in store for layer in tensor):
                     layer[:, :, :rows].normal_()
-                self.filled[cache] = rows, torch.randn(embeds_SD.shape[1], dtype=self.dtype, device=self.device)
+                self.filled[cache] = rows, torch.randn(embeds_SD.shape[1], dtype=self.dtype, device=self.head_device)
             cache.offset = int(positions_AS[:, -1].max()) + 1 - rows
             cache.advance(rows)
         return self.filled[cache][1]

@@ -9,9 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from experiments.gpu_pair.shapes import pair_of
+from specvlm import torchrun
 from specvlm.engine import ENGINES
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models.load import DTYPES
+from specvlm.models.spread import PARALLEL
 from specvlm.types import TreeShape
 
 PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")
@@ -30,6 +32,8 @@ class Options:
     draft_weights: str = "bf16"  # of bf16, fp8, int8, int4; bf16 is dtype as it is
     target_weights: str = "auto"  # one of them; auto: as the shape has it
     tree: str = "paper"
+    parallel: str = ""  # over several GPUs: layers (split over all) or tensor (shared by torchrun's ranks)
+    draft_parallel: str = ""  # with tensor: the draft on the first rank alone, or tensor too
     engine: str = "auto"  # auto | eager | graphs
     device: str = "auto"
     dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
@@ -78,6 +82,7 @@ class Options:
         for name in ("rounds", "warmup", "prefills"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
+        self.check_parallel()
         pair = pair_of(self.shape)
         try:
             depth = TreeShape.parse(self.tree).depth
@@ -89,6 +94,20 @@ class Options:
             raise UserError("target=FOLDER and draft=FOLDER go together: give both, or neither for random weights")
         if not 0 <= min(self.numbers("accepted")) <= max(self.numbers("accepted")) <= depth:
             raise UserError(f"accepted={self.accepted}: tree={self.tree} can have 0 to {depth} accepted")
+
+    def check_parallel(self) -> None:
+        if self.parallel not in ("", *PARALLEL):
+            raise UserError(f"parallel={self.parallel}: expected {', '.join(PARALLEL)}.{did_you_mean(self.parallel, PARALLEL)}")
+        if self.draft_parallel not in ("", "tensor") or (self.draft_parallel and self.parallel != "tensor"):
+            raise UserError(f"draft_parallel={self.draft_parallel}: expected tensor, with parallel=tensor, or nothing")
+        if (torchrun.size_here() > 1) != (self.parallel == "tensor"):
+            raise UserError("parallel=tensor and torchrun go together: torchrun --nproc-per-node 2 -m experiments.gpu_pair …")
+        if self.parallel == "layers" and self.target_weights not in ("auto", "bf16"):
+            raise UserError("parallel=layers takes target_weights=bf16 alone")
+        if self.parallel and self.target:
+            raise UserError(f"parallel={self.parallel} makes its own weights: leave target and draft out")
+        if self.parallel == "tensor" and {"hf", "advise"} & set(self.only.split(",")):
+            self.only = ",".join(part for part in self.only.split(",") if part not in ("hf", "advise"))
 
     def numbers(self, name: str) -> list[float]:
         try:

@@ -9,16 +9,20 @@ bfloat16 nor another order of summation can turn a greedy choice. Time and memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.gpu_pair.spread import Places, as_share, skeleton
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models import attention
+from specvlm.models.quantize import quantize, quantize_share
+from specvlm.models.spread import Stage
 from specvlm.models.video_lm import VideoLM
+from specvlm.ranks import ALONE, Ranks, own
 from specvlm.types import TokenGrid, VideoPrompt
 
 TEXT = dict(
@@ -176,24 +180,27 @@ def prompt_of(lm: VideoLM, shape: Qwen | Llava, tokens: int, pixels: bool, seed:
 
 def build(
     shape: Qwen | Llava,
-    wrap: Callable[[Any], VideoLM],
+    wrap: Callable[..., VideoLM],
     device: torch.device,
     dtype: torch.dtype,
     weights: str = "bf16",
     seed: int = 0,
+    stages: Sequence[Stage] = (),
+    ranks: Ranks = ALONE,
 ) -> VideoLM:
-    """A model of that shape in `dtype`. weights: fp8, int8, int4 store the text part so, and never hold it whole in `dtype`."""
+    """A model of that shape in `dtype`. weights: fp8, int8, int4 store the text part so, and never hold it whole in `dtype`.
+
+    stages: where its layers shall be, each made where it stays. ranks: who share them, each making its share alone.
+    """
     attention.register()
-    config = shape.config()
-    with torch.device("meta"):
-        hf = model_class(shape)(config)
-    hf = hf.eval().requires_grad_(False)
-    _fill(hf, shape.text, device, dtype, weights, torch.Generator(device).manual_seed(seed))
-    _buffers(hf, shape, device)
-    left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if tensor.is_meta]
+    hf = skeleton(model_class(shape), shape.config(), ranks)
+    place = Places(hf, stages or [Stage(device, 0, shape.text.layers)], seed, ranks.rank)
+    _fill(hf, shape.text, place, dtype, weights, ranks)
+    _buffers(hf, shape, place)
+    left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if own(tensor).is_meta]
     assert not left, left
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    return wrap(hf)
+    return wrap(hf, stages=stages or None, ranks=ranks)
 
 
 def model_class(shape: Qwen | Llava) -> Any:
@@ -203,51 +210,58 @@ def model_class(shape: Qwen | Llava) -> Any:
     return getattr(transformers, f"{family}ForConditionalGeneration")
 
 
-def _fill(hf: Any, text: Text, device: torch.device, dtype: torch.dtype, weights: str, generator: torch.Generator) -> None:
+def _fill(hf: Any, text: Text, place: Places, dtype: torch.dtype, weights: str, ranks: Ranks) -> None:
     """Every parameter, module by module; a linear map of the text part is stored as `weights` says before the next is made."""
     core = hf.model.language_model
     stored: set[int] = set()
     if weights != "bf16":
         stored = {id(m) for m in core.layers.modules() if isinstance(m, nn.Linear)} | {id(hf.lm_head)}
 
-    def normal(like: Tensor, std: float) -> nn.Parameter:
-        new = torch.empty(like.shape, device=device, dtype=dtype).normal_(0, std, generator=generator)
-        return nn.Parameter(new, requires_grad=False)
+    def normal(name: str, like: Tensor, std: float) -> nn.Parameter:
+        share, device = own(like), place.of(name)
+        generators = place.common if share is like else place.mine
+        new = torch.empty(share.shape, device=device, dtype=dtype).normal_(0, std, generator=generators[device])
+        return nn.Parameter(as_share(like, new), requires_grad=False)
 
     # The head comes last, since it is made of the embedding.
     ordered = [(name, m) for name, m in hf.named_modules() if m is not hf.lm_head]
     for name, module in ordered:
         for key, old in module.named_parameters(recurse=False):
+            full = f"{name}.{key}"
             if old.ndim == 1:
-                new = normal(old, 0.02)
+                new = normal(full, old, 0.02)
                 if key == "weight":
                     new.data.fill_(1)
             elif isinstance(module, nn.Embedding):
-                new = normal(old, 1.0)
+                new = normal(full, old, 1.0)
             else:
                 fan_in = math.prod(old.shape[1:])
                 depth = math.sqrt(2 * text.layers) if name.endswith(("o_proj", "down_proj")) else 1.0
-                new = normal(old, 1 / math.sqrt(fan_in) / depth)
+                new = normal(full, old, 1 / math.sqrt(fan_in) / depth)
             setattr(module, key, new)
         if id(module) in stored:
-            _store(hf, name, module, weights)
+            _store(hf, name, module, weights, ranks)
     embedding = core.embed_tokens.weight
     # A tied head cannot be scaled without the embedding; its logits are only larger.
-    head = embedding if text.tied else nn.Parameter(embedding.roll(1, 0).mul_(text.width**-0.5), requires_grad=False)
+    head = embedding
+    if not text.tied:
+        rows = embedding.roll(1, 0).mul_(text.width**-0.5)
+        count, there = len(own(hf.lm_head.weight)), place.of("lm_head")
+        first = place.rank * count if count < text.vocabulary else 0
+        head = nn.Parameter(as_share(hf.lm_head.weight, rows[first : first + count].to(there, copy=True)), requires_grad=False)
     hf.lm_head.weight = head
     if id(hf.lm_head) in stored:
-        _store(hf, "lm_head", hf.lm_head, weights)
+        _store(hf, "lm_head", hf.lm_head, weights, ranks)
 
 
-def _store(hf: Any, name: str, linear: nn.Linear, weights: str) -> None:
-    from specvlm.models.quantize import quantize
-
+def _store(hf: Any, name: str, linear: nn.Linear, weights: str, ranks: Ranks) -> None:
     parent, _, key = name.rpartition(".")
-    setattr(hf.get_submodule(parent), key, quantize(linear, weights))
+    stored = quantize(linear, weights) if ranks.size == 1 else quantize_share(linear, weights, key, ranks)
+    setattr(hf.get_submodule(parent), key, stored)
     linear.weight = None  # the walk still holds the module
 
 
-def _buffers(hf: Any, shape: Qwen | Llava, device: torch.device) -> None:
+def _buffers(hf: Any, shape: Qwen | Llava, place: Places) -> None:
     """Rotary frequencies and the like, which no checkpoint holds: taken from a model of the same config, one layer deep."""
     config = shape.config()
     text, vision = config.get_text_config(), config.vision_config
@@ -259,4 +273,4 @@ def _buffers(hf: Any, shape: Qwen | Llava, device: torch.device) -> None:
     for name, buffer in list(hf.named_buffers()):
         if buffer.is_meta:
             parent, _, key = name.rpartition(".")
-            setattr(hf.get_submodule(parent), key, known[name].to(device))
+            setattr(hf.get_submodule(parent), key, known[name].to(place.of(name)))
