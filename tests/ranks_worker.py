@@ -1,0 +1,161 @@
+"""What two ranks do in test_tensor.py and test_parallel_gpu.py, started by torchrun: decode, and write what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from time import sleep
+
+import torch
+
+from specvlm import torchrun
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+from specvlm.data.video import probe, read_video
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine
+from specvlm.engine.graphs import GraphsEngine
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.lossless import compare
+from specvlm.metrics import tokens_of
+from specvlm.models.load import load, skeleton
+from specvlm.models.video_lm import VideoLM
+from specvlm.pruners.random import RandomPruner
+from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.ranks import ALONE, Ranks, joined
+from specvlm.types import DraftTree, TreeShape, VideoPrompt
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
+
+FAMILIES = ("qwen2_5_vl", "llava_onevision")
+LIMIT = 32
+SAMPLING = SamplingVerifier(temperature=0.8, top_k=20)
+CASES = (
+    ("tree", "lone", TwoStagePruner(), TreeDrafter(), GreedyVerifier()),
+    ("chain", "shared", TwoStagePruner(), TreeDrafter("chain:5"), GreedyVerifier()),
+    ("self", "lone", RandomPruner(), SelfDrafter("chain:3"), GreedyVerifier()),
+    ("prompt_lookup", "lone", RandomPruner(), PromptLookupDrafter(), GreedyVerifier()),
+    ("sampled", "lone", RandomPruner(), TreeDrafter("3x2"), SAMPLING),
+)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def model(family: str, name: str, ranks: Ranks) -> VideoLM:
+    return load(model_folder(f"embedded:{family}/{name}"), "float32", str(device()), ranks=ranks)
+
+
+def prompt_for(target: VideoLM) -> VideoPrompt:
+    path = find_clip("synthetic_1")
+    return target.prompt("describe the video.", [read_video(path, **target.sampling(probe(path)))])
+
+
+def engines(lone: bool) -> dict[str, Engine]:
+    captured = GraphsEngine("cudagraph" if torch.cuda.is_available() else "direct")
+    return {"eager": Engine()} if lone else {"eager": Engine(), "captured": captured}
+
+
+def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
+    """By case, the tokens and what each round accepted. In one process, only eagerly."""
+    target = model(family, "target", ranks)
+    prompt, found = prompt_for(target), {}
+    folder = model_folder(f"embedded:{family}/plain")
+    lone = model(family, "plain", ALONE) if ranks.rank == 0 else skeleton(folder)  # a draft on the first rank alone
+    drafts = {"lone": lone, "shared": model(family, "plain", ranks)} if ranks.size > 1 else {"lone": lone, "shared": lone}
+    for name, engine in engines(ranks.size == 1).items():
+        steps = list(autoregressive(target, prompt, LIMIT, GreedyVerifier(), engine=engine))
+        found[f"autoregressive {name}"] = tokens_of(steps)
+        for case, draft, pruner, drafter, verifier in CASES:
+            if ranks.size > 1 and case in ("self", "prompt_lookup") and (engine.name == "eager" or family != FAMILIES[0]):
+                continue  # the same passes of the same target
+            graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, 0.9, engine=engine)
+            steps = list(graph.decode(prompt, LIMIT))
+            found[f"{case} {name}"] = [*tokens_of(steps), *(-1 - step.accepted for step in steps)]
+    alone = found["autoregressive eager"]
+    other = [*alone[:-1], (alone[-1] + 1) % target.vocabulary]
+    found["compare"] = [compare(target, prompt, alone, other).verdict == "mismatch"]
+    return found
+
+
+def quantised(ranks: Ranks) -> dict[str, list[int]]:
+    """Another model than the one-process quantised one, so only this: both engines have the same output, drafted for or not."""
+    folder, found = model_folder("embedded:llava_onevision/target"), {}
+    target = load(folder, "float32", str(device()), weights="int8", ranks=ranks)
+    prompt = prompt_for(target)
+    for name, engine in engines(lone=False).items():
+        found[f"alone {name}"] = tokens_of(list(autoregressive(target, prompt, 12, GreedyVerifier(), engine=engine)))
+        graph = DecodingGraph(target, None, TwoStagePruner(), SelfDrafter("chain:3"), GreedyVerifier(), 0.9, engine=engine)
+        found[f"drafted {name}"] = tokens_of(list(graph.decode(prompt, 12)))
+    return found
+
+
+def decode_for_ever(ranks: Ranks, mark: Path) -> None:
+    """Until it is killed: rank 1 by itself, in the middle."""
+    target = model("qwen2_5_vl", "target", ranks)
+    prompt, rounds, engine = prompt_for(target), 0, engines(lone=False)["captured"]
+    while True:
+        for _ in autoregressive(target, prompt, LIMIT, GreedyVerifier(), engine=engine):
+            rounds += 1
+            if rounds == 20 and ranks.rank == 1:
+                mark.touch()
+                if sys.argv[1] == "raise":
+                    raise RuntimeError("the second rank has had enough")
+                os.kill(os.getpid(), signal.SIGKILL)
+            sleep(0.001)
+
+
+@torch.inference_mode()
+def kernel_errors(ranks: Ranks) -> list[float]:
+    """The captured kernels' logits of a tree against those of Hugging Face's modules, both of shares, in bfloat16."""
+    from experiments.gpu_pair.models import WRAPS
+    from experiments.gpu_pair.shapes import Llava, Text, build, prompt_of
+    from specvlm.engine.graphs import kernels_for
+    from specvlm.engine.lean import LeanText
+    from specvlm.engine.program import Program
+
+    shape, found = Llava(Text(4, 1024, 8, 4, 2048, 4096), small=True), []
+    lm = build(shape, WRAPS[shape.family], device(), torch.bfloat16, ranks=ranks)
+    prompt, tree = prompt_of(lm, shape, 512, True), DraftTree(torch.arange(10, 36), TreeShape.parse("paper").parents)
+    cache, lean = lm.new_cache(1024), LeanText(lm)
+    lean.ops = kernels_for(lm, lean)
+    assert lean.ops.__name__.endswith("kernels")
+    lm.prefill(lm.embed(prompt, lm.features(prompt)), lm.positions(prompt), cache, prompt.cut)
+    base, offset = cache.length, cache.offset
+    seen, depths = tree.mask.to(lm.device, torch.int8), torch.tensor(tree.depths, device=lm.device)
+
+    def fn(state: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor]:
+        return (lean.logits(lean(tokens, depths, 0, seen, state[:1], state[1:], cache)),)
+
+    program = Program(fn, [torch.tensor([base, offset], device=lm.device), tree.tokens.to(lm.device)], "cudagraph")
+    for shift in range(3):
+        tokens = tree.tokens + shift
+        (ours,) = program((base, offset), tokens.to(lm.device))
+        ours = ours.double()
+        cache.length = base
+        right = lm.score(DraftTree(tokens, tree.parents), cache).double()
+        found.append(float((ours - right).norm() / right.norm()))
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with joined(device()) as ranks:
+        folder, what = Path(sys.argv[2]), sys.argv[1]
+        if what in ("kill", "raise"):
+            decode_for_ever(ranks, folder / "killed")
+        if what == "kernels":
+            found = {"errors": kernel_errors(ranks)}
+        else:
+            found = {family: answers(family, ranks) for family in FAMILIES} | {"quantised": quantised(ranks)}
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

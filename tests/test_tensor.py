@@ -1,0 +1,97 @@
+"""Two processes that share every layer (tensor parallelism, gloo): the output is one process's, token by token in float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import time
+
+import pytest
+import ranks_worker
+import torch
+
+from specvlm.ranks import ALONE
+
+pytest.importorskip("accelerate")
+HERE = Path(__file__).parent
+
+
+def torchrun(*words: object, seconds: float = 120, gpus: str = "") -> subprocess.CompletedProcess[str]:
+    """Two ranks, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory) -> list[dict[str, dict[str, list[int]]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    done = torchrun(HERE / "ranks_worker.py", "decode", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_both_ranks_have_the_same_output(by_ranks):
+    assert by_ranks[0] == by_ranks[1]
+
+
+@pytest.mark.parametrize("family", ranks_worker.FAMILIES)
+def test_it_is_the_output_of_one_process(family, by_ranks):
+    torch.manual_seed(0)
+    alone, shared = ranks_worker.answers(family, ALONE), by_ranks[0][family]
+    for case, tokens in shared.items():
+        what, _, engine = case.partition(" ")
+        if what != "sampled" or engine == "eager":  # a captured tree draws its noise in another order
+            assert tokens == alone[f"{what} eager" if engine else what], case
+    assert len(alone["autoregressive eager"]) == ranks_worker.LIMIT
+    assert len(shared["sampled captured"]) > ranks_worker.LIMIT
+
+
+def test_quantised_shares_give_one_output_both_ways(by_ranks):
+    found = by_ranks[0]["quantised"]
+    assert len(found) == 4 and all(tokens == found["alone eager"] for tokens in found.values())
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("kill", "specvlm: rank 1 of 2 died without a word"),
+        ("raise", "specvlm: rank 1 of 2 ended: the second rank has had enough; the run cannot go on"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_other_with_one_line(how, line, tmp_path):
+    done = torchrun(HERE / "ranks_worker.py", how, tmp_path)
+    assert time() - (tmp_path / "killed").stat().st_mtime < 30
+    ours = [said for said in done.stderr.splitlines() if said.startswith("specvlm:")]
+    assert len(ours) == 1 and ours[0].startswith(line), done.stderr[-3000:]
+    assert done.returncode != 0
+
+
+def test_the_command_line_runs_on_two_ranks(tmp_path):
+    words = [
+        "target.parallel=tensor",
+        "pair=embedded_llava_onevision",
+        "max_new_tokens=24",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    done = torchrun("-m", "specvlm", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["verdict"], summary["parallel"], summary["devices"]) == ("identical", "tensor", 2)
+    assert done.stdout.count("memory plan:") == 1 and "every layer shared by 2 ranks" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_benchmark_runs_on_two_ranks(tmp_path):
+    words = ["shape=tiny_llava", "parallel=tensor", "draft_parallel=tensor", "video_tokens=64"]
+    words += ["rounds=3", "warmup=1", "prefills=1"]
+    out = tmp_path / "results.jsonl"
+    done = torchrun("-m", "experiments.gpu_pair", *words, "device=cpu", "ratio=0.5", "accepted=3", f"out={out}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    (rounds,) = (row for row in rows if row["part"] == "rounds")
+    assert (rounds["parallel"], rounds["draft_parallel"]) == ("tensor", "tensor")
+    assert (rounds["accepted_found"], rounds["departures"]) == (3, 0)
