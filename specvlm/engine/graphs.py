@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -23,7 +23,7 @@ from specvlm.cache import KVCache, Store
 from specvlm.engine import Engine, Request, ops
 from specvlm.engine.expand import CapturedTree, ways
 from specvlm.engine.lean import ROWS, LeanText, why_not
-from specvlm.engine.program import Program
+from specvlm.engine.program import Lane, Program
 from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext, uniform
 from specvlm.types import DraftTree, TreeShape, Verdict
@@ -47,7 +47,7 @@ class GraphsEngine(Engine):
         self._lean: WeakKeyDictionary[VideoLM, LeanText | None] = WeakKeyDictionary()
         # A cache is not kept alive by what was captured for it; the weights that it reads are.
         self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
-        self.pools: dict[torch.device, Any] = {}
+        self.lanes: dict[torch.device, Lane] = {}
 
     # ---- the target's steps -----------------------------------------------------------------------------------------
 
@@ -164,12 +164,11 @@ class GraphsEngine(Engine):
         return torch.cat(parts)
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
-        """fn as a program on its inputs' device, whose programs share their memory."""
+        """fn as a program on its inputs' device."""
         device = inputs[0].device
-        if backend == "cudagraph" and device not in self.pools:
-            with torch.cuda.device(device):
-                self.pools[device] = torch.cuda.graph_pool_handle()
-        return Program(fn, inputs, backend, self.pools.get(device), tables)
+        if backend == "cudagraph" and device not in self.lanes:
+            self.lanes[device] = Lane(device)
+        return Program(fn, inputs, backend, self.lanes.get(device), tables)
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
         """What was captured for this cache; what was captured for those that are gone, goes. build: given a backend of Program,
@@ -182,7 +181,7 @@ class GraphsEngine(Engine):
             del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             if not self._programs:
-                self.pools.clear()  # one whose graphs are all gone cannot be used again
+                self.lanes.clear()  # memory whose graphs are all gone cannot be used again
             if sum(v[0]() is cache for v in self._programs.values()) >= MOST:
                 return build("direct")
             start = perf_counter()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specvlm.models.spread import current
+
+
+class Lane:
+    """What captures on one device share: memory, since their graphs never run at the same time, and the stream, since memory is
+    reused within one alone. torch's own stream for captures is of the device that came first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with current(device):
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
 class Program:
@@ -19,8 +28,8 @@ class Program:
 
     backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
     All is on the first input's device, which is made the current one here; values may come from another, in the order of both
-    streams. pool: of memory shared with other programs of that device, which never run at the same time. tables: what holds
-    the tensors that fn reads beside its inputs and the models' weights: a graph knows their addresses, and keeps nothing alive.
+    streams. lane: shared with other programs of that device. tables: what holds the tensors that fn reads beside its inputs and
+    the models' weights: a graph knows their addresses, and keeps nothing alive.
     """
 
     def __init__(
@@ -28,7 +37,7 @@ class Program:
         fn: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
         backend: str,
-        pool: Any = None,
+        lane: Lane | None = None,
         tables: object = None,
     ) -> None:
         self.inputs = [value.clone() for value in inputs]
@@ -42,9 +51,9 @@ class Program:
             self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
             return
         with current(self.device):
-            self._capture(fn, pool)
+            self._capture(fn, lane or Lane(self.device))
 
-    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], pool: Any) -> None:
+    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], lane: Lane) -> None:
         # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -54,7 +63,7 @@ class Program:
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # What other threads do, such as NCCL's watchdog asking for its events, is none of this capture's business.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
             for mine, out in zip(self.outputs, fn(*self.inputs), strict=True):
                 mine.copy_(out)
 
