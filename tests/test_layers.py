@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from specvlm.config import model_folder
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -17,6 +18,7 @@ from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.lossless import compare
 from specvlm.metrics import tokens_of
+from specvlm.models.load import load
 from specvlm.models.spread import Stage, device_map, split
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.verifiers.greedy import GreedyVerifier
@@ -131,3 +133,15 @@ def test_the_device_map_names_every_part_once(family):
         assert sum(name == part or name.startswith(f"{part}.") for part in placed) == 1, name
     assert [placed[f"model.language_model.layers.{n}"].index for n in range(3)] == [0, 1, 1]
     assert (placed["model.language_model.embed_tokens"].index, placed["lm_head"].index) == (0, 1)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_checkpoint_is_read_through_hugging_faces_device_map(family):
+    """Both devices are the CPU here; what is left is the model that `load` gives without a map, and no hook of accelerate's."""
+    pytest.importorskip("accelerate")
+    folder = model_folder(f"embedded:{family}/target")
+    plain = load(folder, "float32")
+    mapped = load(folder, "float32", split=[(2, CPU), (plain.layers - 2, CPU)])
+    assert not [name for name, module in mapped.hf.named_modules() if hasattr(module, "_hf_hook")]
+    ours, theirs = dict(mapped.hf.named_parameters()), dict(plain.hf.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
