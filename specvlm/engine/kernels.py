@@ -618,15 +618,13 @@ def add_norm(
     return total, y
 
 
-def whole(parts_SQN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(Q, N) in `dtype`: the sum of a linear layer's parts, rounded once."""
-    count, rows, width = parts_SQN.shape
-    y = torch.empty(rows, width, dtype=dtype, device=parts_SQN.device)
-    block = 2048
-    _whole_kernel[(triton.cdiv(rows * width, block),)](
-        parts_SQN, y, rows * width, S=count, BLOCK=block, **_options(Tile(warps=8))
+def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
+    """The sum of a linear layer's parts in `out`, rounded once."""
+    count, block = len(parts_SQN), 2048
+    _whole_kernel[(triton.cdiv(out_QN.numel(), block),)](
+        parts_SQN, out_QN, out_QN.numel(), S=count, BLOCK=block, **_options(Tile(warps=8))
     )
-    return y
+    return out_QN
 
 
 def rope(

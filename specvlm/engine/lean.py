@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from specvlm.cache import KVCache
@@ -105,14 +106,15 @@ class LeanText:
             x, y = ops.add_norm(x, parts, after.weight, after.variance_epsilon, kind)
             parts = self._all(ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down))
         if number + 1 < len(self.stages):
-            return x if parts is None else x + ops.whole(parts, x.dtype)
+            return x if parts is None else x + ops.whole(parts, torch.empty_like(x))
         return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon, self.head.kind)[1]
 
     def _all(self, parts_SQN: Tensor) -> Tensor:
         """A linear layer's parts over all ranks."""
         if self.ranks.size == 1:
             return parts_SQN
-        return self.ranks.sum(self.ops.whole(parts_SQN, self.dtype))[None]
+        share_QN = self.ranks.room(parts_SQN.shape[1:], self.dtype, parts_SQN.device)
+        return self.ranks.sum(self.ops.whole(parts_SQN, share_QN))[None]
 
     def weights(self) -> Iterator[Weight]:
         """All linear layers."""

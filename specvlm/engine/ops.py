@@ -70,9 +70,9 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
     return total, weight_K * scaled.to(total.dtype)
 
 
-def whole(parts_SQN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(Q, N) in `dtype`: the sum of a linear layer's parts, rounded once, as this layer's module would give it."""
-    return parts_SQN.sum(0).to(dtype)
+def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
+    """The sum of a linear layer's parts in `out`, rounded once, as this layer's module would give it."""
+    return out_QN.copy_(parts_SQN.sum(0))
 
 
 def rope(
