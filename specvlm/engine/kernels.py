@@ -93,11 +93,13 @@ def _dot_rows(
 ):  # fmt: skip
     """(BN, BQ) float32 of w (N, K) times x (Q, K) over k_lo..k_hi; weights stand first, so that they fill the tensor cores.
 
-    Whole tiles of k only. Rows in 8 bits have a scale each BK values, and then outputs come in whole tiles too; their spare
-    rows repeat the last one, since a mask costs a pass through registers there. What nobody stores may be undefined.
+    Whole tiles of k only. Rows in 8 bits have a scale each BK values; there spare rows and outputs repeat the last one, since
+    a mask costs a pass through registers. What nobody stores may be undefined.
     """
     offs_k = tl.arange(0, BK)
     rows = tl.minimum(offs_q, Q - 1)
+    if KIND != "full":
+        offs_n = tl.minimum(offs_n, N - 1)
     groups = K // BK
     acc = tl.zeros((BN, BQ), dtype=tl.float32)
     s = tl.zeros((BQ,), dtype=tl.float32)
@@ -520,10 +522,9 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     for weight in weights:
         if weight.inputs % LEAST or weight.data.stride(1) != 1:
             return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
-        if weight.kind != "full" and (
-            weight.outputs % GROUP or weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)
-        ):
-            return f"weights in {weight.kind} need layers of multiples of {GROUP} and heads of {GROUP}"
+        # A head may have any number of outputs; those of the other layers are the inputs of the next.
+        if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
+            return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
         if weight.kind == "int4" and weight.inputs % (2 * GROUP):
             return f"weights in int4 need inputs of multiples of {2 * GROUP}"
     return None
