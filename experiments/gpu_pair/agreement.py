@@ -5,7 +5,8 @@ autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthe
 
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
-Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are.
+Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are. Rows come as
+they are ready; scenes that are in the file already are not decoded again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -36,6 +38,7 @@ from specvlm.engine import Engine, engine_for
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import tokens_of
 from specvlm.models.load import load
+from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.none import NonePruner
 from specvlm.strategy import Drafter, Pruner
 from specvlm.types import VideoPrompt
@@ -47,9 +50,10 @@ DRAFTERS: dict[str, Drafter] = {
     "self": SelfDrafter(shape="chain:5"),
     "prompt_lookup": PromptLookupDrafter(),
 }
-PAIRS = list(product((PRUNERS | {"none": NonePruner()}).items(), DRAFTERS.items()))
+# Drafters outside: where the model that drafts changes, its cache is a new one, and its steps are captured anew.
+PAIRS = [(pruner, drafter) for drafter, pruner in product(DRAFTERS.items(), (PRUNERS | {"none": NonePruner()}).items())]
+BF16 = ("none", "uniform", "two_stage")  # pruners compared in bfloat16
 LIMIT = 96
-CHUNK = 4
 
 
 def settle(numbers: Queue[int]) -> None:
@@ -59,42 +63,45 @@ def settle(numbers: Queue[int]) -> None:
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
 
 
-def scenes(family: str, dtype: str, numbers: list[int], eager: int, share: int, device: str) -> list[dict[str, Any]]:
-    """A row a scene, with what differed in full. Own models, engine and caches. eager: of the first so many scenes also by the
-    eager engine; share: of the pairs of a pruner and a drafter, one in so many a scene, each in its turn.
-    """
+@cache
+def loaded(family: str, dtype: str, device: str) -> tuple[VideoLM, VideoLM, CachePool, Engine]:
+    """A worker's own models, caches and engine, kept from scene to scene."""
     target, draft = (load(model_folder(f"embedded:{family}/{name}"), dtype, device) for name in ("target", "plain"))
-    caches, engine = CachePool(), engine_for("auto", device)
+    return target, draft, CachePool(), engine_for("auto", device)
+
+
+def scene(family: str, dtype: str, number: int, eager: bool, share: int, device: str) -> dict[str, Any]:
+    """A scene's row, with what differed in full. eager: also by the eager engine; share: of the pairs of a pruner and a
+    drafter, one in so many a scene, each in its turn.
+    """
+    target, draft, caches, engine = loaded(family, dtype, device)
+    request, _ = scene_request(target, family, "caption", number)
 
     def decoded(pruner: Pruner, drafter: Drafter, by: Engine) -> list[int]:
         graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=by)
         return tokens_of(list(graph.decode(request, LIMIT)))
 
-    rows = []
-    for number in numbers:
-        request, _ = scene_request(target, family, "caption", number)
-        alone = tokens_of(list(autoregressive(target, request, LIMIT, GreedyVerifier(), caches=caches, engine=engine)))
-        row: dict[str, Any] = {"family": family, "dtype": dtype, "scene": number, "tokens": len(alone)}
-        row |= {"engine": engine.runs(target), "decodes": 0, "different": []}
-        pairs = [pair for turn, pair in enumerate(PAIRS) if turn % share == number % share]
-        right = alone
-        if dtype == "float32":
-            right = generated(target, request)
-            row |= {"autoregressive_same": alone == right, "eager_decodes": 0}
-        else:
-            pairs = [pair for pair in pairs if pair[0][0] in ("none", "uniform", "two_stage")]
-        for (pruner_name, pruner), (drafter_name, drafter) in pairs:
-            outs = {"": decoded(pruner, drafter, engine)}
-            if dtype == "float32" and number < eager:
-                outs["eager_"] = decoded(pruner, drafter, Engine())
-            for by, tokens in outs.items():
-                row[f"{by}decodes"] += 1
-                if tokens != right:
-                    said = lossless.compare(target, request, right, tokens, caches, Engine() if by else engine)
-                    which = {"engine": by.strip("_") or engine.name, "pruner": pruner_name, "drafter": drafter_name}
-                    row["different"].append(which | asdict(said))
-        rows.append(row)
-    return rows
+    alone = tokens_of(list(autoregressive(target, request, LIMIT, GreedyVerifier(), caches=caches, engine=engine)))
+    row: dict[str, Any] = {"family": family, "dtype": dtype, "scene": number, "tokens": len(alone)}
+    row |= {"engine": engine.runs(target), "decodes": 0, "different": []}
+    pairs = [pair for turn, pair in enumerate(PAIRS) if turn % share == number % share]
+    right = alone
+    if dtype == "float32":
+        right = generated(target, request)
+        row |= {"autoregressive_same": alone == right, "eager_decodes": 0}
+    else:
+        pairs = [pair for pair in pairs if pair[0][0] in BF16]
+    for (pruner_name, pruner), (drafter_name, drafter) in pairs:
+        outs = {"": decoded(pruner, drafter, engine)}
+        if dtype == "float32" and eager:
+            outs["eager_"] = decoded(pruner, drafter, Engine())
+        for by, tokens in outs.items():
+            row[f"{by}decodes"] += 1
+            if tokens != right:
+                said = lossless.compare(target, request, right, tokens, caches, Engine() if by else engine)
+                which = {"engine": by.strip("_") or engine.name, "pruner": pruner_name, "drafter": drafter_name}
+                row["different"].append(which | asdict(said))
+    return row
 
 
 def generated(target: Any, request: VideoPrompt) -> list[int]:
@@ -103,11 +110,11 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
     return out[0, len(request) :].tolist()
 
 
-def jobs(count: int, eager: int, share: int) -> Iterator[tuple[str, str, list[int], int, int]]:
-    """A few scenes each, families in turn; bfloat16, whose jobs are short, last."""
-    for dtype in ("float32", "bfloat16"):
-        for start, family in product(range(0, count, CHUNK), FAMILIES):
-            yield family, dtype, list(range(start, min(start + CHUNK, count))), eager, share
+def jobs(count: int, eager: int, share: int, done: set[tuple[Any, ...]]) -> Iterator[tuple[str, str, int, bool, int]]:
+    """Scene by scene, families and dtypes in turn, so that a run cut short has seen something of all."""
+    for number, dtype, family in product(range(count), ("float32", "bfloat16"), FAMILIES):
+        if (family, dtype, number) not in done:
+            yield family, dtype, number, number < eager, share
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -142,19 +149,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("agreement.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows, begun = [], perf_counter()
-    turns = get_context("spawn").Queue()
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(row["family"], row["dtype"], row["scene"]) for row in rows}
+    todo = list(jobs(options.scenes, options.eager, options.share, done))
+    turns, begun = get_context("spawn").Queue(), perf_counter()
     for number in range(options.workers):
         turns.put(number)
     workers = ProcessPoolExecutor(options.workers, get_context("spawn"), settle, (turns,))
-    with workers as pool, options.out.open("w") as file:
-        waiting = [pool.submit(scenes, *job, options.device) for job in jobs(options.scenes, options.eager, options.share)]
-        for done in as_completed(waiting):
-            for row in done.result():
-                rows.append(row)
-                file.write(json.dumps(row) + "\n")
+    with workers as pool, options.out.open("a") as file:
+        for ready in as_completed([pool.submit(scene, *job, options.device) for job in todo]):
+            rows.append(ready.result())
+            file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-            print(f"{perf_counter() - begun:5.0f} s  {len(rows)} scenes", flush=True)
+            print(f"{perf_counter() - begun:5.0f} s  {len(rows)} of {len(done) + len(todo)}", flush=True)
     print(report(rows))
 
 

@@ -6,14 +6,14 @@ FILE: results.jsonl of this folder. Writes SHAPE_context.png and SHAPE_ratio.png
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.gpu_pair.report import Row, latest, read
 
 INK, GREY = "#222222", "#8a8a8a"
-COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3")
+COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3", "#c2185b", "#5d6d7e", "#00838f")
 
 
 def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
@@ -41,7 +41,12 @@ def line(axes: Any, xs: Sequence[Any], ys: Sequence[float], floors: Sequence[flo
 def finish(fig: Any, axes: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    axes.set_ylim(bottom=0)
+    if axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
+        ticks = [m * 10**e for e in range(4) for m in (1, 2, 5) if low <= m * 10**e <= high]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+    else:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.tight_layout(rect=(0, 0, 1, 0.92))
     fig.savefig(path)
@@ -57,18 +62,22 @@ def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -
     fig, axes = figure(f"{rows[0]['shape']}: ms per token against context", rows)
     series: dict[str, list[Row]] = {}
     for row in rows:
+        form = f"{row['parallel']}: " if row.get("parallel") else ""
         if row["part"] == "hf":
             series.setdefault("Hugging Face generate", []).append(row)
-        elif row["part"] == "autoregressive" and row["draft_weights"] == rows_first(rows, "autoregressive")["draft_weights"]:
-            series.setdefault("our autoregressive", []).append(row)
+        elif row["part"] == "autoregressive":
+            known = series.setdefault(f"{form}our autoregressive", [])
+            known += [row] if row["video_tokens"] not in [other["video_tokens"] for other in known] else []
         elif row["part"] == "rounds" and (row["ratio"], row["accepted"]) == (ratio, accepted):
-            series.setdefault(f"{accepted:g} accepted, {row['draft_weights']} draft", []).append(row)
+            draft = f"{row['draft_weights']} {'shared ' if row.get('draft_parallel') else ''}draft"
+            series.setdefault(f"{form}{accepted:g} accepted, {draft}", []).append(row)
     for colour, (label, mine) in zip(COLOURS, series.items(), strict=False):
         mine = sorted(mine, key=lambda row: row["video_tokens"])
         floors = [floor_of(row) if "floor_ms" in row else None for row in mine]
         line(axes, [row["video_tokens"] for row in mine], [row["ms_per_token"] for row in mine], floors, label, colour)
     contexts = sorted({row["video_tokens"] for row in rows if "video_tokens" in row})
     axes.set_xscale("log", base=2)
+    axes.set_yscale("log")  # an eager loop takes ten times what is to be told apart
     axes.set_xticks(contexts, [f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in contexts])
     axes.minorticks_off()
     axes.set_xlabel(f"video tokens; drafter at ratio {ratio:g}")
@@ -92,14 +101,10 @@ def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> Non
     finish(fig, axes, path)
 
 
-def rows_first(rows: Iterable[Row], part: str) -> Row:
-    return next(row for row in rows if row["part"] == part)
-
-
 def main(path: Path) -> None:
     rows = latest(read(path))
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        mine = [row for row in rows if row["shape"] == shape]
+    for shape, machine in dict.fromkeys((row["shape"], row["machine"]) for row in rows):
+        mine = [row for row in rows if (row["shape"], row["machine"]) == (shape, machine)]
         rounds = [row for row in mine if row["part"] == "rounds"]
         if not rounds:
             continue
@@ -108,9 +113,11 @@ def main(path: Path) -> None:
         accepted = min((row["accepted"] for row in rounds), key=lambda a: abs(a - 4))
         ratio = min((row["ratio"] for row in rounds), key=lambda r: abs(r - 0.9))
         context = min((row["video_tokens"] for row in rounds), key=lambda n: abs(n - 16384))
-        by_context(mine, path.with_name(f"{shape}_context.png"), ratio, accepted)
-        by_ratio(mine, path.with_name(f"{shape}_ratio.png"), context, rounds[0]["draft_weights"])
-        print(f"{shape}: {shape}_context.png, {shape}_ratio.png")
+        several = any(row.get("parallel") for row in rounds)
+        by_context(mine, path.with_name(f"{shape}{'_parallel' if several else ''}_context.png"), ratio, accepted)
+        if not several:
+            by_ratio(mine, path.with_name(f"{shape}_ratio.png"), context, rounds[0]["draft_weights"])
+        print(f"{shape} on {machine}: drawn")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
@@ -29,7 +30,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def text(rows: Sequence[Row]) -> str:
     """Everything of these rows: a block a shape, then the targets of issues 3 and 6 where their pairs were measured."""
     rows = against_hf(latest(rows))
-    blocks = [block([row for row in rows if row["shape"] == shape]) for shape in dict.fromkeys(row["shape"] for row in rows)]
+    places = dict.fromkeys((row["shape"], row["machine"]) for row in rows)
+    blocks = [block([row for row in rows if (row["shape"], row["machine"]) == place]) for place in places]
     three, six = (any(_is(row, **main) for row in rows) for main in (MAIN, SPREAD))
     return "\n\n".join([*blocks, *([targets(rows)] if three else []), *([targets_spread(rows)] if six else [])])
 
@@ -65,6 +67,8 @@ def block(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row["part"] == part]
         if part == "parts":
             mine = [row for row in rounds if row["accepted"] == shown]
+        if part == "rounds":
+            mine = side_by_side(mine)
         if mine:
             lines += [*table(mine, part, columns), ""]
     return "\n".join(lines).rstrip()
@@ -77,7 +81,7 @@ TABLES: dict[str, tuple[str, ...]] = {
               "peak_gib"),
     "hf": (*COMMON, "ms_per_token", "first_token_ms", "same_tokens"),
     "autoregressive": (*COMMON, "ms_per_token", "floor_ms"),
-    "rounds": (*COMMON, "ratio", "accepted", "accepted_found", "ms", "floor_ms", "ms_per_token", "against_ours", "against_hf",
+    "rounds": (*COMMON, "ratio", "ms", "floor_ms", "accepted", "accepted_found", "ms_per_token", "against_ours", "against_hf",
                "predicted_error", "departures"),
     "parts": (*COMMON, "ratio", "ms", "draft_ms", "levels", "draft_pass_ms", "draft_pass_floor_ms", "check_ms",
               "check_floor_ms", "host_ms"),
@@ -92,6 +96,28 @@ TITLES = {
     "parts": "Parts of a round",
     "failed": "Failed",
 }
+
+
+def side_by_side(rows: Sequence[Row]) -> list[Row]:
+    """Rounds that differ in the given acceptance alone, as one row: figures a token beside each other, the round's own medians'
+    median, the worst prediction.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in (*COMMON, "tree", "ratio")), []).append(row)
+    merged = []
+    for members in groups.values():
+        members = sorted(members, key=lambda row: row["accepted"])
+        beside = {}
+        for key in ("accepted", "accepted_found", "ms_per_token", "against_ours", "against_hf"):
+            if all(row.get(key) is not None for row in members):
+                beside[key] = " / ".join(_cell(row[key]) for row in members)
+        if beside.get("accepted_found") == beside["accepted"]:
+            beside["accepted_found"] = None
+        errors = [row["predicted_error"] for row in members if row.get("predicted_error") is not None]
+        worst = {"predicted_error": max(errors, key=abs, default=None), "departures": sum(row["departures"] for row in members)}
+        merged.append(members[0] | {"against_hf": None} | beside | worst | {"ms": median(row["ms"] for row in members)})
+    return merged
 
 
 def table(rows: Sequence[Row], part: str, columns: Sequence[str]) -> list[str]:

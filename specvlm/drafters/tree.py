@@ -108,9 +108,9 @@ class TreeSession(DraftSession):
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
         self.ctx, self.model, self.sample = ctx, model, sample
         self.plan = Plan(shape)
-        # Drawn on the model's device, seeded from the request's own generator.
+        # Drawn where the logits are, seeded from the request's own generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.generator = torch.Generator(model.head_device).manual_seed(seed)
         self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
         self.base = 0  # slot of the current root
         self.tokens = torch.zeros(len(shape), dtype=torch.int64)
@@ -126,7 +126,7 @@ class TreeSession(DraftSession):
         plan, cache, model = self.plan, self.cache, self.model
         shape = plan.shape
         q: Tensor | None = None
-        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=model.device)
+        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=model.head_device)
         self.tokens[0] = self.pending[-1]
         for depth, level in enumerate(plan.levels):
             if depth == 0:
