@@ -180,8 +180,8 @@ class GraphsEngine(Engine):
         if held is None or held[0]() is not cache:
             del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
-            if not self._programs:
-                self.lanes.clear()  # memory whose graphs are all gone cannot be used again
+            there = {program.device for _, program in self._programs.values()}
+            self.lanes = {d: lane for d, lane in self.lanes.items() if d in there}  # memory without graphs cannot be used again
             if sum(v[0]() is cache for v in self._programs.values()) >= MOST:
                 return build("direct")
             start = perf_counter()
