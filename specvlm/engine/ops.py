@@ -1,6 +1,6 @@
 """The steps of a lean forward in plain torch: what the kernels must agree with, and what runs where there are none.
 
-Signatures and shapes are those of `kernels.py`, whose docstring has the suffixes; `kind`, the storage of the weights that
+Signatures and shapes are those of `kernels/`, whose docstring has the suffixes; `kind`, the storage of the weights that
 a result will meet, matters there alone: here rows stay as they are, and stored weights are dequantised.
 """
 

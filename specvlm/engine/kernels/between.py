@@ -1,0 +1,151 @@
+"""What stands between the linear layers: sums and norms, rotation. Shape suffixes as in the package."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, split, to_8_bits
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, Q, K, eps,
+    S: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,).
+
+    NARROW: y in 8 bits, with a scale for each GROUP of a row.
+    """
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    ok = offs < K
+    weight = tl.load(weight_ptr + offs, mask=ok, other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    kind = sum_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * K + offs, mask=ok, other=0.0).to(tl.float32)
+    if S > 0:
+        added = tl.zeros((BLOCK,), dtype=tl.float32)
+        for s in tl.static_range(S):
+            added += tl.load(part_ptr + (s * Q + row) * K + offs, mask=ok, other=0.0)
+        x = (x + added.to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
+    scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+    y = (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind)
+    if NARROW:
+        groups = tl.trans(tl.reshape(y.to(tl.float32), (BLOCK // GROUP, GROUP)))
+        narrow, scale = to_8_bits(groups, y_ptr)
+        tl.store(y_ptr + row * K + offs, tl.reshape(tl.trans(narrow), (BLOCK,)), mask=ok)
+        at = tl.arange(0, BLOCK // GROUP)
+        tl.store(ys_ptr + row * (K // GROUP) + at, scale, mask=at < K // GROUP)
+    else:
+        tl.store(y_ptr + row * K + offs, y, mask=ok)
+
+
+@triton.jit
+def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The sum of S parts of `size` values each, rounded. Grid (blocks,)."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = offs < size
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for s in tl.static_range(S):
+        y += tl.load(part_ptr + s * size + offs, mask=ok, other=0.0)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _rope_kernel(
+    part_ptr, b0, b1, b2, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, capacity,
+    S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Queries turned into q (Q, H, D); keys turned, and values, into the slots base + at + row. Grid (Q, H + 2 J)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    d = tl.arange(0, HALF)
+    n = (H + 2 * J) * D
+    kind = q_ptr.dtype.element_ty
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    low = tl.zeros((HALF,), dtype=tl.float32)
+    high = tl.zeros((HALF,), dtype=tl.float32)
+    for s in tl.static_range(S):
+        source = part_ptr + (s * Q + row).to(tl.int64) * n + head * D + d
+        low += tl.load(source)
+        high += tl.load(source + HALF)
+    if BIAS:
+        bias = b0 + head * D + d
+        if head >= H:
+            bias = b1 + (head - H) * D + d
+        if head >= H + J:
+            bias = b2 + (head - H - J) * D + d
+        low += tl.load(bias).to(tl.float32)
+        high += tl.load(bias + HALF).to(tl.float32)
+    low = low.to(kind).to(tl.float32)
+    high = high.to(kind).to(tl.float32)
+    if head < H + J:
+        cos = tl.load(cos_ptr + row * HALF + d).to(tl.float32)
+        sin = tl.load(sin_ptr + row * HALF + d).to(tl.float32)
+        # Each product is rounded before the sum, as in the Hugging Face layer.
+        turned = (low * cos).to(kind).to(tl.float32) - (high * sin).to(kind).to(tl.float32)
+        high = (high * cos).to(kind).to(tl.float32) + (low * sin).to(kind).to(tl.float32)
+        low = turned
+    slot = tl.load(base_ptr) + at + row
+    if head < H:
+        to = q_ptr + (row * H + head) * D + d
+    else:
+        if head < H + J:
+            to = k_ptr + ((head - H) * capacity + slot).to(tl.int64) * D + d
+        else:
+            to = v_ptr + ((head - H - J) * capacity + slot).to(tl.int64) * D + d
+    tl.store(to, low.to(kind))
+    tl.store(to + HALF, high.to(kind))
+
+
+def add_norm(
+    x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
+) -> tuple[Tensor, Tensor | Narrow]:
+    """(x + sum of parts, its RMSNorm times weight), both (Q, K); kind: of the weights the second will meet."""
+    rows, width = x_QK.shape
+    total = torch.empty_like(x_QK)
+    y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)
+    _add_norm_kernel[(rows,)](
+        x_QK, x_QK if parts_SQK is None else parts_SQK, weight_K, total, *split(y), rows, width, eps,
+        S=0 if parts_SQK is None else len(parts_SQK), BLOCK=triton.next_power_of_2(width), GROUP=GROUP,
+        NARROW=kind != "full", **options_of(Tile(warps=16)),
+    )  # fmt: skip
+    return total, y
+
+
+def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
+    """The sum of a linear layer's parts in `out`, rounded once."""
+    count, block = len(parts_SQN), 2048
+    _whole_kernel[(triton.cdiv(out_QN.numel(), block),)](
+        parts_SQN, out_QN, out_QN.numel(), S=count, BLOCK=block, **options_of(Tile(warps=8))
+    )
+    return out_QN
+
+
+def rope(
+    parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
+    keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
+) -> Tensor:  # fmt: skip
+    """(Q, H, D) rotated queries; keys and values go to the cache. cos and sin: (Q, D/2). base: one integer on the device."""
+    kv_heads, capacity, width = keys_JCD.shape
+    rows = parts_SQN.shape[1]
+    q = torch.empty(rows, heads, width, dtype=keys_JCD.dtype, device=keys_JCD.device)
+    three = biases if biases else (q, q, q)
+    _rope_kernel[(rows, heads + 2 * kv_heads)](
+        parts_SQN, *three, cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at, rows, capacity,
+        S=len(parts_SQN), H=heads, J=kv_heads, D=width, BIAS=bool(biases), **options_of(Tile(warps=1)),
+    )  # fmt: skip
+    return q

@@ -1,0 +1,271 @@
+"""Linear layers of few rows. Shape suffixes as in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, processors_of, split, to_8_bits, width_of
+from specvlm.engine.ops import Weight
+
+AHEAD = 1  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
+LEAST = 32  # fewest inputs of a tile
+
+
+@triton.jit
+def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
+    """Ask the L2 cache for a weight tile, which no earlier kernel writes, while that kernel is still running."""
+    LINES: tl.constexpr = (BK * BYTES + 127) // 128
+    lines = tl.arange(0, LINES) * (128 // BYTES)
+    addresses = (w_ptr + offs_n[:, None].to(tl.int64) * stride + k0 + lines[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """int8 of 16 times the weight: a nibble q + 8 is q in two's complement but for its top bit, and stays at the top."""
+    if ASM:
+        if HIGH:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; xor.b32 t, $1, 0x88888888; and.b32 $0, t, 0xF0F0F0F0; }",
+                "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; xor.b32 t, $1, 0x88888888; shl.b32 t, t, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    q = packed >> 4 if HIGH else packed & 15
+    return (q.to(tl.int8) - 8) * 16
+
+
+@triton.jit
+def _add_product(acc, w, x, s, KIND: tl.constexpr):
+    """acc + w x for one tile of k, in float32; s: (BQ,) scales of rows in 8 bits."""
+    if KIND == "full":
+        acc = tl.dot(w, x, acc)
+    elif KIND == "fp8":
+        acc += tl.dot(w, x) * s[None, :]
+    else:
+        acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * s[None, :]
+    return acc
+
+
+@triton.jit
+def _dot_rows(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
+    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """(BN, BQ) float32 of w (N, K) times x (Q, K) over k_lo..k_hi; weights stand first, so that they fill the tensor cores.
+
+    Whole tiles of k only. Rows in 8 bits have a scale each BK values; there spare rows and outputs repeat the last one, since
+    a mask costs a pass through registers. What nobody stores may be undefined.
+    """
+    offs_k = tl.arange(0, BK)
+    rows = tl.minimum(offs_q, Q - 1)
+    if KIND != "full":
+        offs_n = tl.minimum(offs_n, N - 1)
+    groups = K // BK
+    acc = tl.zeros((BN, BQ), dtype=tl.float32)
+    s = tl.zeros((BQ,), dtype=tl.float32)
+    if KIND == "int4":
+        half = K // 2
+        for k in range(k_lo, k_hi, BK):
+            w_at = offs_n[:, None].to(tl.int64) * half + (k + offs_k)[None, :]
+            packed = tl.load(w_ptr + w_at, eviction_policy="evict_first")
+            x_at = x_ptr + rows[None, :] * K + (k + offs_k)[:, None]
+            x_low = tl.load(x_at)
+            x_high = tl.load(x_at + half)
+            s_at = xs_ptr + rows * groups + k // BK
+            s_low = tl.load(s_at)
+            s_high = tl.load(s_at + groups // 2)
+            scale_at = ws_ptr + offs_n * (K // GROUP) + k // GROUP
+            w_low = tl.load(scale_at) * 0.0625
+            w_high = tl.load(scale_at + half // GROUP) * 0.0625
+            acc += tl.dot(_nibbles(packed, False, PDL), x_low, out_dtype=tl.int32).to(tl.float32) * (
+                w_low[:, None] * s_low[None, :]
+            )
+            acc += tl.dot(_nibbles(packed, True, PDL), x_high, out_dtype=tl.int32).to(tl.float32) * (
+                w_high[:, None] * s_high[None, :]
+            )
+    else:
+        for k in range(k_lo, k_hi, BK):
+            w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+            if KIND == "full":
+                w = tl.load(w_ptr + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+                x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+            else:
+                w = tl.load(w_ptr + w_at, eviction_policy="evict_first")
+                x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
+                s = tl.load(xs_ptr + rows * groups + k // BK)
+            acc = _add_product(acc, w, x, s, KIND)
+        if KIND != "full":
+            acc *= tl.load(ws_ptr + offs_n)[:, None]
+    return acc
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, xs_ptr, w0, w1, w2, s0, s1, s2, y_ptr, Q, N0, N1, N2, K, CHUNK,
+    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y (S, Q, N0+N1+N2): part s of the sum over k, of up to three weights that share their input. Grid (tiles, S)."""
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    t0 = tl.cdiv(N0, BN)
+    t1 = tl.cdiv(N1, BN)
+    w, s, first, N, shift = w0, s0, tile, N0, 0
+    if tile >= t0:
+        w, s, first, N, shift = w1, s1, tile - t0, N1, N0
+    if tile >= t0 + t1:
+        w, s, first, N, shift = w2, s2, tile - t0 - t1, N2, N0 + N1
+    offs_n = first * BN + tl.arange(0, BN)
+    offs_q = tl.arange(0, BQ)
+    k_lo = part * CHUNK
+    k_hi = tl.minimum(k_lo + CHUNK, WIDTH)
+    if PDL:
+        gdc_launch_dependents()
+        if first * BN + BN <= N and k_lo + AHEAD * BK <= k_hi:
+            _prefetch(w, offs_n, k_lo, WIDTH, BYTES, AHEAD * BK)
+        gdc_wait()
+    acc = _dot_rows(x_ptr, xs_ptr, w, s, offs_n, offs_q, Q, N, K, k_lo, k_hi, BQ, BN, BK, KIND, GROUP, PDL)
+    at = y_ptr + (part * Q + offs_q)[None, :].to(tl.int64) * (N0 + N1 + N2) + (shift + offs_n)[:, None]
+    tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_q < Q)[None, :])
+
+
+@triton.jit
+def _gated_kernel(
+    x_ptr, xs_ptr, gate, up, gate_s, up_s, y_ptr, ys_ptr, like_ptr, Q, N, K,
+    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y (Q, N) = silu(x gate^T) * (x up^T), each rounded as the Hugging Face layer rounds it. Grid (tiles,).
+
+    NARROW: y in 8 bits, with a scale a tile and row.
+    """
+    tile = tl.program_id(0)
+    offs_n = tile * BN + tl.arange(0, BN)
+    offs_q = tl.arange(0, BQ)
+    offs_k = tl.arange(0, BK)
+    if PDL:
+        gdc_launch_dependents()
+        if tile * BN + BN <= N:
+            _prefetch(gate, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
+            _prefetch(up, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
+        gdc_wait()
+    kind = like_ptr.dtype.element_ty
+    if KIND == "int4":
+        g = _dot_rows(x_ptr, xs_ptr, gate, gate_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
+        u = _dot_rows(x_ptr, xs_ptr, up, up_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
+    else:  # one loop over both, so that x is read once
+        rows = tl.minimum(offs_q, Q - 1)
+        groups = K // BK
+        g = tl.zeros((BN, BQ), dtype=tl.float32)
+        u = tl.zeros((BN, BQ), dtype=tl.float32)
+        s = tl.zeros((BQ,), dtype=tl.float32)
+        for k in range(0, WIDTH, BK):
+            w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+            if KIND == "full":
+                x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+                w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+                w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+            else:
+                x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
+                w_g = tl.load(gate + w_at, eviction_policy="evict_first")
+                w_u = tl.load(up + w_at, eviction_policy="evict_first")
+                s = tl.load(xs_ptr + rows * groups + k // BK)
+            g = _add_product(g, w_g, x, s, KIND)
+            u = _add_product(u, w_u, x, s, KIND)
+        if KIND != "full":
+            g *= tl.load(gate_s + offs_n)[:, None]
+            u *= tl.load(up_s + offs_n)[:, None]
+    g = g.to(kind).to(tl.float32)
+    u = u.to(kind).to(tl.float32)
+    out = ((g * tl.sigmoid(g)).to(kind).to(tl.float32) * u).to(kind).to(tl.float32)
+    at = y_ptr + offs_q[None, :].to(tl.int64) * N + offs_n[:, None]
+    ok = (offs_n < N)[:, None] & (offs_q < Q)[None, :]
+    if NARROW:
+        narrow, scale = to_8_bits(out, y_ptr)
+        tl.store(at, narrow, mask=ok)
+        tl.store(ys_ptr + offs_q * (N // BN) + tile, scale, mask=offs_q < Q)
+    else:
+        tl.store(at, out.to(kind), mask=ok)
+
+
+def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
+    """Why these kernels cannot do a model's linear layers; None when they can."""
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"its heads are {head_dim} wide, which is no power of two from 16 on"
+    for weight in weights:
+        if weight.inputs % LEAST or weight.data.stride(1) != 1:
+            return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
+        # A head may have any number of outputs; those of the other layers are the inputs of the next.
+        if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
+            return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
+        if weight.kind == "int4" and weight.inputs % (2 * GROUP):
+            return f"weights in int4 need inputs of multiples of {2 * GROUP}"
+    return None
+
+
+def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
+    """By measurement on an H200: enough bytes in flight for its memory. double: two weights of this kind at once."""
+    if weight.kind == "full" and weight.inputs % GROUP:
+        return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
+    if weight.kind == "full":
+        return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
+    return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6, 4)
+
+
+def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
+    """Parts of a sum over k, so that tiles of few outputs fill the device. The same whatever the number of rows: with it,
+    a row's sums are rounded alike in a pass of one row and in a pass of a tree.
+    """
+    tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
+    return max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
+
+
+def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
+    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k.
+
+    whole: (1, Q, N) of that dtype.
+    """
+    x, scale = split(x_QK)
+    rows, inputs = x.shape
+    first, last = weights[0], weights[-1]
+    tile = tile_of(first, rows)
+    parts = 1 if whole else parts_of(weights, tile, x.device)
+    sizes = [w.outputs for w in weights] + [0] * (3 - len(weights))
+    three = (*weights, last, last)[:3]
+    stored = first.data.shape[1]
+    chunk = triton.cdiv(triton.cdiv(stored, parts), tile.inputs) * tile.inputs
+    y = torch.empty(parts, rows, sum(sizes), dtype=whole or torch.float32, device=x.device)
+    tiles = sum(triton.cdiv(n, tile.outputs) for n in sizes)
+    _rows_kernel[(tiles, parts)](
+        x, scale, *(w.data for w in three), *(w.scale for w in three), y, rows, *sizes, inputs, chunk,
+        BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, KIND=first.kind, GROUP=first.group,
+        BYTES=first.data.element_size(), WIDTH=stored, AHEAD=AHEAD, **options_of(tile),
+    )  # fmt: skip
+    return y
+
+
+def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
+    """(Q, N): silu(x gate^T) * (x up^T), rounded as in dtype; kind: of the weights it will meet."""
+    x, scale = split(x_QK)
+    rows, inputs = x.shape
+    tile = tile_of(gate, rows, double=True)
+    narrow = Narrow.empty(rows, gate.outputs, kind, x.device) if kind != "full" else None
+    y = torch.empty(rows if narrow is None else 0, gate.outputs, dtype=dtype, device=x.device)
+    out, out_scale = (y, y) if narrow is None else split(narrow)
+    _gated_kernel[(triton.cdiv(gate.outputs, tile.outputs),)](
+        x, scale, gate.data, up.data, gate.scale, up.scale, out, out_scale, y, rows, gate.outputs, inputs,
+        BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, KIND=gate.kind, GROUP=gate.group,
+        BYTES=gate.data.element_size(), WIDTH=gate.data.shape[1], AHEAD=AHEAD, NARROW=narrow is not None, **options_of(tile),
+    )  # fmt: skip
+    return y if narrow is None else narrow
