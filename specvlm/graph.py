@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool, KVCache
-from specvlm.engine import Engine, Request
+from specvlm.engine import Engine, Request, agreed
 from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
@@ -42,6 +42,13 @@ class Clock:
 
     def mark(self, part: str) -> None:
         self.marks.append((part, self._now()))
+
+    def wait(self, device: torch.device) -> None:
+        """Work on another GPU counts up to now as this one's: its stream waits for it, the host does not."""
+        if device.type == self.device.type == "cuda" and device != self.device:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def resume(self) -> None:
         """What the consumer did since the last step is not ours."""
@@ -121,7 +128,7 @@ def autoregressive(
     turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
     engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator, clock.mark)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
-    token = verifier.first(penalty(logits_MV)[0], generator)
+    token = agreed(target, verifier, verifier.first(penalty(logits_MV)[0], generator))
     clock.mark("prefill")
     while True:
         yield Step(output.take([token]), times_s=clock.lap())
@@ -163,6 +170,9 @@ class DecodingGraph:
             raise UserError(f"positions={self.positions!r} is none of original, reindexed")
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
+        lone = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < self.target.ranks.size
+        if lone and not self.drafter.tells:
+            raise UserError(f"drafter={self.drafter.name} cannot tell other ranks its trees: use draft.parallel=tensor")
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     @torch.inference_mode()
@@ -172,7 +182,7 @@ class DecodingGraph:
         turn = Turn(self.caches, target, len(prompt) + max_new_tokens + drafter.max_nodes)
         cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
         features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
-        token = verifier.first(penalty(logits_MV)[0], generator)
+        token = agreed(target, verifier, verifier.first(penalty(logits_MV)[0], generator))
         clock.mark("prefill")
         yield Step(output.take([token]), times_s=clock.lap())
         if output.done:
@@ -199,6 +209,8 @@ class DecodingGraph:
             engine=self.engine,
         )
         session = drafter.start(context)
+        if self.draft is not None and drafter.model == "draft":
+            clock.wait(self.draft.device)
         clock.mark("draft_prefill")
 
         request = Request(target, cache, verifier, penalty, generator, clock.mark)

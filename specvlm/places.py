@@ -34,9 +34,12 @@ class Places:
 
 
 def device_of(name: str) -> torch.device:
+    """With an index where it is a GPU's, so that one device has one name. Raises UserError where it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"device={name}: there are {count} CUDA devices here; use device=cpu or device=auto")

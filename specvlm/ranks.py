@@ -27,6 +27,7 @@ from specvlm.errors import UserError
 from specvlm.watch import Watch
 
 T = TypeVar("T")
+Write = Callable[[Tensor], Tensor]
 ROOM = 64  # most rows of a pass of the lean language model
 
 
@@ -36,13 +37,13 @@ class Ranks:
     rank = 0
     size = 1
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(Q, N) where a share is best written for `sum`; its content is whatever was there. One for all of a shape."""
-        return torch.empty(*shape, dtype=dtype, device=device)
-
     def sum(self, share: Tensor) -> Tensor:
         """The sum over all ranks, in place, in the tensor's own dtype."""
         return share
+
+    def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write) -> Tensor:
+        """(Q, N) the sum over all ranks, in `dtype`, of what `write` writes into the tensor it is given."""
+        return self.sum(write(torch.empty(*shape, dtype=dtype, device=device)))
 
     def gather(self, share_QN: Tensor) -> Tensor:
         """(Q, N * ranks): every rank's columns side by side."""
@@ -65,30 +66,50 @@ class ProcessRanks(Ranks):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rooms: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.reach = device.type == "cuda" and self._reach(device)
+
+    def _reach(self, device: torch.device) -> bool:
+        """Can all ranks have memory that all of them write to? One without it is enough for a no."""
         others = [n for n in range(self.size) if n != device.index]
-        peers = device.type == "cuda" and all(torch.cuda.can_device_access_peer(device, other) for other in others)
-        self.rooms: dict[tuple[int, torch.dtype], Tensor] | None = {} if peers else None
+        mine = all(torch.cuda.can_device_access_peer(device, other) for other in others)
+        if all(self._all(mine)):
+            try:
+                self._room(16, torch.float32, device)
+            except RuntimeError:  # no driver or container gives it for certain
+                mine = False
+        return all(self._all(mine))
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that the other GPUs reach, where they do: the sum of 26 rows of 8,192 then takes 9 us instead of NCCL's 14.
+    def _all(self, mine: bool) -> list[bool]:
+        told = [False] * self.size
+        dist.all_gather_object(told, mine)
+        return told
 
-        torch's symmetric memory; without multicast, which some hosts do not give. Made outside of captures: a step runs once
-        before it is captured.
-        """
-        rows, width = shape
-        if self.rooms is None or rows > ROOM or rows * width * dtype.itemsize % (16 * self.size):
-            return super().room(shape, dtype, device)
+    def _room(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if (width, dtype) not in self.rooms:
             made = symmetric_memory.empty(ROOM, width, dtype=dtype, device=device)
+            dist.barrier()  # what follows holds Python still: a rank that died before would be heard of by nobody
             symmetric_memory.rendezvous(made, dist.group.WORLD.group_name)  # type: ignore[union-attr]
             self.rooms[width, dtype] = made
-        return self.rooms[width, dtype][:rows]
+        return self.rooms[width, dtype]
 
     def sum(self, share: Tensor) -> Tensor:
-        if any(share.data_ptr() == made.data_ptr() for made in (self.rooms or {}).values()):
-            torch.ops.symm_mem.two_shot_all_reduce_(share, "sum", dist.group.WORLD.group_name)  # type: ignore[union-attr]
-        else:
-            dist.all_reduce(share)
+        dist.all_reduce(share)
+        return share
+
+    def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write) -> Tensor:
+        """Through torch's symmetric memory where the GPUs reach each other: 26 rows of 8,192 take 9 us, 14 by NCCL.
+
+        A slice of the sum is added up by one rank for all, in an order of its own: with three ranks or more, a row may be
+        rounded otherwise in a pass of another number of rows. Rooms are made outside of captures, since a step runs once
+        before it is captured. The next sum may use a room again: this one ends when all ranks are through.
+        """
+        rows, width = shape
+        known = dtype in (torch.float32, torch.bfloat16)
+        if not self.reach or not known or rows > ROOM or rows * width * dtype.itemsize % (16 * self.size):
+            return super().total(shape, dtype, device, write)
+        share = write(self._room(width, dtype, device)[:rows])
+        torch.ops.symm_mem.two_shot_all_reduce_(share, "sum", dist.group.WORLD.group_name)  # type: ignore[union-attr]
         return share
 
     def gather(self, share_QN: Tensor) -> Tensor:
@@ -124,7 +145,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast gains nothing for few rows, and is not everybody's to use
+        # Multicast gains nothing for few rows, and is not everybody's to use.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     store, _, _ = next(rendezvous("env://"))
     watch = Watch(PrefixStore("specvlm-watch", store.clone()), rank, size)
     try:

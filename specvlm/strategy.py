@@ -181,6 +181,8 @@ class Drafter(Strategy, ABC):
     def max_nodes(self) -> int:
         """Most nodes of a tree, root included: the target's cache keeps room for them."""
 
+    tells: ClassVar[bool] = False  # do its sessions hand the first rank's tree to ranks that have no draft?
+
     @abstractmethod
     def start(self, ctx: DraftContext) -> DraftSession: ...
 

@@ -229,7 +229,7 @@ class DraftTree:
 
     def to(self, device: torch.device) -> DraftTree:
         """Itself, where it is there already."""
-        if self.tokens.device == device:
+        if self.tokens.device == device and (self.q is None or self.q.device == device):
             return self
         return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device))
 

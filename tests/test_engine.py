@@ -22,6 +22,7 @@ from specvlm.models.quantize import quantize_text
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.ranks import Ranks
 from specvlm.types import DraftTree, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
@@ -130,16 +131,9 @@ def test_sampling_draws_what_eager_draws(drafter):
     assert alone[0] == alone[1]
 
 
-def test_requests_one_after_another_and_after_a_broken_one():
-    """Different lengths, a larger one that makes the cache grow, one left half-read, one that fails: no trace in the next."""
-    family = "qwen2_5_vl"
-    graph = graph_of(family, "tree", GraphsEngine("direct"))
-    requests = [tiny.prompt(family, seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
-    want = [tiny.hf_greedy(tiny.model(family), r, 16) for r in requests]
+def outlives_a_failure(graph: DecodingGraph, requests, want) -> None:
+    """Requests give what each gives alone, before and after one that fails in the middle."""
     assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
-    half = graph.decode(requests[0], 16)
-    next(half), next(half)
-    assert tokens_of(list(graph.decode(requests[1], 16))) == want[1]
     check, calls = graph.engine.check, []
 
     def broken(*arguments):
@@ -152,6 +146,18 @@ def test_requests_one_after_another_and_after_a_broken_one():
     with pytest.raises(torch.OutOfMemoryError):
         list(graph.decode(requests[0], 16))
     assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
+
+
+def test_requests_one_after_another_and_after_a_broken_one():
+    """Different lengths, a larger one that makes the cache grow, one left half-read, one that fails: no trace in the next."""
+    family = "qwen2_5_vl"
+    graph = graph_of(family, "tree", GraphsEngine("direct"))
+    requests = [tiny.prompt(family, seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
+    want = [tiny.hf_greedy(tiny.model(family), r, 16) for r in requests]
+    half = graph.decode(requests[0], 16)
+    next(half), next(half)
+    assert tokens_of(list(graph.decode(requests[1], 16))) == want[1]
+    outlives_a_failure(graph, requests, want)
 
 
 def test_what_earlier_requests_left_in_the_cache_is_never_read():
@@ -260,6 +266,28 @@ def test_a_comparison_judges_by_the_engines_own_arithmetic(monkeypatch):
     assert lossless.compare(lm, request, want, shifted, engine=Engine()).verdict == "mismatch"
     # After the prefill's own token, every token is the engine's choice.
     assert lossless.compare(lm, request, [*shifted[:3], 5, *shifted[4:]], shifted, engine=engine).gap == 0.0
+
+
+def test_a_draft_that_lies_on_a_cpu_is_not_captured():
+    """A graph of nothing would draft the same tokens for ever, and the output would not show it."""
+    engine = GraphsEngine("direct")
+    engine.backend = "cudagraph"
+    assert engine.runs(tiny.draft_of("qwen2_5_vl")) == "eager"
+
+
+def test_a_drafter_that_cannot_tell_its_trees_is_refused_where_the_draft_is_the_first_ranks(monkeypatch):
+    class Two(Ranks):
+        size = 2
+
+    class Mute(PromptLookupDrafter):
+        name = "mute"
+        model = "draft"
+
+    monkeypatch.setattr(tiny.model("qwen2_5_vl"), "ranks", Two())
+    monkeypatch.setitem(DRAFTERS, "mute", Mute())
+    with pytest.raises(UserError, match=r"drafter=mute cannot tell other ranks its trees: use draft\.parallel=tensor"):
+        graph_of("qwen2_5_vl", "mute", Engine())
+    graph_of("qwen2_5_vl", "tree", Engine())
 
 
 def test_each_model_says_which_engine_it_runs_on(monkeypatch):

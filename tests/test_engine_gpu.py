@@ -185,6 +185,8 @@ def test_models_go_with_what_was_captured_for_them():
 
 
 def test_a_request_after_one_that_failed_midway():
+    from test_engine import outlives_a_failure
+
     from specvlm.drafters.tree import TreeDrafter
     from specvlm.engine import engine_for
 
@@ -193,17 +195,15 @@ def test_a_request_after_one_that_failed_midway():
         target, draft, UniformPruner(), TreeDrafter(), GreedyVerifier(), 0.5, engine=engine_for("graphs", "cuda")
     )
     requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
-    want = [tiny.hf_greedy(target, r, 16) for r in requests]
-    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
-    check, calls = graph.engine.check, []
+    outlives_a_failure(graph, requests, [tiny.hf_greedy(target, r, 16) for r in requests])
 
-    def broken(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("in the middle")
-        return check(*arguments)
 
-    graph.engine.check = broken
-    with pytest.raises(torch.OutOfMemoryError):
-        list(graph.decode(requests[0], 16))
-    assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
+@pytest.mark.parametrize("device", [[], ["device=cuda"], ["device=cuda:0"]], ids=["auto", "cuda", "cuda:0"])
+def test_a_run_by_the_command_line(device, tmp_path):
+    import json
+
+    from specvlm.__main__ import main
+
+    assert main([f"hydra.run.dir={tmp_path / 'out'}", "question=how many objects appear?", "max_new_tokens=14", *device]) == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["verdict"] == "identical" and set(summary["engine"].values()) == {"graphs"}

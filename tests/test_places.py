@@ -12,7 +12,7 @@ from specvlm import compose, memory
 from specvlm.errors import UserError
 from specvlm.models.load import config_of, skeleton, spread_of
 from specvlm.models.spread import check_shares, tensor_plan
-from specvlm.places import Places, places_of
+from specvlm.places import Places, device_of, places_of
 from specvlm.ranks import ALONE
 from specvlm.run import model_folder
 
@@ -159,3 +159,10 @@ def test_the_screen_says_how_the_target_lies():
     assert spread(job) == "3 layers on cuda:0, 5 layers on cuda:1"
     job = SimpleNamespace(places=Places("tensor", gpu(0), gpu(0)[0], 2), layers=[], drafter=SimpleNamespace(model="draft"))
     assert spread(job) == "every layer shared by 2 ranks, the draft on the first alone"
+
+
+def test_a_gpu_has_one_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert {str(device_of(name)) for name in ("auto", "cuda", "cuda:0")} == {"cuda:0"}
+    assert str(device_of("cuda:1")) == "cuda:1"

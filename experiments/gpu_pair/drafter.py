@@ -33,6 +33,7 @@ class GivenDrafter(Drafter):
     """
 
     name = "given"
+    tells = True
     inner: TreeDrafter = field(default_factory=TreeDrafter)
     known: tuple[int, ...] = ()
     accepted: float = 4.0
@@ -66,11 +67,7 @@ class GivenSession(DraftSession):
         self.known, self.accepted, self.rounds = drafter.known, drafter.accepted, 0
         self.position = 0 if self.known and self.known[0] == ctx.bonus else len(self.known)  # of the root in `known`
         low = int(drafter.accepted)
-        device = (ctx.target if drafter.model == "target" or ctx.draft is None else ctx.draft).device
-        if device.type == "meta":  # the draft is another rank's, which tells its trees
-            device = ctx.target.device
-        tables = (guesses(drafter.tree, self.known, many, ctx.vocabulary) for many in (low, low + 1))
-        self.tables = {many: table.to(device) for many, table in zip((low, low + 1), tables, strict=True)}
+        self.tables = {many: guesses(drafter.tree, self.known, many, ctx.vocabulary) for many in (low, low + 1)}
         self.guessed: Tensor | None = None
 
     def propose(self, last: Verdict | None) -> DraftTree:
@@ -79,6 +76,7 @@ class GivenSession(DraftSession):
         tree = self.inner.propose(last)
         if self.position < len(self.known):
             many = int((self.rounds + 1) * self.accepted + 1e-9) - int(self.rounds * self.accepted + 1e-9)
+            self.tables[many] = self.tables[many].to(tree.tokens.device)
             tree.tokens[1:] = self.tables[many][self.position]
         self.rounds += 1
         return tree

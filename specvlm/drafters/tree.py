@@ -31,6 +31,7 @@ class TreeDrafter(Drafter):
 
     name = "tree"
     model = "draft"
+    tells = True
     shape: str = "paper"
     children: str = "auto"
 
@@ -172,6 +173,8 @@ class ToldSession(DraftSession):
         tree = DraftTree(self.tokens, self.shape.parents, self.q)
         if self.session is not None:
             tree = self.session.propose(last).to(self.device)
+            if self.q is not None and tree.q is not None:  # the others do not know the draft's dtype
+                tree = DraftTree(tree.tokens, tree.parents, tree.q.to(self.q.dtype))
         for tensor in (tree.tokens, tree.q):
             if tensor is not None:
                 self.ranks.first(tensor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 ENGINES = ("auto", "eager", "graphs")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ class Engine:
     def next(self, request: Request, token: int) -> int:
         """A pass of the target over its last token; the token that follows."""
         logits_1V = self.append(request.target, torch.tensor([token]), request.cache)
-        return request.verifier.first(request.penalty(logits_1V)[0], request.generator)
+        token = request.verifier.first(request.penalty(logits_1V)[0], request.generator)
+        return agreed(request.target, request.verifier, token)
 
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
@@ -54,7 +56,9 @@ class Engine:
         """
         cache, base = request.cache, request.cache.length
         logits_MV = request.penalty(request.target.score(tree, cache), tree)
+        tree = tree.to(logits_MV.device)
         verdict = request.verifier.verify(VerifyContext(tree, logits_MV, request.generator))
+        verdict = agreed(request.target, request.verifier, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
@@ -75,6 +79,13 @@ class Engine:
         from specvlm.drafters.tree import TreeSession  # which asks for an engine
 
         return TreeSession(ctx, model, shape, sample)
+
+
+def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:
+    """What a rule decided, where ranks share the target: the first one's word, if it samples. Sums over a vocabulary need not
+    round alike on two GPUs, and then the ranks' caches would part.
+    """
+    return target.ranks.share(lambda: decided) if verifier.sampling.temperature > 0 else decided
 
 
 def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
@@ -101,13 +112,19 @@ class Fallback(Engine):
 
 def why_no_graphs(device: torch.device) -> str | None:
     """What keeps the graphs engine from a device; None when nothing does."""
+    why = why_not_captured(device)
+    if why is None and device.index not in (None, torch.cuda.current_device()):
+        return f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
+    return why
+
+
+def why_not_captured(device: torch.device) -> str | None:
+    """What keeps steps on a device from being captured; None when nothing does."""
     if device.type != "cuda":
         return f"{device} is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:  # the kernels are scheduled by programmatic dependent launch, which older ones do not know
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
-    if device.index not in (None, torch.cuda.current_device()):
-        return f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
     try:
         from triton.language.extra.cuda import gdc_wait  # noqa: F401
     except ImportError:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import KVCache, Store
-from specvlm.engine import Engine, Request, ops
+from specvlm.engine import Engine, Request, ops, why_not_captured
 from specvlm.engine.expand import CapturedTree, ways
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _NOBODY = torch.Generator()  # in a captured step random numbers are inputs
-MOST = 48  # programs captured for one cache: a drafter whose trees never repeat would capture every round
+MOST = 48  # programs of a kind captured for one cache: a drafter whose trees never repeat would capture every round
 
 
 class GraphsEngine(Engine):
@@ -89,12 +89,12 @@ class GraphsEngine(Engine):
         rule = (type(verifier), repr(verifier))
         key = ("check", lean, tree.parents, rule, penalty.factor, None if q is None else q.shape)
         program = self.program(key, cache, build)
+        follow = [self._follow(number, lean, tree, cache) for number in earlier if count > 1]
         if self.capture_s > captured:
             request.mark("capture")
         (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x)
-        if count > 1:
-            for number in earlier:
-                self._follow(number, lean, tree, cache)((base, 0), outcome[:1])
+        for moving in follow:
+            moving((base, 0), outcome[:1])
         last, bonus, *tokens = outcome.tolist()  # the round's one read
         verdict = verifier.verdict(last, bonus, tree)
         cache.length = base + len(verdict.path)
@@ -111,7 +111,7 @@ class GraphsEngine(Engine):
             paths = _Paths(tree.parents, device)
             return self.capture(partial(_pass, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
 
-        return self.program(("through", number, lean, tree.parents), cache, build)
+        return self.program((f"through {number}", lean, tree.parents), cache, build)
 
     def _follow(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
         """The same stage's cache move, when the verdict is there."""
@@ -122,7 +122,7 @@ class GraphsEngine(Engine):
             last, paths = torch.zeros(1, dtype=torch.int64, device=device), _Paths(tree.parents, device)
             return self.capture(partial(_move, cache.stores[number], paths), [state, last], backend, paths)
 
-        return self.program(("follow", number, lean, tree.parents), cache, build)
+        return self.program((f"follow {number}", lean, tree.parents), cache, build)
 
     # ---- the drafter's ----------------------------------------------------------------------------------------------
 
@@ -139,13 +139,18 @@ class GraphsEngine(Engine):
         """The model's lean pass; None, said once, for one that needs its own modules."""
         if model not in self._lean:
             lean = None
-            if why := why_not(model):
+            if why := why_not(model) or self._misplaced(model):
                 log.warning("%s runs eager: %s", model, why)
             else:
                 lean = LeanText(model)
                 lean.ops = kernels_for(model, lean)
             self._lean[model] = lean
         return self._lean[model]
+
+    def _misplaced(self, model: VideoLM) -> str | None:
+        """A draft may lie on another device than the one the engine was made for."""
+        devices = [stage.device for stage in model.stages] if self.backend == "cudagraph" else []
+        return next((why for why in map(why_not_captured, devices) if why), None)
 
     def runs(self, model: VideoLM) -> str:
         return Engine.name if self.lean(model) is None else self.name
@@ -171,8 +176,8 @@ class GraphsEngine(Engine):
         return Program(fn, inputs, backend, self.lanes.get(device), tables)
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
-        """What was captured for this cache; what was captured for those that are gone, goes. build: given a backend of Program,
-        which runs uncaptured beyond MOST.
+        """What was captured for this cache; what was captured for those that are gone, goes. key: its first word is the kind.
+        build: given a backend of Program, which runs uncaptured beyond MOST.
         """
         if self.backend == "cudagraph":  # the others hold their cache, so of those the last one alone is kept
             key = (*key, id(cache))
@@ -182,7 +187,7 @@ class GraphsEngine(Engine):
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             there = {program.device for _, program in self._programs.values()}
             self.lanes = {d: lane for d, lane in self.lanes.items() if d in there}  # memory without graphs cannot be used again
-            if sum(v[0]() is cache for v in self._programs.values()) >= MOST:
+            if sum(v[0]() is cache and k[0] == key[0] for k, v in self._programs.items()) >= MOST:
                 return build("direct")
             start = perf_counter()
             held = self._programs[key] = (ref(cache), build(self.backend))
@@ -235,6 +240,8 @@ def _check(
     if factor != 1:
         logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree)
     decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice))
+    if len(dice):  # a sum over a vocabulary may round otherwise on another GPU, and then the caches would part
+        decision_2 = lean.ranks.first(decision_2)
     if len(parents) > 1:
         _move(cache.stores[-1], paths, state_2, decision_2[:1])
     return (torch.cat([decision_2, tokens_M]),)

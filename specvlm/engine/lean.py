@@ -9,6 +9,7 @@ Shape suffixes: Q rows of this pass, T rows from slot `base` on, V vocabulary, D
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -113,8 +114,8 @@ class LeanText:
         """A linear layer's parts over all ranks."""
         if self.ranks.size == 1:
             return parts_SQN
-        share_QN = self.ranks.room(parts_SQN.shape[1:], self.dtype, parts_SQN.device)
-        return self.ranks.sum(self.ops.whole(parts_SQN, share_QN))[None]
+        write = partial(self.ops.whole, parts_SQN)
+        return self.ranks.total(parts_SQN.shape[1:], self.dtype, parts_SQN.device, write)[None]
 
     def weights(self) -> Iterator[Weight]:
         """All linear layers."""
