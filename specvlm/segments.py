@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
+
+ELEMENTS = 1 << 20  # of features compared at once
+
+
+def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
+    """Cosine over the last axis of two tensors of one shape, in float32; 0 where either vector is.
+
+    In slices of the first axis that fit a processor's cache: several times faster than torch's own on a CPU, and no
+    copy of the features is made.
+    """
+    step = max(1, ELEMENTS // max(a_FD[:1].numel(), 1))
+    parts = zip(a_FD.split(step), b_FD.split(step), strict=True)
+    return torch.cat([(normalize(a.float(), dim=-1) * normalize(b.float(), dim=-1)).sum(-1) for a, b in parts])
 
 
 def adjacent_cosine(x_FD: Tensor) -> Tensor:
     """Cosine of each frame to the next, over the last axis: (F, D) to (E,), (F, P, D) to (E, P). In float32."""
-    x_FD = x_FD.float()
-    return cosine_similarity(x_FD[:-1], x_FD[1:], dim=-1)
+    return cosine(x_FD[:-1], x_FD[1:])
 
 
 def cuts(similarity_E: Tensor, threshold: float = -1.0, least: int = 1) -> Tensor:

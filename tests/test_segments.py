@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from specvlm import segments
 from specvlm.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread
 
 
@@ -53,3 +54,12 @@ def test_even_parts_and_spread_places(count):
 def test_blocks_are_named_by_their_middle_cell():
     assert block_of(3, 4, 2).view(3, 4).tolist() == [[0, 0, 2, 2], [0, 0, 2, 2], [8, 8, 10, 10]]
     assert block_of(3, 3, 3).tolist() == [4] * 9 and block_of(2, 2, 1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (5, 4), (4, 3, 6)])
+def test_cosine_equals_torchs_own_in_any_slices(shape, monkeypatch):
+    a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    for elements in (1, 20, 1 << 20):
+        monkeypatch.setattr(segments, "ELEMENTS", elements)
+        torch.testing.assert_close(segments.cosine(a, b), torch.nn.functional.cosine_similarity(a, b, dim=-1))
+    assert segments.cosine(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [0, 0]

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from specvlm.plugins import hookimpl
-from specvlm.segments import apportion, spread
+from specvlm.segments import apportion, cosine, spread
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -48,7 +47,7 @@ class DyCokePruner(Pruner):
         if len(frame_F) == 1:
             kept_FP[frame_F[0], spread(x_FPD.shape[1], min(ctx.budget, x_FPD.shape[1]), ctx.device)] = True
         else:
-            kept_FP[frame_F] = merged(x_FPD[frame_F].float(), ctx.budget)
+            kept_FP[frame_F] = merged(x_FPD[frame_F], ctx.budget)
         return KeepSet(kept_FP.flatten().nonzero().flatten(), ctx.total)
 
 
@@ -59,7 +58,7 @@ def merged(x_FPD: Tensor, budget: int) -> Tensor:
     rest_R = frame_F[frame_F % GROUP != 0]
     kept_FP = (frame_F % GROUP == 0)[:, None].repeat(1, per_frame)
     reference_R = rest_R - rest_R % GROUP + torch.tensor(REFERENCE, device=x_FPD.device)[rest_R % GROUP]
-    similar_RP = cosine_similarity(x_FPD[rest_R], x_FPD[reference_R], dim=-1)
+    similar_RP = cosine(x_FPD[rest_R], x_FPD[reference_R])
     count_R = apportion(budget - int(kept_FP.sum()), torch.full_like(rest_R, per_frame))
     place_RP = similar_RP.sort(dim=1, stable=True).indices.argsort(dim=1)
     kept_FP[rest_R] = place_RP < count_R[:, None]

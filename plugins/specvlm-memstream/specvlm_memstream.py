@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from specvlm.errors import UserError, check_choice
 from specvlm.plugins import hookimpl
+from specvlm.segments import adjacent_cosine
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -72,7 +72,7 @@ class MemStreamPruner(Pruner):
         if expert == "verifier_attention_last_row":
             return signal.double().mean(0)
         (x_FPD,) = ctx.by_frame(signal)
-        change_EP = 1 - cosine_similarity(x_FPD[1:].float(), x_FPD[:-1].float(), dim=-1)
+        change_EP = 1 - adjacent_cosine(x_FPD)
         first_P = change_EP[:1] if len(change_EP) else change_EP.new_zeros(1, x_FPD.shape[1])
         return torch.cat([first_P, change_EP]).flatten().double()
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from specvlm.errors import check_range
 from specvlm.plugins import hookimpl
+from specvlm.segments import cosine
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -62,7 +62,7 @@ class StreamingPruner(Pruner):
 def renew(similar_K: Tensor, memory_K: Tensor, x_ND: Tensor, at_J: Tensor) -> None:
     """Compare the tokens at places `at_J` of the memory to their next anew, in place; the last has none: -inf."""
     at_J = at_J[at_J < len(memory_K) - 1]
-    similar_K[at_J] = cosine_similarity(x_ND[memory_K[at_J]].float(), x_ND[memory_K[at_J + 1]].float(), dim=-1)
+    similar_K[at_J] = cosine(x_ND[memory_K[at_J]], x_ND[memory_K[at_J + 1]])
     similar_K[-1] = float("-inf")
 
 
