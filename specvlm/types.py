@@ -136,7 +136,8 @@ class KeepSet:
         there_E = owner_E >= 0
         owner_E, source_E, weight_E = owner_E[there_E], source_E[there_E], weight_E[there_E].double()
         index_K, row_E = owner_E.unique(return_inverse=True)
-        sum_K = weight_E.new_zeros(len(index_K)).index_add_(0, row_E, weight_E)
+        # index_add_ would add in another order each time on a GPU.
+        sum_K = weight_E.new_zeros(len(index_K)).index_put_((row_E,), weight_E, accumulate=True)
         row_E = torch.cat([row_E, torch.arange(len(index_K), device=row_E.device)])
         weight_E = torch.cat([weight_E / torch.where(sum_K > 0, sum_K, 1)[row_E[: len(weight_E)]], (sum_K <= 0).double()])
         entries_2E = torch.stack([row_E, torch.cat([source_E, index_K])])

@@ -96,7 +96,7 @@ class FlashVidPruner(Pruner):
         """(N,) owners once more, the trees of each frame merged until `remaining` are left."""
         frames, per_frame = root_FP.shape
         x_ND = x_FPD.flatten(0, 1)
-        sum_ND = torch.zeros_like(x_ND).index_add_(0, owner_N, x_ND)
+        sum_ND = torch.zeros_like(x_ND).index_put_((owner_N,), x_ND, accumulate=True)  # in the same order on a GPU, too
         mean_ND = sum_ND / torch.bincount(owner_N, minlength=len(owner_N)).clamp(min=1)[:, None]
         count_F = apportion(remaining, root_FP.sum(1))
         _, centre_FP = cluster(mean_ND.view_as(x_FPD), count_F, mask_GP=root_FP)

@@ -65,7 +65,7 @@ class HoliTomPruner(Pruner):
         order_FP = saliency_FP.masked_fill(~moving_FP, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         chosen = ((order_FP.argsort(dim=1) < share[: len(moving_FP), None]) & moving_FP).flatten().nonzero().flatten()
 
-        mean_WPD = torch.zeros_like(x_FPD[: len(windows)]).index_add_(0, window_F, x_FPD) / length_W[:, None, None]
+        mean_WPD = torch.stack([x_FPD[start:stop].mean(0) for start, stop in windows])
         centre_WP, owner_WP = cluster(mean_WPD, share[len(moving_FP) :], mask_GP=still_WP)
         first_W1 = (length_W.cumsum(0) - length_W)[:, None] * per_frame
         size_WP = torch.zeros_like(owner_WP).scatter_add_(1, owner_WP.clamp(min=0), (owner_WP >= 0).long())

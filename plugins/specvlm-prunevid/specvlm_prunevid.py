@@ -55,7 +55,7 @@ class PruneVidPruner(Pruner):
         (x_FPD,) = ctx.by_frame(ctx.features.float())
         frames, per_frame, _ = x_FPD.shape
         scene_F, first_G, length_G = self.split(x_FPD.mean(1))
-        mean_GPD, static_GP = still(x_FPD, scene_F, length_G, self.tau)
+        mean_GPD, static_GP = still(x_FPD, length_G, self.tau)
 
         x_RPD = torch.cat([mean_GPD, x_FPD])  # R = G + F sets: static cells of a scene, then moving ones of a frame
         mask_RP = torch.cat([static_GP, ~static_GP[scene_F]])
@@ -87,13 +87,14 @@ class PruneVidPruner(Pruner):
         return count_R + apportion(min(budget, int(size_R.sum())) - int(count_R.sum()), size_R - count_R)
 
 
-def still(x_FPD: Tensor, scene_F: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """Means over each scene (G, P, D), and (G, P) bool: is the mean cosine of all pairs of its frames above `tau`?"""
-    sum_GPD = x_FPD.new_zeros(len(length_G), *x_FPD.shape[1:])
-    mean_GPD = sum_GPD.index_add(0, scene_F, x_FPD) / length_G[:, None, None]
+    lengths = length_G.tolist()
+    mean_GPD = torch.stack([x.mean(0) for x in x_FPD.split(lengths)])
     unit_FPD = normalize(x_FPD, dim=-1)
-    square_GP = sum_GPD.index_add(0, scene_F, unit_FPD).square().sum(-1)
-    own_GP = sum_GPD[..., 0].index_add(0, scene_F, unit_FPD.square().sum(-1))
+    # The sum over all pairs is the square of the sum, less the squares.
+    square_GP = torch.stack([unit.sum(0).square().sum(-1) for unit in unit_FPD.split(lengths)])
+    own_GP = torch.stack([own.sum(0) for own in unit_FPD.square().sum(-1).split(lengths)])
     pairs_G1 = (length_G * (length_G - 1))[:, None]
     return mean_GPD, ((square_GP - own_GP) / pairs_G1.clamp(min=1) > tau) & (pairs_G1 > 0)
 

@@ -25,8 +25,7 @@ def test_static_cells_are_those_of_high_mean_cosine_over_all_pairs():
     generator = torch.Generator().manual_seed(0)
     x_FPD = torch.randn(1, 30, 6, generator=generator) + 0.8 * torch.randn(7, 30, 6, generator=generator)
     scenes = [range(4), range(4, 6), range(6, 7)]
-    scene_F = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    mean_GPD, static_GP = still(x_FPD, scene_F, torch.tensor([4, 2, 1]), 0.5)
+    mean_GPD, static_GP = still(x_FPD, torch.tensor([4, 2, 1]), 0.5)
     for scene, frames in enumerate(scenes):
         torch.testing.assert_close(mean_GPD[scene], x_FPD[list(frames)].mean(0))
         pairs = [cosine_similarity(x_FPD[a], x_FPD[b], dim=-1) for a, b in combinations(frames, 2)]
