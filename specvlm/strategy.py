@@ -79,6 +79,13 @@ class PruneContext:
             raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the pruner')
         return self.signals[name]
 
+    def scores(self, name: str) -> Tensor:
+        """A signal to rank tokens by, in float32. Raises ValueError where it holds NaN."""
+        scores_N = self.signal(name).float()
+        if bool(scores_N.isnan().any()):
+            raise ValueError(f"cannot rank video tokens by {name}: {int(scores_N.isnan().sum())} of {scores_N.numel()} are NaN")
+        return scores_N
+
     @property
     def verifier_attention(self) -> Tensor:
         return self.signal("verifier_attention")

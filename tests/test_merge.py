@@ -1,5 +1,8 @@
 """Merged keep sets, and pruners of one video over several."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from specvlm.strategy import PruneContext, token_signals
@@ -66,3 +69,13 @@ def test_pools_of_videos_are_joined_with_plain_selections():
 def test_signals_of_one_number_a_token_are_named():
     assert "verifier_attention" in token_signals()
     assert not {"features", "verifier_attention_per_layer", "verifier_attention_last_row"} & set(token_signals())
+
+
+def test_scores_are_read_in_float32_and_nan_is_refused():
+    ctx = PruneContext((TokenGrid(1, 1, 3),), 1, {"verifier_attention": torch.tensor([1.0, float("nan"), 2.0]).bfloat16()})
+    with pytest.raises(ValueError, match="verifier_attention: 1 of 3 are NaN"):
+        ctx.scores("verifier_attention")
+    assert (
+        replace(ctx, signals={"verifier_attention": torch.ones(3).bfloat16()}).scores("verifier_attention").dtype
+        == torch.float32
+    )

@@ -37,7 +37,7 @@ class FastVidPruner(Pruner):
     saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is
     the stand-in. Signals: features and that one. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
     over segments. Limits: with fewer than one token a frame only saliency counts.
-    Raises UserError for fields out of range.
+    Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "fastvid"
@@ -62,7 +62,7 @@ class FastVidPruner(Pruner):
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
-        (x_FPD,), saliency_N = ctx.by_frame(ctx.features.float()), ctx.signal(self.saliency).float()
+        (x_FPD,), saliency_N = ctx.by_frame(ctx.features.float()), ctx.scores(self.saliency)
         frames, per_frame, _ = x_FPD.shape
         salient, context = self.shares(ctx.budget // frames)
         kept_N = torch.zeros_like(saliency_N, dtype=torch.bool)

@@ -38,7 +38,7 @@ class FlashVidPruner(Pruner):
     saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is
     the stand-in. Signals: features and that one. Cost: three products of N P D, and a loop of p short steps.
     Limits: a frame whose share of the last budget is nothing loses its unpicked trees.
-    Raises UserError for fields out of range.
+    Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "flashvid"
@@ -60,7 +60,7 @@ class FlashVidPruner(Pruner):
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
-        (x_FPD,), (saliency_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.signal(self.saliency).float())
+        (x_FPD,), (saliency_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.scores(self.saliency))
         frames, per_frame = saliency_FP.shape
         unit_FPD = normalize(x_FPD, dim=-1)
         picks = min(math.ceil(self.alpha * math.ceil(per_frame * ctx.budget / ctx.total)), ctx.budget // frames)

@@ -32,7 +32,7 @@ class HoliTomPruner(Pruner):
     saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is the
     stand-in. Signals: features and that one. Cost: N D, F N for the partition, and W P^2 D. Limits: shares are rounded by
     largest remainders, so sets of a token or two may go; where most of the video stands still, moving tokens and still
-    means together may be fewer than B. Raises UserError for fields out of range.
+    means together may be fewer than B. Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "holitom"
@@ -52,7 +52,7 @@ class HoliTomPruner(Pruner):
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
-        (x_FPD,), (saliency_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.signal(self.saliency).float())
+        (x_FPD,), (saliency_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.scores(self.saliency))
         per_frame = x_FPD.shape[1]
         still_EP = adjacent_cosine(x_FPD) > self.tau
         windows = partition(still_EP)

@@ -3,7 +3,6 @@
 Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame, D width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +47,8 @@ class MeTokPruner(Pruner):
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
-        (x_FPD,), (attention_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.verifier_attention.double())
+        (x_FPD,), (attention_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.scores("verifier_attention").double())
         relevance = attention_FP.sum(1).tolist()
-        if any(map(math.isnan, relevance)):
-            raise ValueError("metok cannot rank frames by attention that holds NaN")
         events = spans(cuts(adjacent_cosine(x_FPD.mean(1)), least=self.events))
         grid = ctx.grid
         strides = fitted(self.levels(relevance, events), relevance, grid.height, grid.width, ctx.budget)

@@ -46,10 +46,8 @@ class OneClipPruner(Pruner):
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
-        (attention_FP,) = ctx.by_frame(ctx.verifier_attention.double())
+        (attention_FP,) = ctx.by_frame(ctx.scores("verifier_attention").double())
         relevance = attention_FP.sum(1).tolist()
-        if any(map(math.isnan, relevance)):
-            raise ValueError("oneclip cannot rank frames by attention that holds NaN")
         per_frame = attention_FP.shape[1]
         whole, rest = divmod(ctx.budget, per_frame)
         frames = self.frames(relevance, whole)

@@ -66,7 +66,7 @@ class PruneVidPruner(Pruner):
         owner_N = torch.where(static_GP[scene_F], onto_RP[: len(first_G)][scene_F], onto_RP[len(first_G) :]).flatten()
 
         still_N = static_GP[scene_F].flatten()
-        owner_N = attended(owner_N, still_N, ctx.verifier_attention.float(), ctx.budget)
+        owner_N = attended(owner_N, still_N, ctx.scores("verifier_attention"), ctx.budget)
         here_N = torch.arange(ctx.total, device=ctx.device)
         return KeepSet.merge(owner_N, here_N, torch.ones_like(here_N), ctx.total)
 
@@ -101,8 +101,6 @@ def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 
 def attended(owner_N: Tensor, still_N: Tensor, attention_N: Tensor, budget: int) -> Tensor:
     """Owners, less the clusters that the budget has no room for: of static and of moving ones the same share stays."""
-    if bool(attention_N.isnan().any()):
-        raise ValueError("prunevid cannot rank tokens by attention that holds NaN")
     member_N = owner_N >= 0
     best_N = torch.full_like(attention_N, float("-inf"))
     best_N.scatter_reduce_(0, owner_N[member_N], attention_N[member_N], "amax")
