@@ -1,6 +1,7 @@
-# make demo   set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
-# make test   set up once, then run the tests                            (ARGS="-k registry" to choose)
-# make check  lint, types and tests, as before a commit
+# make demo     set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
+# make test     set up once, then run the tests                            (ARGS="-k registry" to choose)
+# make plugins  install every package under plugins/ into .venv, editable
+# make check    lint, types and tests, as before a commit
 #
 # PYTHON=python3.12 chooses the interpreter. TORCH="--index-url URL" chooses another build of torch, such as the
 # CPU one, which is ten times smaller than the CUDA build.
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test plugins check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +23,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# They need nothing but specvlm. The build backend is installed once, instead of once a package.
+plugins: $(VENV)/.installed
+	@$(PIP) -c constraints.txt 'hatchling>=1.25' 'editables>=0.5'
+	@$(PIP) --no-deps --no-build-isolation $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
+	@echo "installed: $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))"
 
 check: lint types test
 

@@ -12,3 +12,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``' Did you mean "two_stage"?'`` for the nearest known name, or ``''`` where none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise UserError, with what is allowed and what may have been meant, where `value` is none of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{what} must be {' or '.join(allowed)}, got {value!r}.{did_you_mean(str(value), allowed)}")
+
+
+def check_range(what: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise UserError where `value` is not within low..high, both allowed."""
+    if not low <= value <= high:
+        bounds = f"at least {low}" if high == float("inf") else f"within {low} and {high}"
+        raise UserError(f"{what} must be {bounds}, got {value}")

@@ -7,14 +7,15 @@ changes during a request lives in the session and the cache, made per request.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool
+from specvlm.segments import apportion
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ SIGNALS: dict[str, str] = {
     "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
     "features": "(N, D) the target's video features as they enter its language model",
 }
+
+
+def token_signals() -> list[str]:
+    """Signals of one number a video token, (N,): what a pruner may take as saliency."""
+    return [name for name in SIGNALS if _axes(name) == ["N"]]
+
+
+def _axes(name: str) -> list[str]:
+    """The letters of a signal's shape, from its line in SIGNALS."""
+    return [axis.strip() for axis in SIGNALS[name].partition("(")[2].partition(")")[0].split(",") if axis.strip()]
 
 
 class Strategy:
@@ -68,6 +79,13 @@ class PruneContext:
             raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the pruner')
         return self.signals[name]
 
+    def scores(self, name: str) -> Tensor:
+        """A signal to rank tokens by, in float32. Raises ValueError where it holds NaN."""
+        scores_N = self.signal(name).float()
+        if bool(scores_N.isnan().any()):
+            raise ValueError(f"cannot rank video tokens by {name}: {int(scores_N.isnan().sum())} of {scores_N.numel()} are NaN")
+        return scores_N
+
     @property
     def verifier_attention(self) -> Tensor:
         return self.signal("verifier_attention")
@@ -88,6 +106,48 @@ class PruneContext:
             for x, grid in zip(values_FP, self.grids, strict=True)
         ]
         return torch.cat(parts)
+
+    def each_video(self, select: Callable[[PruneContext], KeepSet]) -> KeepSet:
+        """`select` for every video on its own, joined: a pruner that knows how to treat one video treats several.
+
+        Each call gets one grid without its newline, the signals of these tokens, and a share of the budget in proportion to
+        the video's tokens, 0 < budget < total; a video whose share is all of it is kept, one without a share dropped. Newline
+        tokens are kept last: when the video's share holds more than its cells.
+        """
+        device = self.device
+        shares = apportion(self.budget, torch.tensor([len(grid) for grid in self.grids])).tolist()
+        kept, start = [], 0
+        for grid, share in zip(self.grids, shares, strict=True):
+            cells = grid.cells
+            if 0 < share < cells:
+                signals = {name: self._within(name, start, start + cells) for name in self.signals}
+                alone = TokenGrid(grid.frames, grid.height, grid.width)
+                keep = select(replace(self, grids=(alone,), budget=share, signals=signals))
+            else:
+                keep = KeepSet.everything(min(share, cells), device)
+            kept.append((keep, start))
+            if share > cells:
+                kept.append((KeepSet.everything(share - cells, device), start + cells))
+            start += len(grid)
+        index_K = torch.cat([keep.index + begin for keep, begin in kept])
+        if all(keep.pool is None for keep, _ in kept):
+            return KeepSet(index_K, self.total)
+        owner, source, weight = [], [], []
+        for keep, begin in kept:
+            if keep.pool is None:
+                rows, columns, values = keep.index, keep.index, torch.ones(len(keep), device=device)
+            else:
+                pool = keep.pool.coalesce()
+                rows, columns, values = keep.index[pool.indices()[0]], pool.indices()[1], pool.values()
+            owner.append(rows + begin)
+            source.append(columns + begin)
+            weight.append(values)
+        return KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), self.total)
+
+    def _within(self, name: str, start: int, stop: int) -> Tensor:
+        """The signal of tokens start..stop-1 alone; one without a token axis whole."""
+        axes = _axes(name)
+        return self.signals[name].narrow(axes.index("N"), start, stop - start) if "N" in axes else self.signals[name]
 
 
 class Pruner(Strategy, ABC):

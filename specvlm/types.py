@@ -126,6 +126,28 @@ class KeepSet:
         return cls(torch.arange(budget, device=device) * (total - 1) // max(budget - 1, 1), total)
 
     @classmethod
+    def merge(cls, owner_E: Tensor, source_E: Tensor, weight_E: Tensor, total: int) -> KeepSet:
+        """A merger's keep set: token `owner` stays where it is and becomes the weighted mean of its sources.
+
+        Entry e says that `source_E[e]` counts with `weight_E[e]` (not negative) towards `owner_E[e]`; entries of one pair add
+        up, each owner's weights are scaled to sum to 1. A source may have several owners or none (it is dropped then), an
+        owner need not be a source of itself; one whose weights are all 0 keeps its own feature. An owner below 0 is no entry.
+        """
+        there_E = owner_E >= 0
+        owner_E, source_E, weight_E = owner_E[there_E], source_E[there_E], weight_E[there_E].double()
+        index_K, row_E = owner_E.unique(return_inverse=True)
+        # index_add_ would add in another order each time on a GPU.
+        sum_K = weight_E.new_zeros(len(index_K)).index_put_((row_E,), weight_E, accumulate=True)
+        row_E = torch.cat([row_E, torch.arange(len(index_K), device=row_E.device)])
+        weight_E = torch.cat([weight_E / torch.where(sum_K > 0, sum_K, 1)[row_E[: len(weight_E)]], (sum_K <= 0).double()])
+        entries_2E = torch.stack([row_E, torch.cat([source_E, index_K])])
+        there_E = weight_E > 0
+        pool = torch.sparse_coo_tensor(
+            entries_2E[:, there_E], weight_E[there_E].float(), (len(index_K), total), check_invariants=False
+        )
+        return cls(index_K, total, pool.coalesce())
+
+    @classmethod
     def everything(cls, total: int, device: torch.device | str = "cpu") -> KeepSet:
         return cls(torch.arange(total, device=device), total)
 

@@ -1,0 +1,70 @@
+"""DyCoke's merging over time: of four frames one whole, and of the others what changed.
+
+Shape suffixes: F frames, R frames that are no anchors, P tokens of one frame, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specvlm.plugins import hookimpl
+from specvlm.segments import apportion, cosine, spread
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+GROUP = 4
+REFERENCE = (0, 0, 0, 2)  # of frames 1, 2 and 3 of a group; frame 0 is the anchor
+
+
+@dataclass(frozen=True)
+class DyCokePruner(Pruner):
+    """Keep the first of every four frames whole, and of the others the cells least similar to a reference frame.
+
+    In a group of four, frames 1 and 2 are compared to frame 0 and frame 3 to frame 2, cell by cell, by cosine; every
+    such frame keeps the same number of its least similar cells. The paper's k = 0.7 keeps 30 % of them, 47.5 % of all
+    tokens; here the budget says how many. A budget below one frame in four is spent on those anchors alone, by
+    the same rule among themselves (which are then one in sixteen), and so on; one frame that is still too large is
+    sampled evenly. Temporal merging of DyCoke (arXiv 2411.15024); its other half, a key-value cache that changes
+    while decoding, is a drafter's matter. A last group of fewer than four frames is treated alike, and tokens keep their
+    raster order, neither of which the published code does.
+
+    Signals: features. Cost: N D. Limits: a cell is compared to the same cell only, so a moving camera defeats it.
+    """
+
+    name = "dycoke"
+    needs = frozenset({"features"})
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        (x_FPD,) = ctx.by_frame(ctx.features)
+        kept_FP = torch.zeros(x_FPD.shape[:2], dtype=torch.bool, device=ctx.device)
+        frame_F = torch.arange(len(x_FPD), device=ctx.device)
+        while ctx.budget < len(frame_F[::GROUP]) * x_FPD.shape[1] and len(frame_F) > 1:
+            frame_F = frame_F[::GROUP]
+        if len(frame_F) == 1:
+            kept_FP[frame_F[0], spread(x_FPD.shape[1], min(ctx.budget, x_FPD.shape[1]), ctx.device)] = True
+        else:
+            kept_FP[frame_F] = merged(x_FPD[frame_F], ctx.budget)
+        return KeepSet(kept_FP.flatten().nonzero().flatten(), ctx.total)
+
+
+def merged(x_FPD: Tensor, budget: int) -> Tensor:
+    """(F, P) bool: the anchors, and `budget` less these of the other cells."""
+    frames, per_frame, _ = x_FPD.shape
+    frame_F = torch.arange(frames, device=x_FPD.device)
+    rest_R = frame_F[frame_F % GROUP != 0]
+    kept_FP = (frame_F % GROUP == 0)[:, None].repeat(1, per_frame)
+    reference_R = rest_R - rest_R % GROUP + torch.tensor(REFERENCE, device=x_FPD.device)[rest_R % GROUP]
+    similar_RP = cosine(x_FPD[rest_R], x_FPD[reference_R])
+    count_R = apportion(budget - int(kept_FP.sum()), torch.full_like(rest_R, per_frame))
+    place_RP = similar_RP.sort(dim=1, stable=True).indices.argsort(dim=1)
+    kept_FP[rest_R] = place_RP < count_R[:, None]
+    return kept_FP
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [DyCokePruner]

@@ -1,0 +1,50 @@
+"""DyCoke: groups of four, raster order, the last group, budgets below the anchors."""
+
+import pytest
+import torch
+from specvlm_dycoke import DyCokePruner
+from torch.nn.functional import cosine_similarity
+
+from specvlm.strategy import PruneContext
+from specvlm.testing import check_pruner
+from specvlm.types import TokenGrid
+
+
+def kept(frames, height, width, budget, seed=0):
+    grid = TokenGrid(frames, height, width)
+    x_ND = torch.randn(len(grid), 8, generator=torch.Generator().manual_seed(seed))
+    return DyCokePruner().select(PruneContext((grid,), budget, {"features": x_ND})).index, x_ND
+
+
+def test_contract():
+    check_pruner(DyCokePruner)
+
+
+@pytest.mark.parametrize("frames", [4, 8, 6, 7, 5])
+def test_kept_cells_equal_a_naive_loop_in_raster_order(frames):
+    """Also in a last group of two or three frames."""
+    anchors, rest = -(-frames // 4), frames - -(-frames // 4)
+    index, x_ND = kept(frames, 2, 5, 10 * anchors + 3 * rest)
+    expected = []
+    for frame in range(frames):
+        reference = {0: frame, 1: frame - 1, 2: frame - 2, 3: frame - 1}[frame % 4]
+        similar = [float(cosine_similarity(x_ND[frame * 10 + i], x_ND[reference * 10 + i], dim=0)) for i in range(10)]
+        count = 10 if frame % 4 == 0 else 3
+        expected += sorted(frame * 10 + i for i in sorted(range(10), key=lambda i: similar[i])[:count])
+    assert index.tolist() == expected == sorted(expected)
+
+
+def test_the_papers_share_leaves_47_and_a_half_per_cent():
+    index, _ = kept(8, 4, 5, 76)
+    assert torch.bincount(index // 20, minlength=8).tolist() == [20, 6, 6, 6, 20, 6, 6, 6]
+
+
+def test_a_budget_below_the_anchors_is_spent_on_them_alone():
+    index, _ = kept(32, 2, 5, 70)
+    assert torch.bincount(index // 10, minlength=32).nonzero().flatten().tolist() == list(range(0, 32, 4))
+    assert torch.bincount(index // 10, minlength=32)[[0, 16]].tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("budget", range(1, 40))
+def test_the_budget_is_met_exactly(budget):
+    assert len(kept(10, 2, 2, budget)[0]) == budget

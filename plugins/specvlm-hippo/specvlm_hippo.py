@@ -1,0 +1,100 @@
+"""HIPPO's score: attention, change over time and local variety.
+
+Shape suffixes: F frames, P tokens of one frame, H and W its rows and columns, O shifts to a neighbour, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from specvlm.errors import UserError
+from specvlm.plugins import hookimpl
+from specvlm.segments import adjacent_cosine
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+ROUNDING = 1e-6  # of a cosine in float32
+ELEMENTS = 1 << 20  # of a product of features held at once
+
+
+@dataclass(frozen=True)
+class HippoPruner(Pruner):
+    """Keep the B tokens of highest weighted sum of three scores, each scaled to 0..1 in its frame. HIPPO (arXiv 2601.08273).
+
+    Attention: the target's, of the text to the token. Novelty over time: 1 - cos to the same cell one frame earlier (of the
+    first frame: one frame later). Variety in space: the variance of the cosines to the neighbours in a square of `crop`
+    cells, cut off by the frame's edge. A score that is equal all over a frame counts nothing there.
+
+    attention, novelty, variety: the weights; the paper's were not found, so they are equal here, and the scaling
+    (lowest to 0, highest to 1) is ours too. HIPPO's overlap of drafting and checking is no pruner's matter.
+    Signals: features, verifier_attention. Cost: (crop^2 - 1) / 2 products of N D, and a sort of N. Limits: scaled frame by
+    frame, all frames matter alike, whatever the attention says.
+    Raises UserError for a crop that is even or below 3, ValueError where a score is NaN.
+    """
+
+    name = "hippo"
+    needs = frozenset({"features", "verifier_attention"})
+    attention: float = 1.0
+    novelty: float = 1.0
+    variety: float = 1.0
+    crop: int = 3
+
+    def __post_init__(self) -> None:
+        if self.crop < 3 or self.crop % 2 == 0:
+            raise UserError(f"hippo: crop must be 3, 5, 7 …, got {self.crop}")
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        (x_FPD,), (attention_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.verifier_attention.float())
+        x_FHWD, some = x_FPD.unflatten(1, (ctx.grid.height, ctx.grid.width)), max(1, ELEMENTS // x_FPD[0].numel())
+        variety_FP = torch.cat([varieties(part, self.crop) for part in x_FHWD.split(some)]).flatten(1)
+        score_FP = self.attention * scaled(attention_FP)
+        score_FP = score_FP + self.novelty * scaled(novelties(x_FPD), least=ROUNDING)
+        score_FP = score_FP + self.variety * scaled(variety_FP, least=ROUNDING)
+        return KeepSet.top(score_FP.flatten(), ctx.budget)
+
+
+def novelties(x_FPD: Tensor) -> Tensor:
+    """(F, P) 1 - cosine to the same cell of the frame before; of the first frame, of the frame after."""
+    change_EP = 1 - adjacent_cosine(x_FPD)
+    return torch.cat([change_EP[:1], change_EP]) if len(change_EP) else x_FPD.new_zeros(x_FPD.shape[:2])
+
+
+def varieties(x_FHWD: Tensor, crop: int) -> Tensor:
+    """(F, H, W) variance of the cosines of a cell to its neighbours within the crop; 0 without a neighbour."""
+    unit_FHWD = normalize(x_FHWD, dim=-1)
+    frames, height, width, _ = x_FHWD.shape
+    count_HW = x_FHWD.new_zeros(height, width)
+    sum_FHW, square_FHW = x_FHWD.new_zeros(2, frames, height, width)
+    reach = crop // 2
+    # Each pair of neighbours is compared once, and counts for both.
+    shifts = [(down, right) for down in range(reach + 1) for right in range(-reach, reach + 1) if (down, right) > (0, 0)]
+    for down, right in shifts:
+        if down >= height or abs(right) >= width:
+            continue
+        here = (slice(0, height - down), slice(max(-right, 0), width - max(right, 0)))
+        there = (slice(down, height), slice(max(right, 0), width - max(-right, 0)))
+        cosine_FHW = (unit_FHWD[:, *here] * unit_FHWD[:, *there]).sum(-1)
+        for cells in (here, there):
+            count_HW[cells] += 1
+            sum_FHW[:, *cells] += cosine_FHW
+            square_FHW[:, *cells] += cosine_FHW.square()
+    count_HW = count_HW.clamp(min=1)
+    return (square_FHW / count_HW - (sum_FHW / count_HW).square()).clamp(min=0)
+
+
+def scaled(score_FP: Tensor, least: float = 0.0) -> Tensor:
+    """Each frame's scores from its lowest, 0, to its highest, 1; 0 where they differ by no more than `least`."""
+    low_F1, high_F1 = score_FP.amin(1, keepdim=True), score_FP.amax(1, keepdim=True)
+    range_F1 = high_F1 - low_F1
+    flat_F1 = range_F1 <= least
+    return torch.where(flat_F1, 0.0, (score_FP - low_F1) / range_F1.masked_fill(flat_F1, 1.0))
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [HippoPruner]

@@ -1,0 +1,78 @@
+"""HoliTom: the partition equals brute force, still cells become means over time."""
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from specvlm_holitom import HoliTomPruner, partition
+
+from specvlm.strategy import PruneContext
+from specvlm.testing import check_pruner
+from specvlm.types import TokenGrid
+
+
+def context(grid, budget, features, attention):
+    return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
+
+
+@pytest.mark.parametrize("fields", [{}, {"tau": -2.0, "own": 0.0}, {"tau": 2.0}], ids=str)
+def test_contract(fields):
+    check_pruner(HoliTomPruner, **fields)
+
+
+def gain(still_EP, windows):
+    return sum(int(still_EP[a : b - 1].all(0).sum()) * (b - a - 1) for a, b in windows)
+
+
+def test_the_partition_gains_as_much_as_the_best_of_all():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(60):
+        frames = 1 + case % 8
+        still_EP = torch.rand(frames - 1, 6, generator=generator) < 0.75
+        windows = partition(still_EP)
+        assert [a for a, _ in windows][1:] == [b for _, b in windows][:-1] and windows[0][0] == 0 and windows[-1][1] == frames
+        every = [pairwise([0, *cut, frames]) for n in range(frames) for cut in combinations(range(1, frames), n)]
+        assert gain(still_EP, windows) == max(gain(still_EP, list(w)) for w in every)
+
+
+def scene():
+    """Six frames of four cells: cells 0 and 1 stand still, then all changes at frame 3; cells 2 and 3 are noise."""
+    generator = torch.Generator().manual_seed(3)
+    x_FPD = torch.randn(6, 4, 16, generator=generator)
+    for start in (0, 3):
+        x_FPD[start : start + 3, :2] = torch.randn(1, 2, 16, generator=generator) + 0.1 * torch.randn(
+            3, 2, 16, generator=generator
+        )
+    return x_FPD
+
+
+def test_still_cells_become_means_over_their_window_at_its_first_frame():
+    x_FPD, attention = scene(), torch.rand(24, generator=torch.Generator().manual_seed(4))
+    keep = HoliTomPruner().select(context(TokenGrid(6, 2, 2), 16, x_FPD.flatten(0, 1), attention))
+    assert {0, 1, 12, 13} <= set(keep.index.tolist()) and len(keep) == 16  # 12 moving tokens and 4 means, all kept
+    rows = torch.searchsorted(keep.index, torch.tensor([0, 1, 12, 13]))
+    expected = torch.cat([x_FPD[:3, :2].mean(0), x_FPD[3:, :2].mean(0)])
+    torch.testing.assert_close((keep.pool @ x_FPD.flatten(0, 1))[rows], expected)
+
+
+def test_moving_cells_stay_by_saliency_in_every_frame_alike():
+    x_FPD, attention = scene(), torch.rand(24, generator=torch.Generator().manual_seed(4))
+    keep = HoliTomPruner().select(context(TokenGrid(6, 2, 2), 8, x_FPD.flatten(0, 1), attention))
+    moving = [i for i in keep.index.tolist() if i % 4 > 1]
+    assert moving == [4 * f + 2 + int(attention[4 * f + 3] > attention[4 * f + 2]) for f in range(6)]
+
+
+def test_a_still_centre_is_own_parts_itself_and_the_rest_its_cluster():
+    x_FPD = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
+    keep = HoliTomPruner(own=0.6).select(context(TokenGrid(2, 1, 5), 1, x_FPD.flatten(0, 1), torch.rand(10)))
+    expected = 0.6 * x_FPD[0, keep.index[0]] + 0.4 * x_FPD[0].mean(0)
+    torch.testing.assert_close((keep.pool @ x_FPD.flatten(0, 1))[0], expected)
+
+
+def test_the_budget_is_met_exactly():
+    generator = torch.Generator().manual_seed(1)
+    for budget in range(1, 16):
+        keep = HoliTomPruner().select(
+            context(TokenGrid(6, 2, 2), budget, scene().flatten(0, 1), torch.rand(24, generator=generator))
+        )
+        assert len(keep) == budget

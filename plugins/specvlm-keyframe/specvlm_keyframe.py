@@ -1,0 +1,60 @@
+"""Key frames in full, and of the others nothing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from specvlm.errors import check_choice
+from specvlm.plugins import hookimpl
+from specvlm.segments import adjacent_cosine, cuts, spans
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+PICKS = ("first", "medoid")
+
+
+@dataclass(frozen=True)
+class KeyframePruner(Pruner):
+    """Show the drafter one frame of every scene in full, and leave the rest to the text.
+
+    ceil(B / P) scenes of P tokens a frame, cut at the least similar neighbouring frames (cosine of mean features; of equals the
+    earlier). The key frame of the shortest scene (of equals the last) is thinned out evenly where the budget does not
+    hold it whole. The idea of representing video by key frames and text is that of CMVC (cross-modal video coding), which
+    generates the frames between by a trained model; nothing else is taken from it, and how key frames are found is ours.
+
+    pick: which frame of a scene is its key frame, `first`, as a codec's, or `medoid`, whose mean feature has the
+    highest cosine to the scene's mean (of equals the earlier). Signals: features. Cost: one pass over N D, and a loop
+    over scenes. Limits: what happens between key frames is not seen. Raises UserError for another pick.
+    """
+
+    name = "keyframe"
+    needs = frozenset({"features"})
+    pick: str = "first"
+
+    def __post_init__(self) -> None:
+        check_choice("keyframe: pick", self.pick, PICKS)
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        (x_FPD,), per_frame = ctx.by_frame(ctx.features), ctx.grid.per_frame
+        frame_FD = x_FPD.float().mean(1)
+        wanted = -(-ctx.budget // per_frame)
+        scenes = spans(cuts(adjacent_cosine(frame_FD), least=wanted))
+        if self.pick == "medoid":
+            middles = [a + int(cosine_similarity(frame_FD[a:b], frame_FD[a:b].mean(0), dim=-1).argmax()) for a, b in scenes]
+        else:
+            middles = [start for start, _ in scenes]
+        by_length = sorted(range(wanted), key=lambda s: scenes[s][0] - scenes[s][1])
+        frame_K = torch.tensor([middles[s] for s in by_length], device=ctx.device)
+        index = (frame_K[:, None] * per_frame + torch.arange(per_frame, device=ctx.device)).flatten()
+        whole = (wanted - 1) * per_frame
+        rest = KeepSet.uniform(per_frame, ctx.budget - whole, ctx.device).index
+        return KeepSet(torch.cat([index[:whole], index[whole:][rest]]).sort().values, ctx.total)
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [KeyframePruner]

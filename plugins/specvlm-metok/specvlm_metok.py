@@ -1,0 +1,98 @@
+"""METok's first stage: events, and frames pooled the coarser the less they matter.
+
+Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from specvlm.errors import check_range
+from specvlm.plugins import hookimpl
+from specvlm.segments import adjacent_cosine, block_of, cuts, spans
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+
+@dataclass(frozen=True)
+class MeTokPruner(Pruner):
+    """Pool frames to several resolutions, the finest where the question points. METok, its first stage (arXiv 2506.02850).
+
+    The video is cut at the `events` - 1 least similar neighbouring frames (mean features). A frame's relevance is the
+    target's attention to it, summed over its tokens; an event's that of its best frame; the `key_events` best events are
+    key. In a key event the `top_frames` most relevant frames are pooled with stride 2 (means of 2 x 2 cells), the others
+    with 4; in another event with 4 and 8. All numbers are the paper's, whose relevance is the cosine of SigLIP's towers and
+    whose pooling is bilinear.
+
+    Fitted to a budget: all strides are halved or doubled together, to the finest that fits; then frames, by stride and
+    relevance, are pooled once less each while that fits. Where one token a frame is too much, the least relevant frames are
+    dropped. A pooled token stands at the middle of its block. The pruning inside the language model (stages 2 and 3) is a
+    drafter's matter. Signals: features, verifier_attention. Cost: N D, and a loop over frames on the host. Limits: fine
+    detail is lost everywhere at small budgets; some of the budget may stay unspent. Raises UserError for fields below 1;
+    ValueError where the attention holds NaN.
+    """
+
+    name = "metok"
+    needs = frozenset({"features", "verifier_attention"})
+    events: int = 5
+    key_events: int = 3
+    top_frames: int = 6
+
+    def __post_init__(self) -> None:
+        check_range("metok: events", self.events, 1)
+        check_range("metok: key_events", self.key_events, 0)
+        check_range("metok: top_frames", self.top_frames, 0)
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        (x_FPD,), (attention_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.scores("verifier_attention").double())
+        relevance = attention_FP.sum(1).tolist()
+        events = spans(cuts(adjacent_cosine(x_FPD.mean(1)), least=self.events))
+        grid = ctx.grid
+        strides = fitted(self.levels(relevance, events), relevance, grid.height, grid.width, ctx.budget)
+        owner_FP = torch.full_like(attention_FP, -1, dtype=torch.int64)
+        for stride in sorted({s for s in strides if s}):
+            frame_F = torch.tensor([f for f, s in enumerate(strides) if s == stride], device=ctx.device)
+            owner_FP[frame_F] = frame_F[:, None] * grid.per_frame + block_of(grid.height, grid.width, stride, ctx.device)
+        here_N = torch.arange(ctx.total, device=ctx.device)
+        return KeepSet.merge(owner_FP.flatten(), here_N, torch.ones_like(here_N), ctx.total)
+
+    def levels(self, relevance: list[float], events: list[tuple[int, int]]) -> list[int]:
+        """log2 of the paper's stride of each frame."""
+        levels = [0] * len(relevance)
+        order = sorted(range(len(events)), key=lambda e: -max(relevance[slice(*events[e])]))
+        for place, event in enumerate(order):
+            frames = sorted(range(*events[event]), key=lambda f: -relevance[f])
+            for nth, frame in enumerate(frames):
+                levels[frame] = 1 + (place >= self.key_events) + (nth >= self.top_frames)
+        return levels
+
+
+def fitted(levels: list[int], relevance: list[float], height: int, width: int, budget: int) -> list[int]:
+    """Stride of each frame, 0 for one that is dropped, so that all pooled tokens fit the budget."""
+    coarsest = (max(height, width) - 1).bit_length()
+
+    def tokens(level: int) -> int:
+        return -(-height // 2**level) * -(-width // 2**level)
+
+    shift = -max(levels)
+    shifted = [min(max(level + shift, 0), coarsest) for level in levels]
+    while sum(map(tokens, shifted)) > budget and min(shifted) < coarsest:
+        shift += 1
+        shifted = [min(max(level + shift, 0), coarsest) for level in levels]
+    order = sorted(range(len(levels)), key=lambda f: (levels[f], -relevance[f]))
+    kept = order[: budget // tokens(coarsest)] if min(shifted) == coarsest else order
+    spare = budget - sum(tokens(shifted[frame]) for frame in kept)
+    for frame in kept:
+        finer = max(shifted[frame] - 1, 0)
+        cost = tokens(finer) - tokens(shifted[frame])
+        if cost <= spare:
+            shifted[frame], spare = finer, spare - cost
+    return [2 ** shifted[frame] if frame in set(kept) else 0 for frame in range(len(levels))]
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [MeTokPruner]

@@ -1,0 +1,120 @@
+"""PruneVid: scenes, still cells averaged over them, clusters of what is alike, and the target's attention for the rest.
+
+Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from specvlm.cluster import cluster
+from specvlm.errors import check_range
+from specvlm.plugins import hookimpl
+from specvlm.segments import apportion, spans
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+SMALL = 14  # sets of this size or less are not clustered
+
+
+@dataclass(frozen=True)
+class PruneVidPruner(Pruner):
+    """Merge what stands still in a scene and what is alike in a frame; of these keep what the target attends to.
+    PruneVid (arXiv 2412.16117), after the paper's description alone.
+
+    Frames are clustered by DPC-kNN (k = 7) on their mean features round ceil(`scenes` F) centres; a scene is a run of
+    frames of one cluster. Cells whose mean pairwise cosine over their scene is above `tau` are static and become their mean
+    over time, at the scene's first frame. The static cells of a scene, and the others of each frame, are merged by DPC-kNN
+    to ceil(`merge` size) clusters, if there are more than 14. Of the static and the moving ones so left the same share is
+    kept, those of highest attention, so that B remain. tau = 0.8, scenes = 0.25 and merge = 0.5 are the paper's; it then
+    keeps 40 % by the language model's own layer 10.
+
+    The attention of a cluster is the maximum over its tokens of the target's mean attention (the paper takes the maximum
+    over heads and queries). Where clusters are fewer than B, `merge` is raised to what fills the budget. Signals: features,
+    verifier_attention. Cost: N D and (F + G) P^2 D. Limits: where little moves, the static means and the moving tokens
+    together may be fewer than B. Raises UserError for fields out of range; ValueError where the attention holds NaN.
+    """
+
+    name = "prunevid"
+    needs = frozenset({"features", "verifier_attention"})
+    tau: float = 0.8
+    scenes: float = 0.25
+    merge: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("prunevid: scenes", self.scenes, 0, 1)
+        check_range("prunevid: merge", self.merge, 0, 1)
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        (x_FPD,) = ctx.by_frame(ctx.features.float())
+        frames, per_frame, _ = x_FPD.shape
+        scene_F, first_G, length_G = self.split(x_FPD.mean(1))
+        mean_GPD, static_GP = still(x_FPD, length_G, self.tau)
+
+        x_RPD = torch.cat([mean_GPD, x_FPD])  # R = G + F sets: static cells of a scene, then moving ones of a frame
+        mask_RP = torch.cat([static_GP, ~static_GP[scene_F]])
+        count_R = self.counts(mask_RP.sum(1), ctx.budget)
+        _, owner_RP = cluster(x_RPD, count_R, mask_GP=mask_RP)
+        first_R = torch.cat([first_G, torch.arange(frames, device=ctx.device)]) * per_frame
+        onto_RP = torch.where(owner_RP >= 0, first_R[:, None] + owner_RP, -1)
+        owner_N = torch.where(static_GP[scene_F], onto_RP[: len(first_G)][scene_F], onto_RP[len(first_G) :]).flatten()
+
+        still_N = static_GP[scene_F].flatten()
+        owner_N = attended(owner_N, still_N, ctx.scores("verifier_attention"), ctx.budget)
+        here_N = torch.arange(ctx.total, device=ctx.device)
+        return KeepSet.merge(owner_N, here_N, torch.ones_like(here_N), ctx.total)
+
+    def split(self, frame_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scene of each frame, and first frame and length of each scene."""
+        count = torch.tensor([max(math.ceil(self.scenes * len(frame_FD)), 1)], device=frame_FD.device)
+        (label_F,) = cluster(frame_FD[None], count)[1]
+        runs = spans(label_F[1:] != label_F[:-1])
+        first_G, stop_G = torch.tensor(runs, device=frame_FD.device).T
+        length_G = stop_G - first_G
+        return torch.repeat_interleave(torch.arange(len(runs), device=frame_FD.device), length_G), first_G, length_G
+
+    def counts(self, size_R: Tensor, budget: int) -> Tensor:
+        """Clusters of each set: the paper's share, or all that fit the budget where that is more."""
+        count_R = torch.where(size_R > SMALL, (self.merge * size_R).ceil().long(), size_R)
+        if int(count_R.sum()) >= budget:
+            return count_R
+        return count_R + apportion(min(budget, int(size_R.sum())) - int(count_R.sum()), size_R - count_R)
+
+
+def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Means over each scene (G, P, D), and (G, P) bool: is the mean cosine of all pairs of its frames above `tau`?"""
+    lengths = length_G.tolist()
+    mean_GPD = torch.stack([x.mean(0) for x in x_FPD.split(lengths)])
+    unit_FPD = normalize(x_FPD, dim=-1)
+    # The sum over all pairs is the square of the sum, less the squares.
+    square_GP = torch.stack([unit.sum(0).square().sum(-1) for unit in unit_FPD.split(lengths)])
+    own_GP = torch.stack([own.sum(0) for own in unit_FPD.square().sum(-1).split(lengths)])
+    pairs_G1 = (length_G * (length_G - 1))[:, None]
+    return mean_GPD, ((square_GP - own_GP) / pairs_G1.clamp(min=1) > tau) & (pairs_G1 > 0)
+
+
+def attended(owner_N: Tensor, still_N: Tensor, attention_N: Tensor, budget: int) -> Tensor:
+    """Owners, less the clusters that the budget has no room for: of static and of moving ones the same share stays."""
+    member_N = owner_N >= 0
+    best_N = torch.full_like(attention_N, float("-inf"))
+    best_N.scatter_reduce_(0, owner_N[member_N], attention_N[member_N], "amax")
+    leads_N = owner_N == torch.arange(len(owner_N), device=owner_N.device)
+    groups = [leads_N & still_N, leads_N & ~still_N]
+    sizes = torch.stack([group.sum() for group in groups])
+    share = apportion(min(budget, int(sizes.sum())), sizes).tolist()
+    stays_N = torch.zeros_like(leads_N)
+    for group, count in zip(groups, share, strict=True):
+        order_N = best_N.masked_fill(~group, float("-inf")).sort(descending=True, stable=True).indices
+        stays_N[order_N[:count]] = True
+    return torch.where(member_N & stays_N[owner_N.clamp(min=0)], owner_N, -1)
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [PruneVidPruner]

@@ -1,0 +1,71 @@
+"""A memory of fixed size over the video: when it overflows, the tokens most like their next are forgotten.
+
+Shape suffixes: N video tokens of one video, K tokens in memory, J of these that have a new next, P tokens of one frame, D
+width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import check_range
+from specvlm.plugins import hookimpl
+from specvlm.segments import cosine
+from specvlm.strategy import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+
+@dataclass(frozen=True)
+class StreamingPruner(Pruner):
+    """Read the video frame by frame into a memory of B tokens, forgetting those most like the token after them.
+
+    After every `chunk` frames, of the tokens in memory in raster order, those of highest cosine to the next one in memory
+    go at once until B are left; among equals the later ones go; the newest token has no next and stays. The
+    discarding memory of video-SALMONN S (arXiv 2510.11129), which finds discarding better than merging; its trained
+    memory layer and its prompt-dependent reading are no part of it.
+
+    Signals: features. Cost: N D, and a sort of B + one chunk per chunk: only neighbours that changed are compared again.
+    Limits: the next token is the one to the right, so vertical repetition goes unseen; what was forgotten early cannot return.
+    Raises UserError for a chunk below 1.
+    """
+
+    name = "streaming"
+    needs = frozenset({"features"})
+    chunk: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("streaming: chunk", self.chunk, 1)
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return ctx.each_video(self.of_video)
+
+    def of_video(self, ctx: PruneContext) -> KeepSet:
+        x_ND, step = ctx.features, ctx.grid.per_frame * self.chunk
+        memory_K = torch.empty(0, dtype=torch.int64, device=ctx.device)
+        similar_K = torch.empty(0, device=ctx.device)  # to the next in memory
+        for start in range(0, ctx.total, step):
+            new = torch.arange(start, min(start + step, ctx.total), device=ctx.device)
+            size = len(memory_K)
+            memory_K = torch.cat([memory_K, new])
+            similar_K = torch.cat([similar_K, similar_K.new_empty(len(new))])
+            renew(similar_K, memory_K, x_ND, torch.arange(max(size - 1, 0), len(memory_K), device=ctx.device))
+            over = len(memory_K) - ctx.budget
+            if over > 0:
+                keep_K = similar_K.sort(stable=True).indices[: ctx.budget].sort().values
+                widened_J = (keep_K[1:] - keep_K[:-1] > 1).nonzero().flatten()
+                memory_K, similar_K = memory_K[keep_K], similar_K[keep_K]
+                renew(similar_K, memory_K, x_ND, widened_J)
+        return KeepSet(memory_K, ctx.total)
+
+
+def renew(similar_K: Tensor, memory_K: Tensor, x_ND: Tensor, at_J: Tensor) -> None:
+    """Compare the tokens at places `at_J` of the memory to their next anew, in place; the last has none: -inf."""
+    at_J = at_J[at_J < len(memory_K) - 1]
+    similar_K[at_J] = cosine(x_ND[memory_K[at_J]], x_ND[memory_K[at_J + 1]])
+    similar_K[-1] = float("-inf")
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [StreamingPruner]

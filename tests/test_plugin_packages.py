@@ -1,0 +1,77 @@
+"""Every folder under plugins/ is a package that anyone could have written: two files and a test, no edit of the core."""
+
+import importlib
+import inspect
+import re
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from specvlm import plugins, registry
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+@pytest.fixture
+def point(folder, monkeypatch):
+    """The entry point as the folder declares it, its module importable without an installation."""
+    monkeypatch.syspath_prepend(str(folder))
+    ((name, target),) = project(folder)["entry-points"]["specvlm"].items()
+    declared = EntryPoint(name, target, "specvlm")
+    return SimpleNamespace(name=name, load=declared.load, dist=SimpleNamespace(name=name, version=project(folder)["version"]))
+
+
+def project(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@each_package
+def test_the_entry_point_bears_the_name_of_the_distribution(folder):
+    name, module = folder.name, folder.name.replace("-", "_")
+    said = project(folder)
+    assert said["name"] == name
+    assert said["entry-points"] == {"specvlm": {name: module}}
+    assert "specvlm" in {re.split(r"[^\w-]", needed)[0] for needed in said["dependencies"]}
+    config = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    assert config["tool"]["hatch"]["build"]["targets"]["wheel"]["include"] == [f"{module}.py"]
+
+
+@each_package
+def test_its_strategies_load_through_the_plugin_machinery_and_are_built(folder, point, monkeypatch):
+    monkeypatch.delenv("SPECVLM_PLUGINS", raising=False)
+    monkeypatch.setenv("SPECVLM_STRICT_PLUGINS", "1")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: (point,))
+    registry.collect.cache_clear()
+    try:
+        infos = [info for kind in registry.collect().values() for info in kind.values() if info.plugin != "specvlm"]
+        assert infos and all(info.plugin == f"{folder.name} {project(folder)['version']}" for info in infos)
+        for info in infos:
+            assert registry.build(info.cls.kind, info.cls.name) == info.cls()
+            assert inspect.getfile(info.cls) == str(folder / f"{folder.name.replace('-', '_')}.py")
+            assert info.summary.strip(), info.cls
+    finally:
+        registry.collect.cache_clear()
+
+
+@each_package
+def test_its_own_tests_run_with_the_repositorys(folder, pytestconfig):
+    assert "plugins" in pytestconfig.getini("testpaths")
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    module = folder.name.replace("-", "_")
+    test = f"test_{module.removeprefix('specvlm_')}.py"
+    # The model of a plugin is two files alone; tests/test_packaging.py has its test.
+    assert files == {"pyproject.toml", f"{module}.py"} | ({test} if folder.name != "specvlm-frame-diff" else set())
+
+
+def test_no_two_packages_bring_one_module_or_one_name(monkeypatch):
+    names = []
+    for folder in FOLDERS:
+        monkeypatch.syspath_prepend(str(folder))
+        module = importlib.import_module(folder.name.replace("-", "_"))
+        names += [(cls.kind, cls.name) for cls in plugins.strategies_of(module)]
+    assert len(set(names)) == len(names) >= len(FOLDERS)
