@@ -1,0 +1,222 @@
+"""Each signal that is gathered on the way equals a naive computation with Hugging Face's own outputs, kept whole."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cosine_similarity, interpolate
+
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import Clock, DecodingGraph, prefill
+from specvlm.metrics import tokens_of
+from specvlm.models import sight as sight_module
+from specvlm.models.sight import Sight, mean_cosine
+from specvlm.models.spread import Stage
+from specvlm.signals import gathered, guidance_for
+from specvlm.strategy import STATE_SIGNALS, Pruner
+from specvlm.types import KeepSet
+from specvlm.verifiers.greedy import GreedyVerifier
+
+ALL = STATE_SIGNALS | {"vision_attention", "verifier_attention", "verifier_attention_weighted", "features"}
+
+
+@dataclass(frozen=True)
+class Curious(Pruner):
+    """Reads everything; keeps the first tokens."""
+
+    name = "curious"
+    needs = ALL
+    layer: int = 2
+
+    def state_layer(self, layers):
+        return self.layer
+
+    def row_weights(self, text_TD, features_ND):
+        return torch.arange(1.0, len(text_TD) + 1) * (features_ND.abs().sum() > 0)
+
+    def select(self, ctx):
+        for name in self.needs:
+            ctx.signal(name)
+        return KeepSet(torch.arange(ctx.budget), ctx.total)
+
+
+@torch.inference_mode()
+def signals_of(lm, request, pruner=None):
+    pruner = pruner or Curious()
+    guidance = guidance_for(pruner, lm, request)
+    features, logits = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), guidance)
+    return gathered(pruner.needs, request, guidance, features), logits
+
+
+def eager_of(lm):
+    eager = copy.deepcopy(lm.hf)
+    eager.set_attn_implementation("eager")
+    return eager
+
+
+def in_stages(lm, *ends):
+    starts = [0, *ends]
+    stages = [Stage(torch.device("cpu"), a, b) for a, b in zip(starts, [*ends, lm.layers], strict=True)]
+    return type(lm)(lm.hf, lm.tokenizer, lm.folder, lm.mrope, stages)
+
+
+@pytest.mark.parametrize("ends", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("videos", [1, 2])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_states_equal_hidden_states_of_hugging_face(family, videos, ends):
+    whole, request = tiny.model(family), tiny.prompt(family, videos=videos, images=1)
+    lm = in_stages(whole, *ends) if ends else whole
+    out = whole.hf(**whole.generate_inputs(request), output_hidden_states=True, use_cache=True)
+    for layer in (1, 2):
+        found, _ = signals_of(lm, request, Curious(layer))
+        states_SD = out.hidden_states[layer][0]
+        torch.testing.assert_close(found["hidden"], states_SD[request.video_index])
+        torch.testing.assert_close(found["hidden_text"], states_SD[request.cut :])
+        for row, state_SD in zip(found["text_similarity"], (out.hidden_states[0][0], states_SD), strict=True):
+            video_ND, text_TD = state_SD[request.video_index], state_SD[request.cut :]
+            naive_NT = cosine_similarity(video_ND[:, None], text_TD[None], dim=-1)
+            torch.testing.assert_close(row, naive_NT.mean(1))
+        keys_HSD = out.past_key_values.layers[layer - 1].keys[0]
+        norms_S = torch.stack([keys_HSD[:, slot].abs().sum() for slot in range(len(request))])
+        torch.testing.assert_close(found["key_norm"], norms_S[request.video_index])
+        torch.testing.assert_close(found["key_norm_text"], norms_S[request.cut :])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_states_do_not_depend_on_how_the_prefill_is_cut(family, monkeypatch):
+    lm, request = tiny.model(family), tiny.prompt(family)
+    whole, _ = signals_of(lm, request)
+    lm = copy.copy(lm)
+    lm.prefill = lambda *more: type(lm).prefill(lm, *more, chunk=7)
+    pieces, _ = signals_of(lm, request)
+    for name in ALL:
+        torch.testing.assert_close(pieces[name], whole[name], msg=name)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weighted_attention_equals_the_weighted_mean_of_eager_attention(family):
+    lm, request = tiny.model(family), tiny.prompt(family)
+    found, _ = signals_of(lm, request)
+    attentions = eager_of(lm)(**lm.generate_inputs(request), output_attentions=True).attentions
+    rows_LQN = torch.stack(attentions)[:, 0].mean(1)[:, request.cut :, request.video_index]
+    weights_Q = torch.arange(1.0, rows_LQN.shape[1] + 1, dtype=torch.float64)
+    naive_LN = (rows_LQN * (weights_Q / weights_Q.sum())[:, None]).sum(1)
+    torch.testing.assert_close(found["verifier_attention_weighted"], naive_LN)
+
+
+def naive_vision_attention(lm, grid, video):
+    """From the probabilities that eager attention returns, patch by patch."""
+    eager = eager_of(lm)
+    if lm.family == "llava_onevision":
+        probabilities = eager.model.vision_tower(video["pixels"].double(), output_attentions=True).attentions[-1]
+        side = math.isqrt(probabilities.shape[-1])
+        received = probabilities.mean((1, 2)).unflatten(1, (side, side))[:, None]
+        cells = interpolate(received, size=[grid.height, grid.width], mode="bilinear").flatten()
+        return torch.cat([cells, cells.new_zeros(1)])
+    t, h, w = video["thw"]
+    seen = []
+    attention = eager.model.visual.blocks[-1].attn
+    rotated = []
+    for frame in video["pixels"].double().unflatten(0, (t, h * w)):
+        out = {}
+        handle = attention.register_forward_pre_hook(
+            lambda _, args, kwargs, out=out: out.update(kwargs, hidden_states=args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        eager.model.visual(frame, grid_thw=torch.tensor([[1, h, w]]))
+        handle.remove()
+        heads = attention.num_heads
+        query, key, _ = attention.qkv(out["hidden_states"]).reshape(h * w, 3, heads, -1).permute(1, 0, 2, 3)
+        cos, sin = out["position_embeddings"]
+
+        def turn(x, cos=cos, sin=sin):
+            half = x.shape[-1] // 2
+            return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+        scores = torch.einsum("qhd,khd->hqk", turn(query), turn(key)) * attention.scaling
+        received = scores.softmax(-1).mean((0, 1))
+        # window order: the place of each merged token, from the windows of 2 x 2 tokens of 16 pixels
+        tokens = [(y, x) for y in range(h // 2) for x in range(w // 2)]
+        rotated = sorted(tokens, key=lambda p: (p[0] // 2, p[1] // 2, p[0], p[1]))
+        by_token = dict(zip(rotated, received.unflatten(0, (-1, 4)).mean(1), strict=True))
+        seen += [by_token[token] for token in tokens]
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("block", [None, 600])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_vision_attention_equals_eager_attention_of_the_tower(family, block, monkeypatch):
+    if block:
+        monkeypatch.setattr(sight_module, "BLOCK", block)
+    lm = tiny.model(family)
+    grid, video = tiny.video(family, frames=3, height=8, width=12)
+    sight = Sight()
+    with torch.inference_mode():
+        watched = lm.encode_video(grid, video, None, sight)
+        assert torch.equal(watched, lm.encode_video(grid, video, None))
+        naive = naive_vision_attention(lm, grid, video)
+    torch.testing.assert_close(sight.per_token(), naive, rtol=1e-5, atol=1e-8)
+    assert sight.per_token().std() > 0
+
+
+def test_attention_inside_windows_sums_to_one_in_each():
+    lm = tiny.model("qwen2_5_vl")
+    grid, video = tiny.video("qwen2_5_vl", frames=2, height=6, width=10)
+    hf = copy.deepcopy(lm.hf)
+    hf.model.visual.fullatt_block_indexes = []
+    sight = Sight()
+    with torch.inference_mode():
+        tiny.wrap(hf).encode_video(grid, video, None, sight)
+    windows = sight.per_token().unflatten(0, (2, 3, 5)) * 4  # tokens are means over four patches
+    for rows in (slice(0, 2), slice(2, 3)):
+        for columns in (slice(0, 2), slice(2, 4), slice(4, 5)):
+            torch.testing.assert_close(windows[:, rows, columns].sum((1, 2)), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gathering_leaves_the_logits_bit_equal(family, dtype):
+    lm, request = tiny.model(family, dtype=dtype), tiny.prompt(family)
+    with torch.inference_mode():
+        _, plain = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device))
+    found, watched = signals_of(lm, request)
+    assert torch.equal(plain, watched)
+    assert found["hidden"].dtype == dtype and not any(signal.isnan().any() for signal in found.values())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_pruner_of_every_signal_decodes_the_targets_own_answer(family):
+    lm, request = tiny.model(family), tiny.prompt(family)
+    graph = DecodingGraph(lm, tiny.draft_of(family), Curious(), TreeDrafter(), GreedyVerifier(), 0.5)
+    assert tokens_of(list(graph.decode(request, 12))) == tiny.hf_greedy(lm, request, 12)
+
+
+def test_nothing_is_gathered_unless_named():
+    @dataclass(frozen=True)
+    class Plain(Curious):
+        needs = frozenset({"features"})
+
+    lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
+    assert guidance_for(Plain(), lm, request) is None
+    with pytest.raises(ValueError, match="states behind 4 layers, and the target has 1 to 3"):
+        guidance_for(Curious(4), lm, request)
+
+
+def test_bad_row_weights_are_refused_in_a_sentence():
+    @dataclass(frozen=True)
+    class Wrong(Curious):
+        def row_weights(self, text_TD, features_ND):
+            return torch.zeros(len(text_TD))
+
+    with pytest.raises(ValueError, match="not all zero"):
+        signals_of(tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), Wrong())
+
+
+def test_mean_cosine_of_zero_rows_is_zero():
+    assert mean_cosine(torch.zeros(3, 4), torch.randn(2, 4)).tolist() == [0, 0, 0]
+    assert mean_cosine(torch.randn(3, 4), torch.zeros(2, 4)).tolist() == [0, 0, 0]
