@@ -215,6 +215,7 @@ def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
             show(step)
+    screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
     if not cfg.baseline:
         return
     record.stage = "decoding without a drafter"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm.registry import RESERVED
 from specvlm.strategy import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid
 
@@ -67,6 +68,7 @@ def _check_class(cls: type[Pruner]) -> None:
     assert frozen, f"{what} must be a @dataclass(frozen=True): its fields are its config"
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{what}.{field.name} would hide the run's own: read ctx.budget"
+        assert field.name not in RESERVED, f"{what}.{field.name}: that name is taken in a run's config, rename the field"
     try:
         default = cls()
     except TypeError as error:
@@ -156,6 +158,7 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
     else:
         assert len(keep) <= ctx.budget, f"{what}: {len(keep)} tokens kept"
     assert keep.index.device.type == ctx.device.type, f"{what}: keep set on {keep.index.device}"
+    assert "\n" not in keep.note, f"{what}: note is to be one line, got {keep.note!r}"
     # KeepSet checked this when it was made; a subclass need not have.
     ordered = bool((keep.index[1:] > keep.index[:-1]).all())
     assert ordered, f"{what}: index is not sorted and unique"

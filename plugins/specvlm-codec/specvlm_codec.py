@@ -5,8 +5,7 @@ Shape suffixes: N video tokens, F frames of one video, P tokens of one frame.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ from specvlm.plugins import hookimpl
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
-FRAMES = ("bytes", "motion", "even")
+SHARES = ("bytes", "motion", "even")
 GOLDEN = 0.6180339887498949
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,13 @@ class CodecPruner(Pruner):
 
     CoPE-VideoLM trains encoders for motion vectors and residuals; this is the part of the idea that needs no training. A cell's
     saliency is the length of its motion vectors less the frame's median vector (the camera's), added up since the sampled frame
-    before. Each frame's share of the budget goes by what `frames` names, at most its moving cells, or all of its cells where it
+    before. Each frame's share of the budget goes by what `share` names, at most its moving cells, or all of its cells where it
     stands for a frame that refers to no other; only what is left then goes to still cells. Inside a frame the cells of the
     highest saliency are kept, and of equal ones, as in frames without vectors, some spread over the frame.
 
-    frames: "bytes", compressed bytes of the frames it stands for, which a cut or a key frame has many of (our default);
+    share: "bytes", compressed bytes of the frames it stands for, which a cut or a key frame has many of (our default);
     "motion", their saliency in sum; "even". A file that gives no motion (no file, all-intra coding, a codec whose decoder
-    exports no vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, which one line of the log says, with the reason.
+    exports no vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line, with the reason.
     Blocks of moving things that the coder wrote anew have no vector and count as still. Vectors count as coded, also where
     their reference is several frames away.
 
@@ -42,34 +40,34 @@ class CodecPruner(Pruner):
 
     name = "codec"
     needs = frozenset({"motion", "packet_bytes", "intra"})
-    frames: str = "bytes"
+    share: str = "bytes"
 
     def __post_init__(self) -> None:
-        if self.frames not in FRAMES:
-            raise ValueError(f"codec: frames={self.frames!r} is none of {', '.join(FRAMES)}")
+        if self.share not in SHARES:
+            raise ValueError(f"codec: share={self.share!r} is none of {', '.join(SHARES)}")
 
     def select(self, ctx: PruneContext) -> KeepSet:
         motion, size, intra = (ctx.by_frame(ctx.signal(name)) for name in ("motion", "packet_bytes", "intra"))
         reasons = [self._no_motion(*signals) for signals in zip(motion, size, intra, strict=True)]
         if all(reasons):
-            log.warning("codec: no motion to prune by (%s): tokens are kept evenly", reasons[0])
-            return KeepSet.uniform(ctx.total, ctx.budget, ctx.device)
+            note = f"codec: no motion to prune by ({reasons[0]}): tokens are kept evenly"
+            return replace(KeepSet.uniform(ctx.total, ctx.budget, ctx.device), note=note)
         cells, done, kept = sum(grid.cells for grid in ctx.grids), 0, []
         room, newlines = min(ctx.budget, cells), max(0, ctx.budget - cells)
         for number, (grid, reason) in enumerate(zip(ctx.grids, reasons, strict=True)):
-            if reason:
-                log.warning("codec: no motion in video %d (%s): its tokens are kept evenly", number + 1, reason)
-            share = (done + grid.cells) * room // cells - done * room // cells
-            by = "even" if reason else self.frames
+            count = (done + grid.cells) * room // cells - done * room // cells
+            by = "even" if reason else self.share
             weights_F = {"bytes": size[number][:, 0], "motion": motion[number].sum(1), "even": torch.ones(grid.frames)}[by]
             all_F = torch.full((grid.frames,), grid.per_frame)
             new_F = torch.where(intra[number][:, 0] > 0, all_F.to(ctx.device), (motion[number] > 0).sum(1)).cpu()
-            budgets_F = shares(weights_F, share, all_F if reason else new_F)
-            budgets_F = budgets_F + shares(weights_F, share - int(budgets_F.sum()), all_F - budgets_F)
+            budgets_F = shares(weights_F, count, all_F if reason else new_F)
+            budgets_F = budgets_F + shares(weights_F, count - int(budgets_F.sum()), all_F - budgets_F)
             kept.append((ranks_of(motion[number]) < budgets_F.to(ctx.device)[:, None]).flatten())
             kept.append(torch.arange(grid.newline, device=ctx.device) < newlines)
             newlines, done = max(0, newlines - grid.newline), done + grid.cells
-        return KeepSet(torch.cat(kept).nonzero().flatten(), ctx.total)
+        lacking = [f"video {number} ({reason})" for number, reason in enumerate(reasons, start=1) if reason]
+        note = f"codec: no motion in {', '.join(lacking)}: kept evenly there" if lacking else ""
+        return KeepSet(torch.cat(kept).nonzero().flatten(), ctx.total, note=note)
 
     @staticmethod
     def _no_motion(motion_FP: Tensor, size_FP: Tensor, intra_FP: Tensor) -> str:

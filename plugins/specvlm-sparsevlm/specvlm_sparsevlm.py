@@ -20,7 +20,7 @@ class SparseVLMPruner(Pruner):
     """SparseVLM (https://arxiv.org/abs/2410.04417): only text that has to do with the picture rates it.
 
     Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over text
-    of V X^T; the text tokens with r above the mean of r rate, all of them where none is (equal words). Score of a video token at a
+    of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
     layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: each keeps
     the best `schedule` x budget of what the stage before kept, the last the budget.
 
