@@ -9,48 +9,23 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from curious import ALL, Curious, signals_of
 from torch.nn.functional import cosine_similarity, interpolate
 
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+from specvlm.data.codec import Stream
+from specvlm.data.video import probe, read_video
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import Clock, DecodingGraph, prefill
 from specvlm.metrics import tokens_of
 from specvlm.models import sight as sight_module
+from specvlm.models.load import load
 from specvlm.models.sight import Sight, mean_cosine
 from specvlm.models.spread import Stage
-from specvlm.signals import gathered, guidance_for
-from specvlm.strategy import STATE_SIGNALS, Pruner
-from specvlm.types import KeepSet
+from specvlm.signals import codec, guidance_for, on_grid
+from specvlm.types import TokenGrid
 from specvlm.verifiers.greedy import GreedyVerifier
-
-ALL = STATE_SIGNALS | {"vision_attention", "verifier_attention", "verifier_attention_weighted", "features"}
-
-
-@dataclass(frozen=True)
-class Curious(Pruner):
-    """Reads everything; keeps the first tokens."""
-
-    name = "curious"
-    needs = ALL
-    layer: int = 2
-
-    def state_layer(self, layers):
-        return self.layer
-
-    def row_weights(self, text_TD, features_ND):
-        return torch.arange(1.0, len(text_TD) + 1) * (features_ND.abs().sum() > 0)
-
-    def select(self, ctx):
-        for name in self.needs:
-            ctx.signal(name)
-        return KeepSet(torch.arange(ctx.budget), ctx.total)
-
-
-@torch.inference_mode()
-def signals_of(lm, request, pruner=None):
-    pruner = pruner or Curious()
-    guidance = guidance_for(pruner, lm, request)
-    features, logits = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), guidance)
-    return gathered(pruner.needs, request, guidance, features), logits
 
 
 def eager_of(lm):
@@ -220,3 +195,30 @@ def test_bad_row_weights_are_refused_in_a_sentence():
 def test_mean_cosine_of_zero_rows_is_zero():
     assert mean_cosine(torch.zeros(3, 4), torch.randn(2, 4)).tolist() == [0, 0, 0]
     assert mean_cosine(torch.randn(3, 4), torch.zeros(2, 4)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_prompt_knows_the_file_and_the_frames_of_its_video(family):
+    target, path = load(model_folder(f"embedded:{family}/target"), "float32"), find_clip("synthetic_1")
+    clip = read_video(path, **target.sampling(probe(path)))
+    request = target.prompt("how many objects appear?", [clip])
+    origin = request.videos[0]["origin"]
+    assert origin.path == str(path) and len(origin.index) == len(clip.frames) == len(clip.times)
+    everything = read_video(path)
+    assert torch.equal(everything.frames[list(origin.index)], clip.frames)
+    signals_3N = codec(request)
+    assert signals_3N.shape == (3, len(request.video_index)) and (signals_3N >= 0).all() and signals_3N[0].max() > 0
+    by_frame = signals_3N[:, : request.grids[0].cells].unflatten(1, (request.grids[0].frames, -1))
+    assert (by_frame[1:] == by_frame[1:, :, :1]).all()  # bytes and kinds are a frame's
+
+
+def test_frames_that_share_a_token_average_motion_and_add_bytes():
+    motion = torch.arange(3.0)[:, None, None].expand(3, 4, 6)
+    stream = Stream(motion, torch.tensor([10.0, 20, 40]), torch.tensor([1.0, 0, 0.5]))
+    found = on_grid(stream, TokenGrid(2, 2, 3)).unflatten(1, (2, 6))
+    assert found[:, :, 0].tolist() == [[0.5, 2.0], [30.0, 40.0], [0.5, 0.5]] and (found == found[..., :1]).all()
+
+
+def test_a_prompt_without_a_file_has_no_motion():
+    request = tiny.prompt("llava_onevision")
+    assert torch.equal(codec(request), torch.zeros(3, len(request.video_index)))

@@ -30,7 +30,7 @@ class CodecPruner(Pruner):
 
     share: "bytes", compressed bytes of the frames it stands for, which a cut or a key frame has many of (our default);
     "motion", their saliency in sum; "even". A file that gives no motion (no file, all-intra coding, a codec whose decoder
-    exports no vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line, with the reason.
+    exports no vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line.
     Blocks of moving things that the coder wrote anew have no vector and count as still. Vectors count as coded, also where
     their reference is several frames away.
 

@@ -137,13 +137,13 @@ class Guidance:
         return mean_N / (heads * group * (count - first)), last_N / (heads * group), weighted_N / (heads * group)
 
     def gather(self, ranks: Ranks) -> None:
-        """From the mean over this rank's heads to that over all heads: every rank holds as many."""
+        """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
         if ranks.size == 1:
             return
-        for kept in (self._mean, self._last, self._weighted, self._norms):
+        for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
             if kept:
-                mean_LN = ranks.sum(torch.stack([kept[layer] for layer in sorted(kept)]) / ranks.size)
-                kept.update(zip(sorted(kept), mean_LN, strict=True))
+                all_LN = ranks.sum(torch.stack([kept[layer] for layer in sorted(kept)]) / count)
+                kept.update(zip(sorted(kept), all_LN, strict=True))
 
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""
