@@ -39,7 +39,7 @@ def guidance_for(pruner: Pruner, target: VideoLM, prompt: VideoPrompt) -> Guidan
         weigh=pruner.row_weights if "verifier_attention_weighted" in needs else None,
         keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
         states=States(prompt.video_index, prompt.cut, layer) if states else None,
-        sight=Sight() if "vision_attention" in needs else None,
+        sight=Sight() if needs & {"vision_attention", "vision_keys"} else None,
     )
     return guidance if guidance.reads else None
 
@@ -63,7 +63,7 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
     if guidance.keys is not None:
         signals["key_norm"], signals["key_norm_text"] = guidance.key_norms()
     if guidance.sight is not None:
-        signals["vision_attention"] = guidance.sight.per_token()
+        signals["vision_attention"], signals["vision_keys"] = guidance.sight.attention(), guidance.sight.keys()
     if guidance.states is not None:
         if "text_similarity" in needs:
             signals["text_similarity"] = guidance.states.similarity(features_ND)
@@ -71,7 +71,7 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
             signals["hidden"] = guidance.states.video()
         if "hidden_text" in needs:
             signals["hidden_text"] = guidance.states.text()
-    return {name: signal.to(device) for name, signal in signals.items()}
+    return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
 def codec(prompt: VideoPrompt) -> Tensor:

@@ -29,6 +29,7 @@ SIGNALS: dict[str, str] = {
     "features": "(N, D) the target's video features as they enter its language model",
     "verifier_attention_weighted": "(L, N) as per layer, with the rows weighted by the pruner's `row_weights`",
     "vision_attention": "(N,) attention received in the last layer of the target's vision tower, inside frame or window",
+    "vision_keys": "(N, D) the keys of that layer, after rotation where it has one, mean over heads; 0 for a newline token",
     "text_similarity": "(2, N) mean cosine to the text after the video, of states entering layer 0 and behind `state_layer`",
     "hidden": "(N, D) the target's hidden states of the video tokens behind `state_layer` layers",
     "hidden_text": "(T, D) the same of the text after the video",

@@ -13,7 +13,7 @@ from specvlm.signals import gathered, guidance_for
 from specvlm.strategy import STATE_SIGNALS, PruneContext, Pruner
 from specvlm.types import KeepSet, VideoPrompt
 
-ALL = STATE_SIGNALS | {"vision_attention", "verifier_attention", "verifier_attention_weighted", "features"}
+ALL = STATE_SIGNALS | {"vision_attention", "vision_keys", "verifier_attention", "verifier_attention_weighted", "features"}
 
 
 @dataclass(frozen=True)

@@ -85,18 +85,22 @@ def test_weighted_attention_equals_the_weighted_mean_of_eager_attention(family):
 
 
 def naive_vision_attention(lm, grid, video):
-    """From the probabilities that eager attention returns, patch by patch."""
+    """From what eager attention returns, patch by patch: attention received, and keys."""
     eager = eager_of(lm)
     if lm.family == "llava_onevision":
-        probabilities = eager.model.vision_tower(video["pixels"].double(), output_attentions=True).attentions[-1]
-        side = math.isqrt(probabilities.shape[-1])
-        received = probabilities.mean((1, 2)).unflatten(1, (side, side))[:, None]
-        cells = interpolate(received, size=[grid.height, grid.width], mode="bilinear").flatten()
-        return torch.cat([cells, cells.new_zeros(1)])
+        out = eager.model.vision_tower(video["pixels"].double(), output_attentions=True, output_hidden_states=True)
+        tower = getattr(eager.model.vision_tower, "vision_model", eager.model.vision_tower)
+        layer, side = tower.encoder.layers[-1], math.isqrt(out.attentions[-1].shape[-1])
+        keys = layer.self_attn.k_proj(layer.layer_norm1(out.hidden_states[-2])).unflatten(-1, (layer.self_attn.num_heads, -1))
+        found = []
+        for values in (out.attentions[-1].mean((1, 2))[..., None], keys.mean(2)):
+            maps = values.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            cells = interpolate(maps, size=[grid.height, grid.width], mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
+            found.append(torch.cat([cells, cells.new_zeros(1, cells.shape[1])]))
+        return found[0][:, 0], found[1]
     t, h, w = video["thw"]
-    seen = []
+    seen, seen_keys = [], []
     attention = eager.model.visual.blocks[-1].attn
-    rotated = []
     for frame in video["pixels"].double().unflatten(0, (t, h * w)):
         out = {}
         handle = attention.register_forward_pre_hook(
@@ -118,9 +122,10 @@ def naive_vision_attention(lm, grid, video):
         # window order: the place of each merged token, from the windows of 2 x 2 tokens of 16 pixels
         tokens = [(y, x) for y in range(h // 2) for x in range(w // 2)]
         rotated = sorted(tokens, key=lambda p: (p[0] // 2, p[1] // 2, p[0], p[1]))
-        by_token = dict(zip(rotated, received.unflatten(0, (-1, 4)).mean(1), strict=True))
-        seen += [by_token[token] for token in tokens]
-    return torch.stack(seen)
+        for values, found in ((received, seen), (turn(key).mean(1), seen_keys)):
+            by_token = dict(zip(rotated, values.unflatten(0, (-1, 4)).mean(1), strict=True))
+            found += [by_token[token] for token in tokens]
+    return torch.stack(seen), torch.stack(seen_keys)
 
 
 @pytest.mark.parametrize("block", [None, 600])
@@ -134,9 +139,10 @@ def test_vision_attention_equals_eager_attention_of_the_tower(family, block, mon
     with torch.inference_mode():
         watched = lm.encode_video(grid, video, None, sight)
         assert torch.equal(watched, lm.encode_video(grid, video, None))
-        naive = naive_vision_attention(lm, grid, video)
-    torch.testing.assert_close(sight.per_token(), naive, rtol=1e-5, atol=1e-8)
-    assert sight.per_token().std() > 0
+        naive, naive_keys = naive_vision_attention(lm, grid, video)
+    torch.testing.assert_close(sight.attention(), naive, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(sight.keys(), naive_keys, rtol=1e-5, atol=1e-6)
+    assert sight.attention().std() > 0
 
 
 def test_attention_inside_windows_sums_to_one_in_each():
@@ -147,7 +153,7 @@ def test_attention_inside_windows_sums_to_one_in_each():
     sight = Sight()
     with torch.inference_mode():
         tiny.wrap(hf).encode_video(grid, video, None, sight)
-    windows = sight.per_token().unflatten(0, (2, 3, 5)) * 4  # tokens are means over four patches
+    windows = sight.attention().unflatten(0, (2, 3, 5)) * 4  # tokens are means over four patches
     for rows in (slice(0, 2), slice(2, 3)):
         for columns in (slice(0, 2), slice(2, 4), slice(4, 5)):
             torch.testing.assert_close(windows[:, rows, columns].sum((1, 2)), torch.ones(2, dtype=torch.float64))

@@ -1,7 +1,7 @@
 """Keep what the vision tower itself looks at, and fold the rest of each frame into a few means.
 
 Shape suffixes: N video tokens, F frames of one video, P tokens of one frame, G frames of one budget, M dominant tokens and
-C contextual tokens of a frame, R its other tokens, D width.
+C contextual tokens of a frame, R its other tokens, D width of a key.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ class VisionZipPruner(Pruner):
     plain mean of itself and what joined it, at its own position. (The published code adds the mean to it, so that its scale
     grows.) Where k - M = 0 nothing is merged.
 
-    dominant: share of a frame's tokens that are; 191 of 191 + 30 as the paper has it. Adapted: cosines are of the features that
-    enter the language model (`features`), the paper's of the tower's keys; and attention is that of the tower's last layer
-    whose output is used. Budgets of frames differ by at most one, larger ones evenly spread; with fewer tokens than frames
+    dominant: share of a frame's tokens that are; 191 of 191 + 30 as the paper has it. Cosines are of the tower's keys, mean
+    over heads (`vision_keys`; after rotation in Qwen2.5-VL). Adapted: the layer is the tower's last one whose output is used,
+    where the paper takes the penultimate of CLIP, and both signals are pooled to tokens as the features are, where the paper
+    has a token a patch. Budgets of frames differ by at most one, larger ones evenly spread; with fewer tokens than frames
     some frames keep none. Newline tokens (LLaVA-OneVision) are kept when all else is. Each video of a prompt has its share.
 
     Costs N x C x D for the cosines, at most N x P x D / 4, in two batches a video.
     """
 
     name = "visionzip"
-    needs = frozenset({"vision_attention", "features"})
+    needs = frozenset({"vision_attention", "vision_keys"})
     dominant: float = 191 / 221
 
     def __post_init__(self) -> None:
@@ -59,8 +60,8 @@ class VisionZipPruner(Pruner):
         cells = sum(grid.cells for grid in ctx.grids)
         room, done, start = min(ctx.budget, cells), 0, 0
         newlines = max(0, ctx.budget - cells)
-        attention, features = ctx.by_frame(ctx.signal("vision_attention")), ctx.by_frame(ctx.features)
-        for grid, attention_FP, x_FPD in zip(ctx.grids, attention, features, strict=True):
+        attention, keys = (ctx.by_frame(ctx.signal(name)) for name in ("vision_attention", "vision_keys"))
+        for grid, attention_FP, x_FPD in zip(ctx.grids, attention, keys, strict=True):
             edges = done + torch.arange(grid.frames + 1) * grid.per_frame
             budgets_F = (edges * room // cells).diff()
             for budget in budgets_F.unique().tolist():

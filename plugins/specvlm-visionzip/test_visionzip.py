@@ -19,14 +19,14 @@ def context(grids, budget, seed=0):
     generator, total = torch.Generator().manual_seed(seed), sum(map(len, grids))
     signals = {
         "vision_attention": torch.rand(total, generator=generator),
-        "features": torch.randn(total, 8, generator=generator, dtype=torch.float64),
+        "vision_keys": torch.randn(total, 8, generator=generator, dtype=torch.float64),
     }
     return PruneContext(grids, budget, signals)
 
 
 def naive(ctx, dominant):
     """{position: members} of one video without newline tokens, token by token."""
-    attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["features"]
+    attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["vision_keys"]
     grid, budget, found = ctx.grid, ctx.budget, {}
     for frame in range(grid.frames):
         size = grid.per_frame
@@ -53,9 +53,9 @@ def test_the_merge_equals_a_naive_loop_and_is_a_mean(dominant, budget):
     ctx = context((TokenGrid(5, 3, 4),), budget)
     keep, wanted = VisionZipPruner(dominant).select(ctx), naive(ctx, dominant)
     assert keep.index.tolist() == sorted(wanted) and len(keep) == budget
-    merged = keep.pool.to_dense().double() @ ctx.features
+    merged = keep.pool.to_dense().double() @ ctx.signals["vision_keys"]
     for row, position in zip(merged, keep.index.tolist(), strict=True):
-        torch.testing.assert_close(row, ctx.features[wanted[position]].mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(row, ctx.signals["vision_keys"][wanted[position]].mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(keep.pool.to_dense().sum(1), torch.ones(len(keep)))
 
 
@@ -71,6 +71,6 @@ def test_no_token_is_in_two_means_and_frames_share_evenly(budget):
 
 def test_the_scale_does_not_grow():
     grid = TokenGrid(2, 4, 4)
-    ctx = PruneContext((grid,), 8, {"vision_attention": torch.rand(32), "features": torch.ones(32, 3)})
+    ctx = PruneContext((grid,), 8, {"vision_attention": torch.rand(32), "vision_keys": torch.ones(32, 3)})
     keep: KeepSet = VisionZipPruner(0.5).select(ctx)
     torch.testing.assert_close(keep.pool.to_dense() @ torch.ones(32, 3), torch.ones(8, 3))

@@ -60,13 +60,13 @@ class LlavaOneVision(VideoLM):
             with inputs_of(None if sight is None else self._last_attention) as entering:
                 out = core.get_video_features(pixels_F.to(self.device, self.dtype)[None]).pooler_output.flatten(0, -2)
             if sight is not None:
-                sight.add(self._received(entering[0]))
+                sight.add(self._seen(entering[0]))
             # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
             return out[: len(pixels_F) * grid.per_frame]
 
         features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
         if sight is not None:
-            sight.add(torch.zeros(grid.newline, dtype=sight.parts[-1].dtype, device=self.device))
+            sight.add_newlines(grid.newline)
         return torch.cat([features, core.image_newline.to(self.dtype)[None]])
 
     @property
@@ -78,17 +78,20 @@ class LlavaOneVision(VideoLM):
         state = chosen if isinstance(chosen, int) else chosen[-1]  # of the states: what enters the first layer is number 0
         return layers[max(0, (state if state >= 0 else len(layers) + 1 + state) - 1)].self_attn
 
-    def _received(self, hidden_FRD: Tensor) -> Tensor:
-        """(F, P) attention that tokens receive, mean over heads and queries, pooled as the projector's output is."""
+    def _seen(self, hidden_FRD: Tensor) -> Tensor:
+        """(F * P, C) attention that tokens receive, mean over heads and queries, and their keys, mean over heads; pooled as the
+        projector's output is.
+        """
         module = self._last_attention
         query, key = (
             x(hidden_FRD).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (module.q_proj, module.k_proj)
         )
         received_FR = received(query, key, float(module.scale))
-        side = math.isqrt(received_FR.shape[1])
-        received_FR = received_FR[:, received_FR.shape[1] - side**2 :]  # a class token stands first
-        pooled = interpolate(received_FR.unflatten(1, (1, side, side)), size=[math.ceil(side / 2)] * 2, mode="bilinear")
-        return pooled.flatten(1)
+        seen_FRC = torch.cat([received_FR[..., None], key.to(received_FR.dtype).mean(1)], -1)
+        side = math.isqrt(seen_FRC.shape[1])
+        seen_FRC = seen_FRC[:, seen_FRC.shape[1] - side**2 :]  # a class token stands first
+        pooled = interpolate(seen_FRC.mT.unflatten(2, (side, side)), size=[math.ceil(side / 2)] * 2, mode="bilinear")
+        return pooled.flatten(2).mT.flatten(0, 1)
 
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         vision = self.hf.config.vision_config

@@ -67,8 +67,8 @@ class Qwen2_5_VL(VideoLM):
             **extra,
         ).pooler_output
         if sight is not None:  # patches of a merge are neighbours, and merges stand in the order of their windows
-            merged_N = sight.take().unflatten(0, (-1, self._merge**2)).mean(1)
-            sight.add(merged_N[window_index.argsort().to(merged_N.device)])
+            merged_NC = sight.take().unflatten(0, (-1, self._merge**2)).mean(1)
+            sight.add(merged_NC[window_index.argsort().to(merged_NC.device)])
         return out
 
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:

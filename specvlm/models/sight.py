@@ -1,7 +1,7 @@
 """What is read of a target beside its text attention: its vision tower's attention, and hidden states on the way.
 
 Shape suffixes: W windows, H heads, L patches of a window, R patches in the tower's own order, F frames, P tokens of one frame,
-Q rows of one pass, S prompt tokens, T tokens of the text after the video, N video tokens, D width.
+Q rows of one pass, S prompt tokens, T tokens of the text after the video, N video tokens, D width, C = 1 + a key's width.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
 
 
 class Sight:
-    """Attention that the patches receive in one layer of a vision tower, pooled to video tokens by the family, (N,).
+    """Attention that the patches receive in one layer of a vision tower, and their keys, pooled to video tokens by the family.
 
-    Read on the side: what the tower puts out stays bit-equal. Holds BLOCK bytes of scores, and keeps (N,).
+    Read on the side: what the tower puts out stays bit-equal. Holds BLOCK bytes of scores, and keeps (N, C).
     """
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
         self._module: nn.Module | None = None
-        self._seen_R: Tensor | None = None
+        self._seen_RC: Tensor | None = None
 
     def of(self, module: nn.Module) -> Sight:
         """Itself, with an eye on that attention module alone."""
@@ -63,20 +63,30 @@ class Sight:
             parts.append(received(query, key, scaling).flatten())
             order.append(rows)
         seen = torch.cat(parts)
-        self._seen_R = torch.empty_like(seen).index_copy_(0, torch.cat(order), seen)
+        received_R = torch.empty_like(seen).index_copy_(0, torch.cat(order), seen)
+        self._seen_RC = torch.cat([received_R[:, None], key_RHD.to(seen.dtype).mean(1)], 1)
 
     def take(self) -> Tensor:
-        """(R,) what the last pass of the tower gave."""
-        assert self._seen_R is not None, "the layer watched did not run"
-        seen_R, self._seen_R = self._seen_R, None
-        return seen_R
+        """(R, C) what the last pass of the tower gave: attention received, and the key, mean over heads."""
+        assert self._seen_RC is not None, "the layer watched did not run"
+        seen_RC, self._seen_RC = self._seen_RC, None
+        return seen_RC
 
-    def add(self, tokens_N: Tensor) -> None:
+    def add(self, tokens_NC: Tensor) -> None:
         """The next video tokens of the prompt."""
-        self.parts.append(tokens_N.flatten())
+        self.parts.append(tokens_NC)
 
-    def per_token(self) -> Tensor:
-        return torch.cat(self.parts)
+    def add_newlines(self, count: int) -> None:
+        """Tokens that the tower does not know."""
+        self.parts.append(self.parts[-1].new_zeros(count, self.parts[-1].shape[1]))
+
+    def attention(self) -> Tensor:
+        """(N,)."""
+        return torch.cat([part[:, 0] for part in self.parts])
+
+    def keys(self) -> Tensor:
+        """(N, C - 1)."""
+        return torch.cat([part[:, 1:] for part in self.parts])
 
 
 @contextmanager
