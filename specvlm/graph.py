@@ -20,7 +20,7 @@ from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
-from specvlm.signals import gathered, guidance_for
+from specvlm.signals import gathered, guidance_for, state_layer
 from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier
 from specvlm.types import KeepSet, Step, VideoPrompt
 
@@ -166,6 +166,7 @@ class DecodingGraph:
             raise UserError(f"positions={self.positions!r} is none of original, reindexed")
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
+        state_layer(self.pruner, self.target)
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     @torch.inference_mode()

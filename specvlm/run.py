@@ -28,6 +28,7 @@ from specvlm.models.spread import check_shares
 from specvlm.places import Places, places_of
 from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen
+from specvlm.signals import KEPT_STATES
 from specvlm.types import Step, VideoPrompt
 
 OK, MISMATCH = 0, 1
@@ -157,7 +158,7 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
     both = (kinds["target"], kinds.get("draft"))
-    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both)
+    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both, bool(pruner.needs & KEPT_STATES))
     free = {device: memory.free_bytes(device) for device in places.devices}
     plans, layers = memory.by_device(whole, target, drafts, slots, dtype, places, [free[d] or 0 for d in places.target], both)
     for device, plan in plans.items():

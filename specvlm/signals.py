@@ -21,24 +21,29 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.strategy import CODEC_SIGNALS, STATE_SIGNALS, Pruner
 from specvlm.types import TokenGrid, VideoPrompt
 
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text"})  # one layer's states are held for these
+
+
+def state_layer(pruner: Pruner, target: VideoLM) -> int:
+    """Behind how many layers states are read; 0 where none are. Raises UserError for more layers than there are."""
+    if not pruner.needs & STATE_SIGNALS:
+        return 0
+    layer = pruner.state_layer(target.layers)
+    if not 1 <= layer <= target.layers:
+        raise UserError(f"pruner={pruner.name} reads states behind {layer} layers: the target has {target.layers}")
+    return layer
+
 
 def guidance_for(pruner: Pruner, target: VideoLM, prompt: VideoPrompt) -> Guidance | None:
-    """The collector for what the pruner reads of the target on the way; None when it reads nothing.
-
-    Raises ValueError for a `state_layer` that the target does not have.
-    """
-    needs = pruner.needs
-    layer = pruner.state_layer(target.layers) if needs & STATE_SIGNALS else 0
-    if needs & STATE_SIGNALS and not 1 <= layer <= target.layers:
-        raise ValueError(f"pruner {pruner.name} reads states behind {layer} layers, and the target has 1 to {target.layers}")
-    states = bool(needs & {"text_similarity", "hidden", "hidden_text"})
+    """The collector for what the pruner reads of the target on the way; None when it reads nothing."""
+    needs, layer = pruner.needs, state_layer(pruner, target)
     guidance = Guidance(
         prompt.video_index.to(target.device),
         rows=bool(needs & {"verifier_attention", "verifier_attention_per_layer"}),
         last_row="verifier_attention_last_row" in needs,
         weigh=pruner.row_weights if "verifier_attention_weighted" in needs else None,
         keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
-        states=States(prompt.video_index, prompt.cut, layer) if states else None,
+        states=States(prompt.video_index, prompt.cut, layer) if needs & KEPT_STATES else None,
         sight=Sight() if needs & {"vision_attention", "vision_keys"} else None,
     )
     return guidance if guidance.reads else None

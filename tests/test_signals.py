@@ -17,6 +17,7 @@ from specvlm.data.clips import find_clip
 from specvlm.data.codec import Stream
 from specvlm.data.video import probe, read_video
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import UserError
 from specvlm.graph import Clock, DecodingGraph, prefill
 from specvlm.metrics import tokens_of
 from specvlm.models import sight as sight_module
@@ -184,8 +185,8 @@ def test_nothing_is_gathered_unless_named():
 
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     assert guidance_for(Plain(), lm, request) is None
-    with pytest.raises(ValueError, match="states behind 4 layers, and the target has 1 to 3"):
-        guidance_for(Curious(4), lm, request)
+    with pytest.raises(UserError, match="states behind 4 layers: the target has 3"):
+        DecodingGraph(lm, tiny.draft_of("qwen2_5_vl"), Curious(4), TreeDrafter(), GreedyVerifier())
 
 
 def test_bad_row_weights_are_refused_in_a_sentence():

@@ -44,7 +44,7 @@ class CodecPruner(Pruner):
 
     def __post_init__(self) -> None:
         if self.share not in SHARES:
-            raise ValueError(f"codec: share={self.share!r} is none of {', '.join(SHARES)}")
+            raise ValueError(f"share={self.share!r} is none of {', '.join(SHARES)}")
 
     def select(self, ctx: PruneContext) -> KeepSet:
         motion, size, intra = (ctx.by_frame(ctx.signal(name)) for name in ("motion", "packet_bytes", "intra"))

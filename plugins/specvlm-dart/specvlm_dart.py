@@ -45,7 +45,7 @@ class DARTPruner(Pruner):
                 f"dart: video_pivots={self.video_pivots}, text_pivots={self.text_pivots}: wanted at least one pivot"
             )
         if self.layer < 1:
-            raise ValueError(f"dart: layer={self.layer}: wanted 1 or more")
+            raise ValueError(f"layer={self.layer}: wanted 1 or more")
 
     def state_layer(self, layers: int) -> int:
         return min(self.layer, layers)

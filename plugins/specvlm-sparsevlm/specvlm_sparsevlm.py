@@ -45,7 +45,7 @@ class SparseVLMPruner(Pruner):
                 f"sparsevlm: layers={self.layers} and schedule={self.schedule}: wanted one share a layer from 0 on"
             )
         if min(self.schedule) < 1 or self.schedule[-1] != 1:
-            raise ValueError(f"sparsevlm: schedule={self.schedule}: multiples of the budget, none below 1, the last one 1")
+            raise ValueError(f"schedule={self.schedule}: multiples of the budget, none below 1, the last one 1")
 
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """(T,) 1 for a rater, 0 for another word."""

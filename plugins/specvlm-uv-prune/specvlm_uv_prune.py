@@ -38,7 +38,7 @@ class UVPrunePruner(Pruner):
 
     def __post_init__(self) -> None:
         if self.layer < 0 or not 0 < self.depth <= 1:
-            raise ValueError(f"uv_prune: layer={self.layer} must be 0 or more, and depth={self.depth} above 0 and at most 1")
+            raise ValueError(f"layer={self.layer} must be 0 or more, and depth={self.depth} above 0 and at most 1")
 
     def state_layer(self, layers: int) -> int:
         return self.layer or max(1, round(self.depth * layers))

@@ -43,7 +43,7 @@ class VisionZipPruner(Pruner):
 
     def __post_init__(self) -> None:
         if not 0 < self.dominant <= 1:
-            raise ValueError(f"visionzip: dominant={self.dominant} is not above 0 and at most 1")
+            raise ValueError(f"dominant={self.dominant} is not above 0 and at most 1")
 
     def select(self, ctx: PruneContext) -> KeepSet:
         parts = list(self._parts(ctx))
