@@ -20,6 +20,7 @@ from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
+from specvlm.signals import gathered, guidance_for, state_layer
 from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier
 from specvlm.types import KeepSet, Step, VideoPrompt
 
@@ -106,8 +107,10 @@ def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, guidance: Guidance | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fill the target's cache; returns the video features (N, D) and the logits (1, V) of the next token."""
-    features_ND = target.features(prompt)
+    features_ND = target.features(prompt, sight=guidance.sight) if guidance and guidance.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
+    if guidance is not None:
+        guidance.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
     clock.mark("embed")
     hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
     return features_ND, target.head(hidden_D[None])
@@ -173,6 +176,7 @@ class DecodingGraph:
         lone = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < self.target.ranks.size
         if lone and not self.drafter.tells:
             raise UserError(f"drafter={self.drafter.name} cannot tell other ranks its trees: use draft.parallel=tensor")
+        state_layer(self.pruner, self.target)
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     @torch.inference_mode()
@@ -240,13 +244,8 @@ class DecodingGraph:
         return self.drafter.model is not None and 0 < self.budget(prompt) < len(prompt.video_index)
 
     def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
-        """The collector for what the pruner reads of the target's attention; None when it reads nothing."""
-        needs = self.pruner.needs if self._prunes(prompt) else frozenset()
-        rows = bool(needs & {"verifier_attention", "verifier_attention_per_layer"})
-        last_row = "verifier_attention_last_row" in needs
-        if not (rows or last_row):
-            return None
-        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row)
+        """The collector for what the pruner reads of the target on the way; None when it reads nothing."""
+        return guidance_for(self.pruner, self.target, prompt) if self._prunes(prompt) else None
 
     def _agreed(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
@@ -267,14 +266,7 @@ class DecodingGraph:
         total, budget = len(prompt.video_index), self.budget(prompt)
         if not self._prunes(prompt):
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
-        signals: dict[str, Tensor] = {}
-        if "features" in self.pruner.needs:
-            signals["features"] = features_ND
-        if guidance is not None and guidance.rows:
-            signals["verifier_attention_per_layer"] = guidance.per_layer()
-            signals["verifier_attention"] = guidance.per_layer().mean(0)
-        if guidance is not None and guidance.last_row:
-            signals["verifier_attention_last_row"] = guidance.last_rows()
+        signals = gathered(self.pruner.needs, prompt, guidance, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:
             signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)

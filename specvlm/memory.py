@@ -32,11 +32,19 @@ class MemoryPlan:
 
 
 def plan(
-    target: VideoLM, draft: VideoLM | None, slots: int, kept: int, dtype: torch.dtype, patches: int, kinds: Kinds = (None, None)
+    target: VideoLM,
+    draft: VideoLM | None,
+    slots: int,
+    kept: int,
+    dtype: torch.dtype,
+    patches: int,
+    kinds: Kinds = (None, None),
+    states: bool = False,
 ) -> MemoryPlan:
     """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: of one pass of a tower.
 
-    kinds: what the linear layers of target and draft are quantised to. target and draft may be skeletons (see
+    kinds: what the linear layers of target and draft are quantised to. states: the pruner reads hidden states of the target, so
+    that one layer's are held. target and draft may be skeletons (see
     `load.skeleton`), and must not be quantised yet. draft None: no second cache.
     """
     parts = {"target weights": weights(target, dtype, kinds[0]), "target KV cache": kv_bytes(target, pooled(slots), dtype)}
@@ -47,7 +55,7 @@ def plan(
     config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
     text_rows = min(slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
     vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
-    prompt = 2 * slots * config.hidden_size  # video features and embeddings, there all the while
+    prompt = (2 + states) * slots * config.hidden_size  # video features and embeddings, there all the while, and states
     # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
     quantised = [model for model, kind in zip((target, draft), kinds, strict=True) if model and kind]
     heads = [model.vocabulary * model.hf.config.get_text_config().hidden_size for model in quantised]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -20,14 +19,15 @@ from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
 from specvlm.engine import engine_for
-from specvlm.errors import UserError
-from specvlm.folder import files_of, write_config, write_json
+from specvlm.errors import OutOfMemory, UserError
+from specvlm.folder import files_of, steps_of, write_config, write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.places import Places, places_of
 from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen
+from specvlm.signals import KEPT_STATES
 from specvlm.types import Step, VideoPrompt
 
 OK, MISMATCH = 0, 1
@@ -40,15 +40,16 @@ def run(cfg: DictConfig, folder: Path) -> int:
     Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
     the first one alone is heard and writes.
     """
-    places = places_of(cfg)
+    places, record = places_of(cfg), Record()
     if places.ranks == 1:
-        return _run(cfg, folder, places, ALONE)
-    with joined(places.first) as ranks, TemporaryDirectory() as elsewhere:
-        return _run(cfg, folder if ranks.rank == 0 else Path(elsewhere), places, ranks)
+        return _run(cfg, folder, places, ALONE, record)
+    with joined(places.first, lambda: record.save()) as ranks:
+        return _run(cfg, folder if ranks.rank == 0 else None, places, ranks, record)
 
 
-def _run(cfg: DictConfig, folder: Path, places: Places, ranks: Ranks) -> int:
-    screen, record = Screen(), Record()
+def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, record: Record) -> int:
+    """folder: None for a rank that writes nothing."""
+    screen = Screen()
     with threads(cfg.threads):
         job = prepare(cfg, places)
         screen.plan(job)
@@ -57,28 +58,31 @@ def _run(cfg: DictConfig, folder: Path, places: Places, ranks: Ranks) -> int:
             screen.ignored(graph.target.ignored_settings)
             screen.note(graph.engine.note)
             with files_of(folder):
-                try:
-                    decode(cfg, job, graph, folder, screen, record)
-                    summary, verdict = summarize(cfg, job, graph, record)
-                except RuntimeError as error:
-                    if not memory.ran_out(error):
-                        raise
-                    record.out_of_memory = record.stage
-                    write_config(cfg, folder)
-                    write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
-                    raise
-                write_json(folder / "summary.json", summary)
+                record.save = lambda: save(cfg, job, graph, folder, record)
+                decode(cfg, job, graph, folder, screen, record)
+                summary, verdict = summarize(cfg, job, graph, record)
+                write_json(folder, "summary.json", summary)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             planned = f"{job.planned / 2**30:.1f} GiB"
-            done = f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}" if record.out_of_memory else ""
-            where = " or ".join(map(str, places.devices))
-            raise UserError(
+            where, done = " or ".join(map(str, places.devices)), record.save()
+            raise OutOfMemory(
                 f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
             ) from error
-    screen.summary(summary, folder)
+    if folder:
+        screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
+
+
+def save(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
+    """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
+    if folder is None:
+        return ""
+    record.out_of_memory = record.stage
+    write_config(cfg, folder)
+    write_json(folder, "summary.json", summarize(cfg, job, graph, record)[0])
+    return f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}"
 
 
 @contextmanager
@@ -101,6 +105,7 @@ class Record:
     baseline: list[Step] | None = None  # whole, or not there
     stage: str = "loading"
     out_of_memory: str | None = None
+    save: Callable[[], str] = str  # see `save`, once there is something to be saved
 
 
 @dataclass
@@ -157,7 +162,7 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
     both = (kinds["target"], kinds.get("draft"))
-    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both)
+    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both, bool(pruner.needs & KEPT_STATES))
     free = {device: memory.free_bytes(device) for device in places.devices}
     plans, layers = memory.by_device(whole, target, drafts, slots, dtype, places, [free[d] or 0 for d in places.target], both)
     for device, plan in plans.items():
@@ -194,7 +199,7 @@ def assemble(cfg: DictConfig, job: Job, ranks: Ranks) -> DecodingGraph:
     return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)
 
 
-def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen, record: Record) -> None:
+def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
     """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
 
     def alone(limit: int) -> Iterator[Step]:
@@ -209,12 +214,13 @@ def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen
         memory.reset_peak(device)
     write_config(cfg, folder)
     record.stage = "decoding"
-    with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
+    with steps_of(folder) as log, screen.answer(graph.target.tokenizer) as show:
         for number, step in enumerate(graph.decode(job.prompt, cfg.max_new_tokens)):
             record.steps.append(step)
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
             show(step)
+    screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
     if not cfg.baseline:
         return
     record.stage = "decoding without a drafter"

@@ -28,7 +28,20 @@ SIGNALS: dict[str, str] = {
     "verifier_attention_last_row": "(L, N) the target's attention of the last prompt row, mean over heads",
     "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
     "features": "(N, D) the target's video features as they enter its language model",
+    "verifier_attention_weighted": "(L, N) as per layer, with the rows weighted by the pruner's `row_weights`",
+    "vision_attention": "(N,) attention received in the last layer of the target's vision tower, inside frame or window",
+    "vision_keys": "(N, D) the keys of that layer, after rotation where it has one, mean over heads; 0 for a newline token",
+    "text_similarity": "(2, N) mean cosine to the text after the video, of states entering layer 0 and behind `state_layer`",
+    "hidden": "(N, D) the target's hidden states of the video tokens behind `state_layer` layers",
+    "hidden_text": "(T, D) the same of the text after the video",
+    "key_norm": "(N,) L1 norm of the video tokens' keys in the last of these layers, all KV heads together",
+    "key_norm_text": "(T,) the same of the text after the video",
+    "motion": "(N,) pixels that a cell moved since the frame before, against the whole frame, by the file's vectors",
+    "packet_bytes": "(N,) compressed bytes of the frames that the token's frame stands for",
+    "intra": "(N,) share of these frames that refer to no other; 0 where the file tells nothing",
 }
+STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "key_norm", "key_norm_text"})
+CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 
 def token_signals() -> list[str]:
@@ -168,6 +181,17 @@ class Pruner(Strategy, ABC):
     def draft_layers(self) -> int:
         """How many drafter layers a signal of the drafter needs; its prefill over the unpruned video stops there."""
         return 0
+
+    def state_layer(self, layers: int) -> int:
+        """Behind how many of the target's `layers` layers the signals of `STATE_SIGNALS` are read, from 1 to all of them."""
+        return 0
+
+    def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
+        """(T,) what each token of the text after the video counts for in `verifier_attention_weighted`, before it is known.
+
+        text_TD, features_ND: as they enter the target's first layer. None negative, not all zero; the sum does not matter.
+        """
+        return text_TD.new_ones(len(text_TD))
 
     @abstractmethod
     def select(self, ctx: PruneContext) -> KeepSet:

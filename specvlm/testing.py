@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm.strategy import SIGNALS, PruneContext, Pruner
+from specvlm.registry import RESERVED
+from specvlm.strategy import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid
 
 __all__ = ["check_pruner"]
@@ -28,6 +29,7 @@ GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
     (TokenGrid(2, 2, 2), TokenGrid(3, 1, 4)),
     (TokenGrid(2, 3, 2, newline=1), TokenGrid(1, 2, 2, newline=1)),
 )
+LAYERS, WIDTH = 32, 8  # of the invented target
 PLAIN = (int, float, str, bool, type(None), tuple, list)
 
 
@@ -66,6 +68,7 @@ def _check_class(cls: type[Pruner]) -> None:
     assert frozen, f"{what} must be a @dataclass(frozen=True): its fields are its config"
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{what}.{field.name} would hide the run's own: read ctx.budget"
+        assert field.name not in RESERVED, f"{what}.{field.name}: that name is taken in a run's config, rename the field"
     try:
         default = cls()
     except TypeError as error:
@@ -84,6 +87,22 @@ def _check_needs(pruner: Pruner) -> None:
     assert (pruner.draft_layers > 0) == asks_drafter, (
         f"{pruner!r}: draft_layers is {pruner.draft_layers}; it must be positive for signals of the drafter and 0 without"
     )
+    for layers in (1, 4, LAYERS) if needs & STATE_SIGNALS else ():
+        layer = pruner.state_layer(layers)
+        assert isinstance(layer, int) and 1 <= layer <= layers, (
+            f"{pruner!r}: state_layer({layers}) is {layer!r}; it must be 1 to {layers} for {sorted(needs & STATE_SIGNALS)}"
+        )
+    if "verifier_attention_weighted" in needs:
+        _check_row_weights(pruner)
+
+
+def _check_row_weights(pruner: Pruner) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, scale in ((1, 1.0), (6, 1.0), (6, 0.0)):
+            text_TD = scale * torch.randn(rows, WIDTH, generator=_generator()).to(dtype)
+            weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=_generator(1)).to(dtype))
+            good = weights_T.shape == (rows,) and bool((weights_T >= 0).all()) and 0 < float(weights_T.sum()) < float("inf")
+            assert good, f"{pruner!r}: row_weights must be one a row, none negative, not all zero; got {weights_T} for {rows}"
 
 
 def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
@@ -107,9 +126,10 @@ def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner
     """An invented signal of the shape that its line in SIGNALS begins with."""
     match = re.match(r"\(([\w, ]+?),?\)", SIGNALS[name])
     assert match is not None, f"SIGNALS[{name!r}] does not begin with a shape"
-    layers = pruner.draft_layers if name.startswith("draft_") else 32
-    sizes = {"N": total, "L": layers, "D": 8}
-    shape = [sizes[axis.strip()] for axis in match[1].split(",")]
+    layers = pruner.draft_layers if name.startswith("draft_") else LAYERS
+    sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6}
+    axes = [axis.strip() for axis in match[1].split(",") if axis.strip()]
+    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes]
     if kind == "random":
         return torch.rand(shape, generator=_generator(total)).to(dtype)
     return torch.full(shape, 1.0 / total if kind == "equal" else 0.0, dtype=dtype)
@@ -138,6 +158,7 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
     else:
         assert len(keep) <= ctx.budget, f"{what}: {len(keep)} tokens kept"
     assert keep.index.device.type == ctx.device.type, f"{what}: keep set on {keep.index.device}"
+    assert "\n" not in keep.note, f"{what}: note is to be one line, got {keep.note!r}"
     # KeepSet checked this when it was made; a subclass need not have.
     ordered = bool((keep.index[1:] > keep.index[:-1]).all())
     assert ordered, f"{what}: index is not sorted and unique"

@@ -48,7 +48,8 @@ class VideoPrompt:
 
     tokens (S,) int64 on the host; video_index (N,) the slots of all video tokens, ascending, over all videos;
     grids one a video, lengths adding up to N; videos / images: what the family's vision tower wants, one entry each
-    (a dict of tensors). Text must follow the last video token, since that text is what scores the video.
+    (a dict of tensors; a video from a file has its `origin` there too, a `specvlm.data.codec.Origin`). Text must
+    follow the last video token, since that text is what scores the video.
     """
 
     tokens: Tensor
@@ -82,12 +83,14 @@ class KeepSet:
     """Which of `total` video tokens the drafter sees: sorted, unique, in range. Empty means a text-only drafter.
 
     pool: for mergers, a sparse (K, N) matrix with rows that sum to 1, applied to the drafter's own features; row k
-    stands at the position of token index[k]. None is plain selection.
+    stands at the position of token index[k]. None is plain selection. note: one line that the user should read, such as what
+    the pruner did where its signal told it nothing.
     """
 
     index: Tensor
     total: int
     pool: Tensor | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         index = self.index
@@ -102,7 +105,7 @@ class KeepSet:
         return len(self.index)
 
     def cpu(self) -> KeepSet:
-        return KeepSet(self.index.cpu(), self.total, None if self.pool is None else self.pool.cpu())
+        return KeepSet(self.index.cpu(), self.total, None if self.pool is None else self.pool.cpu(), self.note)
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:

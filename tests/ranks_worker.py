@@ -10,6 +10,7 @@ from pathlib import Path
 from time import sleep
 
 import torch
+from curious import Curious, signals_of
 
 from specvlm import torchrun
 from specvlm.config import model_folder
@@ -84,6 +85,13 @@ def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
+def signals(family: str, ranks: Ranks) -> dict[str, list[float]]:
+    """Every signal of the target, added up over all axes but the last, or but the tokens'."""
+    target = model(family, "target", ranks)
+    found, _ = signals_of(target, prompt_for(target), Curious())
+    return {name: (x.sum(-1) if name.startswith("hidden") else x.flatten()).tolist() for name, x in found.items()}
+
+
 def quantised(ranks: Ranks) -> dict[str, list[int]]:
     """Another model than the one-process quantised one, so only this: both engines have the same output, drafted for or not."""
     folder, found = model_folder("embedded:llava_onevision/target"), {}
@@ -152,6 +160,8 @@ def main() -> None:
             decode_for_ever(ranks, folder / "killed")
         if what == "kernels":
             found = {"errors": kernel_errors(ranks)}
+        elif what == "signals":
+            found = {family: signals(family, ranks) for family in FAMILIES}
         else:
             found = {family: answers(family, ranks) for family in FAMILIES} | {"quantised": quantised(ranks)}
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))

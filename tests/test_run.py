@@ -357,6 +357,8 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
         return memory.plan(lm, None, slots, 0, torch.bfloat16, patches).parts["activations (estimate)"]
 
     width = lm.hf.config.get_text_config().hidden_size
+    plain, held = (memory.plan(lm, None, 64, 0, torch.bfloat16, 0, states=states).total for states in (False, True))
+    assert held - plain == 64 * width * 2
     more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
     assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2
     assert lm.vision_rows({"thw": (1000, 32, 32)}) == PATCHES and lm.vision_rows({"thw": (3, 200, 200)}) == 40_000

@@ -50,6 +50,18 @@ def test_it_is_the_output_of_one_process(family, by_ranks):
     assert len(shared["sampled captured"]) > ranks_worker.LIMIT
 
 
+def test_signals_are_the_same_on_both_ranks_and_those_of_one_process(tmp_path):
+    done = torchrun(HERE / "ranks_worker.py", "signals", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for family in ranks_worker.FAMILIES:
+        alone = ranks_worker.signals(family, ALONE)
+        assert set(alone) == set(first[family])
+        for name, values in alone.items():
+            torch.testing.assert_close(torch.tensor(first[family][name]), torch.tensor(values), rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_quantised_shares_give_one_output_both_ways(by_ranks):
     found = by_ranks[0]["quantised"]
     assert len(found) == 4 and all(tokens == found["alone eager"] for tokens in found.values())

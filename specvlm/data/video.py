@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specvlm.data.codec import Origin
 from specvlm.data.container import check_file
 from specvlm.data.readers import READERS, Reader
 from specvlm.errors import UserError, did_you_mean
@@ -37,6 +38,11 @@ class Clip:
     source: str
     total_frames: int  # of the whole file
     source_fps: float  # mean over the file
+    index: tuple[int, ...] = ()  # places of the frames in the file, as shown; empty where they come from none
+
+    @property
+    def origin(self) -> Origin | None:
+        return Origin(self.source, self.index) if self.index else None
 
 
 def _uniform(total: int, count: int) -> list[int]:
@@ -104,7 +110,7 @@ def read_video(
         index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
         pixels = video.decode(index)
         times = tuple(video.times[place] for place in index)
-    return Clip(pixels, times, len(index) / len(window) * source_fps, str(path), total, source_fps)
+    return Clip(pixels, times, len(index) / len(window) * source_fps, str(path), total, source_fps, tuple(index))
 
 
 def _check(frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str) -> None:

@@ -9,6 +9,7 @@ windows, K keys, N video tokens, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from specvlm.models.sight import BLOCK, Sight, States
 from specvlm.ranks import Ranks
 
 NAME = "specvlm"
@@ -26,8 +28,6 @@ NAME = "specvlm"
 VISION = "specvlm_flash_windows"
 # For a loaded model's `set_attn_implementation`; at loading, that word in a name would ask for a kernel of the hub.
 IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
-
-BLOCK = 2**28  # bytes of attention scores that guidance holds at once
 
 
 class Enough(Exception):
@@ -40,33 +40,78 @@ class Guidance:
     Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
     twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
     video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
+    weigh: from (Q, D) embeddings of the rows and (N, D) features to a weight a row, for a second mean. keys: the layer whose
+    keys' L1 norms are read. states, sight: what else is gathered of the model, by others.
     """
 
-    def __init__(self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None) -> None:
+    def __init__(
+        self,
+        video_index: Tensor,
+        *,
+        rows: bool = True,
+        last_row: bool = False,
+        depth: int | None = None,
+        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+        keys: int | None = None,
+        states: States | None = None,
+        sight: Sight | None = None,
+    ) -> None:
         self.video_index = video_index
         self.rows, self.last_row, self.depth = rows, last_row, depth
+        self.weigh, self.keys, self.states, self.sight = weigh, keys, states, sight
+        self._weights_Q: Tensor | None = None
         self._mean: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
+        self._weighted: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Must all rows watched come in one pass?"""
+        return self.rows or self.weigh is not None
+
+    @property
+    def reads(self) -> bool:
+        """Is there anything to gather at all?"""
+        return self.whole or self.last_row or self.keys is not None or self.states is not None or self.sight is not None
 
     def ahead(self) -> Guidance | None:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""
         return None if self.depth is None else Guidance(self.video_index, rows=False, depth=self.depth)
 
+    def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: Ranks) -> None:
+        """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
+        if self.weigh is None:
+            return
+        weights_Q = self.weigh(embeds_QD, features_ND).to(embeds_QD.device, torch.promote_types(embeds_QD.dtype, torch.float32))
+        total = float(weights_Q.sum())
+        if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
+            raise ValueError(
+                f"row_weights gave {tuple(weights_Q.shape)} weights of sum {total} for {len(embeds_QD)} rows of text:"
+                " wanted one a row, none negative, not all zero"
+            )
+        self._weights_Q = ranks.first((weights_Q / total).contiguous())
+
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """query (1, H * G, Q, D), key (1, H, K, D), after rotation. Reads only: the pass itself is not touched."""
-        if self.rows or self.last_row:
-            first = 0 if self.rows else query.shape[2] - 1
+        if self.whole or self.last_row:
+            first = 0 if self.whole else query.shape[2] - 1
             read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
-            mean_N, last_N = (weights_N.to(self.video_index.device) for weights_N in read)
+            mean_N, last_N, weighted_N = (weights_N.to(self.video_index.device) for weights_N in read)
             if self.rows:
                 self._mean[layer] = mean_N
             if self.last_row:
                 self._last[layer] = last_N
+            if self.weigh is not None:
+                self._weighted[layer] = weighted_N
+        if layer == self.keys:
+            norms_K = key[0].to(torch.promote_types(key.dtype, torch.float32)).abs().sum((0, 2))
+            self._norms[layer] = norms_K.to(self.video_index.device)
         if self.depth is not None and layer + 1 >= self.depth:
             raise Enough
 
-    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, Tensor]:
-        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row."""
+    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, of the last row, of weighted rows."""
         heads, group, count, _ = query_HGQD.shape
         wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties
         row_bytes = group * key_HKD.shape[1] * wide.itemsize
@@ -74,7 +119,8 @@ class Guidance:
         step = max(1, BLOCK // (rows * row_bytes))
         video_index = self.video_index.to(query_HGQD.device)
         mean_N = torch.zeros(len(video_index), dtype=wide, device=query_HGQD.device)
-        last_N = torch.zeros_like(mean_N)
+        last_N, weighted_N = torch.zeros_like(mean_N), torch.zeros_like(mean_N)
+        counts_Q = None if self._weights_Q is None else self._weights_Q.to(mean_N)
         for head in range(0, heads, step):
             keys_HDK = key_HKD[head : head + step].to(wide).mT
             for row in range(first, count, rows):
@@ -84,18 +130,20 @@ class Guidance:
                 scores_HGQK[..., -count:].masked_fill_(future, float("-inf"))
                 weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, video_index)
                 mean_N += weights_HGQN.sum((0, 1, 2))
+                if counts_Q is not None:
+                    weighted_N += counts_Q[row : row + rows] @ weights_HGQN.sum((0, 1))
                 if row + rows >= count:
                     last_N += weights_HGQN[:, :, -1].sum((0, 1))
-        return mean_N / (heads * group * (count - first)), last_N / (heads * group)
+        return mean_N / (heads * group * (count - first)), last_N / (heads * group), weighted_N / (heads * group)
 
     def gather(self, ranks: Ranks) -> None:
-        """From the mean over this rank's heads to that over all heads: every rank holds as many."""
+        """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
         if ranks.size == 1:
             return
-        for kept in (self._mean, self._last):
+        for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
             if kept:
-                mean_LN = ranks.sum(torch.stack([kept[layer] for layer in sorted(kept)]) / ranks.size)
-                kept.update(zip(sorted(kept), mean_LN, strict=True))
+                all_LN = ranks.sum(torch.stack([kept[layer] for layer in sorted(kept)]) / count)
+                kept.update(zip(sorted(kept), all_LN, strict=True))
 
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""
@@ -104,6 +152,15 @@ class Guidance:
     def last_rows(self) -> Tensor:
         """(L, N), the last row alone, mean over heads."""
         return torch.stack([self._last[layer] for layer in sorted(self._last)])
+
+    def weighted(self) -> Tensor:
+        """(L, N), mean over heads, weighted mean over rows."""
+        return torch.stack([self._weighted[layer] for layer in sorted(self._weighted)])
+
+    def key_norms(self) -> tuple[Tensor, Tensor]:
+        """(N,) and (T,): of the video tokens, and of all that follows the last of them. Over all heads' dimensions together."""
+        (norms_K,) = self._norms.values()
+        return norms_K[self.video_index], norms_K[int(self.video_index[-1]) + 1 :]
 
 
 def attend(
@@ -161,6 +218,7 @@ def attend_windows(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    sight: Sight | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a vision tower: everything to everything (SigLIP's images) or, of one sequence, inside its windows.
@@ -173,6 +231,8 @@ def attend_windows(
         return out.transpose(1, 2).contiguous(), None
     lengths = cu_seq_lens_q.cpu().diff()
     query_QHD, key_QHD, value_QHD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if sight is not None:
+        sight.observe(module, query_QHD, key_QHD, lengths, scaling)
     if len(kinds := lengths.unique().tolist()) == 1:
         return _inside(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
     length_of_row = lengths.repeat_interleave(lengths)

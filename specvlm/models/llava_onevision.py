@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
 from specvlm.data.settings import read_video_settings
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
+from specvlm.models.sight import Sight, inputs_of, received
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -51,16 +53,45 @@ class LlavaOneVision(VideoLM):
         pixels, size, tokens = llava_image(image, self.folder, alone)
         return {"pixels": pixels, "size": size, "tokens": tokens}
 
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
         core = self.hf.model
 
         def encode(pixels_F: Tensor) -> Tensor:
-            out = core.get_video_features(pixels_F.to(self.device, self.dtype)[None]).pooler_output.flatten(0, -2)
+            with inputs_of(None if sight is None else self._last_attention) as entering:
+                out = core.get_video_features(pixels_F.to(self.device, self.dtype)[None]).pooler_output.flatten(0, -2)
+            if sight is not None:
+                sight.add(self._seen(entering[0]))
             # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
             return out[: len(pixels_F) * grid.per_frame]
 
         features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
+        if sight is not None:
+            sight.add_newlines(grid.newline)
         return torch.cat([features, core.image_newline.to(self.dtype)[None]])
+
+    @property
+    def _last_attention(self) -> Any:
+        """Of the last of the tower's layers whose output is used."""
+        core = self.hf.model
+        layers = getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
+        chosen = self.hf.config.vision_feature_layer
+        state = chosen if isinstance(chosen, int) else chosen[-1]  # of the states: what enters the first layer is number 0
+        return layers[max(0, (state if state >= 0 else len(layers) + 1 + state) - 1)].self_attn
+
+    def _seen(self, hidden_FRD: Tensor) -> Tensor:
+        """(F * P, C) attention that tokens receive, mean over heads and queries, and their keys, mean over heads; pooled as the
+        projector's output is.
+        """
+        module = self._last_attention
+        query, key = (
+            x(hidden_FRD).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (module.q_proj, module.k_proj)
+        )
+        received_FR = received(query, key, float(module.scale))
+        seen_FRC = torch.cat([received_FR[..., None], key.to(received_FR.dtype).mean(1)], -1)
+        side = math.isqrt(seen_FRC.shape[1])
+        seen_FRC = seen_FRC[:, seen_FRC.shape[1] - side**2 :]  # a class token stands first
+        pooled = interpolate(seen_FRC.mT.unflatten(2, (side, side)), size=[math.ceil(side / 2)] * 2, mode="bilinear")
+        return pooled.flatten(2).mT.flatten(0, 1)
 
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         vision = self.hf.config.vision_config

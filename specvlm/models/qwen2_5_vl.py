@@ -14,6 +14,7 @@ from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
 from specvlm.data.settings import read_video_settings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.errors import UserError
+from specvlm.models.sight import Sight
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
@@ -52,23 +53,29 @@ class Qwen2_5_VL(VideoLM):
         pixels, (t, h, w) = qwen_image(image, self.folder)
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
-    def _tower(self, pixels: Tensor, thw: tuple[int, int, int]) -> Tensor:
+    def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: Sight | None = None) -> Tensor:
         """(t*h*w / merge², D). Where windows start stays on the CPU: attention reads it in every layer, and need not wait."""
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
-        return visual(
+        extra = {} if sight is None else {"sight": sight.of(visual.blocks[-1].attn)}
+        out: Tensor = visual(
             pixels.to(self.device, visual.dtype),
             grid_thw=grid.to(self.device),
             cu_seqlens=get_vision_cu_seqlens(grid),
             window_index=window_index.to(self.device),
             cu_window_seqlens=cu_window_seqlens,
+            **extra,
         ).pooler_output
+        if sight is not None:  # patches of a merge are neighbours, and merges stand in the order of their windows
+            merged_NC = sight.take().unflatten(0, (-1, self._merge**2)).mean(1)
+            sight.add(merged_NC[window_index.argsort().to(merged_NC.device)])
+        return out
 
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
         t, h, w = video["thw"]
 
         def encode(pixels_FPV: Tensor) -> Tensor:
-            return self._tower(pixels_FPV.flatten(0, 1), (len(pixels_FPV), h, w))
+            return self._tower(pixels_FPV.flatten(0, 1), (len(pixels_FPV), h, w), sight)
 
         return self._encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specvlm.cache import KVCache
 from specvlm.errors import UserError
+from specvlm.models.sight import States
 
 PARALLEL = ("layers", "tensor")
 
@@ -59,16 +60,20 @@ def through(
     cache: KVCache,
     mask: Tensor | None,
     extra: dict[str, Any],
+    states: States | None = None,
 ) -> Tensor:
     """(Q, D) hidden states: what a language model's own forward does with its layers, with a crossing between two devices'.
 
-    accelerate's hooks would do as well, at the price of Python's looking at every argument of every layer in every pass.
+    states: told what every layer puts out. accelerate's hooks would do as well, at the price of Python's looking at every
+    argument of every layer in every pass.
     """
     hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
+    if states is not None:
+        states.enter(embeds_QD)
     for stage in stages:
         hidden, mask, *angles = cross(stage.device, hidden, mask, *angles)
-        for layer in text.layers[stage.start : stage.end]:
+        for number, layer in enumerate(text.layers[stage.start : stage.end], start=stage.start + 1):
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -78,6 +83,8 @@ def through(
                 use_cache=True,
                 **extra,
             )
+            if states is not None:
+                states.observe(number, hidden[0])
     return text.norm(hidden)[0]
 
 

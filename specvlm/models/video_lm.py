@@ -18,6 +18,7 @@ from specvlm.cache import KVCache
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
+from specvlm.models.sight import Sight, States
 from specvlm.models.spread import Stage, stages_of, through
 from specvlm.ranks import ALONE, Ranks
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
@@ -118,7 +119,8 @@ class VideoLM(ABC):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
-        return self.expand(ids, [grid for grid, _ in videos], [v for _, v in videos], pictures)
+        pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
+        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures)
 
     def expand(
         self,
@@ -164,8 +166,11 @@ class VideoLM(ABC):
     # ---- vision and embedding --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None) -> Tensor:
-        """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero."""
+    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
+        """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero.
+
+        sight: is told what attention each of the tokens received, where all frames are encoded.
+        """
 
     @abstractmethod
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
@@ -197,7 +202,7 @@ class VideoLM(ABC):
     def positions(self, prompt: VideoPrompt) -> Tensor:
         """(A, S) rotary positions of the whole prompt. The text that follows goes on at the last one plus one."""
 
-    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None) -> Tensor:
+    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: Sight | None = None) -> Tensor:
         """(N, D) video features. Frames none of whose tokens are kept are skipped: no frame attends to another in the tower."""
         parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
@@ -205,7 +210,8 @@ class VideoLM(ABC):
             if keep is not None and keep.pool is None:
                 inside = keep.index[(keep.index >= start) & (keep.index < start + grid.cells)] - start
                 frames = (inside // grid.per_frame).unique().cpu()
-            parts.append(self.encode_video(grid, video, None if frames is None or len(frames) == grid.frames else frames))
+            frames = None if frames is None or len(frames) == grid.frames else frames
+            parts.append(self.encode_video(grid, video, frames, sight))
             start += len(grid)
         return torch.cat(parts)
 
@@ -240,15 +246,21 @@ class VideoLM(ABC):
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def forward(
-        self, embeds_QD: Tensor, positions_AQ: Tensor, cache: KVCache, mask_QK: Tensor | None, guidance: Guidance | None = None
+        self,
+        embeds_QD: Tensor,
+        positions_AQ: Tensor,
+        cache: KVCache,
+        mask_QK: Tensor | None,
+        guidance: Guidance | None = None,
+        states: States | None = None,
     ) -> Tensor:
         """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, behind all that is there."""
         mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
         position_ids = positions_AQ.to(self.device)[:, None]
         position_ids = position_ids if self.axes > 1 else position_ids[0]
         extra = {} if guidance is None else {"guidance": guidance}
-        if len(self.stages) > 1:
-            hidden_QD = through(self.stages, self.text, embeds_QD, position_ids, cache, mask, extra)
+        if len(self.stages) > 1 or states is not None:
+            hidden_QD = through(self.stages, self.text, embeds_QD, position_ids, cache, mask, extra, states)
         else:
             out = self.text(
                 inputs_embeds=embeds_QD[None],
@@ -281,13 +293,14 @@ class VideoLM(ABC):
         """
         total = len(embeds_SD)
         cache.offset = int(positions_AS[:, -1].max()) + 1 - total
-        whole = guidance is not None and guidance.rows
+        whole = guidance is not None and guidance.whole
+        states = None if guidance is None else guidance.states
         starts = [*_starts(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
         ahead = None if guidance is None else guidance.ahead()
         for start, end in pairwise([*starts, total]):
             watch = guidance if end == total else ahead
             try:
-                hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch)
+                hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch, states)
             except Enough:  # the guidance was all that was wanted
                 cache.advance(end - start)
                 hidden_QD = embeds_SD.new_empty(1, 0)

@@ -1,0 +1,76 @@
+"""The contract, and the merge against a naive loop over tokens."""
+
+import pytest
+import torch
+from specvlm_visionzip import VisionZipPruner
+from torch.nn.functional import cosine_similarity
+
+from specvlm.strategy import PruneContext
+from specvlm.testing import check_pruner
+from specvlm.types import KeepSet, TokenGrid
+
+
+@pytest.mark.parametrize("fields", [{}, {"dominant": 0.4}, {"dominant": 1.0}])
+def test_contract(fields):
+    check_pruner(VisionZipPruner, **fields)
+
+
+def context(grids, budget, seed=0):
+    generator, total = torch.Generator().manual_seed(seed), sum(map(len, grids))
+    signals = {
+        "vision_attention": torch.rand(total, generator=generator),
+        "vision_keys": torch.randn(total, 8, generator=generator, dtype=torch.float64),
+    }
+    return PruneContext(grids, budget, signals)
+
+
+def naive(ctx, dominant):
+    """{position: members} of one video without newline tokens, token by token."""
+    attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["vision_keys"]
+    grid, budget, found = ctx.grid, ctx.budget, {}
+    for frame in range(grid.frames):
+        size = grid.per_frame
+        k = (frame + 1) * budget // grid.frames - frame * budget // grid.frames
+        if not k:
+            continue
+        tokens = range(frame * size, (frame + 1) * size)
+        count = min(k, max(1, round(dominant * k)))
+        best = sorted(tokens, key=lambda i: (-attention[i], i))[:count]
+        found |= {i: [i] for i in best}
+        rest = [i for i in tokens if i not in best]
+        targets = [rest[c * len(rest) // (k - count)] for c in range(k - count)]
+        found |= {i: [i] for i in targets}
+        for i in rest:
+            if i not in targets and targets:
+                near = [float(cosine_similarity(features[i], features[j], dim=0)) for j in targets]
+                found[targets[near.index(max(near))]].append(i)
+    return found
+
+
+@pytest.mark.parametrize("dominant", [191 / 221, 0.5, 0.2, 1.0])
+@pytest.mark.parametrize("budget", [1, 3, 7, 20, 40, 59])
+def test_the_merge_equals_a_naive_loop_and_is_a_mean(dominant, budget):
+    ctx = context((TokenGrid(5, 3, 4),), budget)
+    keep, wanted = VisionZipPruner(dominant).select(ctx), naive(ctx, dominant)
+    assert keep.index.tolist() == sorted(wanted) and len(keep) == budget
+    merged = keep.pool.to_dense().double() @ ctx.signals["vision_keys"]
+    for row, position in zip(merged, keep.index.tolist(), strict=True):
+        torch.testing.assert_close(row, ctx.signals["vision_keys"][wanted[position]].mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(keep.pool.to_dense().sum(1), torch.ones(len(keep)))
+
+
+@pytest.mark.parametrize("budget", [1, 5, 16, 25, 27])
+def test_no_token_is_in_two_means_and_frames_share_evenly(budget):
+    grids = (TokenGrid(3, 2, 3, newline=1), TokenGrid(2, 1, 4, newline=1))
+    keep = VisionZipPruner(0.5).select(context(grids, budget))
+    assert len(keep) == budget and int((keep.pool.to_dense() > 0).sum(0).max()) == 1
+    frames = [range(0, 6), range(6, 12), range(12, 18), range(19, 23), range(23, 27)]
+    shares = [sum(i in frame for i in keep.index.tolist()) / len(frame) for frame in frames]
+    assert max(shares) - min(shares) <= 0.3
+
+
+def test_the_scale_does_not_grow():
+    grid = TokenGrid(2, 4, 4)
+    ctx = PruneContext((grid,), 8, {"vision_attention": torch.rand(32), "vision_keys": torch.ones(32, 3)})
+    keep: KeepSet = VisionZipPruner(0.5).select(ctx)
+    torch.testing.assert_close(keep.pool.to_dense() @ torch.ones(32, 3), torch.ones(8, 3))

@@ -1,0 +1,102 @@
+"""From what a pruner needs to what is gathered on the way, and from there to the tensors it is handed (`strategy.SIGNALS`).
+
+All ranks hold the same: means over heads are summed over ranks, and all else is computed from replicated tensors.
+
+Shape suffixes: T sampled frames of a clip, F frames of the grid, P its tokens of one frame, N video tokens, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, pad
+
+from specvlm.data.codec import Stream, read_stream
+from specvlm.errors import UserError
+from specvlm.models.attention import Guidance
+from specvlm.models.sight import Sight, States
+from specvlm.models.video_lm import VideoLM
+from specvlm.strategy import CODEC_SIGNALS, STATE_SIGNALS, Pruner
+from specvlm.types import TokenGrid, VideoPrompt
+
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text"})  # one layer's states are held for these
+
+
+def state_layer(pruner: Pruner, target: VideoLM) -> int:
+    """Behind how many layers states are read; 0 where none are. Raises UserError for more layers than there are."""
+    if not pruner.needs & STATE_SIGNALS:
+        return 0
+    layer = pruner.state_layer(target.layers)
+    if not 1 <= layer <= target.layers:
+        raise UserError(f"pruner={pruner.name} reads states behind {layer} layers: the target has {target.layers}")
+    return layer
+
+
+def guidance_for(pruner: Pruner, target: VideoLM, prompt: VideoPrompt) -> Guidance | None:
+    """The collector for what the pruner reads of the target on the way; None when it reads nothing."""
+    needs, layer = pruner.needs, state_layer(pruner, target)
+    guidance = Guidance(
+        prompt.video_index.to(target.device),
+        rows=bool(needs & {"verifier_attention", "verifier_attention_per_layer"}),
+        last_row="verifier_attention_last_row" in needs,
+        weigh=pruner.row_weights if "verifier_attention_weighted" in needs else None,
+        keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
+        states=States(prompt.video_index, prompt.cut, layer) if needs & KEPT_STATES else None,
+        sight=Sight() if needs & {"vision_attention", "vision_keys"} else None,
+    )
+    return guidance if guidance.reads else None
+
+
+def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor) -> dict[str, Tensor]:
+    """The signals of the target and of the file; what was not gathered is left out."""
+    signals, device = {}, features_ND.device
+    if "features" in needs:
+        signals["features"] = features_ND
+    if needs & CODEC_SIGNALS:
+        signals.update(zip(("motion", "packet_bytes", "intra"), codec(prompt).to(device), strict=True))
+    if guidance is None:
+        return {name: signal for name, signal in signals.items() if name in needs}
+    if guidance.rows:
+        signals["verifier_attention_per_layer"] = guidance.per_layer()
+        signals["verifier_attention"] = guidance.per_layer().mean(0)
+    if guidance.last_row:
+        signals["verifier_attention_last_row"] = guidance.last_rows()
+    if guidance.weigh is not None:
+        signals["verifier_attention_weighted"] = guidance.weighted()
+    if guidance.keys is not None:
+        signals["key_norm"], signals["key_norm_text"] = guidance.key_norms()
+    if guidance.sight is not None:
+        signals["vision_attention"], signals["vision_keys"] = guidance.sight.attention(), guidance.sight.keys()
+    if guidance.states is not None:
+        if "text_similarity" in needs:
+            signals["text_similarity"] = guidance.states.similarity(features_ND)
+        if "hidden" in needs:
+            signals["hidden"] = guidance.states.video()
+        if "hidden_text" in needs:
+            signals["hidden_text"] = guidance.states.text()
+    return {name: signal.to(device) for name, signal in signals.items() if name in needs}
+
+
+def codec(prompt: VideoPrompt) -> Tensor:
+    """(3, N): motion, packet_bytes and intra of each token, from the prompt's own files; zeros for a video without one."""
+    parts = []
+    for grid, video in zip(prompt.grids, prompt.videos, strict=True):
+        origin, per_token = video.get("origin"), torch.zeros(3, grid.cells)
+        if origin is not None:
+            with suppress(UserError):  # the pruner sees zeros, and says so
+                per_token = on_grid(read_stream(origin), grid)
+        parts.append(pad(per_token, (0, grid.newline)))
+    return torch.cat(parts, 1)
+
+
+def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
+    """(3, F * P). A frame of the grid may be several of the clip's: their motion and intra are averaged, their bytes added."""
+    group = -(-len(stream.size) // grid.frames)
+    pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)
+    motion_FP = torch.stack([part.mean(0) for part in pooled_TP.split(group)])
+    size_F = torch.stack([part.sum() for part in stream.size.split(group)])
+    intra_F = torch.stack([part.mean() for part in stream.intra.split(group)])
+    rows = (motion_FP, *(x_F[:, None].expand_as(motion_FP) for x_F in (size_F, intra_F)))
+    return torch.stack([row.flatten() for row in rows])
