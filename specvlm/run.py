@@ -156,10 +156,11 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     pruned = slots - len(prompt.video_index) + kept
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    both = (kinds["target"], kinds.get("draft"))
-    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both)
+    needs = [memory.Need(target, slots, dtype, kinds["target"])]
+    if drafts is not None:
+        needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kinds.get("draft", kinds["target"])))
     free = {device: memory.free_bytes(device) for device in places.devices}
-    plans, layers = memory.by_device(whole, target, drafts, slots, dtype, places, [free[d] or 0 for d in places.target], both)
+    plans, layers = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free)
     for device, plan in plans.items():
         have = free[device]
         if have is not None and plan.total > have:
