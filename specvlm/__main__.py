@@ -18,7 +18,7 @@ from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
-from specvlm.errors import UserError
+from specvlm.errors import Told, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
     except KeyboardInterrupt:
-        print("specvlm: interrupted", file=sys.stderr)
+        if not torchrun.rank_here():
+            print("specvlm: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -53,8 +54,8 @@ def guarded(action: Callable[[], int], full: bool) -> int:
     except (UserError, OSError) as err:
         if full:
             traceback.print_exc()
-        if torchrun.rank_here():
-            sleep(AFTER_YOU_S)  # the first rank says it; what only another one met, the first hears of (see watch.py)
+        if torchrun.rank_here():  # the first rank says it
+            sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
             print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
         return MISTAKE
@@ -62,7 +63,8 @@ def guarded(action: Callable[[], int], full: bool) -> int:
         return int(err.args[0])
     except Exception:
         traceback.print_exc()
-        print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
+        if not torchrun.rank_here():
+            print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
         return FAULT
 
 
@@ -85,7 +87,7 @@ def command(argv: list[str], full: bool) -> int:
             return launch(words, Plan(1, None), full)
         extra = Path(args.config_dir) if args.config_dir else None
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
-        plan = Plan(len(planned), planned[0].sweep_dir if sweep else planned[0].run_dir)
+        plan = Plan(len(planned), torchrun.nowhere() or (planned[0].sweep_dir if sweep else planned[0].run_dir))
         key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
 
@@ -143,6 +145,8 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         folder = Path(state.runtime.output_dir)
         if plan.jobs > 1:
             print(f"[{state.job.num + 1}/{plan.jobs}] {' '.join(state.overrides.task)}", flush=True)
+        if torchrun.rank_here():
+            plan.tidy(folder)  # now, since a rank may be killed
         try:
             code = guarded(lambda: _run(cfg, folder), full)
         finally:

@@ -13,6 +13,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -23,10 +24,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from specvlm import torchrun
-from specvlm.errors import UserError
+from specvlm.errors import Told, UserError
 from specvlm.watch import Watch
 
 T = TypeVar("T")
+_JOINED = count()  # in every rank alike
 ROOM = 64  # most rows of a pass of the lean language model
 
 
@@ -113,10 +115,11 @@ def own(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for this block: gloo on the CPU, NCCL on GPUs, each of which is one rank's.
 
-    When one of them dies, the others end with one line (see `watch`). Raises UserError for ranks on several machines.
+    When one of them dies, the others end with one line (see `watch`, also for `save`). Raises UserError for ranks on several
+    machines, and Told on another rank than the first for a mistake of the caller's.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():
@@ -126,16 +129,21 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast gains nothing for few rows, and is not everybody's to use
     store, _, _ = next(rendezvous("env://"))
-    watch = Watch(PrefixStore("specvlm-watch", store.clone()), rank, size)
+    name = f"specvlm-{next(_JOINED)}"  # a store remembers: words of an earlier block, in the same process, are not for this one
+    watch = Watch(PrefixStore(f"{name}-watch", store.clone()), rank, size, save)
     try:
-        shared, backend = PrefixStore("specvlm", store), "nccl" if gpu else "gloo"
+        shared, backend = PrefixStore(name, store), "nccl" if gpu else "gloo"
         own_gpu = device if gpu else None
         dist.init_process_group(backend, store=shared, rank=rank, world_size=size, device_id=own_gpu)
         yield ProcessRanks(device)
+        watch.ended()
+        gc.collect()  # captured collectives go before what they were captured with, or its end waits for theirs
+        with watch.patience("the ranks cannot part"):
+            dist.destroy_process_group()
     except BaseException as error:
-        watch.failed(" ".join(str(error).split()) or type(error).__name__, isinstance(error, UserError | KeyboardInterrupt))
+        watch.failed(error)
+        if rank and isinstance(error, UserError):
+            raise Told(str(error)) from error
         raise
-    watch.ended()
-    gc.collect()  # captured collectives go before what they were captured with, or its end waits for theirs
-    with watch.patience("the ranks cannot part"):
-        dist.destroy_process_group()
+    finally:
+        watch.close()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -20,8 +19,8 @@ from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
 from specvlm.engine import engine_for
-from specvlm.errors import UserError
-from specvlm.folder import files_of, write_config, write_json
+from specvlm.errors import OutOfMemory, UserError
+from specvlm.folder import files_of, steps_of, write_config, write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
 from specvlm.models.spread import check_shares
@@ -40,15 +39,16 @@ def run(cfg: DictConfig, folder: Path) -> int:
     Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
     the first one alone is heard and writes.
     """
-    places = places_of(cfg)
+    places, record = places_of(cfg), Record()
     if places.ranks == 1:
-        return _run(cfg, folder, places, ALONE)
-    with joined(places.first) as ranks, TemporaryDirectory() as elsewhere:
-        return _run(cfg, folder if ranks.rank == 0 else Path(elsewhere), places, ranks)
+        return _run(cfg, folder, places, ALONE, record)
+    with joined(places.first, lambda: record.save()) as ranks:
+        return _run(cfg, folder if ranks.rank == 0 else None, places, ranks, record)
 
 
-def _run(cfg: DictConfig, folder: Path, places: Places, ranks: Ranks) -> int:
-    screen, record = Screen(), Record()
+def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, record: Record) -> int:
+    """folder: None for a rank that writes nothing."""
+    screen, done = Screen(), ""
     with threads(cfg.threads):
         job = prepare(cfg, places)
         screen.plan(job)
@@ -57,28 +57,36 @@ def _run(cfg: DictConfig, folder: Path, places: Places, ranks: Ranks) -> int:
             screen.ignored(graph.target.ignored_settings)
             screen.note(graph.engine.note)
             with files_of(folder):
+                record.save = lambda: save(cfg, job, graph, folder, record)
                 try:
                     decode(cfg, job, graph, folder, screen, record)
                     summary, verdict = summarize(cfg, job, graph, record)
                 except RuntimeError as error:
-                    if not memory.ran_out(error):
-                        raise
-                    record.out_of_memory = record.stage
-                    write_config(cfg, folder)
-                    write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
+                    done = record.save() if memory.ran_out(error) else ""
                     raise
-                write_json(folder / "summary.json", summary)
+                if folder:
+                    write_json(folder / "summary.json", summary)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             planned = f"{job.planned / 2**30:.1f} GiB"
-            done = f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}" if record.out_of_memory else ""
             where = " or ".join(map(str, places.devices))
-            raise UserError(
+            raise OutOfMemory(
                 f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
             ) from error
-    screen.summary(summary, folder)
+    if folder:
+        screen.summary(summary, folder)
     return MISMATCH if verdict == "mismatch" else OK
+
+
+def save(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
+    """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
+    if folder is None:
+        return ""
+    record.out_of_memory = record.stage
+    write_config(cfg, folder)
+    write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
+    return f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}"
 
 
 @contextmanager
@@ -101,6 +109,7 @@ class Record:
     baseline: list[Step] | None = None  # whole, or not there
     stage: str = "loading"
     out_of_memory: str | None = None
+    save: Callable[[], str] = str  # see `save`, once there is something to be saved
 
 
 @dataclass
@@ -195,7 +204,7 @@ def assemble(cfg: DictConfig, job: Job, ranks: Ranks) -> DecodingGraph:
     return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)
 
 
-def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen: Screen, record: Record) -> None:
+def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
     """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
 
     def alone(limit: int) -> Iterator[Step]:
@@ -210,7 +219,7 @@ def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path, screen
         memory.reset_peak(device)
     write_config(cfg, folder)
     record.stage = "decoding"
-    with (folder / "steps.jsonl").open("w") as log, screen.answer(graph.target.tokenizer) as show:
+    with steps_of(folder) as log, screen.answer(graph.target.tokenizer) as show:
         for number, step in enumerate(graph.decode(job.prompt, cfg.max_new_tokens)):
             record.steps.append(step)
             log.write(json.dumps(row(number, step)) + "\n")
