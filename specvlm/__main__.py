@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, NoReturn
@@ -194,9 +194,15 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; --help shows what there is")
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """Out of the process, as `sys.exit`."""
     if code and torchrun.size_here() > 1:  # a collective that nobody answers would keep the interpreter from ending
+        with suppress(OSError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -144,9 +144,9 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     if places.ranks > 1:
-        check_shares(target.hf.config, places.ranks, "target")
+        check_shares(target.hf.config, places.ranks, "target.parallel=tensor", "take target.parallel=layers")
         if draft and places.draft_shared:
-            check_shares(draft.hf.config, places.ranks, "draft")
+            check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
     dtype = dtype_of(target, cfg.dtype)
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
     kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}

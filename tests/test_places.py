@@ -102,9 +102,21 @@ def test_keys_that_do_not_go_together(words, said):
 
 def test_heads_that_ranks_cannot_share_are_refused():
     config = config_of(model_folder("embedded:qwen2_5_vl/target"))
-    check_shares(config, 2, "target")
-    with pytest.raises(UserError, match="2 KV heads cannot be shared by 3 ranks; use --nproc-per-node 2"):
-        check_shares(config, 3, "target")
+    words = ("draft.parallel=tensor", "leave draft.parallel out")
+    check_shares(config, 2, *words)
+    said = "draft.parallel=tensor: 2 KV heads cannot be shared by 3 ranks; use --nproc-per-node 2, or leave draft.parallel out"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_shares(config, 3, *words)
+
+
+def test_ranks_that_are_advised_divide_all_there_is():
+    text = SimpleNamespace(num_key_value_heads=4, num_attention_heads=28, intermediate_size=18_942)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    with pytest.raises(UserError, match="18942 MLP columns cannot be shared by 4 ranks; use --nproc-per-node 2, or x"):
+        check_shares(config, 4, "target.parallel=tensor", "x")
+    text.intermediate_size = 7
+    with pytest.raises(UserError, match="7 MLP columns cannot be shared by 2 ranks; x"):
+        check_shares(config, 2, "target.parallel=tensor", "x")
 
 
 def test_quantised_weights_and_a_missing_accelerate_are_refused(monkeypatch):
