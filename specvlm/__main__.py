@@ -1,7 +1,8 @@
 """`python -m specvlm`: one run, or with -m a sweep.
 
 Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
-specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'.
+specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'. Those are a rank's:
+torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 

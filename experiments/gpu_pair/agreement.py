@@ -6,7 +6,8 @@ autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthe
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
 Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are. Rows come as
-they are ready; scenes that are in the file already are not decoded again.
+they are ready; scenes that are in the file already are not decoded again. Exit code 1 where a float32 decode differs, or a
+bfloat16 one by more than a tie.
 """
 
 from __future__ import annotations
