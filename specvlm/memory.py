@@ -79,7 +79,7 @@ def plan(
         parts[device] = ours | parts[device]
     if places.ranks > 1 and (beside := while_loading(target, mine if places.draft_shared else None, places)):
         over = beside - sum(parts[places.first].values())
-        parts[places.first] |= {"shares before they are quantised": over} if over > 0 else {}
+        parts[places.first] |= {"more while shares load": over} if over > 0 else {}
     return {device: MemoryPlan(found) for device, found in parts.items()}, counts
 
 

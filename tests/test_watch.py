@@ -16,8 +16,8 @@ from specvlm.watch import Watch
 HERE = Path(__file__).parent
 
 
-def said(how: str, folder: Path) -> list[str]:
-    done = torchrun(HERE / "ending_worker.py", how, folder)
+def said(how: str, folder: Path, ranks: int = 2) -> list[str]:
+    done = torchrun(HERE / "ending_worker.py", how, folder, ranks=ranks)
     assert done.returncode != 0
     return [line.removeprefix("specvlm: ") for line in done.stderr.splitlines() if line.startswith("specvlm:")]
 
@@ -44,6 +44,11 @@ def said(how: str, folder: Path) -> list[str]:
 def test_ranks_end_with_one_line(how, lines, tmp_path):
     assert said(how, tmp_path) == lines
     assert how != "second_block" or (tmp_path / "second").exists()
+
+
+def test_of_three_ranks_the_lowest_left_says_it(tmp_path):
+    lines = said("first_killed", tmp_path, 3)
+    assert lines == ["rank 0 of 3 died without a word: killed, out of the host's memory, or crashed; the run cannot go on"]
 
 
 def test_ranks_do_not_outlive_torchrun(tmp_path):
