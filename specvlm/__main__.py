@@ -195,8 +195,12 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; --help shows what there is")
 
 
-def leave(code: int) -> NoReturn:
-    """Out of the process, as `sys.exit`."""
+def leave(action: Callable[[], int]) -> NoReturn:
+    """Out of the process with the exit code that `action` returns, as `sys.exit`."""
+    try:
+        code = action()
+    except SystemExit as err:  # rich's, where nobody reads any more
+        code = err.code if isinstance(err.code, int) else int(err.code is not None)
     if code and torchrun.size_here() > 1:  # a collective that nobody answers would keep the interpreter from ending
         with suppress(OSError):
             sys.stdout.flush()
@@ -206,4 +210,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

@@ -11,7 +11,7 @@ from time import sleep
 import torch
 
 from specvlm import torchrun
-from specvlm.__main__ import guarded, main
+from specvlm.__main__ import guarded, leave, main
 from specvlm.errors import OutOfMemory, UserError
 from specvlm.ranks import Ranks, joined
 
@@ -98,6 +98,4 @@ def ends(how: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    code = guarded(lambda: ends(sys.argv[1], Path(sys.argv[2])), full=False)
-    sys.stderr.flush()
-    os._exit(code)
+    leave(lambda: guarded(lambda: ends(sys.argv[1], Path(sys.argv[2])), full=False))

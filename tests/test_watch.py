@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -82,3 +83,11 @@ def test_without_pidfds_it_is_a_mistake_of_one_line(monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     with pytest.raises(UserError, match="parallel=tensor needs Linux"):
         Watch(None, 0, 2)
+
+
+def test_patience_is_over_when_what_it_was_for_fails():
+    watch = Watch.__new__(Watch)
+    with pytest.raises(KeyError), watch.patience("the ranks cannot part"):
+        raise KeyError
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)

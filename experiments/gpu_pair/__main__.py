@@ -299,4 +299,4 @@ def measured(options: Options, device: torch.device, ranks: Ranks) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))
