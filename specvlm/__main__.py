@@ -1,7 +1,8 @@
 """`python -m specvlm`: one run, or with -m a sweep.
 
 Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
-specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'.
+specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'. Those are a rank's:
+torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
@@ -12,13 +13,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
-from specvlm.errors import UserError
+from specvlm.errors import Told, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
     except KeyboardInterrupt:
-        print("specvlm: interrupted", file=sys.stderr)
+        if not torchrun.rank_here():
+            print("specvlm: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -53,8 +55,8 @@ def guarded(action: Callable[[], int], full: bool) -> int:
     except (UserError, OSError) as err:
         if full:
             traceback.print_exc()
-        if torchrun.rank_here():
-            sleep(AFTER_YOU_S)  # the first rank says it; what only another one met, the first hears of (see watch.py)
+        if torchrun.rank_here():  # the first rank says it
+            sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
             print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
         return MISTAKE
@@ -62,7 +64,8 @@ def guarded(action: Callable[[], int], full: bool) -> int:
         return int(err.args[0])
     except Exception:
         traceback.print_exc()
-        print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
+        if not torchrun.rank_here():
+            print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
         return FAULT
 
 
@@ -85,7 +88,7 @@ def command(argv: list[str], full: bool) -> int:
             return launch(words, Plan(1, None), full)
         extra = Path(args.config_dir) if args.config_dir else None
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
-        plan = Plan(len(planned), planned[0].sweep_dir if sweep else planned[0].run_dir)
+        plan = Plan(len(planned), torchrun.nowhere() or (planned[0].sweep_dir if sweep else planned[0].run_dir))
         key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
 
@@ -143,6 +146,8 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         folder = Path(state.runtime.output_dir)
         if plan.jobs > 1:
             print(f"[{state.job.num + 1}/{plan.jobs}] {' '.join(state.overrides.task)}", flush=True)
+        if torchrun.rank_here():
+            plan.tidy(folder)  # now, since a rank may be killed
         try:
             code = guarded(lambda: _run(cfg, folder), full)
         finally:
@@ -190,9 +195,19 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; --help shows what there is")
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(action: Callable[[], int]) -> NoReturn:
+    """Out of the process with the exit code that `action` returns, as `sys.exit`."""
+    try:
+        code = action()
+    except SystemExit as err:  # rich's, where nobody reads any more
+        code = err.code if isinstance(err.code, int) else int(err.code is not None)
     if code and torchrun.size_here() > 1:  # a collective that nobody answers would keep the interpreter from ending
+        with suppress(OSError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,8 +17,14 @@ FILES = ("config.yaml", "steps.jsonl", "summary.json")
 
 
 @contextmanager
-def files_of(folder: Path) -> Iterator[None]:
-    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end."""
+def files_of(folder: Path | None) -> Iterator[None]:
+    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end.
+
+    folder: None, here and below, for a rank that writes nothing.
+    """
+    if folder is None:
+        yield
+        return
 
     def clear() -> None:
         for name in FILES:
@@ -34,8 +40,13 @@ def files_of(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
-def write_config(cfg: DictConfig, folder: Path) -> None:
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+def steps_of(folder: Path | None) -> TextIO:
+    return Path(folder / "steps.jsonl" if folder else os.devnull).open("w")
+
+
+def write_config(cfg: DictConfig, folder: Path | None) -> None:
+    if folder:
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

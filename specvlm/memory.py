@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from specvlm.cache import pooled
-from specvlm.models.quantize import bytes_of
-from specvlm.models.spread import split, tensor_plan
+from specvlm.models.quantize import stored
+from specvlm.models.spread import device_map, split
 from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.places import Places
 from specvlm.torchrun import rank_here
 
-Kinds = tuple[str | None, str | None]
+Stages = Sequence[tuple[int, torch.device]]  # so many layers there, in their order
 
 
 @dataclass(frozen=True)
@@ -31,104 +31,104 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class Need:
+    """A model, which may be a skeleton (see `load.skeleton`) and must not be quantised yet, and what a run asks of it.
+
+    slots: of its cache; kind: what its linear layers are quantised to. states: are one layer's hidden states held for a pruner?
+    """
+
+    model: VideoLM
+    slots: int
+    dtype: torch.dtype
+    kind: str | None = None
+    states: bool = False
+
+
 def plan(
-    target: VideoLM,
-    draft: VideoLM | None,
-    slots: int,
-    kept: int,
-    dtype: torch.dtype,
-    patches: int,
-    kinds: Kinds = (None, None),
-    states: bool = False,
-) -> MemoryPlan:
-    """slots: of the target's cache, prompt + new tokens + tree; kept: of the drafter's; patches: of one pass of a tower.
-
-    kinds: what the linear layers of target and draft are quantised to. states: the pruner reads hidden states of the target, so
-    that one layer's are held. target and draft may be skeletons (see
-    `load.skeleton`), and must not be quantised yet. draft None: no second cache.
-    """
-    parts = {"target weights": weights(target, dtype, kinds[0]), "target KV cache": kv_bytes(target, pooled(slots), dtype)}
-    if draft is not None:
-        if draft is not target:
-            parts["draft weights"] = weights(draft, dtype, kinds[1])
-        parts["draft KV cache"] = kv_bytes(draft, pooled(kept), dtype)
-    config, vision = target.hf.config.get_text_config(), target.hf.config.vision_config
-    text_rows = min(slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
-    vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
-    prompt = (2 + states) * slots * config.hidden_size  # video features and embeddings, there all the while, and states
-    # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
-    quantised = [model for model, kind in zip((target, draft), kinds, strict=True) if model and kind]
-    heads = [model.vocabulary * model.hf.config.get_text_config().hidden_size for model in quantised]
-    parts["activations (estimate)"] = (prompt + max(text_rows, vision_rows, *heads)) * dtype.itemsize
-    return MemoryPlan(parts)
-
-
-def layer_bytes(target: VideoLM, slots: int, dtype: torch.dtype) -> int:
-    """Weights and keys of one of the target's layers."""
-    held = sum(weight.numel() for weight in target.text.layers.parameters()) * dtype.itemsize
-    return (held + kv_bytes(target, pooled(slots), dtype)) // target.layers
-
-
-def by_device(
-    whole: MemoryPlan,
-    target: VideoLM,
-    drafts: VideoLM | None,
-    slots: int,
-    dtype: torch.dtype,
-    places: Places,
-    free: Sequence[float],
-    kinds: Kinds = (None, None),
+    target: Need, draft: Need | None, patches: int, places: Places, free: Mapping[torch.device, int | None]
 ) -> tuple[dict[torch.device, MemoryPlan], list[int]]:
-    """The plan of each device of this process, and the layers of each device where they are split. free: of target's devices.
+    """The plan of each device of this process, and the layers of each of the target's, where they are split by what is free.
 
-    whole: what one device would need for everything. Activations are needed on every device a prefill passes. What quantised
-    shares save is left out.
+    draft: None, or the target once more where that drafts: then it has a second cache, and nothing else. patches: of one pass
+    of a vision tower. Activations are planned on every device that a prefill passes.
     """
-    draft = {name: count for name, count in whole.parts.items() if name.startswith("draft")}
-    mine = {name: count for name, count in whole.parts.items() if name not in draft}
-    if places.parallel and "draft weights" not in draft:  # the target drafts for itself, and its second cache lies as its first
-        mine["target KV cache"] += sum(draft.values())
-        draft = {}
+    second = draft is not None and draft.model is target.model
+    mine = draft if draft and not second and (places.draft_shared or rank_here() == 0) else None
+    users = {device: [target] for device in places.target}
     parts: dict[torch.device, dict[str, int]] = {device: {} for device in places.devices}
+    if mine:
+        users.setdefault(places.draft, []).append(mine)
+        ranks = places.ranks if places.draft_shared else 1
+        lies = [(mine.model.layers, places.draft)]
+        parts[places.draft] |= {"draft weights": weights(mine, lies, ranks)[places.draft]}
+        parts[places.draft] |= {"draft KV cache": cache(mine, mine.model.layers, ranks)}
+    for device, needs in users.items():
+        parts[device]["activations (estimate)"] = activations(needs, patches)
     counts: list[int] = []
-    if places.parallel == "tensor":
-        share = 0 if kinds[0] else shared_bytes(target, dtype, places.ranks) * (places.ranks - 1) // places.ranks
-        kv = mine["target KV cache"] // places.ranks
-        parts[places.first] = mine | {"target weights": mine["target weights"] - share, "target KV cache": kv}
-        if places.draft_shared and drafts is not None:
-            saved = 0 if kinds[1] else shared_bytes(drafts, dtype, places.ranks) * (places.ranks - 1) // places.ranks
-            kv = draft["draft KV cache"] // places.ranks
-            draft = {"draft weights": draft["draft weights"] - saved, "draft KV cache": kv}
-    elif places.parallel == "layers":
-        per_layer, activations = layer_bytes(target, slots, dtype), mine["activations (estimate)"]
-        kv = mine["target KV cache"] // target.layers
-        tail = sum(w.numel() for module in (target.text.norm, target.hf.lm_head) for w in module.parameters()) * dtype.itemsize
-        ends = {device: 0 for device in places.target} | {places.target[-1]: tail}
-        ends[places.first] += max(0, mine["target weights"] - tail - target.layers * (per_layer - kv))
-        beside = {d: ends[d] + activations + (sum(draft.values()) if d == places.draft else 0) for d in places.target}
-        room = [max(1.0, have - beside[device]) for have, device in zip(free, places.target, strict=True)]
-        counts = split(target.layers, room)
-        for device, layers in zip(places.target, counts, strict=True):
-            weights_here = layers * (per_layer - kv) + ends[device]
-            parts[device] = mine | {"target weights": weights_here, "target KV cache": layers * kv}
-    else:
-        parts[places.first] = mine
-    if places.draft_shared or rank_here() == 0:
-        parts[places.draft] |= draft
-    ordered = {device: {name: held[name] for name in whole.parts if name in held} for device, held in parts.items()}
-    return {device: MemoryPlan(held) for device, held in ordered.items()}, counts
+    stages = [(target.model.layers, places.first)]
+    if places.parallel == "layers":
+        bare = weights(target, [(0, device) for device in places.target])
+        room = [max(1.0, (free[d] or 0) - bare[d] - sum(parts[d].values())) for d in places.target]
+        counts = split(target.model.layers, room)
+        stages = list(zip(counts, places.target, strict=True))
+    held = weights(target, stages, places.ranks)
+    for layers, device in stages:
+        ours = {"target weights": held[device], "target KV cache": cache(target, layers, places.ranks)}
+        if second and draft:
+            ours["draft KV cache"] = cache(draft, layers, places.ranks)
+        parts[device] = ours | parts[device]
+    if places.ranks > 1 and (beside := while_loading(target, mine if places.draft_shared else None, places)):
+        over = beside - sum(parts[places.first].values())
+        parts[places.first] |= {"more while shares load": over} if over > 0 else {}
+    return {device: MemoryPlan(found) for device, found in parts.items()}, counts
 
 
-def shared_bytes(target: VideoLM, dtype: torch.dtype, ranks: int) -> int:
-    """Of the target's weights, what tensor parallelism shares: linear layers of the text part, and the head where it can."""
-    shared = sum(w.numel() for name, w in target.text.layers.named_parameters() if "norm" not in name)
-    if tensor_plan(target.hf.config, ranks).get("lm_head") == "colwise_gather_output":
-        shared += target.hf.lm_head.weight.numel()
-    return shared * dtype.itemsize
+def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
+    """By device, of a rank. A tied head on another device than the embedding is there twice; layers of no stage nowhere."""
+    parts = device_map(need.model.hf, [count for count, _ in stages], [device for _, device in stages])
+    found, seen = {device: 0 for _, device in stages}, set()
+    for weight in stored(need.model.hf, need.dtype, need.kind, ranks):
+        device = next(
+            (there for part, there in parts.items() if weight.name.startswith(f"{part}.") or weight.name == part), None
+        )
+        if device is not None and (weight.key, device) not in seen:
+            seen.add((weight.key, device))
+            found[device] += weight.nbytes
+    return found
 
 
-def weights(model: VideoLM, dtype: torch.dtype, kind: str | None = None) -> int:
-    return bytes_of(model.hf, dtype, kind)
+def cache(need: Need, layers: int, ranks: int = 1) -> int:
+    """Of so many of the model's layers, on a rank, which has its share of the heads."""
+    return kv_bytes(need.model, pooled(need.slots), need.dtype) // need.model.layers * layers // ranks
+
+
+def activations(needs: Sequence[Need], patches: int) -> int:
+    """Of the models that take turns on a device, so the largest of them counts."""
+    prompts, passes = [], []
+    for need in needs:
+        config, vision = need.model.hf.config.get_text_config(), need.model.hf.config.vision_config
+        text_rows = min(need.slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
+        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
+        # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
+        head = need.model.vocabulary * config.hidden_size if need.kind else 0
+        held = 2 + need.states  # features, embeddings and states, there all the while
+        prompts.append(held * need.slots * config.hidden_size * need.dtype.itemsize)
+        passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
+    return max(prompts) + max(passes)
+
+
+def while_loading(target: Need, draft: Need | None, places: Places) -> int:
+    """Most that shares of weights take at once on their way in: Hugging Face puts a whole share there, then it is quantised.
+
+    draft: one that is shared too; it comes when the target is quantised. 0 where nothing is quantised.
+    """
+
+    def share(need: Need) -> int:
+        return weights(need, [(need.model.layers, places.first)], places.ranks)[places.first]
+
+    most = share(replace(target, kind=None)) if target.kind else 0
+    return max(most, share(target) + share(replace(draft, kind=None))) if draft and draft.kind else most
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from omegaconf import DictConfig
 
-from specvlm import torchrun
+from specvlm import registry, torchrun
 from specvlm.errors import UserError
 
 
 @dataclass(frozen=True)
 class Places:
-    """target: the devices of its layers in their order, or this rank's. draft: where the draft is.
+    """target: the devices of its layers in their order, or this rank's. draft: where the draft is; `first` where there is none.
 
     ranks: how many share the target. draft_shared: do they share the draft too? Else the first one has it alone.
     """
@@ -33,8 +33,10 @@ class Places:
         return tuple(dict.fromkeys((*self.target, self.draft)))
 
 
-def device_of(name: str) -> torch.device:
-    """With an index where it is a GPU's, so that one device has one name. Raises UserError where it is not there."""
+def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or device=auto") -> torch.device:
+    """What `key` names, with an index where it is a GPU's, so that one device has one name. otherwise: what to use instead of a
+    device that is not there. Raises UserError.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -42,7 +44,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device("cuda", 0)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"device={name}: there are {count} CUDA devices here; use device=cpu or device=auto")
+        raise UserError(f"{key}={name}: there are {count} CUDA devices here; use {otherwise}")
     return device
 
 
@@ -56,11 +58,14 @@ def places_of(cfg: DictConfig) -> Places:
     if (count := torchrun.size_here()) > 1 and parallel != "tensor":
         raise UserError(f"torchrun started {count} ranks, which share a target: give target.parallel=tensor, or leave it out")
     device = device_of(cfg.device)
-    draft = device_of(cfg.draft.device) if cfg.draft.device else None
+    drafts = registry.build("drafter", cfg.drafter).model == "draft"  # else what is said of the draft is not looked at
+    draft = None
+    if drafts and cfg.draft.device:
+        draft = device_of(cfg.draft.device, "draft.device", "draft.device=cpu, or leave it out")
     if parallel == "layers":
         return _split(device, draft)
     if parallel == "tensor":
-        return _shared(device, draft, cfg.draft.parallel == "tensor")
+        return _shared(device, draft, drafts and cfg.draft.parallel == "tensor")
     return Places(None, (device,), draft or device)
 
 
@@ -83,9 +88,13 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
         local, there = torchrun.local_rank(), torch.cuda.device_count()
         if ranks > there:
             raise UserError(f"torchrun started {ranks} ranks for {there} GPUs: use --nproc-per-node {there}")
+        if draft is not None and draft.type == "cuda" and (draft.index or 0) < ranks:
+            raise UserError(f"draft.device={draft} is the GPU of a rank: name one from cuda:{ranks} on, or leave it out")
         device = torch.device("cuda", local)
     elif torch.cuda.is_available():
         raise UserError(
             "target.parallel=tensor takes the GPUs where there are some: hide them with CUDA_VISIBLE_DEVICES= for the CPU"
         )
+    if torchrun.rank_here():  # not to be touched from here: looking at another GPU's memory takes some of it
+        draft = None
     return Places("tensor", (device,), draft or device, ranks, draft_shared)

@@ -49,7 +49,7 @@ def run(cfg: DictConfig, folder: Path) -> int:
 
 def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, record: Record) -> int:
     """folder: None for a rank that writes nothing."""
-    screen = Screen()
+    screen, done = Screen(), ""
     with threads(cfg.threads):
         job = prepare(cfg, places)
         screen.plan(job)
@@ -59,14 +59,19 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, rec
             screen.note(graph.engine.note)
             with files_of(folder):
                 record.save = lambda: save(cfg, job, graph, folder, record)
-                decode(cfg, job, graph, folder, screen, record)
-                summary, verdict = summarize(cfg, job, graph, record)
-                write_json(folder, "summary.json", summary)
+                try:
+                    decode(cfg, job, graph, folder, screen, record)
+                    summary, verdict = summarize(cfg, job, graph, record)
+                except RuntimeError as error:
+                    done = record.save() if memory.ran_out(error) else ""
+                    raise
+                if folder:
+                    write_json(folder / "summary.json", summary)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             planned = f"{job.planned / 2**30:.1f} GiB"
-            where, done = " or ".join(map(str, places.devices)), record.save()
+            where = " or ".join(map(str, places.devices))
             raise OutOfMemory(
                 f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}"
             ) from error
@@ -81,7 +86,7 @@ def save(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, r
         return ""
     record.out_of_memory = record.stage
     write_config(cfg, folder)
-    write_json(folder, "summary.json", summarize(cfg, job, graph, record)[0])
+    write_json(folder / "summary.json", summarize(cfg, job, graph, record)[0])
     return f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}"
 
 
@@ -140,9 +145,9 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     if places.ranks > 1:
-        check_shares(target.hf.config, places.ranks, "target")
+        check_shares(target.hf.config, places.ranks, "target.parallel=tensor", "take target.parallel=layers")
         if draft and places.draft_shared:
-            check_shares(draft.hf.config, places.ranks, "draft")
+            check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
     dtype = dtype_of(target, cfg.dtype)
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
     kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
@@ -161,10 +166,11 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     pruned = slots - len(prompt.video_index) + kept
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    both = (kinds["target"], kinds.get("draft"))
-    whole = memory.plan(target, drafts, slots, pruned, dtype, patches, both, bool(pruner.needs & KEPT_STATES))
+    needs = [memory.Need(target, slots, dtype, kinds["target"], bool(pruner.needs & KEPT_STATES))]
+    if drafts is not None:
+        needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kinds.get("draft", kinds["target"])))
     free = {device: memory.free_bytes(device) for device in places.devices}
-    plans, layers = memory.by_device(whole, target, drafts, slots, dtype, places, [free[d] or 0 for d in places.target], both)
+    plans, layers = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free)
     for device, plan in plans.items():
         have = free[device]
         if have is not None and plan.total > have:

@@ -45,8 +45,8 @@ CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 
 def token_signals() -> list[str]:
-    """Signals of one number a video token, (N,): what a pruner may take as saliency."""
-    return [name for name in SIGNALS if _axes(name) == ["N"]]
+    """Signals of one number a video token, (N,): what a pruner may take as saliency, whatever its `state_layer`."""
+    return [name for name in SIGNALS if _axes(name) == ["N"] and name not in STATE_SIGNALS]
 
 
 def _axes(name: str) -> list[str]:
@@ -143,8 +143,9 @@ class PruneContext:
                 kept.append((KeepSet.everything(share - cells, device), start + cells))
             start += len(grid)
         index_K = torch.cat([keep.index + begin for keep, begin in kept])
+        note = next((keep.note for keep, _ in kept if keep.note), "")
         if all(keep.pool is None for keep, _ in kept):
-            return KeepSet(index_K, self.total)
+            return KeepSet(index_K, self.total, note=note)
         owner, source, weight = [], [], []
         for keep, begin in kept:
             if keep.pool is None:
@@ -155,7 +156,7 @@ class PruneContext:
             owner.append(rows + begin)
             source.append(columns + begin)
             weight.append(values)
-        return KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), self.total)
+        return replace(KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), self.total), note=note)
 
     def _within(self, name: str, start: int, stop: int) -> Tensor:
         """The signal of tokens start..stop-1 alone; one without a token axis whole."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from tempfile import gettempdir
 
 
 def started() -> bool:
@@ -26,3 +28,8 @@ def local_rank() -> int:
 
 def several_machines() -> bool:
     return started() and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
+
+
+def nowhere() -> Path | None:
+    """Instead of a run's folder, on all ranks but the first, which alone writes: Hydra makes it, and nobody fills it."""
+    return Path(gettempdir()) / f"specvlm-{os.getpid()}" if rank_here() else None

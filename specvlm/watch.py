@@ -22,7 +22,7 @@ from specvlm.errors import OutOfMemory, UserError
 LOST, TERMINATED = 4, 143  # exit codes
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # kinds of ending; one that was killed has said none
 PATIENCE_S = 3.0  # between what an end does to a collective, or to torchrun, and the news of whose it was
-HANGS_S = 20.0
+HANGS_S = 20.0  # what takes as long does not come back
 
 
 class Watch:
@@ -97,7 +97,7 @@ class Watch:
         while True:
             events = poll.poll(deadline)
             if not events:
-                self._exit(TERMINATED)  # from outside, not because of another rank
+                self._follow(TERMINATED)  # from outside, not because of another rank
             for fd, _ in events:
                 if fd == self.hears:
                     heard = os.read(self.hears, 64)
@@ -115,18 +115,22 @@ class Watch:
     def _gone(self, rank: int) -> None:
         """Ends this process, if that rank was not done."""
         kind, why = self._last_word(rank)
-        if kind == DONE or (kind == FOLLOWED and self.rank == 0) or not self.ending.acquire(blocking=False):
-            return
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"ended/{self.rank}", FOLLOWED)
+        if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
+            return  # whoever it followed, this rank will hear of as well
         if not kind:
             said = f"rank {rank} of {self.size} died without a word: killed, out of the host's memory, or crashed"
             self._say(f"{said}; the run cannot go on", self.rank < min(self.there.values(), default=self.size))
         elif rank and self.rank == 0:  # of its own end the first rank speaks itself
             with self.patience("what was done cannot be saved"):
-                saved = self.save() if kind == MEMORY else ""
+                saved = self._saved() if kind == MEMORY else ""
             self._say(f"rank {rank} of {self.size} ended: {why}{saved}; the run cannot go on", True)
-        self._exit(LOST)
+        self._follow(LOST)
+
+    def _saved(self) -> str:
+        try:
+            return self.save()
+        except Exception as error:  # nothing of it shall keep this thread from ending the process
+            return f"; what was done cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
         key = f"ended/{rank}"
@@ -139,6 +143,12 @@ class Watch:
     def _say(self, line: str, mine: bool) -> None:
         if mine:
             os.write(2, f"specvlm: {line}\n".encode())
+
+    def _follow(self, code: int) -> NoReturn:
+        """End this process because of another one's end."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"ended/{self.rank}", FOLLOWED)
+        self._exit(code)
 
     def _exit(self, code: int) -> NoReturn:
         if sys.stdout is not None:

@@ -229,6 +229,15 @@ def test_mistakes_end_in_one_line(words, says, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("ranks", "words"), [(1, ["target.parallel=tensor"]), (2, ["target.parallel=tensor"]), (2, [])])
+def test_ranks_are_refused_before_they_are_asked_for(ranks, words, capsys, monkeypatch):
+    if ranks > 1:
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": ranks, "RANK": 0}.items():
+            monkeypatch.setenv(name, str(value))
+    assert main(words) == 2
+    assert "the adviser runs in one process: leave torchrun and target.parallel=tensor out" in capsys.readouterr().err
+
+
 def test_help_names_every_word(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import tiny
 import torch
 
 from experiments.gpu_pair.__main__ import main
+from experiments.gpu_pair.agreement import agreed
 from experiments.gpu_pair.drafter import GivenDrafter, guesses
 from experiments.gpu_pair.measure import weight_bytes
 from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
@@ -178,6 +180,39 @@ def test_a_mistake_is_one_line(word, said, capsys):
     assert main([word]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "said"),
+    [
+        (2, ["only=hf"], "only=hf: hf is not measured with parallel=tensor"),
+        (2, ["only=rounds,advise"], "only=rounds,advise: advise is not measured"),
+        (3, [], "parallel=tensor: 2 KV heads cannot be shared by 3 ranks; use --nproc-per-node 2, or take parallel=layers"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_of_ranks_is_said_once(rank, ranks, words, said, capsys, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": ranks, "RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("specvlm.__main__.AFTER_YOU_S", 0)
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # which another rank than the first closes
+    assert main(["shape=tiny_llava", "parallel=tensor", "device=cpu", *words]) == 2
+    error = capsys.readouterr().err
+    assert (said in error and len(error.splitlines()) == 1) if rank == 0 else not error
+
+
+def test_what_only_one_process_measures_is_no_part_of_the_usual_ones(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Options.parse(["parallel=tensor"]).only == "copy,capture,start,rounds"
+
+
+def test_disagreement_is_an_exit_code():
+    exact = {"dtype": "float32", "different": [], "autoregressive_same": True}
+    tie = {"dtype": "bfloat16", "different": [{"verdict": "tie"}]}
+    assert agreed([]) and agreed([exact, tie])
+    assert not agreed([exact | {"different": [{"verdict": "tie"}]}]) and not agreed([exact | {"autoregressive_same": False}])
+    assert not agreed([tie | {"different": [{"verdict": "mismatch"}]}])
 
 
 def test_lists_and_numbers_are_read():

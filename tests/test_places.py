@@ -50,7 +50,9 @@ def test_where_everything_goes(machine):
     machine(gpus=3, ranks=2, rank=1)
     shared = places("target.parallel=tensor", "draft.parallel=tensor")
     assert (shared.target, shared.draft, shared.ranks, shared.draft_shared) == (gpu(1), *gpu(1), 2, True)
-    assert places("target.parallel=tensor", "draft.device=cuda:2").draft == gpu(2)[0]
+    assert places("target.parallel=tensor", "draft.device=cuda:2").devices == gpu(1)  # the draft is the first rank's
+    machine(gpus=3, ranks=2, rank=0)
+    assert places("target.parallel=tensor", "draft.device=cuda:2").devices == gpu(0, 2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,14 @@ def test_where_everything_goes(machine):
         (2, 2, ["target.parallel=tensor", "device=cpu"], "takes the GPUs where there are some"),
         (2, 2, [], "torchrun started 2 ranks, which share a target: give target.parallel=tensor"),
         (2, 2, ["target.parallel=layers"], "torchrun started 2 ranks"),
-        (2, 1, ["draft.device=cuda:7"], "device=cuda:7: there are 2 CUDA devices here"),
+        (2, 1, ["draft.device=cuda:7"], "draft.device=cuda:7: there are 2 CUDA devices here; use draft.device=cpu"),
+        (2, 1, ["device=cuda:7"], "device=cuda:7: there are 2 CUDA devices here; use device=cpu or device=auto"),
+        (
+            3,
+            2,
+            ["target.parallel=tensor", "draft.device=cuda:1"],
+            "draft.device=cuda:1 is the GPU of a rank: name one from cuda:2",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused(machine, gpus, ranks, words, said):
@@ -93,9 +102,21 @@ def test_keys_that_do_not_go_together(words, said):
 
 def test_heads_that_ranks_cannot_share_are_refused():
     config = config_of(model_folder("embedded:qwen2_5_vl/target"))
-    check_shares(config, 2, "target")
-    with pytest.raises(UserError, match="2 KV heads cannot be shared by 3 ranks; use --nproc-per-node 2"):
-        check_shares(config, 3, "target")
+    words = ("draft.parallel=tensor", "leave draft.parallel out")
+    check_shares(config, 2, *words)
+    said = "draft.parallel=tensor: 2 KV heads cannot be shared by 3 ranks; use --nproc-per-node 2, or leave draft.parallel out"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_shares(config, 3, *words)
+
+
+def test_ranks_that_are_advised_divide_all_there_is():
+    text = SimpleNamespace(num_key_value_heads=4, num_attention_heads=28, intermediate_size=18_942)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    with pytest.raises(UserError, match="18942 MLP columns cannot be shared by 4 ranks; use --nproc-per-node 2, or x"):
+        check_shares(config, 4, "target.parallel=tensor", "x")
+    text.intermediate_size = 7
+    with pytest.raises(UserError, match="7 MLP columns cannot be shared by 2 ranks; x"):
+        check_shares(config, 2, "target.parallel=tensor", "x")
 
 
 def test_quantised_weights_and_a_missing_accelerate_are_refused(monkeypatch):
@@ -115,41 +136,101 @@ def test_the_plan_shares_a_head_of_its_own_alone():
     assert tensor_plan(tied, 2).get("lm_head") != "colwise_gather_output"
 
 
-def planned(where: Places, free: tuple[float, ...] = (1e9, 1e9), drafts: str = "draft"):
-    target = skeleton(model_folder("embedded:llava_onevision/target"))
-    draft = skeleton(model_folder("embedded:llava_onevision/plain")) if drafts == "draft" else target
-    whole = memory.plan(target, draft, 1000, 300, torch.float32, 100)
-    plans, layers = memory.by_device(whole, target, draft, 1000, torch.float32, where, free)
-    return whole, plans, layers
+WEIGHTS, KV = ("target weights", "draft weights"), ("target KV cache", "draft KV cache")
+ACTIVATIONS, LOADING = "activations (estimate)", "more while shares load"
+ONE = Places(None, gpu(0), gpu(0)[0])
 
 
-def test_a_split_target_is_planned_device_by_device():
-    whole, plans, layers = planned(Places("layers", gpu(0, 1), gpu(0)[0]), (4e7, 8e7))
-    assert sum(layers) == 8 or sum(layers) > 1
-    first, last = (plans[device].parts for device in gpu(0, 1))
-    for part in ("target weights", "target KV cache"):
-        assert abs(first[part] + last[part] - whole.parts[part]) <= 0.02 * whole.parts[part]
-    assert layers[0] < layers[1] and "draft weights" in first and "draft weights" not in last
-    assert first["activations (estimate)"] == last["activations (estimate)"] == whole.parts["activations (estimate)"]
+def model(name: str, family: str = "llava_onevision", tied: bool = True):
+    lm = skeleton(model_folder(f"embedded:{family}/{name}"))
+    if not tied:
+        with torch.device("meta"):
+            lm.hf.lm_head.weight = torch.nn.Parameter(torch.empty(lm.hf.lm_head.weight.shape))
+        lm.hf.config.tie_word_embeddings = lm.hf.config.get_text_config().tie_word_embeddings = False
+    return lm
+
+
+def planned(where: Places, free=(1e9, 1e9), drafts="draft", kinds=(None, None), family="llava_onevision", tied=True):
+    target = memory.Need(model("target", family, tied), 1000, torch.float32, kinds[0])
+    second = target.model if drafts == "self" else model("plain", family, tied) if drafts else None
+    draft = memory.Need(second, 300, torch.float32, kinds[1]) if second else None
+    have = dict(zip(where.target, map(int, free), strict=False))
+    plans, layers = memory.plan(target, draft, 100, where, have)
+    assert all(count > 0 for plan in plans.values() for count in plan.parts.values())
+    assert all(plan.parts for plan in plans.values())
+    return {device: plan.parts for device, plan in plans.items()}, layers
+
+
+def of(plans, part: str) -> int:
+    return sum(parts.get(part, 0) for parts in plans.values())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("drafts", ["draft", "self", None])
+def test_a_split_target_is_planned_device_by_device(drafts, tied, family):
+    whole, _ = planned(ONE, drafts=drafts, tied=tied, family=family)
+    plans, layers = planned(Places("layers", gpu(0, 1), gpu(0)[0]), (4e7, 8e7), drafts, tied=tied, family=family)
+    first, last = (plans[device] for device in gpu(0, 1))
+    assert sum(layers) == model("target", family).layers and layers[0] < layers[1] and all(layers)
+    head = model("target", family).hf.lm_head.weight.numel() * 4 if tied else 0  # the embedding on one, its copy on the other
+    assert of(plans, "target weights") == of(whole, "target weights") + head
+    for part in (*KV, "draft weights"):
+        assert of(plans, part) == of(whole, part)
+    assert ("draft weights" in first) == (drafts == "draft") and "draft weights" not in last
+    assert ("draft KV cache" in last) == (drafts == "self")  # a second cache lies as the first does
+    assert first[ACTIVATIONS] == last[ACTIVATIONS] == whole[gpu(0)[0]][ACTIVATIONS]
+
+
+@pytest.mark.parametrize("parallel", [None, "layers"])
+def test_a_draft_on_a_gpu_of_its_own_has_activations_there(parallel):
+    mine = gpu(0, 1) if parallel else gpu(0)
+    plans, _ = planned(Places(parallel, mine, gpu(2)[0]))
+    assert set(plans) == {*mine, *gpu(2)}
+    assert set(plans[gpu(2)[0]]) == {"draft weights", "draft KV cache", ACTIVATIONS}
+    assert 0 < plans[gpu(2)[0]][ACTIVATIONS] < plans[gpu(0)[0]][ACTIVATIONS]
+    assert all(not {"draft weights", "draft KV cache"} & set(plans[device]) for device in mine)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("draft_shared", [False, True])
-def test_ranks_plan_their_shares(machine, rank, draft_shared):
+@pytest.mark.parametrize("drafts", ["shared", "lone", "self"])
+def test_ranks_plan_their_shares(machine, rank, drafts):
+    whole, _ = planned(ONE, drafts="self" if drafts == "self" else "draft")
     machine(gpus=2, ranks=2, rank=rank)
-    whole, plans, _ = planned(Places("tensor", gpu(rank), gpu(rank)[0], 2, draft_shared))
+    plans, _ = planned(Places("tensor", gpu(rank), gpu(rank)[0], 2, drafts == "shared"), drafts=drafts)
     (mine,) = plans.values()
-    assert 0.5 * whole.parts["target weights"] < mine.parts["target weights"] < 0.8 * whole.parts["target weights"]
-    assert 2 * mine.parts["target KV cache"] == whole.parts["target KV cache"]
-    share = {"draft weights", "draft KV cache"} & mine.parts.keys()
-    assert bool(share) == (draft_shared or rank == 0)
+    assert 0.5 * of(whole, "target weights") < mine["target weights"] < 0.8 * of(whole, "target weights")
+    assert 2 * mine["target KV cache"] == of(whole, "target KV cache")
+    assert ("draft weights" in mine) == (drafts == "shared" or (drafts == "lone" and rank == 0))
+    assert ("draft KV cache" in mine) == (drafts != "lone" or rank == 0)
+    if drafts != "lone":
+        assert 2 * mine["draft KV cache"] == of(whole, "draft KV cache")
 
 
-def test_a_target_that_drafts_for_itself_has_one_cache_more_on_its_own_devices():
-    whole, plans, _ = planned(Places("layers", gpu(0, 1), gpu(0)[0]), drafts="self")
-    kv = sum(plan.parts["target KV cache"] for plan in plans.values())
-    assert abs(kv - whole.parts["target KV cache"] - whole.parts["draft KV cache"]) < 0.02 * kv
-    assert all("draft KV cache" not in plan.parts for plan in plans.values())
+def test_quantised_shares_are_shares(machine):
+    """What each rank keeps is its share; what Hugging Face puts there first is planned too, where it is more than the rest."""
+    machine(gpus=2, ranks=2)
+    where = Places("tensor", gpu(0), gpu(0)[0], 2)
+    one, plain, whole, ours = (
+        planned(place, drafts=None, tied=False, kinds=(kind, None))[0]
+        for place, kind in ((ONE, None), (where, None), (ONE, "int8"), (where, "int8"))
+    )
+    saved, quarter = (of(a, "target weights") - of(b, "target weights") for a, b in ((whole, ours), (one, plain)))
+    assert saved == pytest.approx(quarter / 4, rel=0.03)  # of 32 bits, 8; and the scales
+    assert LOADING not in plain[gpu(0)[0]] and LOADING not in whole[gpu(0)[0]]
+    target = memory.Need(model("target", tied=False), 8, torch.float32, "int4")
+    plans, _ = memory.plan(target, None, 1, where, {})
+    (parts,) = (plan.parts for plan in plans.values())
+    assert sum(parts.values()) == of(plain, "target weights") and parts[LOADING] > 0
+
+
+def test_a_drafter_without_a_draft_model_has_no_place_for_one(machine):
+    machine(gpus=2)
+    for drafter in ("self", "prompt_lookup"):
+        assert places("draft.device=cuda:1", f"drafter={drafter}").devices == (places().first,)
+        assert places("target.parallel=layers", "draft.device=cuda:1", f"drafter={drafter}").target == gpu(0, 1)
+    machine(gpus=3, ranks=2)
+    assert not places("target.parallel=tensor", "draft.parallel=tensor", "drafter=self").draft_shared
 
 
 def test_the_screen_says_how_the_target_lies():

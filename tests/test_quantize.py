@@ -17,7 +17,8 @@ from specvlm.cache import CachePool
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
 from specvlm.models import load
-from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, bytes_of, quantize, quantize_text
+from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, quantize, quantize_text, stored
+from specvlm.places import Places
 from specvlm.registry import build
 
 SIZES = [(256, 40), (96, 5), (3584, 3), (12, BLOCK + 9)]  # (K, N)
@@ -129,16 +130,19 @@ def test_the_bytes_planned_are_the_bytes_held(kind, tied):
     hf = copy.deepcopy(tiny.model("qwen2_5_vl").hf).bfloat16()
     if tied:
         hf.lm_head.weight = hf.model.language_model.embed_tokens.weight
-    before = (bytes_of(hf, torch.bfloat16), bytes_of(copy.deepcopy(hf).to("meta"), torch.bfloat16, kind))
+    meta = copy.deepcopy(hf).to("meta")
+    before = [sum({w.key: w.nbytes for w in stored(lm, torch.bfloat16, to)}.values()) for lm, to in ((hf, None), (meta, kind))]
     assert before[0] == sum(weight.nbytes for weight in hf.parameters())
     quantize_text(hf, kind)
-    stored = sum(b.nbytes for m in hf.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())
-    assert before[1] == stored + sum(weight.nbytes for weight in hf.parameters())
+    ours = sum(b.nbytes for m in hf.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())
+    assert before[1] == ours + sum(weight.nbytes for weight in hf.parameters())
 
 
 def test_the_plan_of_a_quantised_target_is_smaller_and_has_room_to_dequantise_its_head():
     target = load.skeleton(config.model_folder("embedded:qwen2_5_vl/target"))
-    plain, ours = (memory.plan(target, target, 8, 8, torch.float32, 4, kinds).parts for kinds in ((None, None), ("int8", None)))
+    cpu = torch.device("cpu")
+    needs = [memory.Need(target, 8, torch.float32, kind) for kind in (None, "int8")]
+    plain, ours = (memory.plan(need, need, 4, Places(None, (cpu,), cpu), {})[0][cpu].parts for need in needs)
     assert ours["target weights"] < plain["target weights"] and "draft weights" not in ours
     head = target.hf.lm_head
     prompt = 2 * 8 * head.in_features

@@ -354,7 +354,7 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
     lm = skeleton(model_folder("embedded:qwen2_5_vl/target"))
 
     def activations(slots: int, patches: int) -> int:
-        return memory.plan(lm, None, slots, 0, torch.bfloat16, patches).parts["activations (estimate)"]
+        return memory.activations([memory.Need(lm, slots, torch.bfloat16)], patches)
 
     width = lm.hf.config.get_text_config().hidden_size
     plain, held = (memory.plan(lm, None, 64, 0, torch.bfloat16, 0, states=states).total for states in (False, True))

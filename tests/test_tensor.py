@@ -19,10 +19,10 @@ pytest.importorskip("accelerate")
 HERE = Path(__file__).parent
 
 
-def torchrun(*words: object, seconds: float = 120, gpus: str = "") -> subprocess.CompletedProcess[str]:
-    """Two ranks, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
+def torchrun(*words: object, seconds: float = 120, gpus: str = "", ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """So many ranks, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, words)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
 
 

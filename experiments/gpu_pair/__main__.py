@@ -28,12 +28,13 @@ from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Llava, Qwen, build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton, stages_for
 from specvlm import memory, metrics, torchrun
+from specvlm.__main__ import guarded, leave
 from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
 from specvlm.models.load import DTYPES, first_line
-from specvlm.models.spread import Stage
+from specvlm.models.spread import Stage, check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import device_of
 from specvlm.ranks import ALONE, Ranks, joined
@@ -264,20 +265,25 @@ def main(words: Sequence[str]) -> int:
         print(__doc__)
         print("  " + "\n  ".join(f"{f.name}={f.default}" for f in fields(Options)))
         return 0
-    try:
-        options = Options.parse(words)
-        device = device_of(options.device)
-        if options.parallel != "tensor":
-            return measured(options, device, ALONE)
-        if device.type == "cuda":
-            device = torch.device("cuda", torchrun.local_rank())
-        if torchrun.rank_here():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        with joined(device) as ranks:
-            return measured(options, device, ranks)
-    except UserError as error:
-        print(f"gpu_pair: {error}", file=sys.stderr)
-        return 2
+    if torchrun.rank_here():  # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return guarded(lambda: command(words), full=False)
+
+
+def command(words: Sequence[str]) -> int:
+    """Raises UserError before anything is made."""
+    options = Options.parse(words)
+    device = device_of(options.device)
+    if options.parallel != "tensor":
+        return measured(options, device, ALONE)
+    pair, ranks = pair_of(options.shape), torchrun.size_here()
+    check_shares(pair.target.config(), ranks, "parallel=tensor", "take parallel=layers")
+    if pair.draft is not None and options.draft_parallel:
+        check_shares(pair.draft.config(), ranks, "draft_parallel=tensor", "leave draft_parallel out")
+    if device.type == "cuda":
+        device = torch.device("cuda", torchrun.local_rank())
+    with joined(device) as found:
+        return measured(options, device, found)
 
 
 def measured(options: Options, device: torch.device, ranks: Ranks) -> int:
@@ -293,4 +299,4 @@ def measured(options: Options, device: torch.device, ranks: Ranks) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

@@ -6,13 +6,15 @@ autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthe
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
 Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are. Rows come as
-they are ready; scenes that are in the file already are not decoded again.
+they are ready; scenes that are in the file already are not decoded again. Exit code 1 where a float32 decode differs, or a
+bfloat16 one by more than a tie.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -139,7 +141,16 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def agreed(rows: list[dict[str, Any]]) -> bool:
+    """float32 is `generate`'s own in every decode, and bfloat16 differs by ties alone."""
+    exact = [row for row in rows if row["dtype"] == "float32"]
+    if any(row["different"] or not row["autoregressive_same"] for row in exact):
+        return False
+    return not any(one["verdict"] == "mismatch" for row in rows for one in row["different"])
+
+
+def main() -> int:
+    """1 where the outputs do not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--eager", type=int, default=32, help="scenes also decoded by the eager engine")
@@ -163,7 +174,8 @@ def main() -> None:
             file.flush()
             print(f"{perf_counter() - begun:5.0f} s  {len(rows)} of {len(done) + len(todo)}", flush=True)
     print(report(rows))
+    return 0 if agreed(rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from specvlm.models.spread import PARALLEL
 from specvlm.types import TreeShape
 
 PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")
+ALONE = ("hf", "advise")  # in one process
 
 
 @dataclass
@@ -106,8 +107,11 @@ class Options:
             raise UserError("parallel=layers takes target_weights=bf16 alone")
         if self.parallel and self.target:
             raise UserError(f"parallel={self.parallel} makes its own weights: leave target and draft out")
-        if self.parallel == "tensor" and {"hf", "advise"} & set(self.only.split(",")):
-            self.only = ",".join(part for part in self.only.split(",") if part not in ("hf", "advise"))
+        if self.parallel == "tensor":
+            if self.only == Options.only:
+                self.only = ",".join(part for part in PARTS if part not in ALONE)
+            if asked := [part for part in self.only.split(",") if part in ALONE]:
+                raise UserError(f"only={self.only}: {asked[0]} is not measured with parallel=tensor, leave it out")
 
     def numbers(self, name: str) -> list[float]:
         try:

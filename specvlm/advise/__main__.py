@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from specvlm import compose, memory, metrics, registry
+from specvlm import compose, memory, metrics, registry, torchrun
 from specvlm.__main__ import INTERRUPTED, OK, guarded
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
@@ -164,10 +164,9 @@ def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, .
     widest = cfg.copy()
     widest.drafter = {"name": next(iter(trees), "prompt_lookup")}
     widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
-    places = places_of(widest)
-    if places.ranks > 1:
-        raise UserError("the adviser runs in one process: leave target.parallel=tensor out, or take layers")
-    return prepare(widest, places)
+    if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
+        raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
+    return prepare(widest, places_of(widest))
 
 
 def measure(

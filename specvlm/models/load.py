@@ -105,12 +105,14 @@ def load(
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
     dtype: "auto" is the checkpoint's own. weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`);
-    "bf16" does not, and wants a dtype that is bfloat16. The checkpoint is read into the host's memory, from where `device` gets
-    its text part block by block, quantised on arrival: it holds little more than it will keep, and does the arithmetic.
+    "bf16" does not, and wants a dtype that is bfloat16. For one device the checkpoint is read into the host's memory, from
+    where `device` gets its text part block by block, quantised on arrival: it holds little more than it will keep, and does
+    the arithmetic.
     progress: let Hugging Face draw its bars, where they are not turned off.
     split: how many layers on which device, each read into its own, by Hugging Face's `device_map`; instead of `device`.
-    ranks: who shares every layer, by its `tp_plan`; each rank reads its share. Both need accelerate; weights of split layers
-    cannot be quantised.
+    ranks: who shares every layer, by its `tp_plan`; each rank reads its share onto its device, all of it, and quantises it
+    there: while it loads, that takes what the share does unquantised. Both need accelerate; weights of split layers cannot be
+    quantised.
     Raises UserError when anything of it cannot be used.
     """
     from safetensors import SafetensorError

@@ -10,14 +10,16 @@ Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_of
 
 from specvlm.errors import UserError
+from specvlm.models.spread import tensor_plan
 from specvlm.ranks import ALONE, Ranks, own
 
 KINDS = ("fp8", "int8", "int4")
@@ -166,13 +168,31 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
     hf.config.tie_word_embeddings = False
 
 
-def bytes_of(hf: Any, dtype: torch.dtype, kind: str | None = None) -> int:
-    """What `hf`, which may lie on meta, will take with its parameters in `dtype` and its text part quantised to `kind`."""
-    layers = [] if kind is None else [getattr(parent, name) for parent, name in _text_linears(hf)]
-    replaced = {id(layer.weight) for layer in layers} - {id(hf.get_input_embeddings().weight)}
-    rest = sum(weight.numel() for weight in hf.parameters() if id(weight) not in replaced) * dtype.itemsize
-    stored = [QuantizedLinear(layer.in_features, layer.out_features, str(kind), device="meta") for layer in layers]
-    return rest + sum(buffer.nbytes for layer in stored for buffer in layer.buffers())
+class Stored(NamedTuple):
+    """A parameter as a loaded model holds it. key: the same for two names of one tensor; nbytes: on one rank."""
+
+    name: str
+    key: object
+    nbytes: int
+
+
+def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1) -> Iterator[Stored]:
+    """The parameters of `hf`, which may lie on meta, in `dtype`, its text part quantised to `kind` and shared by ranks."""
+    styles = tensor_plan(hf.config, ranks) if ranks > 1 else {}
+    quantised = {id(getattr(parent, name)) for parent, name in _text_linears(hf)} if kind else set()
+    for path, module in hf.named_modules():
+        style = styles.get(re.sub(r"\.\d+(?=\.)", ".*", path), "")
+        by_row, by_column = (ranks if style.startswith(cut) else 1 for cut in ("colwise", "rowwise"))  # of the weight (N, K)
+        for leaf, weight in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            if id(module) in quantised and leaf == "weight":
+                layer = QuantizedLinear(
+                    module.in_features // by_column, module.out_features // by_row, str(kind), device="meta"
+                )
+                yield Stored(name, name, sum(buffer.nbytes for buffer in layer.buffers()))
+            else:
+                share = by_row * (by_column if leaf == "weight" else 1)
+                yield Stored(name, id(weight), weight.numel() // share * dtype.itemsize)
 
 
 def _text_linears(hf: Any) -> list[tuple[nn.Module, str]]:

@@ -150,15 +150,16 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
     return plan | (dict.fromkeys(whole, "replicate") if "replicate" in ALL_PARALLEL_STYLES else {})
 
 
-def check_shares(config: Any, ranks: int, name: str) -> None:
-    """Raises UserError for a model whose heads or MLP the ranks do not divide."""
+def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
+    """Raises UserError for a model whose heads or MLP the ranks do not divide. asked: the words for it; instead: others."""
     text = config.get_text_config()
-    for what, count in (
-        ("KV heads", text.num_key_value_heads),
-        ("query heads", text.num_attention_heads),
-        ("MLP columns", text.intermediate_size),
-    ):
-        if count % ranks:
-            fits = [n for n in range(2, ranks + 1) if text.num_key_value_heads % n == 0]
-            hint = f"; use --nproc-per-node {fits[-1]}" if fits else ""
-            raise UserError(f"{name}.parallel=tensor: {count} {what} cannot be shared by {ranks} ranks{hint}, or layers")
+    counts = {
+        "KV heads": text.num_key_value_heads,
+        "query heads": text.num_attention_heads,
+        "MLP columns": text.intermediate_size,
+    }
+    fits = [n for n in range(2, ranks + 1) if not any(count % n for count in counts.values())]
+    if ranks not in fits:
+        what = next(what for what, count in counts.items() if count % ranks)
+        hint = f"use --nproc-per-node {fits[-1]}, or {instead}" if fits else instead
+        raise UserError(f"{asked}: {counts[what]} {what} cannot be shared by {ranks} ranks; {hint}")

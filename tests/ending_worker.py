@@ -1,0 +1,101 @@
+"""How ranks end in test_watch.py, started by torchrun: `ending_worker.py HOW FOLDER`. No model but in `memory_of_a_run`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from time import sleep
+
+import torch
+
+from specvlm import torchrun
+from specvlm.__main__ import guarded, leave, main
+from specvlm.errors import OutOfMemory, UserError
+from specvlm.ranks import Ranks, joined
+
+CPU = torch.device("cpu")
+
+
+def work(ranks: Ranks) -> None:
+    """What goes on until somebody is missing."""
+    while True:
+        ranks.sum(torch.ones(8))
+        sleep(0.01)
+
+
+def same_mistake(ranks: Ranks, folder: Path) -> None:
+    raise UserError(f"cuda:{ranks.rank} is not what it was")
+
+
+def memory_of_the_second(ranks: Ranks, folder: Path) -> None:
+    if ranks.rank == 1:
+        raise OutOfMemory("cuda:1 ran out of memory")
+    work(ranks)
+
+
+def closed_pipe(ranks: Ranks, folder: Path) -> None:
+    if ranks.rank == 0:
+        raise SystemExit(1)  # rich's, where nobody reads
+    work(ranks)
+
+
+def first_killed(ranks: Ranks, folder: Path) -> None:
+    ranks.sum(torch.ones(8))
+    if ranks.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    work(ranks)
+
+
+def torchrun_killed(ranks: Ranks, folder: Path) -> None:
+    (folder / f"{ranks.rank}.pid").write_text(str(os.getpid()))
+    ranks.sum(torch.ones(8))
+    if ranks.rank == 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+    work(ranks)
+
+
+def second_block(ranks: Ranks, folder: Path) -> None:
+    """Behind a first one that ended as it should."""
+    (folder / "second").touch()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    work(ranks)
+
+
+def memory_of_a_run(folder: Path) -> int:
+    """The second rank runs out of memory in the baseline, behind the warm-up."""
+    import specvlm.run
+
+    alone, calls = specvlm.run.autoregressive, []
+
+    def short(*args, **options):
+        calls.append(1)
+        for number, step in enumerate(alone(*args, **options)):
+            if torchrun.rank_here() == 1 and len(calls) == 2 and number == 3:
+                raise torch.OutOfMemoryError("no more")
+            yield step
+
+    specvlm.run.autoregressive = short
+    words = ["target.parallel=tensor", "pair=embedded_llava_onevision", "max_new_tokens=12", f"hydra.run.dir={folder / 'run'}"]
+    return main(words)
+
+
+def ends(how: str, folder: Path) -> int:
+    if how == "memory_of_a_run":
+        return memory_of_a_run(folder)
+    if how == "second_block":
+        before = signal.getsignal(signal.SIGTERM)
+        for _ in range(2):
+            with joined(CPU) as ranks:
+                ranks.sum(torch.ones(8))
+            assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
+            assert not [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and "pidfd" in os.readlink(fd)]
+    with joined(CPU, lambda: "; 7 tokens are saved") as ranks:
+        globals()[how](ranks, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    leave(lambda: guarded(lambda: ends(sys.argv[1], Path(sys.argv[2])), full=False))
