@@ -153,7 +153,7 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     kept = graph.budget(prompt)
     drafts = {"draft": draft, "target": target, None: None}[drafter.model]
     patches = max(map(target.vision_rows, prompt.videos), default=0)
-    pruned = slots - len(prompt.video_index) + kept
+    pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
     both = (kinds["target"], kinds.get("draft"))

@@ -181,6 +181,11 @@ class Drafter(Strategy, ABC):
     def max_nodes(self) -> int:
         """Most nodes of a tree, root included: the target's cache keeps room for them."""
 
+    @property
+    def max_rows(self) -> int:
+        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has nodes."""
+        return self.max_nodes
+
     @abstractmethod
     def start(self, ctx: DraftContext) -> DraftSession: ...
 

@@ -218,11 +218,13 @@ class DraftTree:
 
     q: (M, V) the distribution each node's children were drawn from, in the order of their numbers and without
     replacement (rows of leaves are unused); None when children are not random given the context (top-k, look-up).
+    varies: another shape comes in the next round, of as many nodes: what is kept or captured for a shape would be kept in vain.
     """
 
     tokens: Tensor
     parents: tuple[int, ...]
     q: Tensor | None = None
+    varies: bool = False
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -231,7 +233,7 @@ class DraftTree:
         """Itself, where it is there already."""
         if self.tokens.device == device:
             return self
-        return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device))
+        return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies)
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -247,7 +249,7 @@ class DraftTree:
     @cached_property
     def mask(self) -> Tensor:
         """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
-        return ancestor_mask(self.parents)
+        return ancestor_mask.__wrapped__(self.parents) if self.varies else ancestor_mask(self.parents)
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,7 @@ from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, TreeShape, Verdict
 
 if TYPE_CHECKING:
+    from specvlm.drafters.dynamic_tree import GrownTreeDrafter
     from specvlm.models.video_lm import VideoLM
 
 ENGINES = ("auto", "eager", "graphs")
@@ -75,6 +76,12 @@ class Engine:
         from specvlm.drafters.tree import TreeSession  # which asks for an engine
 
         return TreeSession(ctx, model, shape, sample)
+
+    def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
+        """How a tree is drafted that another shape follows."""
+        from specvlm.drafters.dynamic_tree import GrownSession  # which asks for an engine
+
+        return GrownSession(ctx, model, drafter)
 
 
 def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
