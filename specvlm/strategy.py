@@ -195,12 +195,14 @@ class VerifyContext:
     """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own).
 
     dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for.
+    tables: what `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
     """
 
     tree: DraftTree
     logits_MV: Tensor
     generator: torch.Generator
     dice: Tensor | None = None
+    tables: tuple[Tensor, ...] | None = None
 
     def numbers(self, count: int) -> Tensor:
         """(count,) uniform in [0, 1), float64, on the device of the logits."""
@@ -238,11 +240,19 @@ class Verifier(Strategy, ABC):
         """How many uniform numbers `decide` asks of `ctx.numbers` for a tree of so many nodes."""
         return 0
 
+    def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+        """All that `decide` reads of a tree's shape, as tensors on the host whose sizes and types go by the number of nodes alone.
+
+        Given these in `ctx.tables`, `decide` must not look at `ctx.tree.parents`: one captured step then checks every tree of a
+        size, as drafters need whose trees vary. None: it goes by `parents`, and trees that vary are checked uncaptured.
+        """
+        return None
+
     def decide(self, ctx: VerifyContext) -> Tensor:
         """(2,) integers on the device: the last accepted node, and the target's own next token (-1: there is none).
 
         What it does may depend on the shape of the tree, never on the value of a tensor. Tensors made from that shape must be
-        kept (functools.cache): a captured step knows their addresses alone.
+        kept (functools.cache), unless `tree.varies`: a captured step knows their addresses alone.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
 

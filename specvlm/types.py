@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,11 @@ class DraftTree:
     @cached_property
     def mask(self) -> Tensor:
         """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
-        return ancestor_mask.__wrapped__(self.parents) if self.varies else ancestor_mask(self.parents)
+        return self.kept(ancestor_mask)(self.parents)
+
+    def kept(self, made: Callable[..., T]) -> Callable[..., T]:
+        """A cached function of shapes; without its cache where this shape will not come back."""
+        return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
