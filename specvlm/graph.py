@@ -197,12 +197,14 @@ class DecodingGraph:
             generator=generator,
             caches=self.caches,
             engine=self.engine,
+            signals=self._signals(drafter.needs, guidance, features_ND),
+            cache=cache,
         )
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
         request = Request(target, cache, verifier, penalty, generator, clock.mark)
-        verdict, shown = None, keep if drafter.model else None
+        verdict, shown = None, keep if drafter.model and drafter.sees(prompt) is None else None
         while True:
             tree = session.propose(verdict).to(target.device)
             clock.mark("draft")
@@ -220,21 +222,25 @@ class DecodingGraph:
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
-        total = len(prompt.video_index)
+        total, own = len(prompt.video_index), self.drafter.sees(prompt)
+        if own is not None:
+            return own
         return total if self.pruner.keeps_all else KeepSet.budget(total, self.ratio)
 
     def _prunes(self, prompt: VideoPrompt) -> bool:
         """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
-        return self.drafter.model is not None and 0 < self.budget(prompt) < len(prompt.video_index)
+        chosen = self.drafter.model is not None and self.drafter.sees(prompt) is None
+        return chosen and 0 < self.budget(prompt) < len(prompt.video_index)
 
     def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
-        """The collector for what the pruner reads of the target's attention; None when it reads nothing."""
-        needs = self.pruner.needs if self._prunes(prompt) else frozenset()
-        rows = bool(needs & {"verifier_attention", "verifier_attention_per_layer"})
+        """The collector for what pruner and drafter read of the target's attention; None when they read nothing."""
+        needs = self.drafter.needs | (self.pruner.needs if self._prunes(prompt) else frozenset())
+        heads = "verifier_attention_per_kv_head" in needs
+        rows = heads or bool(needs & {"verifier_attention", "verifier_attention_per_layer"})
         last_row = "verifier_attention_last_row" in needs
-        if not (rows or last_row):
+        if not (rows or last_row) or not len(prompt.video_index):
             return None
-        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row)
+        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row, heads=heads)
 
     def _agreed(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
@@ -255,14 +261,7 @@ class DecodingGraph:
         total, budget = len(prompt.video_index), self.budget(prompt)
         if not self._prunes(prompt):
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
-        signals: dict[str, Tensor] = {}
-        if "features" in self.pruner.needs:
-            signals["features"] = features_ND
-        if guidance is not None and guidance.rows:
-            signals["verifier_attention_per_layer"] = guidance.per_layer()
-            signals["verifier_attention"] = guidance.per_layer().mean(0)
-        if guidance is not None and guidance.last_row:
-            signals["verifier_attention_last_row"] = guidance.last_rows()
+        signals = self._signals(self.pruner.needs, guidance, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:
             signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
@@ -272,6 +271,20 @@ class DecodingGraph:
                 f"pruner {self.pruner.name} kept {len(keep)} of {keep.total} tokens, its budget was {budget} of {total}"
             )
         return keep
+
+    def _signals(self, needs: frozenset[str], guidance: Guidance | None, features_ND: Tensor) -> dict[str, Tensor]:
+        """What the target's own prefill gives of the signals asked for."""
+        signals: dict[str, Tensor] = {}
+        if "features" in needs:
+            signals["features"] = features_ND
+        if guidance is not None and guidance.rows:
+            signals["verifier_attention_per_layer"] = guidance.per_layer()
+            signals["verifier_attention"] = guidance.per_layer().mean(0)
+        if guidance is not None and guidance.heads:
+            signals["verifier_attention_per_kv_head"] = guidance.per_head()
+        if guidance is not None and guidance.last_row:
+            signals["verifier_attention_last_row"] = guidance.last_rows()
+        return {name: signal for name, signal in signals.items() if name in needs}
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
         """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer asked for."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from specvlm.cache import CachePool
+from specvlm.cache import CachePool, KVCache
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SIGNALS: dict[str, str] = {
     "verifier_attention": "(N,) the target's attention from the text after the video, mean over layers, heads and rows",
     "verifier_attention_per_layer": "(L, N) the same, mean over heads and rows",
+    "verifier_attention_per_kv_head": "(L, J, N) the same for each KV head of this process, mean over its query heads and rows",
     "verifier_attention_last_row": "(L, N) the target's attention of the last prompt row, mean over heads",
     "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
     "features": "(N, D) the target's video features as they enter its language model",
@@ -63,10 +64,7 @@ class PruneContext:
         return self.grids[0]
 
     def signal(self, name: str) -> Tensor:
-        if name not in self.signals:
-            there = ", ".join(sorted(self.signals)) or "none"
-            raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the pruner')
-        return self.signals[name]
+        return _signal(self.signals, name, "pruner")
 
     @property
     def verifier_attention(self) -> Tensor:
@@ -88,6 +86,13 @@ class PruneContext:
             for x, grid in zip(values_FP, self.grids, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _signal(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
+    if name not in signals:
+        there = ", ".join(sorted(signals)) or "none"
+        raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the {whose}')
+    return signals[name]
 
 
 class Pruner(Strategy, ABC):
@@ -144,7 +149,8 @@ class DraftContext:
 
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
-    the eager one.
+    the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
+    output so far but its last token.
     """
 
     prompt: VideoPrompt
@@ -160,6 +166,11 @@ class DraftContext:
     generator: torch.Generator
     caches: CachePool = field(default_factory=CachePool)
     engine: Engine | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    cache: KVCache | None = None
+
+    def signal(self, name: str) -> Tensor:
+        return _signal(self.signals, name, "drafter")
 
 
 class DraftSession(ABC):
@@ -185,6 +196,15 @@ class Drafter(Strategy, ABC):
     def max_rows(self) -> int:
         """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has nodes."""
         return self.max_nodes
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of the target that a session reads, of those in `SIGNALS`. A class attribute will do."""
+        return frozenset()
+
+    def sees(self, prompt: VideoPrompt) -> int | None:
+        """How many video tokens it sees by a choice of its own, made without the pruner; None: those that the pruner leaves."""
+        return None
 
     @abstractmethod
     def start(self, ctx: DraftContext) -> DraftSession: ...

@@ -114,7 +114,7 @@ def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner
     match = re.match(r"\(([\w, ]+?),?\)", SIGNALS[name])
     assert match is not None, f"SIGNALS[{name!r}] does not begin with a shape"
     layers = pruner.draft_layers if name.startswith("draft_") else 32
-    sizes = {"N": total, "L": layers, "D": 8}
+    sizes = {"N": total, "L": layers, "J": 4, "D": 8}
     shape = [sizes[axis.strip()] for axis in match[1].split(",")]
     if kind == "random":
         return torch.rand(shape, generator=_generator(total)).to(dtype)

@@ -13,8 +13,8 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import DraftContext, Drafter, DraftSession, Verifier, VerifyContext
-from specvlm.types import DraftTree, Step, Verdict
+from specvlm.strategy import SIGNALS, DraftContext, Drafter, DraftSession, Verifier, VerifyContext
+from specvlm.types import DraftTree, Step, Verdict, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -39,6 +39,8 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
     assert drafter.model in ("draft", "target", None), f"{what}: model must be draft, target or None, got {drafter.model!r}"
     most = drafter.max_nodes
     assert isinstance(most, int) and most >= 1, f"{what}: max_nodes must count the nodes of a tree, root included, got {most!r}"
+    unknown = sorted(drafter.needs - SIGNALS.keys()) + sorted(name for name in drafter.needs if name.startswith("draft_"))
+    assert not unknown, f"{what} needs {unknown}; the target has only {sorted(n for n in SIGNALS if not n.startswith('draft_'))}"
     for family in tiny.FAMILIES:
         target = tiny.model(family)
         alone = tokens_of(list(autoregressive(target, tiny.prompt(family), LIMIT, GreedyVerifier())))
@@ -71,21 +73,30 @@ class _Watched(Drafter):
     where: str
     trees: list[DraftTree] = field(default_factory=list)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
     @property
     def max_nodes(self) -> int:
         return int(self.inner.max_nodes)
+
+    @property
+    def max_rows(self) -> int:
+        return int(self.inner.max_rows)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs: frozenset[str] = self.inner.needs
+        return needs
+
+    def sees(self, prompt: VideoPrompt) -> int | None:
+        own: int | None = self.inner.sees(prompt)
+        return own
 
     def start(self, ctx: DraftContext) -> DraftSession:
         return _WatchedSession(self, ctx)
 
 
 def _watched(drafter: Drafter, where: str) -> _Watched:
-    # What the loop reads of a drafter's class is read of this one.
-    told = {name: getattr(drafter, name) for name in ("model", "needs", "pruned") if hasattr(type(drafter), name)}
-    return type("_Watched", (_Watched,), told)(drafter, where)
+    watched: type[_Watched] = type("_Watched", (_Watched,), {"model": drafter.model})
+    return watched(drafter, where)
 
 
 class _WatchedSession(DraftSession):

@@ -39,11 +39,16 @@ class Guidance:
 
     Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
     twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
-    video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
+    heads: keep what `rows` reads for each KV head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads
+    and 16,384 video tokens. video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
     """
 
-    def __init__(self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None) -> None:
+    def __init__(
+        self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None, heads: bool = False
+    ) -> None:
         self.video_index = video_index
+        self.heads = heads
+        self._heads: dict[int, Tensor] = {}
         self.rows, self.last_row, self.depth = rows, last_row, depth
         self._mean: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
@@ -57,7 +62,9 @@ class Guidance:
         if self.rows or self.last_row:
             first = 0 if self.rows else query.shape[2] - 1
             read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
-            mean_N, last_N = (weights_N.to(self.video_index.device) for weights_N in read)
+            mean_N, last_N, heads_HN = (weights.to(self.video_index.device) for weights in read)
+            if self.heads:
+                self._heads[layer] = heads_HN
             if self.rows:
                 self._mean[layer] = mean_N
             if self.last_row:
@@ -65,8 +72,10 @@ class Guidance:
         if self.depth is not None and layer + 1 >= self.depth:
             raise Enough
 
-    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, Tensor]:
-        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row."""
+    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
+        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row. Also (H, N), those of
+        each KV head, or nothing.
+        """
         heads, group, count, _ = query_HGQD.shape
         wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties
         row_bytes = group * key_HKD.shape[1] * wide.itemsize
@@ -75,6 +84,7 @@ class Guidance:
         video_index = self.video_index.to(query_HGQD.device)
         mean_N = torch.zeros(len(video_index), dtype=wide, device=query_HGQD.device)
         last_N = torch.zeros_like(mean_N)
+        heads_HN = mean_N.new_zeros(heads if self.heads else 0, len(mean_N))
         for head in range(0, heads, step):
             keys_HDK = key_HKD[head : head + step].to(wide).mT
             for row in range(first, count, rows):
@@ -84,9 +94,11 @@ class Guidance:
                 scores_HGQK[..., -count:].masked_fill_(future, float("-inf"))
                 weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, video_index)
                 mean_N += weights_HGQN.sum((0, 1, 2))
+                if self.heads:
+                    heads_HN[head : head + step] += weights_HGQN.sum((1, 2))
                 if row + rows >= count:
                     last_N += weights_HGQN[:, :, -1].sum((0, 1))
-        return mean_N / (heads * group * (count - first)), last_N / (heads * group)
+        return mean_N / (heads * group * (count - first)), last_N / (heads * group), heads_HN / (group * (count - first))
 
     def gather(self, ranks: Ranks) -> None:
         """From the mean over this rank's heads to that over all heads: every rank holds as many."""
@@ -100,6 +112,10 @@ class Guidance:
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""
         return torch.stack([self._mean[layer] for layer in sorted(self._mean)])
+
+    def per_head(self) -> Tensor:
+        """(L, H, N), mean over rows and a KV head's query heads; of this rank's KV heads."""
+        return torch.stack([self._heads[layer] for layer in sorted(self._heads)])
 
     def last_rows(self) -> Tensor:
         """(L, N), the last row alone, mean over heads."""

@@ -9,14 +9,25 @@ import pytest
 import torch
 
 from specvlm import drafters
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter, TreeSession
 from specvlm.strategy import DraftContext, Drafter, DraftSession
 from specvlm.testing import check_drafter
 from specvlm.types import DraftTree, Verdict
 
-INSTANCES = [TreeDrafter(), TreeDrafter("3x1", "sample"), SelfDrafter("chain:2"), PromptLookupDrafter()]
+INSTANCES = [
+    TreeDrafter(),
+    TreeDrafter("3x1", "sample"),
+    DynamicTreeDrafter(nodes=9, depth=3, width=3),
+    EntropyTreeDrafter(),
+    SelfDrafter("chain:2"),
+    SparseDrafter(24, 4),
+    PromptLookupDrafter(),
+]
 
 
 @pytest.mark.parametrize("drafter", INSTANCES, ids=repr)
