@@ -203,7 +203,8 @@ class DecodingGraph:
         session = drafter.start(context)
         clock.mark("draft_prefill")
 
-        request = Request(target, cache, verifier, penalty, generator, clock.mark)
+        video_ND = guidance.video_hidden() if guidance is not None and guidance.hidden else None
+        request = Request(target, cache, verifier, penalty, generator, clock.mark, video_ND)
         verdict, shown = None, keep if drafter.model and drafter.sees(prompt) is None else None
         while True:
             tree = session.propose(verdict).to(target.device)
@@ -233,14 +234,15 @@ class DecodingGraph:
         return chosen and 0 < self.budget(prompt) < len(prompt.video_index)
 
     def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
-        """The collector for what pruner and drafter read of the target's attention; None when they read nothing."""
+        """The collector for what the strategies read of the target's prefill; None when they read nothing."""
         needs = self.drafter.needs | (self.pruner.needs if self._prunes(prompt) else frozenset())
         heads = "verifier_attention_per_kv_head" in needs
         rows = heads or bool(needs & {"verifier_attention", "verifier_attention_per_layer"})
         last_row = "verifier_attention_last_row" in needs
-        if not (rows or last_row) or not len(prompt.video_index):
+        hidden = self.verifier.reads_hidden
+        if not (rows or last_row or hidden) or not len(prompt.video_index):
             return None
-        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row, heads=heads)
+        return Guidance(prompt.video_index.to(self.target.device), rows=rows, last_row=last_row, heads=heads, hidden=hidden)
 
     def _agreed(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator

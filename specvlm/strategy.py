@@ -216,6 +216,8 @@ class VerifyContext:
 
     dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for.
     tables: what `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
+    hidden_MD, video_ND: the target's last hidden states of the nodes, and of the video tokens, these to unit length, for a rule that
+    `reads_hidden`; None: for others, and where there is no video or nothing was guessed.
     """
 
     tree: DraftTree
@@ -223,6 +225,8 @@ class VerifyContext:
     generator: torch.Generator
     dice: Tensor | None = None
     tables: tuple[Tensor, ...] | None = None
+    hidden_MD: Tensor | None = None
+    video_ND: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
         """(count,) uniform in [0, 1), float64, on the device of the logits."""
@@ -246,6 +250,7 @@ class Verifier(Strategy, ABC):
 
     kind = "verifier"
     lossless: ClassVar[bool] = True
+    reads_hidden: ClassVar[bool] = False  # of rules that write `verify`; (N, D) more are kept for a request
 
     @property
     def sampling(self) -> Sampling:

@@ -6,7 +6,7 @@ An engine is kept across requests. It holds no request's state: only what it cap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,7 +27,10 @@ ENGINES = ("auto", "eager", "graphs")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran."""
+    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran.
+
+    video_ND: the video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
+    """
 
     target: VideoLM
     cache: KVCache
@@ -35,6 +38,7 @@ class Request:
     penalty: RepetitionPenalty
     generator: torch.Generator
     mark: Callable[[str], None] = lambda part: None
+    video_ND: Tensor | None = None
 
 
 class Engine:
@@ -54,8 +58,12 @@ class Engine:
         tokens: accepted ones and the bonus.
         """
         cache, base = request.cache, request.cache.length
-        logits_MV = request.penalty(request.target.score(tree, cache), tree)
-        verdict = request.verifier.verify(VerifyContext(tree, logits_MV, request.generator))
+        hidden_MD = request.target.score_hidden(tree, cache)
+        logits_MV = request.penalty(request.target.head(hidden_MD), tree)
+        context = VerifyContext(tree, logits_MV, request.generator)
+        if request.verifier.reads_hidden:
+            context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
+        verdict = request.verifier.verify(context)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -40,15 +40,18 @@ class Guidance:
     Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
     twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
     heads: keep what `rows` reads for each KV head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads
-    and 16,384 video tokens. video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
+    and 16,384 video tokens. hidden: keep the video tokens' last hidden states, (N, D). video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
     """
 
     def __init__(
-        self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None, heads: bool = False
+        self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None, heads: bool = False,
+        hidden: bool = False,
     ) -> None:
         self.video_index = video_index
         self.heads = heads
         self._heads: dict[int, Tensor] = {}
+        self.hidden = hidden
+        self._hidden: list[Tensor] = []
         self.rows, self.last_row, self.depth = rows, last_row, depth
         self._mean: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
@@ -99,6 +102,17 @@ class Guidance:
                 if row + rows >= count:
                     last_N += weights_HGQN[:, :, -1].sum((0, 1))
         return mean_N / (heads * group * (count - first)), last_N / (heads * group), heads_HN / (group * (count - first))
+
+    def see(self, start: int, hidden_QD: Tensor) -> None:
+        """What a pass left of its rows, the first of which stands in slot `start`."""
+        if self.hidden:
+            inside = (self.video_index >= start) & (self.video_index < start + len(hidden_QD))
+            rows_ND = hidden_QD[(self.video_index[inside] - start).to(hidden_QD.device)]
+            self._hidden.append(normalize(rows_ND.float(), dim=-1).to(rows_ND.dtype))
+
+    def video_hidden(self) -> Tensor:
+        """(N, D) last hidden states of the video tokens, to unit length."""
+        return torch.cat(self._hidden)
 
     def gather(self, ranks: Ranks) -> None:
         """From the mean over this rank's heads to that over all heads: every rank holds as many."""

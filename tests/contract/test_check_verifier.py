@@ -13,9 +13,10 @@ from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.testing import check_verifier
 from specvlm.types import DraftTree, Verdict
 from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.loose import LooseVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
-INSTANCES = [GreedyVerifier(), SamplingVerifier(), SamplingVerifier(0.7, top_p=0.9)]
+INSTANCES = [GreedyVerifier(), SamplingVerifier(), SamplingVerifier(0.7, top_p=0.9), LooseVerifier(), LooseVerifier(1.0)]
 
 
 @pytest.mark.parametrize("verifier", INSTANCES, ids=repr)
