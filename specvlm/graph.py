@@ -213,7 +213,9 @@ class DecodingGraph:
             clock.mark("verify")
             tokens = output.take(new)
             full, depth = len(tokens) == len(new), max(tree.depths)
-            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown)
+            # What a lossy rule accepts says nothing about the target's own choice.
+            ranks, widths = tree.ranks_on(verdict.path) if verifier.lossless else ((), ())
+            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown, ranks, widths)
             if output.done:
                 return
             turn.check()

@@ -230,6 +230,8 @@ def row(number: int, step: Step) -> dict[str, Any]:
     """A line of steps.jsonl."""
     fields = {"round": number, "tokens": step.tokens, "drafted": step.drafted, "accepted": step.accepted, "full": step.full}
     kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
+    if step.widths:  # see `fit_tree`
+        fields |= {"ranks": step.ranks, "widths": step.widths}
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
 
 

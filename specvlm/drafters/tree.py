@@ -170,7 +170,7 @@ class TreeSession(PrunedSession):
                 race = torch.empty(q_rows.shape, dtype=torch.float64, device=q_rows.device)
                 best = draw(q_rows, race.exponential_(generator=self.generator), int(level.orders.max()) + 1)
                 self.tokens[level.children] = best[level.rows, level.orders]
-        return DraftTree(self.tokens, shape.parents, q)
+        return DraftTree(self.tokens, shape.parents, q, ranks=shape.ranks)
 
 
 class ToldSession(DraftSession):
@@ -185,7 +185,7 @@ class ToldSession(DraftSession):
         self.q = torch.zeros(len(shape), ctx.vocabulary, dtype=wide, device=self.device) if sample else None
 
     def propose(self, last: Verdict | None) -> DraftTree:
-        tree = DraftTree(self.tokens, self.shape.parents, self.q)
+        tree = DraftTree(self.tokens, self.shape.parents, self.q, ranks=self.shape.ranks)
         if self.session is not None:
             tree = self.session.propose(last).to(self.device)
         for tensor in (tree.tokens, tree.q):
