@@ -4,12 +4,12 @@
     python -m specvlm.fit_tree outputs/run outputs/another
     python -m specvlm drafter=tree drafter.shape=tree.json ...
 
-Each round of a steps.jsonl tells, level by level, which of the draft's guesses the target took (`ranks`), and how many were tried
-(`widths`): beyond those the rank is unknown. From these comes p(rank r at depth d | all above accepted), by the product-limit
-estimator, in which a round counts for a rank only where that rank was tried (Kaplan and Meier, 1958). Ranks at different depths
-are taken as independent of each other; then a node is reached with the product over its way, a tree accepts the sum over its nodes
-in expectation, and the best tree of M nodes is the M most probable ones: greedy is optimal, since none is more probable than its
-parent. What was never tried counts as never taken, so a tree grows only where runs looked.
+Each round of a steps.jsonl tells, level by level, which of the draft's guesses the target took (`ranks`), and how many were
+tried (`widths`): beyond those the rank is unknown. From these comes p(rank r at depth d | all above accepted), by the
+product-limit estimator, in which a round counts for a rank only where that rank was tried (Kaplan and Meier, 1958). Ranks at
+different depths are taken as independent of each other; then a node is reached with the product over its way, a tree accepts
+the sum over its nodes in expectation, and the best tree of M nodes is the M most probable ones: greedy is optimal, since none
+is more probable than its parent. What was never tried counts as never taken, so a tree grows only where runs looked.
 
 Whether the fit is worth anything is judged on runs that it has not seen: every second folder, or every second round of a single
 run, is held out, a tree is fitted to the rest, and both it and the paper's are valued by what was held out. The tree that is
@@ -49,9 +49,7 @@ def read(folder: Path) -> list[Round]:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rounds = [Round(tuple(row["ranks"]), tuple(row["widths"])) for row in rows if "widths" in row]
     if not rounds:
-        raise UserError(
-            f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy) and this version"
-        )
+        raise UserError(f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy)")
     return rounds
 
 
@@ -83,8 +81,9 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """The `nodes` most probable ways; equal ones in the order of their ranks, shorter first. Fewer where p is zero beyond them."""
-    order, paths = count(), []
+    """The `nodes` most probable ways; equal ones in the order of their ranks, shorter first. Fewer where no other was taken."""
+    order = count()
+    paths: Paths = []
     heap: list[tuple[float, int, int, list[int]]] = [(-1.0, 0, next(order), [])]
     deepest = len(chances) if depth is None else min(depth, len(chances))
     while heap and len(paths) <= nodes:

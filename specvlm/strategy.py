@@ -194,7 +194,9 @@ class Drafter(Strategy, ABC):
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has nodes."""
+        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has
+        nodes.
+        """
         return self.max_nodes
 
     @property
@@ -214,10 +216,10 @@ class Drafter(Strategy, ABC):
 class VerifyContext:
     """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own).
 
-    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for.
-    tables: what `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
-    hidden_MD, video_ND: the target's last hidden states of the nodes, and of the video tokens, these to unit length, for a rule that
-    `reads_hidden`; None: for others, and where there is no video or nothing was guessed.
+    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for. tables: what
+    `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
+    hidden_MD, video_ND: the target's last hidden states of the nodes, and of the video tokens, these to unit length, for a
+    rule that `reads_hidden`; None: for others, and where there is no video or nothing was guessed.
     """
 
     tree: DraftTree
@@ -266,7 +268,8 @@ class Verifier(Strategy, ABC):
         return 0
 
     def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-        """All that `decide` reads of a tree's shape, as tensors on the host whose sizes and types go by the number of nodes alone.
+        """All that `decide` reads of a tree's shape, as tensors on the host whose sizes and types go by the number of nodes
+        alone.
 
         Given these in `ctx.tables`, `decide` must not look at `ctx.tree.parents`: one captured step then checks every tree of a
         size, as drafters need whose trees vary. None: it goes by `parents`, and trees that vary are checked uncaptured.

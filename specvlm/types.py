@@ -238,7 +238,9 @@ class DraftTree:
         """Itself, where it is there already."""
         if self.tokens.device == device:
             return self
-        return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies, self.ranks)
+        return DraftTree(
+            self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies, self.ranks
+        )
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -252,8 +254,9 @@ class DraftTree:
         return tuple(reversed(way))
 
     def ranks_on(self, path: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What a path of accepted nodes, root first, tells of the draft: the rank of each guess on it, and for each node of the path
-        how many guesses were tried behind it, the best ones without a gap. Nothing where guesses were drawn: they have no rank.
+        """What a path of accepted nodes, root first, tells of the draft: the rank of each guess on it, and for each node of
+        the path how many guesses were tried behind it, the best ones without a gap. Nothing where guesses were drawn: they
+        have no rank.
         """
         if self.q is not None:
             return (), ()

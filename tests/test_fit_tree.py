@@ -66,9 +66,7 @@ def write(folder, rounds):
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
 def test_no_tree_of_as_many_nodes_is_worth_more(nodes):
     ways = [w for d in (1, 2, 3) for w in itertools.product(*(range(len(CHANCES[k])) for k in range(d)))]
-    every = [
-        tree for tree in itertools.combinations(ways, nodes) if all(len(way) == 1 or way[:-1] in tree for way in tree)
-    ]
+    every = [tree for tree in itertools.combinations(ways, nodes) if all(len(way) == 1 or way[:-1] in tree for way in tree)]
     best = max(expected([list(w) for w in tree], CHANCES) for tree in every)
     found = best_tree(CHANCES, nodes)
     assert len(found) == nodes and expected(found, CHANCES) == pytest.approx(best, abs=1e-12)

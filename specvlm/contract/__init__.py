@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Strategy)
 
 def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
     """An instance to check, whose class is checked first: a frozen dataclass of plain values that works without arguments."""
-    cls = strategy if isinstance(strategy, type) else type(strategy)
+    cls: type[S] = strategy if isinstance(strategy, type) else type(strategy)
     check_class(cls, base)
     if isinstance(strategy, type):
         return strategy(**fields)
@@ -29,7 +29,7 @@ def check_class(cls: type[Any], base: type[Strategy]) -> None:
     assert issubclass(cls, base), f"{what} is not a subclass of specvlm.strategy.{base.__name__}"
     name = getattr(cls, "name", None)
     assert str(name).isidentifier(), f"{what}.name must be a name like two_stage, got {name!r}"
-    frozen = "__dataclass_fields__" in vars(cls) and cls.__dataclass_params__.frozen
+    frozen = "__dataclass_fields__" in vars(cls) and cls.__dict__["__dataclass_params__"].frozen
     assert frozen, f"{what} must be a @dataclass(frozen=True): its fields are its config"
     try:
         default: Any = cls()

@@ -25,22 +25,25 @@ RATIOS = (0.0, 0.9, 1.0)
 def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
     """Assert that a drafter keeps the contract of `Drafter`, for its class (with `fields`) or one instance.
 
-    Checked on tiny random models of both families (made here, in float64, on the CPU), with the loop of a real request. At ratio
-    0, 0.9 and 1, with a draft that is good, that is the target itself, and that knows fewer and more tokens than the target:
-    every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes and tokens that exist; the
-    output is that of `autoregressive`. Beside that: answers of one and of few tokens; the same trees for the same seed whatever
-    torch's global generator holds; two requests of one drafter that take turns; a session that sees every node of its trees
-    accepted once; and under a verifier that samples, q of as many rows as nodes whose children were drawn without replacement.
+    Checked on tiny random models of both families (made here, in float64, on the CPU), with the loop of a real request. At
+    ratio 0, 0.9 and 1, with a draft that is good, that is the target itself, and that knows fewer and more tokens than the
+    target: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes and tokens that
+    exist; the output is that of `autoregressive`. Beside that: answers of one and of few tokens; the same trees for the same
+    seed whatever torch's global generator holds; two requests of one drafter that take turns; a session that sees every node
+    of its trees accepted once; and under a verifier that samples, q of as many rows as nodes whose children were drawn without
+    replacement.
 
     It takes seconds, needs no test framework, and says nothing about how good the guesses are.
     """
-    drafter = made(drafter, Drafter, fields)
+    drafter = made(drafter, Drafter, fields)  # type: ignore[type-abstract]
     what = repr(drafter)
     assert drafter.model in ("draft", "target", None), f"{what}: model must be draft, target or None, got {drafter.model!r}"
     most = drafter.max_nodes
     assert isinstance(most, int) and most >= 1, f"{what}: max_nodes must count the nodes of a tree, root included, got {most!r}"
     unknown = sorted(drafter.needs - SIGNALS.keys()) + sorted(name for name in drafter.needs if name.startswith("draft_"))
-    assert not unknown, f"{what} needs {unknown}; the target has only {sorted(n for n in SIGNALS if not n.startswith('draft_'))}"
+    assert not unknown, (
+        f"{what} needs {unknown}; the target has only {sorted(n for n in SIGNALS if not n.startswith('draft_'))}"
+    )
     for family in tiny.FAMILIES:
         target = tiny.model(family)
         alone = tokens_of(list(autoregressive(target, tiny.prompt(family), LIMIT, GreedyVerifier())))
@@ -203,7 +206,7 @@ def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
 
 @dataclass(frozen=True)
 class _Forced(Verifier):
-    """Accepts the way to one node after the other, whatever the target says, and goes on with tokens from all its vocabulary."""
+    """Accepts the way to one node after the other whatever the target says, and goes on with tokens of all its vocabulary."""
 
     name = "forced"
     lossless = False

@@ -48,7 +48,8 @@ def noisy(family: str, noise: float = 0.02) -> VideoLM:
 def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
     generator = torch.Generator().manual_seed(100 + seed)
     words = torch.randint(5, 80, (14,), generator=generator).tolist()
-    grid, video = TokenGrid(frames, 3, 3, newline=1), {"pixels": torch.randn(frames, 3, 20, 20, generator=generator)}
+    grid = TokenGrid(frames, 3, 3, newline=1)
+    video: dict[str, Any] = {"pixels": torch.randn(frames, 3, 20, 20, generator=generator)}
     if family == "qwen2_5_vl":
         pixels = torch.randn(frames * 32, 96, generator=generator)
         grid, video = TokenGrid(frames, 4, 2), {"pixels": pixels, "thw": (frames, 8, 4), "seconds": 1.0}

@@ -34,15 +34,17 @@ SHAPES: dict[str, tuple[int, ...]] = {
 def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     """Assert that a verifier keeps the contract of `Verifier`, for its class (with `fields`) or one instance.
 
-    Checked on invented logits in float32, float64 and bfloat16, over trees of one node, chains, siblings (some with one token),
-    and uneven ones, with and without q: the verdict is a path from the root and a token that exists; it is the same for the same
-    context and seed, whatever was asked before and whatever torch's global generator holds; inputs are left alone; `decide`, where
-    there is one, says the same, asks for as many numbers as `dice` announces, and does not ask for the value of a tensor.
+    Checked on invented logits in float32, float64 and bfloat16, over trees of one node, chains, siblings (some with one
+    token), and uneven ones, with and without q: the verdict is a path from the root and a token that exists; it is the same
+    for the same context and seed, whatever was asked before and whatever torch's global generator holds; inputs are left
+    alone; `decide`, where there is one, says the same, asks for as many numbers as `dice` announces, and does not ask for the
+    value of a tensor.
 
-    A lossless rule is held to its word: with `sampling.temperature` 0 every accepted token and the bonus are the argmax, in trees
-    as in `first`; above 0 the first token of a verdict, and the one behind every accepted guess, have the distribution that
-    `sampling` warps the logits to (by chi-square over some thousand drawn verdicts; seeds are fixed). And it accepts a chain that
-    the target is certain of. What cannot be seen here: `.tolist()` in `decide`, which only a capture on a GPU refuses.
+    A lossless rule is held to its word: with `sampling.temperature` 0 every accepted token and the bonus are the argmax, in
+    trees as in `first`; above 0 the first token of a verdict, and the one behind every accepted guess, have the distribution
+    that `sampling` warps the logits to (by chi-square over some thousand drawn verdicts; seeds are fixed). And it accepts a
+    chain that the target is certain of. What cannot be seen here: `.tolist()` in `decide`, which only a capture on a GPU
+    refuses.
     """
     verifier = made(verifier, Verifier, fields)
     assert isinstance(verifier.lossless, bool), f"{verifier!r}: lossless must be True or False, got {verifier.lossless!r}"
@@ -52,7 +54,9 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
         verdict = _verify(verifier, ctx, where)
         _check_verdict(verifier, ctx, verdict, where)
         _check_pure(verifier, ctx, verdict, where)
-        for name, now, then in zip(("logits", "tokens", "q"), (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q), before, strict=True):
+        for name, now, then in zip(
+            ("logits", "tokens", "q"), (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q), before, strict=True
+        ):
             same = now is None or then is None or torch.equal(now, then)
             assert same, f"{verifier!r} changed its input {name} on {where}"
         if verifier.on_device:
@@ -92,7 +96,9 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
                         q /= q.sum(-1, keepdim=True)
                     tree = DraftTree(tokens, parents, q).to(device)
                     where = f"{shape}, {kind}, logits of {dtype} on {device}"
-                    hidden = {name: torch.rand(size, 8, generator=chance) for name, size in (("hidden_MD", count), ("video_ND", 9))}
+                    hidden = {
+                        name: torch.rand(size, 8, generator=chance) for name, size in (("hidden_MD", count), ("video_ND", 9))
+                    }
                     there = {f.name for f in dataclasses.fields(VerifyContext)}
                     more: dict[str, Any] = {name: value.to(device) for name, value in hidden.items() if name in there}
                     yield VerifyContext(tree, logits.to(device, dtype), _seeded(), **more), where
@@ -142,13 +148,14 @@ def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
     numbers = uniform(count, _seeded()).to(ctx.logits_MV.device)
     before = _again(ctx, dice=numbers)
     try:
-        with _NoReads():
+        with _NoReads():  # type: ignore[no-untyped-call]
             decision = verifier.decide(before)
     except (AssertionError, ValueError) as error:
         raise AssertionError(f"{what}: decide: {error}") from error
     fits = decision.shape == (2,) and not decision.is_floating_point() and decision.device == ctx.logits_MV.device
     assert fits, f"{what}: decide must give two integers where the logits are, got {decision!r}"
-    same = verifier.verdict(*decision.tolist(), ctx.tree)
+    last, bonus = decision.tolist()
+    same = verifier.verdict(last, bonus, ctx.tree)
     assert same == verdict, f"{what}: {same} with numbers drawn ahead, {verdict} without"
 
 
@@ -211,4 +218,6 @@ def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
     chi = float(((seen_V - expected_V)[common] ** 2 / expected_V[common]).sum())
     degrees = int(common.sum())
     most = degrees + 5.5 * (2 * degrees) ** 0.5 + 10
-    assert chi < most, f"{what} has not the target's distribution: {seen_V.tolist()}, expected {expected_V.round(decimals=1).tolist()}"
+    assert chi < most, (
+        f"{what} has not the target's distribution: {seen_V.tolist()}, expected {expected_V.round(decimals=1).tolist()}"
+    )

@@ -56,7 +56,9 @@ class GrownTreeDrafter(Drafter):
             if depth < 1 or width < 1 or self.nodes < 1:
                 raise ValueError(f"nodes, depth and width must be at least 1, got {self.nodes}, {depth} and {width}")
             if (most := candidates(depth, width)) < self.nodes:
-                raise ValueError(f"depth {depth} and width {width} give {most} guesses to choose nodes={self.nodes} of: widen one")
+                raise ValueError(
+                    f"depth {depth} and width {width} give {most} guesses to choose nodes={self.nodes} of: widen one"
+                )
 
     def start(self, ctx: DraftContext) -> DraftSession:
         model = ctx.target if self.model == "target" else ctx.draft
@@ -80,12 +82,12 @@ class DynamicTreeDrafter(GrownTreeDrafter):
     probabilities are the chances of acceptance (EAGLE-2 finds them close to), no tree of as many nodes within the candidates
     accepts more in expectation. Children are the best tokens, never drawn, so the tree is exact under every verifier.
 
-    EAGLE-2 (arXiv 2406.16858), with any draft model. nodes: guesses, 25 as in the paper's static tree, which SpecVLM drafts with
-    (EAGLE-2: 60); depth: passes of the draft a round, 5 as in that tree (EAGLE-2: 6); width: 10, EAGLE-2's.
+    EAGLE-2 (arXiv 2406.16858), with any draft model. nodes: guesses, 25 as in the paper's static tree, which SpecVLM drafts
+    with (EAGLE-2: 60); depth: passes of the draft a round, 5 as in that tree (EAGLE-2: 6); width: 10, EAGLE-2's.
 
-    Cost: `depth` passes a round, of `width` rows after the first, a log-softmax of each, a sort of the candidates, and one more
-    read on the host than a static tree costs: the shape. Limits: a draft that is sure where it is wrong (one that sees little of
-    the video) grows in the wrong place. ValueError where depth and width give fewer than `nodes` guesses.
+    Cost: `depth` passes a round, of `width` rows after the first, a log-softmax of each, a sort of the candidates, and one
+    more read on the host than a static tree costs: the shape. Limits: a draft that is sure where it is wrong (one that sees
+    little of the video) grows in the wrong place. ValueError where depth and width give fewer than `nodes` guesses.
     """
 
     name = "dynamic_tree"

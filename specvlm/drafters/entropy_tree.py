@@ -20,9 +20,9 @@ class EntropyTreeDrafter(GrownTreeDrafter):
     and every constant here (sure, unsure, deep, shallow, narrow, wide) is ours. sure, unsure: in nats (0.5: about 1.6
     choices; 2.5: about 12).
 
-    Cost: `shallow` to `deep` passes a round and one read of a number between the first and the others; drafting is not captured,
-    since its number of passes is decided in the middle of it. Limits: as `dynamic_tree`; one entropy stands for the whole round.
-    ValueError where `sure` is not below `unsure`, and where some depth and width give fewer than `nodes` guesses.
+    Cost: `shallow` to `deep` passes a round and one read of a number between the first and the others; drafting is not
+    captured, since its number of passes is decided in the middle of it. Limits: as `dynamic_tree`; one entropy stands for the
+    whole round. ValueError where `sure` is not below `unsure`, and where some depth and width give fewer than `nodes` guesses.
     """
 
     name = "entropy_tree"

@@ -18,22 +18,23 @@ from specvlm.types import DraftTree, Verdict, VideoPrompt
 
 @dataclass(frozen=True)
 class SparseDrafter(Drafter):
-    """A chain of `length` guesses of the target itself, each layer and KV head of which sees its own K video tokens and all else.
+    """A chain of the target's own guesses, each KV head of which sees its own K video tokens and all text.
 
-    A video token's score, by layer and KV head, is the attention that the prompt's text behind the video pays it in the target's
-    prefill, averaged over that text and summed over the query heads of the KV head. The K highest stay (equal ones go to the
-    earlier token), K = entries - all other tokens of the prompt, chosen once. Their keys and values are copied in their old order
-    beside those of the rest: rotated already, they keep their positions, and there is no second prefill. The output's own rows
-    come from the dense checks. With K = N a round is the target's own, and is accepted in full.
+    A video token's score, by layer and KV head, is the attention that the prompt's text behind the video pays it in the
+    target's prefill, averaged over that text and the query heads of the KV head (StD adds these up, which orders tokens
+    alike). The K highest stay (equal ones go to the earlier token), K = entries - all other tokens of the prompt, chosen once.
+    Their keys and values are copied in their old order beside those of the rest: rotated already, they keep their positions,
+    and there is no second prefill. The output's own rows come from the dense checks. With K = N a round is the target's own,
+    and is accepted in full.
 
     Sparse-to-Dense (arXiv 2505.19155): entries 1024 = K + text and length 9 are the paper's. Tokens of images count as text and
     all stay, our choice: the paper has none. A prompt whose text alone takes `entries` leaves K = 0. The pruner has no say.
 
-    Signal: `verifier_attention_per_kv_head`, (L, J, N) floats while the request starts. Cost: a copy of entries rows of the cache
-    per request, `length` passes of the target a round, which read all its weights and `entries` of its keys. Limits: so it pays
-    only where reading keys is what takes the time, for batches or very long prompts, and at batch 1 over short ones it is
-    slower than the target alone. Passes are not captured. Where the verifier samples, guesses are drawn. ValueError for entries
-    or length below 1.
+    Signal: `verifier_attention_per_kv_head`, (L, J, N) floats while the request starts. Cost: a copy of entries rows of the
+    cache per request, `length` passes of the target a round, which read all its weights and `entries` of its keys. Limits: so
+    it pays only where reading keys is what takes the time, for batches or very long prompts, and at batch 1 over short ones it
+    is slower than the target alone. Passes are not captured. Where the verifier samples, guesses are drawn. ValueError for
+    entries or length below 1.
     """
 
     name = "sparse"

@@ -258,8 +258,8 @@ def _check(
     *shape: Tensor,
 ) -> tuple[Tensor]:
     """Pass, penalty, verdict and cache move, on the last stage's device. state: slot of the root, position - slot. x: rows as
-    they left the stage before; empty where there is none. shape: of this very tree (see `_shape_of`), in the place of `parents`,
-    which then are of some tree of its size; empty where `parents` are its own.
+    they left the stage before; empty where there is none. shape: of this very tree (see `_shape_of`), in the place of
+    `parents`, which then are of some tree of its size; empty where `parents` are its own.
     """
     tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
     if shape:

@@ -69,8 +69,8 @@ class CapturedGrowth(GrownSession):
 def _round(
     lean: LeanText, cache: KVCache, vocabulary: int, depth: int, width: int, nodes: int, state_5: Tensor, way_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """state: slot of the last root, depth of the accepted node below it, that node's token, the bonus, position - slot. way: the
-    rows on the way to that node, counted from the last root's. Returns tokens (M,), and parents and rows (2, M).
+    """state: slot of the last root, depth of the accepted node below it, that node's token, the bonus, position - slot. way:
+    the rows on the way to that node, counted from the last root's. Returns tokens (M,), and parents and rows (2, M).
     """
     root, below, old, bonus, offset = state_5.split(1)
     cache.move(root, way_D)

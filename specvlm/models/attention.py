@@ -37,14 +37,21 @@ class Enough(Exception):
 class Guidance:
     """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
 
-    Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
-    twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
-    heads: keep what `rows` reads for each KV head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads
-    and 16,384 video tokens. hidden: keep the video tokens' last hidden states, (N, D). video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
+    Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and
+    about twice that beside them; what is kept is (N,) sums or, where asked for, (L, N). heads: keep what `rows` reads for each
+    KV head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads and 16,384 video tokens. hidden:
+    keep the video tokens' last hidden states, (N, D). video_index: key slots of the video tokens. depth: stop the forward pass
+    after that many layers (None: run it all).
     """
 
     def __init__(
-        self, video_index: Tensor, *, rows: bool = True, last_row: bool = False, depth: int | None = None, heads: bool = False,
+        self,
+        video_index: Tensor,
+        *,
+        rows: bool = True,
+        last_row: bool = False,
+        depth: int | None = None,
+        heads: bool = False,
         hidden: bool = False,
     ) -> None:
         self.video_index = video_index
@@ -76,8 +83,8 @@ class Guidance:
             raise Enough
 
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
-        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row. Also (H, N), those of
-        each KV head, or nothing.
+        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, and of the last row. Also (H, N),
+        those of each KV head, or nothing.
         """
         heads, group, count, _ = query_HGQD.shape
         wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties

@@ -136,9 +136,10 @@ def test_a_rule_that_samples_from_something_else_is_caught(fault):
             if fault == "greedy bonus":
                 ctx.numbers(2 * len(ctx.tree))
                 return torch.stack([torch.zeros((), dtype=torch.int64), ctx.logits_MV[0].argmax()])
-            if fault == "point mass":  # takes drawn guesses for given ones
-                ctx = VerifyContext(type(ctx.tree)(ctx.tree.tokens, ctx.tree.parents), ctx.logits_MV, ctx.generator, ctx.dice)
-                return super().decide(ctx)
+            if fault == "another q":
+                q = None if ctx.tree.q is None else torch.full_like(ctx.tree.q, 1 / ctx.tree.q.shape[1])
+                tree = DraftTree(ctx.tree.tokens, ctx.tree.parents, q)
+                return super().decide(VerifyContext(tree, ctx.logits_MV, ctx.generator, ctx.dice))
             flat = VerifyContext(ctx.tree, ctx.logits_MV * 0.5, ctx.generator, ctx.dice)  # another temperature than it says
             return super().decide(flat)
 
