@@ -125,6 +125,14 @@ def test_one_capture_of_the_check_and_one_of_the_growth_serve_every_shape():
     assert sum("capture" in step.times_s for step in steps[1:]) == 1
 
 
+def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
+    """Caches without a slot to spare."""
+    monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
+    drafter = DynamicTreeDrafter(nodes=12, depth=12, width=1)
+    steps = decode("qwen2_5_vl", drafter, GraphsEngine("direct"), pruner=NonePruner(), draft=tiny.model("qwen2_5_vl"), limit=6)
+    assert [step.accepted for step in steps] == [0, 12]
+
+
 def test_a_shape_that_varies_is_kept_nowhere():
     greedy._layout.cache_clear()
     decode("qwen2_5_vl", DynamicTreeDrafter(), Engine(), ratio=0.9)

@@ -37,6 +37,7 @@ class CapturedGrowth(GrownSession):
         ((self.depth, self.width),) = drafter.extents()
         self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
         self.last = int(ctx.prompt.tokens[-1])
+        self.guesses: list[int] = []
         self.rows: list[int] = []
         key = ("grown", lean, self.depth, self.width, drafter.nodes, ctx.vocabulary)
         self.program = engine.program(key, self.cache, self._build)
@@ -54,23 +55,22 @@ class CapturedGrowth(GrownSession):
     def propose(self, last: Verdict | None) -> DraftTree:
         path, bonus = ((0,), self.ctx.bonus) if last is None else (last.path, last.bonus)
         if last is not None:
-            self.last = int(self.tokens[path[-1]])
+            self.last = self.guesses[path[-1]]
         # What was never expanded is fed again, so any row will do; behind its end a way goes straight on.
         way = [self.rows[node] if node and self.rows[node] >= 0 else at for at, node in enumerate(path)]
         way += range(len(way), self.depth + 1)
         state = (self.root, len(path) - 1, self.last, bonus, self.cache.offset)
-        self.tokens, shape = self.program(state, way)
-        tokens, parents, self.rows = [self.tokens.tolist(), *shape.tolist()]
-        self.tokens = torch.tensor(tokens)
+        (grown_3M,) = self.program(state, way)
+        self.guesses, parents, self.rows = grown_3M.tolist()  # the one read of a round's draft
         self.root += len(path)
-        return DraftTree(self.tokens, tuple(parents), varies=True)
+        return DraftTree(grown_3M[0], tuple(parents), varies=True)
 
 
 def _round(
     lean: LeanText, cache: KVCache, vocabulary: int, depth: int, width: int, nodes: int, state_5: Tensor, way_D: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor]:
     """state: slot of the last root, depth of the accepted node below it, that node's token, the bonus, position - slot. way:
-    the rows on the way to that node, counted from the last root's. Returns tokens (M,), and parents and rows (2, M).
+    the rows on the way to that node, counted from the last root's. Returns tokens, parents and rows, (3, M).
     """
     root, below, old, bonus, offset = state_5.split(1)
     cache.move(root, way_D)
@@ -88,4 +88,4 @@ def _round(
         return lean.logits(hidden)[:, :vocabulary]
 
     grown = grow(bonus, lean.logits(hidden)[:, :vocabulary], depth, width, nodes, expand)
-    return grown.tokens_M, torch.stack([grown.parents_M, grown.rows_M])
+    return (torch.stack(grown),)
