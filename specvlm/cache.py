@@ -121,6 +121,23 @@ class KVCache:
                     tensor[:, :, :, base:end] = tensor.index_select(3, rows)
         self.length = end
 
+    def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
+        """Fill an empty cache with rows of another of the same model, for every layer and KV head its own; ascending slots."""
+        for number, slots_HK in enumerate(slots_LHK):
+            for mine, theirs in zip(self.layer(number), source.layer(number), strict=True):
+                rows_HKD = slots_HK.to(theirs.device)[..., None].expand(-1, -1, theirs.shape[-1])
+                mine[0, :, : slots_HK.shape[1]] = theirs[0].gather(1, rows_HKD)
+        self.length = slots_LHK.shape[2]
+        self.offset = source.position - self.length
+
+    def follow(self, source: KVCache, start: int) -> None:
+        """Append the rows of another cache of the same model from slot `start` to its end."""
+        end = self.length + source.length - start
+        for mine, theirs in zip(self.stores, source.stores, strict=True):
+            for to, of in zip(mine, theirs, strict=True):
+                to[:, :, :, self.length : end] = of[:, :, :, start : source.length]
+        self.length = end
+
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
         """As `keep`, on the one device alone; `length` is left to the caller."""
         (store,) = self.stores

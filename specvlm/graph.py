@@ -211,14 +211,17 @@ class DecodingGraph:
             generator=generator,
             caches=self.caches,
             engine=self.engine,
+            signals=gathered(drafter.needs, prompt, guidance, features_ND),
+            cache=cache,
         )
         session = drafter.start(context)
         if self.draft is not None and drafter.model == "draft":
             clock.wait(self.draft.device)
         clock.mark("draft_prefill")
 
-        request = Request(target, cache, verifier, penalty, generator, clock.mark)
-        verdict, shown = None, keep if drafter.model else None
+        video_ND = guidance.video_hidden() if guidance is not None and guidance.hidden else None
+        request = Request(target, cache, verifier, penalty, generator, clock.mark, video_ND)
+        verdict, shown = None, keep if drafter.model and drafter.sees(prompt) is None else None
         while True:
             tree = session.propose(verdict).to(target.device)
             clock.mark("draft")
@@ -226,7 +229,9 @@ class DecodingGraph:
             clock.mark("verify")
             tokens = output.take(new)
             full, depth = len(tokens) == len(new), max(tree.depths)
-            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown)
+            # What a lossy rule accepts says nothing about the target's own choice.
+            ranks, widths = tree.ranks_on(verdict.path) if verifier.lossless else ((), ())
+            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown, ranks, widths)
             if output.done:
                 return
             turn.check()
@@ -236,16 +241,22 @@ class DecodingGraph:
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
-        total = len(prompt.video_index)
+        total, own = len(prompt.video_index), self.drafter.sees(prompt)
+        if own is not None:
+            return own
         return total if self.pruner.keeps_all else KeepSet.budget(total, self.ratio)
 
     def _prunes(self, prompt: VideoPrompt) -> bool:
         """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
-        return self.drafter.model is not None and 0 < self.budget(prompt) < len(prompt.video_index)
+        chosen = self.drafter.model is not None and self.drafter.sees(prompt) is None
+        return chosen and 0 < self.budget(prompt) < len(prompt.video_index)
 
     def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
-        """The collector for what the pruner reads of the target on the way; None when it reads nothing."""
-        return guidance_for(self.pruner, self.target, prompt) if self._prunes(prompt) else None
+        """The collector for what the strategies read of the target on the way; None when they read nothing."""
+        if not len(prompt.video_index):
+            return None
+        pruner = self.pruner if self._prunes(prompt) else None
+        return guidance_for(pruner, self.target, prompt, self.drafter.needs, self.verifier.reads_hidden)
 
     def _agreed(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator

@@ -39,15 +39,19 @@ class RepetitionPenalty:
         if self.factor != 1:
             self.seen_V[tokens.to(self.seen_V.device)] = True
 
-    def __call__(self, logits_MV: Tensor, tree: DraftTree | None = None) -> Tensor:
-        """(M, V), a row a tree node, which has seen itself and its ancestors; without a tree no row has seen more."""
+    def __call__(self, logits_MV: Tensor, tree: DraftTree | None = None, above_MM: Tensor | None = None) -> Tensor:
+        """(M, V), a row a tree node, which has seen itself and its ancestors; without a tree no row has seen more.
+
+        above_MM: these, in float32, in a step captured for trees of every shape.
+        """
         if self.factor == 1:
             return logits_MV
         seen_MV = self.seen_V.expand(len(logits_MV), -1)
         if tree is not None:
             own_MV = torch.zeros_like(logits_MV, dtype=torch.bool)
             own_MV.scatter_(1, tree.tokens.to(own_MV.device)[:, None], True)
-            above_MM = _above(tree.parents, logits_MV.device)
+            if above_MM is None:
+                above_MM = tree.kept(_above)(tree.parents, logits_MV.device)
             seen_MV = seen_MV | (above_MM @ own_MV.float() > 0)
         penalised_MV = torch.where(logits_MV < 0, logits_MV * self.factor, logits_MV / self.factor)
         return torch.where(seen_MV, penalised_MV, logits_MV)

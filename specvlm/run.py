@@ -163,7 +163,7 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     kept = graph.budget(prompt)
     drafts = {"draft": draft, "target": target, None: None}[drafter.model]
     patches = max(map(target.vision_rows, prompt.videos), default=0)
-    pruned = slots - len(prompt.video_index) + kept
+    pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
     needs = [memory.Need(target, slots, dtype, kinds["target"], bool(pruner.needs & KEPT_STATES))]
@@ -242,6 +242,8 @@ def row(number: int, step: Step) -> dict[str, Any]:
     """A line of steps.jsonl."""
     fields = {"round": number, "tokens": step.tokens, "drafted": step.drafted, "accepted": step.accepted, "full": step.full}
     kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
+    if step.widths:  # see `fit_tree`
+        fields |= {"ranks": step.ranks, "widths": step.widths}
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
 
 

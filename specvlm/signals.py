@@ -34,14 +34,23 @@ def state_layer(pruner: Pruner, target: VideoLM) -> int:
     return layer
 
 
-def guidance_for(pruner: Pruner, target: VideoLM, prompt: VideoPrompt) -> Guidance | None:
-    """The collector for what the pruner reads of the target on the way; None when it reads nothing."""
-    needs, layer = pruner.needs, state_layer(pruner, target)
+def guidance_for(
+    pruner: Pruner | None, target: VideoLM, prompt: VideoPrompt, more: frozenset[str] = frozenset(), hidden: bool = False
+) -> Guidance | None:
+    """The collector for what is read of the target on the way; None when nothing is. pruner: None where nothing is chosen.
+
+    more: signals that the drafter needs. hidden: the verifier reads the video tokens' last hidden states.
+    """
+    needs = more | (pruner.needs if pruner else frozenset())
+    layer = state_layer(pruner, target) if pruner else 0
+    heads = "verifier_attention_per_kv_head" in needs
     guidance = Guidance(
         prompt.video_index.to(target.device),
-        rows=bool(needs & {"verifier_attention", "verifier_attention_per_layer"}),
+        rows=heads or bool(needs & {"verifier_attention", "verifier_attention_per_layer"}),
+        heads=heads,
+        hidden=hidden,
         last_row="verifier_attention_last_row" in needs,
-        weigh=pruner.row_weights if "verifier_attention_weighted" in needs else None,
+        weigh=pruner.row_weights if pruner and "verifier_attention_weighted" in needs else None,
         keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
         states=States(prompt.video_index, prompt.cut, layer) if needs & KEPT_STATES else None,
         sight=Sight() if needs & {"vision_attention", "vision_keys"} else None,
@@ -61,6 +70,8 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
     if guidance.rows:
         signals["verifier_attention_per_layer"] = guidance.per_layer()
         signals["verifier_attention"] = guidance.per_layer().mean(0)
+    if guidance.heads:
+        signals["verifier_attention_per_kv_head"] = guidance.per_head()
     if guidance.last_row:
         signals["verifier_attention_last_row"] = guidance.last_rows()
     if guidance.weigh is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from specvlm.cache import CachePool
+from specvlm.cache import CachePool, KVCache
 from specvlm.segments import apportion
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SIGNALS: dict[str, str] = {
     "verifier_attention": "(N,) the target's attention from the text after the video, mean over layers, heads and rows",
     "verifier_attention_per_layer": "(L, N) the same, mean over heads and rows",
+    "verifier_attention_per_kv_head": "(L, J, N) the same for each KV head of this process, mean over its query heads and rows",
     "verifier_attention_last_row": "(L, N) the target's attention of the last prompt row, mean over heads",
     "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
     "features": "(N, D) the target's video features as they enter its language model",
@@ -87,10 +88,7 @@ class PruneContext:
         return self.grids[0]
 
     def signal(self, name: str) -> Tensor:
-        if name not in self.signals:
-            there = ", ".join(sorted(self.signals)) or "none"
-            raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the pruner')
-        return self.signals[name]
+        return _signal(self.signals, name, "pruner")
 
     def scores(self, name: str) -> Tensor:
         """A signal to rank tokens by, in float32. Raises ValueError where it holds NaN."""
@@ -164,6 +162,13 @@ class PruneContext:
         return self.signals[name].narrow(axes.index("N"), start, stop - start) if "N" in axes else self.signals[name]
 
 
+def _signal(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
+    if name not in signals:
+        there = ", ".join(sorted(signals)) or "none"
+        raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the {whose}')
+    return signals[name]
+
+
 class Pruner(Strategy, ABC):
     """Picks (or merges) the video tokens the drafter sees.
 
@@ -229,7 +234,8 @@ class DraftContext:
 
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
-    the eager one.
+    the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
+    output so far but its last token.
     """
 
     prompt: VideoPrompt
@@ -245,6 +251,11 @@ class DraftContext:
     generator: torch.Generator
     caches: CachePool = field(default_factory=CachePool)
     engine: Engine | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    cache: KVCache | None = None
+
+    def signal(self, name: str) -> Tensor:
+        return _signal(self.signals, name, "drafter")
 
 
 class DraftSession(ABC):
@@ -268,6 +279,22 @@ class Drafter(Strategy, ABC):
 
     tells: ClassVar[bool] = False  # do its sessions hand the first rank's tree to ranks that have no draft?
 
+    @property
+    def max_rows(self) -> int:
+        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has
+        nodes.
+        """
+        return self.max_nodes
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of the target that a session reads, of those in `SIGNALS`. A class attribute will do."""
+        return frozenset()
+
+    def sees(self, prompt: VideoPrompt) -> int | None:
+        """How many video tokens it sees by a choice of its own, made without the pruner; None: those that the pruner leaves."""
+        return None
+
     @abstractmethod
     def start(self, ctx: DraftContext) -> DraftSession: ...
 
@@ -276,13 +303,19 @@ class Drafter(Strategy, ABC):
 class VerifyContext:
     """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own).
 
-    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for.
+    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for. tables: what
+    `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
+    hidden_MD, video_ND: the target's last hidden states of the nodes, and of the video tokens, these to unit length, for a
+    rule that `reads_hidden`; None: for others, and where there is no video or nothing was guessed.
     """
 
     tree: DraftTree
     logits_MV: Tensor
     generator: torch.Generator
     dice: Tensor | None = None
+    tables: tuple[Tensor, ...] | None = None
+    hidden_MD: Tensor | None = None
+    video_ND: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
         """(count,) uniform in [0, 1), float64, on the device of the logits."""
@@ -306,6 +339,7 @@ class Verifier(Strategy, ABC):
 
     kind = "verifier"
     lossless: ClassVar[bool] = True
+    reads_hidden: ClassVar[bool] = False  # of rules that write `verify`; (N, D) more are kept for a request
 
     @property
     def sampling(self) -> Sampling:
@@ -320,11 +354,20 @@ class Verifier(Strategy, ABC):
         """How many uniform numbers `decide` asks of `ctx.numbers` for a tree of so many nodes."""
         return 0
 
+    def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+        """All that `decide` reads of a tree's shape, as tensors on the host whose sizes and types go by the number of nodes
+        alone.
+
+        Given these in `ctx.tables`, `decide` must not look at `ctx.tree.parents`: one captured step then checks every tree of a
+        size, as drafters need whose trees vary. None: it goes by `parents`, and trees that vary are checked uncaptured.
+        """
+        return None
+
     def decide(self, ctx: VerifyContext) -> Tensor:
         """(2,) integers on the device: the last accepted node, and the target's own next token (-1: there is none).
 
         What it does may depend on the shape of the tree, never on the value of a tensor. Tensors made from that shape must be
-        kept (functools.cache): a captured step knows their addresses alone.
+        kept (functools.cache), unless `tree.varies`: a captured step knows their addresses alone.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
 

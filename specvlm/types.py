@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,15 @@ class DraftTree:
 
     q: (M, V) the distribution each node's children were drawn from, in the order of their numbers and without
     replacement (rows of leaves are unused); None when children are not random given the context (top-k, look-up).
+    varies: another shape comes in the next round, of as many nodes: what is kept or captured for a shape would be kept in vain.
+    ranks: which of its parent's best guesses each node is, from 0; None: siblings come best first, without a gap.
     """
 
     tokens: Tensor
     parents: tuple[int, ...]
     q: Tensor | None = None
+    varies: bool = False
+    ranks: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -256,7 +263,9 @@ class DraftTree:
         """Itself, where it is there already."""
         if self.tokens.device == device and (self.q is None or self.q.device == device):
             return self
-        return DraftTree(self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device))
+        return DraftTree(
+            self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies, self.ranks
+        )
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -269,10 +278,30 @@ class DraftTree:
             way.append(self.parents[way[-1]])
         return tuple(reversed(way))
 
+    def ranks_on(self, path: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a path of accepted nodes, root first, tells of the draft: the rank of each guess on it, and for each node of
+        the path how many guesses were tried behind it, the best ones without a gap. Nothing where guesses were drawn: they
+        have no rank.
+        """
+        if self.q is not None:
+            return (), ()
+        below: dict[int, list[int]] = {node: [] for node in path}
+        for node, parent in enumerate(self.parents):
+            if parent in below:
+                below[parent].append(node)
+        of = {n: self.ranks[n] if self.ranks else at for nodes in below.values() for at, n in enumerate(nodes)}
+        tried = ({of[n] for n in below[node]} for node in path)
+        widths = (next(rank for rank in range(len(known) + 1) if rank not in known) for known in tried)
+        return tuple(of[node] for node in path[1:]), tuple(widths)
+
     @cached_property
     def mask(self) -> Tensor:
         """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
-        return ancestor_mask(self.parents)
+        return self.kept(ancestor_mask)(self.parents)
+
+    def kept(self, made: Callable[..., T]) -> Callable[..., T]:
+        """A cached function of shapes; without its cache where this shape will not come back."""
+        return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
@@ -304,6 +333,7 @@ class Step:
 
     Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked, depth: most of them on one path;
     accepted: how many the verifier took (before the output was cut); full: False when a stop id or the limit cut it.
+    ranks, widths: of the accepted guesses, and how many were tried behind the root and behind each (`DraftTree.ranks_on`).
     times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify, and capture where the engine met a new
     shape; they add up to the time since the step before. keep: what the drafter sees, in the step that started it.
     """
@@ -315,3 +345,5 @@ class Step:
     full: bool = True
     times_s: dict[str, float] = field(default_factory=dict)
     keep: KeepSet | None = None
+    ranks: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()

@@ -16,8 +16,10 @@ from specvlm import torchrun
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.engine import Engine
 from specvlm.engine.graphs import GraphsEngine
@@ -41,6 +43,8 @@ CASES = (
     ("chain", "shared", TwoStagePruner(), TreeDrafter("chain:5"), GreedyVerifier()),
     ("self", "lone", RandomPruner(), SelfDrafter("chain:3"), GreedyVerifier()),
     ("prompt_lookup", "lone", RandomPruner(), PromptLookupDrafter(), GreedyVerifier()),
+    ("dynamic", "lone", RandomPruner(), DynamicTreeDrafter(nodes=12, depth=4, width=4), GreedyVerifier()),
+    ("sparse", "lone", RandomPruner(), SparseDrafter(entries=256, length=3), GreedyVerifier()),
     ("sampled", "lone", RandomPruner(), TreeDrafter("3x2"), SAMPLING),
 )
 
@@ -74,7 +78,11 @@ def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
         steps = list(autoregressive(target, prompt, LIMIT, GreedyVerifier(), engine=engine))
         found[f"autoregressive {name}"] = tokens_of(steps)
         for case, draft, pruner, drafter, verifier in CASES:
-            if ranks.size > 1 and case in ("self", "prompt_lookup") and (engine.name == "eager" or family != FAMILIES[0]):
+            if (
+                ranks.size > 1
+                and case in ("self", "sparse", "prompt_lookup")
+                and (engine.name == "eager" or family != FAMILIES[0])
+            ):
                 continue  # the same passes of the same target
             graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, 0.9, engine=engine)
             steps = list(graph.decode(prompt, LIMIT))

@@ -11,8 +11,11 @@ from test_lossless import PRUNERS
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import acceptance_of, tokens_of
@@ -72,6 +75,34 @@ def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
     fields = {"clip": clip, "question": "describe the video."}
     steps = decode(family, TwoStagePruner(), TreeDrafter(), 0.9, draft, **fields)
     assert tuple(tokens_of(steps)) == answer_of_generate(family, **fields)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(256)], ids=repr)
+def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
+    for clip in ("synthetic_1", "bbb_apple"):
+        steps = decode(family, TwoStagePruner(), drafter, 0.9, clip=clip)
+        assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip), clip
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family):
+    """On the average over these scenes, with the same pruned view."""
+    accepted = {"static": [], "dynamic": []}
+    for clip in ("synthetic_1", "synthetic_2", "synthetic_3"):
+        for ratio in (0.5, 0.9):
+            for name, drafter in (("static", TreeDrafter()), ("dynamic", DynamicTreeDrafter())):
+                steps = decode(family, TwoStagePruner(), drafter, ratio, clip=clip, question="describe the video.")
+                accepted[name] += [step.accepted for step in steps[1:] if step.full]
+                assert all(step.drafted == 25 for step in steps[1:])
+    means = {name: sum(found) / len(found) for name, found in accepted.items()}
+    assert means["dynamic"] >= means["static"], means
+
+
+def test_sparse_to_dense_with_every_entry_is_accepted_in_full():
+    for family in tiny.FAMILIES:
+        steps = decode(family, NonePruner(), SparseDrafter(100_000), 0.9, clip="synthetic_2", question="describe the video.")
+        assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 9
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

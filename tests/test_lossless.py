@@ -8,8 +8,11 @@ import torch
 
 from specvlm import lossless, memory
 from specvlm.cache import pooled
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
@@ -36,7 +39,16 @@ PRUNERS = [
     FastVPruner(layer=2),
     FastVPruner(layer=2, source="draft"),
 ]
-DRAFTERS = [TreeDrafter(), TreeDrafter("chain:5"), TreeDrafter("3x1x2"), SelfDrafter(), PromptLookupDrafter()]
+DRAFTERS = [
+    TreeDrafter(),
+    TreeDrafter("chain:5"),
+    TreeDrafter("3x1x2"),
+    DynamicTreeDrafter(),
+    EntropyTreeDrafter(),
+    SelfDrafter(),
+    SparseDrafter(24, 5),
+    PromptLookupDrafter(),
+]
 GREEDY = GreedyVerifier()
 
 
@@ -141,8 +153,9 @@ def test_float32_equals_generate_too():
     for family in tiny.FAMILIES:
         target, draft = tiny.model(family, dtype=torch.float32), tiny.draft_of(family, dtype=torch.float32)
         request = tiny.prompt(family)
-        graph = DecodingGraph(target, draft, TwoStagePruner(), TreeDrafter(), GREEDY, 0.5)
-        assert tokens_of(list(graph.decode(request, 40))) == tiny.hf_greedy(target, request, 40)
+        for drafter in (TreeDrafter(), DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(24)):
+            graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, 0.5)
+            assert tokens_of(list(graph.decode(request, 40))) == tiny.hf_greedy(target, request, 40)
 
 
 def test_the_comparison_tells_a_fault_from_a_tie():
@@ -181,7 +194,9 @@ def follow(lm, request, tokens):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("drafter", [TreeDrafter(), SelfDrafter(), PromptLookupDrafter()], ids=repr)
+@pytest.mark.parametrize(
+    "drafter", [TreeDrafter(), DynamicTreeDrafter(), SelfDrafter(), SparseDrafter(24), PromptLookupDrafter()], ids=repr
+)
 def test_the_checkpoints_repetition_penalty_is_applied_as_generate_does(family, drafter):
     request = tiny.prompt(family)
     plain = tiny.hf_greedy(tiny.model(family), request, 40)
@@ -196,7 +211,9 @@ def test_the_checkpoints_repetition_penalty_is_applied_as_generate_does(family, 
 
 
 @pytest.mark.parametrize("positions", ["original", "reindexed"])
-@pytest.mark.parametrize("drafter", [TreeDrafter(), SelfDrafter("chain:2"), PromptLookupDrafter()], ids=repr)
+@pytest.mark.parametrize(
+    "drafter", [TreeDrafter(), DynamicTreeDrafter(40, 9, 20), SelfDrafter("chain:2"), PromptLookupDrafter()], ids=repr
+)
 def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
     family, request, limit = "qwen2_5_vl", tiny.prompt("qwen2_5_vl"), 20
     graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, GREEDY, 0.9, positions)
@@ -204,7 +221,7 @@ def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
     kept = len(request) - len(request.video_index) + graph.budget(request)
     slots = pooled(len(request) + limit + drafter.max_nodes)
     if drafter.model is not None:
-        slots += pooled(kept + limit + drafter.max_nodes)
+        slots += pooled(kept + limit + drafter.max_rows)
     assert graph.caches.nbytes == memory.kv_bytes(tiny.model(family), slots, torch.float64)
 
 

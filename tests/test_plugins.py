@@ -95,8 +95,9 @@ def test_built_ins_come_through_the_hook():
     table = registry.collect()
     assert list(table) == ["pruner", "drafter", "verifier"]
     assert set(table["pruner"]) == {"none", "uniform", "random", "window", "verifier_attention", "two_stage", "fastv"}
-    assert set(table["drafter"]) == {"tree", "self", "prompt_lookup"}
-    assert set(table["verifier"]) == {"greedy", "sampling"}
+    grown = {"dynamic_tree", "entropy_tree"}
+    assert set(table["drafter"]) == {"tree", "self", "sparse", "prompt_lookup"} | grown
+    assert set(table["verifier"]) == {"greedy", "sampling", "loose"}
     assert all(info.plugin == "specvlm" and info.summary for kind in table.values() for info in kind.values())
 
 

@@ -358,7 +358,7 @@ class Draws:
         p_MV = self.sampling.probabilities(logits.flatten(0, 1)).double()
         accept_M, rest_MV = sampling.odds(forest, p_MV)
         dice = torch.rand(2 * len(parents), generator=chance, dtype=torch.float64)
-        next_M, bonus_M = sampling._decide(parents, accept_M, rest_MV, dice)
+        next_M, bonus_M = sampling._decide(forest, accept_M, rest_MV, dice)
         last_R = torch.arange(runs) * size
         while bool((next_M[last_R] > 0).any()):
             last_R = torch.where(next_M[last_R] > 0, next_M[last_R], last_R)
@@ -446,9 +446,9 @@ def test_chi_square_catches_planted_faults(fault, monkeypatch):
     elif fault == "last accepted child wins":
         decide = sampling._decide
 
-        def backwards(parents, accept_M, rest_MV, dice):
+        def backwards(tree, accept_M, rest_MV, dice):
             monkeypatch.setattr(sampling, "_turns", lambda *shape: tuple(reversed(turns(*shape))))
-            return decide(parents, accept_M, rest_MV, dice)
+            return decide(tree, accept_M, rest_MV, dice)
 
         monkeypatch.setattr(sampling, "_decide", backwards)
     else:
@@ -467,7 +467,7 @@ def test_a_verdict_is_what_the_forest_decides_for_its_tree(setting):
         verdict = verifier.verify(VerifyContext(tree, logits[run], torch.Generator().manual_seed(run)))
         dice = torch.rand(2 * len(tree), generator=torch.Generator().manual_seed(run), dtype=torch.float64)
         p_MV = setting.sampling.probabilities(logits[run]).double()
-        next_M, bonus_M = sampling._decide(setting.parents, *sampling.odds(tree, p_MV), dice)
+        next_M, bonus_M = sampling._decide(tree, *sampling.odds(tree, p_MV), dice)
         for node, following in itertools.pairwise([*verdict.path, 0]):
             assert next_M[node] == following
         assert bonus_M[verdict.path[-1]] == verdict.bonus

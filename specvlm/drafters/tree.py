@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -103,27 +103,53 @@ def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
     return (race_QV / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
 
 
-class TreeSession(DraftSession):
-    """Keeps the draft's own cache: pruned prompt, then accepted tokens; the tree's rows come and go behind them."""
+class PrunedSession(DraftSession):
+    """A draft model's own cache: pruned prompt, then accepted tokens; a tree's rows come and go behind them.
+
+    rows: most of them behind an accepted token that a round writes.
+    """
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
+        self.ctx, self.model = ctx, model
+        self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
+        self.base = 0  # slot of the current root
+        prompt, keep = ctx.prompt, ctx.keep
+        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
+        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
+        model.prefill(embeds, positions, self.cache)
+
+    def _root(self) -> Tensor:
+        """(1, V) logits below the new root: a pass over what is pending, which it ends."""
+        rows = len(self.pending)
+        seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
+        logits = self.model.append(torch.tensor(self.pending), range(rows), seen, self.cache)[-1:]
+        self.base = self.cache.length - 1
+        return logits[:, : self.ctx.vocabulary]
+
+    def _settle(self, last: Verdict, tokens: Tensor, row_of: Mapping[int, int]) -> None:
+        """Keep the rows of accepted nodes that were expanded; what else was accepted is fed with the next root."""
+        expanded = [node for node in last.path if node in row_of]
+        self.cache.keep(self.base, [row_of[node] for node in expanded])
+        left: Sequence[int] = last.path[len(expanded) :]
+        self.pending = [*tokens[list(left)].tolist(), last.bonus]
+
+
+class TreeSession(PrunedSession):
+    """A static tree, level by level."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
-        self.ctx, self.model, self.sample = ctx, model, sample
+        self.sample = sample
         self.plan = Plan(shape)
         # Drawn where the logits are, seeded from the request's own generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
         self.generator = torch.Generator(model.head_device).manual_seed(seed)
-        self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
-        self.base = 0  # slot of the current root
         self.tokens = torch.zeros(len(shape), dtype=torch.int64)
-        prompt, keep = ctx.prompt, ctx.keep
-        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
-        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
-        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + len(shape) + 2)
-        model.prefill(embeds, positions, self.cache)
+        super().__init__(ctx, model, len(shape))
 
     def propose(self, last: Verdict | None) -> DraftTree:
         if last is not None:
-            self._commit(last)
+            self._settle(last, self.tokens, self.plan.row_of)
         plan, cache, model = self.plan, self.cache, self.model
         shape = plan.shape
         q: Tensor | None = None
@@ -131,13 +157,10 @@ class TreeSession(DraftSession):
         self.tokens[0] = self.pending[-1]
         for depth, level in enumerate(plan.levels):
             if depth == 0:
-                rows = len(self.pending)
-                seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
-                logits = model.append(torch.tensor(self.pending), range(rows), seen, cache)[-1:]
-                self.base = cache.length - 1
+                logits = self._root()
             else:
                 logits = model.append(self.tokens[list(level.nodes)], [depth] * len(level.nodes), level.seen, cache, self.base)
-            logits = logits[:, : self.ctx.vocabulary]
+                logits = logits[:, : self.ctx.vocabulary]
             if not self.sample:
                 best = logits.topk(int(level.ranks.max()) + 1).indices
                 self.tokens[level.children] = best[level.rows, level.ranks]
@@ -148,14 +171,7 @@ class TreeSession(DraftSession):
                 race = torch.empty(q_rows.shape, dtype=torch.float64, device=q_rows.device)
                 best = draw(q_rows, race.exponential_(generator=self.generator), int(level.orders.max()) + 1)
                 self.tokens[level.children] = best[level.rows, level.orders]
-        return DraftTree(self.tokens, shape.parents, q)
-
-    def _commit(self, last: Verdict) -> None:
-        """Keep the rows of accepted nodes that were expanded; what else was accepted is fed with the next root."""
-        expanded = [node for node in last.path if node in self.plan.row_of]
-        self.cache.keep(self.base, [self.plan.row_of[node] for node in expanded])
-        left: Sequence[int] = last.path[len(expanded) :]
-        self.pending = [*self.tokens[list(left)].tolist(), last.bonus]
+        return DraftTree(self.tokens, shape.parents, q, ranks=shape.ranks)
 
 
 class ToldSession(DraftSession):
@@ -170,11 +186,11 @@ class ToldSession(DraftSession):
         self.q = torch.zeros(len(shape), ctx.vocabulary, dtype=wide, device=self.device) if sample else None
 
     def propose(self, last: Verdict | None) -> DraftTree:
-        tree = DraftTree(self.tokens, self.shape.parents, self.q)
+        tree = DraftTree(self.tokens, self.shape.parents, self.q, ranks=self.shape.ranks)
         if self.session is not None:
             tree = self.session.propose(last).to(self.device)
             if self.q is not None and tree.q is not None:  # the others do not know the draft's dtype
-                tree = DraftTree(tree.tokens, tree.parents, tree.q.to(self.q.dtype))
+                tree = replace(tree, q=tree.q.to(self.q.dtype))
         for tensor in (tree.tokens, tree.q):
             if tensor is not None:
                 self.ranks.first(tensor)

@@ -6,7 +6,7 @@ An engine is kept across requests. It holds no request's state: only what it cap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, TreeShape, Verdict
 
 if TYPE_CHECKING:
+    from specvlm.drafters.dynamic_tree import GrownTreeDrafter
     from specvlm.models.video_lm import VideoLM
 
 ENGINES = ("auto", "eager", "graphs")
@@ -27,7 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran."""
+    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran.
+
+    video_ND: the video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
+    """
 
     target: VideoLM
     cache: KVCache
@@ -35,6 +39,7 @@ class Request:
     penalty: RepetitionPenalty
     generator: torch.Generator
     mark: Callable[[str], None] = lambda part: None
+    video_ND: Tensor | None = None
 
 
 class Engine:
@@ -55,10 +60,13 @@ class Engine:
         tokens: accepted ones and the bonus.
         """
         cache, base = request.cache, request.cache.length
-        logits_MV = request.penalty(request.target.score(tree, cache), tree)
+        hidden_MD = request.target.score_hidden(tree, cache)
+        logits_MV = request.penalty(request.target.head(hidden_MD), tree)
         tree = tree.to(logits_MV.device)
-        verdict = request.verifier.verify(VerifyContext(tree, logits_MV, request.generator))
-        verdict = agreed(request.target, request.verifier, verdict)
+        context = VerifyContext(tree, logits_MV, request.generator)
+        if request.verifier.reads_hidden:
+            context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
+        verdict = agreed(request.target, request.verifier, request.verifier.verify(context))
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
@@ -79,6 +87,12 @@ class Engine:
         from specvlm.drafters.tree import TreeSession  # which asks for an engine
 
         return TreeSession(ctx, model, shape, sample)
+
+    def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
+        """How a tree is drafted that another shape follows."""
+        from specvlm.drafters.dynamic_tree import GrownSession  # which asks for an engine
+
+        return GrownSession(ctx, model, drafter)
 
 
 def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:

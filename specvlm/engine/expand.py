@@ -71,7 +71,8 @@ class CapturedTree(TreeSession):
             self.races.exponential_(generator=self.generator)
         self.tokens, q_MV = self.program((self.root, node, bonus, self.cache.offset), self.tokens, None)
         self.root += self.plan.shape.depths[node] + 1
-        return DraftTree(self.tokens, self.plan.shape.parents, q_MV if self.sample else None)
+        shape = self.plan.shape
+        return DraftTree(self.tokens, shape.parents, q_MV if self.sample else None, ranks=shape.ranks)
 
 
 class _Level(NamedTuple):

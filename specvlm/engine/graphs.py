@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from specvlm.cache import KVCache, Store
 from specvlm.engine import Engine, Request, ops, why_not_captured
 from specvlm.engine.expand import CapturedTree, ways
+from specvlm.engine.growth import CapturedGrowth
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
 from specvlm.penalty import RepetitionPenalty
@@ -29,6 +30,7 @@ from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, TreeShape, Verdict
 
 if TYPE_CHECKING:
+    from specvlm.drafters.dynamic_tree import GrownTreeDrafter
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class GraphsEngine(Engine):
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
-        if lean is None or len(tree) > ROWS or not verifier.on_device:
+        if lean is None or len(tree) > ROWS or not verifier.on_device or (tree.varies and len(lean.stages) > 1):
             return super().check(request, tree)
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
@@ -70,6 +72,7 @@ class GraphsEngine(Engine):
         q = tree.q if tree.q is not None and dice else None
         state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
         captured, x = self.capture_s, tree.tokens
+        shape = _shape_of(tree, verifier)
         for number in earlier:
             (x,) = self._through(number, lean, tree, cache)(state, x)
 
@@ -81,18 +84,20 @@ class GraphsEngine(Engine):
                 torch.full((dice,), 0.5, dtype=torch.float64, device=device),
                 torch.empty(0, device=device) if q is None else torch.zeros_like(q, device=device),
                 torch.empty(0, device=device) if x is tree.tokens else torch.zeros_like(x, device=device),
+                *(table.to(device) for table in shape),
             ]
-            paths = _Paths(tree.parents, device)
-            fn = partial(_check, lean, verifier, tree.parents, cache, penalty.factor, paths)
+            paths = _Paths(tree, device)
+            fn = partial(_check, lean, verifier, tree.parents, tree.varies, cache, penalty.factor, paths)
             return self.capture(fn, inputs, backend, paths)
 
         rule = (type(verifier), repr(verifier))
-        key = ("check", lean, tree.parents, rule, penalty.factor, None if q is None else q.shape)
-        program = self.program(key, cache, build)
+        key = ("check", lean, count if shape else tree.parents, rule, penalty.factor, None if q is None else q.shape)
+        again = shape or not tree.varies  # else this shape will not come back, and the rule goes by it
+        program = self.program(key, cache, build) if again else build("direct")
         follow = [self._follow(number, lean, tree, cache) for number in earlier if count > 1]
         if self.capture_s > captured:
             request.mark("capture")
-        (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x)
+        (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape)
         for moving in follow:
             moving((base, 0), outcome[:1])
         last, bonus, *tokens = outcome.tolist()  # the round's one read
@@ -108,7 +113,7 @@ class GraphsEngine(Engine):
             state, rows = torch.tensor([cache.capacity - count, 0], device=device), torch.zeros(count, dtype=torch.int64)
             if number:
                 rows = torch.zeros(count, lean.hidden, dtype=lean.dtype)
-            paths = _Paths(tree.parents, device)
+            paths = _Paths(tree, device)
             return self.capture(partial(_pass, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
 
         return self.program((f"through {number}", lean, tree.parents), cache, build)
@@ -119,7 +124,7 @@ class GraphsEngine(Engine):
 
         def build(backend: str) -> Program:
             state = torch.tensor([cache.capacity - len(tree), 0], device=device)
-            last, paths = torch.zeros(1, dtype=torch.int64, device=device), _Paths(tree.parents, device)
+            last, paths = torch.zeros(1, dtype=torch.int64, device=device), _Paths(tree, device)
             return self.capture(partial(_move, cache.stores[number], paths), [state, last], backend, paths)
 
         return self.program((f"follow {number}", lean, tree.parents), cache, build)
@@ -132,6 +137,13 @@ class GraphsEngine(Engine):
         if lean is None or len(lean.stages) > 1 or max(map(len, shape.levels)) > ROWS:
             return super().tree_session(ctx, model, shape, sample)
         return CapturedTree(ctx, model, shape, sample, lean, self)
+
+    def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
+        lean, extents = self.lean(model), drafter.extents()
+        # One extent: all passes are known ahead. With several the first pass decides about the others, on the host.
+        if lean is None or len(lean.stages) > 1 or len(extents) > 1 or extents[0][1] > ROWS:
+            return super().grown_session(ctx, model, drafter)
+        return CapturedGrowth(ctx, model, drafter, lean, self)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
@@ -210,36 +222,59 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
 class _Paths:
     """A tree's ways from the root, as tables on the device."""
 
-    def __init__(self, parents: tuple[int, ...], device: torch.device) -> None:
-        tree = DraftTree(torch.empty(0), parents)
+    def __init__(self, tree: DraftTree, device: torch.device) -> None:
         self.nodes_MD = torch.tensor(ways(tree, lambda node, _: node), device=device)
         self.depths_M = torch.tensor(tree.depths, device=device)
         self.seen_MM = tree.mask.to(device, torch.int8)
+
+
+class _Shape(NamedTuple):
+    """The same tables where they are a step's inputs. Ways are as long as a chain of all nodes would be, so sizes are fixed."""
+
+    nodes_MD: Tensor
+    depths_M: Tensor
+    seen_MM: Tensor
+
+
+def _shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
+    """A varying tree's shape as the inputs of a step captured by size; empty where the step is of one shape, or the rule is."""
+    tables = verifier.tables(tree.parents) if tree.varies else None
+    if tables is None:
+        return ()
+    nodes = torch.tensor(ways(tree, lambda node, _: node))
+    further = torch.arange(nodes.shape[1], len(tree)).expand(len(tree), -1)
+    return (torch.cat([nodes, further], 1), torch.tensor(tree.depths), tree.mask.to(torch.int8), *tables)
 
 
 def _check(
     lean: LeanText,
     verifier: Verifier,
     parents: tuple[int, ...],
+    varies: bool,
     cache: KVCache,
     factor: float,
-    paths: _Paths,
+    paths: _Paths | _Shape,
     state_2: Tensor,
     tokens_M: Tensor,
     seen_V: Tensor,
     dice: Tensor,
     q_MV: Tensor,
     x_MD: Tensor,
+    *shape: Tensor,
 ) -> tuple[Tensor]:
     """Pass, penalty, verdict and cache move, on the last stage's device. state: slot of the root, position - slot. x: rows as
-    they left the stage before; empty where there is none.
+    they left the stage before; empty where there is none. shape: of this very tree (see `_shape_of`), in the place of
+    `parents`, which then are of some tree of its size; empty where `parents` are its own.
     """
-    tree = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None)
+    tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
+    if shape:
+        paths, tables = _Shape(*shape[:3]), shape[3:]
+        above_MM = paths.seen_MM.float()
     (hidden_MD,) = _pass(lean, len(lean.stages) - 1, cache, paths, state_2, x_MD if len(x_MD) else tokens_M)
     logits_MV = lean.logits(hidden_MD)
     if factor != 1:
-        logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree)
-    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice))
+        logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
+    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables))
     if len(dice):  # a sum over a vocabulary may round otherwise on another GPU, and then the caches would part
         decision_2 = lean.ranks.first(decision_2)
     if len(parents) > 1:
@@ -247,13 +282,13 @@ def _check(
     return (torch.cat([decision_2, tokens_M]),)
 
 
-def _pass(lean: LeanText, number: int, cache: KVCache, paths: _Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
+def _pass(lean: LeanText, number: int, cache: KVCache, paths: _Paths | _Shape, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
     """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
     x = lean.enter(rows) if number == 0 else rows
     return (lean.run(number, x, paths.depths_M, 0, paths.seen_MM, state_2[:1], state_2[1:], cache),)
 
 
-def _move(store: Store, paths: _Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:
+def _move(store: Store, paths: _Paths | _Shape, state_2: Tensor, last_1: Tensor) -> tuple[()]:
     """The rows on the way to node `last` move together behind the root's."""
     store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
     return ()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -38,7 +38,9 @@ class Guidance:
     """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
 
     Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
-    twice that beside them; what is kept is (N,) sums or, where asked for, (L, N).
+    twice that beside them; what is kept is (N,) sums or, where asked for, (L, N). heads: keep what `rows` reads for each KV
+    head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads and 16,384 video tokens. hidden: keep
+    the video tokens' last hidden states, (N, D).
     video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
     weigh: from (Q, D) embeddings of the rows and (N, D) features to a weight a row, for a second mean. keys: the layer whose
     keys' L1 norms are read. states, sight: what else is gathered of the model, by others.
@@ -55,8 +57,14 @@ class Guidance:
         keys: int | None = None,
         states: States | None = None,
         sight: Sight | None = None,
+        heads: bool = False,
+        hidden: bool = False,
     ) -> None:
         self.video_index = video_index
+        self.heads = heads
+        self._heads: dict[int, Tensor] = {}
+        self.hidden = hidden
+        self._hidden: list[Tensor] = []
         self.rows, self.last_row, self.depth = rows, last_row, depth
         self.weigh, self.keys, self.states, self.sight = weigh, keys, states, sight
         self._weights_Q: Tensor | None = None
@@ -73,7 +81,14 @@ class Guidance:
     @property
     def reads(self) -> bool:
         """Is there anything to gather at all?"""
-        return self.whole or self.last_row or self.keys is not None or self.states is not None or self.sight is not None
+        return (
+            self.whole
+            or self.last_row
+            or self.hidden
+            or self.keys is not None
+            or self.states is not None
+            or self.sight is not None
+        )
 
     def ahead(self) -> Guidance | None:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""
@@ -97,7 +112,9 @@ class Guidance:
         if self.whole or self.last_row:
             first = 0 if self.whole else query.shape[2] - 1
             read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
-            mean_N, last_N, weighted_N = (weights_N.to(self.video_index.device) for weights_N in read)
+            mean_N, last_N, weighted_N, heads_HN = (weights.to(self.video_index.device) for weights in read)
+            if self.heads:
+                self._heads[layer] = heads_HN
             if self.rows:
                 self._mean[layer] = mean_N
             if self.last_row:
@@ -110,8 +127,10 @@ class Guidance:
         if self.depth is not None and layer + 1 >= self.depth:
             raise Enough
 
-    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, of the last row, of weighted rows."""
+    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
+        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, of the last row, of weighted rows.
+        Also (H, N), those of each KV head, or nothing.
+        """
         heads, group, count, _ = query_HGQD.shape
         wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties
         row_bytes = group * key_HKD.shape[1] * wide.itemsize
@@ -120,6 +139,7 @@ class Guidance:
         video_index = self.video_index.to(query_HGQD.device)
         mean_N = torch.zeros(len(video_index), dtype=wide, device=query_HGQD.device)
         last_N, weighted_N = torch.zeros_like(mean_N), torch.zeros_like(mean_N)
+        heads_HN = mean_N.new_zeros(heads if self.heads else 0, len(mean_N))
         counts_Q = None if self._weights_Q is None else self._weights_Q.to(mean_N)
         for head in range(0, heads, step):
             keys_HDK = key_HKD[head : head + step].to(wide).mT
@@ -132,9 +152,24 @@ class Guidance:
                 mean_N += weights_HGQN.sum((0, 1, 2))
                 if counts_Q is not None:
                     weighted_N += counts_Q[row : row + rows] @ weights_HGQN.sum((0, 1))
+                if self.heads:
+                    heads_HN[head : head + step] += weights_HGQN.sum((1, 2))
                 if row + rows >= count:
                     last_N += weights_HGQN[:, :, -1].sum((0, 1))
-        return mean_N / (heads * group * (count - first)), last_N / (heads * group), weighted_N / (heads * group)
+        count_all = heads * group * (count - first)
+        heads_HN /= group * (count - first)
+        return mean_N / count_all, last_N / (heads * group), weighted_N / (heads * group), heads_HN
+
+    def see(self, start: int, hidden_QD: Tensor) -> None:
+        """What a pass left of its rows, the first of which stands in slot `start`."""
+        if self.hidden:
+            inside = (self.video_index >= start) & (self.video_index < start + len(hidden_QD))
+            rows_ND = hidden_QD[(self.video_index[inside] - start).to(hidden_QD.device)]
+            self._hidden.append(normalize(rows_ND.float(), dim=-1).to(rows_ND.dtype))
+
+    def video_hidden(self) -> Tensor:
+        """(N, D) last hidden states of the video tokens, to unit length."""
+        return torch.cat(self._hidden)
 
     def gather(self, ranks: Ranks) -> None:
         """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
@@ -148,6 +183,10 @@ class Guidance:
     def per_layer(self) -> Tensor:
         """(L, N), mean over heads and rows."""
         return torch.stack([self._mean[layer] for layer in sorted(self._mean)])
+
+    def per_head(self) -> Tensor:
+        """(L, H, N), mean over rows and a KV head's query heads; of this rank's KV heads."""
+        return torch.stack([self._heads[layer] for layer in sorted(self._heads)])
 
     def last_rows(self) -> Tensor:
         """(L, N), the last row alone, mean over heads."""

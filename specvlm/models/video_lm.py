@@ -304,6 +304,8 @@ class VideoLM(ABC):
             except Enough:  # the guidance was all that was wanted
                 cache.advance(end - start)
                 hidden_QD = embeds_SD.new_empty(1, 0)
+            if guidance is not None:
+                guidance.see(start, hidden_QD)
         if guidance is not None:
             guidance.gather(self.ranks)
         return hidden_QD[-1]
@@ -311,7 +313,13 @@ class VideoLM(ABC):
     def append(
         self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
     ) -> Tensor:
-        """(Q, V) logits of text rows behind the cache: a token, a tree, a level of a tree.
+        """(Q, V) logits: `append_hidden`, and the head."""
+        return self.head(self.append_hidden(tokens_Q, depths, seen_QT, cache, root))
+
+    def append_hidden(
+        self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
+    ) -> Tensor:
+        """(Q, D) last hidden states of text rows behind the cache: a token, a tree, a level of a tree.
 
         depths: distance of each row below slot `root` (default: the next slot). seen_QT: which of the last T slots,
         these rows included, each row may attend to; everything before is seen. None: one row, sees all.
@@ -323,11 +331,15 @@ class VideoLM(ABC):
             before = cache.length + len(tokens_Q) - seen_QT.shape[1]
             prefix = torch.ones(len(tokens_Q), before, dtype=torch.bool, device=self.device)
             mask = torch.cat([prefix, seen_QT.to(self.device)], 1)
-        return self.head(self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask))
+        return self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask)
 
     def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
         """(M, V) logits of every node in one pass; its rows stay behind the cache until `cache.keep`."""
-        return self.append(tree.tokens, tree.depths, tree.mask, cache)
+        return self.head(self.score_hidden(tree, cache))
+
+    def score_hidden(self, tree: DraftTree, cache: KVCache) -> Tensor:
+        """(M, D), the same before the head."""
+        return self.append_hidden(tree.tokens, tree.depths, tree.mask, cache)
 
 
 def _starts(start: int, end: int, most: int) -> list[int]:

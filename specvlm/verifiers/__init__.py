@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from specvlm.plugins import hookimpl
 from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.loose import LooseVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
 
 @hookimpl
 def specvlm_strategies() -> list[type]:
-    return [GreedyVerifier, SamplingVerifier]
+    return [GreedyVerifier, SamplingVerifier, LooseVerifier]

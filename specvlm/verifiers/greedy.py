@@ -33,9 +33,12 @@ class GreedyVerifier(Verifier):
 
     name = "greedy"
 
+    def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return _layout.__wrapped__(parents, torch.device("cpu"))
+
     def decide(self, ctx: VerifyContext) -> Tensor:
-        parents = ctx.tree.parents
-        up_M, root_M, beside_MM, order_M = _layout(parents, ctx.logits_MV.device)
+        layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
+        up_M, root_M, beside_MM, order_M = layout
         best_M = ctx.logits_MV.argmax(-1)
         fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root was accepted in the round before
         stands_M = (fits_M | beside_MM).all(-1)

@@ -71,7 +71,7 @@ class SamplingVerifier(Verifier):
     def decide(self, ctx: VerifyContext) -> Tensor:
         p_MV = self.sampling.probabilities(ctx.logits_MV).double()
         accept_M, rest_MV = odds(ctx.tree, p_MV)
-        next_M, bonus_M = _decide(ctx.tree.parents, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
+        next_M, bonus_M = _decide(ctx.tree, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
         last_1 = torch.zeros_like(next_M[:1])
         for _ in range(max(ctx.tree.depths)):
             further_1 = next_M[last_1]
@@ -94,7 +94,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(f"DraftTree.q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}")
         q_MV = pad(tree.q.to(p_MV), (0, width + 1 - tree.q.shape[-1]))
     accept_M = torch.ones_like(p_MV[:, 0])
-    for above_n, child_n in _turns(tree.parents, p_MV.device):
+    for above_n, child_n in tree.kept(_turns)(tree.parents, p_MV.device):
         x_n1, p_nV = tokens_M[child_n, None], p_MV[above_n]
         q_nV = _drawn_from(x_n1, p_nV, None if q_MV is None else q_MV[above_n])
         accept_M[child_n], p_MV[above_n] = _try(x_n1, p_nV, q_nV)
@@ -122,13 +122,13 @@ def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
     return accept_n1.masked_fill(empty_n1, 1.0)[:, 0], torch.where(empty_n1, p_nV, left_nV / mass_n1)
 
 
-def _decide(parents: tuple[int, ...], accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """For every node as if it were reached: (M,) the child that is accepted, 0 for none, and (M,) the bonus then."""
     dice_M, dice_bonus_M = uniform.chunk(2)
     taken_M = dice_M < accept_M
     next_M = torch.zeros_like(taken_M, dtype=torch.int64)
     # From the last child to the first, so that the earliest accepted one is what stays.
-    for above_n, child_n in reversed(_turns(parents, accept_M.device)):
+    for above_n, child_n in reversed(tree.kept(_turns)(tree.parents, accept_M.device)):
         next_M[above_n] = torch.where(taken_M[child_n], child_n, next_M[above_n])
     return next_M, _draw(rest_MV, dice_bonus_M)
 

@@ -1,0 +1,168 @@
+"""Fit a static tree to recorded runs: python -m specvlm.fit_tree RUN_FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
+
+    python -m specvlm drafter.shape=4x3x3x2 ...                  # record: a wide tree sees more ranks than a narrow one
+    python -m specvlm.fit_tree outputs/run outputs/another
+    python -m specvlm drafter=tree drafter.shape=tree.json ...
+
+Each round of a steps.jsonl tells, level by level, which of the draft's guesses the target took (`ranks`), and how many were
+tried (`widths`): beyond those the rank is unknown. From these comes p(rank r at depth d | all above accepted), by the
+product-limit estimator, in which a round counts for a rank only where that rank was tried (Kaplan and Meier, 1958). Ranks at
+different depths are taken as independent of each other; then a node is reached with the product over its way, a tree accepts
+the sum over its nodes in expectation, and the best tree of M nodes is the M most probable ones: greedy is optimal, since none
+is more probable than its parent. What was never tried counts as never taken, so a tree grows only where runs looked.
+
+Whether the fit is worth anything is judged on runs that it has not seen: every second folder, or every second round of a single
+run, is held out, a tree is fitted to the rest, and both it and the paper's are valued by what was held out. The tree that is
+written is fitted to everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from specvlm.errors import UserError
+from specvlm.types import PAPER_TREE
+
+Paths = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """ranks: of the accepted guesses, by depth. widths: how many were tried there, and behind the last one."""
+
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+def read(folder: Path) -> list[Round]:
+    """The rounds of a run's folder. Raises UserError where it has none that tell ranks."""
+    file = folder / "steps.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder} has no steps.jsonl: give folders that python -m specvlm wrote")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rounds = [Round(tuple(row["ranks"]), tuple(row["widths"])) for row in rows if "widths" in row]
+    if not rounds:
+        raise UserError(f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy)")
+    return rounds
+
+
+def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
+    """p[depth][rank]: the chance that the target takes that guess once all above is accepted. Zero where nobody tried."""
+    tried: list[list[int]] = []
+    taken: list[list[int]] = []
+    for one in rounds:
+        for depth, width in enumerate(one.widths):
+            rank = one.ranks[depth] if depth < len(one.ranks) and one.ranks[depth] < width else None
+            seen = width if rank is None else rank + 1
+            while len(tried) <= depth:
+                tried.append([])
+                taken.append([])
+            for table in (tried[depth], taken[depth]):
+                table += [0] * (seen - len(table))
+            for r in range(seen):
+                tried[depth][r] += 1
+            if rank is not None:
+                taken[depth][rank] += 1
+    chances = []
+    for tried_R, taken_R in zip(tried, taken, strict=True):
+        left, chances_R = 1.0, []
+        for at_risk, hits in zip(tried_R, taken_R, strict=True):
+            chances_R.append(left * hits / at_risk)
+            left *= 1 - hits / at_risk
+        chances.append(chances_R)
+    return chances
+
+
+def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
+    """The `nodes` most probable ways; equal ones in the order of their ranks, shorter first. Fewer where no other was taken."""
+    order = count()
+    paths: Paths = []
+    heap: list[tuple[float, int, int, list[int]]] = [(-1.0, 0, next(order), [])]
+    deepest = len(chances) if depth is None else min(depth, len(chances))
+    while heap and len(paths) <= nodes:
+        chance, _, _, path = heapq.heappop(heap)
+        paths.append(path)
+        if len(path) < deepest:
+            for rank, p in enumerate(chances[len(path)]):
+                if p > 0:
+                    heapq.heappush(heap, (chance * p, len(path) + 1, next(order), [*path, rank]))
+    return sorted(paths[1:], key=lambda path: (len(path), path))
+
+
+def expected(paths: Paths, chances: list[list[float]]) -> float:
+    """Accepted guesses a round of a tree, in expectation."""
+    total = 0.0
+    for path in paths:
+        value = 1.0
+        for depth, rank in enumerate(path):
+            known = depth < len(chances) and rank < len(chances[depth])
+            value *= chances[depth][rank] if known else 0.0
+        total += value
+    return total
+
+
+def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
+    """What is fitted to, what is held out, and in words how it was split."""
+    if len(runs) > 1:
+        fitted, held = ([r for run in runs[first::2] for r in run] for first in (0, 1))
+        return fitted, held, f"{len(runs) // 2} of {len(runs)} runs"
+    return runs[0][::2], runs[0][1::2], "every second round of the only run"
+
+
+def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
+    """What was found, in lines. The last one says whether the fit beats the paper's tree."""
+    fitted, held, how = split(runs)
+    lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]
+    by_depth = [sum(len(path) == d for path in tree) for d in range(1, 1 + max(map(len, tree)))]
+    lines.append(f"the tree of all runs: {len(tree)} guesses, {'/'.join(map(str, by_depth))} by depth")
+    if not held:
+        return [*lines, "nothing could be held out: whether it beats the paper's tree is not known"]
+    chances = fit_ranks(held)
+    ours, paper = expected(best_tree(fit_ranks(fitted), nodes, depth), chances), expected(PAPER_TREE, chances)
+    lines.append(f"accepted a round, expected on what was held out: fitted {ours:.3f}, the paper's tree {paper:.3f}")
+    sizes = f" (at {nodes} guesses against {len(PAPER_TREE)})" if nodes != len(PAPER_TREE) else ""
+    if ours > paper:
+        return [*lines, f"the fit beats the paper's tree{sizes} by {ours - paper:.3f}, as far as ranks are independent"]
+    return [*lines, f"the fit does NOT beat the paper's tree{sizes}: use drafter.shape=paper"]
+
+
+def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None = None) -> list[str]:
+    """Write the tree, return the report. Raises UserError."""
+    if nodes < 1 or (depth is not None and depth < 1):
+        raise UserError(f"nodes and depth must be at least 1, got {nodes} and {depth}")
+    if out.suffix != ".json":
+        raise UserError(f"{out}: a tree file ends in .json, since drafter.shape knows it by that")
+    runs = [read(folder) for folder in folders]
+    tree = best_tree(fit_ranks([one for run in runs for one in run]), nodes, depth)
+    if not tree:
+        raise UserError("no guess was ever accepted in these runs: there is nothing to fit a tree to")
+    lines = report(runs, tree, nodes, depth)
+    out.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    return [*lines, f"written: drafter=tree drafter.shape={out}"]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m specvlm.fit_tree", description="Fit a static tree to recorded runs.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders with a steps.jsonl")
+    parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
+    parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
+    parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
+    asked = parser.parse_args(words)
+    try:
+        lines = fit(asked.folders, asked.out, asked.nodes, asked.depth)
+    except UserError as error:
+        print(f"specvlm: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
