@@ -81,7 +81,7 @@ def _check_class(cls: type[Pruner]) -> None:
     check_class(cls, Pruner)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} would hide the run's own: read ctx.budget"
-        assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: that name is taken in a run's config, rename it"
+        assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: a run's config has that name, rename the field"
 
 
 def _check_needs(pruner: Pruner) -> None:

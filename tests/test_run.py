@@ -357,7 +357,7 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
         return memory.activations([memory.Need(lm, slots, torch.bfloat16)], patches)
 
     width = lm.hf.config.get_text_config().hidden_size
-    plain, held = (memory.plan(lm, None, 64, 0, torch.bfloat16, 0, states=states).total for states in (False, True))
+    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, states=states)], 0) for states in (False, True))
     assert held - plain == 64 * width * 2
     more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
     assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2

@@ -32,6 +32,7 @@ def candidates(depth: int, width: int) -> int:
 class GrownTreeDrafter(Drafter):
     """Any drafter whose tree is grown: what `extent` says of depth and width is grown, and the best of it proposed."""
 
+    tells = True
     nodes: int
 
     @abstractmethod
