@@ -293,8 +293,8 @@ def no_rollback(monkeypatch):
 
 
 def stale_position(monkeypatch):
-    append = VideoLM.append
-    monkeypatch.setattr(VideoLM, "append", lambda self, t, depths, *rest: append(self, t, [0] * len(depths), *rest))
+    append = VideoLM.append_hidden
+    monkeypatch.setattr(VideoLM, "append_hidden", lambda self, t, depths, *rest: append(self, t, [0] * len(depths), *rest))
 
 
 def causal_instead_of_tree_mask(monkeypatch):
@@ -325,14 +325,14 @@ def test_planted_faults_change_the_output_of_a_target(fault, monkeypatch):
 
 def test_the_released_codes_unmasked_one_node_levels_would_be_seen(monkeypatch):
     """C1: without a mask on one-node levels a drafter that is the target is no longer accepted in full."""
-    append = VideoLM.append
+    append = VideoLM.append_hidden
 
     def unmasked(self, tokens, depths, seen, cache, root=None):
         if seen is not None and root is not None and len(tokens) == 1:
             seen = torch.ones_like(seen)
         return append(self, tokens, depths, seen, cache, root)
 
-    monkeypatch.setattr(VideoLM, "append", unmasked)
+    monkeypatch.setattr(VideoLM, "append_hidden", unmasked)
     expected = tiny.hf_greedy(tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), 40)
     tokens, accepted = accepted_by_itself()
     assert tokens == expected and accepted < 5.0
