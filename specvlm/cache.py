@@ -24,7 +24,7 @@ class Store(NamedTuple):
     values: Tensor
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Rows `base + path` to `base`, `base + 1` …, with nothing the host must know."""
+        """As `KVCache.keep`, with nothing the host must know: `length` is left to the caller."""
         to = base_1 + torch.arange(len(path_D), device=path_D.device)
         for store in self:
             rows = store.flatten(0, 2)
@@ -137,11 +137,6 @@ class KVCache:
             for to, of in zip(mine, theirs, strict=True):
                 to[:, :, :, self.length : end] = of[:, :, :, start : source.length]
         self.length = end
-
-    def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """As `keep`, on the one device alone; `length` is left to the caller."""
-        (store,) = self.stores
-        store.move(base_1, path_D)
 
     def clear(self) -> None:
         self.length = self.offset = 0

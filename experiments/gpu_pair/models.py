@@ -28,9 +28,9 @@ class Benched(VideoLM):
         super().__init__(*more, **named)
         self.filled: WeakKeyDictionary[KVCache, tuple[int, Tensor]] = WeakKeyDictionary()
 
-    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None) -> Tensor:
+    def features(self, prompt: VideoPrompt, *more: Any, **named: Any) -> Tensor:
         if prompt.videos[0]["pixels"] is not None:
-            return super().features(prompt, keep)
+            return super().features(prompt, *more, **named)
         return torch.empty(len(prompt.video_index), self.text.config.hidden_size, dtype=self.dtype, device="meta")
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:

@@ -132,7 +132,7 @@ def _expand(
 ) -> tuple[Tensor, Tensor]:
     """state: slot of the last root, accepted node, bonus token, position - slot. Returns tokens (M,) and q (M, V) or (0,)."""
     root, node, bonus, offset = state_4.split(1)
-    cache.move(root, rows.rows_MD.index_select(0, node)[0])
+    cache.stores[0].move(root, rows.rows_MD.index_select(0, node)[0])
     base = root + rows.depths_M[node]
     tokens_M = torch.zeros_like(old_M)
     tokens_M[:1] = bonus

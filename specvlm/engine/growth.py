@@ -73,7 +73,7 @@ def _round(
     the rows on the way to that node, counted from the last root's. Returns tokens, parents and rows, (3, M).
     """
     root, below, old, bonus, offset = state_5.split(1)
-    cache.move(root, way_D)
+    cache.stores[0].move(root, way_D)
     base = root + below
     device = state_5.device
     fed_seen = torch.ones(2, 2, dtype=torch.int8, device=device).tril()
