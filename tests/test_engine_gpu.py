@@ -115,18 +115,25 @@ def on_gpu(family: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("drafter", ["tree", "wide", "chain", "self", "prompt_lookup"])
+@pytest.mark.parametrize(
+    "drafter", ["tree", "wide", "chain", "self", "prompt_lookup", "dynamic_tree", "entropy_tree", "sparse"]
+)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_captured_is_eager_is_generate(family, drafter, dtype):
     from test_engine import DRAFTERS
 
+    from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+    from specvlm.drafters.entropy_tree import EntropyTreeDrafter
+    from specvlm.drafters.sparse import SparseDrafter
     from specvlm.engine import Engine, engine_for
 
+    more = {"dynamic_tree": DynamicTreeDrafter(), "entropy_tree": EntropyTreeDrafter(), "sparse": SparseDrafter(entries=24)}
+    chosen = (DRAFTERS | more)[drafter]
     target, draft = on_gpu(family, dtype)
     for pruner, ratio in ((UniformPruner(), 0.5), (TwoStagePruner(), 0.9)):
         outs = []
         for engine in (Engine(), engine_for("graphs", "cuda")):
-            graph = DecodingGraph(target, draft, pruner, DRAFTERS[drafter], GreedyVerifier(), ratio, engine=engine)
+            graph = DecodingGraph(target, draft, pruner, chosen, GreedyVerifier(), ratio, engine=engine)
             for seed in range(3):
                 request = tiny.prompt(family, seed=seed, frames=3 + seed)
                 outs.append(tokens_of(list(graph.decode(request, 24))))

@@ -33,8 +33,11 @@ from experiments.embedded_pair.evaluate import FAMILIES, PRUNERS, scene_request
 from specvlm import lossless
 from specvlm.cache import CachePool
 from specvlm.config import model_folder
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.engine import Engine, engine_for
 from specvlm.graph import DecodingGraph, autoregressive
@@ -51,9 +54,16 @@ DRAFTERS: dict[str, Drafter] = {
     "chain": TreeDrafter(shape="chain:5"),
     "self": SelfDrafter(shape="chain:5"),
     "prompt_lookup": PromptLookupDrafter(),
+    "dynamic_tree": DynamicTreeDrafter(),
+    "entropy_tree": EntropyTreeDrafter(),
+    "sparse": SparseDrafter(entries=256),  # fewer than the video has; it draws on no pruner
 }
 # Drafters outside: where the model that drafts changes, its cache is a new one, and its steps are captured anew.
-PAIRS = [(pruner, drafter) for drafter, pruner in product(DRAFTERS.items(), (PRUNERS | {"none": NonePruner()}).items())]
+PAIRS = [
+    (pruner, drafter)
+    for drafter, pruner in product(DRAFTERS.items(), (PRUNERS | {"none": NonePruner()}).items())
+    if drafter[0] != "sparse" or pruner[0] == "none"
+]
 BF16 = ("none", "uniform", "two_stage")  # pruners compared in bfloat16
 LIMIT = 96
 
