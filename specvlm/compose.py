@@ -107,7 +107,8 @@ def _checked(words: list[str]) -> Job:
     OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     for kind in registry.KINDS:
-        registry.build(kind, cfg[kind])
+        if kind != "dataset" or cfg.dataset is not None:
+            registry.build(kind, cfg[kind])
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir))
 
 

@@ -24,7 +24,7 @@ CHOICES = {
 }
 PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
-GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
+GROUPS = ("pruner", "drafter", "verifier", "dataset", "pair", "experiment")
 
 
 @dataclass
@@ -50,6 +50,7 @@ class RunConfig:
     pruner: Any = MISSING
     drafter: Any = MISSING
     verifier: Any = MISSING
+    dataset: Any = None
     target: ModelConfig = field(default_factory=ModelConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     ratio: float = MISSING
