@@ -70,6 +70,7 @@ class RunConfig:
     engine: str = MISSING
     threads: int | None = MISSING
     baseline: bool = MISSING
+    record: bool = MISSING
 
 
 KEYS = tuple(f.name for f in fields(RunConfig))

@@ -20,7 +20,7 @@ from specvlm.data.clips import find_clip
 from specvlm.data.video import probe, read_video
 from specvlm.engine import engine_for
 from specvlm.errors import OutOfMemory, UserError
-from specvlm.folder import files_of, steps_of, write_config, write_json
+from specvlm.folder import files_of, steps_of, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
 from specvlm.models.spread import check_shares
@@ -202,7 +202,8 @@ def assemble(cfg: DictConfig, job: Job, ranks: Ranks) -> DecodingGraph:
         torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
     engine = engine_for(cfg.engine, places.first)
     strategies = (job.pruner, job.drafter, job.verifier)
-    return DecodingGraph(target, draft, *strategies, cfg.ratio, cfg.positions, cfg.seed, job.vocabulary, engine=engine)
+    limits = (cfg.ratio, cfg.positions, cfg.seed, job.vocabulary)
+    return DecodingGraph(target, draft, *strategies, *limits, engine=engine, record=cfg.record)
 
 
 def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
@@ -225,6 +226,8 @@ def decode(cfg: DictConfig, job: Job, graph: DecodingGraph, folder: Path | None,
             record.steps.append(step)
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
+            if step.attention is not None:
+                write_attention(folder, 0, step.attention)
             show(step)
     screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
     if not cfg.baseline:
@@ -244,6 +247,8 @@ def row(number: int, step: Step) -> dict[str, Any]:
     kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
     if step.widths:  # see `fit_tree`
         fields |= {"ranks": step.ranks, "widths": step.widths}
+    if step.refused:  # see `report`
+        fields["refused"] = step.refused
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
 
 

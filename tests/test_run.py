@@ -64,6 +64,21 @@ def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
     assert sorted(path.name for path in Path("out").iterdir()) == ["config.yaml", "steps.jsonl", "summary.json"]
 
 
+def test_a_run_tells_what_was_refused_and_where_asked_what_was_attended_to():
+    words = ["pruner=random", "ratio=0.95", "max_new_tokens=40", "hydra.run.dir=out"]
+    assert main([*words, "record=true"]) == 0
+    summary, steps = runs()
+    for step in steps[1:]:
+        assert len(step.get("refused", [])) == (5 - step["accepted"] if step["full"] else 0)
+    wrong = [step for step in steps if step.get("refused")]
+    assert wrong and all(step["refused"][0] != step["tokens"][-1] for step in wrong)
+    attention_N = load_file("out/attention/0.safetensors")["verifier_attention"]
+    assert attention_N.dtype == torch.float16 and attention_N.shape == (summary["video_tokens"],)
+    assert attention_N.min() >= 0 and abs(attention_N.float().mean() - 1) < 1e-3
+    assert main(words) == 0
+    assert not Path("out/attention").exists() and runs()[0]["token_ids"] == summary["token_ids"]
+
+
 def test_a_sweep_makes_a_folder_for_each_of_its_six_runs():
     assert main(["-m", "pruner=two_stage,uniform,random", "ratio=0.5,0.9", "hydra.sweep.dir=sweep", *FAST]) == 0
     summaries = [runs(path.parent)[0] for path in sorted(Path("sweep").glob("*/summary.json"))]
