@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake of the caller's that one line explains; the command line prints it and exits with code 2."""
 
 
+class MissingVideo(UserError):
+    """The video is not there; in a data set its sample is skipped and counted, since no copy is complete."""
+
+
 class OutOfMemory(UserError):
     """Found out only by trying; what was done until then is kept."""
 

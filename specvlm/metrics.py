@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,7 +39,9 @@ KEYS = {
     "where the engine met a new shape of tree in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
-    "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
+    "difference": "of the first differing token: its index; the two candidates, what came out and what the target prefers, as ids "
+    "and texts; by how much it prefers the second in a one-row pass (gap) and in a many-row pass (gap_many_rows), and the drift "
+    "between the two, in logits; for a tie the control: is the baseline the same when decoded twice? null when there is none",
     "parallel": "how the target was spread: layers, or tensor; null on one device",
     "devices": "over how many devices the target was spread",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
@@ -70,7 +72,11 @@ def times_of(steps: Sequence[Step]) -> dict[str, float]:
 
 def speed_of(steps: Sequence[Step]) -> dict[str, float]:
     """time_to_first_token_s, drafter_start_s, decode_s, end_to_end_s, tokens_per_second."""
-    times = times_of(steps)
+    return speed(times_of(steps), len(tokens_of(steps)))
+
+
+def speed(times: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """The same, of seconds by part and the number of tokens."""
     first, start = (sum(times.get(part, 0.0) for part in parts) for parts in (FIRST_TOKEN, DRAFTER_START))
     whole = sum(times.values()) - times.get("capture", 0.0)
     decode = whole - first - start
@@ -79,7 +85,7 @@ def speed_of(steps: Sequence[Step]) -> dict[str, float]:
         "drafter_start_s": start,
         "decode_s": decode,
         "end_to_end_s": whole,
-        "tokens_per_second": (len(tokens_of(steps)) - 1) / (start + decode) if decode > 0 else 0.0,
+        "tokens_per_second": (tokens - 1) / (start + decode) if decode > 0 else 0.0,
     }
 
 
@@ -99,8 +105,8 @@ def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def ratio_of(baseline: float, ours: float) -> float | None:
-    return baseline / ours if ours > 0 and baseline > 0 else None
+def ratio_of(baseline: float | None, ours: float) -> float | None:
+    return baseline / ours if baseline and ours > 0 else None
 
 
 def versions() -> dict[str, str]:

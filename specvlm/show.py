@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from specvlm.types import Step
 
 if TYPE_CHECKING:
-    from specvlm.run import Job
+    from specvlm.prepare import Prepared
 
 COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
 
@@ -30,7 +30,7 @@ class Screen:
             self.console.width = 120
             disable_progress_bar()  # Hugging Face's own, while weights load
 
-    def plan(self, job: Job) -> None:
+    def plan(self, job: Prepared) -> None:
         """The question, the memory that will be needed, and what the drafter will be shown."""
         say = self.console.print
         say(f"[bold]{job.clip}[/]: {job.question}")
@@ -112,7 +112,7 @@ class Screen:
         self.console.print(f"[dim]written to {folder}[/]")
 
 
-def spread(job: Job) -> str:
+def spread(job: Prepared) -> str:
     """How the target lies on its devices; nothing to say of one."""
     places = job.places
     if places.parallel == "tensor":
