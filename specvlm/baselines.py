@@ -66,11 +66,16 @@ class Baselines:
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Alone with what the file stands for, among all processes; it goes when the last one is through."""
+    """Alone with what the file stands for, among all processes, until it has been made: who waited finds it there, and so does
+    who comes when this file is gone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    path.unlink(
+        missing_ok=True
+    )  # who waited for it finds what was made; who comes now makes a file of its own, and finds it too
 
 
 def _read(path: Path | None) -> Baseline | None:
@@ -111,7 +116,7 @@ def digest(prompt: VideoPrompt) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(repr((tuple(value.shape), value.dtype)).encode())
-            found.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             found.update(repr(value).encode())
 

@@ -20,6 +20,10 @@ class Told(UserError):
     """On another rank than the first, which has heard of it and says it."""
 
 
+class JobFailed(Exception):
+    """Ends a sweep with the exit code that it carries, where a job ends it or runs in another process."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``' Did you mean "two_stage"?'`` for the nearest known name, or ``''`` where none is near."""
     near = get_close_matches(name, list(known), n=1)

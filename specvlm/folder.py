@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -55,11 +55,15 @@ def write_config(cfg: DictConfig, folder: Path | None) -> None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a reader never sees half a file."""
-    part = path.with_suffix(".part")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader never sees half a file, and of several writers the last one's stays."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(text)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

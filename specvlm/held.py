@@ -38,6 +38,10 @@ class Held:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def target_of(self, setup: Setup) -> Hashable:
+        """Equal for setups that share a target."""
+        return _key(setup, "target")
+
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
         """Room for a request beside what is held and is its own. Raises UserError where there is not enough."""
         target, draft = (_key(setup, side) for side in ("target", "draft"))

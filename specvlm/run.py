@@ -20,7 +20,7 @@ from specvlm.held import HELD, Held
 from specvlm.places import Places, places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
 from specvlm.ranks import ALONE, Ranks, joined
-from specvlm.show import Screen
+from specvlm.show import Screen, not_applied
 
 OK, MISMATCH = 0, 1
 
@@ -47,7 +47,7 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
         screen.plan(request)
         try:
             graph = held.graph(request, ranks)
-            screen.ignored(graph.target.ignored_settings)
+            screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             record.captured_s = graph.engine.capture_s
             with files_of(folder):

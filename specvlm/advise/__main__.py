@@ -29,7 +29,7 @@ from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
 from specvlm.run import threads
-from specvlm.show import Screen, size
+from specvlm.show import Screen, not_applied, size
 from specvlm.types import Step
 
 OWN = {
@@ -140,7 +140,7 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
             graph = HELD.graph(job)
-            screen.ignored(graph.target.ignored_settings)
+            screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
             costs, found, answer = measure(graph, job, wishes, trees, limit, screen)
