@@ -36,6 +36,8 @@ def files_of(folder: Path | None) -> Iterator[None]:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / ATTENTION, ignore_errors=True)
 
+    if any(folder.glob("samples*.jsonl")):
+        raise UserError(f"{folder} holds the samples of a job: take another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clear()

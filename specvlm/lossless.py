@@ -75,8 +75,8 @@ def compare(
     for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first, caches or CachePool(), engine or Engine()):
         scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
         drift = float((one_row_V - many_rows_V).abs().max())
-        got, preferred = output[at], int(one_row_V.argmax())
-        gap, gap_many = (float(logits_V[preferred] - logits_V[got]) for logits_V in (one_row_V, many_rows_V))
+        got, preferred = output[at], baseline[at] if at == first else int(one_row_V.argmax())
+        gap, gap_many = float(one_row_V.max() - one_row_V[got]), float(many_rows_V[preferred] - many_rows_V[got])
         seen = ((got, preferred), gap_many)
         if drift > DRIFT[target.dtype] * scale:
             why = f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains"

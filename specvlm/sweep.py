@@ -38,10 +38,21 @@ class Sweep:
         self.labels = dict(zip(labels, short, strict=True))
         self.jobs: list[Job] = []
         self.failures: dict[Path, str] = {}
-        self.refused = False
+        self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
     def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
+        if self.ended:
+            return 0
+        try:
+            return self._add(cfg, folder, hydra)
+        except END_IT as error:
+            if os.getpid() != self.home:
+                return self.tell(error)
+            self.ended = error  # said later: Hydra would say it in its own way
+            return 0
+
+    def _add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several and self.folder else folder
         baselines = Path(cfg.baselines).expanduser() if cfg.baselines else above / "baselines"
@@ -51,7 +62,6 @@ class Sweep:
         try:
             job.start()
         except END_IT:
-            self.refused = True
             raise
         except Exception as error:
             job.fail(error)
@@ -68,6 +78,8 @@ class Sweep:
 
     def finish(self) -> int:
         """Do what waits; returns the highest exit code."""
+        if self.ended:
+            raise self.ended
         return take_turns(self.jobs, self.jobs[0].cfg.turn, self.tell) if self.jobs else 0
 
     def close(self) -> None:
@@ -80,7 +92,7 @@ class Sweep:
         """The table of jobs."""
         failed = {folder: {"status": "failed", "reason": reason} for folder, reason in self.failures.items()}
         found = {f: failed.get(f) or summary_of(f) or {"status": "failed", "reason": "it never began"} for f in self.labels}
-        if found and not self.refused:
+        if found and not self.ended:
             Screen().jobs([(self.labels[folder], found[folder]) for folder in found], self.common)
 
 
