@@ -88,8 +88,11 @@ def explained() -> Iterator[None]:
 def explain(err: Exception) -> str:
     """What was wrong, what exists, "did you mean", without Hydra's own vocabulary."""
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
-    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
+    if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and name.partition("_")[0] in ("joblib", "submitit"):
+            return f'{group}={name} is not installed: pip install "specvlm[launchers]"'
+    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
         return registry.unknown(group, name, list(err.options))
     if isinstance(err, OverrideParseException):
         reason = err.message.removeprefix(f"Error parsing override '{err.override}'").strip().splitlines()[0]

@@ -120,7 +120,8 @@ class Screen:
     def sample(self, job: Job, row: Mapping[str, Any]) -> None:
         """A line when one is done."""
         count = f"[dim]{len(job.mine) - len(job.todo)}/{len(job.mine)}[/]"
-        self.console.print(f"{count} {escape(row['sample'])} [dim]{escape(job.label)}[/] {outcome(row)}")
+        label = f"[dim]{escape(job.label)}[/] " if job.label else ""
+        self.console.print(f"{count} {escape(row['sample'])} {label}{outcome(row)}")
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str) -> None:
         """The table behind a sweep, and why what failed did. jobs: what each is called, and its summary; common: to all."""

@@ -15,10 +15,11 @@ from specvlm import names
 from specvlm.errors import JobFailed
 from specvlm.held import HELD, Held
 from specvlm.job import Job
+from specvlm.metrics import totals
 from specvlm.places import places_of
 from specvlm.prepare import Reading
 from specvlm.ranks import joined
-from specvlm.rows import CannotWrite, Taken, summary_of
+from specvlm.rows import CannotWrite, Taken, rows_of, summary_of
 from specvlm.show import Screen
 
 END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single job's affair
@@ -89,11 +90,15 @@ class Sweep:
                 job.close()
 
     def show(self) -> None:
-        """The table of jobs."""
-        failed = {folder: {"status": "failed", "reason": reason} for folder, reason in self.failures.items()}
-        found = {f: failed.get(f) or summary_of(f) or {"status": "failed", "reason": "it never began"} for f in self.labels}
-        if found and not self.ended:
-            Screen().jobs([(self.labels[folder], found[folder]) for folder in found], self.common)
+        """The table of jobs, as far as they came; none where none began."""
+        if not self.ended and any(map(self._state_of, self.labels)):
+            never = {"status": "failed", "reason": "it never began"}
+            Screen().jobs([(label, self._state_of(folder) or never) for folder, label in self.labels.items()], self.common)
+
+    def _state_of(self, folder: Path) -> dict[str, Any]:
+        if folder in self.failures:
+            return {"status": "failed", "reason": self.failures[folder]}
+        return summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
 
 
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:

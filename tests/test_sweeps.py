@@ -8,6 +8,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +297,33 @@ def test_who_comes_while_a_baseline_is_decoded_waits_for_it(tmp_path, decodes):
     assert [path.suffix for path in Path("kept").iterdir()] == [".json"] * 2
     one, two = (rows_of(Path(ratio)) for ratio in ("0.5", "0.9"))
     assert [row["baseline_decode_s"] for row in one] == [row["baseline_decode_s"] for row in two]
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_launcher_make_the_table_of_one_process():
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    words = ["pruner=two_stage,uniform", "dataset.scenes=3"]
+    assert sweep(*words, folder="whole") == 0
+    assert sweep(*words, "hydra/launcher=workers", "shard=0/2,1/2", folder="workers") == 0
+
+    def unordered(folder):  # a worker has one job at a time
+        return {name: ([row | {"order": 0} for row in rows], steps) for name, (rows, steps) in table(Path(folder)).items()}
+
+    assert unordered("workers") == unordered("whole")
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_target_answer_a_data_set(tmp_path):
+    words = [*ASK, "dataset.scenes=2", "pair=embedded_llava_onevision"]
+    assert main([*words, "hydra.run.dir=one"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "specvlm"]
+    for more in ([], ["resume=true"]):
+        line = [*torchrun, *words, "target.parallel=tensor", "hydra.run.dir=two", *more]
+        environment = os.environ | {"PYTHONPATH": str(Path(metrics.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert [row["token_ids"] for row in rows_of(Path("two"))] == [row["token_ids"] for row in rows_of(Path("one"))]
+        assert {(row["verdict"], row["devices"]) for row in rows_of(Path("two"))} == {("identical", 2)}
 
 
 # What goes wrong
