@@ -96,14 +96,19 @@ def own_sample(cfg: DictConfig) -> Sample:
 
 def read(setup: Setup, sample: Sample) -> Reading:
     """Open the video and make the prompt. Raises UserError."""
-    cfg, start = setup.cfg, perf_counter()
-    source = sample.video if not callable(sample.video) else sample.video()
-    asked = {"frames": cfg.frames, "fps": cfg.fps}
-    sampling = asked if any(asked.values()) else setup.target.sampling(probe(source, cfg.reader))
-    clip = read_video(source, reader=cfg.reader, start=sample.start, end=sample.end, **sampling)
-    prompt = setup.target.prompt(sample.question, [clip], max_pixels=cfg.max_pixels)
-    name = clip.source if isinstance(source, Clip) else source.name
+    start = perf_counter()
+    clip = frames_of(setup.cfg, setup.target, sample)
+    prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
+    name = clip.source if callable(sample.video) else sample.video.name
     return Reading(prompt, name, sample.question, perf_counter() - start)
+
+
+def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
+    """Those of its video that the target is shown. Raises UserError."""
+    source = sample.video() if callable(sample.video) else sample.video
+    asked = {"frames": cfg.frames, "fps": cfg.fps}
+    sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader))
+    return read_video(source, reader=cfg.reader, start=sample.start, end=sample.end, **sampling)
 
 
 def plan(
