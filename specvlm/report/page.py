@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
+import altair
 import vl_convert
 from jinja2 import Environment, PackageLoader
 
@@ -109,8 +110,8 @@ def page(
 
 @cache
 def bundle() -> str:
-    """Vega, Vega-Lite and vega-embed in one script."""
-    script: str = vl_convert.javascript_bundle()
+    """Vega, vega-embed, and the Vega-Lite that Altair writes for, in one script."""
+    script: str = vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
     return script.replace("</script", "<\\/script").replace("\r\n", "\n")  # as the browser reads it, for its hash
 
 
