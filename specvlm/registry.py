@@ -20,9 +20,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from specvlm import config, plugins
 from specvlm.errors import UserError, did_you_mean
 from specvlm.plugins import PluginError
-from specvlm.strategy import Drafter, Pruner, Strategy, Verifier
+from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
 
-KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier}
+KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
 # A field of one of these names would shadow the run's own value, or the class's.
 RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "needs"})
 
@@ -68,7 +68,7 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
 def describe(cls: Any, plugin: str) -> StrategyInfo:
     """Check a class and make its Hydra config. Raises PluginError with the class and the rule it breaks."""
     if not isinstance(cls, type) or not issubclass(cls, Strategy):
-        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter or Verifier")
+        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier or Dataset")
     _check_class(cls)
     for field in _fields(cls):
         if field.name in RESERVED or field.name.startswith("_"):
@@ -134,7 +134,9 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
 def _check_class(cls: type[Strategy]) -> None:
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter or Verifier")
+        raise PluginError(
+            f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter, Verifier or Dataset"
+        )
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")

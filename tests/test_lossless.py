@@ -181,6 +181,7 @@ def test_a_tie_is_called_one_with_its_gap():
         tied.append(follow(twin, request, tied))
     found = lossless.compare(twin, request, answer, tied)
     assert (found.verdict, found.token, found.gap) == ("tie", 5, 0.0) and "numeric tie at token 5" in str(found)
+    assert found.candidates == (other, answer[5]) and found.gap_many_rows == 0.0
     found = lossless.compare(twin, request, answer, [*tied[:8], (tied[8] + 1) % 90, *tied[9:]])
     assert (found.verdict, found.token) == ("mismatch", 8), "a fault behind a tie is one all the same"
     assert lossless.compare(twin, request, answer, tied[:9]).verdict == "mismatch"

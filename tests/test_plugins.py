@@ -93,7 +93,7 @@ def warnings(caplog):
 
 def test_built_ins_come_through_the_hook():
     table = registry.collect()
-    assert list(table) == ["pruner", "drafter", "verifier"]
+    assert list(table) == ["pruner", "drafter", "verifier", "dataset"]
     assert set(table["pruner"]) == {"none", "uniform", "random", "window", "verifier_attention", "two_stage", "fastv"}
     grown = {"dynamic_tree", "entropy_tree"}
     assert set(table["drafter"]) == {"tree", "self", "sparse", "prompt_lookup"} | grown

@@ -25,10 +25,11 @@ from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.errors import UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.held import HELD
 from specvlm.places import places_of
-from specvlm.ranks import ALONE
-from specvlm.run import SMALLER, Job, assemble, prepare, threads
-from specvlm.show import Screen, size
+from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
+from specvlm.run import threads
+from specvlm.show import Screen, not_applied, size
 from specvlm.types import Step
 
 OWN = {
@@ -138,8 +139,8 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
-            graph = assemble(cfg, job, ALONE)
-            screen.ignored(graph.target.ignored_settings)
+            graph = HELD.graph(job)
+            screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
             costs, found, answer = measure(graph, job, wishes, trees, limit, screen)
@@ -159,19 +160,20 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     say(f"[dim]written to {folder}[/]")
 
 
-def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]) -> Job:
+def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]) -> Prepared:
     """The input, checked; memory is planned for the configuration that needs the most."""
     widest = cfg.copy()
     widest.drafter = {"name": next(iter(trees), "prompt_lookup")}
     widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
         raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
-    return prepare(widest, places_of(widest))
+    setup = set_up(widest, places_of(widest))
+    return HELD.plan(setup, read(setup, own_sample(widest)))
 
 
 def measure(
     graph: DecodingGraph,
-    job: Job,
+    job: Prepared,
     wishes: Wishes,
     trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
     limit: int,
@@ -194,7 +196,7 @@ def measure(
     return seen.costs, found, seen.answer
 
 
-def alone(graph: DecodingGraph, job: Job, limit: int) -> Iterator[Step]:
+def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
     return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
 
 
@@ -204,7 +206,7 @@ def using(graph: DecodingGraph, drafter: str, shape: str = "", ratio: float | No
     return replace(graph, drafter=registry.build("drafter", node), ratio=graph.ratio if ratio is None else ratio)
 
 
-def lookup(graph: DecodingGraph, job: Job, limit: int, first_s: float) -> Candidate:
+def lookup(graph: DecodingGraph, job: Prepared, limit: int, first_s: float) -> Candidate:
     """Prompt look-up as it is: its trees differ from round to round, so it is measured, not predicted.
 
     first_s: of the target's prefill.
@@ -239,7 +241,7 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
 
-def check(graph: DecodingGraph, job: Job, candidate: Candidate, limit: int) -> dict[str, Any]:
+def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, limit: int) -> dict[str, Any]:
     """Decode with `candidate` twice, take the faster, and set its round, accepted and ms per token beside the prediction."""
     graph = using(graph, candidate.drafter, candidate.shape, candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]
