@@ -21,11 +21,12 @@ OWN = ("id", "video", "question", "answer", "options", "start", "end", "fps")
 
 @dataclass(frozen=True)
 class FolderDataset(LocalDataset):
-    """Your own videos: a folder with questions.jsonl in it, a line {"video": "talk.mp4", "question": "What is shown?"} each.
+    """Your own videos and questions, the latter a line each in questions.jsonl.
 
-    Also an id (the video's path), an answer, options (a list: multiple choice), start and end (seconds); without a question
-    the generic caption is asked. A video that is a folder of pictures needs fps. Any other key is kept with the results.
-    questions: another file's name; .csv has these keys as its header, and | between options.
+    A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path below `root`. Also an id (that path), an
+    answer, options (a list: multiple choice), start and end (seconds); without a question the generic caption is asked. A
+    video that is a folder of pictures needs fps. Any other key is kept with the results. questions: another file's name; .csv
+    has these keys as its header, and | between options.
     """
 
     name = "folder"

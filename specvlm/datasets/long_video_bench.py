@@ -16,11 +16,12 @@ DURATIONS = (15, 60, 600, 3600)
 
 @dataclass(frozen=True)
 class LongVideoBenchDataset(LocalDataset):
-    """Multiple choice on up to an hour of video, in groups of duration (arXiv 2407.15754, longvideobench/LongVideoBench).
+    """LongVideoBench: multiple choice on videos of 8 seconds to an hour.
 
-    Layout: lvb_val.json (1337 questions) and lvb_test_wo_gt.json (5341, without answers), videos/. durations: some of the
-    groups 15, 60, 600, 3600 (their longest, seconds); none is all. As its publishers do, only the first `duration` seconds of
-    a video are looked at. Asked without the subtitles that many questions quote, so for speed rather than for accuracy.
+    arXiv 2407.15754; Hugging Face: longvideobench/LongVideoBench. Layout: lvb_val.json (1337 questions) and
+    lvb_test_wo_gt.json (5341, without answers), videos/. durations: some of the groups 15, 60, 600, 3600 (their longest,
+    seconds); none is all. As its publishers do, only the first `duration` seconds of a video are looked at. Asked without the
+    subtitles that many questions quote, so for speed rather than for accuracy.
     """
 
     name = "long_video_bench"

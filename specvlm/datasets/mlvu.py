@@ -28,11 +28,12 @@ ANSWERS = "test-ground-truth/test_mcq_gt.json"
 
 @dataclass(frozen=True)
 class MLVUDataset(LocalDataset):
-    """Long videos: seven tasks of multiple choice, sub_scene and summary with free answers (arXiv 2406.04264, MLVU/MVLU).
+    """MLVU: videos of minutes to hours; multiple choice, and sub_scene and summary with long answers.
 
-    Layout of dev: MLVU/json/1_plotQA.json …, MLVU/video/1_plotQA/ …; of test (MLVU/MLVU_Test, with tasks of its own):
-    test_multi_choice_tasks.json, test_generation_tasks.json, test-ground-truth/test_mcq_gt.json where it is there, and
-    MLVU_Test/video/. tasks: some of the split's tasks; none is all. On test, free answers have no reference.
+    arXiv 2406.04264; Hugging Face: MLVU/MVLU (their spelling). Layout of dev: MLVU/json/1_plotQA.json …, MLVU/video/1_plotQA/
+    …; of test (MLVU/MLVU_Test, with tasks of its own): test_multi_choice_tasks.json, test_generation_tasks.json,
+    test-ground-truth/test_mcq_gt.json where it is there, and MLVU_Test/video/. tasks: some of the split's tasks; none is all.
+    On test, free answers have no reference.
     """
 
     name = "mlvu"

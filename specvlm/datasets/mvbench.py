@@ -51,11 +51,12 @@ CUT = {
 
 @dataclass(frozen=True)
 class MVBenchDataset(LocalDataset):
-    """Multiple choice, 20 tasks of 200 questions on short clips (arXiv 2311.17005, OpenGVLab/MVBench).
+    """MVBench: multiple choice, 20 tasks of 200 questions on short clips.
 
-    Layout: json/TASK.json; video/ with the archives unpacked in it, some videos below video/data0613/; the branch `video`
-    works too. Questions of five tasks are about a part of the video, one of them comes as frames. tasks: some of the 20; none
-    is all. The 320 NTU RGB+D videos are not in the repository: fine_grained_pose is skipped without them.
+    arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json; video/ with the archives unpacked in it, some
+    videos below video/data0613/; the branch `video` works too. Questions of five tasks are about a part of the video, one of
+    them comes as frames. tasks: some of the 20; none is all. The 320 NTU RGB+D videos are not in the repository:
+    fine_grained_pose is skipped without them.
     """
 
     name = "mvbench"

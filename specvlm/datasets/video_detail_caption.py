@@ -12,10 +12,11 @@ from specvlm.strategy import Sample
 
 @dataclass(frozen=True)
 class VideoDetailCaptionDataset(LocalDataset):
-    """Describe the video in detail: 499 videos of Video-ChatGPT's test set, with a reference (lmms-lab/VideoDetailCaption).
+    """VideoDetailCaption: describe each of 499 videos in detail; long answers, the paper's main data set.
 
-    Layout: data/test-00000-of-00001.parquet (video_name, question, answer), Test_Videos/NAME.mp4. All questions are one.
-    The 100 samples that SpecVLM's code takes are shuffle=42, limit=100.
+    The videos are those of Video-ChatGPT's test set; each has a reference. Hugging Face: lmms-lab/VideoDetailCaption. Layout:
+    data/test-00000-of-00001.parquet (video_name, question, answer), Test_Videos/NAME.mp4. All questions are one. The 100
+    samples that SpecVLM's code takes are shuffle=42, limit=100.
     """
 
     name = "video_detail_caption"

@@ -16,10 +16,10 @@ DURATIONS = ("short", "medium", "long")
 
 @dataclass(frozen=True)
 class VideoMMEDataset(LocalDataset):
-    """Multiple choice, 2700 questions on 900 videos, short, medium and long (arXiv 2405.21075, lmms-lab/Video-MME).
+    """Video-MME: multiple choice, 2700 questions on 900 videos of 11 seconds to an hour.
 
-    Layout: videomme/test-00000-of-00001.parquet, data/VIDEOID.mp4. durations: some of short, medium, long; none is all.
-    Asked without subtitles.
+    arXiv 2405.21075; Hugging Face: lmms-lab/Video-MME. Layout: videomme/test-00000-of-00001.parquet, data/VIDEOID.mp4.
+    durations: some of short, medium, long; none is all. Asked without subtitles.
     """
 
     name = "video_mme"
