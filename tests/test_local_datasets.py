@@ -284,6 +284,8 @@ def test_parts_start_and_end_at_their_seconds_whatever_they_are_cut_from(tmp_pat
     for task, frames in mvbench_task.items():
         (sample,) = MVBenchDataset(str(tmp_path), tasks=(task,)).samples()
         assert (sample.start, sample.end) == (1.0, 2.0) and shown(sample) == frames
+        source = sample.video() if callable(sample.video) else sample.video
+        assert probe(source, start=sample.start, end=sample.end).frames == len(frames)
         assert shown(pickle.loads(pickle.dumps(sample)), frames=1) == frames[:1]
 
 
