@@ -226,8 +226,11 @@ def test_mlvu_test_takes_answers_where_they_are_given(tmp_path, video):
     without = MLVUDataset(str(tmp_path), split="test").samples()
     assert [(s.id, s.answer) for s in without] == [("AR_0", None), ("SQA_1", None), ("summary-0002", None)]
     write(tmp_path / "test-ground-truth" / "test_mcq_gt.json", [entry | {"answer": "Arrest"} for entry in questions])
+    write(
+        tmp_path / "test-ground-truth" / "test_vs_gt.json", [mlvu_entry("test_sum_1.mp4", "summary", answer="A man goes home.")]
+    )
     anomaly, sports, summary = MLVUDataset(str(tmp_path), split="test").samples()
-    assert (anomaly.answer, sports.answer, summary.answer) == ("Arrest", "Arrest", None)
+    assert (anomaly.answer, sports.answer, summary.answer) == ("Arrest", "Arrest", "A man goes home.")
     assert "\nF. Assault\n" in anomaly.question and shown(anomaly, frames=2) == [0, 45]
     assert [s.id for s in MLVUDataset(str(tmp_path), split="test", tasks=("sportsQA",)).samples()] == ["SQA_1"]
     with pytest.raises(UserError, match="tasks must be anomaly_reco or sportsQA or summary, got 'count'"):

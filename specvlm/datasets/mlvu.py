@@ -23,7 +23,7 @@ DEV = {
     "summary": "9_summary",
 }
 TEST = ("test_multi_choice_tasks.json", "test_generation_tasks.json")
-ANSWERS = "test-ground-truth/test_mcq_gt.json"
+ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ssc", "vs"))
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class MLVUDataset(LocalDataset):
 
     arXiv 2406.04264; Hugging Face: MLVU/MVLU (their spelling). Layout of dev: MLVU/json/1_plotQA.json …, MLVU/video/1_plotQA/
     …; of test (MLVU/MLVU_Test, with tasks of its own): test_multi_choice_tasks.json, test_generation_tasks.json,
-    test-ground-truth/test_mcq_gt.json where it is there, and MLVU_Test/video/. tasks: some of the split's tasks; none is all.
-    On test, free answers have no reference.
+    MLVU_Test/video/, and the answers where they are there: test-ground-truth/test_mcq_gt.json, …_ssc_gt.json, …_vs_gt.json.
+    tasks: some of the split's tasks; none is all.
     """
 
     name = "mlvu"
@@ -71,8 +71,8 @@ class MLVUDataset(LocalDataset):
                 yield _sample(f"{task}-{number:04d}", video, entry, task, entry.get("answer"))
 
     def _listed_test(self) -> Iterator[Sample]:
-        given = self.folder / ANSWERS
-        answers = {entry["question_id"]: entry["answer"] for entry in self.entries(given)} if given.exists() else {}
+        given = [path for path in (self.folder / name for name in ANSWERS) if path.exists()]
+        answers = {_asked(entry): entry.get("answer") for path in given for entry in self.entries(path)}
         videos = self.place("MLVU_Test/video", "video")
         entries = [entry for path in self.lists() for entry in self.entries(path)]
         there = sorted({entry["question_type"] for entry in entries})
@@ -81,8 +81,13 @@ class MLVUDataset(LocalDataset):
         for number, entry in enumerate(entries):
             task = entry["question_type"]
             if not self.tasks or task in self.tasks:
-                key = entry.get("question_id")
-                yield _sample(key or f"{task}-{number:04d}", videos / entry["video"], entry, task, answers.get(key))
+                key = entry.get("question_id") or f"{task}-{number:04d}"
+                yield _sample(key, videos / entry["video"], entry, task, answers.get(_asked(entry)))
+
+
+def _asked(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a question from others: the published answers have all of it, and no number that every task has."""
+    return entry["video"], entry["question"], *(entry.get("candidates") or ())
 
 
 def _sample(key: str, video: Path, entry: dict[str, Any], task: str, answer: str | None) -> Sample:
