@@ -384,6 +384,11 @@ def test_the_papers_prompt_limit_and_order_are_fields_of_all(tmp_path):
             FolderDataset(root, **bad)
 
 
+def test_ids_are_the_samples_own_whatever_the_list_says(tmp_path):
+    write(tmp_path / "questions.jsonl", "\n".join(json.dumps({"video": "a.mp4", "id": key}) for key in ("a#2", "a", "a", "a")))
+    assert [s.id for s in FolderDataset(str(tmp_path)).samples()] == ["a#2", "a", "a#3", "a#4"]
+
+
 def test_the_version_is_that_of_the_questions(tmp_path):
     write(tmp_path / "questions.jsonl", '{"video": "a.mp4"}')
     first = FolderDataset(str(tmp_path)).version

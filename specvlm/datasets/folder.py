@@ -63,7 +63,7 @@ class FolderDataset(LocalDataset):
             raise UserError(f"{name} is a folder of frames: say how many a second, as in fps=3")
         return Sample(
             str(entry.get("id", name)),
-            partial(read_frames, path, fps) if fps else path,
+            path if fps is None else partial(read_frames, path, fps),
             multiple_choice(question, options) if options else question,
             None if answer is None else str(answer),
             tuple(options),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
@@ -102,14 +102,14 @@ class LocalDataset(Dataset):
 
     def rows(self, path: Path) -> list[dict[str, Any]]:
         """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
-        _bytes(path, self.layout)
+        content = _bytes(path, self.layout)
         try:
             import pyarrow as arrow
             from pyarrow import parquet
         except ImportError:
             raise UserError(f"reading {path.name} takes PyArrow: pip install 'specvlm[datasets]'") from None
         try:
-            table = parquet.ParquetFile(path).read()
+            table = parquet.ParquetFile(arrow.BufferReader(content)).read()
         except (arrow.ArrowInvalid, OSError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"{path} is not Parquet ({why}); where git has cloned it without LFS, fetch it again") from None
@@ -146,10 +146,8 @@ def _bytes(path: Path, layout: str) -> bytes:
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
     """The samples with ids of their own: the second of the same gets #2."""
-    seen: Counter[str] = Counter()
-    named = []
+    named: dict[str, Sample] = {}
     for sample in samples:
-        seen[sample.id] += 1
-        count = seen[sample.id]
-        named.append(replace(sample, id=f"{sample.id}#{count}") if count > 1 else sample)
-    return named
+        key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)
+        named[key] = sample if key == sample.id else replace(sample, id=key)
+    return list(named.values())
