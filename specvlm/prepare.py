@@ -99,8 +99,10 @@ def read(setup: Setup, sample: Sample) -> Reading:
     cfg, start = setup.cfg, perf_counter()
     source = sample.video if not callable(sample.video) else sample.video()
     asked = {"frames": cfg.frames, "fps": cfg.fps}
-    sampling = asked if any(asked.values()) else setup.target.sampling(probe(source, cfg.reader))
-    clip = read_video(source, reader=cfg.reader, start=sample.start, end=sample.end, **sampling)
+    start_s, end_s = sample.start, sample.end
+    own = setup.target.sampling
+    sampling = asked if any(asked.values()) else own(probe(source, cfg.reader, start=start_s, end=end_s))
+    clip = read_video(source, reader=cfg.reader, start=start_s, end=end_s, **sampling)
     prompt = setup.target.prompt(sample.question, [clip], max_pixels=cfg.max_pixels)
     name = clip.source if isinstance(source, Clip) else source.name
     return Reading(prompt, name, sample.question, perf_counter() - start)

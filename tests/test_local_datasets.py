@@ -27,6 +27,8 @@ from specvlm.datasets.mvbench import FOLDERS, PARTS, MVBenchDataset
 from specvlm.datasets.video_detail_caption import VideoDetailCaptionDataset
 from specvlm.datasets.video_mme import VideoMMEDataset
 from specvlm.errors import MissingVideo, UserError
+from specvlm.places import places_of
+from specvlm.prepare import read, set_up
 from specvlm.strategy import Sample
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -363,6 +365,17 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         FolderDataset(str(tmp_path)).samples()
     assert "\n" not in str(caught.value)
+
+
+def test_a_familys_own_sampling_fits_the_part_that_is_asked_about(tmp_path, video, monkeypatch):
+    """LLaVA-OneVision's is 32 frames, never more than there are."""
+    put(video, tmp_path / "talk.mp4")
+    write(tmp_path / "questions.jsonl", '{"video": "talk.mp4", "question": "What is shown?", "start": 1, "end": 1.2}')
+    cfg = compose(["pair=embedded_llava_onevision", "dataset=folder", f"dataset.root={tmp_path}"])
+    (sample,) = registry.build("dataset", cfg.dataset).samples()
+    setup = set_up(cfg, places_of(cfg))
+    monkeypatch.setattr(setup.target, "sampling", lambda info: {"frames": min(32, info.frames)})
+    assert read(setup, sample).prompt.grids[0].frames == 5
 
 
 # What they share
