@@ -16,7 +16,9 @@ from PIL import Image
 from test_video import draw, numbers
 
 from specvlm import registry
+from specvlm.__main__ import main
 from specvlm.compose import compose
+from specvlm.data.clips import find_clip
 from specvlm.data.frames import read_frames
 from specvlm.data.video import Clip, probe, read_video
 from specvlm.datasets.folder import FolderDataset
@@ -29,6 +31,7 @@ from specvlm.datasets.video_mme import VideoMMEDataset
 from specvlm.errors import MissingVideo, UserError
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
+from specvlm.rows import rows_of
 from specvlm.strategy import Sample
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -376,6 +379,31 @@ def test_a_familys_own_sampling_fits_the_part_that_is_asked_about(tmp_path, vide
     setup = set_up(cfg, places_of(cfg))
     monkeypatch.setattr(setup.target, "sampling", lambda info: {"frames": min(32, info.frames)})
     assert read(setup, sample).prompt.grids[0].frames == 5
+
+
+def test_the_command_line_answers_a_folder_and_counts_what_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    put(find_clip("synthetic_1"), Path("mine") / "talk.mp4")
+    frame_folder(find_clip("synthetic_1"), Path("mine") / "frames", every=1, count=99)
+    lines = [
+        {"video": "talk.mp4", "question": "describe the video.", "answer": "Objects.", "kind": "whole"},
+        {"video": "talk.mp4", "question": "describe the video.", "start": 1, "end": 3},
+        {"video": "gone.mp4", "question": "describe the video."},
+        {"video": "frames", "question": "describe the video.", "fps": probe("mine/talk.mp4").fps},
+    ]
+    write(Path("mine") / "questions.jsonl", "\n".join(map(json.dumps, lines)))
+    words = ["dataset=folder", "dataset.root=mine", "fps=2", "max_new_tokens=8", "threads=1", "hydra.run.dir=run"]
+    assert main(words) == 0
+    whole, part, gone, frames = rows_of(Path("run"))
+    assert [row["sample"] for row in (whole, part, gone, frames)] == ["talk.mp4", "talk.mp4#2", "gone.mp4", "frames"]
+    assert all(row["verdict"] == "identical" and row["new_tokens"] == 8 for row in (whole, part, frames))
+    assert whole["video_tokens"] == frames["video_tokens"] == 8 * part["video_tokens"]  # 16 s and 2 s
+    assert (gone["status"], gone["reason"]) == ("skipped", "no such file: mine/gone.mp4")
+    version = FolderDataset("mine").version
+    assert all((row["dataset"], row["split"], row["version"]) == ("folder", "", version) for row in (whole, gone))
+    assert (whole["answer"], whole["meta"]) == ("Objects.", {"kind": "whole"})
+    out = capsys.readouterr().out
+    assert "3/4 gone.mp4  skipped no such file: mine/gone.mp4" in out and "skipped" in out.split("verdicts")[1].splitlines()[0]
 
 
 # What they share
