@@ -56,12 +56,12 @@ def _presets(group: str) -> list[Path]:
 
 def _preset(path: Path) -> str:
     """A YAML file among the strategies; its first line says what it is for."""
-    return f"  {path.stem:<20}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
+    return f"  {path.stem:<22}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
     options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
-    lines = [f"  {name:<20}{info.summary} [{info.plugin}]", *(f"{'':<22}{option}" for option in options)]
+    lines = [f"  {name:<22}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
     return "\n".join(lines)
 
 

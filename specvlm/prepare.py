@@ -107,8 +107,9 @@ def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
     source = sample.video() if callable(sample.video) else sample.video
     asked = {"frames": cfg.frames, "fps": cfg.fps}
-    sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader))
-    return read_video(source, reader=cfg.reader, start=sample.start, end=sample.end, **sampling)
+    part: dict[str, Any] = {"start": sample.start, "end": sample.end}
+    sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader, **part))
+    return read_video(source, reader=cfg.reader, **part, **sampling)
 
 
 def plan(
