@@ -27,7 +27,7 @@ from specvlm.models.spread import check_shares
 from specvlm.places import Places, places_of
 from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen
-from specvlm.signals import KEPT_STATES
+from specvlm.signals import held_bytes
 from specvlm.types import Step, VideoPrompt
 
 OK, MISMATCH = 0, 1
@@ -166,7 +166,9 @@ def prepare(cfg: DictConfig, places: Places) -> Job:
     pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
     if pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    needs = [memory.Need(target, slots, dtype, kinds["target"], bool(pruner.needs & KEPT_STATES))]
+    read = pruner.needs | drafter.needs
+    signals = held_bytes(read, verifier.reads_hidden, target, len(prompt.video_index), dtype, places.ranks)
+    needs = [memory.Need(target, slots, dtype, kinds["target"], signals)]
     if drafts is not None:
         needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kinds.get("draft", kinds["target"])))
     free = {device: memory.free_bytes(device) for device in places.devices}
