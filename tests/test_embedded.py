@@ -81,8 +81,9 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_drafter_that_sees_all_or_nothing_gives_the_output_of_generate(family):
-    """No pruner is asked then."""
+def test_a_drafter_that_asks_no_pruner_gives_the_output_of_generate(family, monkeypatch):
+    """Since it sees all, or nothing."""
+    monkeypatch.setattr(UniformPruner, "select", None)
     expected = answer_of_generate(family)
     for drafter in (TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("chain:3"), PromptLookupDrafter()):
         for ratio in (0, 1):
