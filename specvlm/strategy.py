@@ -201,7 +201,7 @@ class Pruner(Strategy, ABC):
 
     @abstractmethod
     def select(self, ctx: PruneContext) -> KeepSet:
-        """At most `ctx.budget` tokens, 0 < budget < total: the loop itself handles keeping all and keeping none."""
+        """At most `ctx.budget` tokens, 1 to all of them. The loop does not ask where it is all, or none."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import count
 
 import pytest
 import torch
@@ -131,6 +132,17 @@ def global_random(ctx, keep):
     return KeepSet.top(torch.rand(ctx.total), ctx.budget)
 
 
+def whole_numbers(ctx, keep):
+    return KeepSet(keep.index, ctx.total, torch.eye(ctx.total, dtype=torch.int64)[keep.index])
+
+
+TURNS = count()
+
+
+def changing_pool(ctx, keep):
+    return KeepSet(keep.index, ctx.total, torch.eye(ctx.total).roll(next(TURNS), 0)[keep.index])
+
+
 def unequal_pool(ctx, keep):
     return KeepSet(keep.index, ctx.total, torch.ones(len(keep), ctx.total))
 
@@ -144,6 +156,8 @@ def unequal_pool(ctx, keep):
         (breaking(select=select_with(sort_input)), "changed its input features"),
         (breaking(select=select_with(global_random)), "global generator"),
         (breaking(select=select_with(unequal_pool)), "rows of pool must sum to 1"),
+        (breaking(select=select_with(whole_numbers)), "pool must hold weights"),
+        (breaking(select=select_with(changing_pool)), "other tokens for the same seed"),
         (
             breaking(select=select_with(lambda ctx, keep: KeepSet.top(ctx.verifier_attention, 1))),
             '"verifier_attention" is not there',
