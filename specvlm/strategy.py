@@ -263,7 +263,10 @@ class DraftSession(ABC):
 
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree:
-        """Guesses below the last accepted token. last: what became of the previous tree; None in the first round."""
+        """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+
+        last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+        """
 
 
 class Drafter(Strategy, ABC):

@@ -5,7 +5,6 @@ It takes the words of a run, such as pair=… video=… dtype=…, and its own, 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -239,8 +238,7 @@ def as_it_is(graph: DecodingGraph, job: Job, drafter: Drafter, limit: int, first
 def changes(drafter: Any) -> tuple[str, ...]:
     """What is not as by default, as a run's words."""
     now = [(f, getattr(drafter, f.name)) for f in fields(drafter)]
-    texts = [(f.name, value if isinstance(value, str) else json.dumps(value)) for f, value in now if value != f.default]
-    return tuple(f"drafter.{name}={text}" for name, text in texts)
+    return tuple(f"drafter.{f.name}={registry.word(value)}" for f, value in now if value != f.default)
 
 
 def conclude(

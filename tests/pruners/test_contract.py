@@ -1,6 +1,7 @@
 """Every built-in pruner keeps the contract that plugins are held to, and the contract suite catches what breaks it."""
 
 import dataclasses
+import enum
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -92,6 +93,21 @@ class FirstFrame(Pruner):
         return KeepSet.top(order, min(ctx.budget, ctx.grid.per_frame))
 
 
+class Order(enum.Enum):
+    FIRST = 1
+
+
+@dataclass(frozen=True)
+class Optioned(FirstFrame):
+    """All types that an option may have."""
+
+    name = "optioned"
+    order: Order = Order.FIRST
+    most: int | None = None
+    names: tuple[str, ...] = ("a", "b")
+    sure: bool = True
+
+
 @dataclass(frozen=True)
 class PairMean(FirstFrame):
     """A merger in order: each kept token is the mean of all tokens up to the next kept one."""
@@ -106,7 +122,7 @@ class PairMean(FirstFrame):
         return KeepSet(index, ctx.total, (pool / pool.sum(1, keepdim=True)).to_sparse())
 
 
-@pytest.mark.parametrize("cls", [FirstFrame, PairMean])
+@pytest.mark.parametrize("cls", [FirstFrame, Optioned, PairMean])
 def test_check_passes_a_refusal_of_several_videos_and_a_merger(cls):
     check_pruner(cls)
 
