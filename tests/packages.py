@@ -15,7 +15,7 @@ FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "plugin
 
 def module_of(folder: Path) -> ModuleType:
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+        sys.path.insert(0, str(folder))  # before one that is installed
     return importlib.import_module(folder.name.replace("-", "_"))
 
 
