@@ -67,7 +67,5 @@ def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    if field.default is dataclasses.MISSING:
-        return "(required)"
-    return "null" if field.default is None else str(getattr(field.default, "name", field.default))
+        return registry.word(field.default_factory())
+    return "(required)" if field.default is dataclasses.MISSING else registry.word(field.default)

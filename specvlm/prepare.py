@@ -20,7 +20,7 @@ from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import Places
-from specvlm.signals import KEPT_STATES
+from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
 from specvlm.types import VideoPrompt
 
@@ -127,7 +127,9 @@ def plan(
     pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
     if setup.pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    needs = [memory.Need(target, slots, setup.dtype, setup.kinds["target"], bool(setup.pruner.needs & KEPT_STATES))]
+    asked, total = setup.pruner.needs | drafter.needs, len(prompt.video_index)
+    signals = held_bytes(asked, setup.verifier.reads_hidden, target, total, setup.dtype, places.ranks)
+    needs = [memory.Need(target, slots, setup.dtype, setup.kinds["target"], signals)]
     if drafts is not None:
         kind = setup.kinds.get("draft", setup.kinds["target"])
         needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))

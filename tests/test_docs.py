@@ -40,12 +40,10 @@ def test_every_key_of_the_summary_and_every_signal_is_explained_in_its_own_words
         assert f"`{signal}`" in README, signal
 
 
-def test_the_pruner_shown_is_the_one_that_ships():
-    shown = re.search(r"```python\n(@dataclass\(frozen=True\)\nclass FrameDiffPruner.*?)```", README, re.S)[1]
-    module = (ROOT / "plugins/specvlm-frame-diff/specvlm_frame_diff.py").read_text(encoding="utf-8")
-    for line in shown.splitlines():
-        code = line.split("  #")[0].strip()
-        assert not code or code.startswith('"""') or code in module, line
+def test_the_package_shown_is_the_one_that_ships():
+    for language, file in (("python", "specvlm_frame_diff.py"), ("toml", "pyproject.toml")):
+        shipped = (ROOT / "plugins/specvlm-frame-diff" / file).read_text(encoding="utf-8")
+        assert f"```{language}\n{shipped}```" in README, file
 
 
 def test_the_python_example_prints_the_answer(capsys):
