@@ -1,5 +1,5 @@
 # make demo     set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
-# make test     set up once, then run the tests                            (ARGS="-k registry" to choose)
+# make test     set up once, then run the tests in two processes           (ARGS="-k registry" to choose, ARGS="-n 8" for more)
 # make plugins  install every package under plugins/ into .venv, editable
 # make check    lint, types and tests, as before a commit
 #
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m specvlm pruner=two_stage ratio=0.9 $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # They need nothing but specvlm. The build backend is installed once, instead of once a package.
 plugins: $(VENV)/.installed

@@ -24,7 +24,7 @@ from specvlm.held import HELD
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
 from specvlm.places import places_of
-from specvlm.run import prepare
+from specvlm.prepare import own_sample, plan, read, set_up
 
 FAST = ["max_new_tokens=14", "question=how many objects appear?"]
 
@@ -386,8 +386,9 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
 def test_what_strategies_read_of_the_target_is_planned():
     def activations(*words: str) -> int:
         cfg = compose.jobs(["pair=embedded_llava_onevision", *words], sweep=False)[0].cfg
-        (plan,) = prepare(cfg, places_of(cfg)).plans.values()
-        return plan.parts["activations (estimate)"]
+        setup = set_up(cfg, places_of(cfg))
+        (planned,) = plan(setup, read(setup, own_sample(cfg))).plans.values()
+        return planned.parts["activations (estimate)"]
 
     lm = skeleton(model_folder("embedded:llava_onevision/target"))
     video, width = 1025, lm.hf.config.get_text_config().hidden_size

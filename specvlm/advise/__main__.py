@@ -147,7 +147,7 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
-            graph = HELD.graph(job)
+            graph = replace(HELD.graph(job), ratio=cfg.ratio)  # the job's own is that of the largest plan
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)

@@ -129,7 +129,7 @@ def test_the_player_moves_by_itself_and_by_hand(open_page):
     page = open_page()
     page.wait_for_selector('body[data-frame="0"]')
     page.click("#play")
-    page.wait_for_selector('body[data-frame="2"]', timeout=5000)
+    page.wait_for_selector('body[data-frame="2"]', timeout=60_000)  # a busy machine draws slowly
     page.click("#play")
     stopped = page.get_attribute("body", "data-frame")
     page.wait_for_timeout(700)
