@@ -198,7 +198,8 @@ def over_samples(plan: Plan, full: bool) -> Sweep | None:
         return None
     from specvlm.sweep import Sweep
 
-    return Sweep(plan.folder, plan.labels, partial(tell, full=full))
+    tracker = plan.jobs[0].cfg.tracker if plan.jobs else None
+    return Sweep(plan.folder, plan.labels, tracker, partial(tell, full=full))
 
 
 def _run(cfg: DictConfig, folder: Path) -> int:
