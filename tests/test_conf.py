@@ -91,7 +91,16 @@ PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path i
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset):
-    compose.compose([preset, "target.path=a", "draft.path=b"])
+    assert compose.jobs([preset, "target.path=a", "draft.path=b"], sweep=True)
+
+
+def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran, capsys):
+    assert len(compose.jobs(["experiment=ratio_by_pruner"], sweep=True)) == 15
+    fewer = compose.jobs(["experiment=ratio_by_pruner", "ratio=0.5", "pruner=none", "dataset.scenes=3"], sweep=True)
+    assert [(job.cfg.pruner.name, job.cfg.ratio, job.cfg.dataset.scenes) for job in fewer] == [("none", 0.5, 3)]
+    for words, why in ((["experiment=frames"], "it needs -m"), (["-m", "experiment=frames,positions"], "give it alone")):
+        assert main(words) == 2
+        assert f"experiment=frames is a sweep, over frames, pruner: {why}" in capsys.readouterr().err
 
 
 def test_presets_add_to_the_defaults():

@@ -520,6 +520,16 @@ def test_shapes_of_trees_have_folders_of_their_own():
     assert len(folders) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["main_table", "ratio_by_pruner", "stage_one_mass", "positions", "tree_shapes", "frames"])
+def test_every_ablation_runs(preset, capsys):
+    few = ["dataset.scenes=1", "dataset.ask=question", "max_new_tokens=4", *([] if preset == "frames" else ["frames=4"])]
+    assert main(["-m", f"experiment={preset}", *few, "hydra.sweep.dir=sweep"]) == 0
+    found = [summary_of(job) for job in jobs(Path("sweep")).values()]
+    assert len(found) == len(planned([f"experiment={preset}"], sweep=True)) and all(one["ok"] == 1 for one in found)
+    assert len(list(Path("sweep/baselines").iterdir())) == (4 if preset == "frames" else 1)
+
+
 @pytest.mark.parametrize("word", ["shard=4/4", "shard=1", "shard=a/b", "turn=0", "resume=maybe"])
 def test_bad_words_are_one_line(word, capsys):
     assert main([*ASK, word]) == 2
