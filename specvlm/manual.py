@@ -56,18 +56,16 @@ def _presets(group: str) -> list[Path]:
 
 def _preset(path: Path) -> str:
     """A YAML file among the strategies; its first line says what it is for."""
-    return f"  {path.stem:<20}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
+    return f"  {path.stem:<22}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
     options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
-    lines = [f"  {name:<20}{info.summary} [{info.plugin}]", *(f"{'':<22}{option}" for option in options)]
+    lines = [f"  {name:<22}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
     return "\n".join(lines)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    if field.default is dataclasses.MISSING:
-        return "(required)"
-    return "null" if field.default is None else str(getattr(field.default, "name", field.default))
+        return registry.word(field.default_factory())
+    return "(required)" if field.default is dataclasses.MISSING else registry.word(field.default)

@@ -36,14 +36,14 @@ class MemoryPlan:
 class Need:
     """A model, which may be a skeleton (see `load.skeleton`) and must not be quantised yet, and what a run asks of it.
 
-    slots: of its cache; kind: what its linear layers are quantised to. states: are one layer's hidden states held for a pruner?
+    slots: of its cache; kind: what its linear layers are quantised to. signals: bytes held for strategies, see `signals`.
     """
 
     model: VideoLM
     slots: int
     dtype: torch.dtype
     kind: str | None = None
-    states: bool = False
+    signals: int = 0
 
 
 def plan(
@@ -118,8 +118,8 @@ def activations(needs: Sequence[Need], patches: int) -> int:
         vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
         # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
         head = need.model.vocabulary * config.hidden_size if need.kind else 0
-        held = 2 + need.states  # features, embeddings and states, there all the while
-        prompts.append(held * need.slots * config.hidden_size * need.dtype.itemsize)
+        # Features, embeddings and signals, there all the while.
+        prompts.append(2 * need.slots * config.hidden_size * need.dtype.itemsize + need.signals)
         passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
     return max(prompts) + max(passes)
 

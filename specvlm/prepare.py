@@ -20,7 +20,7 @@ from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import Places
-from specvlm.signals import KEPT_STATES
+from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
 from specvlm.types import VideoPrompt
 
@@ -96,14 +96,20 @@ def own_sample(cfg: DictConfig) -> Sample:
 
 def read(setup: Setup, sample: Sample) -> Reading:
     """Open the video and make the prompt. Raises UserError."""
-    cfg, start = setup.cfg, perf_counter()
-    source = sample.video if not callable(sample.video) else sample.video()
-    asked = {"frames": cfg.frames, "fps": cfg.fps}
-    sampling = asked if any(asked.values()) else setup.target.sampling(probe(source, cfg.reader))
-    clip = read_video(source, reader=cfg.reader, start=sample.start, end=sample.end, **sampling)
-    prompt = setup.target.prompt(sample.question, [clip], max_pixels=cfg.max_pixels)
-    name = clip.source if isinstance(source, Clip) else source.name
+    start = perf_counter()
+    clip = frames_of(setup.cfg, setup.target, sample)
+    prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
+    name = clip.source if callable(sample.video) else sample.video.name
     return Reading(prompt, name, sample.question, perf_counter() - start)
+
+
+def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
+    """Those of its video that the target is shown. Raises UserError."""
+    source = sample.video() if callable(sample.video) else sample.video
+    asked = {"frames": cfg.frames, "fps": cfg.fps}
+    part: dict[str, Any] = {"start": sample.start, "end": sample.end}
+    sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader, **part))
+    return read_video(source, reader=cfg.reader, **part, **sampling)
 
 
 def plan(
@@ -121,7 +127,9 @@ def plan(
     pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
     if setup.pruner.draft_layers and 0 < kept < len(prompt.video_index):
         pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
-    needs = [memory.Need(target, slots, setup.dtype, setup.kinds["target"], bool(setup.pruner.needs & KEPT_STATES))]
+    asked, total = setup.pruner.needs | drafter.needs, len(prompt.video_index)
+    signals = held_bytes(asked, setup.verifier.reads_hidden, target, total, setup.dtype, places.ranks)
+    needs = [memory.Need(target, slots, setup.dtype, setup.kinds["target"], signals)]
     if drafts is not None:
         kind = setup.kinds.get("draft", setup.kinds["target"])
         needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))

@@ -6,6 +6,7 @@ A name is written once, in its class.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -180,6 +181,15 @@ def _config_class(cls: type[Strategy]) -> type:
             ) from err
         columns.append(column)
     return dataclasses.make_dataclass(f"{cls.__name__}Config", columns)
+
+
+def word(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(word, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return value.name if isinstance(value, enum.Enum) else str(value)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -203,7 +203,7 @@ class Pruner(Strategy, ABC):
 
     @abstractmethod
     def select(self, ctx: PruneContext) -> KeepSet:
-        """At most `ctx.budget` tokens, 0 < budget < total: the loop itself handles keeping all and keeping none."""
+        """At most `ctx.budget` tokens, 1 to all of them. The loop does not ask where it is all, or none."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,10 @@ class DraftSession(ABC):
 
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree:
-        """Guesses below the last accepted token. last: what became of the previous tree; None in the first round."""
+        """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+
+        last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+        """
 
 
 class Drafter(Strategy, ABC):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from specvlm import load, memory, metrics
+from specvlm import compose, load, memory, metrics
 from specvlm.__main__ import main
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
@@ -23,6 +23,8 @@ from specvlm.errors import UserError
 from specvlm.held import HELD
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
+from specvlm.places import places_of
+from specvlm.run import prepare
 
 FAST = ["max_new_tokens=14", "question=how many objects appear?"]
 
@@ -374,11 +376,26 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
         return memory.activations([memory.Need(lm, slots, torch.bfloat16)], patches)
 
     width = lm.hf.config.get_text_config().hidden_size
-    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, states=states)], 0) for states in (False, True))
-    assert held - plain == 64 * width * 2
+    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, signals=count)], 0) for count in (0, 1000))
+    assert held - plain == 1000
     more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
     assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2
     assert lm.vision_rows({"thw": (1000, 32, 32)}) == PATCHES and lm.vision_rows({"thw": (3, 200, 200)}) == 40_000
+
+
+def test_what_strategies_read_of_the_target_is_planned():
+    def activations(*words: str) -> int:
+        cfg = compose.jobs(["pair=embedded_llava_onevision", *words], sweep=False)[0].cfg
+        (plan,) = prepare(cfg, places_of(cfg)).plans.values()
+        return plan.parts["activations (estimate)"]
+
+    lm = skeleton(model_folder("embedded:llava_onevision/target"))
+    video, width = 1025, lm.hf.config.get_text_config().hidden_size
+    assert activations("verifier=loose") - activations() == video * width * 4
+    scores = lm.layers * lm.kv_heads * video
+    alone = activations("drafter=self", "drafter.shape=chain:9")
+    assert activations("drafter=sparse") - alone == scores * (4 + 4 + 8)  # float32, sorted, and the order
+    assert activations("drafter=sparse", "verifier=loose") - alone == scores * 16 + video * width * 4
 
 
 def test_memory_that_torch_keeps_for_itself_is_free(monkeypatch):

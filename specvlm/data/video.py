@@ -19,7 +19,7 @@ MAX_FRAMES = 768  # Hugging Face's own limit for Qwen2.5-VL
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds: number of frames, mean frames per second, pixels as shown, seconds."""
+    """What a file, or a part of it, holds: number of frames, mean frames per second, pixels as shown, seconds."""
 
     frames: int
     fps: float
@@ -64,15 +64,17 @@ def _endpoints(total: int, count: int) -> list[int]:
 SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {"uniform": _uniform, "qwen": _qwen, "endpoints": _endpoints}
 
 
-def probe(source: str | Path | Clip, reader: str = "decord") -> VideoInfo:
-    """Describe a video file; reads its index and decodes its first frame. Also a clip of every frame there is.
+def probe(source: str | Path | Clip, reader: str = "decord", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
+    """Describe a video file, or its part from ``start`` until before ``end`` (seconds): the frames and the duration are the
+    part's. Reads the index and decodes the part's first frame. Also a clip of every frame there is.
 
     Raises UserError as ``read_video`` does.
     """
     with _open(source, reader) as video:
-        height, width = video.decode([0]).shape[2:]
+        window = _window(video.times, start, end, _name(source))
+        height, width = video.decode([window[0]]).shape[2:]
         fps = _mean_fps(video)
-        return VideoInfo(len(video.times), fps, width, height, len(video.times) / fps)
+        return VideoInfo(len(window), fps, width, height, len(window) / fps)
 
 
 def read_video(
@@ -99,7 +101,7 @@ def read_video(
     unknown, not installed or lacks the codec; a window without frames; more frames asked for than there are
     (as Hugging Face, nothing is repeated) or than ``max_frames``.
     """
-    _check(frames, fps, start, end, max_frames, sampling)
+    _check(frames, fps, max_frames, sampling)
     with _open(source, reader) as video:
         path = _name(source)
         total, source_fps = len(video.times), _mean_fps(video)
@@ -117,7 +119,7 @@ def read_video(
     return Clip(pixels, times, len(index) / len(window) * source_fps, path, total, source_fps, places)
 
 
-def _check(frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str) -> None:
+def _check(frames: int | None, fps: float | None, max_frames: int, sampling: str) -> None:
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
@@ -127,10 +129,6 @@ def _check(frames: int | None, fps: float | None, start: float, end: float | Non
             raise UserError(f"{name}={value}: wanted a whole number from 1")
     if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"fps={fps}: wanted a number above 0")
-    if not 0 <= start < math.inf:
-        raise UserError(f"start={start}: wanted seconds from 0")
-    if end is not None and not end > start:
-        raise UserError(f"end={end}: wanted seconds after start={start}")
 
 
 class ClipReader:
@@ -175,6 +173,10 @@ def _mean_fps(video: Reader | ClipReader) -> float:
 
 
 def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
+    if not 0 <= start < math.inf:
+        raise UserError(f"start={start}: wanted seconds from 0")
+    if end is not None and not end > start:
+        raise UserError(f"end={end}: wanted seconds after start={start}")
     slack = 1e-3  # decord's times are float32
     last = math.inf if end is None else end
     first = sum(time < start - slack for time in times)
