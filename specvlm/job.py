@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from specvlm import memory, metrics, registry
-from specvlm.answer import Record, decode_alone, row, speculate, summarize, warm_up
+from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.errors import JobFailed, MissingVideo, UserError
@@ -25,7 +25,6 @@ from specvlm.places import places_of
 from specvlm.prepare import Prepared, Reading, read, set_up
 from specvlm.ranks import ALONE, Ranks
 from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, writable
-from specvlm.run import ran_out, threads
 from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb

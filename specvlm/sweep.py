@@ -78,7 +78,7 @@ class Sweep:
                 raise JobFailed(code) from error
             return code
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
-        if several and all(plain) and os.getpid() == self.home:
+        if several and all(plain) and folder in self.labels and os.getpid() == self.home:
             self.jobs.append(job)
             return 0
         return take_turns([job], cfg.turn, self.tell)

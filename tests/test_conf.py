@@ -74,7 +74,7 @@ def written():
 def test_every_key_has_a_type_a_default_and_a_comment():
     raw = OmegaConf.load(config.conf_dir() / "config.yaml")
     defaults = set(raw) - {"defaults", "hydra"}
-    assert defaults == set(config.KEYS) - set(registry.KINDS)
+    assert defaults == set(config.KEYS) - set(config.GROUPS)
     for line in (config.conf_dir() / "config.yaml").read_text().splitlines():
         if line.strip().split(":")[0] in defaults - {"target", "draft"} | {"weights"}:
             assert "# " in line, line
@@ -337,4 +337,5 @@ def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plu
             assert all(f"{kind}.{field.name}=" in text for field in info.fields)
     assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
     assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline", "target.weights")) and "[preset]" in text
-    assert "experiment=NAME\n  sampling" in text
+    assert "\n  sampling              The target's own distribution" in text and "\n  ratio_by_pruner       How much" in text
+    assert "tracker=NAME\n  wandb" in text and "tracker.mode=online" in text and "hydra/launcher=NAME\n  slurm" in text

@@ -20,6 +20,7 @@ from sweeping import ASK, end, install, jobs, start, table, uninstall, untimed, 
 
 from specvlm import answer, load, metrics, registry
 from specvlm.__main__ import main
+from specvlm.answer import threads
 from specvlm.baselines import Baselines, inputs
 from specvlm.compose import compose
 from specvlm.compose import jobs as planned
@@ -31,7 +32,6 @@ from specvlm.names import apart, folder_name
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
 from specvlm.rows import rows_of, steps_of, summary_of
-from specvlm.run import threads
 
 THREE = "pruner=two_stage,uniform,random"
 
