@@ -23,6 +23,7 @@ from specvlm import torchrun
 from specvlm.errors import JobFailed, Told, UserError
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from specvlm.compose import Job
@@ -151,14 +152,14 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
 
     home = os.getpid()
     codes: list[int] = []
-    sweep = over_samples(plan, full)
+    sweep = over_samples(plan, full) if plan.labels else None
 
     def job(cfg: DictConfig) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         state = HydraConfig.get()
         folder = Path(state.runtime.output_dir)
-        sampled = sweep is not None and cfg.get("dataset") is not None
+        sampled = cfg.get("dataset") is not None
         if any(codes) and cfg.get("fail_fast"):
             return OK
         if len(plan.jobs) > 1 and not sampled:
@@ -166,13 +167,19 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         if torchrun.rank_here():
             plan.tidy(folder)  # now, since a rank may be killed
         try:
-            code = sweep.add(cfg, folder, state) if sweep and sampled else guarded(lambda: _run(cfg, folder), full)
+            code = sweep.add(cfg, folder, state) if sweep and sampled else guarded(lambda: one(cfg, folder, state), full)
         finally:
             plan.tidy(folder)
         if code and os.getpid() != home:
             raise JobFailed(code)
         codes.append(code)
         return code
+
+    def one(cfg: DictConfig, folder: Path, state: HydraConf) -> int:
+        if cfg.get("dataset") is None:
+            return _run(cfg, folder)
+        alone = over_samples(plan, full)  # of a configuration of the user's own
+        return max(alone.add(cfg, folder, state), alone.finish())
 
     try:
         with _hydra_raises(words):
@@ -192,13 +199,12 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
     return max(codes, default=OK)
 
 
-def over_samples(plan: Plan, full: bool) -> Sweep | None:
-    """What handles jobs over the samples of a data set; None where no job is one."""
-    if plan.jobs and not plan.labels:
-        return None
+def over_samples(plan: Plan, full: bool) -> Sweep:
+    """What handles jobs over the samples of a data set."""
     from specvlm.sweep import Sweep
 
-    return Sweep(plan.folder, plan.labels, partial(tell, full=full))
+    tracker = plan.jobs[0].cfg.tracker if plan.jobs else None
+    return Sweep(plan.folder, plan.labels, tracker, partial(tell, full=full))
 
 
 def _run(cfg: DictConfig, folder: Path) -> int:

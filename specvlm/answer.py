@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
+
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
+from specvlm.errors import OutOfMemory
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
-from specvlm.prepare import Prepared
+from specvlm.prepare import SMALLER, Prepared
 from specvlm.types import Step
 
 
@@ -130,3 +134,20 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     texts = [graph.target.tokenizer.decode([token]) for token in found.candidates or ()]
     control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
+
+
+def ran_out(request: Prepared, record: Record, done: str = "") -> OutOfMemory:
+    where, planned = " or ".join(map(str, request.places.devices)), f"{request.planned / 2**30:.1f} GiB"
+    return OutOfMemory(f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}")
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Of the CPU, for this run alone: the next job of a sweep may ask for another number, or for none."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

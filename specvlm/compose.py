@@ -121,7 +121,7 @@ def _checked(words: list[str], sweep: bool) -> Job:
     cfg = hydra_compose("config", words, return_hydra_config=True)
     folder = None
     if OmegaConf.select(cfg, "dataset") is not None:
-        folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if sweep else Path(cfg.hydra.run.dir)
+        folder = Path(cfg.hydra.sweep.dir) / _subdir(cfg) if sweep else Path(cfg.hydra.run.dir)
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
@@ -134,6 +134,13 @@ def _checked(words: list[str], sweep: bool) -> Job:
         if kind != "dataset" or cfg.dataset is not None:
             registry.build(kind, cfg[kind])
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+
+
+def _subdir(cfg: DictConfig) -> str:
+    try:
+        return str(cfg.hydra.sweep.subdir)
+    except OmegaConfBaseException as err:
+        raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
 
 
 def _choice(cfg: DictConfig, group: str) -> str:

@@ -24,7 +24,7 @@ CHOICES = {
 }
 PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
-GROUPS = ("pruner", "drafter", "verifier", "dataset", "pair", "experiment")
+GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
 
 @dataclass
@@ -44,6 +44,16 @@ class DraftConfig(ModelConfig):
 
 
 @dataclass
+class WandbConfig:
+    """`tracker=wandb`. mode: online, offline or disabled; project, entity: W&B's own."""
+
+    name: str = "wandb"
+    mode: str = "online"
+    project: str = "specvlm"
+    entity: str | None = None
+
+
+@dataclass
 class RunConfig:
     """The schema that Hydra checks every run against."""
 
@@ -51,6 +61,7 @@ class RunConfig:
     drafter: Any = MISSING
     verifier: Any = MISSING
     dataset: Any = None
+    tracker: Any = None
     target: ModelConfig = field(default_factory=ModelConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     ratio: float = MISSING
@@ -108,6 +119,12 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
+    if cfg.tracker is not None:
+        mode, allowed = cfg.tracker.mode, ("online", "offline", "disabled")
+        if mode not in allowed:
+            raise UserError(f"tracker.mode={mode}: expected one of {', '.join(allowed)}.{did_you_mean(mode, allowed)}")
+        if cfg.dataset is None:
+            raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):
             raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")

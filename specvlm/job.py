@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from specvlm import memory, metrics, registry
-from specvlm.answer import Record, decode_alone, row, speculate, summarize, warm_up
+from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.errors import JobFailed, MissingVideo, UserError
@@ -24,10 +24,10 @@ from specvlm.held import Held
 from specvlm.places import places_of
 from specvlm.prepare import Prepared, Reading, read, set_up
 from specvlm.ranks import ALONE, Ranks
-from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, writable
-from specvlm.run import ran_out, threads
+from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, writable
 from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
+from specvlm.tracker import Tracker, Wandb
 
 OK, MISMATCH, FAILED = 0, 1, 5
 A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
@@ -36,20 +36,32 @@ A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too m
 class Job:
     """Opened by `start`, which finds all mistakes that can be found without weights; then any number of `turn`s; then `close`.
 
-    folder: None for a rank that writes nothing. baselines: the folder where the target's own answers are kept. label: what
-    tells it from the other jobs of its sweep. Samples that fail get a row with the reason; what makes all of them fail, such
+    folder: None for a rank that writes nothing. above: of all jobs of a sweep, where baselines are kept. label: what tells it
+    from the other jobs, group: the sweep's name. Samples that fail get a row with the reason; what makes all of them fail, such
     as weights that cannot be loaded, is raised.
     """
 
     def __init__(
-        self, cfg: DictConfig, folder: Path | None, baselines: Path | None, held: Held, ranks: Ranks = ALONE, label: str = ""
+        self,
+        cfg: DictConfig,
+        folder: Path | None,
+        above: Path,
+        held: Held,
+        ranks: Ranks = ALONE,
+        label: str = "",
+        group: str = "",
+        wandb: Wandb | None = None,
     ) -> None:
-        self.cfg, self.folder, self.held, self.ranks, self.label = cfg, folder, held, ranks, label
-        self.baselines = Baselines(baselines if folder else None, ranks)
+        self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
+        self.label, self.group = label, group
+        kept = Path(cfg.baselines).expanduser() if cfg.baselines else above / "baselines"
+        self.baselines = Baselines(kept if folder else None, ranks)
         self.screen, self.failure = Screen(), ""
+        self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
         self._warm = 0  # slots of the longest request so far
         self._told: set[str] = set()
+        self._rounds: list[dict[str, Any]] = []  # of the last sample
 
     def start(self) -> None:
         """Raises UserError."""
@@ -66,6 +78,7 @@ class Job:
         done = self.ranks.share(lambda: rows.done)
         self.todo = [index for index in self.mine if self.samples[index].id not in done]
         self.screen.job(self)
+        self._mirror()
 
     @property
     def mine(self) -> range:
@@ -84,6 +97,7 @@ class Job:
             self.rows.end(found)
             self.todo.remove(index)
             self.screen.sample(self, found)
+            self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
             if self.cfg.fail_fast and self.code_of([found]) != OK:
                 raise JobFailed(self.code_of([found]))
 
@@ -97,9 +111,11 @@ class Job:
         self.rows = None
         if self.folder is None:
             return OK
-        self._summarize(self.folder)
+        totals = self._summarize(self.folder)
         mine = {self.samples[index].id for index in self.mine}
-        return self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
+        code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
+        self.tracker.finish(totals, FAILED if self.failure else code)
+        return code
 
     def fail(self, error: BaseException) -> None:
         """The job cannot go on; its folder says why."""
@@ -153,6 +169,16 @@ class Job:
         device = self.setup.places.first
         return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
 
+    def _mirror(self) -> None:
+        """Begin it, with what was done before; a job that has nothing left to do was mirrored then."""
+        if self.folder and self.todo:
+            part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
+            self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
+            rounds, mine = steps_of(self.folder), {self.samples[index].id for index in self.mine}
+            for found in rows_of(self.folder):
+                if found["sample"] in mine and found["status"] == "ok":
+                    self.tracker.sample(found, rounds[found["sample"]])
+
     def _note(self, line: str) -> None:
         if line and line not in self._told:
             self._told.add(line)
@@ -173,9 +199,10 @@ class Job:
         if slots > self._warm:  # a longer request moves to larger caches, for which all is captured anew
             warm_up(request, graph, record)
             self._warm = slots
-        kept = None
+        kept, self._rounds = None, []
         for number, step in enumerate(speculate(request, graph, record)):
-            self.rows.step({"sample": self.samples[index].id} | row(number, step))
+            self._rounds.append({"sample": self.samples[index].id} | row(number, step))
+            self.rows.step(self._rounds[-1])
             if step.attention is not None and self.folder:
                 with writable(self.folder):
                     write_attention(self.folder, index, step.attention)
@@ -187,7 +214,8 @@ class Job:
         record.peak_bytes = max(map(memory.peak_bytes, request.places.devices))
         summary, _ = summarize(request, graph, record)
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
-        return figures | {"kept": kept, "baseline": record.baseline.key if record.baseline else None}
+        grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
+        return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
         try:
@@ -200,7 +228,7 @@ class Job:
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": sample.meta}
         of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
-        figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "baseline"])
+        figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
     def _reason(self, error: BaseException, sample: Sample) -> str:
@@ -221,9 +249,9 @@ class Job:
             if device.type == "cuda":
                 torch.zeros(1, device=device).item()
 
-    def _summarize(self, folder: Path) -> None:
+    def _summarize(self, folder: Path) -> dict[str, Any]:
         """Until nothing more has come: several shards end at about the same time."""
-        seen = -1
+        seen, found = -1, dict[str, Any]()
         with writable(folder):
             while seen != len(rows := rows_of(folder)):
                 seen = len(rows)
@@ -232,6 +260,7 @@ class Job:
                     found |= {"status": "failed", "reason": self.failure}
                 parts = {kind: repr(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
                 write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
+        return found
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:

@@ -41,7 +41,10 @@ def manual() -> str:
         entries = [_entry(kind, name, info) for name, info in infos.items()]
         parts.append("\n".join([f"{kind}=NAME", *entries, *map(_preset, _presets(kind))]))
     for group in ("pair", "experiment", "hydra/launcher"):
-        parts.append("\n".join([f"{group}=NAME", *(f"  {path.stem}" for path in _presets(group))]))
+        parts.append("\n".join([f"{group}=NAME", *map(_preset, _presets(group))]))
+    parts.append(
+        "tracker=NAME\n  wandb                 Weights & Biases as a mirror of jobs over a data set; " + ", ".join(_wandb())
+    )
     text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
     lines = re.findall(r"^(?:(\w+):\n  )?(\w+): (.*?) +# (.*)", text, re.M)  # one level down, as target.weights is
     keys = [(f"{parent}.{key}" if parent else key, value, comment) for parent, key, value, comment in lines]
@@ -50,13 +53,18 @@ def manual() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _wandb() -> list[str]:
+    return [f"tracker.{f.name}={_default(f)}" for f in dataclasses.fields(config.WandbConfig) if f.name != "name"]
+
+
 def _presets(group: str) -> list[Path]:
     return sorted((config.conf_dir() / group).glob("*.yaml"))
 
 
 def _preset(path: Path) -> str:
-    """A YAML file among the strategies; its first line says what it is for."""
-    return f"  {path.stem:<22}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
+    """A YAML file; its first comment says what it is for."""
+    comments = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
+    return f"  {path.stem:<22}{next(comments).removeprefix('# ')} [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:

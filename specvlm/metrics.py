@@ -110,7 +110,8 @@ def ratio_of(baseline: float | None, ours: float) -> float | None:
     return baseline / ours if baseline and ours > 0 else None
 
 
-OF_JOB = ("strategies", "versions")  # the same for all samples of a job
+OF_JOB = ("strategies", "versions")  # of KEYS what no row has, since it is the same in all
+# What a job's totals have of KEYS as the mean over the samples that have it, and as the last sample has it.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "baseline_decode_s", "baseline_end_to_end_s")  # fmt: skip
@@ -124,7 +125,6 @@ TOTALS = {
     "samples": "how many the data set has: ok, failed, skipped (no video is there) and missing (not done yet) add up to it",
     "verdicts": "how many samples of each verdict",
     "reasons": "by sample, why it failed or was skipped",
-    "means": "of KEYS, over the samples that have a figure: " + ", ".join(MEANS),
     "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` alike",
     "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not have counts as 0",
     "times_s": "mean seconds by part, over samples",

@@ -38,7 +38,7 @@ def folder_name(words: Sequence[str]) -> str:
 
 def label(words: Sequence[str], separator: str = " ") -> str:
     """What tells a job from others: its overrides, without those that change no row."""
-    return separator.join(word for word in words if word.lstrip("+").partition("=")[0] not in NO_MATTER)
+    return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NO_MATTER)
 
 
 def apart(labels: Sequence[str]) -> tuple[list[str], str]:

@@ -82,6 +82,7 @@ def store() -> None:
     """Make every strategy an option of its Hydra group, and the schema of the run known. Can be called again."""
     options = ConfigStore.instance()
     options.store(name="schema", node=config.RunConfig, provider="specvlm")
+    options.store(group="tracker", name="wandb", node=config.WandbConfig, provider="specvlm")
     for kind, infos in collect().items():
         for name, info in infos.items():
             options.store(group=kind, name=name, node=info.config, provider=info.plugin)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from specvlm import memory, metrics
-from specvlm.answer import Record, decode_alone, row, speculate, summarize, warm_up
+from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
-from specvlm.errors import OutOfMemory
 from specvlm.folder import files_of, steps_of, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
 from specvlm.places import Places, places_of
-from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
+from specvlm.prepare import Prepared, own_sample, read, set_up
 from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen, not_applied
 
@@ -95,20 +91,3 @@ def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path 
     write_config(cfg, folder)
     write_json(folder / "summary.json", summarize(request, graph, record)[0])
     return f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}"
-
-
-def ran_out(request: Prepared, record: Record, done: str = "") -> OutOfMemory:
-    where, planned = " or ".join(map(str, request.places.devices)), f"{request.planned / 2**30:.1f} GiB"
-    return OutOfMemory(f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}")
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Of the CPU, for this run alone: the next job of a sweep may ask for another number, or for none."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

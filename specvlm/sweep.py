@@ -15,12 +15,13 @@ from specvlm import names
 from specvlm.errors import JobFailed
 from specvlm.held import HELD, Held
 from specvlm.job import Job
-from specvlm.metrics import totals
+from specvlm.metrics import MEANS, totals
 from specvlm.places import places_of
 from specvlm.prepare import Reading
 from specvlm.ranks import joined
-from specvlm.rows import CannotWrite, Taken, rows_of, summary_of
+from specvlm.rows import CannotWrite, Taken, config_of, rows_of, summary_of
 from specvlm.show import Screen
+from specvlm.tracker import Tracker, Wandb, sync_line
 
 END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single job's affair
 
@@ -29,14 +30,17 @@ class Sweep:
     """Jobs as Hydra starts them. In this process they wait for each other, and take turns; in another, and under a sweeper that
     wants to see what comes out, each is done at once.
 
-    folder: of all of them; None where Hydra decides it. labels: by the folder of each job. tell: says what a job failed of, and
-    returns its exit code.
+    folder: of all of them; None where Hydra decides it. labels: by the folder of each job. tracker: the configuration's word on
+    it. tell: says what a job failed of, and returns its exit code.
     """
 
-    def __init__(self, folder: Path | None, labels: Mapping[Path, str], tell: Callable[[Exception], int]) -> None:
-        self.folder, self.tell, self.home = folder, tell, os.getpid()
+    def __init__(self, folder: Path | None, labels: Mapping[Path, str], tracker: Any, tell: Callable[[Exception], int]) -> None:
+        self.folder, self.tracker, self.tell, self.home = folder, tracker, tell, os.getpid()
         short, self.common = names.apart(list(labels.values())) if labels else ([], "")
         self.labels = dict(zip(labels, short, strict=True))
+        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
+        self.name = " ".join([*presets, folder.name if folder else ""]).strip()
+        self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
         self.failures: dict[Path, str] = {}
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
@@ -56,10 +60,12 @@ class Sweep:
     def _add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several and self.folder else folder
-        baselines = Path(cfg.baselines).expanduser() if cfg.baselines else above / "baselines"
         if places_of(cfg).ranks > 1:
-            return share_ranks(cfg, folder, baselines)
-        job = Job(cfg, folder, baselines, HELD, label=self.labels.get(folder, ""))
+            try:
+                return share_ranks(cfg, folder)
+            except Exception as error:
+                return self.tell(error)
+        job = Job(cfg, folder, above, HELD, label=self.labels.get(folder, ""), group=self.name, wandb=self._wandb())
         try:
             job.start()
         except END_IT:
@@ -72,10 +78,15 @@ class Sweep:
                 raise JobFailed(code) from error
             return code
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
-        if several and all(plain) and os.getpid() == self.home:
+        if several and all(plain) and folder in self.labels and os.getpid() == self.home:
             self.jobs.append(job)
             return 0
         return take_turns([job], cfg.turn, self.tell)
+
+    def _wandb(self) -> Wandb | None:
+        if self.wandb is None and self.tracker is not None:
+            self.wandb = Wandb(self.tracker, Screen().note)
+        return self.wandb
 
     def finish(self) -> int:
         """Do what waits; returns the highest exit code."""
@@ -90,10 +101,25 @@ class Sweep:
                 job.close()
 
     def show(self) -> None:
-        """The table of jobs, as far as they came; none where none began."""
-        if not self.ended and any(map(self._state_of, self.labels)):
-            never = {"status": "failed", "reason": "it never began"}
-            Screen().jobs([(label, self._state_of(folder) or never) for folder, label in self.labels.items()], self.common)
+        """The table of jobs, as far as they came, and the tracker's picture of it; nothing where none began."""
+        screen, never = Screen(), {"status": "failed", "reason": "it never began"}
+        found = {folder: self._state_of(folder) for folder in self.labels}
+        if self.ended or not any(found.values()):
+            return
+        screen.jobs([(label, found[folder] or never) for folder, label in self.labels.items()], self.common)
+        if self.tracker is not None and self.folder:
+            if len(found) > 1:
+                tracker = Tracker(self._wandb())
+                tracker.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
+                tracker.plots([self._point(folder, found[folder]) for folder in found if "samples" in found[folder]])
+            screen.note(sync_line(self.folder))
+
+    def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+        """A job's line of the tracker's table."""
+        cfg = config_of(folder)
+        chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
+        figures = {key: found[key] for key in (*MEANS, "speedup_decode", "speedup_end_to_end", "ok", "failed", "skipped")}
+        return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
         if folder in self.failures:
@@ -130,10 +156,10 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
     return max(codes)
 
 
-def share_ranks(cfg: DictConfig, folder: Path, baselines: Path) -> int:
+def share_ranks(cfg: DictConfig, folder: Path) -> int:
     """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
     with joined(places_of(cfg).first) as ranks:
-        job = Job(cfg, folder if ranks.rank == 0 else None, baselines, Held(), ranks)
+        job = Job(cfg, folder if ranks.rank == 0 else None, folder, Held(), ranks)
         job.start()
         try:
             for index in range(len(job.samples)):

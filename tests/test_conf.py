@@ -74,7 +74,7 @@ def written():
 def test_every_key_has_a_type_a_default_and_a_comment():
     raw = OmegaConf.load(config.conf_dir() / "config.yaml")
     defaults = set(raw) - {"defaults", "hydra"}
-    assert defaults == set(config.KEYS) - set(registry.KINDS)
+    assert defaults == set(config.KEYS) - set(config.GROUPS)
     for line in (config.conf_dir() / "config.yaml").read_text().splitlines():
         if line.strip().split(":")[0] in defaults - {"target", "draft"} | {"weights"}:
             assert "# " in line, line
@@ -91,7 +91,16 @@ PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path i
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset):
-    compose.compose([preset, "target.path=a", "draft.path=b"])
+    assert compose.jobs([preset, "target.path=a", "draft.path=b"], sweep=True)
+
+
+def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran, capsys):
+    assert len(compose.jobs(["experiment=ratio_by_pruner"], sweep=True)) == 15
+    fewer = compose.jobs(["experiment=ratio_by_pruner", "ratio=0.5", "pruner=none", "dataset.scenes=3"], sweep=True)
+    assert [(job.cfg.pruner.name, job.cfg.ratio, job.cfg.dataset.scenes) for job in fewer] == [("none", 0.5, 3)]
+    for words, why in ((["experiment=frames"], "it needs -m"), (["-m", "experiment=frames,positions"], "give it alone")):
+        assert main(words) == 2
+        assert f"experiment=frames is a sweep, over frames, pruner: {why}" in capsys.readouterr().err
 
 
 def test_presets_add_to_the_defaults():
@@ -328,4 +337,5 @@ def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plu
             assert all(f"{kind}.{field.name}=" in text for field in info.fields)
     assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
     assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline", "target.weights")) and "[preset]" in text
-    assert "experiment=NAME\n  sampling" in text
+    assert "\n  sampling              The target's own distribution" in text and "\n  ratio_by_pruner       How much" in text
+    assert "tracker=NAME\n  wandb" in text and "tracker.mode=online" in text and "hydra/launcher=NAME\n  slurm" in text

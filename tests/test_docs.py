@@ -67,5 +67,7 @@ def test_the_commands_compose(line):
     words = shlex.split(line.split("  #")[0].rstrip("\\"))[3:]
     if "--help" in words:
         return
+    if any(word.startswith("hydra/launcher=") for word in words):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launchers extra")
     sweep = "-m" in words
     assert compose.jobs(compose.quoted([w for w in words if w != "-m"], sweep), sweep)

@@ -403,7 +403,7 @@ def test_the_command_line_answers_a_folder_and_counts_what_is_not_there(tmp_path
     assert all((row["dataset"], row["split"], row["version"]) == ("folder", "", version) for row in (whole, gone))
     assert (whole["answer"], whole["meta"]) == ("Objects.", {"kind": "whole"})
     out = capsys.readouterr().out
-    assert "3/4 gone.mp4  skipped no such file: mine/gone.mp4" in out and "skipped" in out.split("verdicts")[1].splitlines()[0]
+    assert "3/4 gone.mp4 skipped no such file: mine/gone.mp4" in out and "skipped" in out.split("verdicts")[1].splitlines()[0]
 
 
 # What they share

@@ -20,6 +20,7 @@ from sweeping import ASK, end, install, jobs, start, table, uninstall, untimed, 
 
 from specvlm import answer, load, metrics, registry
 from specvlm.__main__ import main
+from specvlm.answer import threads
 from specvlm.baselines import Baselines, inputs
 from specvlm.compose import compose
 from specvlm.compose import jobs as planned
@@ -31,7 +32,6 @@ from specvlm.names import apart, folder_name
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
 from specvlm.rows import rows_of, steps_of, summary_of
-from specvlm.run import threads
 
 THREE = "pruner=two_stage,uniform,random"
 
@@ -518,6 +518,16 @@ def test_shapes_of_trees_have_folders_of_their_own():
     shapes = ["-m", "drafter=tree", "drafter.shape=paper,chain:5,'[[0],[1]]'", *ASK]
     folders = {job.folder for job in planned(shapes[1:], sweep=True)}
     assert len(folders) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["main_table", "ratio_by_pruner", "stage_one_mass", "positions", "tree_shapes", "frames"])
+def test_every_ablation_runs(preset, capsys):
+    few = ["dataset.scenes=1", "dataset.ask=question", "max_new_tokens=4", *([] if preset == "frames" else ["frames=4"])]
+    assert main(["-m", f"experiment={preset}", *few, "hydra.sweep.dir=sweep"]) == 0
+    found = [summary_of(job) for job in jobs(Path("sweep")).values()]
+    assert len(found) == len(planned([f"experiment={preset}"], sweep=True)) and all(one["ok"] == 1 for one in found)
+    assert len(list(Path("sweep/baselines").iterdir())) == (4 if preset == "frames" else 1)
 
 
 @pytest.mark.parametrize("word", ["shard=4/4", "shard=1", "shard=a/b", "turn=0", "resume=maybe"])

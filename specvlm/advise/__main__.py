@@ -22,13 +22,13 @@ from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
+from specvlm.answer import threads
 from specvlm.errors import UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.run import threads
 from specvlm.show import Screen, not_applied, size
 from specvlm.strategy import Drafter
 from specvlm.types import Step
