@@ -6,11 +6,10 @@ key too: a baseline of another GPU is no baseline.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from specvlm import metrics
@@ -70,12 +70,10 @@ def waiting(path: Path) -> Iterator[None]:
     who comes when this file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(path):
         yield
-    path.unlink(
-        missing_ok=True
-    )  # who waited for it finds what was made; who comes now makes a file of its own, and finds it too
+    with suppress(OSError):  # held by who waits, where a held file cannot go
+        path.unlink()
 
 
 def _read(path: Path | None) -> Baseline | None:

@@ -11,7 +11,6 @@ cuts them off. A sample tried again has two lines, of which the later counts.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from specvlm.errors import UserError
@@ -96,11 +96,12 @@ class Rows:
     def __init__(self, cfg: DictConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
         self.folder, self.done = folder, set[str]()
         self._files: list[BinaryIO] = []
+        self._lock: BaseFileLock | None = None
         if folder is None:
             return
         try:
             self._open(cfg, folder, shard)
-        except BlockingIOError:
+        except Timeout:
             self.close()
             raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
         except OSError as error:
@@ -118,11 +119,12 @@ class Rows:
         samples, steps = folder / f"{SAMPLES}{part}.jsonl", folder / f"{STEPS}{part}.jsonl"
         side_by_side = [] if shard is None else [folder / f"{SAMPLES}.{n}-of-{shard[1]}.jsonl" for n in range(shard[1])]
         others = [path for path in _files(folder, SAMPLES) if path not in (samples, *side_by_side)]
-        self._files = [samples.open("ab", buffering=0), steps.open("ab")]
-        fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = _lock_of(samples)
+        self._lock.acquire()
         for path in others:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _lock_of(path):
+                pass
+        self._files = [samples.open("ab", buffering=0), steps.open("ab")]
         old, end = _lines(samples)
         count = len(old) + sum(len(_lines(path)[0]) for path in others)
         if count and not cfg.resume:
@@ -174,12 +176,19 @@ class Rows:
             with suppress(OSError):  # what a full disk did not take belongs to a sample that has no line
                 file.close()
         self._files = []
+        if self._lock is not None:
+            self._lock.release()
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as it is written: without what does not matter to its rows."""
     found: Any = OmegaConf.to_container(cfg, resolve=True)
     return {key: value for key, value in found.items() if key not in NO_MATTER}
+
+
+def _lock_of(samples: Path) -> BaseFileLock:
+    """Who holds it is the only one to write. Raises Timeout, at once, where another process does."""
+    return FileLock(samples.with_name(f".{samples.name}.lock"), timeout=0)
 
 
 def _files(folder: Path, what: str) -> list[Path]:

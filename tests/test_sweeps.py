@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from sweeping import ASK, end, install, jobs, start, table, uninstall, untimed, videos
 
 from specvlm import answer, load, metrics, registry
@@ -255,8 +255,7 @@ def test_a_second_process_is_refused_in_one_line(capsys):
     few = ["dataset.scenes=1", "max_new_tokens=2", "baseline=false"]
     assert sweep(THREE, *few) == 0
     job = next(iter(jobs(Path("sweep")).values()))
-    with (job / "samples.jsonl").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(job / ".samples.jsonl.lock"):
         for more in ([], ["shard=0/2"]):
             capsys.readouterr()
             assert sweep(THREE, *few, "resume=true", *more) == 2
