@@ -154,8 +154,8 @@ def _expand(words: Sequence[str]) -> list[list[str]]:
     choices: dict[str, list[str]] = {}
     for override in parsed:
         key = override.get_key_element()
-        if not override.is_sweep_override():
-            choices[key] = [override.input_line or ""]
+        if not override.is_sweep_override():  # as the sweeper writes it, since folders are called after it
+            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep() and not other:
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:

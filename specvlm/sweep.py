@@ -65,7 +65,8 @@ class Sweep:
                 return share_ranks(cfg, folder)
             except Exception as error:
                 return self.tell(error)
-        job = Job(cfg, folder, above, HELD, label=self.labels.get(folder, ""), group=self.name, wandb=self._wandb())
+        label = self.labels.get(folder, "") if self.labels else names.label(hydra.overrides.task)
+        job = Job(cfg, folder, above, HELD, label=label, group=self.name, wandb=self._wandb())
         try:
             job.start()
         except END_IT:
@@ -78,7 +79,7 @@ class Sweep:
                 raise JobFailed(code) from error
             return code
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
-        if several and all(plain) and folder in self.labels and os.getpid() == self.home:
+        if several and all(plain) and self.labels and os.getpid() == self.home:
             self.jobs.append(job)
             return 0
         return take_turns([job], cfg.turn, self.tell)

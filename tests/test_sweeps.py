@@ -513,6 +513,23 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
     assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
 
 
+REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "question='a, b'"], ["drafter.shape=4x2"]]
+
+
+@pytest.mark.parametrize("words", REWRITTEN, ids=str)
+def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypatch):
+    """Hydra rewrites values: false is False in what it hands on."""
+    found = []
+
+    def add(self, cfg, folder, _):
+        found.append((folder, folder in self.labels))
+        return 0
+
+    monkeypatch.setattr("specvlm.sweep.Sweep.add", add)
+    assert sweep("drafter=tree", "pruner=uniform,random", *words, "max_new_tokens=4") == 0
+    assert len({folder for folder, _ in found}) == 2 and all(there for _, there in found), found
+
+
 def test_shapes_of_trees_have_folders_of_their_own():
     shapes = ["-m", "drafter=tree", "drafter.shape=paper,chain:5,'[[0],[1]]'", *ASK]
     folders = {job.folder for job in planned(shapes[1:], sweep=True)}
