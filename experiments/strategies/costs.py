@@ -42,14 +42,17 @@ Row = dict[str, Any]
 
 
 def features(content: str, grid: TokenGrid, width: int, generator: torch.Generator) -> Tensor:
-    """(N, D) float32. shots: seven cells in ten keep a cosine near 0.95 to the frame before, the others are always new."""
+    """(N, D) float32. shots: seven cells in ten keep a cosine near 0.95 to the frame before, the others are always new; all of
+    a shot share something, as features do, so that its frames' means are alike.
+    """
     noise_FPD = torch.randn(grid.frames, grid.per_frame, width, generator=generator)
     if content == "shots":
         shots = -(-grid.frames // SHOT)
         scene_SPD = torch.randn(shots, grid.per_frame, width, generator=generator)
         scene_FPD = scene_SPD.repeat_interleave(SHOT, 0)[: grid.frames]
         still_P = torch.rand(grid.per_frame, generator=generator) < 0.7
-        noise_FPD = torch.where(still_P[:, None], scene_FPD + 0.23 * noise_FPD, noise_FPD)
+        shared_F1D = torch.randn(shots, 1, width, generator=generator).repeat_interleave(SHOT, 0)[: grid.frames]
+        noise_FPD = torch.where(still_P[:, None], scene_FPD + 0.23 * noise_FPD, noise_FPD) + 0.5 * shared_F1D
     return noise_FPD.flatten(0, 1)
 
 
