@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-
 ELEMENTS = 1 << 20  # numbers handled at once: what a processor's cache holds
 
 
