@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from experiments.strategies import costs, evaluate, report
+from experiments.strategies import cost_table, costs, evaluate, report
 from experiments.strategies.evaluate import Scene, encode, frames_of
 from experiments.strategies.settings import (
     KEPT_SPARSE,
@@ -158,6 +158,26 @@ def test_a_pruner_that_fails_is_a_row_that_says_so():
 
     row = costs.measure(Broken(), "shots", torch.device("cpu"), torch.float32, 1, GRID, WIDTH)
     assert row == {"error": "RuntimeError: no room"}
+
+
+def test_the_table_of_costs_says_what_is_too_slow_and_what_was_not_run(monkeypatch):
+    monkeypatch.setattr(cost_table, "target_prefill", lambda: (2000.0, "a GPU"))
+    common = {"machine": "m", "dtype": "float32", "versions": {"torch": "2"}, "date": "2026-11-25T", "commit": "c"}
+    gpu = common | {"device": "cuda", "threads": 1, "first_ms": 300.0, "peak_bytes": 2**20, "operations": 7}
+    cpu = common | {"device": "cpu", "threads": 1, "operations": 9}
+    found = [
+        gpu | {"pruner": "fast", "content": "shots", "ms": 400.0},
+        gpu | {"pruner": "fast", "content": "shots", "ms": 50.0},  # measured again
+        gpu | {"pruner": "slow", "content": "shots", "ms": 20.0},
+        gpu | {"pruner": "slow", "content": "noise", "ms": 101.0},
+        gpu | {"pruner": "weighing", "content": "shots", "ms": 60.0, "row_weights_ms": 60.0},
+        cpu | {"pruner": "elsewhere", "content": "shots", "ms": 999.0},
+        cpu | {"pruner": "broken", "content": "shots", "error": "RuntimeError: no"},
+    ]
+    lines = {line.split("`")[1]: line for line in cost_table.costs(found) if "`" in line}
+    ends = {name: line.rstrip(" |").rsplit("| ", 1)[1] for name, line in lines.items()}
+    assert ends == {"fast": "yes", "slow": "**no**", "weighing": "**no**", "elsewhere": "not run", "broken": "not run"}
+    assert "RuntimeError: no" in lines["broken"] and "20.0 / 101" in lines["slow"] and "60.0 + 60.0" in lines["weighing"]
 
 
 def rows(pruner, ratio, values, drafter=TREE):

@@ -6,8 +6,9 @@
 One video of 64 frames of 16 x 16 tokens, features of 3,584 numbers, ratio 0.9. Two contents, since what a pruner loops over
 goes by what it sees: "shots", eight of eight frames, in which most cells hardly change, and "noise", in which all frames
 differ. `select` alone, the median of several calls behind one that warms up, and that first one, too; row_weights where there
-is such a rule. Signals lie where the target's prefill leaves them; those of a codec come from the file, whose reading is not
-counted. Rows are appended to results/costs.jsonl; of rows for the same thing the last one counts. A pruner that fails is a row.
+is such a rule; and how many operations it takes, each of them a launch on a GPU. Signals lie where the target's prefill leaves
+them; those of a codec come from the file, whose reading is not counted. Rows are appended to results/costs.jsonl; of rows for
+the same thing the last one counts. A pruner that fails is a row.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.strategies.settings import RATIO, RESULTS, Unmerged, pruners, weighs
-from specvlm import metrics
+from specvlm import metrics, segments
 from specvlm.graph import generator_for
 from specvlm.models.load import first_line
 from specvlm.strategy import PruneContext, Pruner
@@ -85,6 +88,26 @@ def signals_for(pruner: Pruner, content: str, grid: TokenGrid, width: int, dtype
     return found
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is computed inside, views not: on a GPU about as many kernels are launched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func._schema.returns
+        view = returned and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        self.count += not view
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(call: Callable[[], object], device: torch.device) -> int:
+    """On a CPU in the pieces that a GPU would take, so that the count is about that wherever it is made."""
+    pieces = segments.at_once(torch.device("cuda")) if device.type == "cpu" else segments.ELEMENTS
+    with patch.object(segments, "ELEMENTS", pieces), Operations() as operations:
+        call()
+    return operations.count
+
+
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
     """ms of the first call, and the median ms of `repeats` more."""
     ms = []
@@ -122,12 +145,8 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
         first, middle = timed(select, device, repeats)
-        row: Row = {
-            "first_ms": round(first, 3),
-            "ms": round(middle, 3),
-            "kept": len(kept[0]),
-            "merges": kept[0].pool is not None,
-        }
+        row: Row = {"first_ms": round(first, 3), "ms": round(middle, 3)}
+        row |= {"operations": operations_of(select, device), "kept": len(kept[0]), "merges": kept[0].pool is not None}
         if device.type == "cuda":
             row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
         if weighs(pruner):

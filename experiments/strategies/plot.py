@@ -21,7 +21,7 @@ COLUMNS = 6
 
 def note(results: dict[str, Results]) -> str:
     scenes = max(len(found.scenes) for found in results.values())
-    return f"Embedded pairs, draft plain, the paper's tree, {scenes} held-out captions, 95 % intervals over scenes."
+    return f"Embedded pairs, draft plain, the paper's tree, {scenes} held-out captions."
 
 
 def curves(results: dict[str, Results], path: Path) -> None:
@@ -47,8 +47,12 @@ def curves(results: dict[str, Results], path: Path) -> None:
     handles = [pyplot.Line2D([], [], color=COLOURS[family], linewidth=1.8, label=TITLES[family]) for family in results]
     handles.append(pyplot.Line2D([], [], color=GREY, linestyle=(0, (3, 2)), label="uniform"))
     fig.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False, fontsize=9)
-    title(fig, "Accepted per round (of 5) against the share of video tokens dropped", note(results) + " Best pruners first.")
-    fig.tight_layout(rect=(0, 0, 1, 1 - 0.75 / (1.75 * rows + 1)))
+    title(
+        fig,
+        "Accepted per round (of 5) against the share of video tokens dropped",
+        note(results) + " Best pruners first; dashed: uniform.",
+    )
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.55 / (1.75 * rows + 1)))
     fig.savefig(path)
     pyplot.close(fig)
 
@@ -92,9 +96,10 @@ def differences(results: dict[str, Results], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="both", color="#ececec", linewidth=0.8)
         axes.set_axisbelow(True)
+        axes.set_ylim(-0.7, len(names) - 0.3)
         axes.set_xlabel("accepted per round, less uniform's", fontsize=8)
-    said = f"More accepted per round than `uniform`, {RATIO:.0%} of the video tokens dropped"
-    title(fig, said, note(results) + " Filled: better; hollow: worse; grey: no different.")
+    said = f"Accepted per round, less what uniform accepts, {100 * RATIO:g} % of the video tokens dropped"
+    title(fig, said, note(results) + " 95 % intervals over scenes. Filled: better; hollow: worse; grey: no different.")
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.5 / fig.get_size_inches()[1]))
     fig.savefig(path)
     pyplot.close(fig)

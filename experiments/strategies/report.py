@@ -13,15 +13,14 @@ from pathlib import Path
 from statistics import fmean, median
 
 from experiments.embedded_pair.evaluate import FAMILIES, interval
-from experiments.gpu_pair.report import MAIN, latest
-from experiments.gpu_pair.report import read as read_gpu
+from experiments.strategies.cost_table import GPU, NOT_RUN, costs, slowest
 from experiments.strategies.evaluate import Row, key_of, read
 from experiments.strategies.settings import DRAFTER_PRUNERS, HERE, RATIO, RATIOS, RESULTS, TREE, Setting
 from specvlm.errors import UserError
 
 README = HERE / "README.md"
 TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "llava_onevision": "LLaVA-OneVision"}
-UNIFORM, SHARE = "uniform", 0.05
+UNIFORM = "uniform"
 BOUNDS = {("none", 0.0): "nothing dropped (`none`)", (UNIFORM, 1.0): "all dropped, text only"}
 PAIRS = [
     ("flashvid saliency=verifier_attention", "flashvid saliency=vision_attention"),
@@ -80,9 +79,12 @@ def signed(mean: float, low: float, high: float) -> str:
 
 def summary(results: dict[str, Results]) -> Iterator[str]:
     """Every pruner with its verdicts, the best first."""
-    costs = slowest(read(RESULTS / "costs.jsonl"))
-    yield "| pruner | " + " | ".join(f"{TITLES[family]} | verdict" for family in results) + " | select, 16,384 tokens, GPU |"
-    yield "|---|" + "---|" * (2 * len(results) + 1)
+    rows = read(RESULTS / "costs.jsonl")
+    times = [slowest(rows, ("cpu", 1)), slowest(rows, GPU)]
+    heads = ["pruner", *(head for family in results for head in (TITLES[family], "verdict"))]
+    heads += [f"`select` of 16,384 tokens, {where}, ms" for where in ("one CPU thread", "GPU")]
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     for name in order(results):
         cells = [f"`{name}`"]
         for found in results.values():
@@ -93,7 +95,8 @@ def summary(results: dict[str, Results]) -> Iterator[str]:
             else:
                 word = verdict(*gap[1:])
                 cells += [f"{mean}, {signed(*gap)}", f"**{word}**" if word == "better" else word]
-        yield f"| {' | '.join(cells)} | {f'{costs[name]:.1f} ms' if name in costs else ''} |"
+        cells += [f"{ms[name]:.1f}" if name in ms else NOT_RUN for ms in times]
+        yield f"| {' | '.join(cells)} |"
 
 
 def order(results: dict[str, Results]) -> list[str]:
@@ -125,10 +128,11 @@ def details(family: str, found: Results) -> Iterator[str]:
         if setting in found.rows:
             yield f"- {said}: {cell(list(found.values(setting, accepted).values()))}"
     yield ""
-    yield "| pruner | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " | frames | select, ms |"
-    yield "|---|" + "---|" * (len(RATIOS) + 2)
+    heads = ["pruner", *(f"{ratio:g}" for ratio in RATIOS), "frames", "`select`, ms", "tokens, where fewer"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     for name in found.pruners():
-        cells, frames, times = [f"`{name}`"], [], []
+        cells, frames, times, tokens = [f"`{name}`"], [], [], []
         for ratio in RATIOS:
             setting = Setting(TREE, name, ratio)
             mean, gap = found.mean(setting, accepted), found.against_uniform(name, ratio)
@@ -136,7 +140,11 @@ def details(family: str, found: Results) -> Iterator[str]:
             rows = found.rows[setting].values()
             frames.append(f"{fmean(row['frames'] for row in rows):.0f}")
             times.append(f"{median(row['select_ms'] for row in rows):.1f}")
-        yield f"| {' | '.join(cells)} | {' / '.join(frames)} | {' / '.join(times)} |"
+            tokens.append(fmean(row["kept"] for row in rows))
+        budgets = [fmean(row["kept"] for row in found.rows[Setting(TREE, UNIFORM, ratio)].values()) for ratio in RATIOS]
+        fewer = any(mine < budget - 0.5 for mine, budget in zip(tokens, budgets, strict=True))
+        cells += [" / ".join(frames), " / ".join(times), " / ".join(f"{mean:.0f}" for mean in tokens) if fewer else ""]
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 
@@ -197,67 +205,6 @@ def per_token(found: Results, key: str) -> Callable[[Row], float]:
 def against_tree(found: Results, name: str, pruner: str) -> list[str]:
     gap = found.difference(Setting(name, pruner, RATIO), Setting(TREE, pruner, RATIO))
     return ["", ""] if gap is None or name == TREE else [signed(*gap), verdict(*gap[1:])]
-
-
-# ---- costs -----------------------------------------------------------------------------------------------------------
-
-
-def target_prefill() -> tuple[float, str]:
-    """ms of the main pair's prefill at 16,384 video tokens, and the machine, as experiments/gpu_pair measured it."""
-    rows = latest(read_gpu(HERE.parent / "gpu_pair" / "results.jsonl"))
-    wanted = {"shape": MAIN["shape"], "part": "start", "video_tokens": 16384, "ratio": RATIO, "draft_weights": "bf16"}
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    if not found:
-        raise UserError("experiments/gpu_pair/results.jsonl has no prefill to compare with")
-    return found[-1]["prefill_ms"], found[-1]["machine"]
-
-
-def slowest(rows: Sequence[Row]) -> dict[str, float]:
-    """ms on the GPU by pruner, of its worse content, the rule that weighs rows included."""
-    found: dict[str, float] = {}
-    for row in last(rows).values():
-        if row["device"] == "cuda" and "ms" in row:
-            found[row["pruner"]] = max(found.get(row["pruner"], 0.0), row["ms"] + row.get("row_weights_ms", 0.0))
-    return found
-
-
-def last(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
-    return {
-        (row["device"], row["threads"] if row["device"] == "cpu" else 0, row["pruner"], row["content"]): row for row in rows
-    }
-
-
-def costs(rows: Sequence[Row]) -> Iterator[str]:
-    table = last(rows)
-    prefill_ms, machine = target_prefill()
-    places = sorted({key[:2] for key in table}, reverse=True)
-    heads = [f"{place[0]}{f', {place[1]} threads' if place[1] > 1 else ', 1 thread' if place[1] else ''}" for place in places]
-    for place, head in zip(places, heads, strict=True):
-        row = next(row for key, row in table.items() if key[:2] == place)
-        commits = ", ".join(dict.fromkeys(row["commit"] for key, row in table.items() if key[:2] == place))
-        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-        yield f"- {head}: {row['machine']}, states in {row['dtype']}, commit {commits}, {versions}, {row['date'][:10]}"
-    limit = SHARE * prefill_ms
-    yield f"\n{SHARE:.0%} of the target's prefill ({prefill_ms:,.0f} ms, {machine}): {limit:.0f} ms.\n"
-    heads = ["pruner", *(f"{head}, ms" for head in heads), "first call on the GPU", "memory on the GPU", "within 5 %"]
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + "---|" * len(heads)
-    gpu = slowest(rows)
-    for name in dict.fromkeys(key[2] for key in table):
-        cells = [f"`{name}`", *(figures(table, place, str(name)) for place in places)]
-        mine = [row for key, row in table.items() if key[0] == "cuda" and key[2] == name and "ms" in row]
-        first = f"{max(row['first_ms'] for row in mine):.0f} ms" if mine else ""
-        peak = f"{max(row['peak_bytes'] for row in mine) / 2**20:,.0f} MiB" if mine else ""
-        within = "" if name not in gpu else "yes" if gpu[str(name)] <= limit else "**no**"
-        yield f"| {' | '.join([*cells, first, peak, within])} |"
-
-
-def figures(table: dict[tuple[object, ...], Row], place: tuple[object, ...], name: str) -> str:
-    """Both contents beside each other, the rule that weighs rows behind a plus."""
-    rows = [row for key, row in table.items() if key[:2] == place and key[2] == name]
-    said = [row["error"] if "error" in row else f"{row['ms']:.1f}" if row["ms"] < 100 else f"{row['ms']:.0f}" for row in rows]
-    weights = next((f" + {row['row_weights_ms']:.1f}" for row in rows if "row_weights_ms" in row), "")
-    return " / ".join(said) + weights
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
