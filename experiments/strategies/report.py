@@ -49,11 +49,15 @@ class Results:
     def mean(self, setting: Setting, figure: Callable[[Row], float]) -> float:
         return fmean(self.values(setting, figure).values())
 
-    def difference(self, one: Setting, other: Setting) -> tuple[float, float, float] | None:
-        """Accepted per round, one less the other, scene by scene; None where either has no rows."""
+    def gaps(self, one: Setting, other: Setting) -> list[float]:
+        """Accepted per round, one less the other, of the scenes that both have."""
         mine, theirs = self.values(one, accepted), self.values(other, accepted)
-        common = sorted(mine.keys() & theirs.keys())
-        return interval([mine[number] - theirs[number] for number in common]) if common else None
+        return [mine[number] - theirs[number] for number in sorted(mine.keys() & theirs.keys())]
+
+    def difference(self, one: Setting, other: Setting) -> tuple[float, float, float] | None:
+        """Mean and interval of the gaps; None where there are none."""
+        gaps = self.gaps(one, other)
+        return interval(gaps) if gaps else None
 
     def pruners(self) -> list[str]:
         """Those with rows at every ratio, in the order of their rows."""
@@ -155,8 +159,9 @@ def cell(values: Sequence[float]) -> str:
 
 def choices(results: dict[str, Results]) -> Iterator[str]:
     """One setting against another: the saliency of three pruners, and merging against leaving out."""
-    yield "| | " + " | ".join(f"{TITLES[family]} | " for family in results) + " |"
-    yield "|---|" + "---|" * (2 * len(results))
+    heads = ["", *(head for family in results for head in (TITLES[family], "better", "scenes"))]
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     merged = [
         (name.removesuffix(" unmerged"), name)
         for name in dict.fromkeys(setting.pruner for found in results.values() for setting in found.rows)
@@ -166,9 +171,10 @@ def choices(results: dict[str, Results]) -> Iterator[str]:
     for one, other, ratio in lines:
         cells = []
         for found in results.values():
-            gap = found.difference(Setting(TREE, one, ratio), Setting(TREE, other, ratio))
-            words = ("second", "no different", "first")
-            cells += [signed(*gap), verdict(*gap[1:], words)] if gap else ["", ""]
+            settings = Setting(TREE, one, ratio), Setting(TREE, other, ratio)
+            gap, scenes = found.difference(*settings), str(len(found.gaps(*settings)))
+            words = ("the second", "no different", "the first")
+            cells += [signed(*gap), verdict(*gap[1:], words), scenes] if gap else [NOT_RUN, "", ""]
         yield f"| `{one}` less `{other}`, {ratio:g} | {' | '.join(cells)} |"
 
 
@@ -188,6 +194,7 @@ def drafters(family: str, found: Results) -> Iterator[str]:
         mean = found.mean(setting, accepted)
         checks, own, draft = (found.mean(setting, per_token(found, key)) for key in ("rounds", "target_passes", "draft_passes"))
         cells = [f"`{name}`", f"{mean:.2f}", f"{1 + mean:.2f}", *against_tree(found, name, UNIFORM)]
+        cells[-1] += ", and more target forwards than tokens" if checks + own > 1 else ""
         cells += [f"{checks:.3f}", f"{own:.3f}", f"{checks + own:.3f}", f"{draft:.2f}"]
         for pruner in DRAFTER_PRUNERS[1:]:
             there = Setting(name, pruner, RATIO) in found.rows

@@ -29,8 +29,9 @@ class HoliTomPruner(Pruner):
     the same share of its tokens, B / (N - removed): moving ones by saliency, still ones as centres of DPC-kNN (k = 7),
     centre := own centre + (1 - own) mean of its cluster. tau is 0.8 in the paper (0.65 where it keeps 10 %), own 0.6.
 
-    saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is the
-    stand-in. Signals: features and that one. Cost: N D, F^2 for the partition, and W P^2 D. Limits: shares are rounded by
+    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
+    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    Signals: features and that one. Cost: N D, F^2 for the partition, and W P^2 D. Limits: shares are rounded by
     largest remainders, so sets of a token or two may go; where most of the video stands still, moving tokens and still
     means together may be fewer than B. Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
