@@ -12,7 +12,18 @@ from typing import Any
 
 from specvlm.errors import UserError
 from specvlm.plugins import hookimpl
-from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Sampling, Verifier, VerifyContext
+from specvlm.strategy import (
+    Dataset,
+    DraftContext,
+    Drafter,
+    DraftSession,
+    PruneContext,
+    Pruner,
+    Sample,
+    Sampling,
+    Verifier,
+    VerifyContext,
+)
 from specvlm.types import DraftTree, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
 
 _LATER = {
@@ -25,6 +36,7 @@ _LATER = {
 }
 
 __all__ = [
+    "Dataset",
     "DecodingGraph",
     "DraftContext",
     "DraftSession",
@@ -33,6 +45,7 @@ __all__ = [
     "KeepSet",
     "PruneContext",
     "Pruner",
+    "Sample",
     "Sampling",
     "Step",
     "TokenGrid",

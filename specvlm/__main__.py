@@ -1,8 +1,8 @@
 """`python -m specvlm`: one run, or with -m a sweep.
 
 Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
-specvlm (with its traceback), 4 another rank died, 130 Ctrl-C. A sweep ends with the highest of its jobs'. Those are a rank's:
-torchrun itself ends with 1 for any of them but 0.
+specvlm (with its traceback), 4 another rank died, 5 samples failed (the table says which; all others are done), 130 Ctrl-C.
+A sweep ends with the highest of its jobs'. Those are a rank's: torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
@@ -14,22 +14,22 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
-from specvlm.errors import Told, UserError
+from specvlm.errors import JobFailed, Told, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from specvlm.compose import Job
+    from specvlm.sweep import Sweep
+
 AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 OK, MISMATCH, MISTAKE, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
-
-
-class JobFailed(Exception):
-    """Carries a job's exit code out of another process, where the sweeper runs jobs in parallel."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,24 +49,29 @@ def guarded(action: Callable[[], int], full: bool) -> int:
     """Call `action`; a mistake becomes one line on stderr and its exit code."""
     try:
         return action()
-    except BrokenPipeError:
+    except Exception as err:
+        return tell(err, full)
+
+
+def tell(err: Exception, full: bool) -> int:
+    """Say what went wrong, on stderr; returns the exit code."""
+    if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
         return PIPE_CLOSED
-    except (UserError, OSError) as err:
+    if isinstance(err, UserError | OSError):
         if full:
-            traceback.print_exc()
+            traceback.print_exception(err)
         if torchrun.rank_here():  # the first rank says it
             sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
             print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
         return MISTAKE
-    except JobFailed as err:
+    if isinstance(err, JobFailed):
         return int(err.args[0])
-    except Exception:
-        traceback.print_exc()
-        if not torchrun.rank_here():
-            print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
-        return FAULT
+    traceback.print_exception(err)
+    if not torchrun.rank_here():
+        print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
+    return FAULT
 
 
 def command(argv: list[str], full: bool) -> int:
@@ -85,11 +90,14 @@ def command(argv: list[str], full: bool) -> int:
     compose.register()
     with compose.explained():
         if not runs(args):
-            return launch(words, Plan(1, None), full)
+            return launch(words, Plan([], None), full)
         extra = Path(args.config_dir) if args.config_dir else None
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
-        plan = Plan(len(planned), torchrun.nowhere() or (planned[0].sweep_dir if sweep else planned[0].run_dir))
+        here = planned[0].sweep_dir if sweep else planned[0].run_dir
+        plan = Plan(planned, torchrun.nowhere() or here)
         key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        if planned[0].cfg.resume and not here.is_dir() and not any(word.startswith(f"{key}=") for word in words):
+            raise UserError(f"resume=true goes on in a folder that is there: give {key}=FOLDER")
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
 
 
@@ -100,13 +108,18 @@ def runs(args: argparse.Namespace) -> bool:
 
 
 class Plan:
-    """What is about to run: how many jobs, and where they write. `folder` is None where that is Hydra's to decide."""
+    """What is about to run: the jobs, where they are known, and where they write. `folder` is None where Hydra decides that."""
 
-    def __init__(self, jobs: int, folder: Path | None) -> None:
+    def __init__(self, jobs: Sequence[Job], folder: Path | None) -> None:
         self.jobs = jobs
         self.folder = Path(os.path.abspath(folder)) if folder else None
         places = [self.folder, *self.folder.parents] if self.folder else []
         self.there_before = next((place for place in places if place.exists()), None)
+
+    @property
+    def labels(self) -> dict[Path, str]:
+        """What the jobs over samples are called, by their folders."""
+        return {Path(os.path.abspath(job.folder)): job.label for job in self.jobs if job.folder}
 
     def tidy(self, folder: Path) -> None:
         """Remove `folder`, and what was made to hold it, where nothing was written."""
@@ -138,18 +151,22 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
 
     home = os.getpid()
     codes: list[int] = []
+    sweep = over_samples(plan, full)
 
     def job(cfg: DictConfig) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         state = HydraConfig.get()
         folder = Path(state.runtime.output_dir)
-        if plan.jobs > 1:
-            print(f"[{state.job.num + 1}/{plan.jobs}] {' '.join(state.overrides.task)}", flush=True)
+        sampled = sweep is not None and cfg.get("dataset") is not None
+        if any(codes) and cfg.get("fail_fast"):
+            return OK
+        if len(plan.jobs) > 1 and not sampled:
+            print(f"[{state.job.num + 1}/{len(plan.jobs)}] {' '.join(state.overrides.task)}", flush=True)
         if torchrun.rank_here():
             plan.tidy(folder)  # now, since a rank may be killed
         try:
-            code = guarded(lambda: _run(cfg, folder), full)
+            code = sweep.add(cfg, folder, state) if sweep and sampled else guarded(lambda: _run(cfg, folder), full)
         finally:
             plan.tidy(folder)
         if code and os.getpid() != home:
@@ -160,13 +177,28 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
     try:
         with _hydra_raises(words):
             hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
+        if sweep:
+            codes.append(sweep.finish())
     except OSError as err:
         if err.filename or isinstance(err, HydraException):
             raise
         raise UserError(f"{err}: cannot write into {plan.folder}") from err  # a full disk does not say where
     finally:
+        if sweep:
+            sweep.close()
         plan.tidy_sweep()
+        if sweep:
+            sweep.show()
     return max(codes, default=OK)
+
+
+def over_samples(plan: Plan, full: bool) -> Sweep | None:
+    """What handles jobs over the samples of a data set; None where no job is one."""
+    if plan.jobs and not plan.labels:
+        return None
+    from specvlm.sweep import Sweep
+
+    return Sweep(plan.folder, plan.labels, partial(tell, full=full))
 
 
 def _run(cfg: DictConfig, folder: Path) -> int:

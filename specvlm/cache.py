@@ -167,3 +167,7 @@ class CachePool:
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches.values())
+
+    def bytes_on(self, device: torch.device) -> int:
+        tensors = [t for cache in self._caches.values() for store in cache.stores for t in store]
+        return sum(tensor.nbytes for tensor in tensors if tensor.device == device)

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from specvlm import config, manual, registry
+from specvlm import config, manual, names, registry
 from specvlm.errors import UserError, did_you_mean
 
 TEXT_KEYS = ("question",)
@@ -31,6 +31,7 @@ def register() -> None:
     """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
     registry.store()
     manual.store()
+    names.register()
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -40,11 +41,15 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write."""
+    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write, and of a job
+    over samples its own folder.
+    """
 
     cfg: DictConfig
     run_dir: Path
     sweep_dir: Path
+    folder: Path | None = None
+    label: str = ""
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
@@ -57,7 +62,8 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     register()
     more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
-        return [_checked([*words, *more]) for words in (_expand(overrides) if sweep else [list(overrides)])]
+        each = _expand([*_presets_own(overrides), *overrides]) if sweep else [list(overrides)]
+        return [_checked([*words, *more], sweep) for words in each]
 
 
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
@@ -82,8 +88,11 @@ def explained() -> Iterator[None]:
 def explain(err: Exception) -> str:
     """What was wrong, what exists, "did you mean", without Hydra's own vocabulary."""
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
-    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
+    if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and name.partition("_")[0] in ("joblib", "submitit"):
+            return f'{group}={name} is not installed: pip install "specvlm[launchers]"'
+    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
         return registry.unknown(group, name, list(err.options))
     if isinstance(err, OverrideParseException):
         reason = err.message.removeprefix(f"Error parsing override '{err.override}'").strip().splitlines()[0]
@@ -100,15 +109,35 @@ def explain(err: Exception) -> str:
     return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
 
 
-def _checked(words: list[str]) -> Job:
+def _presets_own(words: Sequence[str]) -> list[str]:
+    """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
+    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    cfg = hydra_compose("config", fixed, return_hydra_config=True)
+    return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
+
+
+def _checked(words: list[str], sweep: bool) -> Job:
     cfg = hydra_compose("config", words, return_hydra_config=True)
+    folder = None
+    if OmegaConf.select(cfg, "dataset") is not None:
+        folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir if sweep else Path(cfg.hydra.run.dir)
+    own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
+    if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
+        how = "give it alone" if sweep else "it needs -m"
+        raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
     OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     for kind in registry.KINDS:
-        registry.build(kind, cfg[kind])
-    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir))
+        if kind != "dataset" or cfg.dataset is not None:
+            registry.build(kind, cfg[kind])
+    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+
+
+def _choice(cfg: DictConfig, group: str) -> str:
+    return str(cfg.hydra.runtime.choices.get(group))
 
 
 def _expand(words: Sequence[str]) -> list[list[str]]:

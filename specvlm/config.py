@@ -24,7 +24,7 @@ CHOICES = {
 }
 PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
-GROUPS = ("pruner", "drafter", "verifier", "pair", "experiment")
+GROUPS = ("pruner", "drafter", "verifier", "dataset", "pair", "experiment")
 
 
 @dataclass
@@ -50,6 +50,7 @@ class RunConfig:
     pruner: Any = MISSING
     drafter: Any = MISSING
     verifier: Any = MISSING
+    dataset: Any = None
     target: ModelConfig = field(default_factory=ModelConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     ratio: float = MISSING
@@ -69,6 +70,12 @@ class RunConfig:
     engine: str = MISSING
     threads: int | None = MISSING
     baseline: bool = MISSING
+    baselines: str | None = MISSING
+    resume: bool = MISSING
+    fail_fast: bool = MISSING
+    shard: str | None = MISSING
+    turn: int = MISSING
+    record: bool = MISSING
 
 
 KEYS = tuple(f.name for f in fields(RunConfig))
@@ -96,6 +103,9 @@ def validate(cfg: DictConfig) -> None:
     penalty = cfg.repetition_penalty
     _expect(cfg, "repetition_penalty", penalty is None or 0 < penalty < float("inf"), "more than 0, or null")
     _expect(cfg, "max_pixels", cfg.max_pixels is None or cfg.max_pixels >= 1, "at least 1, or null")
+    _expect(cfg, "turn", cfg.turn >= 1, "at least 1")
+    shard = re.fullmatch(r"(\d+)/(\d+)", "0/1" if cfg.shard is None else cfg.shard)
+    _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     for side in ("target", "draft"):

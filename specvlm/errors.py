@@ -8,12 +8,20 @@ class UserError(ValueError):
     """A mistake of the caller's that one line explains; the command line prints it and exits with code 2."""
 
 
+class MissingVideo(UserError):
+    """The video is not there; in a data set its sample is skipped and counted, since no copy is complete."""
+
+
 class OutOfMemory(UserError):
     """Found out only by trying; what was done until then is kept."""
 
 
 class Told(UserError):
     """On another rank than the first, which has heard of it and says it."""
+
+
+class JobFailed(Exception):
+    """Ends a sweep with the exit code that it carries, where a job ends it or runs in another process."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

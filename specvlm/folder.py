@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
 
 from specvlm.errors import UserError
 
 FILES = ("config.yaml", "steps.jsonl", "summary.json")
+ATTENTION = "attention"
 
 
 @contextmanager
@@ -29,7 +34,10 @@ def files_of(folder: Path | None) -> Iterator[None]:
     def clear() -> None:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / ATTENTION, ignore_errors=True)
 
+    if any(folder.glob("samples*.jsonl")):
+        raise UserError(f"{folder} holds the samples of a job: take another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clear()
@@ -49,11 +57,31 @@ def write_config(cfg: DictConfig, folder: Path | None) -> None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a reader never sees half a file."""
-    part = path.with_suffix(".part")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader never sees half a file, and of several writers the last one's stays."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(text)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def attention_file(folder: Path, number: int) -> Path:
+    """Of the sample of that number in its data set."""
+    return folder / ATTENTION / f"{number}.safetensors"
+
+
+def write_attention(folder: Path | None, number: int, attention_N: Tensor) -> None:
+    """As multiples of its mean, since float16 has no room for the shares themselves."""
+    if folder is None:
+        return
+    path = attention_file(folder, number)
+    path.parent.mkdir(exist_ok=True)
+    mean = attention_N.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    save_file({"verifier_attention": (attention_N.float() / mean).half().cpu()}, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)

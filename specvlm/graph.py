@@ -24,6 +24,8 @@ from specvlm.signals import gathered, guidance_for, state_layer
 from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier
 from specvlm.types import KeepSet, Step, VideoPrompt
 
+RECORDED = frozenset({"verifier_attention"})
+
 
 class Clock:
     """Seconds by part since the last `lap`. On a GPU by events in its stream, so that no mark waits for the device: a part
@@ -151,7 +153,8 @@ class DecodingGraph:
     ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
     drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
     engine: how a step runs, see `specvlm.engine`. draft: a skeleton on ranks where it does not lie. vocabulary: token ids
-    known to both models. Caches are kept between requests; one request at a time.
+    known to both models. record: hand out the target's attention to the video too. Caches are kept between requests; one
+    request at a time.
     """
 
     target: VideoLM
@@ -165,6 +168,7 @@ class DecodingGraph:
     vocabulary: int = 0
     caches: CachePool = field(default_factory=CachePool)
     engine: Engine = field(default_factory=Engine)
+    record: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
@@ -193,6 +197,8 @@ class DecodingGraph:
             return
 
         turn.check()
+        recorded = gathered(RECORDED, prompt, guidance, features_ND) if self.record else {}
+        attention = recorded.get("verifier_attention")
         clock.resume()
         penalty.add(torch.tensor([token]))
         keep = self._agreed(prompt, guidance, features_ND, generator)
@@ -231,13 +237,15 @@ class DecodingGraph:
             full, depth = len(tokens) == len(new), max(tree.depths)
             # What a lossy rule accepts says nothing about the target's own choice.
             ranks, widths = tree.ranks_on(verdict.path) if verifier.lossless else ((), ())
-            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, clock.lap(), shown, ranks, widths)
+            times = clock.lap()
+            refused = tree.refused(verdict.path) if full else ()  # read behind the lap: no time of the request's
+            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, times, shown, ranks, widths, refused, attention)
             if output.done:
                 return
             turn.check()
             clock.resume()
             penalty.add(torch.tensor(new))
-            shown = None
+            shown = attention = None
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
@@ -256,7 +264,8 @@ class DecodingGraph:
         if not len(prompt.video_index):
             return None
         pruner = self.pruner if self._prunes(prompt) else None
-        return guidance_for(pruner, self.target, prompt, self.drafter.needs, self.verifier.reads_hidden)
+        more = self.drafter.needs | (RECORDED if self.record else frozenset())
+        return guidance_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
 
     def _agreed(
         self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator

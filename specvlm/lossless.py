@@ -25,15 +25,20 @@ DRIFT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bf
 
 @dataclass(frozen=True)
 class Comparison:
-    """verdict: identical, tie or mismatch. token: index of the first difference, or of the first fault behind it; gap:
-    by how much the target prefers another token there, in logits; drift: largest change of any logit between one-row
-    and many-row passes."""
+    """verdict: identical, tie or mismatch. token: index of the first difference, or of the first fault behind it.
+
+    candidates: what came out there, and what the target prefers in a one-row pass; gap, gap_many_rows: by how much it prefers
+    the second to the first in a one-row and in a many-row pass, in logits (below 0 where the latter decides for the first);
+    drift: largest change of any logit between the two.
+    """
 
     verdict: str
     token: int | None = None
     gap: float | None = None
     drift: float | None = None
     reason: str = ""
+    candidates: tuple[int, int] | None = None
+    gap_many_rows: float | None = None
 
     def __str__(self) -> str:
         if self.verdict == "identical":
@@ -70,15 +75,17 @@ def compare(
     for at, one_row_V, many_rows_V in _both_ways(target, prompt, output, first, caches or CachePool(), engine or Engine()):
         scale, epsilon = float(one_row_V.abs().max()), torch.finfo(target.dtype).eps
         drift = float((one_row_V - many_rows_V).abs().max())
-        gap = float(one_row_V.max() - one_row_V[output[at]])
+        got, preferred = output[at], baseline[at] if at == first else int(one_row_V.argmax())
+        gap, gap_many = float(one_row_V.max() - one_row_V[got]), float(many_rows_V[preferred] - many_rows_V[got])
+        seen = ((got, preferred), gap_many)
         if drift > DRIFT[target.dtype] * scale:
             why = f"one-row and many-row passes differ by {drift:.1g}, more than rounding explains"
-            return Comparison("mismatch", at, gap, drift, why)
+            return Comparison("mismatch", at, gap, drift, why, *seen)
         if gap > 4 * drift + epsilon * scale:
             why = f"the target prefers another token by {gap:.1g}, rounding explains {drift:.1g}"
-            return Comparison("mismatch", at, gap, drift, why)
+            return Comparison("mismatch", at, gap, drift, why, *seen)
         if at == first:
-            tie = Comparison("tie", at, gap, drift)
+            tie = Comparison("tie", at, gap, drift, "", *seen)
     return tie
 
 

@@ -17,6 +17,7 @@ EXAMPLES = """\
   python -m specvlm pair=qwen2_5_vl_32b_7b target.path=… draft.path=…
   python -m specvlm -m pruner=two_stage,uniform,random ratio=0.5,0.9
   python -m specvlm -m 'pruner=glob(*)'                        every pruner there is
+  python -m specvlm -m dataset=synthetic pruner=two_stage,uniform ratio=0.5,0.9
   python -m specvlm verifier=sampling verifier.temperature=0.7
   python -m specvlm --cfg job                                  show what would run"""
 
@@ -39,7 +40,7 @@ def manual() -> str:
     for kind, infos in registry.collect().items():
         entries = [_entry(kind, name, info) for name, info in infos.items()]
         parts.append("\n".join([f"{kind}=NAME", *entries, *map(_preset, _presets(kind))]))
-    for group in ("pair", "experiment"):
+    for group in ("pair", "experiment", "hydra/launcher"):
         parts.append("\n".join([f"{group}=NAME", *(f"  {path.stem}" for path in _presets(group))]))
     text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
     lines = re.findall(r"^(?:(\w+):\n  )?(\w+): (.*?) +# (.*)", text, re.M)  # one level down, as target.weights is
@@ -55,18 +56,16 @@ def _presets(group: str) -> list[Path]:
 
 def _preset(path: Path) -> str:
     """A YAML file among the strategies; its first line says what it is for."""
-    return f"  {path.stem:<20}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
+    return f"  {path.stem:<22}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')} [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
     options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
-    lines = [f"  {name:<20}{info.summary} [{info.plugin}]", *(f"{'':<22}{option}" for option in options)]
+    lines = [f"  {name:<22}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
     return "\n".join(lines)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    if field.default is dataclasses.MISSING:
-        return "(required)"
-    return "null" if field.default is None else str(getattr(field.default, "name", field.default))
+        return registry.word(field.default_factory())
+    return "(required)" if field.default is dataclasses.MISSING else registry.word(field.default)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,23 +36,28 @@ class MemoryPlan:
 class Need:
     """A model, which may be a skeleton (see `load.skeleton`) and must not be quantised yet, and what a run asks of it.
 
-    slots: of its cache; kind: what its linear layers are quantised to. states: are one layer's hidden states held for a pruner?
+    slots: of its cache; kind: what its linear layers are quantised to. signals: bytes held for strategies, see `signals`.
     """
 
     model: VideoLM
     slots: int
     dtype: torch.dtype
     kind: str | None = None
-    states: bool = False
+    signals: int = 0
 
 
 def plan(
-    target: Need, draft: Need | None, patches: int, places: Places, free: Mapping[torch.device, int | None]
+    target: Need,
+    draft: Need | None,
+    patches: int,
+    places: Places,
+    free: Mapping[torch.device, int | None],
+    layers: Sequence[int] = (),
 ) -> tuple[dict[torch.device, MemoryPlan], list[int]]:
     """The plan of each device of this process, and the layers of each of the target's, where they are split by what is free.
 
     draft: None, or the target once more where that drafts: then it has a second cache, and nothing else. patches: of one pass
-    of a vision tower. Activations are planned on every device that a prefill passes.
+    of a vision tower. Activations are planned on every device that a prefill passes. layers: as a split target lies already.
     """
     second = draft is not None and draft.model is target.model
     mine = draft if draft and not second and (places.draft_shared or rank_here() == 0) else None
@@ -70,13 +76,13 @@ def plan(
     if places.parallel == "layers":
         bare = weights(target, [(0, device) for device in places.target])
         room = [max(1.0, (free[d] or 0) - bare[d] - sum(parts[d].values())) for d in places.target]
-        counts = split(target.model.layers, room)
+        counts = list(layers) or split(target.model.layers, room)
         stages = list(zip(counts, places.target, strict=True))
     held = weights(target, stages, places.ranks)
-    for layers, device in stages:
-        ours = {"target weights": held[device], "target KV cache": cache(target, layers, places.ranks)}
+    for number, device in stages:
+        ours = {"target weights": held[device], "target KV cache": cache(target, number, places.ranks)}
         if second and draft:
-            ours["draft KV cache"] = cache(draft, layers, places.ranks)
+            ours["draft KV cache"] = cache(draft, number, places.ranks)
         parts[device] = ours | parts[device]
     if places.ranks > 1 and (beside := while_loading(target, mine if places.draft_shared else None, places)):
         over = beside - sum(parts[places.first].values())
@@ -112,8 +118,8 @@ def activations(needs: Sequence[Need], patches: int) -> int:
         vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
         # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
         head = need.model.vocabulary * config.hidden_size if need.kind else 0
-        held = 2 + need.states  # features, embeddings and states, there all the while
-        prompts.append(held * need.slots * config.hidden_size * need.dtype.itemsize)
+        # Features, embeddings and signals, there all the while.
+        prompts.append(2 * need.slots * config.hidden_size * need.dtype.itemsize + need.signals)
         passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
     return max(prompts) + max(passes)
 
@@ -156,13 +162,20 @@ def ran_out(error: BaseException) -> bool:
 
 
 def reset_peak(device: torch.device) -> None:
+    """From here on. On a CPU where the system has a way to, else the peak stays that since the start of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Of the allocator on a GPU; of the whole process, since its start, on a CPU."""
+    """Since the last reset: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

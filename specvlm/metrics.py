@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,7 +39,10 @@ KEYS = {
     "where the engine met a new shape of tree in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
-    "difference": "of the first differing token: its index, the gap and the drift in logits; null when there is none",
+    "difference": "of the first differing token: its index; the candidates, what came out and what the target prefers, as ids "
+    "and texts; by how much it prefers the latter in a one-row pass (gap) and in a many-row pass (gap_many_rows), and the "
+    "drift between the two, in logits; for a tie the control: is the baseline the same when decoded twice? null when there is "
+    "none",
     "parallel": "how the target was spread: layers, or tensor; null on one device",
     "devices": "over how many devices the target was spread",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
@@ -70,7 +73,11 @@ def times_of(steps: Sequence[Step]) -> dict[str, float]:
 
 def speed_of(steps: Sequence[Step]) -> dict[str, float]:
     """time_to_first_token_s, drafter_start_s, decode_s, end_to_end_s, tokens_per_second."""
-    times = times_of(steps)
+    return speed(times_of(steps), len(tokens_of(steps)))
+
+
+def speed(times: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """The same, of seconds by part and the number of tokens."""
     first, start = (sum(times.get(part, 0.0) for part in parts) for parts in (FIRST_TOKEN, DRAFTER_START))
     whole = sum(times.values()) - times.get("capture", 0.0)
     decode = whole - first - start
@@ -79,7 +86,7 @@ def speed_of(steps: Sequence[Step]) -> dict[str, float]:
         "drafter_start_s": start,
         "decode_s": decode,
         "end_to_end_s": whole,
-        "tokens_per_second": (len(tokens_of(steps)) - 1) / (start + decode) if decode > 0 else 0.0,
+        "tokens_per_second": (tokens - 1) / (start + decode) if decode > 0 else 0.0,
     }
 
 
@@ -99,8 +106,63 @@ def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def ratio_of(baseline: float, ours: float) -> float | None:
-    return baseline / ours if ours > 0 and baseline > 0 else None
+def ratio_of(baseline: float | None, ours: float) -> float | None:
+    return baseline / ours if baseline and ours > 0 else None
+
+
+OF_JOB = ("strategies", "versions")  # the same for all samples of a job
+MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
+         "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
+         "baseline_decode_s", "baseline_end_to_end_s")  # fmt: skip
+LAST = ("parallel", "devices", "weights", "engine")
+VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
+
+TOTALS = {
+    "status": "complete, incomplete (samples are missing), or failed (the job could not begin, or not go on; see reason)",
+    "reason": "why it failed; null when it did not",
+    "dataset": "its name; `split` and `version` are the part and the edition of it",
+    "samples": "how many the data set has: ok, failed, skipped (no video is there) and missing (not done yet) add up to it",
+    "verdicts": "how many samples of each verdict",
+    "reasons": "by sample, why it failed or was skipped",
+    "means": "of KEYS, over the samples that have a figure: " + ", ".join(MEANS),
+    "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` alike",
+    "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not have counts as 0",
+    "times_s": "mean seconds by part, over samples",
+    "peak_memory_bytes": "most over all samples",
+    "capture_s": "sum over samples",
+}
+
+
+def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+    """What TOTALS explains, of the rows of a job (see `rows.rows_of`) whose data set has so many samples."""
+    done = [row for row in rows if row["status"] == "ok"]
+    count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "skipped")}
+    found: dict[str, Any] = {
+        "status": "complete" if len(rows) == samples else "incomplete",
+        "reason": None,
+        **{key: rows[0][key] if rows else None for key in ("dataset", "split", "version")},
+        "samples": samples,
+        **count,
+        "missing": samples - len(rows),
+        "verdicts": {v: n for v in VERDICTS if (n := sum(row["verdict"].startswith(v) for row in done))},
+        "reasons": {row["sample"]: row["reason"] for row in rows if row["status"] != "ok"},
+        **{key: mean([row[key] for row in done if row[key] is not None]) for key in MEANS},
+    }
+    for what in ("decode", "end_to_end"):
+        pairs = [(row[f"baseline_{what}_s"], row[f"{what}_s"]) for row in done if row[f"speedup_{what}"] is not None]
+        found[f"speedup_{what}"] = ratio_of(sum(base for base, _ in pairs), sum(ours for _, ours in pairs))
+    depths = [row["acceptance_by_depth"] for row in done if row["accepted_per_round"] is not None]
+    deepest = max(map(len, depths), default=0)
+    found["acceptance_by_depth"] = [mean([(*shares, *[0.0] * deepest)[at] for shares in depths]) for at in range(deepest)]
+    parts = dict.fromkeys(part for row in done for part in row["times_s"])
+    found["times_s"] = {part: mean([row["times_s"].get(part, 0.0) for row in done]) for part in parts}
+    found["peak_memory_bytes"] = max((row["peak_memory_bytes"] for row in done), default=None)
+    found["capture_s"] = sum(row["capture_s"] for row in done)
+    return found | {key: done[-1][key] if done else None for key in LAST}
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def versions() -> dict[str, str]:

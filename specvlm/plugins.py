@@ -26,7 +26,7 @@ from specvlm.errors import UserError, did_you_mean
 
 GROUP = "specvlm"
 HOOK = "specvlm_strategies"
-BUILTINS = ("specvlm.pruners", "specvlm.drafters", "specvlm.verifiers")
+BUILTINS = ("specvlm.pruners", "specvlm.drafters", "specvlm.verifiers", "specvlm.datasets")
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)

@@ -6,6 +6,7 @@ A name is written once, in its class.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from specvlm import config, plugins
 from specvlm.errors import UserError, did_you_mean
 from specvlm.plugins import PluginError
-from specvlm.strategy import Drafter, Pruner, Strategy, Verifier
+from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
 
-KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier}
+KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
 # A field of one of these names would shadow the run's own value, or the class's.
 RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "needs"})
 
@@ -68,7 +69,7 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
 def describe(cls: Any, plugin: str) -> StrategyInfo:
     """Check a class and make its Hydra config. Raises PluginError with the class and the rule it breaks."""
     if not isinstance(cls, type) or not issubclass(cls, Strategy):
-        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter or Verifier")
+        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier or Dataset")
     _check_class(cls)
     for field in _fields(cls):
         if field.name in RESERVED or field.name.startswith("_"):
@@ -134,7 +135,9 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
 def _check_class(cls: type[Strategy]) -> None:
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter or Verifier")
+        raise PluginError(
+            f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter, Verifier or Dataset"
+        )
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")
@@ -177,6 +180,15 @@ def _config_class(cls: type[Strategy]) -> type:
             ) from err
         columns.append(column)
     return dataclasses.make_dataclass(f"{cls.__name__}Config", columns)
+
+
+def word(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(word, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return value.name if isinstance(value, enum.Enum) else str(value)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -15,8 +16,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from specvlm.types import Step
 
 if TYPE_CHECKING:
-    from specvlm.run import Job
+    from specvlm.job import Job
+    from specvlm.prepare import Prepared
 
+SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
+MOST_REASONS = 5  # told of a job; all are in its summary.json
 COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
 
 
@@ -30,7 +34,7 @@ class Screen:
             self.console.width = 120
             disable_progress_bar()  # Hugging Face's own, while weights load
 
-    def plan(self, job: Job) -> None:
+    def plan(self, job: Prepared) -> None:
         """The question, the memory that will be needed, and what the drafter will be shown."""
         say = self.console.print
         say(f"[bold]{job.clip}[/]: {job.question}")
@@ -51,12 +55,6 @@ class Screen:
     def note(self, line: str) -> None:
         if line:
             self.console.print(f"[yellow]note:[/] {line}")
-
-    def ignored(self, settings: Sequence[str]) -> None:
-        if settings:
-            self.console.print(
-                f"[yellow]not applied[/], though the checkpoint's generation config sets it: {', '.join(settings)}"
-            )
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -107,12 +105,85 @@ class Screen:
             table.add_row(f"[dim]{name}[/]", value)
         self.console.print(table)
         verdict = summary["verdict"]
-        colour = next((c for start, c in COLOURS.items() if verdict.startswith(start)), "bold")
-        self.console.print(f"\n[{colour}]{verdict}[/] {meaning(verdict)}", soft_wrap=True)
+        self.console.print(f"\n{coloured(verdict)} {meaning(verdict)}", soft_wrap=True)
         self.console.print(f"[dim]written to {folder}[/]")
 
+    # ---- jobs over samples -------------------------------------------------------------------------------------------
 
-def spread(job: Job) -> str:
+    def job(self, job: Job) -> None:
+        """What is about to be answered."""
+        left, all_of_it = len(job.todo), len(job.mine)
+        done = f", {all_of_it - left} of them done" if left < all_of_it else ""
+        part = f" (shard {job.cfg.shard})" if job.shard else ""
+        self.console.print(f"[bold]{escape(job.label or job.dataset.name)}[/]{part}: {all_of_it} samples{done}")
+
+    def sample(self, job: Job, row: Mapping[str, Any]) -> None:
+        """A line when one is done."""
+        count = f"[dim]{len(job.mine) - len(job.todo)}/{len(job.mine)}[/]"
+        label = f"[dim]{escape(job.label)}[/] " if job.label else ""
+        self.console.print(f"{count} {escape(row['sample'])} {label}{outcome(row)}")
+
+    def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str) -> None:
+        """The table behind a sweep, and why what failed did. jobs: what each is called, and its summary; common: to all."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("job", overflow="fold")
+        for name in ("done", "kept", "accepted", "decode", "end to end", "verdicts", "failed", "skipped"):
+            table.add_column(name, justify="left" if name == "verdicts" else "right", no_wrap=True)
+        reasons = []
+        for label, found in jobs:
+            name = label or found.get("dataset", "")
+            if "samples" in found:
+                table.add_row(escape(name), *totals(found))
+            else:
+                table.add_row(escape(name), "-", *[""] * 4, "[bold red]failed[/]")
+            told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]
+            told += [(name, found["reason"])] if found.get("reason") else []
+            reasons += [f"[dim]{escape(what)}:[/] {escape(why)}" for what, why in told[:MOST_REASONS]]
+            reasons += [f"[dim]{escape(name)}:[/] and {len(told) - MOST_REASONS} more"] if len(told) > MOST_REASONS else []
+        self.console.print()
+        self.console.print(table)
+        for line in reasons:
+            self.console.print(line)
+        if common:
+            self.console.print(f"[dim]all: {escape(common)}[/]")
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Of a sample, in a few words."""
+    if row["status"] != "ok":
+        return f"[bold red]{row['status']}[/] {escape(row['reason'])}"
+    parts = [f"{row['new_tokens']} tokens"]
+    if row["kept_tokens"] is not None:
+        parts.append(f"{row['kept_tokens']} of {row['video_tokens']} kept")
+    if row["accepted_per_round"] is not None:
+        parts.append(f"{row['accepted_per_round']:.2f} accepted")
+    parts += [f"{name} {row[key]:.2f} x" for name, key in SPEEDUPS if row[key] is not None]
+    return f"{', '.join(parts)}, {coloured(row['verdict'])}"
+
+
+def totals(found: Mapping[str, Any]) -> Iterator[str]:
+    """A job's line of the table, from its summary.json."""
+    yield f"{found['ok']}/{found['samples']}"
+    yield "-" if found["kept_tokens"] is None else f"{found['kept_tokens']:.0f}"
+    yield "-" if found["accepted_per_round"] is None else f"{found['accepted_per_round']:.2f}"
+    for _, key in SPEEDUPS:
+        yield "-" if found[key] is None else f"{found[key]:.2f} x"
+    yield ", ".join(coloured(verdict, f"{count} {verdict}") for verdict, count in found["verdicts"].items()) or "-"
+    yield f"[bold red]{found['failed']}[/]" if found["failed"] else ""
+    yield str(found["skipped"] or "")
+
+
+def coloured(verdict: str, text: str = "") -> str:
+    colour = next((c for start, c in COLOURS.items() if verdict.startswith(start)), "bold")
+    return f"[{colour}]{text or verdict}[/]"
+
+
+def not_applied(settings: Sequence[str]) -> str:
+    """What to note of a target's `ignored_settings`."""
+    return f"not applied, though the checkpoint's generation config sets it: {', '.join(settings)}" if settings else ""
+
+
+def spread(job: Prepared) -> str:
     """How the target lies on its devices; nothing to say of one."""
     places = job.places
     if places.parallel == "tensor":

@@ -90,6 +90,19 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
+def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Of what is gathered of so many video tokens and grows with the model's width or heads, while a request lasts, on a rank.
+
+    hidden: as in `guidance_for`. Scores a KV head count with the sort that `drafter=sparse` makes of them.
+    """
+    width = int(target.hf.config.get_text_config().hidden_size)
+    states = tokens * width * dtype.itemsize * (bool(needs & KEPT_STATES) + hidden)
+    if "verifier_attention_per_kv_head" not in needs:
+        return states
+    score = torch.promote_types(dtype, torch.float32).itemsize
+    return states + target.layers * target.kv_heads // ranks * tokens * (2 * score + torch.int64.itemsize)
+
+
 def codec(prompt: VideoPrompt) -> Tensor:
     """(3, N): motion, packet_bytes and intra of each token, from the prompt's own files; zeros for a video without one."""
     parts = []

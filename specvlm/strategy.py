@@ -1,4 +1,4 @@
-"""The three kinds of strategy, and what each is given. A plugin needs this file and `types.py`.
+"""The four kinds of strategy, and what each is given. A plugin needs this file and `types.py`.
 
 A strategy is a frozen dataclass of plain values: its fields are its Hydra config, its repr is its log line. What
 changes during a request lives in the session and the cache, made per request.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from specvlm.segments import apportion
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
+    from specvlm.data.video import Clip
     from specvlm.engine import Engine
     from specvlm.models.video_lm import VideoLM
 
@@ -201,7 +203,7 @@ class Pruner(Strategy, ABC):
 
     @abstractmethod
     def select(self, ctx: PruneContext) -> KeepSet:
-        """At most `ctx.budget` tokens, 0 < budget < total: the loop itself handles keeping all and keeping none."""
+        """At most `ctx.budget` tokens, 1 to all of them. The loop does not ask where it is all, or none."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,10 @@ class DraftSession(ABC):
 
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree:
-        """Guesses below the last accepted token. last: what became of the previous tree; None in the first round."""
+        """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+
+        last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+        """
 
 
 class Drafter(Strategy, ABC):
@@ -385,3 +390,45 @@ class Verifier(Strategy, ABC):
         """The next token where nothing was guessed: after the prefill, and in `autoregressive`. A tree of the root alone."""
         root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
         return self.verify(VerifyContext(root, logits_V[None], generator)).bonus
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One video and what is asked about it.
+
+    id: names it in its data set, today and in a year. video: a file, or a function that makes a clip of every frame there is;
+    neither is opened or called before it is the sample's turn. start, end: the part of it that is meant, in seconds; None: to
+    its end. question: as the model is asked, options and all. answer: the right one, if one is known, and `options` those to
+    choose from, as `answer` has them. meta: what rows may be grouped by, such as category or duration; plain JSON.
+    """
+
+    id: str
+    video: Path | Callable[[], Clip]
+    question: str
+    answer: str | None = None
+    options: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+    start: float = 0.0
+    end: float | None = None
+
+
+class Dataset(Strategy, ABC):
+    """Samples in a fixed order, the same on every machine. `split` and `version` are recorded with every result."""
+
+    kind = "dataset"
+
+    @property
+    def split(self) -> str:
+        """Which part of the data set this is, by its publishers' name for it. A class attribute or a field will do."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Which edition of it: a date, a commit, a checksum. A class attribute or a field will do."""
+        return ""
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """Every sample. Cheap: reads lists, opens no video. Raises UserError where the list cannot be read, saying what to
+        fetch and where to put it.
+        """

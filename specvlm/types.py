@@ -294,6 +294,17 @@ class DraftTree:
         widths = (next(rank for rank in range(len(known) + 1) if rank not in known) for known in tried)
         return tuple(of[node] for node in path[1:]), tuple(widths)
 
+    def refused(self, path: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens of the line of best guesses behind the last node of a path of accepted ones: what the target would not have.
+
+        Nothing where that node is a leaf. Where guesses were drawn, the first drawn is taken for the best.
+        """
+        line, last = [], path[-1]
+        while below := [node for node, parent in enumerate(self.parents) if parent == last]:
+            last = min(below, key=lambda node: self.ranks[node] if self.ranks else node)
+            line.append(last)
+        return tuple(self.tokens[line].tolist()) if line else ()
+
     @cached_property
     def mask(self) -> Tensor:
         """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
@@ -334,8 +345,10 @@ class Step:
     Round 0 is the prefill: one token, nothing drafted. drafted: guesses checked, depth: most of them on one path;
     accepted: how many the verifier took (before the output was cut); full: False when a stop id or the limit cut it.
     ranks, widths: of the accepted guesses, and how many were tried behind the root and behind each (`DraftTree.ranks_on`).
+    refused: guesses behind the accepted ones that the target did not take (`DraftTree.refused`), of rounds that were not cut.
     times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify, and capture where the engine met a new
-    shape; they add up to the time since the step before. keep: what the drafter sees, in the step that started it.
+    shape; they add up to the time since the step before. keep: what the drafter sees, in the step that started it;
+    attention: (N,) what the target's question attends to, in the same step, where `DecodingGraph.record` asks for it.
     """
 
     tokens: tuple[int, ...]
@@ -347,3 +360,5 @@ class Step:
     keep: KeepSet | None = None
     ranks: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
+    refused: tuple[int, ...] = ()
+    attention: Tensor | None = None

@@ -66,9 +66,9 @@ def second_block(ranks: Ranks, folder: Path) -> None:
 
 def memory_of_a_run(folder: Path) -> int:
     """The second rank runs out of memory in the baseline, behind the warm-up."""
-    import specvlm.run
+    import specvlm.answer
 
-    alone, calls = specvlm.run.autoregressive, []
+    alone, calls = specvlm.answer.autoregressive, []
 
     def short(*args, **options):
         calls.append(1)
@@ -77,7 +77,7 @@ def memory_of_a_run(folder: Path) -> int:
                 raise torch.OutOfMemoryError("no more")
             yield step
 
-    specvlm.run.autoregressive = short
+    specvlm.answer.autoregressive = short
     words = ["target.parallel=tensor", "pair=embedded_llava_onevision", "max_new_tokens=12", f"hydra.run.dir={folder / 'run'}"]
     return main(words)
 

@@ -13,12 +13,14 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
-from specvlm import compose, metrics
+from specvlm import compose, metrics, registry
 from specvlm.advise import Costs, predict
-from specvlm.advise.__main__ import OWN, RATIOS, SHAPES, Wishes, main, three
+from specvlm.advise.__main__ import OWN, RATIOS, SHAPES, Wishes, changes, main, three
 from specvlm.advise.acceptance import Chances, Replay, of_answer, of_words
-from specvlm.advise.advice import candidates, recommend
+from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import PROBES, Start, Timing, probes, rows_of
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.pruners.uniform import UniformPruner
@@ -196,6 +198,25 @@ def test_pruning_is_said_to_pay_only_where_it_does():
         assert text[-1].startswith(verdict)
 
 
+def test_a_drafter_of_no_fixed_shape_is_recommended_as_it_was_measured():
+    costs, own = invented(), changes(DynamicTreeDrafter(nodes=9, depth=3))
+    measured = Candidate("dynamic_tree", "", 0.9, 4.5, "measured", 9.0, 12.0, 3.0, own)
+    best, (text, *_) = recommend(costs, [*everything(costs, 1.0), measured], 256)
+    assert best == measured and text.startswith("Use drafter=dynamic_tree drafter.nodes=9 drafter.depth=3 ratio=0.9: ")
+    cfg = compose.jobs(best.words, sweep=False)[0].cfg
+    assert registry.build("drafter", cfg.drafter) == DynamicTreeDrafter(9, 3) and cfg.ratio == 0.9
+    best, (text,) = recommend(costs, [replace(measured, accepted=0.1)], 256)
+    assert best is None and text.endswith("1.10 tokens: drafting takes 9.00 ms of it, the check 12.00 ms.")
+
+
+def test_every_drafter_there_is_is_considered():
+    cfg = compose.jobs(["drafter=entropy_tree", "drafter.sure=0.25"], sweep=False)[0].cfg
+    wishes = Wishes.of_words({})
+    others = wishes.others(cfg)
+    assert {*wishes.trees(cfg), *(drafter.name for drafter in others)} == registry.collect()["drafter"].keys()
+    assert EntropyTreeDrafter(sure=0.25) in others and DynamicTreeDrafter() in others
+
+
 def test_three_different_configurations_are_checked():
     found = everything(invented(), 4.0)
     best = min(found, key=lambda c: c.token_ms)
@@ -208,7 +229,7 @@ def test_three_different_configurations_are_checked():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["drafters=tre"], 'drafters=tre: expected some of tree, self, prompt_lookup. Did you mean "tree"?'),
+        (["drafters=tre"], 'Did you mean "tree"?'),
         (["tokens=few"], "tokens=few: expected a whole number from 8"),
         (["check=maybe"], "check=maybe: expected true or false"),
         (["acceptance=many"], "acceptance=many: expected a number such as 3.5"),
@@ -253,8 +274,9 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     words = [
         "question=how many objects appear?",
         "max_new_tokens=14",
-        "drafters=tree,prompt_lookup",
-        "drafter=tree",
+        "drafters=tree,prompt_lookup,dynamic_tree,sparse",
+        "drafter=dynamic_tree",
+        "drafter.nodes=9",
         "ratio=0.8",
     ]
     assert main([*words, "check=true", "hydra.run.dir=out"]) == 0
@@ -265,6 +287,11 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     costs, advice = Costs.read(Path("out/costs.json")), json.loads(Path("out/advice.json").read_text())
     assert costs.video == 1024 and {t.shape for t in costs.timings} == set(PROBES) and advice["answer_tokens"] == 10
     assert {c["ratio"] for c in advice["candidates"] if c["shape"] == "paper"} == {0.0, 0.8, 0.9}
+    measured = {c["drafter"]: c for c in advice["candidates"] if not c["shape"]}
+    assert {name: c["ratio"] for name, c in measured.items()} == {"dynamic_tree": 0.8, "sparse": None, "prompt_lookup": None}
+    assert measured["dynamic_tree"]["changes"] == ["drafter.nodes=9"]
+    assert re.search(r"^dynamic_tree drafter.nodes=9 +0\.8 .* measured ", shown, re.MULTILINE)
+    assert 0 < measured["dynamic_tree"]["accepted"] <= 5 and measured["sparse"]["draft_ms"] > 0
     checked = json.loads(Path("out/check.json").read_text())["checked"]
     for row in checked:  # the acceptance is replayed, so it is exact; times are not asked of a busy machine
         assert row["accepted"][0] == pytest.approx(row["accepted"][1])

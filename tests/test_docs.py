@@ -16,12 +16,21 @@ from specvlm.strategy import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATASETS = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
 
 
 def test_every_built_in_strategy_has_a_row():
     for kind, infos in registry.collect().items():
         for name, info in infos.items():
             assert info.plugin != "specvlm" or f"| `{kind}={name}` |" in README, f"{kind}={name}"
+
+
+def test_every_data_set_says_where_its_files_go_and_what_its_keys_are():
+    for name, info in registry.collect()["dataset"].items():
+        if info.plugin == "specvlm":
+            assert f"| `dataset={name}` |" in DATASETS and f"python -m specvlm dataset={name} " in DATASETS, name
+            for field in info.fields:
+                assert f"dataset.{field.name}=" in DATASETS or name == "synthetic", f"{name}.{field.name}"
 
 
 def test_every_key_of_the_summary_and_every_signal_is_explained_in_its_own_words():
@@ -31,12 +40,10 @@ def test_every_key_of_the_summary_and_every_signal_is_explained_in_its_own_words
         assert f"`{signal}`" in README, signal
 
 
-def test_the_pruner_shown_is_the_one_that_ships():
-    shown = re.search(r"```python\n(@dataclass\(frozen=True\)\nclass FrameDiffPruner.*?)```", README, re.S)[1]
-    module = (ROOT / "plugins/specvlm-frame-diff/specvlm_frame_diff.py").read_text(encoding="utf-8")
-    for line in shown.splitlines():
-        code = line.split("  #")[0].strip()
-        assert not code or code.startswith('"""') or code in module, line
+def test_the_package_shown_is_the_one_that_ships():
+    for language, file in (("python", "specvlm_frame_diff.py"), ("toml", "pyproject.toml")):
+        shipped = (ROOT / "plugins/specvlm-frame-diff" / file).read_text(encoding="utf-8")
+        assert f"```{language}\n{shipped}```" in README, file
 
 
 def test_the_python_example_prints_the_answer(capsys):
@@ -55,7 +62,7 @@ def test_the_python_example_prints_the_answer(capsys):
     assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("python -m specvlm ")])
+@pytest.mark.parametrize("line", [line for line in (README + DATASETS).splitlines() if line.startswith("python -m specvlm ")])
 def test_the_commands_compose(line):
     words = shlex.split(line.split("  #")[0].rstrip("\\"))[3:]
     if "--help" in words:

@@ -9,6 +9,7 @@ import random
 import pytest
 import tiny
 
+from specvlm.answer import row
 from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.engine import Engine
@@ -17,7 +18,6 @@ from specvlm.fit_tree import Round, best_tree, expected, fit_ranks, main
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.run import row
 from specvlm.types import PAPER_TREE, DraftTree, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.loose import LooseVerifier

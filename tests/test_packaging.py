@@ -10,10 +10,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from specvlm import config
+from specvlm.strategy import PruneContext
 from specvlm.testing import check_pruner
+from specvlm.types import TokenGrid
 
 ROOT = Path(__file__).parents[1]
 PAIR = config.model_folder(OmegaConf.load(ROOT / "conf" / "pair" / "embedded_qwen2_5_vl.yaml").target.path)
@@ -88,9 +91,10 @@ def test_wheel_carries_configuration_assets_types_and_command(wheel):
 def test_pinned_versions_satisfy_what_the_package_asks_for():
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    lines = (ROOT / "constraints.txt").read_text().lower().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["test"], *extras["dev"][1:]]:
+    for text in [*project["dependencies"], *extras["report"], *extras["test"][1:], *extras["dev"][1:]]:
         need = requirements.Requirement(text)
         assert need.specifier.contains(pins[need.name]), f"{need.name}: {pins[need.name]} is not {need.specifier}"
     assert "torchvision" not in pins
@@ -102,6 +106,17 @@ def test_plugin_keeps_the_contract(monkeypatch):
 
     check_pruner(FrameDiffPruner)
     check_pruner(FrameDiffPruner, first_frame=0.0)
+
+
+def test_plugin_keeps_what_changed_since_the_frame_before(monkeypatch):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    from specvlm_frame_diff import FrameDiffPruner
+
+    x_FPD = torch.eye(4).repeat(3, 1, 1)
+    x_FPD[1, 2] = x_FPD[1, 3]  # cell 2 changes in frame 1 and back in frame 2
+    for first, kept in ((0.0, [6, 10]), (2.0, [0, 1])):
+        ctx = PruneContext((TokenGrid(3, 2, 2),), 2, {"features": x_FPD.flatten(0, 1)})
+        assert FrameDiffPruner(first_frame=first).select(ctx).index.tolist() == kept
 
 
 def test_plugin_is_two_files():

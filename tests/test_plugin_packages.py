@@ -1,19 +1,16 @@
 """Every folder under plugins/ is a package that anyone could have written: two files and a test, no edit of the core."""
 
-import importlib
 import inspect
 import re
 import tomllib
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packages import FOLDERS, module_of
 
 from specvlm import plugins, registry
 
-ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
@@ -68,10 +65,6 @@ def test_its_own_tests_run_with_the_repositorys(folder, pytestconfig):
     assert files == {"pyproject.toml", f"{module}.py"} | ({test} if folder.name != "specvlm-frame-diff" else set())
 
 
-def test_no_two_packages_bring_one_module_or_one_name(monkeypatch):
-    names = []
-    for folder in FOLDERS:
-        monkeypatch.syspath_prepend(str(folder))
-        module = importlib.import_module(folder.name.replace("-", "_"))
-        names += [(cls.kind, cls.name) for cls in plugins.strategies_of(module)]
+def test_no_two_packages_bring_one_module_or_one_name():
+    names = [(cls.kind, cls.name) for folder in FOLDERS for cls in plugins.strategies_of(module_of(folder))]
     assert len(set(names)) == len(names) >= len(FOLDERS)

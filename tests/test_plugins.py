@@ -1,13 +1,15 @@
 """Loading plugins, the rules for strategy classes, and building a strategy from its config."""
 
+import dataclasses
 import enum
 import logging
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType, SimpleNamespace
 from typing import Literal
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from specvlm import plugins, registry
@@ -93,7 +95,7 @@ def warnings(caplog):
 
 def test_built_ins_come_through_the_hook():
     table = registry.collect()
-    assert list(table) == ["pruner", "drafter", "verifier"]
+    assert list(table) == ["pruner", "drafter", "verifier", "dataset"]
     assert set(table["pruner"]) == {"none", "uniform", "random", "window", "verifier_attention", "two_stage", "fastv"}
     grown = {"dynamic_tree", "entropy_tree"}
     assert set(table["drafter"]) == {"tree", "self", "sparse", "prompt_lookup"} | grown
@@ -104,7 +106,8 @@ def test_built_ins_come_through_the_hook():
 def test_every_built_in_is_built_from_its_own_defaults():
     for kind, infos in registry.collect().items():
         for name, info in infos.items():
-            assert registry.build(kind, name) == info.cls(), name
+            needed = {f.name: "FOLDER" for f in info.fields if f.default is f.default_factory is MISSING}  # a data set's root
+            assert registry.build(kind, {"name": name} | needed) == info.cls(**needed), name
 
 
 def test_plugin_is_registered_with_its_distribution_and_summary(installed):
@@ -256,6 +259,16 @@ def test_build_keeps_types_and_gives_tuples_back(installed):
     node = OmegaConf.create({"name": "good", "sizes": [3], "colour": "RED", "share": "0.25"})
     built = registry.build("pruner", node)
     assert built == Good(share=0.25, sizes=(3,)) and hash(built)
+
+
+def test_a_default_is_shown_as_the_command_line_takes_it(installed):
+    installed(Point("a", bringing(Good)))
+    other = Good(share=0.25, sizes=(3, 4), colour=Colour.RED, limit=None)
+    words = [f"{f.name}={registry.word(getattr(other, f.name))}" for f in dataclasses.fields(other)]
+    assert words == ["share=0.25", "sizes=[3,4]", "colour=RED", "limit=null"] and registry.word(True) == "true"
+    overrides = OverridesParser.create().parse_overrides(words)
+    node = {override.key_or_group: override.value() for override in overrides}
+    assert registry.build("pruner", OmegaConf.create({"name": "good"} | node)) == other
 
 
 def test_build_explains_a_bad_node(installed):

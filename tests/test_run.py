@@ -15,13 +15,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from specvlm import load, memory, metrics
+from specvlm import compose, load, memory, metrics
 from specvlm.__main__ import main
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.errors import UserError
+from specvlm.held import HELD
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
+from specvlm.places import places_of
+from specvlm.run import prepare
 
 FAST = ["max_new_tokens=14", "question=how many objects appear?"]
 
@@ -30,6 +33,7 @@ FAST = ["max_new_tokens=14", "question=how many objects appear?"]
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
+    HELD.clear()
 
 
 def runs(folder: Path = Path("out")) -> tuple[dict, list[dict]]:
@@ -62,6 +66,21 @@ def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
     assert "keeps 102 of" in shown and "memory plan" in shown and "identical" in shown
     assert "four objects appear on a checkered navy background." in shown
     assert sorted(path.name for path in Path("out").iterdir()) == ["config.yaml", "steps.jsonl", "summary.json"]
+
+
+def test_a_run_tells_what_was_refused_and_where_asked_what_was_attended_to():
+    words = ["pruner=random", "ratio=0.95", "max_new_tokens=40", "hydra.run.dir=out"]
+    assert main([*words, "record=true"]) == 0
+    summary, steps = runs()
+    for step in steps[1:]:
+        assert len(step.get("refused", [])) == (5 - step["accepted"] if step["full"] else 0)
+    wrong = [step for step in steps if step.get("refused")]
+    assert wrong and all(step["refused"][0] != step["tokens"][-1] for step in wrong)
+    attention_N = load_file("out/attention/0.safetensors")["verifier_attention"]
+    assert attention_N.dtype == torch.float16 and attention_N.shape == (summary["video_tokens"],)
+    assert attention_N.min() >= 0 and abs(attention_N.float().mean() - 1) < 1e-3
+    assert main(words) == 0
+    assert not Path("out/attention").exists() and runs()[0]["token_ids"] == summary["token_ids"]
 
 
 def test_a_sweep_makes_a_folder_for_each_of_its_six_runs():
@@ -300,7 +319,7 @@ def test_out_of_memory_while_checking_keeps_both_answers(error, monkeypatch, cap
     def full(*_):
         raise error
 
-    monkeypatch.setattr("specvlm.run.lossless.compare", full)
+    monkeypatch.setattr("specvlm.answer.lossless.compare", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     summary, _ = runs()
     assert "ran out of memory while checking" in capfd.readouterr().err and summary["out_of_memory"] == "checking"
@@ -311,7 +330,7 @@ def test_another_error_is_no_lack_of_memory(monkeypatch, capfd):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("specvlm.run.lossless.compare", broken)
+    monkeypatch.setattr("specvlm.answer.lossless.compare", broken)
     assert main(["hydra.run.dir=out", *FAST]) == 3
     error = capfd.readouterr().err
     assert "RuntimeError: shapes do not match" in error and "ran out of memory" not in error
@@ -321,7 +340,7 @@ def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("specvlm.run.load", full)
+    monkeypatch.setattr("specvlm.held.load", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     error = capfd.readouterr().err
     assert "ran out of memory while loading" in error and "tokens are in" not in error and not Path("out").exists()
@@ -332,7 +351,7 @@ def test_the_threads_of_one_job_are_not_those_of_the_next(monkeypatch):
     real = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count) or real(count))
     monkeypatch.setattr(
-        "specvlm.run.prepare", lambda cfg, places: (_ for _ in ()).throw(UserError(str(torch.get_num_threads())))
+        "specvlm.run.set_up", lambda cfg, places: (_ for _ in ()).throw(UserError(str(torch.get_num_threads())))
     )
     assert main(["-m", "threads=2,3,null", "hydra.sweep.dir=sweep", *FAST]) == 2
     assert seen == [2, 1, 3, 1, 1] and torch.get_num_threads() == 1
@@ -357,11 +376,26 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
         return memory.activations([memory.Need(lm, slots, torch.bfloat16)], patches)
 
     width = lm.hf.config.get_text_config().hidden_size
-    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, states=states)], 0) for states in (False, True))
-    assert held - plain == 64 * width * 2
+    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, signals=count)], 0) for count in (0, 1000))
+    assert held - plain == 1000
     more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
     assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2
     assert lm.vision_rows({"thw": (1000, 32, 32)}) == PATCHES and lm.vision_rows({"thw": (3, 200, 200)}) == 40_000
+
+
+def test_what_strategies_read_of_the_target_is_planned():
+    def activations(*words: str) -> int:
+        cfg = compose.jobs(["pair=embedded_llava_onevision", *words], sweep=False)[0].cfg
+        (plan,) = prepare(cfg, places_of(cfg)).plans.values()
+        return plan.parts["activations (estimate)"]
+
+    lm = skeleton(model_folder("embedded:llava_onevision/target"))
+    video, width = 1025, lm.hf.config.get_text_config().hidden_size
+    assert activations("verifier=loose") - activations() == video * width * 4
+    scores = lm.layers * lm.kv_heads * video
+    alone = activations("drafter=self", "drafter.shape=chain:9")
+    assert activations("drafter=sparse") - alone == scores * (4 + 4 + 8)  # float32, sorted, and the order
+    assert activations("drafter=sparse", "verifier=loose") - alone == scores * 16 + video * width * 4
 
 
 def test_memory_that_torch_keeps_for_itself_is_free(monkeypatch):

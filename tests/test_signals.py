@@ -24,7 +24,7 @@ from specvlm.models import sight as sight_module
 from specvlm.models.load import load
 from specvlm.models.sight import Sight, mean_cosine
 from specvlm.models.spread import Stage
-from specvlm.signals import codec, guidance_for, on_grid
+from specvlm.signals import codec, gathered, guidance_for, held_bytes, on_grid
 from specvlm.types import TokenGrid
 from specvlm.verifiers.greedy import GreedyVerifier
 
@@ -202,6 +202,22 @@ def test_bad_row_weights_are_refused_in_a_sentence():
 def test_mean_cosine_of_zero_rows_is_zero():
     assert mean_cosine(torch.zeros(3, 4), torch.randn(2, 4)).tolist() == [0, 0, 0]
     assert mean_cosine(torch.randn(3, 4), torch.zeros(2, 4)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_the_bytes_planned_for_signals_are_those_held(family, dtype):
+    lm, request, name = tiny.model(family, dtype=dtype), tiny.prompt(family), "verifier_attention_per_kv_head"
+    guidance = guidance_for(Curious(), lm, request, frozenset({name}), hidden=True)
+    features, _ = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), guidance)
+    found = gathered(Curious().needs | {name}, request, guidance, features)
+    heads, states = found[name], [found["hidden"], guidance.video_hidden()]
+    tensors = [heads, *heads.sort(descending=True, stable=True), *states]
+    for held in (*guidance._heads.values(), *guidance._hidden, *guidance.states._video):  # each is there once
+        assert held.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in tensors}
+    counted = held_bytes(Curious().needs | {name}, True, lm, len(request.video_index), dtype)
+    assert counted == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

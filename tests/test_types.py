@@ -134,3 +134,11 @@ def test_mask_row_has_one_entry_a_level():
 
 def test_verdict_does_not_count_the_bonus_token():
     assert Verdict((0, 2, 4), bonus=7).accepted == 2
+
+
+def test_refused_is_the_line_of_best_guesses_behind_the_accepted_ones():
+    tree = DraftTree(torch.tensor([5, 10, 11, 12, 13, 14]), (-1, 0, 0, 1, 1, 3))
+    assert tree.refused((0,)) == (10, 12, 14)
+    assert tree.refused((0, 1)) == (12, 14) and tree.refused((0, 1, 4)) == tree.refused((0, 2)) == ()
+    ranked = DraftTree(tree.tokens, tree.parents, ranks=(0, 1, 0, 2, 1, 0))
+    assert ranked.refused((0,)) == (11,) and ranked.refused((0, 1)) == (13,)

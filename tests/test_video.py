@@ -148,6 +148,10 @@ def test_a_window_starts_and_ends_at_the_seconds_given(clips, reader):
     assert numbers(clip.frames) == list(range(25, 50))
     assert clip.times[0] == pytest.approx(1.0, abs=1e-4)
     assert clip.fps == pytest.approx(25)
+    part = probe(clips["late"], reader, start=1.0, end=2.0)
+    assert (part.frames, part.duration, part.fps) == pytest.approx((25, 1.0, 25))
+    with pytest.raises(UserError, match="end=1.0: wanted seconds after start=2.0"):
+        probe(clips["late"], reader, start=2.0, end=1.0)
 
 
 @pytest.mark.parametrize("reader", READERS)

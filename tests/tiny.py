@@ -6,87 +6,21 @@ import copy
 from functools import cache
 
 import torch
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
-from specvlm.models import attention
-from specvlm.models.llava_onevision import LlavaOneVision
-from specvlm.models.qwen2_5_vl import Qwen2_5_VL
+from specvlm.contract.tiny import END, FAMILIES, IMAGE, START, TEXT, VIDEO, built
+from specvlm.contract.tiny import wrapped as wrap
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
+__all__ = ["FAMILIES", "IMAGE", "TEXT", "VIDEO", "copy", "draft_of", "hf_greedy", "image", "model", "prompt", "video", "wrap"]
+
 torch.set_num_threads(1)  # thousands of tiny operations: two threads on busy cores are ten times slower
-
-VIDEO, IMAGE, START, END = 90, 91, 92, 93
-FAMILIES = ("qwen2_5_vl", "llava_onevision")
-TEXT = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=2048, initializer_range=0.2, tie_word_embeddings=False, use_sliding_window=False,
-    bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
-
-
-def _qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0}
-    vision = dict(
-        depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2,
-        window_size=16, fullatt_block_indexes=[1], out_hidden_size=32, tokens_per_second=2, initializer_range=0.2,
-    )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=TEXT | {"vocab_size": vocabulary, "rope_parameters": rope},
-            vision_config=vision,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _llava(vocabulary: int) -> LlavaOnevisionForConditionalGeneration:
-    vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=20,
-        patch_size=4,
-        initializer_range=0.2,
-    )
-    rope = {"rope_type": "default", "rope_theta": 1000.0}
-    return LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            text_config=Qwen2Config(**TEXT, vocab_size=vocabulary, rope_parameters=rope),
-            vision_config=vision,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=[[20, 20], [20, 40], [40, 20]],
-            tie_word_embeddings=False,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
-    )
-
-
-def wrap(hf: torch.nn.Module) -> VideoLM:
-    attention.register()
-    hf = hf.eval().requires_grad_(False)
-    hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    return (Qwen2_5_VL if isinstance(hf, Qwen2_5_VLForConditionalGeneration) else LlavaOneVision)(hf)
 
 
 @cache
 def model(family: str, seed: int = 0, vocabulary: int = 97, dtype: torch.dtype = torch.float64) -> VideoLM:
     torch.manual_seed(seed)
-    return wrap((_qwen if family == "qwen2_5_vl" else _llava)(vocabulary).to(dtype))
+    return wrap(built(family, vocabulary, num_hidden_layers=3).to(dtype))
 
 
 @cache

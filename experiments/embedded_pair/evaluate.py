@@ -225,12 +225,13 @@ def per_scene(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float], dict[i
     return table
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean over scenes with its 95 % bootstrap interval (percentiles, fixed seed)."""
-    x = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
-    low, high = x[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(x.mean()), low, high
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean over scenes with its 95 % bootstrap interval."""
+    from specvlm.report.statistics import mean_of  # needs SciPy, which decoding does not
+
+    found = mean_of(values)
+    assert found and found.low is not None and found.high is not None, f"{len(values)} scenes have no interval"
+    return found.value, found.low, found.high
 
 
 def tables(family: str, kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from experiments.gpu_pair.report import Row, latest, read
 
 INK, GREY = "#222222", "#8a8a8a"
-COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3", "#c2185b", "#5d6d7e", "#00838f")
+COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3", "#c2185b", "#5d6d7e", "#00838f", "#a0522d", "#6b8e23")
 
 
 def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
@@ -71,7 +72,7 @@ def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -
         elif row["part"] == "rounds" and (row["ratio"], row["accepted"]) == (ratio, accepted):
             draft = f"{row['draft_weights']} {'shared ' if row.get('draft_parallel') else ''}draft"
             series.setdefault(f"{form}{accepted:g} accepted, {draft}", []).append(row)
-    for colour, (label, mine) in zip(COLOURS, series.items(), strict=False):
+    for colour, (label, mine) in zip(cycle(COLOURS), series.items(), strict=False):
         mine = sorted(mine, key=lambda row: row["video_tokens"])
         floors = [floor_of(row) if "floor_ms" in row else None for row in mine]
         line(axes, [row["video_tokens"] for row in mine], [row["ms_per_token"] for row in mine], floors, label, colour)
@@ -92,7 +93,7 @@ def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> Non
     ratios = sorted({row["ratio"] for row in rounds})
     for row in (row for row in mine if row["part"] == "autoregressive"):
         line(axes, ratios, [row["ms_per_token"]] * len(ratios), [row["floor_ms"]] * len(ratios), "our autoregressive", INK)
-    for colour, accepted in zip(COLOURS, sorted({row["accepted"] for row in rounds}), strict=False):
+    for colour, accepted in zip(cycle(COLOURS), sorted({row["accepted"] for row in rounds}), strict=False):
         found = sorted((row for row in rounds if row["accepted"] == accepted), key=lambda row: row["ratio"])
         xs, ys = [row["ratio"] for row in found], [row["ms_per_token"] for row in found]
         line(axes, xs, ys, [floor_of(row) for row in found], f"{accepted:g} accepted", colour)

@@ -134,6 +134,25 @@ def test_a_frame_that_stands_alone_may_take_all_its_cells_and_a_still_one_none()
         assert CodecPruner().select(ctx).index.tolist() == kept
 
 
+@pytest.mark.parametrize(("share", "counts"), [("bytes", [6, 2, 1]), ("motion", [1, 2, 6]), ("even", [3, 3, 3])])
+def test_frames_share_the_budget_by_what_share_names(share, counts):
+    moved = torch.tensor([1.0, 2.0, 6.0])
+    signals = {"motion": moved.repeat_interleave(8), "packet_bytes": torch.tensor([6.0, 2.0, 1.0]).repeat_interleave(8)}
+    ctx = PruneContext((TokenGrid(3, 2, 4),), 9, signals | {"intra": torch.zeros(24)})
+    assert torch.bincount(CodecPruner(share).select(ctx).index // 8, minlength=3).tolist() == counts
+
+
+@pytest.mark.parametrize("budget", range(1, 13))
+def test_still_cells_get_what_moving_ones_leave(budget):
+    motion = torch.zeros(12)
+    motion[[5, 10]] = 1.0
+    ctx = PruneContext(
+        (TokenGrid(3, 2, 2),), budget, {"motion": motion, "packet_bytes": torch.ones(12), "intra": torch.zeros(12)}
+    )
+    keep = CodecPruner().select(ctx).index.tolist()
+    assert len(keep) == budget and ({5, 10} <= set(keep) or budget < 2)
+
+
 def test_equal_cells_are_spread_over_the_frame():
     ranks = ranks_of(torch.zeros(2, 64))
     first = (ranks[0] < 8).nonzero().flatten()

@@ -40,11 +40,13 @@ def test_a_tree_with_branches_is_the_plain_mean_too():
     torch.testing.assert_close(keep.pool.to_dense()[0], torch.tensor([0.2, 0, 0.2, 0.2, 0.2, 0.2]))
 
 
-def test_trees_end_at_a_cut():
-    same = torch.tensor([[1.0, 0.0]])
-    x_ND = torch.cat([same, same, -same, -same])
-    keep = FlashVidPruner(alpha=0.0, segments=1).select(context(TokenGrid(4, 1, 1), 2, x_ND))
-    assert keep.index.tolist() == [0, 2]
+@pytest.mark.parametrize(("segment", "members"), [(0.9, [0, 1]), (0.8, [0, 1, 2, 3])])
+def test_trees_end_at_a_cut(segment, members):
+    """Frames 1 and 2 are alike enough to be linked (cosine 0.85). A budget of 1 leaves no weakest link to be cut for it."""
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.85, (1 - 0.85**2) ** 0.5]])
+    pruner = FlashVidPruner(alpha=0.0, segments=1, segment=segment)
+    keep = pruner.select(context(TokenGrid(4, 1, 1), 1, torch.cat([a, a, b, b])))
+    assert keep.index.tolist() == [0] and keep.pool.coalesce().indices()[1].tolist() == members
 
 
 def naive_diverse(unit_PD, saliency_P, picks):

@@ -54,7 +54,9 @@ def test_kept_tokens_are_the_top_of_the_weighted_sum():
 
 
 def test_rounding_is_no_novelty():
-    x_ND = torch.rand(1, 64, generator=torch.Generator().manual_seed(0)).repeat(24, 1)
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.rand(1, 64, generator=generator) * (0.1 + torch.rand(24, 1, generator=generator))  # one direction, 24 lengths
+    assert novelties(x_ND.view(2, 12, 64)).unique().numel() > 1
     ctx = PruneContext((TokenGrid(2, 3, 4),), 5, {"features": x_ND, "verifier_attention": torch.ones(24)})
     assert HippoPruner().select(ctx).index.tolist() == [0, 1, 2, 3, 4]
 

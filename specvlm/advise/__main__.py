@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,21 +25,23 @@ from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.errors import UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.held import HELD
 from specvlm.places import places_of
-from specvlm.ranks import ALONE
-from specvlm.run import SMALLER, Job, assemble, prepare, threads
-from specvlm.show import Screen, size
+from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
+from specvlm.run import threads
+from specvlm.show import Screen, not_applied, size
+from specvlm.strategy import Drafter
 from specvlm.types import Step
 
 OWN = {
     "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
     "runs; left out, it is measured on the video",
-    "drafters": "which to consider, of tree,self,prompt_lookup (all)",
+    "drafters": "which to consider, such as tree,dynamic_tree (all that are installed)",
     "tokens": "most new tokens of a decode (128)",
     "check": "true: then decode as recommended and in two other ways, and compare with what was predicted (false)",
     "costs": "the costs.json of an earlier profile, instead of one now; needs acceptance=",
 }
-DRAFTERS, TREES = ("tree", "self", "prompt_lookup"), ("tree", "self")
+TREES = ("tree", "self")  # of fixed shapes: what a few cost and accept tells it of all. Others are measured as they are
 RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
@@ -50,7 +52,7 @@ PARTS = (("draft",), CHECK)
 class Wishes:
     """The adviser's own words, checked."""
 
-    drafters: tuple[str, ...] = DRAFTERS
+    drafters: tuple[str, ...]
     known: Known = field(default_factory=dict)
     tokens: int = 128
     check: bool = False
@@ -59,10 +61,11 @@ class Wishes:
     @classmethod
     def of_words(cls, own: dict[str, str]) -> Wishes:
         """Raises UserError."""
-        names = [name.strip() for name in own.get("drafters", ",".join(DRAFTERS)).split(",")]
-        if unknown := [name for name in names if name not in DRAFTERS]:
-            hint = did_you_mean(unknown[0], DRAFTERS)
-            raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(DRAFTERS)}.{hint}")
+        every = list(registry.collect()["drafter"])
+        names = [name.strip() for name in own.get("drafters", ",".join(every)).split(",")]
+        if unknown := [name for name in names if name not in every]:
+            hint = did_you_mean(unknown[0], every)
+            raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(every)}.{hint}")
         tokens, check = own.get("tokens", "128"), own.get("check", "false")
         if not (tokens.isdecimal() and int(tokens) >= 8):
             raise UserError(f"tokens={tokens}: expected a whole number from 8")
@@ -93,6 +96,11 @@ class Wishes:
             "self": (CHAINS[:4], RATIOS_OF_SELF if len(ratios) > 1 else (0.0,)),
         }
         return {name: every[name] for name in self.drafters if name in TREES}
+
+    def others(self, cfg: DictConfig) -> list[Drafter]:
+        """The drafters to measure: the run's own as it is configured, the rest with their defaults."""
+        names = [name for name in self.drafters if name not in TREES]
+        return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,21 +141,22 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         found = candidates(wishes.costs, wishes.known, trees)
         best = conclude(screen, wishes.costs, found, cfg.max_new_tokens, words, folder)
     else:
-        job = plan(cfg, trees)
+        others = wishes.others(cfg)
+        job = plan(cfg, trees, others)
         say(f"[bold]{job.clip}[/]: {job.question}")
         say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
         say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
         try:
-            graph = assemble(cfg, job, ALONE)
-            screen.ignored(graph.target.ignored_settings)
+            graph = HELD.graph(job)
+            screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
-            costs, found, answer = measure(graph, job, wishes, trees, limit, screen)
+            costs, found, answer = measure(graph, job, wishes.known, trees, others, limit, screen)
             ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
             best = conclude(screen, costs, found, len(answer) if ended else cfg.max_new_tokens, words, folder)
             if wishes.check:
                 with screen.waiting("decoding to check"):
-                    checked = [check(graph, job, candidate, limit) for candidate in three(found, best)]
+                    checked = [check(graph, job, candidate, others, limit) for candidate in three(found, best)]
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
@@ -159,62 +168,79 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     say(f"[dim]written to {folder}[/]")
 
 
-def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]) -> Job:
-    """The input, checked; memory is planned for the configuration that needs the most."""
+def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
+    """The input, checked; memory is planned for the configuration that needs the most: one with a draft model, if any has."""
     widest = cfg.copy()
-    widest.drafter = {"name": next(iter(trees), "prompt_lookup")}
+    every = [*(registry.build("drafter", name) for name in trees), *others]
+    widest.drafter = {"name": min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name}
     widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
         raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
-    return prepare(widest, places_of(widest))
+    setup = set_up(widest, places_of(widest))
+    return HELD.plan(setup, read(setup, own_sample(widest)))
 
 
 def measure(
     graph: DecodingGraph,
-    job: Job,
-    wishes: Wishes,
+    job: Prepared,
+    known: Known,
     trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
+    others: Sequence[Drafter],
     limit: int,
     screen: Screen,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
     """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
-    total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + ("prompt_lookup" in wishes.drafters)
+    total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
     screen.console.print(f"[dim]profile:[/] {total} short decodes")
     with screen.progress("profile", total) as advance:
         seen = profile(graph, job.prompt, lambda: alone(graph, job, limit), ratios, limit, advance)
-        known = wishes.known or {
-            (name, ratio): acceptance.of_answer(using(graph, name), job.prompt, keep, seen.answer)
+        known = known or {
+            (name, ratio): acceptance.of_answer(using(graph, shaped(name)), job.prompt, keep, seen.answer)
             for (name, ratio), keep in seen.kept.items()
         }
         found = candidates(seen.costs, known, trees)
-        if "prompt_lookup" in wishes.drafters:
-            found.append(lookup(graph, job, limit, seen.costs.alone_first_s))
+        for drafter in others:
+            found.append(as_it_is(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()
     return seen.costs, found, seen.answer
 
 
-def alone(graph: DecodingGraph, job: Job, limit: int) -> Iterator[Step]:
+def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
     return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
 
 
-def using(graph: DecodingGraph, drafter: str, shape: str = "", ratio: float | None = None) -> DecodingGraph:
+def shaped(name: str, shape: str = "") -> Drafter:
+    """One of TREES."""
+    drafter: Drafter = registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
+    return drafter
+
+
+def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:
     """The same pair, caches and engine with another drafter."""
-    node = {"name": drafter} | ({"shape": shape} if shape else {})
-    return replace(graph, drafter=registry.build("drafter", node), ratio=graph.ratio if ratio is None else ratio)
+    return replace(graph, drafter=drafter, ratio=graph.ratio if ratio is None else ratio)
 
 
-def lookup(graph: DecodingGraph, job: Job, limit: int, first_s: float) -> Candidate:
-    """Prompt look-up as it is: its trees differ from round to round, so it is measured, not predicted.
+def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
+    """A drafter whose trees are of no fixed shape, at the ratio of the run: it is measured, not predicted.
 
-    first_s: of the target's prefill.
+    first_s: of the target's prefill alone, which a drafter without a model leaves as it is.
     """
-    graph = using(graph, "prompt_lookup")
+    graph = using(graph, drafter)
+    pruned = drafter.model is not None and drafter.sees(job.prompt) is None
+    ratio = (0.0 if graph.pruner.keeps_all else graph.ratio) if pruned else None
     steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a tree of each size
     draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)
-    start_s = first_s + metrics.speed_of(steps)["drafter_start_s"]
+    speed = metrics.speed_of(steps)
+    start_s = (speed["time_to_first_token_s"] if drafter.model else first_s) + speed["drafter_start_s"]
     accepted = metrics.acceptance_of(steps)["accepted_per_round"] or 0.0
-    return Candidate("prompt_lookup", "", graph.ratio, accepted, "measured", draft, check, start_s)
+    return Candidate(drafter.name, "", ratio, accepted, "measured", draft, check, start_s, changes(drafter))
+
+
+def changes(drafter: Any) -> tuple[str, ...]:
+    """What is not as by default, as a run's words."""
+    now = [(f, getattr(drafter, f.name)) for f in fields(drafter)]
+    return tuple(f"drafter.{f.name}={registry.word(value)}" for f, value in now if value != f.default)
 
 
 def conclude(
@@ -239,9 +265,10 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
 
-def check(graph: DecodingGraph, job: Job, candidate: Candidate, limit: int) -> dict[str, Any]:
+def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
     """Decode with `candidate` twice, take the faster, and set its round, accepted and ms per token beside the prediction."""
-    graph = using(graph, candidate.drafter, candidate.shape, candidate.ratio)
+    drafter = next((other for other in others if other.name == candidate.drafter), None)
+    graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]
     round_ms = min(part_ms([steps], "draft", *CHECK) for steps in decodes)
     accepted = metrics.acceptance_of(decodes[1])["accepted_per_round"] or 0.0

@@ -17,19 +17,21 @@ PRUNING_WORTH = 0.97  # of the time per token with nothing dropped
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration as predicted. shape is empty for a drafter without one, whose figures are then measured.
+    """One configuration as predicted. shape is empty for a drafter without a fixed one, whose figures are then measured.
 
-    source: where `accepted` is from; start_s: until the first round, both prefills included.
+    ratio: None where no pruner is asked. source: where `accepted` is from; start_s: until the first round, both prefills
+    included. changes: what is not as by default, as a run's words.
     """
 
     drafter: str
     shape: str
-    ratio: float
+    ratio: float | None
     accepted: float
     source: str
     draft_ms: float
     check_ms: float
     start_s: float
+    changes: tuple[str, ...] = ()
 
     @property
     def round_ms(self) -> float:
@@ -45,8 +47,8 @@ class Candidate:
     @property
     def words(self) -> list[str]:
         """As a run takes them."""
-        tree = [f"drafter.shape={self.shape}", f"ratio={self.ratio:g}"] if self.shape else []
-        return [f"drafter={self.drafter}", *tree]
+        tree = [f"drafter.shape={self.shape}"] if self.shape else self.changes
+        return [f"drafter={self.drafter}", *tree, *([] if self.ratio is None else [f"ratio={self.ratio:g}"])]
 
     def __str__(self) -> str:
         return " ".join(self.words)
@@ -104,7 +106,7 @@ def why(costs: Costs, candidate: Candidate) -> str:
     steps = candidate.round_ms / costs.alone_ms
     text = f"A round costs {steps:.2f} of the target's own steps and yields {candidate.accepted + 1:.2f} tokens"
     if not candidate.shape:
-        return f"{text}: hardly a guess is right."
+        return f"{text}: drafting takes {candidate.draft_ms:.2f} ms of it, the check {candidate.check_ms:.2f} ms."
     passes, rows = len(rows_of(candidate.shape)), len(TreeShape.parse(candidate.shape))
     share = candidate.draft_ms / passes / costs.alone_ms
     drafting = f"drafting, {passes} passes of {candidate.draft_ms / passes:.2f} ms, each {share:.0%} of a step of the target"
@@ -115,7 +117,7 @@ def why(costs: Costs, candidate: Candidate) -> str:
 
 def pruning(found: Sequence[Candidate], tokens: int) -> list[str]:
     """Whether dropping video tokens pays, in a sentence; none where there is nothing to compare."""
-    trees = [c for c in found if c.drafter == "tree" and c.ratio < 1]
+    trees = [c for c in found if c.drafter == "tree" and c.ratio is not None and c.ratio < 1]
     whole, pruned = [c for c in trees if not c.ratio], [c for c in trees if c.ratio]
     if not (whole and pruned):
         return []

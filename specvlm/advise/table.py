@@ -22,7 +22,8 @@ def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) 
     rows = [("the target alone", "", "", "", "", "", f"{costs.alone_ms:.2f}", "", seconds(alone), "")]
     for c in (c for number, c in enumerate(ranked) if number < FASTEST or c in firsts):
         took = c.end_to_end_s(tokens)
-        what = f"{c.drafter} {c.shape}", f"{c.ratio:g}" if c.shape else "", f"{c.accepted:.2f}", c.source
+        name = " ".join(filter(None, (c.drafter, c.shape, *c.changes)))
+        what = name, "" if c.ratio is None else f"{c.ratio:g}", f"{c.accepted:.2f}", c.source
         times = f"{c.draft_ms:.2f}", f"{c.check_ms:.2f}", f"{c.token_ms:.2f}", f"{costs.alone_ms / c.token_ms:.2f} x"
         rows.append((*what, *times, seconds(took), f"{alone / took:.2f} x"))
     screen.console.print("\n[dim]predicted; draft and check are ms of a round[/]")

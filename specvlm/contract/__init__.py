@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import torch
 
 from specvlm.strategy import Strategy
 
-PLAIN = (int, float, str, bool, type(None), tuple, list)
+PLAIN = (int, float, str, bool, type(None), enum.Enum, tuple, list)
 S = TypeVar("S", bound=Strategy)
 
 

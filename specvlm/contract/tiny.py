@@ -33,7 +33,7 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
     """Random weights; the same for the same arguments, whatever torch's global generator holds."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return _wrapped((_qwen if family == "qwen2_5_vl" else _llava)(vocabulary).double())
+        return wrapped(built(family, vocabulary).double())
 
 
 @cache
@@ -42,7 +42,7 @@ def noisy(family: str, noise: float = 0.02) -> VideoLM:
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():
         weight.data += noise * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-    return _wrapped(hf)
+    return wrapped(hf)
 
 
 def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
@@ -56,14 +56,19 @@ def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
     return model(family).expand([*words[:5], START, VIDEO, END, *words[5:]], [grid], [video])
 
 
-def _wrapped(hf: Any) -> VideoLM:
+def wrapped(hf: Any) -> VideoLM:
     attention.register()
     hf = hf.eval().requires_grad_(False)
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     return (LlavaOneVision if hf.config.model_type == "llava_onevision" else Qwen2_5_VL)(hf)
 
 
-def _qwen(vocabulary: int) -> Any:
+def built(family: str, vocabulary: int, **text: Any) -> Any:
+    """Hugging Face's model with weights drawn from torch's global generator. text: other settings of its language model."""
+    return (_qwen if family == "qwen2_5_vl" else _llava)(TEXT | {"vocab_size": vocabulary} | text)
+
+
+def _qwen(text: dict[str, Any]) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = dict(
@@ -71,13 +76,13 @@ def _qwen(vocabulary: int) -> Any:
         window_size=16, fullatt_block_indexes=[1], out_hidden_size=32, tokens_per_second=2, initializer_range=0.2,
     )  # fmt: skip
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
-    text = TEXT | {"vocab_size": vocabulary, "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+    text = text | {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     )
 
 
-def _llava(vocabulary: int) -> Any:
+def _llava(text: dict[str, Any]) -> Any:
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
     vision = SiglipVisionConfig(
@@ -86,7 +91,7 @@ def _llava(vocabulary: int) -> Any:
     )  # fmt: skip
     return LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
-            text_config=Qwen2Config(**TEXT, vocab_size=vocabulary, rope_parameters=ROPE),
+            text_config=Qwen2Config(**text, rope_parameters=ROPE),
             vision_config=vision,
             image_token_id=IMAGE,
             video_token_id=VIDEO,

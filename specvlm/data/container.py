@@ -6,11 +6,13 @@ Decoders read a truncated file up to the cut, some without a word. Containers de
 from pathlib import Path
 from typing import BinaryIO
 
-from specvlm.errors import UserError
+from specvlm.errors import MissingVideo, UserError
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError for what is missing, a folder, unreadable, empty, or shorter than its container declares."""
+    """Raise MissingVideo where there is none, UserError for a folder and what is unreadable, empty, or shorter than its
+    container declares.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a video file")
     try:
@@ -19,7 +21,7 @@ def check_file(path: Path) -> None:
             declared = _declared_size(file, size)
     except FileNotFoundError:
         hint = " (addresses are not fetched: download it first)" if "://" in str(path) or ":/" in str(path) else ""
-        raise UserError(f"no such file: {path}{hint}") from None
+        raise MissingVideo(f"no such file: {path}{hint}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:

@@ -1,7 +1,7 @@
 """Read a video file into a few frames: which frames, at what times. Decoding itself is in ``readers.py``."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ MAX_FRAMES = 768  # Hugging Face's own limit for Qwen2.5-VL
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds: number of frames, mean frames per second, pixels as shown, seconds."""
+    """What a file, or a part of it, holds: number of frames, mean frames per second, pixels as shown, seconds."""
 
     frames: int
     fps: float
@@ -64,19 +64,21 @@ def _endpoints(total: int, count: int) -> list[int]:
 SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {"uniform": _uniform, "qwen": _qwen, "endpoints": _endpoints}
 
 
-def probe(path: str | Path, reader: str = "decord") -> VideoInfo:
-    """Describe a video file; reads its index and decodes its first frame.
+def probe(source: str | Path | Clip, reader: str = "decord", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
+    """Describe a video file, or its part from ``start`` until before ``end`` (seconds): the frames and the duration are the
+    part's. Reads the index and decodes the part's first frame. Also a clip of every frame there is.
 
     Raises UserError as ``read_video`` does.
     """
-    with _open(Path(path), reader) as video:
-        height, width = video.decode([0]).shape[2:]
+    with _open(source, reader) as video:
+        window = _window(video.times, start, end, _name(source))
+        height, width = video.decode([window[0]]).shape[2:]
         fps = _mean_fps(video)
-        return VideoInfo(len(video.times), fps, width, height, len(video.times) / fps)
+        return VideoInfo(len(window), fps, width, height, len(window) / fps)
 
 
 def read_video(
-    path: str | Path,
+    source: str | Path | Clip,
     *,
     frames: int | None = None,
     fps: float | None = None,
@@ -88,6 +90,8 @@ def read_video(
 ) -> Clip:
     """Decode evenly spaced frames of a video file, those shown from ``start`` until before ``end`` (seconds).
 
+    A clip that holds every frame of its source is read as a file of these frames would be.
+
     ``frames=n`` takes n of them by the rule that ``sampling`` names (see ``SAMPLINGS``); ``fps=f`` takes
     ``floor(seconds * f)``, at least one, at most what there is and ``max_frames``; neither takes every frame. "qwen"
     makes the count even, and with ``fps`` at least 4, as Hugging Face does. Even spacing counts frames, not seconds:
@@ -97,8 +101,9 @@ def read_video(
     unknown, not installed or lacks the codec; a window without frames; more frames asked for than there are
     (as Hugging Face, nothing is repeated) or than ``max_frames``.
     """
-    _check(frames, fps, start, end, max_frames, sampling)
-    with _open(Path(path), reader) as video:
+    _check(frames, fps, max_frames, sampling)
+    with _open(source, reader) as video:
+        path = _name(source)
         total, source_fps = len(video.times), _mean_fps(video)
         window = _window(video.times, start, end, path)
         count = _count(len(window), source_fps, frames, fps, max_frames, sampling)
@@ -110,10 +115,11 @@ def read_video(
         index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
         pixels = video.decode(index)
         times = tuple(video.times[place] for place in index)
-    return Clip(pixels, times, len(index) / len(window) * source_fps, str(path), total, source_fps, tuple(index))
+    places = () if isinstance(source, Clip) else tuple(index)
+    return Clip(pixels, times, len(index) / len(window) * source_fps, path, total, source_fps, places)
 
 
-def _check(frames: int | None, fps: float | None, start: float, end: float | None, max_frames: int, sampling: str) -> None:
+def _check(frames: int | None, fps: float | None, max_frames: int, sampling: str) -> None:
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
@@ -123,27 +129,41 @@ def _check(frames: int | None, fps: float | None, start: float, end: float | Non
             raise UserError(f"{name}={value}: wanted a whole number from 1")
     if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"fps={fps}: wanted a number above 0")
-    if not 0 <= start < math.inf:
-        raise UserError(f"start={start}: wanted seconds from 0")
-    if end is not None and not end > start:
-        raise UserError(f"end={end}: wanted seconds after start={start}")
+
+
+class ClipReader:
+    """A clip in memory, as if it were a file."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._frames, self.times, self.fps = clip.frames, clip.times, clip.source_fps
+
+    def decode(self, index: Sequence[int]) -> Tensor:
+        return self._frames[list(index)]
+
+    def close(self) -> None:
+        del self._frames
+
+
+def _name(source: str | Path | Clip) -> str:
+    return source.source if isinstance(source, Clip) else str(source)
 
 
 @contextmanager
-def _open(path: Path, reader: str) -> Iterator[Reader]:
+def _open(source: str | Path | Clip, reader: str) -> Iterator[Reader | ClipReader]:
     if reader not in READERS:
         raise UserError(f'unknown reader "{reader}": one of {", ".join(READERS)}.{did_you_mean(reader, READERS)}')
-    check_file(path)
-    video = READERS[reader](path)
+    if not isinstance(source, Clip):
+        check_file(Path(source))
+    video = ClipReader(source) if isinstance(source, Clip) else READERS[reader](Path(source))
     try:
         if not video.times:
-            raise UserError(f"{path} holds no frames")
+            raise UserError(f"{_name(source)} holds no frames")
         yield video
     finally:
         video.close()
 
 
-def _mean_fps(video: Reader) -> float:
+def _mean_fps(video: Reader | ClipReader) -> float:
     """Frames per second by the clock of the frames, since containers name a wrong rate where it varies."""
     seconds = video.times[-1] - video.times[0]
     if seconds <= 0:
@@ -153,6 +173,10 @@ def _mean_fps(video: Reader) -> float:
 
 
 def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
+    if not 0 <= start < math.inf:
+        raise UserError(f"start={start}: wanted seconds from 0")
+    if end is not None and not end > start:
+        raise UserError(f"end={end}: wanted seconds after start={start}")
     slack = 1e-3  # decord's times are float32
     last = math.inf if end is None else end
     first = sum(time < start - slack for time in times)

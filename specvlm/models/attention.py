@@ -169,7 +169,8 @@ class Guidance:
 
     def video_hidden(self) -> Tensor:
         """(N, D) last hidden states of the video tokens, to unit length."""
-        return torch.cat(self._hidden)
+        self._hidden = [torch.cat(self._hidden)]  # the pieces are let go
+        return self._hidden[0]
 
     def gather(self, ranks: Ranks) -> None:
         """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
@@ -186,7 +187,9 @@ class Guidance:
 
     def per_head(self) -> Tensor:
         """(L, H, N), mean over rows and a KV head's query heads; of this rank's KV heads."""
-        return torch.stack([self._heads[layer] for layer in sorted(self._heads)])
+        all_LHN = torch.stack([self._heads[layer] for layer in sorted(self._heads)])
+        self._heads = dict(zip(sorted(self._heads), all_LHN, strict=True))  # the pieces are let go
+        return all_LHN
 
     def last_rows(self) -> Tensor:
         """(L, N), the last row alone, mean over heads."""

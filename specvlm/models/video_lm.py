@@ -20,7 +20,7 @@ from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
 from specvlm.models.sight import Sight, States
 from specvlm.models.spread import Stage, stages_of, through
-from specvlm.ranks import ALONE, Ranks
+from specvlm.ranks import ALONE, Ranks, own
 from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
 
 CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
@@ -97,6 +97,11 @@ class VideoLM(ABC):
     def head_device(self) -> torch.device:
         """Where logits come out: another one than `device` when the layers are split."""
         return self.stages[-1].device
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Of the weights; what several parts share counts once."""
+        tensors = [own(tensor) for tensor in (*self.hf.parameters(), *self.hf.buffers()) if tensor.device == device]
+        return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def new_cache(self, capacity: int) -> KVCache:
         places = [(stage.layers, stage.device) for stage in self.stages]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.strategy import Verifier, VerifyContext
 from specvlm.types import Verdict
+
+ROWS = 4096  # of the video's states widened to float32 at once
 
 
 @dataclass(frozen=True)
@@ -89,5 +92,6 @@ class LooseVerifier(Verifier):
 
 def visual_scores(hidden_MD: Tensor, video_ND: Tensor, nearest: int) -> Tensor:
     """(M,) mean of the largest cosines to the video. video: of unit length."""
-    cosines_MN = normalize(hidden_MD.float(), dim=-1) @ video_ND.float().mT.to(hidden_MD.device)
+    unit_MD = normalize(hidden_MD.float(), dim=-1)
+    cosines_MN = torch.cat([unit_MD @ piece.to(unit_MD).mT for piece in video_ND.split(ROWS)], 1)
     return cosines_MN.topk(min(nearest, cosines_MN.shape[1])).values.mean(-1)

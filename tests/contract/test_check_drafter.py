@@ -96,6 +96,10 @@ class FaultySession(DraftSession):
         return DraftTree(torch.tensor(tokens), parents, q)
 
 
+def test_without_a_fault_it_passes():
+    check_drafter(Faulty())
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -113,7 +117,6 @@ class FaultySession(DraftSession):
     ],
 )
 def test_a_planted_fault_is_caught(fault, message):
-    check_drafter(Faulty())
     with pytest.raises(AssertionError, match=message):
         check_drafter(Faulty(fault))
 

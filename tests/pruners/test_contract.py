@@ -1,7 +1,9 @@
 """Every built-in pruner keeps the contract that plugins are held to, and the contract suite catches what breaks it."""
 
 import dataclasses
+import enum
 from dataclasses import dataclass, field
+from itertools import count
 
 import pytest
 import torch
@@ -91,6 +93,21 @@ class FirstFrame(Pruner):
         return KeepSet.top(order, min(ctx.budget, ctx.grid.per_frame))
 
 
+class Order(enum.Enum):
+    FIRST = 1
+
+
+@dataclass(frozen=True)
+class Optioned(FirstFrame):
+    """All types that an option may have."""
+
+    name = "optioned"
+    order: Order = Order.FIRST
+    most: int | None = None
+    names: tuple[str, ...] = ("a", "b")
+    sure: bool = True
+
+
 @dataclass(frozen=True)
 class PairMean(FirstFrame):
     """A merger in order: each kept token is the mean of all tokens up to the next kept one."""
@@ -105,7 +122,7 @@ class PairMean(FirstFrame):
         return KeepSet(index, ctx.total, (pool / pool.sum(1, keepdim=True)).to_sparse())
 
 
-@pytest.mark.parametrize("cls", [FirstFrame, PairMean])
+@pytest.mark.parametrize("cls", [FirstFrame, Optioned, PairMean])
 def test_check_passes_a_refusal_of_several_videos_and_a_merger(cls):
     check_pruner(cls)
 
@@ -131,6 +148,17 @@ def global_random(ctx, keep):
     return KeepSet.top(torch.rand(ctx.total), ctx.budget)
 
 
+def whole_numbers(ctx, keep):
+    return KeepSet(keep.index, ctx.total, torch.eye(ctx.total, dtype=torch.int64)[keep.index])
+
+
+TURNS = count()
+
+
+def changing_pool(ctx, keep):
+    return KeepSet(keep.index, ctx.total, torch.eye(ctx.total).roll(next(TURNS), 0)[keep.index])
+
+
 def unequal_pool(ctx, keep):
     return KeepSet(keep.index, ctx.total, torch.ones(len(keep), ctx.total))
 
@@ -144,6 +172,8 @@ def unequal_pool(ctx, keep):
         (breaking(select=select_with(sort_input)), "changed its input features"),
         (breaking(select=select_with(global_random)), "global generator"),
         (breaking(select=select_with(unequal_pool)), "rows of pool must sum to 1"),
+        (breaking(select=select_with(whole_numbers)), "pool must hold weights"),
+        (breaking(select=select_with(changing_pool)), "other tokens for the same seed"),
         (
             breaking(select=select_with(lambda ctx, keep: KeepSet.top(ctx.verifier_attention, 1))),
             '"verifier_attention" is not there',

@@ -1,0 +1,132 @@
+"""One request answered: decoded with a drafter, decoded without, compared, and told in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+from specvlm import lossless, memory, metrics
+from specvlm.baselines import Baseline
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.models.load import name_of
+from specvlm.prepare import Prepared
+from specvlm.types import Step
+
+
+@dataclass
+class Record:
+    """What a request has brought forth so far. Outlives one that fails.
+
+    captured_s: what the engine had spent on capturing before it.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    baseline: Baseline | None = None  # whole, or not there
+    stage: str = "loading"
+    out_of_memory: str | None = None
+    peak_bytes: int | None = None
+    captured_s: float = 0.0
+    save: Callable[[], str] = str  # writes what was done before memory ran out, once there is something to be saved
+
+
+def warm_up(request: Prepared, graph: DecodingGraph, record: Record) -> None:
+    """Requests of the full length, broken off: what they grow and capture is what the real ones will use."""
+    record.stage = "warming up"
+    for steps in (graph.decode(request.prompt, request.cfg.max_new_tokens), alone(request, graph)):
+        list(islice(steps, 3))
+
+
+def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
+    """The steps, as they come. From here on memory is watched."""
+    for device in request.places.devices:
+        memory.reset_peak(device)
+    record.stage = "decoding"
+    for step in graph.decode(request.prompt, request.cfg.max_new_tokens):
+        record.steps.append(step)
+        yield step
+
+
+def decode_alone(request: Prepared, graph: DecodingGraph, record: Record, advance: Callable[[], None]) -> list[Step]:
+    """The target's own answer."""
+    record.stage = "decoding without a drafter"
+    steps = []
+    for step in alone(request, graph):
+        steps.append(step)
+        advance()
+    return steps
+
+
+def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
+    limit = request.cfg.max_new_tokens
+    return autoregressive(graph.target, request.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
+
+
+def row(number: int, step: Step) -> dict[str, Any]:
+    """A line of steps.jsonl."""
+    fields = {"round": number, "tokens": step.tokens, "drafted": step.drafted, "accepted": step.accepted, "full": step.full}
+    kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
+    if step.widths:  # see `fit_tree`
+        fields |= {"ranks": step.ranks, "widths": step.widths}
+    if step.refused:  # see `report`
+        fields["refused"] = step.refused
+    return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
+
+
+def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[dict[str, Any], str]:
+    """The content of summary.json (see metrics.KEYS) and the bare verdict."""
+    steps, baseline = record.steps, record.baseline
+    peak = max(map(memory.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
+    verdict, text, difference = judge(request, graph, record)
+    tokens, speed = metrics.tokens_of(steps), metrics.speed_of(steps)
+    base = metrics.speed(baseline.times_s, len(baseline.tokens)) if baseline else {"decode_s": None, "end_to_end_s": None}
+    kept = next((len(step.keep) for step in steps if step.keep is not None), None)
+    summary = {
+        "verdict": text,
+        "text": graph.target.tokenizer.decode(tokens, skip_special_tokens=True),
+        "token_ids": tokens,
+        "baseline_token_ids": baseline.tokens if baseline else None,
+        "prompt_tokens": len(request.prompt),
+        "video_tokens": len(request.prompt.video_index),
+        "kept_tokens": kept,
+        "new_tokens": len(tokens),
+        **metrics.acceptance_of(steps),
+        **speed,
+        "baseline_decode_s": base["decode_s"],
+        "baseline_end_to_end_s": base["end_to_end_s"],
+        "speedup_decode": metrics.ratio_of(base["decode_s"], speed["decode_s"]),
+        "speedup_end_to_end": metrics.ratio_of(base["end_to_end_s"], speed["end_to_end_s"]),
+        "times_s": {"video": request.video_s} | metrics.times_of(steps),
+        "peak_memory_bytes": peak,
+        "difference": difference,
+        "out_of_memory": record.out_of_memory,
+        "engine": {side: graph.engine.runs(getattr(graph, side)) for side in request.kinds},
+        "capture_s": graph.engine.capture_s - record.captured_s,
+        "parallel": request.places.parallel,
+        "devices": request.places.ranks * len(request.places.target),
+        "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in request.kinds.items()},
+        "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
+        "versions": metrics.versions(),
+    }
+    assert set(summary) == set(metrics.KEYS)
+    return summary, verdict
+
+
+def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str, str, dict[str, Any] | None]:
+    """Is the answer the target's own? The bare verdict, how it is told, and the first difference."""
+    baseline = record.baseline
+    if baseline is None or record.out_of_memory:
+        return "not checked", "not checked", None
+    if not graph.verifier.lossless:
+        return "lossy", "lossy", None
+    if graph.verifier.sampling.temperature > 0:
+        return "sampled", "sampled", None
+    record.stage = "checking"
+    tokens = metrics.tokens_of(record.steps)
+    found = lossless.compare(graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine)
+    if found.token is None:
+        return found.verdict, str(found), None
+    texts = [graph.target.tokenizer.decode([token]) for token in found.candidates or ()]
+    control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
+    return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}

@@ -1,0 +1,174 @@
+"""The target's own answers, decoded once and kept: by what was asked, of what weights, how and on what.
+
+A file a baseline, `KEY.json`, with what its key is made of. Its times are of a machine and a way to run, so those are in the
+key too: a baseline of another GPU is no baseline.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm import metrics
+from specvlm.folder import write_json
+from specvlm.graph import DecodingGraph
+from specvlm.models.load import name_of
+from specvlm.prepare import Prepared
+from specvlm.ranks import ALONE, Ranks
+from specvlm.types import Step, VideoPrompt
+
+PIECE = 4096  # bytes read of a tensor at its beginning, middle and end
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """tokens: the answer, stop id included. times_s: seconds by part, as of a run."""
+
+    tokens: list[int]
+    times_s: dict[str, float]
+    key: str = ""
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], key: str = "") -> Baseline:
+        return cls(metrics.tokens_of(steps), metrics.times_of(steps), key)
+
+
+class Baselines:
+    """A folder of them; None keeps nothing, and decodes each time. Several processes may use one folder."""
+
+    def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def get(self, request: Prepared, graph: DecodingGraph, decode: Callable[[], list[Step]]) -> Baseline:
+        """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that."""
+        made_of = inputs(request, graph)
+        key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+        path = self.folder / f"{key}.json" if self.folder else None
+        with waiting(path.with_suffix(".lock")) if path else nullcontext():
+            kept: Baseline | None = self.ranks.share(lambda: _read(path))
+            if kept is None:
+                kept = Baseline.of(decode(), key)
+                if path:
+                    write_json(path, asdict(kept) | {"made_of": made_of})
+        return kept
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Alone with what the file stands for, among all processes, until it has been made: who waited finds it there, and so does
+    who comes when this file is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    path.unlink(
+        missing_ok=True
+    )  # who waited for it finds what was made; who comes now makes a file of its own, and finds it too
+
+
+def _read(path: Path | None) -> Baseline | None:
+    try:
+        found = json.loads(path.read_text()) if path else None
+        return found and Baseline(found["tokens"], found["times_s"], found["key"])
+    except (OSError, ValueError, KeyError):  # not there, or not whole
+        return None
+
+
+def inputs(request: Prepared, graph: DecodingGraph) -> dict[str, Any]:
+    """All that the target's own answer and its times depend on, as plain values."""
+    target, places, rule = graph.target, request.places, graph.verifier
+    sampled = rule.sampling.temperature > 0
+    return {
+        "weights": fingerprint(target.folder),
+        "dtype": name_of(target.dtype),
+        "quantised": request.kinds["target"],
+        "engine": graph.engine.runs(target),
+        "mrope": target.mrope,
+        "repetition_penalty": target.repetition_penalty,
+        "prompt": digest(request.prompt),
+        "max_new_tokens": request.cfg.max_new_tokens,
+        "sampling": repr(rule.sampling),
+        "verifier": rule.name if sampled or not rule.lossless else None,  # greedy rules give one answer
+        "seed": graph.seed if sampled else None,
+        "parallel": places.parallel,
+        "devices": [machine(device) for device in places.target] * places.ranks,
+        "threads": torch.get_num_threads() if places.first.type == "cpu" else None,
+        "versions": metrics.versions(),
+    }
+
+
+def digest(prompt: VideoPrompt) -> str:
+    """Of the tokens and every pixel, as the target takes them."""
+    found = sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(repr((tuple(value.shape), value.dtype)).encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            found.update(repr(value).encode())
+
+    add(prompt.tokens)
+    for pixels in (*prompt.videos, *prompt.images):
+        for name in sorted(pixels):
+            if name != "origin":  # where they come from
+                add(name)
+                add(pixels[name])
+    return found.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint: its small files, the header of each file of weights, and three pieces of every tensor.
+
+    Other weights differ in every tensor they changed, and reading 150 GB to notice would cost more than many a baseline.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
+    return _fingerprint(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    found = sha256()
+    for path, size, _ in files:
+        found.update(f"{path.name} {size}".encode())
+        if path.suffix != ".safetensors":
+            found.update(path.read_bytes())
+            continue
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, size))
+            found.update(header)
+            for start, end in _spans(header):
+                for at in sorted({start, max(start, (start + end - PIECE) // 2), max(start, end - PIECE)}):
+                    file.seek(8 + length + at)
+                    found.update(file.read(min(PIECE, end - at)))
+    return found.hexdigest()
+
+
+def _spans(header: bytes) -> list[tuple[int, int]]:
+    """Where a safetensors file has its tensors, behind the header; none where it is no such file, which loading will tell."""
+    try:
+        return sorted(tuple(entry["data_offsets"]) for name, entry in json.loads(header).items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def machine(device: torch.device) -> str:
+    """The kind of a device: times on another of the same kind may be compared."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

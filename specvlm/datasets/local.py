@@ -1,0 +1,153 @@
+"""What data sets on disk have in common: where they lie, how many samples in which order, and which question is asked.
+
+Nothing is fetched. Lists are read whole; a video is looked for when it is its turn, and a missing one is skipped then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, count
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+import numpy as np
+
+from specvlm.errors import UserError, check_choice, check_range
+from specvlm.strategy import Dataset, Sample
+
+# The one question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) puts to its other three data sets too.
+CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
+PROMPTS = ("own", "caption")
+SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
+GUIDE = "docs/datasets.md"
+
+
+@dataclass(frozen=True)
+class LocalDataset(Dataset):
+    """A data set in its published layout.
+
+    root: its folder. limit: the first so many samples; null is all. shuffle: the seed of the order in which `limit` takes
+    them, that of Hugging Face's `Dataset.shuffle`; null is as they are listed. prompt: own, the data set's questions, or
+    caption, one generic request for a long answer: what is asked has no known answer then.
+    """
+
+    layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
+    root: str
+    limit: int | None = None
+    shuffle: int | None = None
+    prompt: str = "own"
+
+    def __post_init__(self) -> None:
+        check_choice("prompt", self.prompt, PROMPTS)
+        check_range("limit", 1 if self.limit is None else self.limit, 1)
+        check_range("shuffle", self.shuffle or 0, 0)
+
+    @abstractmethod
+    def lists(self) -> list[Path]:
+        """The files that say what there is."""
+
+    @abstractmethod
+    def listed(self) -> Iterable[Sample]:
+        """Every sample of `lists`, with its own question. A key that an entry lacks may end as a KeyError."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root).expanduser()
+
+    @cached_property
+    def version(self) -> str:
+        """A checksum of the lists: the same questions in the same order, whoever downloaded them."""
+        digest = hashlib.sha256()
+        for path in self.lists():
+            digest.update(_bytes(path, self.layout))
+        return f"sha256:{digest.hexdigest()[:12]}"
+
+    def samples(self) -> Sequence[Sample]:
+        try:
+            samples = _distinct(self.listed())
+        except KeyError as error:
+            names = ", ".join(path.name for path in self.lists())
+            raise UserError(f"{self.folder}: an entry of {names} has no {error}: expected {self.layout}, see {GUIDE}") from None
+        if not samples:
+            raise UserError(f"{self.folder} has no sample for this choice: {self!r}")
+        if self.shuffle is not None:
+            samples = [samples[place] for place in np.random.default_rng(self.shuffle).permutation(len(samples))]
+        chosen = samples[: self.limit]
+        if self.prompt == "caption":
+            return [replace(sample, question=CAPTION, answer=None, options=()) for sample in chosen]
+        return chosen
+
+    def place(self, *names: str) -> Path:
+        """The first of these folders below `root`. Raises UserError naming the first one where none is there."""
+        for name in names:
+            if (self.folder / name).is_dir():
+                return self.folder / name
+        raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
+
+    def entries(self, path: Path) -> list[dict[str, Any]]:
+        """The objects of a JSON list. Raises UserError where there is no such file, or something else in it."""
+        try:
+            found = json.loads(_bytes(path, self.layout))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); where git has cloned it without LFS, fetch it again") from None
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise UserError(f"{path}: wanted a list of objects")
+        return found
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
+        content = _bytes(path, self.layout)
+        try:
+            import pyarrow as arrow
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"reading {path.name} takes PyArrow: pip install 'specvlm[datasets]'") from None
+        try:
+            table = parquet.ParquetFile(arrow.BufferReader(content)).read()
+        except (arrow.ArrowInvalid, OSError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path} is not Parquet ({why}); where git has cloned it without LFS, fetch it again") from None
+        found: list[dict[str, Any]] = table.to_pylist()
+        return found
+
+
+def multiple_choice(question: str, options: Sequence[str]) -> str:
+    """The question, an option a line behind its letter, and what is wanted: the form that LLaVA made usual."""
+    choices = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *choices, "Answer with the option's letter from the given choices directly."])
+
+
+def first_there(*places: Path) -> Path:
+    """The first of several places that exists, else the first: the one that is named as missing then."""
+    return next((place for place in places if place.exists()), places[0])
+
+
+def text_of(path: Path, layout: str) -> str:
+    """The text of a list. Raises UserError where there is none."""
+    try:
+        return _bytes(path, layout).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8") from None
+
+
+def _bytes(path: Path, layout: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{path}: {why}: expected {layout}, see {GUIDE}") from None
+
+
+def _distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples with ids of their own: the second of the same gets #2."""
+    named: dict[str, Sample] = {}
+    for sample in samples:
+        key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)
+        named[key] = sample if key == sample.id else replace(sample, id=key)
+    return list(named.values())

@@ -1,0 +1,50 @@
+"""LongVideoBench: multiple choice on web videos of 8 seconds to an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from specvlm.datasets.local import LocalDataset, multiple_choice
+from specvlm.errors import check_choice
+from specvlm.strategy import Sample
+
+LISTS = {"val": "lvb_val.json", "test": "lvb_test_wo_gt.json"}
+DURATIONS = (15, 60, 600, 3600)
+
+
+@dataclass(frozen=True)
+class LongVideoBenchDataset(LocalDataset):
+    """LongVideoBench: multiple choice on videos of 8 seconds to an hour.
+
+    arXiv 2407.15754; Hugging Face: longvideobench/LongVideoBench. Layout: lvb_val.json (1337 questions) and
+    lvb_test_wo_gt.json (5341, without answers), videos/. durations: some of the groups 15, 60, 600, 3600 (their longest,
+    seconds); none is all. As its publishers do, only the first `duration` seconds of a video are looked at. Asked without the
+    subtitles that many questions quote, so for speed rather than for accuracy.
+    """
+
+    name = "long_video_bench"
+    layout = "lvb_val.json, lvb_test_wo_gt.json and videos/ of huggingface.co/datasets/longvideobench/LongVideoBench"
+    split: str = "val"
+    durations: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("split", self.split, LISTS)
+        for duration in self.durations:
+            check_choice("durations", str(duration), map(str, DURATIONS))
+
+    def lists(self) -> list[Path]:
+        return [self.folder / LISTS[self.split]]
+
+    def listed(self) -> Iterator[Sample]:
+        videos = self.place("videos")
+        for entry in self.entries(self.lists()[0]):
+            if self.durations and entry["duration_group"] not in self.durations:
+                continue
+            options = tuple(entry["candidates"])
+            answer = options[entry["correct_choice"]] if "correct_choice" in entry else None
+            meta = {key: entry[key] for key in ("duration_group", "question_category", "topic_category", "level")}
+            question = multiple_choice(entry["question"], options)
+            yield Sample(entry["id"], videos / entry["video_path"], question, answer, options, meta, end=entry["duration"])

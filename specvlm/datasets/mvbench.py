@@ -1,0 +1,97 @@
+"""MVBench: twenty short tasks on clips of eleven public data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from specvlm.data.frames import read_frames
+from specvlm.datasets.local import LocalDataset, first_there, multiple_choice
+from specvlm.errors import check_choice
+from specvlm.strategy import Sample
+
+FRAMES, FRAMES_PER_SECOND = "tvqa/frames_fps3_hq", 3.0  # folders of frames
+# Where each task's videos lie below video/.
+FOLDERS = {
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "moving_direction": "clevrer/video_validation",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "action_count": "perception/videos",
+    "moving_count": "clevrer/video_validation",
+    "moving_attribute": "clevrer/video_validation",
+    "state_change": "perception/videos",
+    "fine_grained_pose": "nturgbd",
+    "character_order": "perception/videos",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": FRAMES,
+    "counterfactual_inference": "clevrer/video_validation",
+}
+# Of these tasks the part from `start` to `end` of a longer video is meant.
+PARTS = frozenset({"action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"})
+# The repository's branch `video` has the parts already cut out, and frames joined to videos, in folders of their own.
+CUT = {
+    "star/Charades_v1_480": "star/Charades_segment",
+    "sta/sta_video": "sta/sta_video_segment",
+    FRAMES: "tvqa/video_fps3_hq_segment",
+    "ssv2_video": "ssv2_video_mp4",
+    "nturgbd": "nturgbd_convert",
+}
+
+
+@dataclass(frozen=True)
+class MVBenchDataset(LocalDataset):
+    """MVBench: multiple choice, 20 tasks of 200 questions on short clips.
+
+    arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json; video/ with the archives unpacked in it, some
+    videos below video/data0613/; the branch `video` works too. Questions of five tasks are about a part of the video, one of
+    them comes as frames. tasks: some of the 20; none is all. The 320 NTU RGB+D videos are not in the repository:
+    fine_grained_pose is skipped without them.
+    """
+
+    name = "mvbench"
+    split = "test"
+    layout = "json/ and video/, its archives unpacked, of huggingface.co/datasets/OpenGVLab/MVBench"
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.tasks:
+            check_choice("tasks", task, FOLDERS)
+
+    def lists(self) -> list[Path]:
+        return [self.folder / "json" / f"{task}.json" for task in self.tasks or FOLDERS]
+
+    def listed(self) -> Iterator[Sample]:
+        cut = (self.folder / "star").is_dir()  # the branch `video` has its folders beside json/
+        videos = self.folder if cut else self.place("video")
+        for task, path in zip(self.tasks or FOLDERS, self.lists(), strict=True):
+            for number, entry in enumerate(self.entries(path)):
+                yield _sample(f"{task}-{number:03d}", task, entry, videos, cut)
+
+
+def _sample(key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool) -> Sample:
+    folder = CUT.get(FOLDERS[task], FOLDERS[task]) if cut else FOLDERS[task]
+    path = first_there(*(videos / below / folder / entry["video"] for below in (".", "data0613")))
+    options = tuple(entry["candidates"])
+    part = task in PARTS and not cut
+    return Sample(
+        key,
+        partial(read_frames, path, FRAMES_PER_SECOND) if folder == FRAMES else path,
+        multiple_choice(entry["question"], options),
+        entry["answer"],
+        options,
+        {"task": task},
+        float(entry["start"]) if part else 0.0,
+        float(entry["end"]) if part else None,
+    )

@@ -1,0 +1,50 @@
+"""Video-MME: multiple choice on 900 videos of 11 seconds to an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+
+from specvlm.datasets.local import SUFFIXES, LocalDataset, first_there, multiple_choice
+from specvlm.errors import check_choice
+from specvlm.strategy import Sample
+
+DURATIONS = ("short", "medium", "long")
+
+
+@dataclass(frozen=True)
+class VideoMMEDataset(LocalDataset):
+    """Video-MME: multiple choice, 2700 questions on 900 videos of 11 seconds to an hour.
+
+    arXiv 2405.21075; Hugging Face: lmms-lab/Video-MME. Layout: videomme/test-00000-of-00001.parquet, data/VIDEOID.mp4.
+    durations: some of short, medium, long; none is all. Asked without subtitles.
+    """
+
+    name = "video_mme"
+    split = "test"
+    layout = "videomme/test-00000-of-00001.parquet and data/ of huggingface.co/datasets/lmms-lab/Video-MME"
+    durations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for duration in self.durations:
+            check_choice("durations", duration, DURATIONS)
+
+    def lists(self) -> list[Path]:
+        return [self.folder / "videomme" / "test-00000-of-00001.parquet"]
+
+    def listed(self) -> Iterator[Sample]:
+        videos = self.place("data")
+        for row in self.rows(self.lists()[0]):
+            if self.durations and row["duration"] not in self.durations:
+                continue
+            # They come with their letters: "A. An apple."
+            lettered = zip(ascii_uppercase, row["options"], strict=False)
+            options = tuple(option.removeprefix(f"{letter}.").strip() for letter, option in lettered)
+            place = ascii_uppercase.find(row["answer"])
+            answer = options[place] if 0 <= place < len(options) else None
+            video = first_there(*(videos / f"{row['videoID']}{suffix}" for suffix in SUFFIXES))
+            meta = {key: row[key] for key in ("duration", "domain", "sub_category", "task_type")}
+            yield Sample(row["question_id"], video, multiple_choice(row["question"], options), answer, options, meta)

@@ -1,0 +1,106 @@
+"""What a process keeps from one run to the next: the models, their caches, and the engine with what it captured."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable
+
+import torch
+
+from specvlm.baselines import fingerprint
+from specvlm.cache import CachePool
+from specvlm.config import model_folder
+from specvlm.engine import Engine, engine_for
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph
+from specvlm.models.load import load, skeleton
+from specvlm.models.video_lm import VideoLM
+from specvlm.prepare import Prepared, Reading, Setup, plan
+from specvlm.ranks import ALONE, Ranks
+
+
+class Held:
+    """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.models: dict[Hashable, VideoLM] = {}
+        self.layers: list[int] = []
+        self.shed()
+
+    def shed(self) -> None:
+        """Keep the weights alone: after a request that ran out of memory."""
+        self.caches = CachePool()
+        self.engines: dict[Hashable, Engine] = {}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def target_of(self, setup: Setup) -> Hashable:
+        """Equal for setups that share a target."""
+        return _key(setup, "target")
+
+    def plan(self, setup: Setup, reading: Reading) -> Prepared:
+        """Room for a request beside what is held and is its own. Raises UserError where there is not enough."""
+        target, draft = (_key(setup, side) for side in ("target", "draft"))
+        if target not in self.models:
+            self.clear()
+        try:
+            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+        except UserError:
+            if not self.models.keys() - {target, draft}:
+                raise
+            self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
+            self.shed()
+            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+
+    def _again(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
+        mine = [self.models[key] for key in keys if key in self.models]
+        return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
+
+    def graph(self, request: Prepared, ranks: Ranks = ALONE) -> DecodingGraph:
+        """Load what is not held of the models that the drafter needs. A draft that is another rank's is its skeleton here."""
+        cfg, places, progress = request.cfg, request.places, ranks.rank == 0
+        layers = list(zip(request.layers, places.target, strict=True)) if request.layers else []
+
+        def load_target() -> VideoLM:
+            options = (cfg.dtype, str(places.first), cfg.mrope, cfg.target.weights)
+            return load(model_folder(cfg.target.path), *options, progress, layers, ranks)
+
+        def load_draft() -> VideoLM:
+            folder, options = model_folder(cfg.draft.path), (cfg.dtype, str(places.draft), cfg.mrope, cfg.draft.weights)
+            if ranks.rank and not places.draft_shared:
+                return skeleton(folder, cfg.mrope)
+            return load(folder, *options, progress, ranks=ranks if places.draft_shared else ALONE)
+
+        target = self._model(_key(request, "target"), load_target)
+        self.layers = request.layers
+        own = float(target.hf.generation_config.repetition_penalty or 1.0)
+        target.repetition_penalty = own if cfg.repetition_penalty is None else cfg.repetition_penalty
+        draft = self._model(_key(request, "draft"), load_draft) if request.drafter.model == "draft" else None
+        if places.first.type == "cuda":
+            torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
+        engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
+        strategies = (request.pruner, request.drafter, request.verifier)
+        limits = (cfg.ratio, cfg.positions, cfg.seed, request.vocabulary)
+        return DecodingGraph(target, draft, *strategies, *limits, self.caches, engine, cfg.record)
+
+    def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
+        if key not in self.models:
+            self.models[key] = make()
+        return self.models[key]
+
+
+HELD = Held()  # of this process; ranks that share a target hold their own, since a process group does not outlive its run
+
+
+def _key(setup: Setup, side: str) -> Hashable:
+    """What makes a loaded model what it is. None for a draft that is not used."""
+    model = setup.target if side == "target" else setup.draft
+    if model is None:
+        return None
+    cfg, places = setup.cfg, setup.places
+    where = places.target if side == "target" else places.draft
+    return (side, model.folder, fingerprint(model.folder), cfg.dtype, cfg.mrope, setup.kinds[side], places.parallel, where)

@@ -1,0 +1,271 @@
+"""A job: one configuration over the samples of a data set, a row a sample, appended as it is done."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from specvlm import memory, metrics, registry
+from specvlm.answer import Record, decode_alone, row, speculate, summarize, warm_up
+from specvlm.baselines import Baseline, Baselines
+from specvlm.cache import pooled
+from specvlm.errors import JobFailed, MissingVideo, UserError
+from specvlm.folder import write_attention, write_json, write_text
+from specvlm.graph import DecodingGraph
+from specvlm.held import Held
+from specvlm.places import places_of
+from specvlm.prepare import Prepared, Reading, read, set_up
+from specvlm.ranks import ALONE, Ranks
+from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, writable
+from specvlm.run import ran_out, threads
+from specvlm.show import Screen, not_applied
+from specvlm.strategy import Dataset, Sample
+
+OK, MISMATCH, FAILED = 0, 1, 5
+A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
+
+
+class Job:
+    """Opened by `start`, which finds all mistakes that can be found without weights; then any number of `turn`s; then `close`.
+
+    folder: None for a rank that writes nothing. baselines: the folder where the target's own answers are kept. label: what
+    tells it from the other jobs of its sweep. Samples that fail get a row with the reason; what makes all of them fail, such
+    as weights that cannot be loaded, is raised.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, folder: Path | None, baselines: Path | None, held: Held, ranks: Ranks = ALONE, label: str = ""
+    ) -> None:
+        self.cfg, self.folder, self.held, self.ranks, self.label = cfg, folder, held, ranks, label
+        self.baselines = Baselines(baselines if folder else None, ranks)
+        self.screen, self.failure = Screen(), ""
+        self.rows: Rows | None = None
+        self._warm = 0  # slots of the longest request so far
+        self._told: set[str] = set()
+
+    def start(self) -> None:
+        """Raises UserError."""
+        cfg = self.cfg
+        self.setup = set_up(cfg, places_of(cfg))
+        self.dataset: Dataset = registry.build("dataset", cfg.dataset)
+        self.samples = unique(self.dataset)
+        self.shard = shard_of(cfg.shard)
+        if self.folder:
+            room(self.folder, len(self.mine), cfg.max_new_tokens)
+            if self.baselines.folder:
+                room(self.baselines.folder, len(self.mine), cfg.max_new_tokens)
+        rows = self.rows = Rows(cfg, self.folder, self.shard)
+        done = self.ranks.share(lambda: rows.done)
+        self.todo = [index for index in self.mine if self.samples[index].id not in done]
+        self.screen.job(self)
+
+    @property
+    def mine(self) -> range:
+        """Places in the data set of the samples that this process answers."""
+        which, of = self.shard or (0, 1)
+        return range(which, len(self.samples), of)
+
+    def turn(self, indices: Iterable[int], readings: dict[Any, Reading], order: int | None = None) -> None:
+        """Answer those of these samples that are still to do. readings: of jobs that may ask the same; order: of this job among
+        them. Raises what the whole job fails of; with fail_fast also what the first sample fails of.
+        """
+        for index in sorted(set(indices) & set(self.todo)):
+            with threads(self.cfg.threads):
+                found = self._sample(index, readings) | {"order": order}
+            assert self.rows is not None
+            self.rows.end(found)
+            self.todo.remove(index)
+            self.screen.sample(self, found)
+            if self.cfg.fail_fast and self.code_of([found]) != OK:
+                raise JobFailed(self.code_of([found]))
+
+    def close(self) -> int:
+        """Write the totals, let go of the folder; a second time it does nothing. Returns the exit code: of all rows that are
+        this process's.
+        """
+        if self.rows is None:
+            return OK
+        self.rows.close()
+        self.rows = None
+        if self.folder is None:
+            return OK
+        self._summarize(self.folder)
+        mine = {self.samples[index].id for index in self.mine}
+        return self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
+
+    def fail(self, error: BaseException) -> None:
+        """The job cannot go on; its folder says why."""
+        self.failure, self.todo = one_line(error), []
+        if self.rows is None and self.folder and not is_job(self.folder):
+            with suppress(OSError):
+                write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.cfg))))
+                write_json(self.folder / "summary.json", {"status": "failed", "reason": self.failure})
+
+    @staticmethod
+    def code_of(rows: Sequence[dict[str, Any]]) -> int:
+        failed = any(row["status"] == "failed" for row in rows)
+        return FAILED if failed else MISMATCH if any((row["verdict"] or "").startswith("MISMATCH") for row in rows) else OK
+
+    # ---- one sample --------------------------------------------------------------------------------------------------
+
+    def _sample(self, index: int, readings: dict[Any, Reading]) -> dict[str, Any]:
+        """Its row, all but the order. Rounds are written on the way."""
+        assert self.rows is not None
+        sample, record = self.samples[index], Record()
+        self.rows.begin()
+        request, status, reason = None, "failed", "another rank could not prepare it"
+        try:
+            request = self.held.plan(self.setup, self._read(index, readings))
+        except MissingVideo as error:
+            status, reason = "skipped", one_line(error)
+        except Exception as error:
+            reason = self._reason(error, sample)
+        if not self._all(request is not None) or request is None:
+            return self._row(index, status, reason)
+        graph = self.held.graph(request, self.ranks)  # what goes wrong here goes wrong with every sample
+        self._note(not_applied(graph.target.ignored_settings))
+        self._note(graph.engine.note)
+        try:
+            figures = self._answer(index, request, graph, record)
+        except CannotWrite:
+            raise
+        except Exception as error:
+            if self.ranks.size > 1:
+                raise  # the others do not know
+            full = isinstance(error, RuntimeError) and memory.ran_out(error)
+            if full:
+                error = ran_out(request, record)
+            reason = self._reason(error, sample)
+            self._recover(request, full)
+            return self._row(index, "failed", reason) | {"out_of_memory": record.stage if full else None}
+        return self._row(index, "ok", None) | figures
+
+    def _all(self, mine: bool) -> bool:
+        """Does it hold on every rank?"""
+        device = self.setup.places.first
+        return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
+
+    def _note(self, line: str) -> None:
+        if line and line not in self._told:
+            self._told.add(line)
+            self.screen.note(line)
+
+    def _read(self, index: int, readings: dict[Any, Reading]) -> Reading:
+        """The prompt; jobs that ask the same of the same family share it."""
+        cfg, target = self.cfg, self.setup.target
+        key = (repr(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
+        if key not in readings:
+            readings[key] = read(self.setup, self.samples[index])
+        return readings[key]
+
+    def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
+        assert self.rows is not None
+        record.captured_s = graph.engine.capture_s
+        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
+        if slots > self._warm:  # a longer request moves to larger caches, for which all is captured anew
+            warm_up(request, graph, record)
+            self._warm = slots
+        kept = None
+        for number, step in enumerate(speculate(request, graph, record)):
+            self.rows.step({"sample": self.samples[index].id} | row(number, step))
+            if step.attention is not None and self.folder:
+                with writable(self.folder):
+                    write_attention(self.folder, index, step.attention)
+            if step.keep is not None:
+                kept = step.keep.index.tolist()
+                self._note(step.keep.note)
+        if self.cfg.baseline:
+            record.baseline = self._baseline(request, graph, record)
+        record.peak_bytes = max(map(memory.peak_bytes, request.places.devices))
+        summary, _ = summarize(request, graph, record)
+        figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
+        return figures | {"kept": kept, "baseline": record.baseline.key if record.baseline else None}
+
+    def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
+        try:
+            return self.baselines.get(request, graph, lambda: decode_alone(request, graph, record, lambda: None))
+        except OSError as error:
+            raise CannotWrite(f"cannot write into {self.baselines.folder}: {error.strerror or error}") from error
+
+    def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
+        """With every key that a row has; the figures are still to come."""
+        sample, dataset = self.samples[index], self.dataset
+        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": sample.meta}
+        of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
+        figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "baseline"])
+        return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
+
+    def _reason(self, error: BaseException, sample: Sample) -> str:
+        """For the row; of a fault the place where it came up is shown too, once."""
+        reason = one_line(error)
+        if not isinstance(error, UserError) and reason not in self._told:
+            self._told.add(reason)
+            print(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:", file=sys.stderr)
+            traceback.print_exception(error)
+        return reason
+
+    def _recover(self, request: Prepared, full: bool) -> None:
+        """Go on behind a sample that failed, if the device still can. Raises what it raises if not."""
+        if full:
+            self.held.shed()
+            self._warm = 0
+        for device in request.places.devices:
+            if device.type == "cuda":
+                torch.zeros(1, device=device).item()
+
+    def _summarize(self, folder: Path) -> None:
+        """Until nothing more has come: several shards end at about the same time."""
+        seen = -1
+        with writable(folder):
+            while seen != len(rows := rows_of(folder)):
+                seen = len(rows)
+                found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
+                if self.failure:
+                    found |= {"status": "failed", "reason": self.failure}
+                parts = {kind: repr(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
+                write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
+
+
+def unique(dataset: Dataset) -> Sequence[Sample]:
+    """Raises UserError for an id that is there twice, and for a data set without samples."""
+    samples, seen = dataset.samples(), set[str]()
+    for sample in samples:
+        if sample.id in seen:
+            raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
+        seen.add(sample.id)
+    if not samples:
+        raise UserError(f"dataset={dataset.name}: there are no samples in it")
+    return samples
+
+
+def shard_of(word: str | None) -> tuple[int, int] | None:
+    """`0/4`, which config.validate has checked."""
+    which, _, of = (word or "").partition("/")
+    return (int(which), int(of)) if word else None
+
+
+def room(folder: Path, samples: int, tokens: int) -> None:
+    """Is there a disk to write to, before hours are spent? Raises CannotWrite."""
+    needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
+        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

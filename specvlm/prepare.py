@@ -1,0 +1,146 @@
+"""Before any weight is loaded: what a configuration comes to, what a sample asks, and whether there is memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from specvlm import memory, registry
+from specvlm.config import model_folder
+from specvlm.data.clips import find_clip
+from specvlm.data.video import Clip, probe, read_video
+from specvlm.errors import UserError
+from specvlm.graph import DecodingGraph
+from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
+from specvlm.models.spread import check_shares
+from specvlm.models.video_lm import VideoLM
+from specvlm.places import Places
+from specvlm.signals import held_bytes
+from specvlm.strategy import Sample
+from specvlm.types import VideoPrompt
+
+SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration, checked; of the models their skeletons. draft: None where the drafter needs none."""
+
+    cfg: DictConfig
+    places: Places
+    pruner: Any
+    drafter: Any
+    verifier: Any
+    target: VideoLM
+    draft: VideoLM | None
+    vocabulary: int
+    dtype: torch.dtype
+    kinds: dict[str, str | None]  # by side: what its text part is quantised to, None for not at all
+
+    def graph(self) -> DecodingGraph:
+        """Of skeletons: it cannot decode, and knows its budget. Raises UserError where parts do not go together."""
+        strategies = (self.pruner, self.drafter, self.verifier)
+        return DecodingGraph(self.target, self.draft, *strategies, self.cfg.ratio, self.cfg.positions)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sample as the target is asked it. video_s: seconds it took to read the video and make the prompt."""
+
+    prompt: VideoPrompt
+    clip: str
+    question: str
+    video_s: float
+
+
+@dataclass(frozen=True)
+class Prepared(Setup, Reading):
+    """Both, and room found for them."""
+
+    kept: int
+    layers: list[int]  # of each device, where they are split
+    plans: dict[torch.device, memory.MemoryPlan]  # of this process
+
+    @property
+    def planned(self) -> int:
+        """Bytes, on all devices of this process."""
+        return sum(plan.total for plan in self.plans.values())
+
+
+def set_up(cfg: DictConfig, places: Places) -> Setup:
+    """Check what can be checked without a video. Raises UserError."""
+    pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
+    target = skeleton(model_folder(cfg.target.path), cfg.mrope)
+    draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
+    vocabulary = check_pair(target, draft) if draft else target.vocabulary
+    if places.ranks > 1:
+        check_shares(target.hf.config, places.ranks, "target.parallel=tensor", "take target.parallel=layers")
+        if draft and places.draft_shared:
+            check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
+    sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
+    kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
+    setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
+    setup.graph()
+    return setup
+
+
+def own_sample(cfg: DictConfig) -> Sample:
+    """The configuration's own video and question, where it names no data set."""
+    return Sample("", find_clip(cfg.video), cfg.question or "describe the video.")
+
+
+def read(setup: Setup, sample: Sample) -> Reading:
+    """Open the video and make the prompt. Raises UserError."""
+    start = perf_counter()
+    clip = frames_of(setup.cfg, setup.target, sample)
+    prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
+    name = clip.source if callable(sample.video) else sample.video.name
+    return Reading(prompt, name, sample.question, perf_counter() - start)
+
+
+def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
+    """Those of its video that the target is shown. Raises UserError."""
+    source = sample.video() if callable(sample.video) else sample.video
+    asked = {"frames": cfg.frames, "fps": cfg.fps}
+    part: dict[str, Any] = {"start": sample.start, "end": sample.end}
+    sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader, **part))
+    return read_video(source, reader=cfg.reader, **part, **sampling)
+
+
+def plan(
+    setup: Setup, reading: Reading, held: Mapping[torch.device, int] | None = None, layers: Sequence[int] = ()
+) -> Prepared:
+    """Room for the request. held: bytes on each device that it would use again, of what was loaded before it; layers: of each
+    device, where a target is held that is split. Raises UserError where there is not enough.
+    """
+    cfg, places, drafter, prompt = setup.cfg, setup.places, setup.drafter, reading.prompt
+    target, draft = setup.target, setup.draft
+    slots = len(prompt) + cfg.max_new_tokens + drafter.max_nodes
+    kept = setup.graph().budget(prompt)
+    drafts = {"draft": draft, "target": target, None: None}[drafter.model]
+    patches = max(map(target.vision_rows, prompt.videos), default=0)
+    pruned = slots - len(prompt.video_index) + kept + drafter.max_rows - drafter.max_nodes
+    if setup.pruner.draft_layers and 0 < kept < len(prompt.video_index):
+        pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
+    asked, total = setup.pruner.needs | drafter.needs, len(prompt.video_index)
+    signals = held_bytes(asked, setup.verifier.reads_hidden, target, total, setup.dtype, places.ranks)
+    needs = [memory.Need(target, slots, setup.dtype, setup.kinds["target"], signals)]
+    if drafts is not None:
+        kind = setup.kinds.get("draft", setup.kinds["target"])
+        needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))
+    free = {device: memory.free_bytes(device) for device in places.devices}
+    free = {device: have if have is None else have + (held or {}).get(device, 0) for device, have in free.items()}
+    plans, counts = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)
+    for device, planned in plans.items():
+        have = free[device]
+        if have is not None and planned.total > have:
+            advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
+            raise UserError(
+                f"the run needs about {planned.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"
+            )
+    return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)

@@ -1,0 +1,82 @@
+"""A report of runs as one HTML file: python -m specvlm.report FOLDER... [-o report.html]
+
+    python -m specvlm -m pruner=two_stage,uniform ratio=0.5,0.9 dataset=synthetic record=true hydra.sweep.dir=sweep
+    python -m specvlm.report sweep -o report.html
+    python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
+    python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
+
+FOLDER: a run's, a job's, or one that holds some, however deep. record=true while running brings the attention's heat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from specvlm.errors import UserError
+
+MISTAKE = 2
+FRAMES = 48
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake, which one line on stderr explains."""
+    parser = argparse.ArgumentParser("python -m specvlm.report", description="A report of runs as one HTML file.")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="what python -m specvlm wrote: runs, jobs, sweeps"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="the file to write (report.html)")
+    parser.add_argument("--title", default="specvlm report")
+    parser.add_argument("--samples", default="", help="to look at, with commas (the worst, the median and the best one)")
+    parser.add_argument(
+        "--baseline", metavar="JOB", help="what differences are against (uniform at the same ratio, or the first job)"
+    )
+    parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames of a sample that are shown ({FRAMES})")
+    parser.add_argument("--video", type=Path, help="a film of what the drafter saw of one sample, .mp4 or .gif")
+    parser.add_argument("--job", help="whose view the film shows (the fastest end to end that prunes)")
+    asked = parser.parse_args(words)
+    try:
+        for line in written(asked):
+            print(line)
+    except (UserError, OSError) as error:
+        print(f"specvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+def written(asked: argparse.Namespace) -> list[str]:
+    """Write what was asked for: a page, unless it was a film alone. Returns a line for each file."""
+    try:
+        from specvlm.report.page import best, chosen, page
+        from specvlm.report.statistics import called
+    except ModuleNotFoundError as error:
+        raise UserError(f"a report needs {error.name}: pip install 'specvlm[report]'") from None
+    from specvlm.report.film import film, kind_of
+    from specvlm.report.reading import failures, read_jobs
+    from specvlm.report.seen import see
+
+    if asked.frames < 1:
+        raise UserError(f"--frames {asked.frames}: expected at least 1")
+    if asked.video:
+        kind_of(asked.video)
+    jobs = read_jobs(asked.folders)
+    samples = chosen(jobs, [name.strip() for name in asked.samples.split(",") if name.strip()])
+    lines = []
+    if asked.out or not asked.video:
+        out = asked.out or Path("report.html")
+        looked = [(title, see(name, jobs, asked.frames)) for name, title in samples.items()]
+        text = page(jobs, looked, asked.title, asked.baseline, failures(asked.folders))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+        lines.append(f"written: {out} ({len(text.encode()) / 2**20:.1f} MiB)")
+    if asked.video:
+        job = called(asked.job, jobs)[0] if asked.job else best(jobs)
+        film(see(next(iter(samples)), [job], asked.frames), asked.video)
+        lines.append(f"written: {asked.video} ({job.label}, {next(iter(samples))})")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

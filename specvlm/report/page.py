@@ -1,0 +1,119 @@
+"""The report as one HTML file that needs nothing else: table, figures, player, and the scripts that draw them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+
+import altair
+import vl_convert
+from jinja2 import Environment, PackageLoader
+
+from specvlm.errors import UserError, did_you_mean
+from specvlm.report.reading import Job
+from specvlm.report.seen import Seen
+from specvlm.report.statistics import DRAWS
+from specvlm.report.table import groups
+
+NOTES = (
+    "Figures are means over a job's samples; a speed-up is the target's time over all samples, divided by ours. In brackets: "
+    f"95 % bootstrap intervals ({DRAWS} resamples of the samples, percentiles, fixed seed); a single sample has none.",
+    "Accepted per round counts guesses, not the target's own token behind them; rounds that a stop token or the token limit "
+    "cut short are left out.",
+    "A pruner changes what the drafter sees, never what the target sees. Refused guesses are the drafter's best line behind "
+    "what was accepted.",
+)
+
+
+def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
+    """Samples to look at, with their titles: those that are named, or the median, the worst and the best one by accepted per
+    round, mean over jobs. Raises UserError for a name that no job has.
+    """
+    known: dict[str, list[float]] = {row["sample"]: [] for job in jobs for row in job.done}
+    for row in (row for job in jobs for row in job.done if row["accepted_per_round"] is not None):
+        known[row["sample"]].append(row["accepted_per_round"])
+    for name in names:
+        if name not in known:
+            raise UserError(f"no job did a sample {name!r}.{did_you_mean(name, known)}")
+    means = {sample: sum(values) / len(values) for sample, values in known.items() if values}
+    if names or len(means) <= 3:
+        return {name: name for name in names or list(known)[:3]}
+    order = sorted(means, key=lambda sample: means[sample])
+    picks = {order[len(order) // 2]: "median", order[0]: "least accepted", order[-1]: "most accepted"}
+    return {sample: f"{sample} ({why})" for sample, why in picks.items()}
+
+
+def best(jobs: Sequence[Job]) -> Job:
+    """The one that is shown first: fastest end to end, or else most accepted, of those that pruned if there are any."""
+    pruned = [job for job in jobs if job.ratio and not job.lossy] or list(jobs)
+    return max(pruned, key=lambda job: tuple(job.totals[key] or 0.0 for key in ("speedup_end_to_end", "accepted_per_round")))
+
+
+def facts(jobs: Sequence[Job]) -> list[str]:
+    """What was run, on what."""
+
+    def each(key: str, before: str = "") -> list[str]:
+        values = dict.fromkeys(str(job.settings[key]) for job in jobs if job.settings.get(key) is not None)
+        return [f"{before}{value}" for value in values] if len(values) <= 3 else [f"{len(values)} × {before}".strip()]
+
+    rows = [row for job in jobs for row in job.done]
+    counts = {"job": len(jobs), "sample": len({row["sample"] for row in rows}), "answer": len(rows)}
+    sets = dict.fromkeys(" ".join(str(row[key]) for key in ("dataset", "split", "version") if row[key]) for row in rows)
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in job.summary.get("versions", {}).items()) for job in jobs)
+    return [
+        *(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items()),
+        *(f"data set {name}" for name in sets if name),
+        *each("target.path", "target "),
+        *each("draft.path", "draft "),
+        *each("dtype", "dtype "),
+        *(version for version in versions if version),
+    ]
+
+
+def page(
+    jobs: Sequence[Job],
+    looked: Sequence[tuple[str, Seen]],
+    title: str,
+    base: str | None = None,
+    failed: Sequence[str] = (),
+) -> str:
+    """The file's content. looked: titles of samples, and what was seen of each. base: what differences are against, by name.
+    failed: lines of jobs that did nothing.
+    """
+    parts = files("specvlm.report") / "template"
+    style, script = ((parts / name).read_text(encoding="utf-8") for name in ("style.css", "player.js"))
+    library, made = bundle(), groups(jobs, base)
+    numbers = {job: number for number, job in enumerate(jobs)}
+    # Texts come from models, videos' names and data sets: everything is escaped that is not marked as ours.
+    environment = Environment(loader=PackageLoader("specvlm.report", "template"), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        facts=facts(jobs),
+        failed=failed,
+        groups=made,
+        notes=NOTES,
+        specs={f"{group.name}-{chart.name}": chart.spec for group in made for chart in group.charts},
+        data={
+            "jobs": [job.label for job in jobs],
+            "first": numbers[best(jobs)],
+            "samples": [seen.packed(numbers) | {"title": name} for name, seen in looked],
+        },
+        style=style,
+        library=library,
+        script=script,
+        hashes=" ".join(f"'sha256-{sha(text)}'" for text in (library, script)),
+    )
+
+
+@cache
+def bundle() -> str:
+    """Vega, vega-embed, and the Vega-Lite that Altair writes for, in one script."""
+    script: str = vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
+    return script.replace("</script", "<\\/script").replace("\r\n", "\n")  # as the browser reads it, for its hash
+
+
+def sha(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,235 @@
+"""What the drafter saw of a sample, and what became of its guesses: frames, kept tokens, attention, words.
+
+Frames are read again from the sample's own video, as the job read them; that and the words take the target's folder (its
+configuration and tokenizer, no weights). What cannot be had is said instead, and the rest of the report goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+from specvlm import registry
+from specvlm.config import model_folder
+from specvlm.errors import UserError
+from specvlm.folder import attention_file
+from specvlm.models.load import skeleton
+from specvlm.models.video_lm import VideoLM
+from specvlm.prepare import frames_of, own_sample
+from specvlm.report.reading import Job, Row
+from specvlm.strategy import Dataset, Sample
+from specvlm.types import TokenGrid
+
+SIDE = 384  # most pixels of a frame's longer side
+TOLD = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # of a row
+CONTEXT = 8  # tokens that a word's spelling may depend on
+
+
+@dataclass(frozen=True)
+class Round:
+    """Texts of one round. accepted: guesses taken; refused: the drafter's next ones; own: the target's token behind the
+    accepted ones. Round 0, the prefill, has an own one alone.
+    """
+
+    accepted: list[str]
+    refused: list[str]
+    own: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One job's work on a sample. kept: video tokens the drafter saw, None where no pruner chose; heat: (N,) attention in
+    multiples of its mean, None where it was not recorded.
+    """
+
+    job: Job
+    row: Row
+    kept: Sequence[int] | None = None
+    heat: NDArray[np.float32] | None = None
+    rounds: list[Round] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A sample as several jobs saw it. frames: one picture a frame of the grid, of those in `shown`; seconds: when each is
+    shown. problem: why there are no frames, or no words.
+    """
+
+    sample: str
+    question: str = ""
+    answer: str | None = None
+    grid: TokenGrid | None = None
+    frames: list[Image.Image] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    problem: str = ""
+
+    def packed(self, numbers: Mapping[Job, int]) -> dict[str, Any]:
+        """For the player: pictures as data URIs, kept tokens as bits, heat as bytes. numbers: of the jobs on the page."""
+        grid = self.grid
+        # What the target attends to is the same in every job of one target, so it is told once.
+        heat, top = next((scaled(view.heat) for view in self.views if view.heat is not None), (None, None))
+        return {
+            "sample": self.sample,
+            "question": self.question,
+            "answer": self.answer,
+            "problem": self.problem,
+            "grid": grid and [grid.frames, grid.height, grid.width, grid.newline],
+            "frames": [data_uri(frame) for frame in self.frames],
+            "shown": self.shown,
+            "seconds": self.seconds,
+            "heat": heat,
+            "top": top,
+            "views": [
+                {"job": numbers[view.job], "kept": None if view.kept is None or not grid else bits(view.kept, len(grid))}
+                | {"rounds": [[one.accepted, one.refused, one.own] for one in view.rounds]}
+                | {key: view.row[key] for key in TOLD}
+                for view in self.views
+            ],
+        }
+
+
+def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
+    """The sample in all jobs that did it and that ask the same of the same target. most: frames."""
+    did = {job: row for job in jobs if (row := job.row(sample))}
+    if not did:
+        raise UserError(f"{'; '.join(job.label for job in jobs)}: no sample {sample} is done")
+    first = next(iter(did))
+    cfg = OmegaConf.create(dict(first.config))
+    try:
+        target, asked = target_of(cfg.target.path, cfg.mrope), sample_of(cfg, sample)
+        clip = frames_of(cfg, target, asked)
+        grid, _ = target.process_video(clip, cfg.max_pixels)
+        if did[first]["video_tokens"] != len(grid):
+            raise UserError(
+                f"the video makes {len(grid)} tokens now, the job had {did[first]['video_tokens']}: has it changed?"
+            )
+    except (UserError, OSError) as error:
+        return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
+    # A job may have other frames, or another model: then its tokens are of another grid.
+    alike = [pair for pair in did.items() if pair[1]["video_tokens"] == len(grid) and looks(pair[0]) == looks(first)]
+    places = spread(grid.frames, most)
+    frames = [place * len(clip.frames) // grid.frames for place in places]
+    return Seen(
+        sample,
+        asked.question,
+        asked.answer,
+        grid,
+        [picture(clip.frames[place]) for place in frames],
+        places,
+        [clip.times[place] for place in frames],
+        [view(*pair, target.tokenizer) for pair in alike],
+    )
+
+
+def looks(job: Job) -> tuple[Any, ...]:
+    """What a sample's grid depends on."""
+    return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the frames, evenly spaced."""
+    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
+
+
+# ---- what the job was asked ------------------------------------------------------------------------------------------
+
+
+@cache
+def target_of(path: str, mrope: str) -> VideoLM:
+    return skeleton(model_folder(path), mrope)
+
+
+def sample_of(cfg: DictConfig, name: str) -> Sample:
+    """The sample itself, from its data set. Raises UserError where that has no such one, or cannot be read here."""
+    if not cfg.get("dataset"):
+        return own_sample(cfg)
+    found = next((sample for sample in samples_of(OmegaConf.to_yaml(cfg.dataset)) if sample.id == name), None)
+    if found is None:
+        raise UserError(f"the data set {cfg.dataset.name} has no sample {name} here: is it another version?")
+    return found
+
+
+@cache
+def samples_of(fields: str) -> Sequence[Sample]:
+    dataset: Dataset = registry.build("dataset", yaml.safe_load(fields))
+    return dataset.samples()
+
+
+# ---- what came of it -------------------------------------------------------------------------------------------------
+
+
+def view(job: Job, row: Row, tokenizer: Any) -> View:
+    steps, file = job.steps[row["sample"]], attention_file(job.folder, row["index"])
+    kept = next((step["kept"] for step in steps if "kept" in step), None)
+    heat = load_file(file)["verifier_attention"].float().numpy() if file.is_file() else None
+    return View(job, row, kept, heat, rounds_of(steps, tokenizer))
+
+
+def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
+    """Guesses come before the target's own token, and a stop id or a limit cuts from behind."""
+    before: list[int] = []
+    rounds = []
+    for step in steps:
+        taken, new = step["accepted"], step["tokens"]
+        guesses, own = new[:taken], new[taken:]
+        accepted = spell(tokenizer, before, guesses)
+        refused = spell(tokenizer, before + guesses, step.get("refused", []), skip=False)  # a guess that all is said shows
+        rounds.append(Round(accepted, refused, spell(tokenizer, before + guesses, own)[0] if own else None))
+        before += new
+    return rounds
+
+
+def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
+    """Each token's own text behind those before it. A character of several tokens belongs to its last one. skip: special
+    tokens have no text.
+    """
+    line, texts = list(before[-CONTEXT:]), []
+    for token in tokens:
+        known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
+        line.append(token)
+        text = tokenizer.decode(line, skip_special_tokens=skip)
+        texts.append("" if text.endswith("\ufffd") else text[len(known) :])
+    return texts
+
+
+def picture(frame: torch.Tensor) -> Image.Image:
+    """(3, H, W) uint8, made smaller."""
+    image = Image.fromarray(frame.permute(1, 2, 0).numpy())
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+# ---- as text, for the page -------------------------------------------------------------------------------------------
+
+
+def data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "webp", quality=70)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def bits(kept: Sequence[int], total: int) -> str:
+    """Base64 of one bit a token, the first in the highest bit."""
+    mask = np.zeros(total, dtype=np.uint8)
+    mask[list(kept)] = 1
+    return base64.b64encode(np.packbits(mask).tobytes()).decode()
+
+
+def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:
+    """Base64 of a byte a token, and what 255 stands for: the hottest percent would leave the rest without colour."""
+    top = max(float(np.quantile(heat, 0.99)), 1e-6)
+    return base64.b64encode((heat / top * 255).clip(0, 255).astype(np.uint8).tobytes()).decode(), top

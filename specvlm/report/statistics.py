@@ -1,0 +1,141 @@
+"""A job's figures with 95 % bootstrap intervals, and what they differ by from another job's, paired by sample.
+
+Samples are resampled, not rounds, since rounds of one answer are alike; pairing takes out what is easy or hard about a sample
+(Efron and Tibshirani, 1993, ch. 13; percentiles). Figures are those of `metrics.totals`: means over samples, and a speed-up the
+quotient of two sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from specvlm.errors import UserError, did_you_mean
+from specvlm.report.reading import APART, Job
+
+DRAWS, SEED = 2000, 0
+QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in ("decode", "end_to_end")}
+Columns = Sequence[NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """low, high: None for fewer than two samples, which tell nothing of how samples scatter."""
+
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def sure(self) -> int:
+        """1 or -1 where all of it is above or below zero."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > 0) - (self.high < 0)
+
+
+def total(*columns: NDArray[np.float64], axis: int = -1) -> Any:
+    """Of one column its mean, of two the quotient of their sums."""
+    if len(columns) == 1:
+        return np.mean(columns[0], axis=axis)
+    return np.sum(columns[0], axis=axis) / np.sum(columns[1], axis=axis)
+
+
+def gained(*columns: NDArray[np.float64], axis: int = -1) -> Any:
+    """What the first half of the columns has over the second."""
+    half = len(columns) // 2
+    return total(*columns[:half], axis=axis) - total(*columns[half:], axis=axis)
+
+
+def interval(columns: Columns, statistic: Any = total) -> Interval | None:
+    """columns: an entry a sample each. None without samples; the same columns give the same interval."""
+    count = len(columns[0])
+    if not count:
+        return None
+    value = float(statistic(*columns))
+    if count < 2:
+        return Interval(value, None, None, count)
+    draw = partial(bootstrap, n_resamples=DRAWS, method="percentile", paired=True, vectorized=True)
+    found = draw(tuple(columns), statistic, rng=np.random.default_rng(SEED)).confidence_interval
+    return Interval(value, float(found.low), float(found.high), count)
+
+
+def mean_of(values: Sequence[float]) -> Interval | None:
+    """Of a list of figures."""
+    return interval([np.asarray(values, dtype=np.float64)])
+
+
+def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
+    """What the figure is made of, by sample, of those that have it."""
+    parts = QUOTIENTS.get(key, (key,))
+    return {row["sample"]: tuple(float(row[part]) for part in parts) for row in job.done if row.get(key) is not None}
+
+
+@cache
+def figure(job: Job, key: str) -> Interval | None:
+    """The job's own total, to the last digit, with its interval."""
+    found = interval(columns_of(list(by_sample(job, key).values())))
+    return found and replace(found, value=job.totals[key])
+
+
+def difference(job: Job, base: Job, key: str) -> Interval | None:
+    """job - base, over the samples that both have."""
+    mine, other = by_sample(job, key), by_sample(base, key)
+    return interval(columns_of([(*value, *other[sample]) for sample, value in mine.items() if sample in other]), gained)
+
+
+def columns_of(table: Sequence[tuple[float, ...]]) -> Columns:
+    return list(np.asarray(table, dtype=np.float64).T) if table else [np.empty(0)]
+
+
+def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
+    """What each job is held against: the job called `name` (its label, series or folder), of several the one of its own
+    ratio. Without a name, the job with pruner=uniform that is otherwise the same, at the same ratio; where no job has a
+    uniform one, the first job. None: nothing, or it is the one itself. Raises UserError for a name that no job has.
+    """
+    if name is not None:
+        some = called(name, jobs)
+        found = {job: next((other for other in some if other.ratio == job.ratio), some[0]) for job in jobs}
+    else:
+        found = {job: base for job in jobs if (base := uniform_like(job, jobs))} or dict.fromkeys(jobs, jobs[0])
+    return {job: None if found.get(job) is job else found.get(job) for job in jobs}
+
+
+def uniform_like(job: Job, jobs: Sequence[Job]) -> Job | None:
+    uniform = (other for other in jobs if other.ratio is not None and other.settings.get("pruner.name") == "uniform")
+    return next((other for other in uniform if apart_from_pruner(other, job)), None)
+
+
+def called(name: str, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs of that label, series or folder. Raises UserError where there is none."""
+    found = [job for job in jobs if name in (job.label, job.series, job.folder.name, str(job.folder))]
+    if not found:
+        names = [job.label for job in jobs]
+        raise UserError(f"no job is called {name!r}; there is {'; '.join(names)}.{did_you_mean(name, names)}")
+    return found
+
+
+def apart_from_pruner(one: Job, other: Job) -> bool:
+    """Do they differ in their pruner at most?"""
+    mine, others = (
+        {k: v for k, v in job.settings.items() if k not in APART and not k.startswith("pruner.")} for job in (one, other)
+    )
+    return mine == others and one.ratio == other.ratio
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other beats: none costs no more (first) and gives more (second), or costs less and gives as much."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    best, found = -float("inf"), []
+    for place in order:
+        if points[place][1] > best:
+            best = points[place][1]
+            found.append(place)
+    return found

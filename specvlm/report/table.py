@@ -1,0 +1,188 @@
+"""The summary: a line a job, of figures with their intervals and what they differ by from a baseline job's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from specvlm.report.charts import Chart, charts
+from specvlm.report.reading import Job
+from specvlm.report.statistics import Interval, bases, difference, figure
+
+FINE = ("identical", "numeric tie", "sampled")  # verdicts that leave no doubt
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the table. show: its text; compared: with an interval, and held against the baseline."""
+
+    key: str
+    title: str
+    unit: str
+    show: Callable[[float], str]
+    compared: bool = False
+
+
+def times_as_fast(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def plain(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def duration(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def size(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+COLUMNS = (
+    Column("accepted_per_round", "accepted", "per round", plain, True),
+    Column("speedup_decode", "decode", "vs target alone", times_as_fast, True),
+    Column("speedup_end_to_end", "end to end", "vs target alone", times_as_fast, True),
+    Column("tokens_per_second", "tokens", "per second", whole),
+    Column("time_to_first_token_s", "first token", "", duration),
+    Column("peak_memory_bytes", "peak memory", "", size),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """value: as it is in the job's summary.json; None where there is none. side: up or down, where the difference is sure."""
+
+    key: str
+    value: float | None
+    text: str
+    bounds: str = ""
+    against: str = ""
+    side: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A job's line. job: its number; view: what its drafter was shown, in parts."""
+
+    job: int
+    series: str
+    view: list[str]
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs whose figures may stand together. state: of the verdict, good, bad or open."""
+
+    name: str
+    title: str
+    verdict: str
+    state: str
+    problems: list[str]
+    columns: list[Column]
+    lines: list[Line]
+    note: str
+    charts: list[Chart]
+
+
+def groups(jobs: Sequence[Job], base: str | None = None) -> list[Group]:
+    """Lossy rules stand apart: their figures belong in no table with those of lossless ones. base: see `bases`."""
+    parts = {"lossless": [job for job in jobs if not job.lossy], "lossy": [job for job in jobs if job.lossy]}
+    titles = {"lossless": "Summary", "lossy": "Lossy rules: not the target's own output"}
+    return [group(name, titles[name], some, jobs, base) for name, some in parts.items() if some]
+
+
+def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base: str | None) -> Group:
+    against = bases(jobs, base)
+    columns = [column for column in COLUMNS if any(job.totals[column.key] is not None for job in jobs)]
+    lines = []
+    for job, other in against.items():
+        cells = [cell(job, other, column) for column in columns]
+        found: Mapping[str, int] = job.totals["verdicts"]
+        right = sum(found.get(kind, 0) for kind in FINE)
+        lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
+    heads = [Column("job", "job", "", plain), *columns, Column("verdict", "output", "", plain)]
+    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, said_of(against), charts(jobs))
+
+
+def cell(job: Job, base: Job | None, column: Column) -> Cell:
+    value = job.totals[column.key]
+    if value is None:
+        return Cell(column.key, None, "–")
+    if not column.compared:
+        return Cell(column.key, value, column.show(value))
+    found, other = figure(job, column.key), difference(job, base, column.key) if base else None
+    against = f"{signed(other.value)} {bounds(other, signed)}".strip() if other else ""
+    side = {1: "up", -1: "down"}.get(other.sure, "") if other else ""
+    return Cell(column.key, value, column.show(value), bounds(found, plain), against, side)
+
+
+def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"[{show(found.low)}, {show(found.high)}]"
+
+
+def view(job: Job) -> list[str]:
+    """`drops 90 %`, `keeps 102 of 1024`, the latter a mean over samples; nothing where no pruner chose."""
+    known = [(row["kept_tokens"], row["video_tokens"]) for row in job.done if row["kept_tokens"] is not None]
+    if not known:
+        return []
+    kept, total = (sum(column) / len(known) for column in zip(*known, strict=True))
+    return [job.drops, f"keeps {kept:.0f} of {total:.0f}"]
+
+
+def counted(verdicts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in verdicts.items())
+
+
+def judged(jobs: Sequence[Job]) -> tuple[str, str]:
+    """The verdict over all, and whether it is good, bad or open."""
+    found: dict[str, int] = {}
+    for job in jobs:
+        for kind, count in job.totals["verdicts"].items():
+            found[kind] = found.get(kind, 0) + count
+    total, text = sum(found.values()), counted(found)
+    if wrong := found.get("MISMATCH", 0):
+        return f"{wrong} of {total} answers are NOT the target's own ({text})", "bad"
+    if jobs[0].lossy:
+        return f"{total} answers by a lossy rule", "open"
+    if set(found) <= set(FINE):
+        return f"lossless: all {total} answers are the target's own ({text})", "good"
+    return f"{total} answers: {text}", "open"
+
+
+def problems(jobs: Sequence[Job]) -> list[str]:
+    """Mismatches, samples that failed, and those that are missing."""
+    lines = []
+    for job in jobs:
+        if job.summary.get("missing"):
+            lines.append(
+                f"{job.label}: incomplete, {job.summary['missing']} of {job.summary['samples']} samples are not done yet"
+            )
+        for row in job.rows:
+            wrong = row["reason"] if row["status"] != "ok" else row["verdict"] if "MISMATCH" in row["verdict"] else None
+            if wrong:
+                lines.append(f"{job.label}: {row['sample']}: {wrong}")
+    return lines
+
+
+def said_of(against: Mapping[Job, Job | None]) -> str:
+    """What the second numbers of the table are."""
+    others = {base for base in against.values() if base}
+    if not others:
+        return ""
+    series, labels = {base.series for base in others}, sorted(base.label for base in others)
+    what = labels[0] if len(labels) == 1 else f"{series.pop()} at the same ratio" if len(series) == 1 else "; ".join(labels)
+    return (
+        f"Below each figure its difference to {what}, paired by sample, with its 95 % interval; coloured where that has no 0."
+    )

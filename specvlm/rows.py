@@ -1,0 +1,226 @@
+"""The folder of a job over samples: written by one process or by several shards of it, read as one.
+
+    config.yaml     what was asked for
+    samples.jsonl   a line a sample, when it is done; of a shard samples.0-of-4.jsonl
+    steps.jsonl     a line a round, written before its sample's line; of a shard steps.0-of-4.jsonl
+    summary.json    the totals of all that is there, whole or not at all
+
+Files only grow. A process killed in the middle leaves half a line, or rounds of a sample that has no line: whoever goes on
+cuts them off. A sample tried again has two lines, of which the later counts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from specvlm.errors import UserError
+from specvlm.folder import write_text
+
+NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn")  # rows are the same whatever these are
+SAMPLES, STEPS = "samples", "steps"
+
+
+class CannotWrite(UserError):
+    """The disk is full, or gone: no sample's fault, and no use in going on."""
+
+
+class Taken(UserError):
+    """By another process, or by results that are not to be touched."""
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _cannot(folder, error) from error
+
+
+def _cannot(folder: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"cannot write into {folder}: {error.strerror or error}")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
+    found = [row for path in _files(folder, SAMPLES) for row in _lines(path)[0]]
+    return sorted({row["sample"]: row for row in found}.values(), key=lambda row: row["index"])
+
+
+def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rounds of each sample that is done, of all shards."""
+    found: dict[str, list[dict[str, Any]]] = {row["sample"]: [] for row in rows_of(folder) if row["status"] == "ok"}
+    for path in _files(folder, STEPS):
+        for line in _lines(path)[0]:
+            if line.get("sample") in found:
+                found[line["sample"]].append(line)
+    return found
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What the job was asked for. Raises UserError where there is no job."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} has no config.yaml: give the folder of a job")
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    return plain
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The totals, as last written; empty where there are none."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def is_job(folder: Path) -> bool:
+    """Has a job over samples written here?"""
+    return bool(_files(folder, SAMPLES))
+
+
+class Rows:
+    """One process's files in a job's folder, its own until they are closed. folder: None where nothing is written.
+
+    shard: (which, of how many). Raises Taken where another process writes them, where they hold rows and are not to be resumed,
+    or rows of another configuration; CannotWrite where nothing can be written.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
+        self.folder, self.done = folder, set[str]()
+        self._files: list[BinaryIO] = []
+        if folder is None:
+            return
+        try:
+            self._open(cfg, folder, shard)
+        except BlockingIOError:
+            self.close()
+            raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
+        except OSError as error:
+            self.close()
+            raise _cannot(folder, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_job(folder) and (folder / "steps.jsonl").exists():
+            raise Taken(f"{folder} holds a run without a data set: take another folder")
+        part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
+        samples, steps = folder / f"{SAMPLES}{part}.jsonl", folder / f"{STEPS}{part}.jsonl"
+        side_by_side = [] if shard is None else [folder / f"{SAMPLES}.{n}-of-{shard[1]}.jsonl" for n in range(shard[1])]
+        others = [path for path in _files(folder, SAMPLES) if path not in (samples, *side_by_side)]
+        self._files = [samples.open("ab", buffering=0), steps.open("ab")]
+        fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in others:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        old, end = _lines(samples)
+        count = len(old) + sum(len(_lines(path)[0]) for path in others)
+        if count and not cfg.resume:
+            raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
+        if there := rows_of(folder):
+            _compare(config_of(folder), plain(cfg), folder)
+        _cut(self._files[0], end)
+        status, end = {row["sample"]: row["status"] for row in old}, 0
+        for line, behind in _measured(steps):
+            end = behind if status.get(line.get("sample")) == "ok" else end
+        _cut(self._files[1], end)
+        self.done = {row["sample"] for row in there if row["status"] == "ok"}
+        if shard is None:
+            for path in folder.glob("*.part"):  # of a process that was killed
+                path.unlink()
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
+
+    def begin(self) -> None:
+        """Of the next sample."""
+        self._start = self._files[1].tell() if self._files else 0
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        if self.folder:
+            with writable(self.folder):
+                self._files[1].write(json.dumps(line).encode() + b"\n")
+
+    def end(self, row: Mapping[str, Any]) -> None:
+        """The sample is done; when this returns, a line says so, on the disk. One that failed has no rounds."""
+        if not self.folder:
+            return
+        samples, steps = self._files
+        with writable(self.folder):
+            if row["status"] != "ok":
+                _cut(steps, self._start)
+            steps.flush()
+            os.fsync(steps.fileno())
+            before, text = samples.tell(), memoryview(json.dumps(row).encode() + b"\n")
+            try:
+                while text:
+                    text = text[samples.write(text) :]
+                os.fsync(samples.fileno())
+            except OSError:
+                _cut(samples, before)
+                raise
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            with suppress(OSError):  # what a full disk did not take belongs to a sample that has no line
+                file.close()
+        self._files = []
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as it is written: without what does not matter to its rows."""
+    found: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in found.items() if key not in NO_MATTER}
+
+
+def _files(folder: Path, what: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
+
+
+def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Lines, and where each ends; a last one that is not whole is none. Raises UserError for one that is no JSON."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            end += len(text)
+            try:
+                line = json.loads(text) if text.endswith(b"\n") else None
+            except ValueError:
+                if file.read(1):
+                    raise UserError(f"{path}, line {number}: this is no JSON; move the file away to start over") from None
+                line = None
+            if line is not None:
+                yield line, end
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """All whole lines, and where the last of them ends."""
+    found = list(_measured(path))
+    return [line for line, _ in found], found[-1][1] if found else 0
+
+
+def _cut(file: BinaryIO, end: int) -> None:
+    file.flush()
+    os.ftruncate(file.fileno(), end)
+    file.seek(end)
+
+
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above: str = "") -> None:
+    """Raises UserError for the first key in which two configurations differ."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, now, name = old.get(key), new.get(key), f"{above}{key}"
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            _compare(before, now, folder, f"{name}.")
+        elif before != now and name not in NO_MATTER:
+            raise Taken(f"{folder} was made with {name}={before}, this is {name}={now}: take another folder")

@@ -1,0 +1,72 @@
+"""The table's figures are the JSON's, and what may not stand together does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from report_jobs import job, row, sweep
+
+pytest.importorskip("altair")
+
+from specvlm.report.reading import read_jobs
+from specvlm.report.table import groups
+
+
+def cells(line) -> dict:
+    return {cell.key: cell for cell in line.cells}
+
+
+def test_every_value_is_that_of_the_jobs_summary(tmp_path):
+    jobs = read_jobs([sweep(tmp_path)])
+    (only,) = groups(jobs)
+    assert len(only.lines) == 6
+    for line in only.lines:
+        summary, found = json.loads((jobs[line.job].folder / "summary.json").read_text()), cells(line)
+        for key in ("accepted_per_round", "speedup_decode", "speedup_end_to_end", "tokens_per_second", "peak_memory_bytes"):
+            assert found[key].value == pytest.approx(summary[key], rel=1e-12)
+        assert found["accepted_per_round"].text == f"{summary['accepted_per_round']:.2f}"
+        assert found["verdict"].text == "8 identical" and line.view[0] == jobs[line.job].drops
+    best, worst, base = (next(line for line in only.lines if line.series == s) for s in ("two_stage", "random", "uniform"))
+    assert [cells(line)["accepted_per_round"].side for line in (best, worst, base)] == ["up", "down", ""]
+    assert cells(best)["accepted_per_round"].against.startswith("+0.49 [+0.4") and not cells(base)["accepted_per_round"].against
+    assert "uniform at the same ratio" in only.note and only.state == "good"
+
+
+def test_lossy_rules_stand_apart(tmp_path):
+    job(tmp_path / "a", [row(0)])
+    job(tmp_path / "b", [row(0, verdict="lossy")], verifier__name="loose")
+    lossless, lossy = groups(read_jobs([tmp_path]))
+    assert [len(lossless.lines), len(lossy.lines)] == [1, 1] and "lossy" in lossy.verdict and lossy.state == "open"
+    drawn = json.dumps([chart.spec for chart in lossless.charts])
+    assert "greedy, drops 90 %" in drawn and "loose" not in drawn
+
+
+def test_a_mismatch_and_a_failure_are_named(tmp_path):
+    wrong = row(1, verdict="MISMATCH at token 7: the target prefers another token by 3")
+    gone = row(2) | {"status": "skipped", "reason": "clips/3.mp4: no such file", "verdict": None}
+    tie = row(3, verdict="numeric tie at token 4 (gap 0.001)")
+    (only,) = groups(read_jobs([job(tmp_path / "a", [row(0), wrong, gone, tie])]))
+    assert only.state == "bad" and only.verdict.startswith("1 of 3 answers are NOT the target's own")
+    assert [line.partition(": ")[2] for line in only.problems] == [
+        f"scene-0001: {wrong['verdict']}",
+        f"scene-0002: {gone['reason']}",
+    ]
+
+
+def test_what_no_job_has_is_no_column(tmp_path):
+    alone = dict.fromkeys(("baseline_decode_s", "baseline_end_to_end_s", "speedup_decode", "speedup_end_to_end"))
+    (only,) = groups(read_jobs([job(tmp_path / "a", [row(0, verdict="not checked") | alone])]))
+    assert "speedup_decode" not in cells(only.lines[0]) and only.state == "open"
+    assert {chart.name for chart in only.charts} == {"accepted", "pareto", "depth", "times"}
+
+
+def test_charts_carry_the_figures(tmp_path):
+    jobs = read_jobs([sweep(tmp_path)])
+    specs = {chart.name: chart.spec for chart in groups(jobs)[0].charts}
+    drawn = [value for values in specs["accepted"]["datasets"].values() for value in values]
+    assert {(value["job"], value["value"]) for value in drawn} == {(j.label, j.totals["accepted_per_round"]) for j in jobs}
+    parts = [value for values in specs["times"]["datasets"].values() for value in values if value["job"] == jobs[0].label]
+    assert {value["part"]: value["seconds"] for value in parts if "part" in value} == {
+        part.replace("_", " "): seconds for part, seconds in jobs[0].totals["times_s"].items() if part != "video"
+    }

@@ -1,0 +1,109 @@
+"""Sweeps for tests: short questions about few frames of the synthetic scenes, and a data set and strategies that go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from specvlm import plugins, registry
+from specvlm.__main__ import main
+from specvlm.data.clips import find_clip
+from specvlm.datasets.synthetic import clip
+from specvlm.plugins import Plugin
+from specvlm.rows import rows_of, steps_of
+from specvlm.strategy import Dataset, Pruner, Sample
+
+ASK = ["dataset=synthetic", "dataset.ask=question", "frames=4", "max_new_tokens=12"]
+TIMES = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end")
+
+
+@dataclass(frozen=True)
+class BrokenDataset(Dataset):
+    """A scene, a file cut short, one that is not there, and another scene."""
+
+    name = "broken"
+    folder: str = "videos"
+
+    def samples(self) -> Sequence[Sample]:
+        question, folder = "how many objects appear ?", Path(self.folder)
+        videos = (lambda: clip(0), folder / "cut.mp4", folder / "missing.mp4", lambda: clip(1))
+        return [Sample(f"s{number}", video, question) for number, video in enumerate(videos)]
+
+
+@dataclass(frozen=True)
+class RaisingPruner(Pruner):
+    """Fails on every video."""
+
+    name = "raising"
+
+    def select(self, ctx):
+        raise ZeroDivisionError("the pruner divides by zero")
+
+
+def install(monkeypatch) -> None:
+    """Both as a plugin."""
+    load = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda: [*load(), Plugin("specvlm-wrong", "1", (BrokenDataset, RaisingPruner))])
+    registry.collect.cache_clear()
+
+
+def uninstall() -> None:
+    registry.collect.cache_clear()
+    for group, name in (("dataset", "broken"), ("pruner", "raising")):
+        ConfigStore.instance().repo.get(group, {}).pop(f"{name}.yaml", None)
+
+
+def videos(folder: Path) -> Path:
+    folder.mkdir()
+    whole = find_clip("synthetic_1").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def untimed(value):
+    """Without what no two runs have in common."""
+    if isinstance(value, dict):
+        return {key: untimed(inner) for key, inner in value.items() if not key.endswith(TIMES)}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def jobs(folder: Path) -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.yaml"))}
+
+
+def table(folder: Path) -> dict[str, tuple]:
+    """Rows and rounds of every job of a sweep, without times."""
+    return {name: (untimed(rows_of(job)), untimed(steps_of(job))) for name, job in jobs(folder).items()}
+
+
+def start(words: Sequence[str]) -> int:
+    """The command in a process of its own, which has everything imported; its id."""
+    pid = os.fork()
+    if pid == 0:
+        nowhere = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        code = 99
+        try:
+            code = main(list(words))
+        finally:
+            os._exit(code)
+    return pid
+
+
+def end(pid: int, seconds: float | None = None) -> int:
+    """The exit code; SIGKILL after so many seconds, which gives -9."""
+    stop = time.monotonic() + (seconds or 600)
+    while time.monotonic() < stop:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

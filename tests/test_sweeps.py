@@ -1,0 +1,526 @@
+"""Jobs over samples and sweeps of them: what they write, how they go on, what stays whole when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sweeping import ASK, end, install, jobs, start, table, uninstall, untimed, videos
+
+from specvlm import answer, load, metrics, registry
+from specvlm.__main__ import main
+from specvlm.baselines import Baselines, inputs
+from specvlm.compose import compose
+from specvlm.compose import jobs as planned
+from specvlm.config import model_folder
+from specvlm.datasets.synthetic import SyntheticDataset
+from specvlm.held import HELD
+from specvlm.lossless import Comparison
+from specvlm.names import apart, folder_name
+from specvlm.places import places_of
+from specvlm.prepare import read, set_up
+from specvlm.rows import rows_of, steps_of, summary_of
+from specvlm.run import threads
+
+THREE = "pruner=two_stage,uniform,random"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """With what goes wrong, see sweeping.py."""
+    install(monkeypatch)
+    videos(Path("videos"))
+    yield
+    uninstall()
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Prompt lengths of the baselines that are decoded, warm-ups left out."""
+    calls, real = [], answer.decode_alone
+    monkeypatch.setattr(
+        "specvlm.job.decode_alone", lambda request, *rest: calls.append(len(request.prompt)) or real(request, *rest)
+    )
+    return calls
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Models that are loaded, family and name; none is held at first."""
+    HELD.clear()
+    calls = []
+
+    def loading(path, *rest, **named):
+        calls.append("/".join(path.parts[-2:]))
+        return load(path, *rest, **named)
+
+    monkeypatch.setattr("specvlm.held.load", loading)
+    return calls
+
+
+def sweep(*words: str, folder: str = "sweep") -> int:
+    return main(["-m", *ASK, *words, f"hydra.sweep.dir={folder}"])
+
+
+# What is written
+
+
+def test_a_job_writes_a_row_a_sample_and_its_rounds_and_totals(capsys):
+    assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
+    folder = Path("out")
+    rows, steps, totals = rows_of(folder), steps_of(folder), summary_of(folder)
+    assert [row["sample"] for row in rows] == [f"scene-{number:04d}" for number in range(3)]
+    for row in rows:
+        assert set(metrics.KEYS) - set(metrics.OF_JOB) < set(row)
+        assert (row["status"], row["verdict"], row["dataset"], row["split"]) == ("ok", "identical", "synthetic", "held_out")
+        rounds = steps[row["sample"]]
+        assert row["token_ids"] == [token for line in rounds for token in line["tokens"]] == row["baseline_token_ids"]
+        assert row["kept"] == rounds[1]["kept"] and len(row["kept"]) == row["kept_tokens"]
+        assert Path(f"out/baselines/{row['baseline']}.json").is_file()
+        assert row["question"] and row["answer"] and row["meta"]["objects"] >= 2 and row["order"] == 0
+    assert totals["status"] == "complete" and totals["verdicts"] == {"identical": 3} and totals["ok"] == 3
+    assert totals["accepted_per_round"] == pytest.approx(sum(row["accepted_per_round"] for row in rows) / 3)
+    assert totals["speedup_decode"] == pytest.approx(
+        sum(row["baseline_decode_s"] for row in rows) / sum(row["decode_s"] for row in rows)
+    )
+    shown = capsys.readouterr().out
+    assert "3/3 scene-0002" in shown and "3 identical" in shown
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "samples.jsonl",
+        "steps.jsonl",
+        "summary.json",
+        "baselines",
+    }
+
+
+def test_models_are_loaded_once_and_each_baseline_is_decoded_once(decodes, loads):
+    assert sweep(THREE, "dataset.scenes=2") == 0
+    assert loads == ["qwen2_5_vl/target", "qwen2_5_vl/plain"] and len(decodes) == 2
+    assert sweep("ratio=0.5", "seed=3", "dataset.scenes=2", "baselines=sweep/baselines", folder="other") == 0
+    assert len(decodes) == 2, "neither the ratio nor the seed is of any matter to a greedy baseline"
+    found = [*jobs(Path("sweep")).values(), *jobs(Path("other")).values()]
+    assert len(found) == 4 and len({str([row["baseline"] for row in rows_of(job)]) for job in found}) == 1
+
+
+def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
+    target = shutil.copytree(model_folder("embedded:qwen2_5_vl/target"), Path("target"))
+    first = [*ASK, "dataset.scenes=1", f"target.path={target}", "baselines=kept"]
+    changes = [["max_new_tokens=11"], ["dtype=bfloat16"], ["frames=6"], ["verifier=sampling", "verifier.temperature=0.7"],
+               ["verifier=sampling", "verifier.temperature=0.7", "seed=1"]]  # fmt: skip
+    for number, change in enumerate([[], *changes]):
+        assert main([*first, *change, f"hydra.run.dir={number}"]) == 0
+        assert len(decodes) == number + 1, change
+    assert main([*first, "hydra.run.dir=again"]) == 0 and len(decodes) == len(changes) + 1
+    weights = target / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1  # one bit of the last tensor
+    weights.write_bytes(content)
+    assert main([*first, "hydra.run.dir=changed"]) == 0 and len(decodes) == len(changes) + 2
+
+
+def test_the_order_of_the_methods_moves_on_with_every_turn():
+    assert sweep(THREE, "dataset.scenes=5", "turn=2", "baseline=false", "max_new_tokens=2") == 0
+    orders = {name.rpartition("=")[2]: [row["order"] for row in rows_of(job)] for name, job in jobs(Path("sweep")).items()}
+    assert orders == {"two_stage": [0, 0, 2, 2, 1], "uniform": [1, 1, 0, 0, 2], "random": [2, 2, 1, 1, 0]}
+
+
+def test_jobs_of_another_target_come_when_those_of_the_first_are_through(loads):
+    pairs = "pair=embedded_qwen2_5_vl,embedded_llava_onevision,embedded_qwen2_5_vl_aware"
+    assert sweep(pairs, "dataset.scenes=2", "baseline=false", "max_new_tokens=2") == 0
+    one, other = "qwen2_5_vl", "llava_onevision"
+    assert loads == [f"{one}/target", f"{one}/plain", f"{one}/aware", f"{other}/target", f"{other}/plain"]
+
+
+# Going on
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_and_resumed_has_the_rows_of_one_that_ran_through():
+    words, began = [*ASK, THREE, "dataset.scenes=4"], time.monotonic()
+    assert end(start(["-m", *words, "hydra.sweep.dir=whole"])) == 0
+    whole_s, clock = time.monotonic() - began, random.Random(7)
+    resumed = ["-m", *words, "hydra.sweep.dir=broken", "resume=true"]
+    for _ in range(5):
+        if end(start(resumed), clock.uniform(0.2, 0.9) * whole_s) != -9:
+            break
+    assert end(start(resumed)) == 0, Path("log.txt").read_text()
+    assert table(Path("broken")) == table(Path("whole"))
+    for job in jobs(Path("broken")).values():
+        names = [json.loads(line)["sample"] for line in (job / "samples.jsonl").read_text().splitlines()]
+        assert sorted(names) == sorted(set(names)), "none was done twice"
+
+
+def test_half_a_line_and_rounds_without_a_row_are_cut_off():
+    words = [*ASK, "dataset.scenes=3", "hydra.run.dir=out"]
+    assert main(words) == 0
+    folder, before = Path("out"), (untimed(rows_of(Path("out"))), untimed(steps_of(Path("out"))))
+    samples, steps = folder / "samples.jsonl", folder / "steps.jsonl"
+    lines = samples.read_bytes().splitlines(keepends=True)
+    for left in (lines[0] + lines[1] + lines[2][:-1], lines[0] + lines[1] + lines[2][:40], lines[0][:1], b""):
+        samples.write_bytes(left)
+        done = left.count(b"\n")
+        assert [row["index"] for row in rows_of(folder)] == list(range(done)) == [int(name[-1]) for name in steps_of(folder)]
+        steps.write_bytes(steps.read_bytes() + b'{"sample": "scene-0002", "rou')
+        assert main([*words, "resume=true"]) == 0
+        assert (untimed(rows_of(folder)), untimed(steps_of(folder))) == before
+        assert len(samples.read_text().splitlines()) == 3
+        assert len(steps.read_text().splitlines()) == sum(map(len, before[1].values()))
+
+
+def test_a_damaged_line_in_the_middle_is_named(capsys):
+    words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
+    assert main(words) == 0
+    lines = Path("out/samples.jsonl").read_text().splitlines(keepends=True)
+    Path("out/samples.jsonl").write_text(lines[0][:50] + "\n" + lines[1])
+    capsys.readouterr()
+    assert main([*words, "resume=true"]) == 2
+    assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten_nor_mixed(capsys):
+    words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
+    assert main(words) == 0
+    before = Path("out/samples.jsonl").read_bytes()
+    for more, why in (
+        ([], "holds 2 samples already: go on with resume=true"),
+        (["resume=true", "ratio=0.5"], "was made with ratio=0.9, this is ratio=0.5"),
+        (["resume=true", "dataset.first=3"], "was made with dataset.first=0, this is dataset.first=3"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert why in error and error.count("\n") == 1
+    assert main(["hydra.run.dir=out", "max_new_tokens=2"]) == 2, "a single run does not take a job's folder"
+    assert "holds the samples of a job" in capsys.readouterr().err
+    assert Path("out/samples.jsonl").read_bytes() == before
+    assert main(["hydra.run.dir=run", "max_new_tokens=2"]) == 0 and main([*words[:-1], "hydra.run.dir=run"]) == 2
+    assert main([*words, "resume=true", "fail_fast=true", "turn=4"]) == 0, "these change no row"
+
+
+def test_resume_wants_to_know_where(capsys):
+    for line in (["-m", *ASK, "resume=true"], [*ASK, "resume=true"]):
+        assert main(line) == 2
+        assert "give hydra." in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_sweep_that_grew_does_only_what_is_new(decodes):
+    few = ["dataset.scenes=2", "max_new_tokens=3"]
+    assert sweep("ratio=0.5,0.9", *few) == 0
+    times = {name: rows_of(job) for name, job in jobs(Path("sweep")).items()}
+    assert sweep("ratio=0.25,0.5,0.75,0.9", *few, "resume=true") == 0
+    found = {name: rows_of(job) for name, job in jobs(Path("sweep")).items()}
+    assert len(found) == 4 and found | times == found and len(decodes) == 2
+
+
+# Several processes
+
+
+def test_what_a_baseline_depends_on_is_in_its_key():
+    cfg = compose([*ASK, "dataset.scenes=1"])
+    setup = set_up(cfg, places_of(cfg))
+    request = HELD.plan(setup, read(setup, SyntheticDataset(1).samples()[0]))
+    graph = HELD.graph(request)
+    first = inputs(request, graph)
+    graph.target.repetition_penalty = 1.2
+    assert inputs(request, graph) != first
+    graph = HELD.graph(request)
+    with threads(torch.get_num_threads() + 1):
+        assert inputs(request, graph) != first
+    loose = replace(graph, verifier=registry.build("verifier", "loose"))
+    assert inputs(request, loose) != first and inputs(request, replace(graph, seed=5, ratio=0.1)) == first
+    request.prompt.videos[0]["pixels"][0, 0] += 1
+    assert inputs(request, graph) != first
+
+
+def test_a_second_process_is_refused_in_one_line(capsys):
+    few = ["dataset.scenes=1", "max_new_tokens=2", "baseline=false"]
+    assert sweep(THREE, *few) == 0
+    job = next(iter(jobs(Path("sweep")).values()))
+    with (job / "samples.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for more in ([], ["shard=0/2"]):
+            capsys.readouterr()
+            assert sweep(THREE, *few, "resume=true", *more) == 2
+            captured = capsys.readouterr()
+            assert "another process writes into" in captured.err and captured.err.count("\n") == 1
+            assert "kept" not in captured.out, "there is no table of what is another's"
+    assert sweep(THREE, *few, "resume=true") == 0
+
+
+def test_two_processes_at_once_leave_the_rows_of_one():
+    words = [*ASK, THREE, "dataset.scenes=2"]
+    assert main(["-m", *words, "hydra.sweep.dir=whole"]) == 0
+    both = [start(["-m", *words, "hydra.sweep.dir=sweep", "resume=true"]) for _ in range(2)]
+    codes = sorted(map(end, both))
+    assert codes in ([0, 2], [2, 2]) or codes == [0, 0]
+    if codes == [2, 2]:  # each had a folder first
+        assert sweep(THREE, "dataset.scenes=2", "resume=true") == 0
+    assert table(Path("sweep")) == table(Path("whole"))
+
+
+def test_shards_make_the_table_of_one_process(capsys):
+    words = [THREE, "dataset.scenes=5"]
+    assert sweep(*words, folder="whole") == 0
+    both = [start(["-m", *ASK, *words, "hydra.sweep.dir=shards", f"shard={number}/2"]) for number in (0, 1)]
+    assert [end(pid) for pid in both] == [0, 0], Path("log.txt").read_text()
+    assert table(Path("shards")) == table(Path("whole"))
+    assert sweep(*words, "shard=0/2,1/2", folder="swept") == 0 and table(Path("swept")) == table(Path("whole"))
+    for whole, parts in zip(jobs(Path("whole")).values(), jobs(Path("shards")).values(), strict=True):
+        assert len(list(parts.glob("samples.*-of-2.jsonl"))) == 2 and not (parts / "samples.jsonl").exists()
+        assert untimed(summary_of(parts)) == untimed(summary_of(whole)) and summary_of(parts)["status"] == "complete"
+    assert sweep(*words, "resume=true", folder="shards") == 0 and table(Path("shards")) == table(Path("whole"))
+
+
+def test_who_comes_while_a_baseline_is_decoded_waits_for_it(tmp_path, decodes):
+    words = [*ASK, "dataset.scenes=2", "baselines=kept"]
+    both = [start([*words, f"ratio={ratio}", f"hydra.run.dir={ratio}"]) for ratio in (0.5, 0.9)]
+    assert [end(pid) for pid in both] == [0, 0], Path("log.txt").read_text()
+    assert [path.suffix for path in Path("kept").iterdir()] == [".json"] * 2
+    one, two = (rows_of(Path(ratio)) for ratio in ("0.5", "0.9"))
+    assert [row["baseline_decode_s"] for row in one] == [row["baseline_decode_s"] for row in two]
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_launcher_make_the_table_of_one_process():
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    words = ["pruner=two_stage,uniform", "dataset.scenes=3"]
+    assert sweep(*words, folder="whole") == 0
+    assert sweep(*words, "hydra/launcher=workers", "shard=0/2,1/2", folder="workers") == 0
+
+    def unordered(folder):  # a worker has one job at a time
+        return {name: ([row | {"order": 0} for row in rows], steps) for name, (rows, steps) in table(Path(folder)).items()}
+
+    assert unordered("workers") == unordered("whole")
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_target_answer_a_data_set(tmp_path):
+    words = [*ASK, "dataset.scenes=2", "pair=embedded_llava_onevision"]
+    assert main([*words, "hydra.run.dir=one"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "specvlm"]
+    for more in ([], ["resume=true"]):
+        line = [*torchrun, *words, "target.parallel=tensor", "hydra.run.dir=two", *more]
+        environment = os.environ | {"PYTHONPATH": str(Path(metrics.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert [row["token_ids"] for row in rows_of(Path("two"))] == [row["token_ids"] for row in rows_of(Path("one"))]
+        assert {(row["verdict"], row["devices"]) for row in rows_of(Path("two"))} == {("identical", 2)}
+
+
+# What goes wrong
+
+
+def test_a_broken_video_and_a_plugin_that_raises_leave_the_rest_intact(wrong, capfd):
+    words = [
+        "-m",
+        "dataset=broken",
+        "pruner=uniform,raising,two_stage",
+        "frames=4",
+        "max_new_tokens=6",
+        "hydra.sweep.dir=sweep",
+    ]
+    assert main(words) == 5
+    good, bad = jobs(Path("sweep"))["dataset=broken,frames=4,max_new_tokens=6,pruner=two_stage"], None
+    for name, job in jobs(Path("sweep")).items():
+        rows = rows_of(job)
+        fails = name.endswith("raising")
+        assert [row["status"] for row in rows] == (
+            ["failed", "failed", "skipped", "failed"] if fails else ["ok", "failed", "skipped", "ok"]
+        )
+        assert "is truncated" in rows[1]["reason"] and "no such file" in rows[2]["reason"]
+        assert set(rows[0]) == set(rows[1]) and rows[1]["verdict"] is None
+        assert sorted(steps_of(job)) == ([] if fails else ["s0", "s3"])
+        bad = job if fails else bad
+    assert rows_of(bad)[0]["reason"] == "ZeroDivisionError: the pruner divides by zero"
+    assert (bad / "steps.jsonl").read_text() == "", "rounds of a sample that failed do not stay"
+    captured = capfd.readouterr()
+    assert captured.err.count("Traceback") == 1 and "s0 of pruner=raising fails" in captured.err
+    line = next(line for line in captured.out.splitlines() if line.startswith("pruner=raising") and "0/4" in line)
+    assert line.split()[-2:] == ["3", "1"]
+    assert "pruner=raising: s0: ZeroDivisionError: the pruner divides by zero" in captured.out
+    before = rows_of(good)
+    shutil.copy(Path("videos/cut.mp4"), "videos/missing.mp4")
+    assert main([*words, "resume=true"]) == 5
+    assert rows_of(good)[0] == before[0] and rows_of(good)[2]["status"] == "failed", "what was skipped is tried again"
+
+
+def test_a_job_that_cannot_begin_is_named_and_the_others_are_done(capfd):
+    few = ["dataset.scenes=1", "max_new_tokens=3", "draft.path=nowhere"]
+    assert sweep("drafter=tree,prompt_lookup", *few) == 2
+    captured = capfd.readouterr()
+    assert "nowhere: no such model folder" in captured.err and "drafter=tree: nowhere: no such model folder" in captured.out
+    states = {
+        name.rpartition("drafter=")[2].partition(",")[0]: summary_of(job)["status"] for name, job in jobs(Path("sweep")).items()
+    }
+    assert states == {"tree": "failed", "prompt_lookup": "complete"}
+    shutil.copytree(model_folder("embedded:qwen2_5_vl/plain"), "nowhere")
+    assert sweep("drafter=tree,prompt_lookup", *few, "resume=true") == 0
+
+
+def test_weights_that_cannot_be_loaded_fail_the_job_and_not_each_sample(capfd):
+    shutil.copytree(model_folder("embedded:qwen2_5_vl/plain"), "plain")
+    Path("plain/model.safetensors").unlink()
+    assert sweep("drafter=tree,prompt_lookup", "dataset.scenes=3", "max_new_tokens=3", "draft.path=plain") == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("no *.safetensors weights") == 1
+    found = [summary_of(job) for name, job in jobs(Path("sweep")).items()]
+    assert sorted(summary["status"] for summary in found) == ["complete", "failed"]
+    assert next(s for s in found if s["status"] == "failed")["missing"] == 3
+
+
+@pytest.mark.parametrize("words", [["dataset=broken", "frames=4"], ["dataset=synthetic", "pruner=raising,uniform", "frames=4"]])
+def test_fail_fast_ends_at_the_first_failure(wrong, words):
+    assert main(["-m", *words, "max_new_tokens=3", "fail_fast=true", "hydra.sweep.dir=sweep"]) == 5
+    rows = [row for job in jobs(Path("sweep")).values() for row in rows_of(job)]
+    assert [row["status"] for row in rows][-1] == "failed" and len(rows) <= 2
+
+
+def test_fail_fast_holds_for_single_runs_too():
+    assert main(["-m", "video=nowhere.mp4,synthetic_1", "max_new_tokens=2", "hydra.sweep.dir=a"]) == 2
+    assert len(list(Path("a").glob("*/summary.json"))) == 1
+    assert main(["-m", "video=nowhere.mp4,synthetic_1", "max_new_tokens=2", "hydra.sweep.dir=b", "fail_fast=true"]) == 2
+    assert not list(Path("b").glob("*/summary.json"))
+
+
+def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, capsys):
+    from specvlm.graph import Output
+
+    take = Output.take
+    monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
+    assert sweep(THREE, "dataset.scenes=2") == 1
+    assert "2 MISMATCH" in capsys.readouterr().out
+    (row, *_) = rows_of(next(iter(jobs(Path("sweep")).values())))
+    assert row["verdict"].startswith("MISMATCH at token") and row["difference"]["candidates"]
+
+
+def test_a_tie_has_its_control(monkeypatch):
+    monkeypatch.setattr("specvlm.answer.lossless.compare", lambda *_: Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01))
+    assert main([*ASK, "dataset.scenes=1", "hydra.run.dir=out"]) == 0
+    (row,) = rows_of(Path("out"))
+    assert row["verdict"] == "numeric tie at token 3 (gap 0.01)" and row["difference"]["control"] is True
+    assert len(row["difference"]["candidate_texts"]) == 2 and row["difference"]["gap_many_rows"] == -0.01
+    assert summary_of(Path("out"))["verdicts"] == {"numeric tie": 1}
+
+
+def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_are_loaded(monkeypatch, capfd):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    HELD.clear()
+    monkeypatch.setattr("specvlm.held.load", load)
+    Path("file").write_text("")
+    for words in (["hydra.sweep.dir=file/x"], ["baselines=file/x", "hydra.sweep.dir=sweep"]):
+        assert main(["-m", *ASK, "ratio=0.5,0.9", *words]) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and "Not a directory" in error
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("specvlm.job.shutil.disk_usage", lambda path: usage._replace(free=2**20))
+    assert sweep("ratio=0.5,0.9") == 2
+    error = capfd.readouterr().err
+    assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_one_line(capfd):
+    Path("mine").mkdir(mode=0o500)
+    assert sweep(THREE, folder="mine") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(monkeypatch, capfd):
+    words = [THREE, "dataset.scenes=2"]
+    assert sweep(*words, folder="whole") == 0
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(1)
+        if len(calls) == 6:  # of the third row
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert sweep(*words) == 2
+    error = capfd.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert sum(len(rows_of(job)) for job in jobs(Path("sweep")).values()) == 2
+    assert sweep(*words, "resume=true") == 0 and table(Path("sweep")) == table(Path("whole"))
+
+
+def test_out_of_memory_of_a_sample_fails_it_alone(monkeypatch):
+    real, seen = answer.decode_alone, []
+
+    def full(*args):
+        seen.append(1)
+        return real(*args[:3], nothing_left if len(seen) == 2 else args[3])
+
+    def nothing_left():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("specvlm.job.decode_alone", full)
+    assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 5
+    rows = rows_of(Path("out"))
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1]["out_of_memory"] == "decoding without a drafter" and "ran out of memory while" in rows[1]["reason"]
+
+
+def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
+    real = Baselines.get
+    calls = []
+
+    def get(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Baselines, "get", get)
+    assert sweep(THREE, "dataset.scenes=2") == 130
+    assert "1/2" in capsys.readouterr().out
+    assert {summary_of(job)["status"] for job in jobs(Path("sweep")).values()} == {"incomplete"}
+
+
+# Names and presets
+
+
+def test_folders_are_called_after_what_makes_a_job_what_it_is():
+    same = {
+        folder_name(words) for words in (["ratio=0.5", "pruner=none"], ["pruner=none", "resume=true", "ratio=0.5", "shard=1/2"])
+    }
+    assert same == {"pruner=none,ratio=0.5"}
+    names = {folder_name([f"target.path={path}"]) for path in ("/a/b", "/a-b", "../a/b", "x" * 400, "x" * 401)}
+    assert len(names) == 5 and all("/" not in name and len(name) < 200 for name in names)
+    assert folder_name([]) == "job"
+    assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
+
+
+def test_shapes_of_trees_have_folders_of_their_own():
+    shapes = ["-m", "drafter=tree", "drafter.shape=paper,chain:5,'[[0],[1]]'", *ASK]
+    folders = {job.folder for job in planned(shapes[1:], sweep=True)}
+    assert len(folders) == 3
+
+
+@pytest.mark.parametrize("word", ["shard=4/4", "shard=1", "shard=a/b", "turn=0", "resume=maybe"])
+def test_bad_words_are_one_line(word, capsys):
+    assert main([*ASK, word]) == 2
+    assert word.partition("=")[0] in capsys.readouterr().err and list(Path().iterdir()) == []
