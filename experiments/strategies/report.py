@@ -114,11 +114,17 @@ def order(results: dict[str, Results]) -> list[str]:
 
 
 def tallies(results: dict[str, Results]) -> Iterator[str]:
+    """How many pruners have which verdict, at every ratio."""
+    words = ("better", "no different", "worse")
+    yield f"| {' | '.join(['', *(f'{ratio:g}' for ratio in RATIOS)])} |"
+    yield "|" + "---|" * (len(RATIOS) + 1)
     for family, found in results.items():
-        gaps = {name: found.against_uniform(name) for name in found.pruners() if name != UNIFORM}
-        words = [verdict(*gap[1:]) for gap in gaps.values() if gap]
-        counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "no different", "worse"))
-        yield f"- {TITLES[family]}: of {len(words)} pruners and variants {counts}."
+        cells = []
+        for ratio in RATIOS:
+            gaps = [found.against_uniform(name, ratio) for name in found.pruners() if name != UNIFORM]
+            said = [verdict(*gap[1:]) for gap in gaps if gap]
+            cells.append(", ".join(f"{said.count(word)} {word}" for word in words))
+        yield f"| {TITLES[family]} | {' | '.join(cells)} |"
 
 
 def details(family: str, found: Results) -> Iterator[str]:
