@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from specvlm.cache import KVCache
 from specvlm.config import model_folder
 from specvlm.data import synthetic
 from specvlm.data.video import Clip
@@ -72,8 +74,12 @@ def settings() -> Iterator[tuple[str, Pruner, float, str]]:
     yield "two_stage positions=reindexed", TwoStagePruner(), 0.9, "reindexed"
 
 
-def scene_request(lm: VideoLM, family: str, kind: str, number: int) -> tuple[VideoPrompt, str]:
-    """A held-out scene as a prompt, and its gold answer. Captions: at least two objects, as in the prototype's figures."""
+def scene_request(lm: VideoLM, family: str, kind: str, number: int, file: Path | None = None) -> tuple[VideoPrompt, str]:
+    """A held-out scene as a prompt, and its gold answer. Captions: at least two objects, as in the prototype's figures.
+
+    file: a video file of the scene, which the prompt then names as its origin, for signals of the stream; the frames are
+    those of the scene itself.
+    """
     seed = FIRST_SCENE + number
     scene = synthetic.sample_scene(seed, min_objects=2)
     if kind == "caption":
@@ -82,14 +88,42 @@ def scene_request(lm: VideoLM, family: str, kind: str, number: int) -> tuple[Vid
         question, gold = random.Random(seed).choice(synthetic.questions(scene, seed))
     frames = torch.from_numpy(synthetic.render(scene, seed)).permute(0, 3, 1, 2)
     step = 1 if family == "qwen2_5_vl" else 2  # LLaVA-OneVision takes one frame a second
-    clip = Clip(frames[::step].contiguous(), (), synthetic.FPS / step, f"scene {seed}", len(frames), synthetic.FPS)
+    index = tuple(range(0, len(frames), step)) if file else ()
+    source = str(file or f"scene {seed}")
+    clip = Clip(frames[::step].contiguous(), (), synthetic.FPS / step, source, len(frames), synthetic.FPS, index)
     return lm.prompt(question, [clip]), gold
 
 
-def replay(session: DraftSession, answer: list[int]) -> list[tuple[int, bool]]:
-    """Rounds of a drafter against a known greedy answer (its first token came from the prefill): (accepted, full)."""
+def answered(
+    target: VideoLM, prompt: VideoPrompt, features_ND: Tensor, guidance: Guidance | None, limit: int
+) -> tuple[list[int], KVCache]:
+    """The target's own greedy answer, stop id included, and its cache with all of that but the last token."""
+    cache, embeds_SD = target.new_cache(len(prompt) + limit), target.embed(prompt, features_ND)
+    if guidance is not None:
+        guidance.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
+    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
+    answer = [int(target.head(hidden_D).argmax())]
+    while answer[-1] not in target.stop_ids and len(answer) < limit:
+        answer.append(int(target.append(torch.tensor(answer[-1:]), [0], None, cache)[0].argmax()))
+    return answer, cache
+
+
+def exactly(target: VideoLM, answer: list[int], gold: str) -> bool:
+    """Is it the gold answer, word by word?"""
+    text = target.tokenizer.decode(answer, skip_special_tokens=True)
+    return text.split() == target.tokenizer.decode(target.tokenizer(gold)["input_ids"], skip_special_tokens=True).split()
+
+
+def replay(session: DraftSession, answer: list[int], cache: KVCache | None = None, start: int = 0) -> list[tuple[int, bool]]:
+    """Rounds of a drafter against a known greedy answer (its first token came from the prefill): (accepted, full).
+
+    cache, start: the target's, with the prompt's `start` slots and the answer, of which each round sees what it had then; for
+    a session that reads it.
+    """
     at, verdict, rounds = 0, None, []
     while at + 1 < len(answer):
+        if cache is not None:
+            cache.length = start + at
         tree = session.propose(verdict)
         path = longest_match(tree, answer[at + 1 :])
         end = at + len(path)  # the bonus token's place
@@ -127,14 +161,8 @@ class Family:
         prompt, gold = scene_request(target, self.family, kind, number)
         guidance = Guidance(prompt.video_index, rows=True, last_row=True)
         features = target.features(prompt)
-        cache = target.new_cache(len(prompt) + limit)
-        hidden = target.prefill(target.embed(prompt, features), target.positions(prompt), cache, prompt.cut, guidance)
-        answer = [int(target.head(hidden).argmax())]
-        while answer[-1] not in target.stop_ids and len(answer) < limit:
-            answer.append(int(target.append(torch.tensor(answer[-1:]), [0], None, cache)[0].argmax()))
-        text = target.tokenizer.decode(answer, skip_special_tokens=True)
-        exact = text.split() == target.tokenizer.decode(target.tokenizer(gold)["input_ids"], skip_special_tokens=True).split()
-        rows = [{"scene": number, "exact": exact, "tokens": len(answer)}]
+        answer, _ = answered(target, prompt, features, guidance, limit)
+        rows = [{"scene": number, "exact": exactly(target, answer, gold), "tokens": len(answer)}]
         for draft_name, draft in self.drafts.items():
             if draft_name == "aware" and number >= AWARE_SCENES:
                 continue

@@ -34,8 +34,9 @@ class FastVidPruner(Pruner):
     The frame vector is the mean of a frame's tokens (the paper's fallback for its pooling head). The deduplication above 0.95
     that the code has for Qwen is left out.
 
-    saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is
-    the stand-in. Signals: features and that one. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
+    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
+    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    Signals: features and that one. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
     over segments. Limits: with fewer than one token a frame only saliency counts.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """

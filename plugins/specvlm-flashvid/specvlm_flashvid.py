@@ -35,8 +35,9 @@ class FlashVidPruner(Pruner):
     model pays back, is 1; its relevance to the events of a segment is left out. Two faults of the published code are
     avoided: the mean of a chain weighs every token alike, and no token is picked twice.
 
-    saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is
-    the stand-in. Signals: features and that one. Cost: three products of N P D, and a loop of p short steps.
+    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
+    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    Signals: features and that one. Cost: three products of N P D, and a loop of p short steps.
     Limits: a frame whose share of the last budget is nothing loses its unpicked trees.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """

@@ -11,12 +11,11 @@ from torch.nn.functional import normalize
 
 from specvlm.errors import UserError
 from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine
+from specvlm.segments import adjacent_cosine, at_once
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
 ROUNDING = 1e-6  # of a cosine in float32
-ELEMENTS = 1 << 20  # of a product of features held at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class HippoPruner(Pruner):
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
         (x_FPD,), (attention_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.verifier_attention.float())
-        x_FHWD, some = x_FPD.unflatten(1, (ctx.grid.height, ctx.grid.width)), max(1, ELEMENTS // x_FPD[0].numel())
+        x_FHWD = x_FPD.unflatten(1, (ctx.grid.height, ctx.grid.width))
+        some = max(1, at_once(ctx.device) // x_FPD[0].numel())
         variety_FP = torch.cat([varieties(part, self.crop) for part in x_FHWD.split(some)]).flatten(1)
         score_FP = self.attention * scaled(attention_FP)
         score_FP = score_FP + self.novelty * scaled(novelties(x_FPD), least=ROUNDING)

@@ -29,8 +29,9 @@ class HoliTomPruner(Pruner):
     the same share of its tokens, B / (N - removed): moving ones by saliency, still ones as centres of DPC-kNN (k = 7),
     centre := own centre + (1 - own) mean of its cluster. tau is 0.8 in the paper (0.65 where it keeps 10 %), own 0.6.
 
-    saliency: a signal of one number a token; the paper takes the vision encoder's attention, of which the target's is the
-    stand-in. Signals: features and that one. Cost: N D, F N for the partition, and W P^2 D. Limits: shares are rounded by
+    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
+    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    Signals: features and that one. Cost: N D, F^2 for the partition, and W P^2 D. Limits: shares are rounded by
     largest remainders, so sets of a token or two may go; where most of the video stands still, moving tokens and still
     means together may be fewer than B. Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
@@ -82,11 +83,15 @@ class HoliTomPruner(Pruner):
 
 def partition(still_EP: Tensor) -> list[tuple[int, int]]:
     """The best windows, each as (first frame, one past its last)."""
-    frames = len(still_EP) + 1
-    gain_FF = torch.zeros(frames, frames, dtype=torch.int64, device=still_EP.device)  # of a window, by first and last frame
-    for start in range(frames - 1):
-        lasting_E = still_EP[start:].cummin(0).values.sum(1)
-        gain_FF[start, start + 1 :] = lasting_E * torch.arange(1, frames - start, device=still_EP.device)
+    frames, device = len(still_EP) + 1, still_EP.device
+    pair_E1 = torch.arange(frames - 1, device=device)[:, None]
+    # The last pair up to here in which a cell moves; it stands still in all windows that begin behind that.
+    moved_EP = pair_E1.where(~still_EP, -1).cummax(0).values
+    first_EF = torch.zeros(frames - 1, frames, dtype=torch.int64, device=device)
+    first_EF.scatter_add_(1, moved_EP + 1, torch.ones_like(moved_EP))
+    frame_F = torch.arange(frames, device=device)
+    gain_FF = torch.zeros(frames, frames, dtype=torch.int64, device=device)  # of a window, by first and last frame
+    gain_FF[:, 1:] = (first_EF.cumsum(1) * (pair_E1 + 1 - frame_F).clamp(min=0)).T
     gain_FF = gain_FF.cpu()
     best, begin = torch.zeros(frames + 1, dtype=torch.int64), []
     for stop in range(1, frames + 1):

@@ -49,7 +49,7 @@ class StreamingPruner(Pruner):
             size = len(memory_K)
             memory_K = torch.cat([memory_K, new])
             similar_K = torch.cat([similar_K, similar_K.new_empty(len(new))])
-            renew(similar_K, memory_K, x_ND, torch.arange(max(size - 1, 0), len(memory_K), device=ctx.device))
+            renew(similar_K, memory_K, x_ND, torch.arange(max(size - 1, 0), len(memory_K) - 1, device=ctx.device))
             over = len(memory_K) - ctx.budget
             if over > 0:
                 keep_K = similar_K.sort(stable=True).indices[: ctx.budget].sort().values
@@ -60,8 +60,9 @@ class StreamingPruner(Pruner):
 
 
 def renew(similar_K: Tensor, memory_K: Tensor, x_ND: Tensor, at_J: Tensor) -> None:
-    """Compare the tokens at places `at_J` of the memory to their next anew, in place; the last has none: -inf."""
-    at_J = at_J[at_J < len(memory_K) - 1]
+    """Compare the tokens at places `at_J` of the memory, the last not among them, to their next anew, in place; that has none:
+    -inf.
+    """
     similar_K[at_J] = cosine(x_ND[memory_K[at_J]], x_ND[memory_K[at_J + 1]])
     similar_K[-1] = float("-inf")
 
