@@ -6,7 +6,7 @@ autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthe
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
 Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are. Rows come as
-they are ready; scenes that are in the file already are not decoded again. Exit code 1 where a float32 decode differs, or a
+they are ready; what is in the file already is not decoded again. Exit code 1 where a float32 decode differs, or a
 bfloat16 one by more than a tie.
 """
 
@@ -65,6 +65,7 @@ PAIRS = [
     if drafter[0] != "sparse" or pruner[0] == "none"
 ]
 BF16 = ("none", "uniform", "two_stage")  # pruners compared in bfloat16
+KEYS = {"captured": "decodes", "eager": "eager_decodes"}  # of a row: how many decodes, by engine
 LIMIT = 96
 
 
@@ -82,36 +83,35 @@ def loaded(family: str, dtype: str, device: str) -> tuple[VideoLM, VideoLM, Cach
     return target, draft, CachePool(), engine_for("auto", device)
 
 
-def scene(family: str, dtype: str, number: int, eager: bool, share: int, device: str) -> dict[str, Any]:
-    """A scene's row, with what differed in full. eager: also by the eager engine; share: of the pairs of a pruner and a
+def scene(family: str, dtype: str, number: int, by: tuple[str, ...], share: int, device: str) -> dict[str, Any]:
+    """A scene's row, with what differed in full. by: "captured", "eager" or both; share: of the pairs of a pruner and a
     drafter, one in so many a scene, each in its turn.
     """
     target, draft, caches, engine = loaded(family, dtype, device)
     request, _ = scene_request(target, family, "caption", number)
 
-    def decoded(pruner: Pruner, drafter: Drafter, by: Engine) -> list[int]:
-        graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=by)
+    def decoded(pruner: Pruner, drafter: Drafter, engine: Engine) -> list[int]:
+        graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=engine)
         return tokens_of(list(graph.decode(request, LIMIT)))
 
     alone = tokens_of(list(autoregressive(target, request, LIMIT, GreedyVerifier(), caches=caches, engine=engine)))
     row: dict[str, Any] = {"family": family, "dtype": dtype, "scene": number, "tokens": len(alone)}
-    row |= {"engine": engine.runs(target), "decodes": 0, "different": []}
+    row |= {"engine": engine.runs(target), "different": []}
     pairs = [pair for turn, pair in enumerate(PAIRS) if turn % share == number % share]
     right = alone
     if dtype == "float32":
         right = generated(target, request)
-        row |= {"autoregressive_same": alone == right, "eager_decodes": 0}
+        row |= {"autoregressive_same": alone == right} if "captured" in by else {}
     else:
         pairs = [pair for pair in pairs if pair[0][0] in BF16]
     for (pruner_name, pruner), (drafter_name, drafter) in pairs:
-        outs = {"": decoded(pruner, drafter, engine)}
-        if dtype == "float32" and eager:
-            outs["eager_"] = decoded(pruner, drafter, Engine())
-        for by, tokens in outs.items():
-            row[f"{by}decodes"] += 1
+        for name in by:
+            one = Engine() if name == "eager" else engine
+            row[KEYS[name]] = row.get(KEYS[name], 0) + 1
+            tokens = decoded(pruner, drafter, one)
             if tokens != right:
-                said = lossless.compare(target, request, right, tokens, caches, Engine() if by else engine)
-                which = {"engine": by.strip("_") or engine.name, "pruner": pruner_name, "drafter": drafter_name}
+                said = lossless.compare(target, request, right, tokens, caches, one)
+                which = {"engine": one.name, "pruner": pruner_name, "drafter": drafter_name}
                 row["different"].append(which | asdict(said))
     return row
 
@@ -122,11 +122,17 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
     return out[0, len(request) :].tolist()
 
 
-def jobs(count: int, eager: int, share: int, done: set[tuple[Any, ...]]) -> Iterator[tuple[str, str, int, bool, int]]:
-    """Scene by scene, families and dtypes in turn, so that a run cut short has seen something of all."""
+def jobs(
+    count: int, eager: int, share: int, rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, str, int, tuple[str, ...], int]]:
+    """What these rows do not have yet, scene by scene, families and dtypes in turn, so that a run cut short has seen something
+    of all.
+    """
+    done = {(row["family"], row["dtype"], row["scene"], name) for row in rows for name, key in KEYS.items() if row.get(key)}
     for number, dtype, family in product(range(count), ("float32", "bfloat16"), FAMILIES):
-        if (family, dtype, number) not in done:
-            yield family, dtype, number, number < eager, share
+        wanted = ("captured", "eager") if dtype == "float32" and number < eager else ("captured",)
+        if missing := tuple(name for name in wanted if (family, dtype, number, name) not in done):
+            yield family, dtype, number, missing, share
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -139,7 +145,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         count = {key: sum(row.get(key, 0) for row in members) for key in ("decodes", "eager_decodes", "autoregressive_same")}
         line = f"{dtype} {family}: {count['decodes'] - sum(not eager for eager, _ in found)} of {count['decodes']} outputs are "
         if dtype == "float32":
-            line += f"generate's (autoregressive: {count['autoregressive_same']} of {len(members)}; eager engine: "
+            scenes = sum("autoregressive_same" in row for row in members)
+            line += f"generate's (autoregressive: {count['autoregressive_same']} of {scenes}; eager engine: "
             line += f"{count['eager_decodes'] - sum(eager for eager, _ in found)} of {count['eager_decodes']})"
         else:
             line += "our autoregressive one's"
@@ -154,7 +161,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def agreed(rows: list[dict[str, Any]]) -> bool:
     """float32 is `generate`'s own in every decode, and bfloat16 differs by ties alone."""
     exact = [row for row in rows if row["dtype"] == "float32"]
-    if any(row["different"] or not row["autoregressive_same"] for row in exact):
+    if any(row["different"] or not row.get("autoregressive_same", True) for row in exact):
         return False
     return not any(one["verdict"] == "mismatch" for row in rows for one in row["different"])
 
@@ -171,18 +178,17 @@ def main() -> int:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {(row["family"], row["dtype"], row["scene"]) for row in rows}
-    todo = list(jobs(options.scenes, options.eager, options.share, done))
+    todo = list(jobs(options.scenes, options.eager, options.share, rows))
     turns, begun = get_context("spawn").Queue(), perf_counter()
     for number in range(options.workers):
         turns.put(number)
     workers = ProcessPoolExecutor(options.workers, get_context("spawn"), settle, (turns,))
     with workers as pool, options.out.open("a") as file:
-        for ready in as_completed([pool.submit(scene, *job, options.device) for job in todo]):
+        for count, ready in enumerate(as_completed([pool.submit(scene, *job, options.device) for job in todo]), start=1):
             rows.append(ready.result())
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-            print(f"{perf_counter() - begun:5.0f} s  {len(rows)} of {len(done) + len(todo)}", flush=True)
+            print(f"{perf_counter() - begun:5.0f} s  {count} of {len(todo)}", flush=True)
     print(report(rows))
     return 0 if agreed(rows) else 1
 
