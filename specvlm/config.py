@@ -117,6 +117,8 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "turn", cfg.turn >= 1, "at least 1")
     shard = re.fullmatch(r"(\d+)/(\d+)", "0/1" if cfg.shard is None else cfg.shard)
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
+    if cfg.shard is not None and cfg.dataset is None:
+        raise UserError("shard shares out the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     if cfg.tracker is not None:

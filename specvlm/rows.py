@@ -6,7 +6,7 @@
     summary.json    the totals of all that is there, whole or not at all
 
 Files only grow. A process killed in the middle leaves half a line, or rounds of a sample that has no line: whoever goes on
-cuts them off. A sample tried again has two lines, of which the later counts.
+cuts them off. A sample tried again has two lines, of which the one that is ok counts.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
-    found = [row for path in _files(folder, SAMPLES) for row in _lines(path)[0]]
-    return sorted({row["sample"]: row for row in found}.values(), key=lambda row: row["index"])
+    found: dict[str, dict[str, Any]] = {}
+    for row in (row for path in _files(folder, SAMPLES) for row in _lines(path)[0]):
+        if row["sample"] not in found or found[row["sample"]]["status"] != "ok":
+            found[row["sample"]] = row
+    return sorted(found.values(), key=lambda row: row["index"])
 
 
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -113,6 +116,10 @@ class Rows:
 
     def _open(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
+            self._begin(cfg, folder, shard)
+
+    def _begin(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         if not is_job(folder) and (folder / "steps.jsonl").exists():
             raise Taken(f"{folder} holds a run without a data set: take another folder")
         part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
@@ -129,7 +136,8 @@ class Rows:
         count = len(old) + sum(len(_lines(path)[0]) for path in others)
         if count and not cfg.resume:
             raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
-        if there := rows_of(folder):
+        there = rows_of(folder)
+        if there or any(path.exists() and _held(path) for path in side_by_side if path != samples):
             _compare(config_of(folder), plain(cfg), folder)
         _cut(self._files[0], end)
         status, end = {row["sample"]: row["status"] for row in old}, 0
@@ -189,6 +197,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def _lock_of(samples: Path) -> BaseFileLock:
     """Who holds it is the only one to write. Raises Timeout, at once, where another process does."""
     return FileLock(samples.with_name(f".{samples.name}.lock"), timeout=0)
+
+
+def _held(samples: Path) -> bool:
+    try:
+        with _lock_of(samples):
+            return False
+    except Timeout:
+        return True
 
 
 def _files(folder: Path, what: str) -> list[Path]:

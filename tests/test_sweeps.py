@@ -26,12 +26,13 @@ from specvlm.compose import compose
 from specvlm.compose import jobs as planned
 from specvlm.config import model_folder
 from specvlm.datasets.synthetic import SyntheticDataset
+from specvlm.errors import UserError
 from specvlm.held import HELD
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
-from specvlm.rows import rows_of, steps_of, summary_of
+from specvlm.rows import Rows, rows_of, steps_of, summary_of
 
 THREE = "pruner=two_stage,uniform,random"
 
@@ -263,6 +264,30 @@ def test_a_second_process_is_refused_in_one_line(capsys):
             assert "another process writes into" in captured.err and captured.err.count("\n") == 1
             assert "kept" not in captured.out, "there is no table of what is another's"
     assert sweep(THREE, *few, "resume=true") == 0
+
+
+def test_a_sample_that_is_answered_counts_wherever_it_failed_before():
+    few = ["dataset.scenes=2", "max_new_tokens=2", "baseline=false"]
+    assert sweep("pruner=uniform,random", *few) == 0
+    job = next(iter(jobs(Path("sweep")).values()))
+    lines = (job / "samples.jsonl").read_text().splitlines()
+    failed = json.loads(lines[0]) | {"status": "failed", "reason": "a broken video"}
+    (job / "samples.jsonl").write_text("\n".join([json.dumps(failed), lines[1]]) + "\n")
+    (job / "steps.jsonl").write_text("")
+    assert sweep("pruner=uniform,random", *few, "resume=true", "shard=0/2") == 0
+    assert [row["status"] for row in rows_of(job)] == ["ok", "ok"] and rows_of(job)[0]["sample"] in steps_of(job)
+
+
+def test_shards_of_two_configurations_are_not_mixed_before_there_are_rows(capsys):
+    def cfg(ratio: float, shard: str):
+        return compose([*ASK, f"ratio={ratio}", f"shard={shard}"])
+
+    first = Rows(cfg(0.9, "0/2"), Path("job"), (0, 2))
+    with pytest.raises(UserError, match="made with ratio=0.9"):
+        Rows(cfg(0.5, "1/2"), Path("job"), (1, 2))
+    Rows(cfg(0.9, "1/2"), Path("job"), (1, 2)).close()
+    first.close()
+    Rows(cfg(0.5, "1/2"), Path("job"), (1, 2)).close()  # nothing was done, and nobody is at it
 
 
 def test_two_processes_at_once_leave_the_rows_of_one():
