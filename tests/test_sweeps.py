@@ -235,6 +235,34 @@ def test_a_sweep_that_grew_does_only_what_is_new(decodes):
 # Several processes
 
 
+def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(monkeypatch, loads):
+    def prepared(*words):
+        cfg = compose([*ASK, "dataset.scenes=1", *words])
+        setup = set_up(cfg, places_of(cfg))
+        return setup, read(setup, SyntheticDataset(1).samples()[0])
+
+    plain, aware = prepared(), prepared("pair=embedded_qwen2_5_vl_aware")
+    request = HELD.plan(*plain)
+    list(HELD.graph(request).decode(request.prompt, 4))
+    (device,) = request.plans
+    parts = request.plans[device].parts
+    held = HELD.caches.bytes_on(device) + sum(model.bytes_on(device) for model in HELD.models.values())
+    assert parts["target weights"] + parts["draft weights"] <= held < request.planned
+    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned - held)
+    assert HELD.plan(*plain).planned == request.planned and len(HELD.models) == 2
+    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned - held - 1)
+    with pytest.raises(UserError, match="the run needs about"):
+        HELD.plan(*plain)
+    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned)
+    HELD.graph(HELD.plan(*aware))
+    assert len(HELD.models) == 3, "there is room for two drafts"
+    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: 0)
+    with pytest.raises(UserError, match="the run needs about"):
+        HELD.plan(*aware)
+    assert len(HELD.models) == 2, "the other draft made room"
+    assert loads == ["qwen2_5_vl/target", "qwen2_5_vl/plain", "qwen2_5_vl/aware"]
+
+
 def test_what_a_baseline_depends_on_is_in_its_key():
     cfg = compose([*ASK, "dataset.scenes=1"])
     setup = set_up(cfg, places_of(cfg))
