@@ -103,7 +103,7 @@ def test_a_job_writes_a_row_a_sample_and_its_rounds_and_totals(capsys):
     )
     shown = capsys.readouterr().out
     assert "3/3 scene-0002" in shown and "3 identical" in shown
-    assert {path.name for path in folder.iterdir() if path.suffix != ".lock"} == {
+    assert {path.name for path in folder.iterdir() if not path.name.endswith(".lock")} == {
         "config.yaml",
         "samples.jsonl",
         "steps.jsonl",
