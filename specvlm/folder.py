@@ -48,7 +48,7 @@ def files_of(folder: Path | None) -> Iterator[None]:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
-def steps_of(folder: Path | None) -> TextIO:
+def steps_file(folder: Path | None) -> TextIO:
     return Path(folder / "steps.jsonl" if folder else os.devnull).open("w")
 
 

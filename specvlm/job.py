@@ -174,6 +174,8 @@ class Job:
         if self.folder and self.todo:
             part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
             self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
+            if self.tracker.run is None:
+                return
             rounds, mine = steps_of(self.folder), {self.samples[index].id for index in self.mine}
             for found in rows_of(self.folder):
                 if found["sample"] in mine and found["status"] == "ok":

@@ -52,7 +52,7 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
     found: dict[str, dict[str, Any]] = {}
-    for row in (row for path in _files(folder, SAMPLES) for row in _lines(path)[0]):
+    for row in (row for path in _files(folder, SAMPLES) for row in lines_of(path)):
         if row["sample"] not in found or found[row["sample"]]["status"] != "ok":
             found[row["sample"]] = row
     return sorted(found.values(), key=lambda row: row["index"])
@@ -62,7 +62,7 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rounds of each sample that is done, of all shards."""
     found: dict[str, list[dict[str, Any]]] = {row["sample"]: [] for row in rows_of(folder) if row["status"] == "ok"}
     for path in _files(folder, STEPS):
-        for line in _lines(path)[0]:
+        for line in lines_of(path):
             if line.get("sample") in found:
                 found[line["sample"]].append(line)
     return found
@@ -77,11 +77,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """The totals, as last written; empty where there are none."""
+    """The totals, as last written; empty where there are none. Raises UserError for a file that is no JSON."""
+    path = folder / "summary.json"
     try:
-        return json.loads((folder / "summary.json").read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError:
+        raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
 
 
 def is_job(folder: Path) -> bool:
@@ -117,9 +120,9 @@ class Rows:
     def _open(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
-            self._begin(cfg, folder, shard)
+            self._claim(cfg, folder, shard)
 
-    def _begin(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+    def _claim(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         if not is_job(folder) and (folder / "steps.jsonl").exists():
             raise Taken(f"{folder} holds a run without a data set: take another folder")
         part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
@@ -133,7 +136,7 @@ class Rows:
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
         old, end = _lines(samples)
-        count = len(old) + sum(len(_lines(path)[0]) for path in others)
+        count = len(old) + sum(len(lines_of(path)) for path in others)
         if count and not cfg.resume:
             raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
         there = rows_of(folder)
@@ -227,6 +230,11 @@ def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 line = None
             if line is not None:
                 yield line, end
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file. Raises UserError for one that is no JSON."""
+    return _lines(path)[0]
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from specvlm import memory, metrics
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
-from specvlm.folder import files_of, steps_of, write_attention, write_config, write_json
+from specvlm.folder import files_of, steps_file, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
 from specvlm.places import Places, places_of
@@ -70,7 +70,7 @@ def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
     with screen.waiting("warming up"):
         warm_up(request, graph, record)
     write_config(request.cfg, folder)
-    with steps_of(folder) as log, screen.answer(graph.target.tokenizer) as show:
+    with steps_file(folder) as log, screen.answer(graph.target.tokenizer) as show:
         for number, step in enumerate(speculate(request, graph, record)):
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +46,7 @@ class Job:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What the job itself wrote last; nothing where it was killed before."""
-        return summary_of(self.folder) if (self.folder / "summary.json").is_file() else {}
+        return rows.summary_of(self.folder)
 
     @property
     def lossy(self) -> bool:
@@ -76,7 +75,11 @@ class Job:
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
         """By sample its rounds, the prefill first."""
-        return rows.steps_of(self.folder) if rows.is_job(self.folder) else {self.done[0]["sample"]: lines_of(self.folder)}
+        return (
+            rows.steps_of(self.folder)
+            if rows.is_job(self.folder)
+            else {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
+        )
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
@@ -113,27 +116,13 @@ def read_job(folder: Path) -> Job:
     config = rows.config_of(folder)
     if rows.is_job(folder):
         return Job(folder, config, rows.rows_of(folder))
-    summary = summary_of(folder)
+    summary = rows.summary_of(folder)
     if summary.get("status") == "failed":  # a job over samples that could not begin
         return Job(folder, config, [])
     if missing := next((key for key in metrics.KEYS if key not in summary), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
     ran = {"sample": Path(config["video"]).stem, "index": 0, "status": "ok", "reason": None}
     return Job(folder, config, [ran | dict.fromkeys(("dataset", "split", "version")) | summary])
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{folder / 'summary.json'} is no JSON: run it again, or leave the folder out") from None
-    return found
-
-
-def lines_of(folder: Path) -> list[Row]:
-    """The rounds of a run; a last line that is not whole is none."""
-    lines = (folder / "steps.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
