@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -28,9 +29,22 @@ from specvlm.errors import Told, UserError
 from specvlm.watch import Watch
 
 T = TypeVar("T")
-Write = Callable[[Tensor], Tensor]
 _JOINED = count()  # in every rank alike
 ROOM = 64  # most rows of a pass of the lean language model
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory of all ranks in which they meet, by one width and dtype (see `engine/kernels/meet.py`).
+
+    shares: (R,) addresses of (2, ROOM, width) rows, each rank's. marks: (R,) addresses of (R, ROOM) int32, by who marked.
+    turns: (ROOM,) int32, meetings of each row so far. held: what the addresses are of.
+    """
+
+    shares: Tensor
+    marks: Tensor
+    turns: Tensor
+    held: tuple[Tensor, ...]
 
 
 class Ranks:
@@ -43,9 +57,9 @@ class Ranks:
         """The sum over all ranks, in place, in the tensor's own dtype."""
         return share
 
-    def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write) -> Tensor:
-        """(Q, N) the sum over all ranks, in `dtype`, of what `write` writes into the tensor it is given."""
-        return self.sum(write(torch.empty(*shape, dtype=dtype, device=device)))
+    def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Room | None:
+        """Where ranks may meet to add up (rows, width); None where they cannot."""
+        return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
         """(Q, N * ranks): every rank's columns side by side."""
@@ -68,11 +82,11 @@ class ProcessRanks(Ranks):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.rooms: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.rooms: dict[tuple[int, torch.dtype], Room] = {}
         self.reach = device.type == "cuda" and self._reach(device)
 
     def _reach(self, device: torch.device) -> bool:
-        """Can all ranks have memory that all of them write to? One without it is enough for a no."""
+        """Can all ranks have memory that all of them read? One without it is enough for a no."""
         others = [n for n in range(self.size) if n != device.index]
         mine = all(torch.cuda.can_device_access_peer(device, other) for other in others)
         if all(self._all(mine)):
@@ -87,32 +101,25 @@ class ProcessRanks(Ranks):
         dist.all_gather_object(told, mine)
         return told
 
-    def _room(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _room(self, width: int, dtype: torch.dtype, device: torch.device) -> Room:
         if (width, dtype) not in self.rooms:
-            made = symmetric_memory.empty(ROOM, width, dtype=dtype, device=device)
+            rows = symmetric_memory.empty(2, ROOM, width, dtype=dtype, device=device)
+            marks = symmetric_memory.empty(self.size, ROOM, dtype=torch.int32, device=device).zero_()
+            torch.cuda.synchronize(device)
             dist.barrier()  # what follows holds Python still: a rank that died before would be heard of by nobody
-            symmetric_memory.rendezvous(made, dist.group.WORLD.group_name)  # type: ignore[union-attr]
-            self.rooms[width, dtype] = made
+            held = [symmetric_memory.rendezvous(x, dist.group.WORLD.group_name) for x in (rows, marks)]  # type: ignore[union-attr]
+            shares, places = (torch.tensor(handle.buffer_ptrs, device=device) for handle in held)
+            turns = torch.zeros(ROOM, dtype=torch.int32, device=device)
+            self.rooms[width, dtype] = Room(shares, places, turns, (rows, marks))
         return self.rooms[width, dtype]
 
     def sum(self, share: Tensor) -> Tensor:
         dist.all_reduce(share)
         return share
 
-    def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write) -> Tensor:
-        """Through torch's symmetric memory where the GPUs reach each other: 26 rows of 8,192 take 9 us, 14 by NCCL.
-
-        A slice of the sum is added up by one rank for all, in an order of its own: with three ranks or more, a row may be
-        rounded otherwise in a pass of another number of rows. Rooms are made outside of captures, since a step runs once
-        before it is captured. The next sum may use a room again: this one ends when all ranks are through.
-        """
-        rows, width = shape
-        known = dtype in (torch.float32, torch.bfloat16)
-        if not self.reach or not known or rows > ROOM or rows * width * dtype.itemsize % (16 * self.size):
-            return super().total(shape, dtype, device, write)
-        share = write(self._room(width, dtype, device)[:rows])
-        torch.ops.symm_mem.two_shot_all_reduce_(share, "sum", dist.group.WORLD.group_name)  # type: ignore[union-attr]
-        return share
+    def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Room | None:
+        """Rooms are made outside of captures, since a step runs once before it is captured, and kept."""
+        return self._room(width, dtype, device) if self.reach and rows <= ROOM else None
 
     def gather(self, share_QN: Tensor) -> Tensor:
         out = share_QN.new_empty(self.size * len(share_QN), share_QN.shape[1])

@@ -9,7 +9,6 @@ Shape suffixes: Q rows of this pass, T rows from slot `base` on, V vocabulary, D
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -100,22 +99,21 @@ class LeanText:
             layer = self.layers[index]
             kind, before, after = layer.kind, layer.before, layer.after
             keys, values = (store[0] for store in cache.layer(index))
-            x, y = ops.add_norm(x, parts, before.weight, before.variance_epsilon, kind)
+            x, y = self._add_norm(x, parts, before, kind)
             q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
             seen = ops.attention(q, keys, values, base, seen_QT, scale, kind)
-            parts = self._all(ops.linear(seen, layer.o))
-            x, y = ops.add_norm(x, parts, after.weight, after.variance_epsilon, kind)
-            parts = self._all(ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down))
+            x, y = self._add_norm(x, ops.linear(seen, layer.o), after, kind)
+            parts = ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down)
         if number + 1 < len(self.stages):
             return x if parts is None else x + ops.whole(parts, torch.empty_like(x))
-        return ops.add_norm(x, parts, self.norm.weight, self.norm.variance_epsilon, self.head.kind)[1]
+        return self._add_norm(x, parts, self.norm, self.head.kind)[1]
 
-    def _all(self, parts_SQN: Tensor) -> Tensor:
-        """A linear layer's parts over all ranks."""
-        if self.ranks.size == 1:
-            return parts_SQN
-        write = partial(self.ops.whole, parts_SQN)
-        return self.ranks.total(parts_SQN.shape[1:], self.dtype, parts_SQN.device, write)[None]
+    def _add_norm(self, x: Tensor, parts_SQN: Tensor | None, norm: nn.Module, kind: str) -> tuple[Tensor, Any]:
+        """The residual stream with a linear layer's parts over all ranks added, and its norm."""
+        given = (norm.weight, norm.variance_epsilon, kind)
+        if parts_SQN is None or self.ranks.size == 1:
+            return self.ops.add_norm(x, parts_SQN, *given)
+        return self.ops.add_norm_over(self.ranks, x, parts_SQN, *given)
 
     def weights(self) -> Iterator[Weight]:
         """All linear layers."""

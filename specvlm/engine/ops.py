@@ -14,7 +14,7 @@ from torch.nn.functional import linear as dense
 from torch.nn.functional import silu
 
 from specvlm.models.quantize import QuantizedLinear
-from specvlm.ranks import own
+from specvlm.ranks import Ranks, own
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,13 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
     wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight_K * scaled.to(total.dtype)
+
+
+def add_norm_over(
+    ranks: Ranks, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` of the parts of all ranks, each rank's rounded before they are added up, as by Hugging Face's modules."""
+    return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)
 
 
 def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:

@@ -18,5 +18,6 @@ from specvlm.engine.kernels.best import top
 from specvlm.engine.kernels.between import add_norm, rope, whole
 from specvlm.engine.kernels.launch import GROUP
 from specvlm.engine.kernels.layers import gated, linear, why_not
+from specvlm.engine.kernels.meet import add_norm_over
 
-__all__ = ["GROUP", "add_norm", "attention", "gated", "linear", "rope", "top", "whole", "why_not"]
+__all__ = ["GROUP", "add_norm", "add_norm_over", "attention", "gated", "linear", "rope", "top", "whole", "why_not"]

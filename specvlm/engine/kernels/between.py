@@ -12,14 +12,31 @@ from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, split
 
 
 @triton.jit
+def store_normed(
+    x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """A row x into sum, and its RMSNorm times weight into y. NARROW: y in 8 bits, with a scale for each GROUP of a row."""
+    kind = sum_ptr.dtype.element_ty
+    tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
+    scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+    y = (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind)
+    if NARROW:
+        groups = tl.trans(tl.reshape(y.to(tl.float32), (BLOCK // GROUP, GROUP)))
+        narrow, scale = to_8_bits(groups, y_ptr)
+        tl.store(y_ptr + row * K + offs, tl.reshape(tl.trans(narrow), (BLOCK,)), mask=ok)
+        at = tl.arange(0, BLOCK // GROUP)
+        tl.store(ys_ptr + row * (K // GROUP) + at, scale, mask=at < K // GROUP)
+    else:
+        tl.store(y_ptr + row * K + offs, y, mask=ok)
+
+
+@triton.jit
 def _add_norm_kernel(
     x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, Q, K, eps,
     S: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,).
-
-    NARROW: y in 8 bits, with a scale for each GROUP of a row.
-    """
+    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,)."""
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     ok = offs < K
@@ -34,17 +51,7 @@ def _add_norm_kernel(
         for s in tl.static_range(S):
             added += tl.load(part_ptr + (s * Q + row) * K + offs, mask=ok, other=0.0)
         x = (x + added.to(kind).to(tl.float32)).to(kind).to(tl.float32)
-    tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
-    scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-    y = (scaled.to(kind).to(tl.float32) * weight.to(tl.float32)).to(kind)
-    if NARROW:
-        groups = tl.trans(tl.reshape(y.to(tl.float32), (BLOCK // GROUP, GROUP)))
-        narrow, scale = to_8_bits(groups, y_ptr)
-        tl.store(y_ptr + row * K + offs, tl.reshape(tl.trans(narrow), (BLOCK,)), mask=ok)
-        at = tl.arange(0, BLOCK // GROUP)
-        tl.store(ys_ptr + row * (K // GROUP) + at, scale, mask=at < K // GROUP)
-    else:
-        tl.store(y_ptr + row * K + offs, y, mask=ok)
+    store_normed(x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps, BLOCK, GROUP, NARROW)
 
 
 @triton.jit
