@@ -120,7 +120,8 @@ class Plan:
     @property
     def labels(self) -> dict[Path, str]:
         """What the jobs over samples are called, by their folders."""
-        return {Path(os.path.abspath(job.folder)): job.label for job in self.jobs if job.folder}
+        inner = {job.folder: job.label for job in self.jobs if job.folder is not None}
+        return {Path(os.path.abspath(self.folder / folder)): label for folder, label in inner.items()} if self.folder else {}
 
     def tidy(self, folder: Path) -> None:
         """Remove `folder`, and what was made to hold it, where nothing was written."""

@@ -41,8 +41,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write, and of a job
-    over samples its own folder.
+    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a job
+    over samples its own, within.
     """
 
     cfg: DictConfig
@@ -121,7 +121,7 @@ def _checked(words: list[str], sweep: bool) -> Job:
     cfg = hydra_compose("config", words, return_hydra_config=True)
     folder = None
     if OmegaConf.select(cfg, "dataset") is not None:
-        folder = Path(cfg.hydra.sweep.dir) / _subdir(cfg) if sweep else Path(cfg.hydra.run.dir)
+        folder = Path(_subdir(cfg)) if sweep else Path()  # not where: another job's ${now} is another moment
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"

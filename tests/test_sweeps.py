@@ -583,6 +583,13 @@ def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypat
     assert len({folder for folder, _ in found}) == 2 and all(there for _, there in found), found
 
 
+def test_a_sweep_whose_folder_is_called_after_the_time_has_one_folder(capsys):
+    """Each job's configuration has a moment of its own, the sweep has one."""
+    assert main(["-m", *ASK, THREE, "dataset.scenes=1"]) == 0
+    table = capsys.readouterr().out.partition("\njob ")[2]
+    assert table.count("1/1") == table.count("identical") == 3 and "never" not in table
+
+
 def test_shapes_of_trees_have_folders_of_their_own():
     shapes = ["-m", "drafter=tree", "drafter.shape=paper,chain:5,'[[0],[1]]'", *ASK]
     folders = {job.folder for job in planned(shapes[1:], sweep=True)}
