@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -288,9 +289,8 @@ def room(folder: Path, samples: int, tokens: int) -> None:
     needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        with TemporaryFile(dir=folder) as probe:  # of no name: other shards look at this folder, too
+            probe.write(b"\0" * 4096)
         free = shutil.disk_usage(folder).free
     if free < needed:
         left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"

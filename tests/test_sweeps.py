@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from specvlm.config import model_folder
 from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.errors import UserError
 from specvlm.held import HELD
+from specvlm.job import room
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
 from specvlm.places import places_of
@@ -492,6 +494,12 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_shards_that_look_for_room_at_once_do_not_see_each_other(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: room(tmp_path / "baselines", 1, 1), range(400)))
+    assert not list((tmp_path / "baselines").iterdir())
+
+
 def test_a_folder_that_is_read_only_is_one_line(capfd):
     Path("mine").mkdir(mode=0o500)
     assert sweep(THREE, folder="mine") == 2
