@@ -493,13 +493,13 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
     assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_shards_that_look_for_room_at_once_do_not_see_each_other(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: room(tmp_path / "baselines", 1, 1), range(400)))
     assert not list((tmp_path / "baselines").iterdir())
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_read_only_is_one_line(capfd):
     Path("mine").mkdir(mode=0o500)
     assert sweep(THREE, folder="mine") == 2
