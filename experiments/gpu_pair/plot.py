@@ -25,7 +25,7 @@ def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
     fig.text(0.01, 0.955, title, fontsize=11, fontweight="bold")
     row, commits = rows[-1], ", ".join(dict.fromkeys(row["commit"] for row in rows))
     note = f"{row['machine']}, {row['weights']}, at a given acceptance. Dashed: bandwidth floor. Commit {commits}."
-    fig.text(0.01, 0.915, note, fontsize=7.5, color=GREY)
+    fig.text(0.01, 0.915, note, fontsize=min(7.5, 960 / len(note)), color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
