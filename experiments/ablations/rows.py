@@ -1,0 +1,152 @@
+"""From the folders of sweeps to rows that are committed: a line a job and scene, `rows.jsonl` or `speed.jsonl` of an experiment.
+
+    family, job     whose pair, and the job's label (see presets.label_of); what it does not name is as in `standard`
+    scene, tokens   the sample, and the length of the answer
+    kept, video     video tokens that the drafter saw, and all
+    accepted        guesses accepted by round, of rounds that no stop id or token limit cut short, in their order
+    verdict         of the proof that the output is the target's own
+    decode, end_to_end   seconds: of the job, of the target alone (null without a baseline); engine: how the steps ran
+
+Before the rows of a family a line without a scene says what made them: `versions`, and `machine` as it was told.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from experiments.ablations.presets import BASES, FRAMES, HERE, TITLES, Planned, family_of, planned, settings_of
+from specvlm.folder import attention_file
+from specvlm.report.reading import Job, folders_in, read_job
+
+Row = dict[str, Any]
+TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the video tokens
+STEPS = ("none", "two_stage 0.9")  # whose rounds are kept as they were written
+Values = NDArray[np.float64]
+
+
+class Results:
+    """Rows by family, job and scene; of several of one scene the first counts."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.sources: dict[str, Row] = {}
+        self.found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+        for row in rows:
+            if "scene" in row:
+                self.found[row["family"], row["job"]].setdefault(row["scene"], row)
+            else:
+                self.sources[row["family"]] = row
+
+    @property
+    def families(self) -> list[str]:
+        return [family for family in TITLES if any(key[0] == family for key in self.found)]
+
+    def of(self, family: str, label: str) -> list[Row]:
+        return list(self.found.get((family, label), {}).values())
+
+    def accepted(self, family: str, *labels: str) -> list[Values]:
+        """Guesses accepted a round, a column a job, of the scenes that all have with a whole round."""
+        jobs = [{row["scene"]: row for row in self.of(family, label) if row["accepted"]} for label in labels]
+        scenes = [scene for scene in jobs[0] if all(scene in job for job in jobs)]
+        return [np.array([np.mean(job[scene]["accepted"]) for scene in scenes], dtype=np.float64) for job in jobs]
+
+
+@dataclass
+class Gathered:
+    """rows: as committed; attention: a line a scene; steps: the text of a job's steps.jsonl, by family and label."""
+
+    rows: list[Row] = field(default_factory=list)
+    attention: list[Row] = field(default_factory=list)
+    steps: dict[tuple[str, str], str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
+    """What the jobs in these folders did for an experiment. Raises UserError for a place without any job."""
+    labels = {frozenset(job.settings.items()): job for name in BASES for job in planned(name)}
+    found, sources = Gathered(), dict[str, Row]()
+    seen = set[tuple[str, str]]()
+    for job in map(read_job, folders_in(places)):
+        family = family_of(job.config)
+        plan = labels.get(frozenset(settings_of(job.config).items()))
+        if family is None or plan is None:
+            found.unknown.append(job.folder.name)
+            continue
+        source = sources.setdefault(family, {"family": family, "machine": machine, "versions": []})
+        if (versions := job.summary.get("versions")) and versions not in source["versions"]:
+            source["versions"].append(versions)
+        found.rows += [compact(family, plan, job, row) for row in job.done]
+        found.attention += [line for line in shares(family, plan, job) if (family, line["scene"]) not in seen]
+        seen |= {(family, line["scene"]) for line in found.attention}
+        if plan.label in STEPS:
+            lines = (json.dumps(line) for some in job.steps.values() for line in some)
+            found.steps.setdefault((family, plan.label), "".join(f"{line}\n" for line in lines))
+    found.rows[:0] = sources.values()
+    return found
+
+
+def compact(family: str, plan: Planned, job: Job, row: Row) -> Row:
+    whole = [step["accepted"] for step in job.steps[row["sample"]][1:] if step["full"]]
+    seconds = {
+        what: [None if value is None else round(value, 3) for value in (row[f"{what}_s"], row[f"baseline_{what}_s"])]
+        for what in ("decode", "end_to_end")
+    }
+    figures = {"tokens": row["new_tokens"], "kept": row["kept_tokens"], "video": row["video_tokens"], "accepted": whole}
+    told = {"verdict": row["verdict"], **seconds, "engine": row["engine"]["target"]}
+    return {"family": family, "job": plan.label, "scene": row["sample"]} | figures | told
+
+
+def shares(family: str, plan: Planned, job: Job) -> Iterable[Row]:
+    """What part of the target's attention to the video its most attended tokens have; of jobs run with record=true."""
+    for row in job.done:
+        file = attention_file(job.folder, row["index"])
+        if plan.settings["frames"] == FRAMES and file.is_file():
+            mass = np.sort(load_file(file)["verifier_attention"].astype(np.float64))[::-1]
+            tops = {f"{top:g}": round(float(mass[: int(top * len(mass))].sum() / mass.sum()), 4) for top in TOPS}
+            yield {"family": family, "scene": row["sample"], "video": len(mass), "top": tops}
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write(found: Gathered, name: str, root: Path = HERE) -> list[Path]:
+    """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`."""
+    files = []
+    for experiment in BASES:
+        order = [job.label for job in planned(experiment)]
+        mine = [row for row in found.rows if row.get("job", order[0]) in order]
+        if any("scene" in row for row in mine):
+            files.append(replace(root / experiment / f"{name}.jsonl", mine, order))
+    if name == "rows" and found.attention:
+        files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
+    if name == "rows":
+        for (family, label), text in found.steps.items():
+            path = root / "main_table" / "steps" / f"{family}-{label.split()[0]}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+            files.append(path)
+    return files
+
+
+def replace(path: Path, rows: Sequence[Row], order: Sequence[str]) -> Path:
+    families = {row["family"] for row in rows}
+    every = [row for row in read(path) if row["family"] not in families] + list(rows)
+
+    def place(row: Row) -> tuple[int, int, str]:
+        where = order.index(row["job"]) if row.get("job") in order else -1
+        return list(TITLES).index(row["family"]), where, row.get("scene", "")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, separators=(",", ":")) for row in sorted(every, key=place))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
