@@ -1,8 +1,10 @@
 """Rows, tables and plots of the ablations: python -m experiments.ablations [FOLDER...] [--speed "MACHINE"]
 
-    python -m experiments.ablations RUNS/qwen2_5_vl RUNS/llava_onevision     # rows.jsonl, README tables and plots
+    python -m experiments.ablations RUNS/qwen2_5_vl RUNS/llava_onevision      # rows.jsonl, README tables and plots
     python -m experiments.ablations outputs/ablation --speed "…, one thread"  # speed.jsonl: of one quiet machine
-    python -m experiments.ablations                                          # tables and plots from the committed rows
+    python -m experiments.ablations                                           # tables and plots of the committed rows
+
+FOLDER: one that holds sweeps, however deep, of any preset or none.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.ablations import plot, rows, tables
-from experiments.ablations.presets import BASES, HERE
+from experiments.ablations.presets import BASES
+from experiments.ablations.rows import ROOT
 from specvlm.errors import UserError
 
 
@@ -27,12 +30,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if asked.folders:
             found = rows.gather(asked.folders, asked.speed)
             for path in rows.write(found, "speed" if asked.speed else "rows"):
-                print(f"written: {path.relative_to(HERE.parent)}")
-            print(*(f"of no experiment: {name}" for name in found.unknown), sep="\n", end="")
+                print(f"written: {path.relative_to(ROOT.parent)}")
+            print(*found.told, sep="\n")
         for experiment in (*BASES, "findings"):
-            page = HERE / experiment / "README.md"
+            page = ROOT / experiment / "README.md"
             page.write_text(tables.readme(experiment, page.read_text(encoding="utf-8")), encoding="utf-8")
-        plot.draw(tables.all_rows(), rows.read(HERE / "findings" / "attention.jsonl"))
+        plot.draw(tables.all_rows(), rows.read(ROOT / "findings" / "attention.jsonl"))
     except (UserError, OSError) as error:
         print(f"ablations: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.ablations.rows import Results, Row
+from experiments.ablations.rows import Results
+from specvlm.report.reading import Row
 from specvlm.report.statistics import Interval, gained, interval, mean_of
 from specvlm.report.table import signed
 

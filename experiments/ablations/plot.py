@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablations.presets import BASES, HERE, TITLES, Planned, planned
-from experiments.ablations.rows import Results, Row
+from experiments.ablations.presets import BASES, Planned, planned
+from experiments.ablations.rows import ROOT, Results
 from experiments.gpu_pair.plot import COLOURS, GREY, INK
+from experiments.strategies.report import TITLES
 from specvlm.errors import UserError
+from specvlm.report.reading import Row
 from specvlm.report.statistics import interval
 
 # Experiments with an axis: its setting, what it is called, and what tells the lines apart.
@@ -22,7 +24,7 @@ CURVES = {
     "frames": ("frames", "frames", "pruner.name"),
 }
 TEXTS = {
-    "main_table": "nine tenths of the video dropped, by each rule",
+    "main_table": "nine tenths of the video dropped by each rule",
     "ratio_by_pruner": "by the share dropped",
     "stage_one_mass": "by λ, at 90 % dropped",
     "positions": "by the rotary positions of what is kept",
@@ -31,7 +33,7 @@ TEXTS = {
 }
 
 
-def draw(results: Results, attention: Sequence[Row], root: Path = HERE) -> None:
+def draw(results: Results, attention: Sequence[Row], root: Path = ROOT) -> None:
     """Of what has rows. Raises UserError without matplotlib."""
     try:
         import matplotlib
@@ -42,7 +44,7 @@ def draw(results: Results, attention: Sequence[Row], root: Path = HERE) -> None:
         jobs = [job for job in planned(experiment) if any(results.of(family, job.label) for family in results.families)]
         if jobs:
             height = 3.6 if experiment in CURVES else 0.27 * len(jobs) + 1.5
-            text = f"Accepted per round, {TEXTS[experiment]}"
+            text = f"Accepted per round: {TEXTS[experiment]}"
             with fields(results.families, text, height, root / experiment / "accepted.png") as each:
                 for family, axes in each.items():
                     (curves if experiment in CURVES else dots)(axes, experiment, jobs, results, family)

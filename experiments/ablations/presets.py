@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from experiments.strategies.report import TITLES
 from specvlm import compose, rows
 from specvlm.report.reading import STRATEGIES, flat
 
-HERE = Path(__file__).parent.parent
-TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "llava_onevision": "LLaVA-OneVision"}
 # What each job of an experiment is held against: the same job but for these settings.
 BASES: dict[str, tuple[dict[str, Any], ...]] = {
     "main_table": ({"pruner.name": "none"}, {"pruner.name": "uniform"}),
@@ -71,14 +69,10 @@ def label_of(settings: Settings) -> str:
     for key, value in settings.items():
         kind, _, field = key.partition(".")
         mine = kind in STRATEGIES and field != "name"
-        if key in ("pruner.name", "ratio") or value == usual.get(key) or (mine and differs(settings, f"{kind}.name")):
-            continue
-        words.append(f"{field if mine else kind}={value}")
+        other = mine and settings[f"{kind}.name"] != usual[f"{kind}.name"]  # whose fields are its own
+        if key not in ("pruner.name", "ratio") and value != usual.get(key) and not other:
+            words.append(f"{field if mine else kind}={value}")
     return " ".join(words)
-
-
-def differs(settings: Settings, key: str) -> bool:
-    return settings[key] != standard()[key]
 
 
 @cache

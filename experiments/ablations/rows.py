@@ -1,4 +1,4 @@
-"""From the folders of sweeps to rows that are committed: a line a job and scene, `rows.jsonl` or `speed.jsonl` of an experiment.
+"""From the folders of sweeps to rows that are committed: a line a job and scene, in `rows.jsonl` or `speed.jsonl`.
 
     family, job     whose pair, and the job's label (see presets.label_of); what it does not name is as in `standard`
     scene, tokens   the sample, and the length of the answer
@@ -18,17 +18,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from experiments.ablations.presets import BASES, FRAMES, HERE, TITLES, Planned, family_of, planned, settings_of
+from experiments.ablations.presets import BASES, FRAMES, Planned, family_of, planned, settings_of
+from experiments.strategies.report import TITLES
 from specvlm.folder import attention_file
-from specvlm.report.reading import Job, folders_in, read_job
+from specvlm.report.reading import Job, Row, folders_in, read_job
+from specvlm.report.table import problems
 
-Row = dict[str, Any]
+ROOT = Path(__file__).parent.parent  # experiments/
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the video tokens
 STEPS = ("none", "two_stage 0.9")  # whose rounds are kept as they were written
 Values = NDArray[np.float64]
@@ -62,12 +63,14 @@ class Results:
 
 @dataclass
 class Gathered:
-    """rows: as committed; attention: a line a scene; steps: the text of a job's steps.jsonl, by family and label."""
+    """rows: as committed; attention: a line a scene; steps: the text of a job's steps.jsonl, by family and label; told: which
+    folders are of no experiment, and what failed or is missing in the others.
+    """
 
     rows: list[Row] = field(default_factory=list)
     attention: list[Row] = field(default_factory=list)
     steps: dict[tuple[str, str], str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
 
 def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
@@ -79,8 +82,9 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
         family = family_of(job.config)
         plan = labels.get(frozenset(settings_of(job.config).items()))
         if family is None or plan is None:
-            found.unknown.append(job.folder.name)
+            found.told.append(f"{job.folder.name}: of no experiment")
             continue
+        found.told += problems([job])
         source = sources.setdefault(family, {"family": family, "machine": machine, "versions": []})
         if (versions := job.summary.get("versions")) and versions not in source["versions"]:
             source["versions"].append(versions)
@@ -119,7 +123,7 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def write(found: Gathered, name: str, root: Path = HERE) -> list[Path]:
+def write(found: Gathered, name: str, root: Path = ROOT) -> list[Path]:
     """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`."""
     files = []
     for experiment in BASES:

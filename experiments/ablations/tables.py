@@ -1,16 +1,18 @@
-"""Rows as tables: means over scenes with 95 % bootstrap intervals (see specvlm.report.statistics), differences scene by scene."""
+"""Rows as tables: means over scenes with their intervals (see specvlm.report.statistics), differences scene by scene."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from experiments.ablations.findings import findings
-from experiments.ablations.presets import BASES, HERE, TITLES, bases_of, planned
-from experiments.ablations.rows import Results, Row, read
-from experiments.strategies.report import filled
+from experiments.ablations.presets import BASES, bases_of, planned
+from experiments.ablations.rows import ROOT, Results, read
+from experiments.strategies.report import TITLES, filled
+from specvlm.report.reading import Row
 from specvlm.report.statistics import Interval, gained, interval
 from specvlm.report.table import plain, signed
 
@@ -18,7 +20,7 @@ NOT_RUN = "*not run*"
 Table = list[list[str]]  # the heads first
 
 
-def bounded(found: Interval, show=plain) -> str:
+def bounded(found: Interval, show: Callable[[float], str] = plain) -> str:
     between = "" if found.low is None or found.high is None else f" [{show(found.low)}, {show(found.high)}]"
     return f"{show(found.value)}{between}"
 
@@ -103,11 +105,11 @@ def section(experiment: str, results: Results, kind: str) -> Iterator[str]:
         yield f"\n{' '.join([*words, made_by(results.sources[family])])}\n"
 
 
-def all_rows(root=HERE) -> Results:
+def all_rows(root: Path = ROOT) -> Results:
     return Results(row for experiment in BASES for row in read(root / experiment / "rows.jsonl"))
 
 
-def readme(experiment: str, text: str, root=HERE) -> str:
+def readme(experiment: str, text: str, root: Path = ROOT) -> str:
     """The text with its tables made anew from the committed rows."""
     if experiment == "findings":
         table = judged(all_rows(root), read(root / "findings" / "attention.jsonl"))
