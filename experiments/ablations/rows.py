@@ -36,14 +36,14 @@ Values = NDArray[np.float64]
 
 
 class Results:
-    """Rows by family, job and scene; of several of one scene the first counts."""
+    """Rows by family, job and scene."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.sources: dict[str, Row] = {}
         self.found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
         for row in rows:
             if "scene" in row:
-                self.found[row["family"], row["job"]].setdefault(row["scene"], row)
+                self.found[row["family"], row["job"]][row["scene"]] = row
             else:
                 self.sources[row["family"]] = row
 
@@ -63,21 +63,23 @@ class Results:
 
 @dataclass
 class Gathered:
-    """rows: as committed; attention: a line a scene; steps: the text of a job's steps.jsonl, by family and label; told: which
-    folders are of no experiment, and what failed or is missing in the others.
+    """rows: as committed; attention: a line a scene; steps: lines of a job's steps.jsonl, by family, label and scene; told:
+    which folders are of no experiment, and what failed or is missing in the others.
     """
 
     rows: list[Row] = field(default_factory=list)
     attention: list[Row] = field(default_factory=list)
-    steps: dict[tuple[str, str], str] = field(default_factory=dict)
+    steps: dict[tuple[str, str], dict[str, list[Row]]] = field(default_factory=lambda: defaultdict(dict))
     told: list[str] = field(default_factory=list)
 
 
 def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
-    """What the jobs in these folders did for an experiment. Raises UserError for a place without any job."""
+    """What the jobs in these folders did for an experiment; of a job's scene that is there twice the first counts. Raises
+    UserError for a place without any job.
+    """
     labels = {frozenset(job.settings.items()): job for name in BASES for job in planned(name)}
     found, sources = Gathered(), dict[str, Row]()
-    seen = set[tuple[str, str]]()
+    seen, looked = set[tuple[str, str, str]](), set[tuple[str, str]]()
     for job in map(read_job, folders_in(places)):
         family = family_of(job.config)
         plan = labels.get(frozenset(settings_of(job.config).items()))
@@ -88,12 +90,13 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
         source = sources.setdefault(family, {"family": family, "machine": machine, "versions": []})
         if (versions := job.summary.get("versions")) and versions not in source["versions"]:
             source["versions"].append(versions)
-        found.rows += [compact(family, plan, job, row) for row in job.done]
-        found.attention += [line for line in shares(family, plan, job) if (family, line["scene"]) not in seen]
-        seen |= {(family, line["scene"]) for line in found.attention}
-        if plan.label in STEPS:
-            lines = (json.dumps(line) for some in job.steps.values() for line in some)
-            found.steps.setdefault((family, plan.label), "".join(f"{line}\n" for line in lines))
+        for row in (row for row in job.done if (family, plan.label, row["sample"]) not in seen):
+            seen.add((family, plan.label, row["sample"]))
+            found.rows.append(compact(family, plan, job, row))
+            if plan.label in STEPS:
+                found.steps[family, plan.label][row["sample"]] = job.steps[row["sample"]]
+        found.attention += [line for line in shares(family, plan, job) if (family, line["scene"]) not in looked]
+        looked |= {(family, line["scene"]) for line in found.attention}
     found.rows[:0] = sources.values()
     return found
 
@@ -134,7 +137,8 @@ def write(found: Gathered, name: str, root: Path = ROOT) -> list[Path]:
     if name == "rows" and found.attention:
         files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
     if name == "rows":
-        for (family, label), text in found.steps.items():
+        for (family, label), scenes in found.steps.items():
+            text = "".join(f"{json.dumps(line)}\n" for scene in sorted(scenes) for line in scenes[scene])
             path = root / "main_table" / "steps" / f"{family}-{label.split()[0]}.jsonl.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
