@@ -96,38 +96,44 @@ def test_every_preset_is_its_experiment():
 # ---- from folders to rows --------------------------------------------------------------------------------------------
 
 
-SCENES = (range(4), range(4), range(4), range(4), range(3, 6))
+JOBS = (["pruner=none", "record=true"], ["ratio=0.9"], ["drafter=self"], ["verifier=sampling"], ["pruner=none"],
+        ["pair=embedded_llava_onevision", "drafter=self", "record=true"])  # fmt: skip
+SCENES = (range(4), range(4), range(4), range(4), range(3, 6), range(2))
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Three jobs of two shards each, one with scenes in a second folder too, and one of no experiment. Of scene n the rounds
-    are [n, 4, a round that was cut short].
+    """Jobs of two shards each: one with scenes in a second folder too, one of the other family, one of no experiment. Of
+    scene n the rounds are [n, 4, a round that was cut short].
     """
-    for number, words in enumerate(
-        (["pruner=none", "record=true"], ["ratio=0.9"], ["drafter=self"], ["verifier=sampling"], ["pruner=none"])
-    ):
+    for number, words in enumerate(JOBS):
         folder = tmp_path / "sweep" / f"job{number}"
         steps = {
             f"scene-{n:04d}": [{"accepted": a, "full": full} for a, full in ((0, True), (n, True), (4, True), (1, False))]
             for n in SCENES[number]
         }
         lines = [report_jobs.row(n, engine={"target": "eager"}) for n in SCENES[number]]
+        if number == 1:
+            lines[3] |= {"status": "failed", "reason": "no memory"}
         report_jobs.job(folder, lines, steps)
-        OmegaConf.save(config(*words), folder / "config.yaml")
+        OmegaConf.save(config(*words, "dataset.scenes=4"), folder / "config.yaml")
         each = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
         (folder / "samples.jsonl").unlink()
         for shard in (0, 1):
             (folder / f"samples.{shard}-of-2.jsonl").write_text("".join(each[shard::2]))
-        if number == 0:
-            for n in range(4):
+        if "record=true" in words:
+            for n in SCENES[number]:
                 write_attention(folder, n, torch.cat([torch.full((10,), 6.0), torch.full((90,), 0.5)]))
     return tmp_path / "sweep"
 
 
 def test_folders_become_rows_of_whole_rounds_in_every_experiment_that_has_the_job(sweep, tmp_path):
     found = rows.gather([sweep])
-    assert found.told == ["job3: of no experiment"]
+    assert found.told == [
+        "job3: of no experiment",
+        f"{QWEN}, two_stage 0.9: 3 of 4 scenes; 1 failed: no memory",
+        f"{LLAVA}, two_stage 0.9 drafter=self: 2 of 4 scenes",
+    ]
     (tmp_path / "out" / "frames").mkdir(parents=True)
     old = [{"family": LLAVA, "machine": None, "versions": []}, row("none", [5], family=LLAVA), row("none", [5], "gone")]
     (tmp_path / "out" / "frames" / "rows.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in old))
@@ -144,7 +150,9 @@ def test_folders_become_rows_of_whole_rounds_in_every_experiment_that_has_the_jo
     frames = written["frames"]
     assert frames.families == [QWEN, LLAVA] and len(frames.of(LLAVA, "none")) == 1 and len(frames.of(QWEN, "none")) == 6
     attention = rows.read(tmp_path / "out" / "findings" / "attention.jsonl")
-    assert len(attention) == 4 and attention[0]["top"]["0.1"] == pytest.approx(60 / 105, abs=1e-3)
+    assert [line["family"] for line in attention] == [QWEN] * 4 + [LLAVA] * 2 and attention[0]["top"]["0.1"] == pytest.approx(
+        60 / 105, abs=1e-3
+    )
     rounds = rounds_of(tmp_path / "out" / "main_table" / "steps" / f"{QWEN}-none.jsonl.gz")
     assert len(rounds) == 24 and rounds[1] == {"sample": "scene-0000", "accepted": 0, "full": True}
 

@@ -27,7 +27,6 @@ from experiments.ablations.presets import BASES, FRAMES, Planned, family_of, pla
 from experiments.strategies.report import TITLES
 from specvlm.folder import attention_file
 from specvlm.report.reading import Job, Row, folders_in, read_job
-from specvlm.report.table import problems
 
 ROOT = Path(__file__).parent.parent  # experiments/
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the video tokens
@@ -78,7 +77,8 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
     UserError for a place without any job.
     """
     labels = {frozenset(job.settings.items()): job for name in BASES for job in planned(name)}
-    found, sources = Gathered(), dict[str, Row]()
+    found, sources, asked = Gathered(), dict[str, Row](), dict[tuple[str, str], int]()
+    failed: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     seen, looked = set[tuple[str, str, str]](), set[tuple[str, str]]()
     for job in map(read_job, folders_in(places)):
         family = family_of(job.config)
@@ -86,7 +86,8 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
         if family is None or plan is None:
             found.told.append(f"{job.folder.name}: of no experiment")
             continue
-        found.told += problems([job])
+        asked[family, plan.label] = job.config["dataset"]["scenes"]
+        failed[family, plan.label] |= {row["sample"]: row["reason"] for row in job.rows if row["status"] != "ok"}
         source = sources.setdefault(family, {"family": family, "machine": machine, "versions": []})
         if (versions := job.summary.get("versions")) and versions not in source["versions"]:
             source["versions"].append(versions)
@@ -96,7 +97,12 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
             if plan.label in STEPS:
                 found.steps[family, plan.label][row["sample"]] = job.steps[row["sample"]]
         found.attention += [line for line in shares(family, plan, job) if (family, line["scene"]) not in looked]
-        looked |= {(family, line["scene"]) for line in found.attention}
+        looked = {(line["family"], line["scene"]) for line in found.attention}
+    for key, scenes in asked.items():
+        done = sum(one[:2] == key for one in seen)
+        why = [reason for scene, reason in failed[key].items() if (*key, scene) not in seen]
+        if done < scenes:
+            found.told.append(f"{', '.join(key)}: {done} of {scenes} scenes{f'; {len(why)} failed: {why[0]}' if why else ''}")
     found.rows[:0] = sources.values()
     return found
 
@@ -131,8 +137,8 @@ def write(found: Gathered, name: str, root: Path = ROOT) -> list[Path]:
     files = []
     for experiment in BASES:
         order = [job.label for job in planned(experiment)]
-        mine = [row for row in found.rows if row.get("job", order[0]) in order]
-        if any("scene" in row for row in mine):
+        families = {row["family"] for row in found.rows if row.get("job") in order}
+        if mine := [row for row in found.rows if row["family"] in families and row.get("job", order[0]) in order]:
             files.append(replace(root / experiment / f"{name}.jsonl", mine, order))
     if name == "rows" and found.attention:
         files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
