@@ -34,7 +34,7 @@ def config(*words):
 
 
 def label(*words):
-    return label_of(settings_of(config(*words)))
+    return label_of(settings_of(config(*words), QWEN))
 
 
 def row(job, accepted, scene="s0", family=QWEN, **changes):
@@ -52,12 +52,13 @@ def results(**jobs):
 
 
 def test_jobs_are_matched_by_what_they_are_not_by_how_they_were_run():
-    usual = settings_of(config())
+    usual = settings_of(config(), QWEN)
     for words in (["frames=32"], ["record=true", "baseline=false", "threads=2"], ["device=cpu", "engine=eager"]):
-        assert settings_of(config(*words)) == usual
-    assert settings_of(config("dataset.scenes=3", "dataset.first=8")) == usual
+        assert settings_of(config(*words), QWEN) == usual
+    assert settings_of(config("dataset.scenes=3", "dataset.first=8"), QWEN) == usual
+    assert settings_of(config("frames=16"), LLAVA) == usual != settings_of(config("frames=32"), LLAVA)
     for word in ("frames=16", "dtype=bfloat16", "verifier=sampling", "dataset.ask=question", "seed=1", "max_new_tokens=9"):
-        assert settings_of(config(word)) != usual
+        assert settings_of(config(word), QWEN) != usual
     other = presets.family_of(config("pair=embedded_qwen2_5_vl_aware"))
     assert (presets.family_of(config()), presets.family_of(config("pair=embedded_llava_onevision")), other) == (
         QWEN,
@@ -75,7 +76,7 @@ def test_where_all_or_nothing_is_kept_every_pruner_is_the_same():
 
 
 def test_every_preset_is_its_experiment():
-    counts = {experiment: len(planned(experiment)) for experiment in BASES}
+    counts = {experiment: len(planned(experiment, family)) for experiment in BASES for family in TITLES}
     assert counts == {
         "main_table": 14,
         "ratio_by_pruner": 22,
@@ -84,13 +85,16 @@ def test_every_preset_is_its_experiment():
         "tree_shapes": 7,
         "frames": 8,
     }
-    ratios = {(job.settings["pruner.name"], job.settings["ratio"]) for job in planned("ratio_by_pruner")}
+    ratios = {(job.settings["pruner.name"], job.settings["ratio"]) for job in planned("ratio_by_pruner", QWEN)}
     pruners = ("two_stage", "uniform", "random", "verifier_attention")
     assert ratios == {("none", 0), ("any", 1)} | {(name, r) for name in pruners for r in (0.25, 0.5, 0.75, 0.9, 0.95)}
-    bases = {job.label: presets.bases_of("main_table", job) for job in planned("main_table")}
+    frames = [[job.label for job in planned("frames", family)][::2] for family in TITLES]
+    assert frames[0] == ["none frames=4", "none frames=8", "none frames=16", "none"]
+    assert frames[1] == ["none frames=4", "none frames=8", "none", "none frames=32"]
+    bases = {job.label: presets.bases_of("main_table", job) for job in planned("main_table", QWEN)}
     assert bases["window 0.9 drafter=self"] == {"none": "none drafter=self", "uniform": "uniform 0.9 drafter=self"}
     assert bases["uniform 0.9"] == {"none": "none", "uniform": None}
-    assert presets.bases_of("positions", planned("positions")[2]) == {"original": "two_stage 0.5"}
+    assert presets.bases_of("positions", planned("positions", QWEN)[2]) == {"original": "two_stage 0.5"}
 
 
 # ---- from folders to rows --------------------------------------------------------------------------------------------
@@ -292,6 +296,7 @@ def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_p
     assert (tmp_path / page).stat().st_size > 100_000
     before = {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")}
     assert len(before) == 4
+    monkeypatch.setattr(small, "told", lambda folder: [])
     assert small.main(["--scenes", "2"]) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")} == before
     monkeypatch.setattr(small, "SWEEPS", ((*one[:2], "pruner=nonesuch"), one))

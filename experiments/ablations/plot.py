@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablations.presets import BASES, Planned, planned
+from experiments.ablations.presets import BASES, FRAMES, Planned, planned
 from experiments.ablations.rows import ROOT, Results
 from experiments.gpu_pair.plot import COLOURS, GREY, INK
 from experiments.strategies.report import TITLES
@@ -41,13 +41,17 @@ def draw(results: Results, attention: Sequence[Row], root: Path = ROOT) -> None:
         raise UserError("the plots need matplotlib: pip install 'specvlm[bench]'") from None
     matplotlib.use("Agg")
     for experiment in BASES:
-        jobs = [job for job in planned(experiment) if any(results.of(family, job.label) for family in results.families)]
-        if jobs:
-            height = 3.6 if experiment in CURVES else 0.27 * len(jobs) + 1.5
+        jobs = {family: [job for job in planned(experiment, family) if results.of(family, job.label)] for family in FRAMES}
+        labels = list(dict.fromkeys(job.label for some in jobs.values() for job in some))
+        if labels:
+            height = 3.6 if experiment in CURVES else 0.27 * len(labels) + 1.5
             text = f"Accepted per round: {TEXTS[experiment]}"
             with fields(results.families, text, height, root / experiment / "accepted.png") as each:
                 for family, axes in each.items():
-                    (curves if experiment in CURVES else dots)(axes, experiment, jobs, results, family)
+                    if experiment in CURVES:
+                        curves(axes, experiment, jobs[family], results, family)
+                    else:
+                        dots(axes, labels, results, family)
     if attention:
         with fields(results.families, "The target's attention to the video", 3.4, root / "findings" / "attention.png") as each:
             for family, axes in each.items():
@@ -73,14 +77,14 @@ def fields(families: Sequence[str], text: str, height: float, path: Path) -> Ite
     pyplot.close(fig)
 
 
-def dots(axes: Any, experiment: str, jobs: Sequence[Planned], results: Results, family: str) -> None:
-    for place, job in enumerate(reversed(jobs)):
-        if found := interval(results.accepted(family, job.label)):
+def dots(axes: Any, labels: Sequence[str], results: Results, family: str) -> None:
+    for place, label in enumerate(reversed(labels)):
+        if found := interval(results.accepted(family, label)):
             if found.low is not None:
                 axes.plot([found.low, found.high], [place, place], color=COLOURS[0], linewidth=1.8, alpha=0.6)
             axes.plot([found.value], [place], marker="o", markersize=4.5, color=COLOURS[0])
-    axes.set_yticks(range(len(jobs)), [job.label for job in reversed(jobs)])
-    axes.set_ylim(-0.6, len(jobs) - 0.4)
+    axes.set_yticks(range(len(labels)), labels[::-1])
+    axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.set_xlim(left=0)
     axes.set_xlabel("accepted per round")
 
@@ -92,7 +96,8 @@ def curves(axes: Any, experiment: str, jobs: Sequence[Planned], results: Results
     names = dict.fromkeys(job.settings[series] for job in jobs if job not in ends)
     for colour, one in zip(COLOURS, names, strict=False):
         mine = [job for job in jobs if job in ends or job.settings[series] == one]
-        points = {job.settings[key]: found for job in mine if (found := interval(results.accepted(family, job.label)))}
+        drawn = [(job.settings[key], interval(results.accepted(family, job.label))) for job in mine]
+        points = {FRAMES[family] if x is None else x: found for x, found in drawn if found}
         xs = sorted(points)
         axes.plot(xs, [points[x].value for x in xs], marker="o", markersize=3.5, linewidth=1.7, color=colour, label=one)
         if all(points[x].low is not None for x in xs):

@@ -20,7 +20,7 @@ BASES: dict[str, tuple[dict[str, Any], ...]] = {
     "tree_shapes": ({"drafter.shape": "paper"},),
     "frames": ({"pruner.name": "none"},),
 }
-FRAMES = 32  # what frames=null takes of a scene
+FRAMES = {"qwen2_5_vl": 32, "llava_onevision": 16}  # what frames=null takes of a scene
 # What changes no accepted guess of a scene: how many scenes, how they were watched, and what they ran on.
 APART = {"dataset.scenes", "dataset.first", "video", "question", "record", "baseline", "threads", "device", "engine",
          "target.path", "draft.path", "draft.device"}  # fmt: skip
@@ -41,10 +41,12 @@ def family_of(config: Mapping[str, Any]) -> str | None:
     return next((name for name in TITLES if paths == (f"embedded:{name}/target", f"embedded:{name}/plain")), None)
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
-    """What tells a job's acceptance from another's. Where all or nothing is kept, no pruner chose."""
+def settings_of(config: Mapping[str, Any], family: str) -> Settings:
+    """What tells a job's acceptance from another's. Where all or nothing is kept, no pruner chose; frames: null for the
+    family's own number.
+    """
     found = {key: value for key, value in flat(config) if key not in APART}
-    found["frames"] = found["frames"] or FRAMES
+    found["frames"] = None if found["frames"] == FRAMES[family] else found["frames"]
     if found["pruner.name"] == "none" or found["ratio"] in (0, 1):
         ratio = 1.0 if found["ratio"] == 1 and found["pruner.name"] != "none" else 0.0
         found = {key: value for key, value in found.items() if not key.startswith("pruner.")}
@@ -54,12 +56,13 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 @cache
 def standard() -> Settings:
-    return settings_of(plain(["dataset=synthetic", "drafter=tree", "pruner=two_stage", "ratio=0.9"])[0])
+    return settings_of(plain("dataset=synthetic", "drafter=tree", "pruner=two_stage", "ratio=0.9")[0], next(iter(FRAMES)))
 
 
-def plain(words: list[str]) -> list[Mapping[str, Any]]:
-    """The configurations that these words ask for."""
-    return [rows.plain(job.cfg) for job in compose.jobs(words, sweep=True)]
+@cache
+def plain(*words: str) -> list[Mapping[str, Any]]:
+    """The configurations that these words ask for, of any family."""
+    return [rows.plain(job.cfg) for job in compose.jobs(list(words), sweep=True)]
 
 
 def label_of(settings: Settings) -> str:
@@ -76,9 +79,9 @@ def label_of(settings: Settings) -> str:
 
 
 @cache
-def planned(experiment: str) -> tuple[Planned, ...]:
+def planned(experiment: str, family: str) -> tuple[Planned, ...]:
     """In the order of the preset; jobs that are the same by `settings_of` once."""
-    each = [settings_of(config) for config in plain([f"experiment={experiment}"])]
+    each = [settings_of(config, family) for config in plain(f"experiment={experiment}")]
     found = {label_of(settings): Planned(label_of(settings), settings) for settings in each}
     assert all(found[label_of(settings)].settings == settings for settings in each), f"{experiment}: one label, two jobs"
     return tuple(found.values())

@@ -76,13 +76,13 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
     """What the jobs in these folders did for an experiment; of a job's scene that is there twice the first counts. Raises
     UserError for a place without any job.
     """
-    labels = {frozenset(job.settings.items()): job for name in BASES for job in planned(name)}
+    plans = {(to, frozenset(job.settings.items())): job for to in FRAMES for name in BASES for job in planned(name, to)}
     found, sources, asked = Gathered(), dict[str, Row](), dict[tuple[str, str], int]()
     failed: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     seen, looked = set[tuple[str, str, str]](), set[tuple[str, str]]()
     for job in map(read_job, folders_in(places)):
         family = family_of(job.config)
-        plan = labels.get(frozenset(settings_of(job.config).items()))
+        plan = plans.get((family, frozenset(settings_of(job.config, family).items()))) if family else None
         if family is None or plan is None:
             found.told.append(f"{job.folder.name}: of no experiment")
             continue
@@ -122,7 +122,7 @@ def shares(family: str, plan: Planned, job: Job) -> Iterable[Row]:
     """What part of the target's attention to the video its most attended tokens have; of jobs run with record=true."""
     for row in job.done:
         file = attention_file(job.folder, row["index"])
-        if plan.settings["frames"] == FRAMES and file.is_file():
+        if plan.settings["frames"] is None and file.is_file():
             mass = np.sort(load_file(file)["verifier_attention"].astype(np.float64))[::-1]
             tops = {f"{top:g}": round(float(mass[: int(top * len(mass))].sum() / mass.sum()), 4) for top in TOPS}
             yield {"family": family, "scene": row["sample"], "video": len(mass), "top": tops}
@@ -136,7 +136,7 @@ def write(found: Gathered, name: str, root: Path = ROOT) -> list[Path]:
     """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`."""
     files = []
     for experiment in BASES:
-        order = [job.label for job in planned(experiment)]
+        order = list(dict.fromkeys(job.label for family in FRAMES for job in planned(experiment, family)))
         families = {row["family"] for row in found.rows if row.get("job") in order}
         if mine := [row for row in found.rows if row["family"] in families and row.get("job", order[0]) in order]:
             files.append(replace(root / experiment / f"{name}.jsonl", mine, order))

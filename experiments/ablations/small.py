@@ -96,6 +96,7 @@ def told(folder: Path) -> Iterator[str]:
         ):
             yield from ("", *tables.aligned(table(name, results, family)))
         yield f"\n{tables.verdicts('main_table', results, family)}"
+    yield "Times are of two processes side by side, and of whatever else this machine did."
     yield "\nThe paper's findings:"
     _, *lines = tables.judged(results, found.attention)
     for (name, claim), some in groupby(lines, key=lambda cells: (cells[0], cells[1])):

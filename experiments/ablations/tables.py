@@ -27,9 +27,9 @@ def bounded(found: Interval, show: Callable[[float], str] = plain) -> str:
 
 def acceptance(experiment: str, results: Results, family: str) -> Table:
     """A line a job that was run; a difference is bold where its interval leaves 0 out."""
-    headings = list(dict.fromkeys(heading for job in planned(experiment) for heading in bases_of(experiment, job)))
+    headings = list(dict.fromkeys(heading for job in planned(experiment, family) for heading in bases_of(experiment, job)))
     lines = [["job", "scenes", "kept", "accepted per round", *(f"less `{heading}`" for heading in headings)]]
-    for job in planned(experiment):
+    for job in planned(experiment, family):
         if found := interval(results.accepted(family, job.label)):
             rows = results.of(family, job.label)
             kept, video = (np.mean([row[key] for row in rows]) for key in ("kept", "video"))
@@ -45,7 +45,7 @@ def acceptance(experiment: str, results: Results, family: str) -> Table:
 def speed(experiment: str, results: Results, family: str) -> Table:
     """Times as fast as the target alone, sums over scenes; of rows of one machine."""
     lines = [["job", "scenes", "decode", "end to end", "engine"]]
-    for job in planned(experiment):
+    for job in planned(experiment, family):
         rows = [row for row in results.of(family, job.label) if row["decode"][1] is not None]
         if rows:
             cells = []
@@ -60,7 +60,7 @@ def speed(experiment: str, results: Results, family: str) -> Table:
 
 def verdicts(experiment: str, results: Results, family: str) -> str:
     """How many answers were proved to be the target's own."""
-    rows = [row for job in planned(experiment) for row in results.of(family, job.label)]
+    rows = [row for job in planned(experiment, family) for row in results.of(family, job.label)]
     counts = Counter(row["verdict"].partition(" at token")[0] for row in rows)
     return f"{len(rows)} answers: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}."
 
