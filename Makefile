@@ -1,5 +1,7 @@
 # make demo     set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
 # make test     set up once, then run the tests in two processes           (ARGS="-k registry" to choose, ARGS="-n 8" for more)
+# make ablation the main ablations on 24 scenes: a report, a table, verdicts (ARGS="--pair embedded_llava_onevision" for the
+#               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
 # make check    lint, types and tests, as before a commit
 #
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test plugins check lint types clean
+.PHONY: demo test ablation plugins check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -23,6 +25,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+ablation: $(VENV)/.installed-report
+	$(BIN)/python -m experiments.ablations.small $(ARGS)
 
 # They need nothing but specvlm. The build backend is installed once, instead of once a package.
 plugins: $(VENV)/.installed
@@ -57,6 +62,11 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 $(VENV)/.installed: $(PINS) $(VENV)/.torch
 	@echo "installing specvlm and what it needs"
 	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-report: $(PINS) $(VENV)/.installed
+	@echo "installing what the report needs"
+	@$(PIP) -c constraints.txt -e '.[report]'
 	@touch $@
 
 $(VENV)/.installed-test: $(PINS) $(VENV)/.installed

@@ -95,7 +95,7 @@ def test_every_preset_composes(preset):
 
 
 def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran, capsys):
-    assert len(compose.jobs(["experiment=ratio_by_pruner"], sweep=True)) == 15
+    assert len(compose.jobs(["experiment=ratio_by_pruner"], sweep=True)) == 28
     fewer = compose.jobs(["experiment=ratio_by_pruner", "ratio=0.5", "pruner=none", "dataset.scenes=3"], sweep=True)
     assert [(job.cfg.pruner.name, job.cfg.ratio, job.cfg.dataset.scenes) for job in fewer] == [("none", 0.5, 3)]
     for words, why in ((["experiment=frames"], "it needs -m"), (["-m", "experiment=frames,positions"], "give it alone")):
