@@ -6,7 +6,6 @@ instead of the eight of the text.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -77,10 +76,15 @@ def shape(line: str) -> str:
     return " ".join(re.sub(r"(/\S*)+/", "/", line).split())
 
 
+def unwrapped(text: str) -> list[str]:
+    """Its lines; where a long one is broken depends on the figures in it."""
+    return re.sub(r"\n {8,}(?=\S)", " ", text).splitlines()
+
+
 def missing(shown: str, said: str) -> list[str]:
     """Lines of the text that nothing was said like, in that order. `…` stands for what the text leaves out."""
-    rest, gone = iter([shape(line) for line in said.splitlines()]), []
-    for line in filter(str.strip, shown.splitlines()):
+    rest, gone = iter([shape(line) for line in unwrapped(said)]), []
+    for line in filter(str.strip, unwrapped(shown)):
         begin, cut, _ = line.partition("…")
         want = shape(begin)
         if want and not any(now.startswith(want) if cut else now == want for now in rest):
@@ -90,7 +94,7 @@ def missing(shown: str, said: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A repository behind `make demo`, whose environment sees what this one has, so that what is installed there stays there."""
+    """A repository behind `make demo`; its environment sees what this one has, and keeps what is installed into it."""
     for needed in ("hatchling", "altair", "vl_convert", "jinja2", "scipy"):
         pytest.importorskip(needed)
     if not shutil.which("make"):
@@ -182,7 +186,10 @@ def test_the_pruner_has_the_ends_that_the_text_says():
     blend = module["BlendPruner"]
     assert kept(blend(attention=1.0), attention_N) == kept(VerifierAttentionPruner(), attention_N)
     assert kept(blend(attention=0.0), attention_N) == kept(blend(attention=0.0), -attention_N)
-    assert kept(blend(attention=0.5), attention_N) not in (kept(blend(attention=0.0), attention_N), kept(blend(attention=1.0), attention_N))
+    assert kept(blend(attention=0.5), attention_N) not in (
+        kept(blend(attention=0.0), attention_N),
+        kept(blend(attention=1.0), attention_N),
+    )
 
 
 def test_the_commands_of_the_last_part_compose():
