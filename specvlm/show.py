@@ -123,8 +123,11 @@ class Screen:
         label = f"[dim]{escape(job.label)}[/] " if job.label else ""
         self.console.print(f"{count} {escape(row['sample'])} {label}{outcome(row)}")
 
-    def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str) -> None:
-        """The table behind a sweep, and why what failed did. jobs: what each is called, and its summary; common: to all."""
+    def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
+        """The table behind a sweep, why what failed did, and where it all lies.
+
+        jobs: what each is called, and its summary; common: to all. go_on: words for the rest of what was broken off.
+        """
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("job", overflow="fold")
         for name in ("done", "kept", "accepted", "decode", "end to end", "verdicts", "failed", "skipped"):
@@ -146,6 +149,9 @@ class Screen:
             self.console.print(line)
         if common:
             self.console.print(f"[dim]all: {escape(common)}[/]")
+        if folder is not None:
+            self.console.print(f"[dim]written to {escape(str(folder))}[/]")
+        self.note(go_on and f"broken off; the same line with {escape(go_on)} goes on")
 
 
 def outcome(row: Mapping[str, Any]) -> str:

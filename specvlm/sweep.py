@@ -43,6 +43,7 @@ class Sweep:
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
         self.failures: dict[Path, str] = {}
+        self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
     def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
@@ -78,6 +79,7 @@ class Sweep:
             if cfg.fail_fast:
                 raise JobFailed(code) from error
             return code
+        self.begun.append((job, "hydra.sweep.dir" if several else "hydra.run.dir"))
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
         if several and all(plain) and self.labels and os.getpid() == self.home:
             self.jobs.append(job)
@@ -107,7 +109,10 @@ class Sweep:
         found = {folder: self._state_of(folder) for folder in self.labels}
         if self.ended or not any(found.values()):
             return
-        screen.jobs([(label, found[folder] or never) for folder, label in self.labels.items()], self.common)
+        told = [(label, found[folder] or never) for folder, label in self.labels.items()]
+        unfinished = [option for job, option in self.begun if job.todo]
+        go_on = f"resume=true {unfinished[0]}={self.folder}" if unfinished and self.folder else ""
+        screen.jobs(told, self.common, self.folder, go_on)
         if self.tracker is not None and self.folder:
             if len(found) > 1:
                 tracker = Tracker(self._wandb())

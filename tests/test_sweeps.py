@@ -556,7 +556,9 @@ def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
 
     monkeypatch.setattr(Baselines, "get", get)
     assert sweep(THREE, "dataset.scenes=2") == 130
-    assert "1/2" in capsys.readouterr().out
+    shown, folder = capsys.readouterr().out, Path("sweep").absolute()
+    assert "1/2" in shown and f"written to {folder}\n" in shown
+    assert f"with resume=true hydra.sweep.dir={folder} goes on" in shown
     assert {summary_of(job)["status"] for job in jobs(Path("sweep")).values()} == {"incomplete"}
 
 
@@ -596,6 +598,7 @@ def test_a_sweep_whose_folder_is_called_after_the_time_has_one_folder(capsys):
     assert main(["-m", *ASK, THREE, "dataset.scenes=1"]) == 0
     table = capsys.readouterr().out.partition("\njob ")[2]
     assert table.count("1/1") == table.count("identical") == 3 and "never" not in table
+    assert f"written to {Path.cwd() / 'multirun'}" in table and "resume" not in table
 
 
 def test_shapes_of_trees_have_folders_of_their_own():
