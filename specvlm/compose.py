@@ -41,8 +41,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a job
-    over samples its own, within.
+    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder:
+    of a job over samples its own, within.
     """
 
     cfg: DictConfig

@@ -203,6 +203,12 @@ class DecodingGraph:
         penalty.add(torch.tensor([token]))
         keep = self._agreed(prompt, guidance, features_ND, generator)
         clock.mark("prune")
+
+        def started(part: str) -> None:
+            if self.draft is not None and drafter.model == "draft":
+                clock.wait(self.draft.device)
+            clock.mark(part)
+
         context = DraftContext(
             prompt=prompt,
             keep=keep,
@@ -219,11 +225,10 @@ class DecodingGraph:
             engine=self.engine,
             signals=gathered(drafter.needs, prompt, guidance, features_ND),
             cache=cache,
+            mark=started,
         )
         session = drafter.start(context)
-        if self.draft is not None and drafter.model == "draft":
-            clock.wait(self.draft.device)
-        clock.mark("draft_prefill")
+        started("draft_prefill")
 
         video_ND = guidance.video_hidden() if guidance is not None and guidance.hidden else None
         request = Request(target, cache, verifier, penalty, generator, clock.mark, video_ND)

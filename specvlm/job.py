@@ -59,7 +59,7 @@ class Job:
         self.screen, self.failure = Screen(), ""
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._warm = 0  # slots of the longest request so far
+        self._warm = (0, 0)  # slots of the last warm-up, and how often caches had changed behind it
         self._told: set[str] = set()
         self._rounds: list[dict[str, Any]] = []  # of the last sample
 
@@ -198,9 +198,12 @@ class Job:
         assert self.rows is not None
         record.captured_s = graph.engine.capture_s
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
-        if slots > self._warm:  # a longer request moves to larger caches, for which all is captured anew
+        longest, changes = self._warm
+        # A longer request moves to larger caches, for which all is captured anew; so it is where another job, or a comparison
+        # of outputs, had them changed.
+        if slots > longest or graph.caches.changes != changes:
             warm_up(request, graph, record)
-            self._warm = slots
+            self._warm = (slots, graph.caches.changes)
         kept, self._rounds = None, []
         for number, step in enumerate(speculate(request, graph, record)):
             self._rounds.append({"sample": self.samples[index].id} | row(number, step))
@@ -246,7 +249,6 @@ class Job:
         """Go on behind a sample that failed, if the device still can. Raises what it raises if not."""
         if full:
             self.held.shed()
-            self._warm = 0
         for device in request.places.devices:
             if device.type == "cuda":
                 torch.zeros(1, device=device).item()

@@ -237,7 +237,8 @@ class DraftContext:
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
     the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
-    output so far but its last token.
+    output so far but its last token. mark: told "draft_prefill" before a step is captured while the drafter starts, and
+    "capture" behind it.
     """
 
     prompt: VideoPrompt
@@ -255,6 +256,7 @@ class DraftContext:
     engine: Engine | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
     cache: KVCache | None = None
+    mark: Callable[[str], None] = lambda part: None
 
     def signal(self, name: str) -> Tensor:
         return _signal(self.signals, name, "drafter")

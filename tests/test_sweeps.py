@@ -26,6 +26,7 @@ from specvlm.compose import compose
 from specvlm.compose import jobs as planned
 from specvlm.config import model_folder
 from specvlm.datasets.synthetic import SyntheticDataset
+from specvlm.engine.graphs import GraphsEngine
 from specvlm.errors import UserError
 from specvlm.held import HELD
 from specvlm.lossless import Comparison
@@ -135,6 +136,34 @@ def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
     content[-3] ^= 1  # one bit of the last tensor
     weights.write_bytes(content)
     assert main([*first, "hydra.run.dir=changed"]) == 0 and len(decodes) == len(changes) + 2
+
+
+def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
+    """Jobs share caches: where two draft with models of other shapes, each finds what was captured for its own gone."""
+    engine, spent = GraphsEngine("direct"), {"speculate": 0, "decode_alone": 0}
+    monkeypatch.setattr("specvlm.held.engine_for", lambda *_: engine)
+    HELD.clear()
+
+    def counted(name):
+        real = getattr(answer, name)
+
+        def timed(*args):
+            before = engine.capture_s
+            steps = list(real(*args))
+            spent[name] += engine.capture_s > before
+            return steps
+
+        return timed
+
+    for name in spent:
+        monkeypatch.setattr(f"specvlm.job.{name}", counted(name))
+    try:
+        assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
+    finally:
+        HELD.clear()
+    rows = [row for job in jobs(Path("sweep")).values() for row in rows_of(job)]
+    assert spent == {"speculate": 0, "decode_alone": 0} and not any("capture" in row["times_s"] for row in rows)
+    assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
 
 
 def test_the_order_of_the_methods_moves_on_with_every_turn():
