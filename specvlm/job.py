@@ -117,13 +117,15 @@ class Job:
         self.tracker.finish(totals, FAILED if self.failure else code)
         return code
 
-    def fail(self, error: BaseException) -> None:
-        """The job cannot go on; its folder says why."""
+    def fail(self, error: BaseException) -> dict[str, Any]:
+        """The job cannot go on; its folder says why. Returns what a job that never began has for totals."""
         self.failure, self.todo = one_line(error), []
+        found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
             with suppress(OSError):
                 write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.cfg))))
-                write_json(self.folder / "summary.json", {"status": "failed", "reason": self.failure})
+                write_json(self.folder / "summary.json", found)
+        return found
 
     @staticmethod
     def code_of(rows: Sequence[dict[str, Any]]) -> int:

@@ -42,7 +42,7 @@ class Sweep:
         self.name = " ".join([*presets, folder.name if folder else ""]).strip()
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
-        self.failures: dict[Path, str] = {}
+        self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
     def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
@@ -72,8 +72,7 @@ class Sweep:
         except END_IT:
             raise
         except Exception as error:
-            job.fail(error)
-            self.failures[folder] = job.failure
+            self.failures[folder] = job.fail(error)
             code = self.tell(error)
             if cfg.fail_fast:
                 raise JobFailed(code) from error
@@ -123,9 +122,7 @@ class Sweep:
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
-        if folder in self.failures:
-            return {"status": "failed", "reason": self.failures[folder]}
-        return summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
+        return self.failures.get(folder) or summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
 
 
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:

@@ -457,6 +457,13 @@ def test_a_job_that_cannot_begin_is_named_and_the_others_are_done(capfd):
     assert sweep("drafter=tree,prompt_lookup", *few, "resume=true") == 0
 
 
+def test_a_job_that_differs_from_no_other_is_called_after_its_data_set(capsys):
+    assert sweep("dataset.scenes=1", "draft.path=nowhere") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["synthetic", "-", "failed"] for line in lines)
+    assert any(line.startswith("synthetic: nowhere: no such model folder") for line in lines)
+
+
 def test_weights_that_cannot_be_loaded_fail_the_job_and_not_each_sample(capfd):
     shutil.copytree(model_folder("embedded:qwen2_5_vl/plain"), "plain")
     Path("plain/model.safetensors").unlink()
