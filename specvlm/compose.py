@@ -24,6 +24,7 @@ from specvlm.errors import UserError, did_you_mean
 
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
+OWN_SAMPLE = ("video", "question")  # of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "hydra.run.dir", "hydra.sweep.dir")
 
 
@@ -130,10 +131,21 @@ def _checked(words: list[str], sweep: bool) -> Job:
         hydra = cfg.pop("hydra")
     OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
+    if cfg.dataset is not None:
+        _refuse_own_sample(words, cfg.dataset.name)
     for kind in registry.KINDS:
         if kind != "dataset" or cfg.dataset is not None:
             registry.build(kind, cfg[kind])
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+
+
+def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
+    """Keys of one run say nothing about a data set's samples. Only words tell: in a configuration they have defaults."""
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key in OWN_SAMPLE:
+            how = f"leave {key} out, or ask what you like by dataset=folder dataset.root=FOLDER"
+            raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
 
 
 def _subdir(cfg: DictConfig) -> str:

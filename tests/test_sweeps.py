@@ -602,7 +602,7 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
     assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
 
 
-REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "question='a, b'"], ["drafter.shape=4x2"]]
+REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft.path='a, b'"], ["drafter.shape=4x2"]]
 
 
 @pytest.mark.parametrize("words", REWRITTEN, ids=str)
@@ -640,6 +640,20 @@ def test_every_ablation_runs(preset, capsys):
     found = [summary_of(job) for job in jobs(Path("sweep")).values()]
     assert len(found) == len(planned([f"experiment={preset}"], sweep=True)) and all(one["ok"] == 1 for one in found)
     assert len(list(Path("sweep/baselines").iterdir())) == (4 if preset == "frames" else 1)
+
+
+@pytest.mark.parametrize("word", ["video=synthetic_2", "question=Why?", "+question='a, b'"])
+@pytest.mark.parametrize("sweeping", [["-m", "pruner=uniform,random"], []], ids=["sweep", "job"])
+def test_what_a_single_run_is_asked_is_refused_beside_a_data_set(word, sweeping, capsys):
+    assert main([*sweeping, *ASK, word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not go with dataset=synthetic" in line and "dataset=folder" in line and list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["resume=true", "shard=0/2", "tracker=wandb"])
+def test_what_needs_a_data_set_is_refused_without_one(word, capsys):
+    assert main([word, "hydra.run.dir=out"]) == 2
+    assert "give dataset=…, or leave it out" in capsys.readouterr().err and list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize("word", ["shard=4/4", "shard=1", "shard=a/b", "turn=0", "resume=maybe"])

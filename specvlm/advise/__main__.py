@@ -125,6 +125,8 @@ def command(words: Sequence[str]) -> int:
         raise UserError(f"{options[0]}: the adviser has no options but --help, which shows its words")
     wishes = Wishes.of_words(own)
     run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
+    if run.cfg.dataset is not None:
+        raise UserError("the adviser asks one question about one video: give video=FILE question=… instead of dataset=…")
     kept = [word for word in others if word.partition("=")[0].split(".")[0] not in ("drafter", "ratio", "hydra")]
     with threads(run.cfg.threads):
         advise(run.cfg, run.run_dir, kept, wishes)
