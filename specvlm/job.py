@@ -17,7 +17,7 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.errors import JobFailed, MissingVideo, UserError
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, one_line, worst
 from specvlm.folder import write_attention, write_json, write_text
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
@@ -29,7 +29,6 @@ from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb
 
-OK, MISMATCH, FAILED = 0, 1, 5
 A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 
 
@@ -98,7 +97,7 @@ class Job:
             self.todo.remove(index)
             self.screen.sample(self, found)
             self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
-            if self.cfg.fail_fast and self.code_of([found]) != OK:
+            if self.cfg.fail_fast and self.code_of([found]):
                 raise JobFailed(self.code_of([found]))
 
     def close(self) -> int:
@@ -106,15 +105,15 @@ class Job:
         this process's.
         """
         if self.rows is None:
-            return OK
+            return ExitCode.OK
         self.rows.close()
         self.rows = None
         if self.folder is None:
-            return OK
+            return ExitCode.OK
         totals = self._summarize(self.folder)
         mine = {self.samples[index].id for index in self.mine}
         code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
-        self.tracker.finish(totals, FAILED if self.failure else code)
+        self.tracker.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
@@ -129,8 +128,12 @@ class Job:
 
     @staticmethod
     def code_of(rows: Sequence[dict[str, Any]]) -> int:
-        failed = any(row["status"] == "failed" for row in rows)
-        return FAILED if failed else MISMATCH if any((row["verdict"] or "").startswith("MISMATCH") for row in rows) else OK
+        def of(row: dict[str, Any]) -> int:
+            if row["status"] == "failed":
+                return ExitCode.FAILED
+            return ExitCode.MISMATCH if (row["verdict"] or "").startswith("MISMATCH") else ExitCode.OK
+
+        return worst(map(of, rows))
 
     # ---- one sample --------------------------------------------------------------------------------------------------
 
@@ -299,8 +302,3 @@ def room(folder: Path, samples: int, tokens: int) -> None:
     if free < needed:
         left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
         raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -27,7 +27,7 @@ from specvlm.compose import jobs as planned
 from specvlm.config import model_folder
 from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.engine.graphs import GraphsEngine
-from specvlm.errors import UserError
+from specvlm.errors import UserError, worst
 from specvlm.held import HELD
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
@@ -498,6 +498,32 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
     assert "2 MISMATCH" in capsys.readouterr().out
     (row, *_) = rows_of(next(iter(jobs(Path("sweep")).values())))
     assert row["verdict"].startswith("MISMATCH at token") and row["difference"]["candidates"]
+
+
+def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
+    """Of one job with a sample that fails, of a sweep with a job that fails, and of one that ends at the first failure."""
+    from specvlm.graph import Output
+
+    take = Output.take
+    monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
+    assert main(["dataset=broken", "frames=4", "max_new_tokens=8", "hydra.run.dir=job"]) == 1
+    assert summary_of(Path("job"))["verdicts"] == {"MISMATCH": 2} and summary_of(Path("job"))["failed"] == 1
+    few = ["dataset.scenes=1", "pruner=uniform"]
+    assert sweep("drafter=tree,prompt_lookup,self", "draft.path=nowhere", *few) == 1
+    assert sweep("pruner=raising,uniform", "dataset.scenes=1", folder="faults") == 1
+    assert sweep("pruner=raising", "dataset.scenes=1", folder="fails") == 5
+    assert [worst(codes) for codes in ([], [0, 5, 2], [3, 1, 5], [1, 0])] == [0, 5, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_mismatch_of_a_workers_job_is_not_hidden_by_one_that_failed_before(wrong):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    words = ["dataset.scenes=1", "hydra/launcher=workers", "pruner=uniform", "drafter=tree,self", "draft.path=nowhere"]
+    assert sweep(*words) == 2
+    (job,) = (job for job in jobs(Path("sweep")).values() if rows_of(job))
+    (row,) = rows_of(job)
+    Path(job / "samples.jsonl").write_text(json.dumps(row | {"verdict": "MISMATCH at token 3: made up"}) + "\n")
+    assert sweep(*words, "resume=true") == 1
 
 
 def test_a_tie_has_its_control(monkeypatch):
