@@ -96,7 +96,10 @@ def command(argv: list[str], full: bool) -> int:
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
         here = planned[0].sweep_dir if sweep else planned[0].run_dir
         plan = Plan(planned, torchrun.nowhere() or here)
-        key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        key, other = compose.FOLDERS[sweep], compose.FOLDERS[not sweep]
+        if any(word.startswith(f"{other}=") for word in words):
+            whose = "of a run, and -m starts a sweep" if sweep else "of a sweep, which -m starts"
+            raise UserError(f"{other} is the folder {whose}: give {key}=FOLDER")
         if planned[0].cfg.resume and not here.is_dir() and not any(word.startswith(f"{key}=") for word in words):
             raise UserError(f"resume=true goes on in a folder that is there: give {key}=FOLDER")
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)

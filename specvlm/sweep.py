@@ -107,9 +107,11 @@ class Sweep:
 
     def show(self) -> None:
         """The table of jobs, as far as they came, and the tracker's picture of it; nothing where none began."""
+        if self.ended:
+            return
         screen, never = Screen(), {"status": "failed", "reason": "it never began"}
         found = {folder: self._state_of(folder) for folder in self.labels}
-        if self.ended or not any(found.values()):
+        if not any(found.values()):
             return
         screen.jobs([(label, found[folder] or never) for folder, label in self.labels.items()], self.common)
         if self.tracker is not None and self.folder:

@@ -225,6 +225,49 @@ def test_a_damaged_line_in_the_middle_is_named(capsys):
     assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
 
 
+DAMAGED = {
+    "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
+    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: this is no JSON object"),
+    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: this is no JSON object"),
+    "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
+    "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
+    "nothing": ("config.yaml", None, "holds samples and no config.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_is_one_line(case, capsys):
+    name, text, why = DAMAGED[case]
+    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
+    assert main(words) == 0
+    Path("job", name).unlink()
+    if text is not None:
+        Path("job", name).write_text(text)
+    capsys.readouterr()
+    assert main([*words, "resume=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+
+
+def test_a_folder_of_an_older_configuration_is_not_gone_on_with(capsys):
+    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
+    assert main(words) == 0
+    path = Path("job/config.yaml")
+    path.write_text(path.read_text().replace("record: false\n", "recorded: true\n"))
+    assert main([*words, "resume=true"]) == 2
+    assert "was made with recorded=True, this is without recorded: take" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("recorded: true\n", ""))
+    assert main([*words, "resume=true"]) == 2
+    assert "was made without record, this is record=False: take" in capsys.readouterr().err
+
+
+def test_a_file_where_the_sweep_should_be_is_named(capsys):
+    Path("file").write_text("")
+    assert sweep("dataset.scenes=1", folder="file") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"'{Path.cwd()}/file'")
+
+
 def test_results_are_not_overwritten_nor_mixed(capsys):
     words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
     assert main(words) == 0
