@@ -202,13 +202,7 @@ class Job:
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
         assert self.rows is not None
         record.captured_s = graph.engine.capture_s
-        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
-        longest, changes = self._warm
-        # A longer request moves to larger caches, for which all is captured anew; so it is where another job, or a comparison
-        # of outputs, had them changed.
-        if slots > longest or graph.caches.changes != changes:
-            warm_up(request, graph, record)
-            self._warm = (slots, graph.caches.changes)
+        self._warm_up(request, graph, record)
         kept, self._rounds = None, []
         for number, step in enumerate(speculate(request, graph, record)):
             self._rounds.append({"sample": self.samples[index].id} | row(number, step))
@@ -226,6 +220,16 @@ class Job:
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
         grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
+
+    def _warm_up(self, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+        """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
+        outputs, may have had them changed. On all ranks if on one, whose draft's cache the others do not have.
+        """
+        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
+        warm, changes = self._warm
+        if not self._all(slots <= warm and graph.caches.changes == changes):
+            warm_up(request, graph, record)
+            self._warm = (slots, graph.caches.changes)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
         try:

@@ -29,6 +29,7 @@ from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.errors import UserError, worst
 from specvlm.held import HELD
+from specvlm.job import Job
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
 from specvlm.places import places_of
@@ -164,6 +165,20 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
     rows = [row for job in jobs(Path("sweep")).values() for row in rows_of(job)]
     assert spent == {"speculate": 0, "decode_alone": 0} and not any("capture" in row["times_s"] for row in rows)
     assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
+
+
+def test_ranks_warm_up_together(monkeypatch):
+    """Else one waits for ever in a sum that the others do not come to."""
+    asked, warmed, real = [], [], answer.warm_up
+
+    def on_all(self, mine):
+        asked.append(mine)
+        return mine and len(asked) % 2 == 1  # of each sample the second question: is another rank warm too? It is not
+
+    monkeypatch.setattr(Job, "_all", on_all)
+    monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
+    assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
+    assert asked == [True, False, True, True, True, True] and len(warmed) == 3
 
 
 def test_the_order_of_the_methods_moves_on_with_every_turn():
