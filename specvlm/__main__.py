@@ -1,8 +1,9 @@
 """`python -m specvlm`: one run, or with -m a sweep.
 
-Exit codes: 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a fault of
-specvlm (with its traceback), 4 another rank died, 5 samples failed (the table says which; all others are done), 130 Ctrl-C.
-A sweep ends with the highest of its jobs'. Those are a rank's: torchrun itself ends with 1 for any of them but 0.
+Exit codes (`errors.ExitCode`): 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a
+fault of specvlm (with its traceback), 4 another rank died, 5 samples failed (the table says which; all others are done), 130
+Ctrl-C. A sweep ends with 1 where any output was wrong, whatever else happened, else with the highest of its jobs'. Those are a
+rank's: torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
@@ -20,7 +21,7 @@ from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
-from specvlm.errors import JobFailed, Told, UserError
+from specvlm.errors import ExitCode, JobFailed, Told, UserError, worst
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from specvlm.sweep import Sweep
 
 AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
-OK, MISMATCH, MISTAKE, FAULT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if not torchrun.rank_here():
             print("specvlm: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def guarded(action: Callable[[], int], full: bool) -> int:
@@ -58,7 +58,7 @@ def tell(err: Exception, full: bool) -> int:
     """Say what went wrong, on stderr; returns the exit code."""
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
-        return PIPE_CLOSED
+        return ExitCode.PIPE_CLOSED
     if isinstance(err, UserError | OSError):
         if full:
             traceback.print_exception(err)
@@ -66,13 +66,13 @@ def tell(err: Exception, full: bool) -> int:
             sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
             print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
-        return MISTAKE
+        return ExitCode.MISTAKE
     if isinstance(err, JobFailed):
-        return int(err.args[0])
+        return err.code
     traceback.print_exception(err)
     if not torchrun.rank_here():
         print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
-    return FAULT
+    return ExitCode.FAULT
 
 
 def command(argv: list[str], full: bool) -> int:
@@ -96,7 +96,10 @@ def command(argv: list[str], full: bool) -> int:
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
         here = planned[0].sweep_dir if sweep else planned[0].run_dir
         plan = Plan(planned, torchrun.nowhere() or here)
-        key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        key, other = compose.FOLDERS[sweep], compose.FOLDERS[not sweep]
+        if any(word.startswith(f"{other}=") for word in words):
+            whose = "of a run, and -m starts a sweep" if sweep else "of a sweep, which -m starts"
+            raise UserError(f"{other} is the folder {whose}: give {key}=FOLDER")
         if planned[0].cfg.resume and not here.is_dir() and not any(word.startswith(f"{key}=") for word in words):
             raise UserError(f"resume=true goes on in a folder that is there: give {key}=FOLDER")
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
@@ -145,7 +148,7 @@ class Plan:
 
 
 def launch(words: list[str], plan: Plan, full: bool) -> int:
-    """Run the jobs through Hydra; returns the highest exit code."""
+    """Run the jobs through Hydra; returns the worst exit code."""
     import hydra
     from hydra.errors import HydraException
 
@@ -162,7 +165,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         folder = Path(state.runtime.output_dir)
         sampled = cfg.get("dataset") is not None
         if any(codes) and cfg.get("fail_fast"):
-            return OK
+            return ExitCode.OK
         if len(plan.jobs) > 1 and not sampled:
             print(f"[{state.job.num + 1}/{len(plan.jobs)}] {' '.join(state.overrides.task)}", flush=True)
         if torchrun.rank_here():
@@ -180,13 +183,17 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         if cfg.get("dataset") is None:
             return _run(cfg, folder)
         alone = over_samples(plan, full)  # of a configuration of the user's own
-        return max(alone.add(cfg, folder, state), alone.finish())
+        return worst([alone.add(cfg, folder, state), alone.finish()])
 
     try:
         with _hydra_raises(words):
             hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
         if sweep:
             codes.append(sweep.finish())
+    except JobFailed as err:  # it may have come from a worker, as the first of several that failed
+        if sweep is None:
+            raise
+        codes += [err.code, *sweep.mismatch()]
     except OSError as err:
         if err.filename or isinstance(err, HydraException):
             raise
@@ -197,7 +204,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         plan.tidy_sweep()
         if sweep:
             sweep.show()
-    return max(codes, default=OK)
+    return worst(codes)
 
 
 def over_samples(plan: Plan, full: bool) -> Sweep:

@@ -145,21 +145,28 @@ class KVCache:
 class CachePool:
     """Caches kept across requests: one per role, grown when a request needs more slots.
 
-    A role's cache belongs to the request that asked last: an older, half-read one finds its `lease` outdated.
+    A role's cache belongs to the request that asked last: an older, half-read one finds its `lease` outdated. changes: how
+    often a cache was made or given up so far, with which goes what an engine captured for the one before.
     """
 
     def __init__(self) -> None:
         self._caches: dict[str, KVCache] = {}
         self._leases: dict[str, int] = {}
+        self.changes = 0
 
     def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
         cache = self._caches.get(role)
         if cache is None or not cache.fits(model, capacity):
             self._caches.pop(role, None)  # free the old one before the new one is there
             cache = self._caches[role] = model.new_cache(pooled(capacity))
+            self.changes += 1
         cache.clear()
         self._leases[role] = self._leases.get(role, 0) + 1
         return cache
+
+    def empty(self) -> None:
+        self._caches.clear()
+        self.changes += 1
 
     def lease(self, role: str) -> int:
         return self._leases.get(role, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from specvlm.errors import UserError, did_you_mean
 
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
-PATH_KEYS = ("video", "target.path", "draft.path", "hydra.run.dir", "hydra.sweep.dir")
+OWN_SAMPLE = ("video", "question")  # of a run without a data set
+PATH_KEYS = ("video", "target.path", "draft.path")
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # there is one of them, in a sweep too
+AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
 
 
 def register() -> None:
@@ -69,7 +73,8 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
 
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists.
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists. Raises UserError for a
+    folder to write to that is empty.
     """
     return [_quoted(word, sweep) for word in words]
 
@@ -130,10 +135,21 @@ def _checked(words: list[str], sweep: bool) -> Job:
         hydra = cfg.pop("hydra")
     OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
+    if cfg.dataset is not None:
+        _refuse_own_sample(words, cfg.dataset.name)
     for kind in registry.KINDS:
         if kind != "dataset" or cfg.dataset is not None:
             registry.build(kind, cfg[kind])
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+
+
+def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
+    """Keys of one run say nothing about a data set's samples. Only words tell: in a configuration they have defaults."""
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key in OWN_SAMPLE:
+            how = f"leave {key} out, or ask what you like by dataset=folder dataset.root=FOLDER"
+            raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
 
 
 def _subdir(cfg: DictConfig) -> str:
@@ -196,7 +212,12 @@ def _wrong_type(text: str, cause: ValidationError) -> str:
 def _quoted(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
-    literal = name in TEXT_KEYS or (name in PATH_KEYS and (not sweep or Path(value).exists()))
+    if name in AT_HOME and value.startswith("~"):
+        value = os.path.expanduser(value)
+        word = f"{key}={value}"
+    if name in FOLDERS and equals and not value:
+        raise UserError(f"{word} names no folder: is a variable of your shell empty?")
+    literal = name in (*TEXT_KEYS, *FOLDERS) or (name in PATH_KEYS and (not sweep or Path(value).expanduser().exists()))
     literal |= name == "drafter.shape" and value.startswith("[")  # a text that looks like a list
     if not equals or not literal or not value or HYDRAS_OWN.match(value):
         return word

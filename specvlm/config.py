@@ -119,6 +119,8 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
     if cfg.shard is not None and cfg.dataset is None:
         raise UserError("shard shares out the samples of a data set: give dataset=…, or leave it out")
+    if cfg.resume and cfg.dataset is None:
+        raise UserError("resume goes on with the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     if cfg.tracker is not None:

@@ -1,7 +1,32 @@
-"""The caller's mistakes: what was seen, what is allowed, what to do, on one line. Knows nothing else of specvlm."""
+"""The caller's mistakes: what was seen, what is allowed, what to do, on one line. And how a process ends. Knows nothing else of
+specvlm.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Of a process, and of each job."""
+
+    OK = 0  # the output is the target's own
+    MISMATCH = 1
+    MISTAKE = 2  # the caller's; one line says which
+    FAULT = 3  # of specvlm or a plugin; with its traceback
+    LOST = 4  # another rank died
+    FAILED = 5  # samples failed; all others are done
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141
+    TERMINATED = 143
+
+
+def worst(codes: Iterable[int]) -> int:
+    """Of several jobs' exit codes the one to end with: MISMATCH whatever else there is, since it alone says that an output is
+    wrong, else the highest.
+    """
+    codes = [ExitCode.OK, *codes]
+    return ExitCode.MISMATCH if ExitCode.MISMATCH in codes else max(codes)
 
 
 class UserError(ValueError):
@@ -21,7 +46,17 @@ class Told(UserError):
 
 
 class JobFailed(Exception):
-    """Ends a sweep with the exit code that it carries, where a job ends it or runs in another process."""
+    """Ends a sweep with an exit code, where a job ends it or runs in another process."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, with its type in front unless it is one whose text is for the user."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool, KVCache
+from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, agreed
 from specvlm.errors import UserError
 from specvlm.models.attention import Guidance
@@ -25,47 +23,6 @@ from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifi
 from specvlm.types import KeepSet, Step, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-
-
-class Clock:
-    """Seconds by part since the last `lap`. On a GPU by events in its stream, so that no mark waits for the device: a part
-    pays for its own work, and for what the device waited for the host.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, Any]] = [("", self._now())]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def mark(self, part: str) -> None:
-        self.marks.append((part, self._now()))
-
-    def wait(self, device: torch.device) -> None:
-        """Work on another GPU counts up to now as this one's: its stream waits for it, the host does not."""
-        if device.type == self.device.type == "cuda" and device != self.device:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            torch.cuda.current_stream(self.device).wait_event(event)
-
-    def resume(self) -> None:
-        """What the consumer did since the last step is not ours."""
-        self.marks[-1] = ("", self._now())
-
-    def lap(self) -> dict[str, float]:
-        if self.device.type == "cuda":
-            self.marks[-1][1].synchronize()
-        parts: dict[str, float] = {}
-        for (_, start), (part, end) in pairwise(self.marks):
-            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-            parts[part] = parts.get(part, 0.0) + seconds
-        self.marks = self.marks[-1:]
-        return parts
 
 
 class Output:
@@ -203,6 +160,12 @@ class DecodingGraph:
         penalty.add(torch.tensor([token]))
         keep = self._agreed(prompt, guidance, features_ND, generator)
         clock.mark("prune")
+
+        def started(part: str) -> None:
+            if self.draft is not None and drafter.model == "draft":
+                clock.wait(self.draft.device)
+            clock.mark(part)
+
         context = DraftContext(
             prompt=prompt,
             keep=keep,
@@ -219,11 +182,10 @@ class DecodingGraph:
             engine=self.engine,
             signals=gathered(drafter.needs, prompt, guidance, features_ND),
             cache=cache,
+            mark=started,
         )
         session = drafter.start(context)
-        if self.draft is not None and drafter.model == "draft":
-            clock.wait(self.draft.device)
-        clock.mark("draft_prefill")
+        started("draft_prefill")
 
         video_ND = guidance.video_hidden() if guidance is not None and guidance.hidden else None
         request = Request(target, cache, verifier, penalty, generator, clock.mark, video_ND)

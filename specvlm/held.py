@@ -23,6 +23,7 @@ class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
 
     def __init__(self) -> None:
+        self.caches = CachePool()
         self.clear()
 
     def clear(self) -> None:
@@ -32,7 +33,7 @@ class Held:
 
     def shed(self) -> None:
         """Keep the weights alone: after a request that ran out of memory."""
-        self.caches = CachePool()
+        self.caches.empty()
         self.engines: dict[Hashable, Engine] = {}
         gc.collect()
         if torch.cuda.is_available():

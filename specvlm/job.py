@@ -18,7 +18,7 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.errors import JobFailed, MissingVideo, UserError
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, one_line, worst
 from specvlm.folder import write_attention, write_json, write_text
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
@@ -30,7 +30,6 @@ from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb
 
-OK, MISMATCH, FAILED = 0, 1, 5
 A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 
 
@@ -60,7 +59,7 @@ class Job:
         self.screen, self.failure = Screen(), ""
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._warm = 0  # slots of the longest request so far
+        self._warm = (0, 0)  # slots of the last warm-up, and how often caches had changed behind it
         self._told: set[str] = set()
         self._rounds: list[dict[str, Any]] = []  # of the last sample
 
@@ -99,7 +98,7 @@ class Job:
             self.todo.remove(index)
             self.screen.sample(self, found)
             self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
-            if self.cfg.fail_fast and self.code_of([found]) != OK:
+            if self.cfg.fail_fast and self.code_of([found]):
                 raise JobFailed(self.code_of([found]))
 
     def close(self) -> int:
@@ -107,29 +106,35 @@ class Job:
         this process's.
         """
         if self.rows is None:
-            return OK
+            return ExitCode.OK
         self.rows.close()
         self.rows = None
         if self.folder is None:
-            return OK
+            return ExitCode.OK
         totals = self._summarize(self.folder)
         mine = {self.samples[index].id for index in self.mine}
         code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
-        self.tracker.finish(totals, FAILED if self.failure else code)
+        self.tracker.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))
         return code
 
-    def fail(self, error: BaseException) -> None:
-        """The job cannot go on; its folder says why."""
+    def fail(self, error: BaseException) -> dict[str, Any]:
+        """The job cannot go on; its folder says why. Returns what a job that never began has for totals."""
         self.failure, self.todo = one_line(error), []
+        found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
             with suppress(OSError):
                 write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.cfg))))
-                write_json(self.folder / "summary.json", {"status": "failed", "reason": self.failure})
+                write_json(self.folder / "summary.json", found)
+        return found
 
     @staticmethod
     def code_of(rows: Sequence[dict[str, Any]]) -> int:
-        failed = any(row["status"] == "failed" for row in rows)
-        return FAILED if failed else MISMATCH if any((row["verdict"] or "").startswith("MISMATCH") for row in rows) else OK
+        def of(row: dict[str, Any]) -> int:
+            if row["status"] == "failed":
+                return ExitCode.FAILED
+            return ExitCode.MISMATCH if (row["verdict"] or "").startswith("MISMATCH") else ExitCode.OK
+
+        return worst(map(of, rows))
 
     # ---- one sample --------------------------------------------------------------------------------------------------
 
@@ -198,10 +203,7 @@ class Job:
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
         assert self.rows is not None
         record.captured_s = graph.engine.capture_s
-        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
-        if slots > self._warm:  # a longer request moves to larger caches, for which all is captured anew
-            warm_up(request, graph, record)
-            self._warm = slots
+        self._warm_up(request, graph, record)
         kept, self._rounds = None, []
         for number, step in enumerate(speculate(request, graph, record)):
             self._rounds.append({"sample": self.samples[index].id} | row(number, step))
@@ -219,6 +221,16 @@ class Job:
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
         grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
+
+    def _warm_up(self, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+        """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
+        outputs, may have had them changed. On all ranks if on one, whose draft's cache the others do not have.
+        """
+        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
+        warm, changes = self._warm
+        if not self._all(slots <= warm and graph.caches.changes == changes):
+            warm_up(request, graph, record)
+            self._warm = (slots, graph.caches.changes)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
         try:
@@ -247,7 +259,6 @@ class Job:
         """Go on behind a sample that failed, if the device still can. Raises what it raises if not."""
         if full:
             self.held.shed()
-            self._warm = 0
         for device in request.places.devices:
             if device.type == "cuda":
                 torch.zeros(1, device=device).item()
@@ -295,8 +306,3 @@ def room(folder: Path, samples: int, tokens: int) -> None:
     if free < needed:
         left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
         raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -36,7 +36,7 @@ KEYS = {
     "speedup_decode": "baseline_decode_s / decode_s",
     "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
     "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify; capture "
-    "where the engine met a new shape of tree in the middle of the request",
+    "where the engine met a new shape of tree, or a new cache, in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
     "difference": "of the first differing token: its index; the candidates, what came out and what the target prefers, as ids "

@@ -22,7 +22,7 @@ from typing import Any
 
 import pluggy
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, did_you_mean, one_line
 
 GROUP = "specvlm"
 HOOK = "specvlm_strategies"
@@ -69,7 +69,7 @@ def load() -> list[Plugin]:
         try:
             plugins.append(Plugin(name, version, strategies_of(point.load())))
         except (Exception, SystemExit) as err:
-            report(f"{name} {version}".strip(), f"is left out: {_one_line(err)}", err)
+            report(f"{name} {version}".strip(), f"is left out: {one_line(err)}", err)
     return plugins
 
 
@@ -144,8 +144,3 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
-
-
-def _one_line(err: BaseException) -> str:
-    text = " ".join(str(err).split())
-    return text if isinstance(err, PluginError) else f"{type(err).__name__}: {text}"

@@ -17,10 +17,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from specvlm.errors import UserError
 from specvlm.folder import write_text
@@ -52,9 +54,12 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
     found: dict[str, dict[str, Any]] = {}
-    for row in (row for path in _files(folder, SAMPLES) for row in lines_of(path)):
-        if row["sample"] not in found or found[row["sample"]]["status"] != "ok":
-            found[row["sample"]] = row
+    for path in _files(folder, SAMPLES):
+        for row in lines_of(path):
+            if not {"sample", "index", "status"} <= row.keys():
+                raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
+            if row["sample"] not in found or found[row["sample"]]["status"] != "ok":
+                found[row["sample"]] = row
     return sorted(found.values(), key=lambda row: row["index"])
 
 
@@ -69,11 +74,16 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """What the job was asked for. Raises UserError where there is no job."""
+    """What the job was asked for. Raises UserError where there is no job, or a damaged one."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
-    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    return plain
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
+    return cast("dict[str, Any]", found)
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
         raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
@@ -141,6 +151,8 @@ class Rows:
             raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _held(path) for path in side_by_side if path != samples):
+            if not (folder / "config.yaml").is_file():
+                raise Taken(f"{folder} holds samples and no config.yaml, which says of what: take another folder")
             _compare(config_of(folder), plain(cfg), folder)
         _cut(self._files[0], end)
         status, end = {row["sample"]: row["status"] for row in old}, 0
@@ -222,14 +234,16 @@ def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
             end += len(text)
+            if not text.endswith(b"\n"):
+                continue
             try:
-                line = json.loads(text) if text.endswith(b"\n") else None
+                line = json.loads(text)
             except ValueError:
-                if file.read(1):
-                    raise UserError(f"{path}, line {number}: this is no JSON; move the file away to start over") from None
                 line = None
-            if line is not None:
+            if isinstance(line, dict):
                 yield line, end
+            elif line is not None or file.read(1):
+                raise UserError(f"{path}, line {number}: this is no JSON object; move the file away to start over")
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -256,4 +270,6 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             _compare(before, now, folder, f"{name}.")
         elif before != now and name not in NO_MATTER:
-            raise Taken(f"{folder} was made with {name}={before}, this is {name}={now}: take another folder")
+            was = f"with {name}={before}" if key in old else f"without {name}"
+            has = f"{name}={now}" if key in new else f"without {name}"
+            raise Taken(f"{folder} was made {was}, this is {has}: take another folder")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from specvlm import memory, metrics
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
+from specvlm.errors import ExitCode
 from specvlm.folder import files_of, steps_file, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
@@ -17,8 +18,6 @@ from specvlm.places import Places, places_of
 from specvlm.prepare import Prepared, own_sample, read, set_up
 from specvlm.ranks import ALONE, Ranks, joined
 from specvlm.show import Screen, not_applied
-
-OK, MISMATCH = 0, 1
 
 
 def run(cfg: DictConfig, folder: Path) -> int:
@@ -62,7 +61,7 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
             raise ran_out(request, record, done) from error
     if folder:
         screen.summary(summary, folder)
-    return MISMATCH if verdict == "mismatch" else OK
+    return ExitCode.MISMATCH if verdict == "mismatch" else ExitCode.OK
 
 
 def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:

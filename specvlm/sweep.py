@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from specvlm import names
-from specvlm.errors import JobFailed
+from specvlm.errors import ExitCode, JobFailed, worst
 from specvlm.held import HELD, Held
 from specvlm.job import Job
 from specvlm.metrics import MEANS, totals
@@ -42,21 +42,21 @@ class Sweep:
         self.name = " ".join([*presets, folder.name if folder else ""]).strip()
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
-        self.failures: dict[Path, str] = {}
+        self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
         self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
     def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
         if self.ended:
-            return 0
+            return ExitCode.OK
         try:
             return self._add(cfg, folder, hydra)
         except END_IT as error:
             if os.getpid() != self.home:
                 return self.tell(error)
             self.ended = error  # said later: Hydra would say it in its own way
-            return 0
+            return ExitCode.OK
 
     def _add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
@@ -73,8 +73,7 @@ class Sweep:
         except END_IT:
             raise
         except Exception as error:
-            job.fail(error)
-            self.failures[folder] = job.failure
+            self.failures[folder] = job.fail(error)
             code = self.tell(error)
             if cfg.fail_fast:
                 raise JobFailed(code) from error
@@ -83,7 +82,7 @@ class Sweep:
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
         if several and all(plain) and self.labels and os.getpid() == self.home:
             self.jobs.append(job)
-            return 0
+            return ExitCode.OK
         return take_turns([job], cfg.turn, self.tell)
 
     def _wandb(self) -> Wandb | None:
@@ -92,10 +91,15 @@ class Sweep:
         return self.wandb
 
     def finish(self) -> int:
-        """Do what waits; returns the highest exit code."""
+        """Do what waits; returns the worst exit code."""
         if self.ended:
             raise self.ended
-        return take_turns(self.jobs, self.jobs[0].cfg.turn, self.tell) if self.jobs else 0
+        return take_turns(self.jobs, self.jobs[0].cfg.turn, self.tell) if self.jobs else ExitCode.OK
+
+    def mismatch(self) -> list[int]:
+        """Its exit code where a job has one, of what is in their folders."""
+        wrong = any("MISMATCH" in summary_of(folder).get("verdicts", {}) for folder in self.labels)
+        return [ExitCode.MISMATCH] if wrong else []
 
     def close(self) -> None:
         """Let go of what was not begun."""
@@ -105,9 +109,11 @@ class Sweep:
 
     def show(self) -> None:
         """The table of jobs, as far as they came, and the tracker's picture of it; nothing where none began."""
+        if self.ended:
+            return
         screen, never = Screen(), {"status": "failed", "reason": "it never began"}
         found = {folder: self._state_of(folder) for folder in self.labels}
-        if self.ended or not any(found.values()):
+        if not any(found.values()):
             return
         told = [(label, found[folder] or never) for folder, label in self.labels.items()]
         unfinished = [option for job, option in self.begun if job.todo]
@@ -128,20 +134,18 @@ class Sweep:
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
-        if folder in self.failures:
-            return {"status": "failed", "reason": self.failures[folder]}
-        return summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
+        return self.failures.get(folder) or summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
 
 
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
-    """Every job to its end; returns the highest exit code. turn: samples that a job answers before it is the next one's turn.
+    """Every job to its end; returns the worst exit code. turn: samples that a job answers before it is the next one's turn.
 
     Behind each turn the order moves on by one, so that no job always comes first, or behind the same other one. It goes by the
     samples' places in the data set: whether a sweep was broken off, or split into shards, makes no difference. Shards of one
     configuration have one place. Jobs of another target come when those of the first are through. tell: says what a whole job
     failed of, and returns its exit code; the others go on.
     """
-    codes, groups = [0], dict[Any, list[Job]]()
+    codes, groups = list[int](), dict[Any, list[Job]]()
     for job in jobs:
         groups.setdefault(job.held.target_of(job.setup), []).append(job)
     try:
@@ -159,7 +163,7 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
         for job in jobs:
             with suppress(CannotWrite):  # which has been said
                 job.close()
-    return max(codes)
+    return worst(codes)
 
 
 def share_ranks(cfg: DictConfig, folder: Path) -> int:
@@ -186,4 +190,4 @@ def _turn(job: Job, indices: range, readings: dict[Any, Reading], place: int, te
         if job.cfg.fail_fast:
             raise JobFailed(code) from error
         return code
-    return 0
+    return ExitCode.OK

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from specvlm.errors import one_line
+
 PATIENCE_S = 3.0  # for an answer of any kind from the server, and again for a run to be begun there: 5 s in all are promised
 BEGIN_S, END_S = 2.0, 60.0
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
@@ -25,6 +27,7 @@ FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "r
            "time_to_first_token_s", "drafter_start_s", "peak_memory_bytes", "order")  # fmt: skip
 TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
 PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
+MOST = 200  # characters of what W&B says went wrong
 CELL = 6  # pixels of a video token in the picture
 
 
@@ -50,7 +53,7 @@ class Wandb:
             try:
                 return wandb.init(**named, mode="online", settings=settings())
             except Exception as error:
-                self._offline(one_line(error))
+                self._offline(one_line(error)[:MOST])
         return wandb.init(**named, mode="offline", settings=settings())
 
     def _offline(self, why: str) -> None:
@@ -140,7 +143,7 @@ class Tracker:
         except Exception as error:
             self.run = None
             assert self.wandb
-            self.wandb.note(f"W&B is off for this job ({one_line(error)}); nothing of the results is lost")
+            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); nothing of the results is lost")
 
 
 def reachable(address: str) -> bool:
@@ -225,7 +228,3 @@ def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
 def sync_line(folder: Path) -> str:
     """The command that sends what W&B wrote offline below a folder; empty where there is nothing."""
     return f"wandb sync {folder / 'wandb'}/offline-run-*" if any(folder.glob("wandb/offline-run-*")) else ""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -17,9 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from specvlm.errors import OutOfMemory, UserError
+from specvlm.errors import ExitCode, OutOfMemory, UserError
 
-LOST, TERMINATED = 4, 143  # exit codes
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # kinds of ending; one that was killed has said none
 PATIENCE_S = 3.0  # between what an end does to a collective, or to torchrun, and the news of whose it was
 HANGS_S = 20.0  # what takes as long does not come back
@@ -79,7 +78,7 @@ class Watch:
 
         def give_up() -> None:
             os.write(2, f"specvlm: rank {self.rank} of {self.size}: {what}\n".encode())
-            self._exit(LOST)
+            self._exit(ExitCode.LOST)
 
         timer = threading.Timer(HANGS_S, give_up)
         timer.daemon = True
@@ -97,7 +96,7 @@ class Watch:
         while True:
             events = poll.poll(deadline)
             if not events:
-                self._follow(TERMINATED)  # from outside, not because of another rank
+                self._follow(ExitCode.TERMINATED)  # from outside, not because of another rank
             for fd, _ in events:
                 if fd == self.hears:
                     heard = os.read(self.hears, 64)
@@ -110,7 +109,7 @@ class Watch:
                     self._gone(self.there.pop(fd))
                 elif self.ending.acquire(blocking=False):
                     self._say("torchrun died; the run cannot go on", self.rank == 0)
-                    self._exit(LOST)
+                    self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
         """Ends this process, if that rank was not done."""
@@ -124,7 +123,7 @@ class Watch:
             with self.patience("what was done cannot be saved"):
                 saved = self._saved() if kind == MEMORY else ""
             self._say(f"rank {rank} of {self.size} ended: {why}{saved}; the run cannot go on", True)
-        self._follow(LOST)
+        self._follow(ExitCode.LOST)
 
     def _saved(self) -> str:
         try:

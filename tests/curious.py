@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.graph import Clock, prefill
+from specvlm.clock import Clock
+from specvlm.graph import prefill
 from specvlm.models.video_lm import VideoLM
 from specvlm.signals import gathered, guidance_for
 from specvlm.strategy import STATE_SIGNALS, PruneContext, Pruner

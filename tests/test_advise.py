@@ -236,6 +236,7 @@ def test_three_different_configurations_are_checked():
         (["acceptance=7"], "acceptance=7: expected 0 to 5 accepted"),
         (["acceptance="], "acceptance= has no value"),
         (["acceptance=3", "drafters=self"], "acceptance=3 says nothing about drafters=self"),
+        (["dataset=synthetic"], "give video=FILE question=… instead of dataset=…"),
         (["costs=nowhere.json", "acceptance=3"], "costs=nowhere.json is no costs.json of an earlier profile"),
         (["ratoi=0.5"], 'there is no key "ratoi"'),
         (["-m"], "-m: the adviser has no options"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from time import sleep
 
 import pytest
 import tiny
 import torch
 
 from specvlm import lossless
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
@@ -214,6 +216,34 @@ def test_captured_once_for_a_shape_and_a_cache():
     list(graph.decode(tiny.prompt(family, frames=90), 12))  # both caches grow
     assert first.keys() == graph.engine._programs.keys()
     assert all(graph.engine._programs[key][1] is not program for key, program in first.items())
+
+
+@pytest.mark.parametrize("drafter", [TreeDrafter(), DynamicTreeDrafter(nodes=6)], ids=["static", "grown"])
+def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, monkeypatch):
+    """Another request has the draft's cache changed, as one that is compared with a baseline does."""
+    capture, spent = GraphsEngine.capture, 0.5
+
+    def slow(*args):
+        sleep(spent)
+        return capture(*args)
+
+    lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
+    draft = tiny.draft_of("qwen2_5_vl")
+    graph = DecodingGraph(lm, draft, UniformPruner(), drafter, GreedyVerifier(), 0.5, engine=GraphsEngine("direct"))
+    list(graph.decode(request, 8))
+    changes = graph.caches.changes
+    list(graph.decode(request, 8))
+    assert graph.caches.changes == changes
+    graph.caches.take("draft", lm, 4096)
+    assert graph.caches.changes == changes + 1
+    monkeypatch.setattr(GraphsEngine, "capture", slow)
+    first, step, *later = graph.decode(request, 8)
+    assert step.times_s["capture"] >= spent > step.times_s["draft_prefill"] and step.times_s["draft"] < spent
+    assert not any("capture" in other.times_s for other in (first, *later))
+    speed = speed_of([first, step, *later])
+    assert speed["drafter_start_s"] < spent and speed["end_to_end_s"] == pytest.approx(
+        sum(speed[part] for part in ("time_to_first_token_s", "drafter_start_s", "decode_s"))
+    )
 
 
 def test_trees_that_never_repeat_are_captured_so_many_times_and_no_more(monkeypatch):

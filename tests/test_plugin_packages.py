@@ -1,12 +1,16 @@
 """Every folder under plugins/ is a package that anyone could have written: two files and a test, no edit of the core."""
 
+import configparser
 import inspect
 import re
 import tomllib
+import zipfile
+from email import message_from_string
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packages import FOLDERS, module_of
 
 from specvlm import plugins, registry
@@ -36,6 +40,22 @@ def test_the_entry_point_bears_the_name_of_the_distribution(folder):
     assert "specvlm" in {re.split(r"[^\w-]", needed)[0] for needed in said["dependencies"]}
     config = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     assert config["tool"]["hatch"]["build"]["targets"]["wheel"]["include"] == [f"{module}.py"]
+
+
+@each_package
+def test_its_wheel_is_built_and_holds_its_module_alone(folder, tmp_path):
+    """By the build back end in this process: no network, nothing installed."""
+    module = folder.name.replace("-", "_")
+    (built,) = WheelBuilder(str(folder)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as wheel:
+        found = {name: wheel.read(name).decode() for name in wheel.namelist()}
+    about = f"{module}-{project(folder)['version']}.dist-info"
+    assert {name for name in found if not name.startswith(about)} == {f"{module}.py"}
+    points, metadata = configparser.ConfigParser(), message_from_string(found[f"{about}/METADATA"])
+    points.read_string(found[f"{about}/entry_points.txt"])
+    assert dict(points["specvlm"]) == {folder.name: module}
+    assert metadata["Name"] == folder.name and metadata["Summary"] == project(folder)["description"]
+    assert "specvlm" in metadata.get_all("Requires-Dist") and metadata["Requires-Python"] == ">=3.11"
 
 
 @each_package

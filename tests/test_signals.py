@@ -12,13 +12,14 @@ import torch
 from curious import ALL, Curious, signals_of
 from torch.nn.functional import cosine_similarity, interpolate
 
+from specvlm.clock import Clock
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.codec import Stream
 from specvlm.data.video import probe, read_video
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import UserError
-from specvlm.graph import Clock, DecodingGraph, prefill
+from specvlm.graph import DecodingGraph, prefill
 from specvlm.metrics import tokens_of
 from specvlm.models import sight as sight_module
 from specvlm.models.load import load

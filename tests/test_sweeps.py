@@ -27,9 +27,10 @@ from specvlm.compose import compose
 from specvlm.compose import jobs as planned
 from specvlm.config import model_folder
 from specvlm.datasets.synthetic import SyntheticDataset
-from specvlm.errors import UserError
+from specvlm.engine.graphs import GraphsEngine
+from specvlm.errors import UserError, worst
 from specvlm.held import HELD
-from specvlm.job import room
+from specvlm.job import Job, room
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
 from specvlm.places import places_of
@@ -139,6 +140,48 @@ def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
     assert main([*first, "hydra.run.dir=changed"]) == 0 and len(decodes) == len(changes) + 2
 
 
+def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
+    """Jobs share caches: where two draft with models of other shapes, each finds what was captured for its own gone."""
+    engine, spent = GraphsEngine("direct"), {"speculate": 0, "decode_alone": 0}
+    monkeypatch.setattr("specvlm.held.engine_for", lambda *_: engine)
+    HELD.clear()
+
+    def counted(name):
+        real = getattr(answer, name)
+
+        def timed(*args):
+            before = engine.capture_s
+            steps = list(real(*args))
+            spent[name] += engine.capture_s > before
+            return steps
+
+        return timed
+
+    for name in spent:
+        monkeypatch.setattr(f"specvlm.job.{name}", counted(name))
+    try:
+        assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
+    finally:
+        HELD.clear()
+    rows = [row for job in jobs(Path("sweep")).values() for row in rows_of(job)]
+    assert spent == {"speculate": 0, "decode_alone": 0} and not any("capture" in row["times_s"] for row in rows)
+    assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
+
+
+def test_ranks_warm_up_together(monkeypatch):
+    """Else one waits for ever in a sum that the others do not come to."""
+    asked, warmed, real = [], [], answer.warm_up
+
+    def on_all(self, mine):
+        asked.append(mine)
+        return mine and len(asked) % 2 == 1  # of each sample the second question: is another rank warm too? It is not
+
+    monkeypatch.setattr(Job, "_all", on_all)
+    monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
+    assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
+    assert asked == [True, False, True, True, True, True] and len(warmed) == 3
+
+
 def test_the_order_of_the_methods_moves_on_with_every_turn():
     assert sweep(THREE, "dataset.scenes=5", "turn=2", "baseline=false", "max_new_tokens=2") == 0
     orders = {name.rpartition("=")[2]: [row["order"] for row in rows_of(job)] for name, job in jobs(Path("sweep")).items()}
@@ -196,6 +239,49 @@ def test_a_damaged_line_in_the_middle_is_named(capsys):
     capsys.readouterr()
     assert main([*words, "resume=true"]) == 2
     assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
+    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: this is no JSON object"),
+    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: this is no JSON object"),
+    "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
+    "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
+    "nothing": ("config.yaml", None, "holds samples and no config.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_is_one_line(case, capsys):
+    name, text, why = DAMAGED[case]
+    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
+    assert main(words) == 0
+    Path("job", name).unlink()
+    if text is not None:
+        Path("job", name).write_text(text)
+    capsys.readouterr()
+    assert main([*words, "resume=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+
+
+def test_a_folder_of_an_older_configuration_is_not_gone_on_with(capsys):
+    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
+    assert main(words) == 0
+    path = Path("job/config.yaml")
+    path.write_text(path.read_text().replace("record: false\n", "recorded: true\n"))
+    assert main([*words, "resume=true"]) == 2
+    assert "was made with recorded=True, this is without recorded: take" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("recorded: true\n", ""))
+    assert main([*words, "resume=true"]) == 2
+    assert "was made without record, this is record=False: take" in capsys.readouterr().err
+
+
+def test_a_file_where_the_sweep_should_be_is_named(capsys):
+    Path("file").write_text("")
+    assert sweep("dataset.scenes=1", folder="file") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"'{Path.cwd()}/file'")
 
 
 def test_results_are_not_overwritten_nor_mixed(capsys):
@@ -430,6 +516,13 @@ def test_a_job_that_cannot_begin_is_named_and_the_others_are_done(capfd):
     assert sweep("drafter=tree,prompt_lookup", *few, "resume=true") == 0
 
 
+def test_a_job_that_differs_from_no_other_is_called_after_its_data_set(capsys):
+    assert sweep("dataset.scenes=1", "draft.path=nowhere") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["synthetic", "-", "failed"] for line in lines)
+    assert any(line.startswith("synthetic: nowhere: no such model folder") for line in lines)
+
+
 def test_weights_that_cannot_be_loaded_fail_the_job_and_not_each_sample(capfd):
     shutil.copytree(model_folder("embedded:qwen2_5_vl/plain"), "plain")
     Path("plain/model.safetensors").unlink()
@@ -464,6 +557,32 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
     assert "2 MISMATCH" in capsys.readouterr().out
     (row, *_) = rows_of(next(iter(jobs(Path("sweep")).values())))
     assert row["verdict"].startswith("MISMATCH at token") and row["difference"]["candidates"]
+
+
+def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
+    """Of one job with a sample that fails, of a sweep with a job that fails, and of one that ends at the first failure."""
+    from specvlm.graph import Output
+
+    take = Output.take
+    monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
+    assert main(["dataset=broken", "frames=4", "max_new_tokens=8", "hydra.run.dir=job"]) == 1
+    assert summary_of(Path("job"))["verdicts"] == {"MISMATCH": 2} and summary_of(Path("job"))["failed"] == 1
+    few = ["dataset.scenes=1", "pruner=uniform"]
+    assert sweep("drafter=tree,prompt_lookup,self", "draft.path=nowhere", *few) == 1
+    assert sweep("pruner=raising,uniform", "dataset.scenes=1", folder="faults") == 1
+    assert sweep("pruner=raising", "dataset.scenes=1", folder="fails") == 5
+    assert [worst(codes) for codes in ([], [0, 5, 2], [3, 1, 5], [1, 0])] == [0, 5, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_mismatch_of_a_workers_job_is_not_hidden_by_one_that_failed_before(wrong):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    words = ["dataset.scenes=1", "hydra/launcher=workers", "pruner=uniform", "drafter=tree,self", "draft.path=nowhere"]
+    assert sweep(*words) == 2
+    (job,) = (job for job in jobs(Path("sweep")).values() if rows_of(job))
+    (row,) = rows_of(job)
+    Path(job / "samples.jsonl").write_text(json.dumps(row | {"verdict": "MISMATCH at token 3: made up"}) + "\n")
+    assert sweep(*words, "resume=true") == 1
 
 
 def test_a_tie_has_its_control(monkeypatch):
@@ -576,7 +695,7 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
     assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
 
 
-REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "question='a, b'"], ["drafter.shape=4x2"]]
+REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft.path='a, b'"], ["drafter.shape=4x2"]]
 
 
 @pytest.mark.parametrize("words", REWRITTEN, ids=str)
@@ -615,6 +734,20 @@ def test_every_ablation_runs(preset, capsys):
     found = [summary_of(job) for job in jobs(Path("sweep")).values()]
     assert len(found) == len(planned([f"experiment={preset}"], sweep=True)) and all(one["ok"] == 1 for one in found)
     assert len(list(Path("sweep/baselines").iterdir())) == (4 if preset == "frames" else 1)
+
+
+@pytest.mark.parametrize("word", ["video=synthetic_2", "question=Why?", "+question='a, b'"])
+@pytest.mark.parametrize("sweeping", [["-m", "pruner=uniform,random"], []], ids=["sweep", "job"])
+def test_what_a_single_run_is_asked_is_refused_beside_a_data_set(word, sweeping, capsys):
+    assert main([*sweeping, *ASK, word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not go with dataset=synthetic" in line and "dataset=folder" in line and list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["resume=true", "shard=0/2", "tracker=wandb"])
+def test_what_needs_a_data_set_is_refused_without_one(word, capsys):
+    assert main([word, "hydra.run.dir=out"]) == 2
+    assert "give dataset=…, or leave it out" in capsys.readouterr().err and list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize("word", ["shard=4/4", "shard=1", "shard=a/b", "turn=0", "resume=maybe"])

@@ -17,13 +17,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from specvlm import compose, memory, metrics, registry, torchrun
-from specvlm.__main__ import INTERRUPTED, OK, guarded
+from specvlm.__main__ import guarded
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.answer import threads
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import ExitCode, UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
@@ -109,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"--help", "-h"} & set(words):
         own = "\n".join(f"  {key}=…  {meaning}" for key, meaning in OWN.items())
         print(f"{(__doc__ or '').strip()}\n\n{own}")
-        return OK
+        return ExitCode.OK
     try:
         return guarded(lambda: command(words), full=os.environ.get("HYDRA_FULL_ERROR") == "1")
     except KeyboardInterrupt:
         print("specvlm: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def command(words: Sequence[str]) -> int:
@@ -125,10 +125,12 @@ def command(words: Sequence[str]) -> int:
         raise UserError(f"{options[0]}: the adviser has no options but --help, which shows its words")
     wishes = Wishes.of_words(own)
     run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
+    if run.cfg.dataset is not None:
+        raise UserError("the adviser asks one question about one video: give video=FILE question=… instead of dataset=…")
     kept = [word for word in others if word.partition("=")[0].split(".")[0] not in ("drafter", "ratio", "hydra")]
     with threads(run.cfg.threads):
         advise(run.cfg, run.run_dir, kept, wishes)
-    return OK
+    return ExitCode.OK
 
 
 def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:

@@ -47,7 +47,7 @@ class CapturedTree(TreeSession):
         self.lean, self.engine = lean, engine
         self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
         key = ("draft", lean, shape, ctx.vocabulary, ctx.sampling if sample else None)
-        self.program = engine.program(key, self.cache, self._build)
+        self.program = engine.drafting(ctx, key, self.cache, self._build)
         self.races = self.program.inputs[2] if sample else None
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=model.device)
 

@@ -145,6 +145,17 @@ class GraphsEngine(Engine):
             return super().grown_session(ctx, model, drafter)
         return CapturedGrowth(ctx, model, drafter, lean, self)
 
+    def drafting(
+        self, ctx: DraftContext, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]
+    ) -> Program:
+        """The `program` of a session that starts. Capturing it is no time of the draft's prefill."""
+        captured = self.capture_s
+        ctx.mark("draft_prefill")
+        program = self.program(key, cache, build)
+        if self.capture_s > captured:
+            ctx.mark("capture")
+        return program
+
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
     def lean(self, model: VideoLM) -> LeanText | None:

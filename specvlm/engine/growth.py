@@ -40,7 +40,7 @@ class CapturedGrowth(GrownSession):
         self.guesses: list[int] = []
         self.rows: list[int] = []
         key = ("grown", lean, self.depth, self.width, drafter.nodes, ctx.vocabulary)
-        self.program = engine.program(key, self.cache, self._build)
+        self.program = engine.drafting(ctx, key, self.cache, self._build)
 
     def _build(self, backend: str) -> Program:
         """Warmed up behind the prompt, whose last row the first round feeds again: all that is written there is still free."""

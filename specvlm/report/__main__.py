@@ -15,9 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specvlm.errors import UserError
+from specvlm.errors import ExitCode, UserError
 
-MISTAKE = 2
 FRAMES = 48
 
 
@@ -42,8 +41,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print(line)
     except (UserError, OSError) as error:
         print(f"specvlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
-    return 0
+        return ExitCode.MISTAKE
+    return ExitCode.OK
 
 
 def written(asked: argparse.Namespace) -> list[str]:

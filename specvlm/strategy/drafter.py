@@ -1,0 +1,97 @@
+"""What guesses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import CachePool, KVCache
+from specvlm.strategy.base import Strategy
+from specvlm.strategy.signals import signal_of
+from specvlm.strategy.verifier import Sampling
+from specvlm.types import DraftTree, KeepSet, Verdict, VideoPrompt
+
+if TYPE_CHECKING:
+    from specvlm.engine import Engine
+    from specvlm.models.video_lm import VideoLM
+
+
+@dataclass(frozen=True, eq=False)
+class DraftContext:
+    """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
+
+    draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
+    drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
+    the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
+    output so far but its last token. mark: told "draft_prefill" before a step is captured while the drafter starts, and
+    "capture" behind it.
+    """
+
+    prompt: VideoPrompt
+    keep: KeepSet
+    bonus: int
+    target: VideoLM
+    draft: VideoLM | None
+    features_ND: Tensor | None
+    positions: str
+    max_new_tokens: int
+    vocabulary: int
+    sampling: Sampling
+    generator: torch.Generator
+    caches: CachePool = field(default_factory=CachePool)
+    engine: Engine | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    cache: KVCache | None = None
+    mark: Callable[[str], None] = lambda part: None
+
+    def signal(self, name: str) -> Tensor:
+        return signal_of(self.signals, name, "drafter")
+
+
+class DraftSession(ABC):
+    """The drafter's side of one request."""
+
+    @abstractmethod
+    def propose(self, last: Verdict | None) -> DraftTree:
+        """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+
+        last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+        """
+
+
+class Drafter(Strategy, ABC):
+    """How guesses are made. `model`: whose weights draft, "draft", "target" or None."""
+
+    kind = "drafter"
+    model: ClassVar[str | None] = "draft"
+
+    @property
+    @abstractmethod
+    def max_nodes(self) -> int:
+        """Most nodes of a tree, root included: the target's cache keeps room for them."""
+
+    tells: ClassVar[bool] = False  # do its sessions hand the first rank's tree to ranks that have no draft?
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has
+        nodes.
+        """
+        return self.max_nodes
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of the target that a session reads, of those in `SIGNALS`. A class attribute will do."""
+        return frozenset()
+
+    def sees(self, prompt: VideoPrompt) -> int | None:
+        """How many video tokens it sees by a choice of its own, made without the pruner; None: those that the pruner leaves."""
+        return None
+
+    @abstractmethod
+    def start(self, ctx: DraftContext) -> DraftSession: ...
