@@ -91,7 +91,8 @@ PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path i
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset):
-    assert compose.jobs([preset, "target.path=a", "draft.path=b"], sweep=True)
+    own = ["dataset.root=a"] if preset == "experiment=real_footage" else []
+    assert compose.jobs([preset, "target.path=a", "draft.path=b", *own], sweep=True)
 
 
 def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran, capsys):
