@@ -46,25 +46,29 @@ class Chart:
 def charts(jobs: Sequence[Job]) -> list[Chart]:
     """Those that the jobs have something for."""
     alone = "times as fast as the target alone"
+    several = len({job.ratio for job in jobs if job.ratio}) > 1  # besides nothing dropped
+    figures = against_ratio if several else by_job
+    against, spread = ", against the share of the video tokens dropped", "Lines: 95 % intervals over samples."
+    if several:
+        spread = "Bands: 95 % intervals of the mean over samples; with many series, of the one that is chosen in the legend."
     drawn = [
         (
             "accepted",
             "Accepted per round",
-            "Guesses accepted a round, the bonus token not counted, against the share of the video tokens dropped. Bands: 95 % "
-            "intervals of the mean over samples; with many series, of the one that is chosen in the legend.",
-            against_ratio(jobs, "accepted_per_round", "accepted per round"),
+            f"Guesses accepted a round, the bonus token not counted{against if several else ''}. {spread}",
+            figures(jobs, "accepted_per_round", "accepted per round"),
         ),
         (
             "decode",
             "Speed of decoding",
             "Both prefills left out. Below the dashed line speculation does not pay.",
-            against_ratio(jobs, "speedup_decode", alone, 1.0),
+            figures(jobs, "speedup_decode", alone, 1.0),
         ),
         (
             "end_to_end",
             "Speed end to end",
             "With both prefills, the pruner and the drafter's vision tower; the video is read before.",
-            against_ratio(jobs, "speedup_end_to_end", alone, 1.0),
+            figures(jobs, "speedup_end_to_end", alone, 1.0),
         ),
         (
             "pareto",
@@ -107,14 +111,41 @@ def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
     return alt.Color(SERIES, scale=colours), alt.Shape(SERIES, scale=shapes), chosen
 
 
-def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """A line a series, with its band; jobs without a ratio as horizontal lines. reference: another, dashed."""
-    rows = [
+def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
+    """With its interval, of each job that has it."""
+    return [
         {"job": job.label, "series": job.series, "ratio": job.ratio, "samples": found.count}
         | {"value": found.value, "low": found.low, "high": found.high}
         for job in jobs
         if (found := figure(job, key)) is not None
     ]
+
+
+def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
+    """A line a job with its point and interval, best first: for jobs that all drop as much. reference: a value, dashed."""
+    rows = sorted(figures_of(jobs, key), key=lambda row: -row["value"])
+    if not rows:
+        return None
+    colour, shape, chosen = looks_of(jobs)
+    axis = alt.Axis(labelLimit=190, grid=False)
+    base = chart_of(rows, height=22 * len(rows)).encode(
+        y=alt.Y("job:N", title=None, sort=[row["job"] for row in rows], axis=axis),
+        color=colour,
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
+        tooltip=[alt.Tooltip(f"{name}:{kind}", format=form) for name, kind, form in TIPS],
+    )
+    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=12))
+    layers = [base.mark_point(filled=True, size=70).encode(x=x, shape=shape).add_params(chosen)]
+    if any(row["low"] is not None for row in rows):
+        layers.insert(0, base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q"))
+    if reference is not None:
+        layers.append(chart_of([{"value": reference}]).mark_rule(**REFERENCE).encode(x=x))
+    return alt.layer(*layers)
+
+
+def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
+    """A line a series, with its band; jobs without a ratio as horizontal lines. reference: another, dashed."""
+    rows = figures_of(jobs, key)
     pruned = [row for row in rows if row["ratio"] is not None]
     if not rows:
         return None

@@ -70,3 +70,15 @@ def test_charts_carry_the_figures(tmp_path):
     assert {value["part"]: value["seconds"] for value in parts if "part" in value} == {
         part.replace("_", " "): seconds for part, seconds in jobs[0].totals["times_s"].items() if part != "video"
     }
+
+
+def test_jobs_that_drop_as_much_stand_one_below_the_other_best_first(tmp_path):
+    sweep(tmp_path)
+    jobs = read_jobs([tmp_path / f"{pruner}_0.9" for pruner in ("random", "two_stage", "uniform")])
+    chart = next(chart for chart in groups(jobs)[0].charts if chart.name == "accepted")
+    interval, points = chart.spec["layer"]
+    best_first = [job.label for job in sorted(jobs, key=lambda job: -job.totals["accepted_per_round"])]
+    assert points["encoding"]["y"]["sort"] == best_first and best_first[0].startswith("two_stage")
+    assert interval["mark"]["type"] == "rule" and interval["encoding"]["x2"]["field"] == "high"
+    (rows,) = chart.spec["datasets"].values()
+    assert all(row["low"] < row["value"] < row["high"] for row in rows) and "against" not in chart.note
