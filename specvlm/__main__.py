@@ -153,6 +153,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
     from hydra.errors import HydraException
 
     from specvlm import config
+    from specvlm.rows import CannotWrite
 
     home = os.getpid()
     codes: list[int] = []
@@ -194,6 +195,10 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         if sweep is None:
             raise
         codes += [err.code, *sweep.mismatch()]
+    except CannotWrite as err:
+        if not (sweep and sweep.mismatch()):
+            raise
+        codes += [tell(err, full), *sweep.mismatch()]
     except OSError as err:
         if err.filename or isinstance(err, HydraException):
             raise

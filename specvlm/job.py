@@ -224,11 +224,13 @@ class Job:
 
     def _warm_up(self, request: Prepared, graph: DecodingGraph, record: Record) -> None:
         """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
-        outputs, may have had them changed. On all ranks if on one, whose draft's cache the others do not have.
+        outputs, may have had them changed, which only matters to what is captured. On all ranks if on one, whose draft's cache
+        the others do not have.
         """
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
         warm, changes = self._warm
-        if not self._all(slots <= warm and graph.caches.changes == changes):
+        eager = graph.engine.runs(graph.target) == "eager"
+        if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
             warm_up(request, graph, record)
             self._warm = (slots, graph.caches.changes)
 

@@ -66,9 +66,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rounds of each sample that is done, of all shards."""
     found: dict[str, list[dict[str, Any]]] = {row["sample"]: [] for row in rows_of(folder) if row["status"] == "ok"}
-    for path in _files(folder, STEPS):
-        for line in lines_of(path):
-            if line.get("sample") in found:
+    taken: set[str] = set()
+    for path in _files(folder, SAMPLES):  # a file of rounds beside each: rounds of a process that was killed have no row there
+        mine = {row["sample"] for row in lines_of(path) if row["status"] == "ok"} - taken
+        taken |= mine
+        for line in lines_of(path.with_name(path.name.replace(SAMPLES, STEPS, 1))):
+            if line.get("sample") in mine:
                 found[line["sample"]].append(line)
     return found
 

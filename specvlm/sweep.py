@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -117,7 +118,7 @@ class Sweep:
             return
         told = [(label, found[folder] or never) for folder, label in self.labels.items()]
         unfinished = [option for job, option in self.begun if job.todo]
-        go_on = f"resume=true {unfinished[0]}={self.folder}" if unfinished and self.folder else ""
+        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished and self.folder else ""
         screen.jobs(told, self.common, self.folder, go_on)
         if self.tracker is not None and self.folder:
             if len(found) > 1:

@@ -17,6 +17,7 @@ from experiments.ablations.presets import BASES, label_of, planned, settings_of
 from experiments.ablations.rows import ROOT, Results
 from experiments.strategies.report import TITLES
 from specvlm import compose
+from specvlm.errors import UserError
 from specvlm.folder import write_attention
 from specvlm.report.statistics import Interval
 from specvlm.rows import plain
@@ -68,8 +69,8 @@ def test_jobs_are_matched_by_what_they_are_not_by_how_they_were_run():
 
 
 def test_where_all_or_nothing_is_kept_every_pruner_is_the_same():
-    kept = {label("pruner=none", "ratio=0.5"), label("ratio=0"), label("pruner=random", "ratio=0", "positions=reindexed")}
-    assert kept == {"none"}
+    assert {label("pruner=none", "ratio=0.5"), label("ratio=0"), label("pruner=random", "ratio=0")} == {"none"}
+    assert label("pruner=none", "positions=reindexed") == "none positions=reindexed"  # M-RoPE loses its rows and columns
     assert label("pruner=uniform", "ratio=1") == label("pruner.mass=0.2", "ratio=1") == "text only"
     assert label("pruner=none", "drafter=self") == "none drafter=self" and label("pruner=none", "frames=4") == "none frames=4"
     assert label("pruner=window") == "window 0.9" and label("pruner.mass=0.2", "ratio=0.5") == "two_stage 0.5 mass=0.2"
@@ -92,8 +93,12 @@ def test_every_preset_is_its_experiment():
     assert frames[0] == ["none frames=4", "none frames=8", "none frames=16", "none"]
     assert frames[1] == ["none frames=4", "none frames=8", "none", "none frames=32"]
     bases = {job.label: presets.bases_of("main_table", job) for job in planned("main_table", QWEN)}
-    assert bases["window 0.9 drafter=self"] == {"none": "none drafter=self", "uniform": "uniform 0.9 drafter=self"}
-    assert bases["uniform 0.9"] == {"none": "none", "uniform": None}
+    assert bases["window 0.9 drafter=self"] == {
+        "none": "none drafter=self",
+        "uniform": "uniform 0.9 drafter=self",
+        "tree": "window 0.9",
+    }
+    assert bases["uniform 0.9"] == {"none": "none", "uniform": None, "tree": None}
     assert presets.bases_of("positions", planned("positions", QWEN)[2]) == {"original": "two_stage 0.5"}
 
 
@@ -116,15 +121,17 @@ def sweep(tmp_path):
             f"scene-{n:04d}": [{"accepted": a, "full": full} for a, full in ((0, True), (n, True), (4, True), (1, False))]
             for n in SCENES[number]
         }
-        lines = [report_jobs.row(n, engine={"target": "eager"}) for n in SCENES[number]]
+        lines = [report_jobs.row(n, (n + 4) / 2, rounds=3, engine={"target": "eager"}) for n in SCENES[number]]
         if number == 1:
             lines[3] |= {"status": "failed", "reason": "no memory"}
         report_jobs.job(folder, lines, steps)
         OmegaConf.save(config(*words, "dataset.scenes=4"), folder / "config.yaml")
-        each = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
-        (folder / "samples.jsonl").unlink()
-        for shard in (0, 1):
-            (folder / f"samples.{shard}-of-2.jsonl").write_text("".join(each[shard::2]))
+        for what, each in (("samples", 1), ("steps", 4)):
+            whole = (folder / f"{what}.jsonl").read_text().splitlines(keepends=True)
+            (folder / f"{what}.jsonl").unlink()
+            for shard in (0, 1):
+                mine = (line for place, line in enumerate(whole) if place // each % 2 == shard)
+                (folder / f"{what}.{shard}-of-2.jsonl").write_text("".join(mine))
         if "record=true" in words:
             for n in SCENES[number]:
                 write_attention(folder, n, torch.cat([torch.full((10,), 6.0), torch.full((90,), 0.5)]))
@@ -161,6 +168,31 @@ def test_folders_become_rows_of_whole_rounds_in_every_experiment_that_has_the_jo
     assert len(rounds) == 24 and rounds[1] == {"sample": "scene-0000", "accepted": 0, "full": True}
 
 
+def test_what_does_not_fit_together_is_named_or_refused(sweep, tmp_path):
+    """A scene that a second folder has otherwise; rounds that are not the row's; fewer scenes than are committed."""
+    whole = rows.gather([sweep])
+    rows.write(whole, "rows", tmp_path)
+    assert next(iter(rows.missing(whole, [LLAVA]))).startswith(f"{LLAVA}: no rows of none, random 0.9, ")
+    with pytest.raises(UserError, match=r"main_table/rows.jsonl would lose rows \(.*none has 4 scenes here, and 6 there\)"):
+        rows.write(rows.gather([sweep / "job0"]), "rows", tmp_path)
+    rows.write(rows.gather([sweep / "job0"]), "rows", tmp_path, fewer=True)
+    assert len(rows.read(tmp_path / "frames" / "rows.jsonl")) == 5
+
+    def change(folder, what, key, value):
+        for file in folder.glob(f"{what}*.jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            for line in lines:
+                line |= {key: value} if line["sample"] == "scene-0003" and line.get("round", 2) == 2 else {}
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    change(sweep / "job4", "steps", "accepted", 1)
+    with pytest.raises(UserError, match="rounds of scene-0003 are not those of its row"):
+        rows.gather([sweep / "job4"])
+    change(sweep / "job4", "samples", "accepted_per_round", 1.0)
+    told = rows.gather([sweep / "job0", sweep / "job4"]).told
+    assert told == [f"{QWEN}, none: scene-0003 of {sweep / 'job4'} accepts otherwise than before"]
+
+
 def test_speed_is_a_file_of_its_own_with_the_name_of_its_machine(sweep, tmp_path):
     paths = rows.write(rows.gather([sweep], "a quiet one"), "speed", tmp_path)
     assert {path.name for path in paths} == {"speed.jsonl"} and not list(tmp_path.glob("findings/*"))
@@ -180,11 +212,11 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
 def test_a_table_has_means_over_scenes_and_differences_by_scene():
     found = results(none=[[5, 5], [4, 4, 4], [3]], uniform_0_9=[[4, 4], [3, 3, 3], [2]], random_0_9=[[5, 4], [3, 4, 5]])
     heads, *lines = tables.acceptance("main_table", found, QWEN)
-    assert heads[3:] == ["accepted per round", "less `none`", "less `uniform`"]
+    assert heads[3:] == ["accepted per round", "less `none`", "less `uniform`", "less `tree`"]
     cells = {line[0]: line for line in lines}
     assert list(cells) == ["`none`", "`random 0.9`", "`uniform 0.9`"]  # in the preset's order
-    assert cells["`none`"][1:] == ["3", "1 of 10", "4.00 [3.00, 5.00]", "", ""]
-    assert cells["`uniform 0.9`"][4:] == ["**−1.00 [−1.00, −1.00]**", ""]
+    assert cells["`none`"][1:] == ["3", "1 of 10", "4.00 [3.00, 5.00]", "", "", ""]
+    assert cells["`uniform 0.9`"][4:] == ["**−1.00 [−1.00, −1.00]**", "", ""]
     assert cells["`random 0.9`"][4].startswith("−0.25 [") and cells["`random 0.9`"][5] == "**+0.75 [+0.50, +1.00]**"
     plain_lines = list(tables.aligned([heads, *lines]))
     assert plain_lines[0].startswith("job ") and "`" not in "".join(plain_lines) and "*" not in "".join(plain_lines)
@@ -254,7 +286,7 @@ def test_the_pages_say_what_the_rows_say(experiment):
 
 
 def test_every_committed_answer_is_the_targets_own():
-    for path in ROOT.glob("*/rows.jsonl"):
+    for path in (ROOT / experiment / "rows.jsonl" for experiment in BASES):
         some = [one for one in rows.read(path) if "scene" in one]
         assert some and all(one["verdict"].startswith(("identical", "numeric tie")) for one in some), path
 

@@ -168,6 +168,14 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
     assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
 
 
+def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
+    """However often other jobs have the caches changed: warming up takes as long as half a sample."""
+    warmed, real = [], answer.warm_up
+    monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
+    assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
+    assert len(warmed) == 2
+
+
 def test_ranks_warm_up_together(monkeypatch):
     """Else one waits for ever in a sum that the others do not come to."""
     asked, warmed, real = [], [], answer.warm_up
@@ -229,6 +237,17 @@ def test_half_a_line_and_rounds_without_a_row_are_cut_off():
         assert (untimed(rows_of(folder)), untimed(steps_of(folder))) == before
         assert len(samples.read_text().splitlines()) == 3
         assert len(steps.read_text().splitlines()) == sum(map(len, before[1].values()))
+
+
+def test_rounds_of_a_shard_that_was_killed_do_not_count_where_another_answered():
+    words = [*ASK, "dataset.scenes=2", "baseline=false", "hydra.run.dir=out"]
+    assert main([*words, "shard=0/2"]) == 0
+    before, samples = steps_of(Path("out")), Path("out/samples.0-of-2.jsonl")
+    samples.write_bytes(b"")  # killed before the row: the rounds of scene 0 are there
+    assert len(before["scene-0000"]) > 1 and main([*words, "resume=true"]) == 0
+    found = steps_of(Path("out"))
+    assert untimed({"scene-0000": found["scene-0000"]}) == untimed(before) and list(found) == ["scene-0000", "scene-0001"]
+    assert all(len(found[row["sample"]]) == row["rounds"] + 1 for row in rows_of(Path("out")))
 
 
 def test_a_damaged_line_in_the_middle_is_named(capsys):

@@ -25,13 +25,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m experiments.ablations", description="Rows, tables and plots of the ablations.")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="sweeps, of any preset or none")
     parser.add_argument("--speed", metavar="MACHINE", help="they ran alone on this machine: write speed.jsonl, not rows.jsonl")
+    parser.add_argument("--fewer", action="store_true", help="rows of more scenes than are given here may go")
     asked = parser.parse_args(words)
     try:
         if asked.folders:
             found = rows.gather(asked.folders, asked.speed)
-            for path in rows.write(found, "speed" if asked.speed else "rows"):
+            for path in rows.write(found, "speed" if asked.speed else "rows", fewer=asked.fewer):
                 print(f"written: {path.relative_to(ROOT.parent)}")
-            print(*found.told, sep="\n")
+            families = dict.fromkeys(row["family"] for row in found.rows)
+            print(*found.told, *([] if asked.speed else rows.missing(found, families)), sep="\n")
         for experiment in (*BASES, "findings"):
             page = ROOT / experiment / "README.md"
             page.write_text(tables.readme(experiment, page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,7 +13,7 @@ from specvlm.report.reading import STRATEGIES, flat
 
 # What each job of an experiment is held against: the same job but for these settings.
 BASES: dict[str, tuple[dict[str, Any], ...]] = {
-    "main_table": ({"pruner.name": "none"}, {"pruner.name": "uniform"}),
+    "main_table": ({"pruner.name": "none"}, {"pruner.name": "uniform"}, {"drafter.name": "tree"}),
     "ratio_by_pruner": ({"pruner.name": "none"},),
     "stage_one_mass": ({"pruner.mass": 0.4},),
     "positions": ({"positions": "original"},),
@@ -42,15 +42,16 @@ def family_of(config: Mapping[str, Any]) -> str | None:
 
 
 def settings_of(config: Mapping[str, Any], family: str) -> Settings:
-    """What tells a job's acceptance from another's. Where all or nothing is kept, no pruner chose; frames: null for the
-    family's own number.
+    """What tells a job's acceptance from another's. Where all or nothing is kept, no pruner chose, while positions still
+    matter; frames: null for the family's own number.
     """
-    found = {key: value for key, value in flat(config) if key not in APART}
-    found["frames"] = None if found["frames"] == FRAMES[family] else found["frames"]
+    told = ((key, repr(value) if isinstance(value, list | dict) else value) for key, value in flat(config))
+    found = {key: value for key, value in told if key not in APART}
+    found["frames"] = None if found.get("frames") == FRAMES[family] else found.get("frames")
     if found["pruner.name"] == "none" or found["ratio"] in (0, 1):
         ratio = 1.0 if found["ratio"] == 1 and found["pruner.name"] != "none" else 0.0
         found = {key: value for key, value in found.items() if not key.startswith("pruner.")}
-        found |= {"pruner.name": "none" if ratio == 0 else "any", "ratio": ratio, "positions": "original"}
+        found |= {"pruner.name": "none" if ratio == 0 else "any", "ratio": ratio}
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 
 from experiments.ablations.presets import BASES, FRAMES, Planned, family_of, planned, settings_of
 from experiments.strategies.report import TITLES
+from specvlm.errors import UserError
 from specvlm.folder import attention_file
 from specvlm.report.reading import Job, Row, folders_in, read_job
 
@@ -77,38 +78,52 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
     UserError for a place without any job.
     """
     plans = {(to, frozenset(job.settings.items())): job for to in FRAMES for name in BASES for job in planned(name, to)}
-    found, sources, asked = Gathered(), dict[str, Row](), dict[tuple[str, str], int]()
+    found, sources, asked = Gathered(), dict[str, Row](), defaultdict[tuple[str, str], set[str]](set)
     failed: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    seen, looked = set[tuple[str, str, str]](), set[tuple[str, str]]()
+    seen, looked = dict[tuple[str, str, str], Row](), set[tuple[str, str]]()
     for job in map(read_job, folders_in(places)):
         family = family_of(job.config)
         plan = plans.get((family, frozenset(settings_of(job.config, family).items()))) if family else None
         if family is None or plan is None:
             found.told.append(f"{job.folder.name}: of no experiment")
             continue
-        asked[family, plan.label] = job.config["dataset"]["scenes"]
-        failed[family, plan.label] |= {row["sample"]: row["reason"] for row in job.rows if row["status"] != "ok"}
+        key, first = (family, plan.label), job.config["dataset"]["first"]
+        asked[key] |= {f"scene-{number:04d}" for number in range(first, first + job.config["dataset"]["scenes"])}
+        failed[key] |= {row["sample"]: row["reason"] for row in job.rows if row["status"] != "ok"}
+        if not job.rows and (reason := job.summary.get("reason")):  # it could not begin
+            failed[key][""] = reason
         source = sources.setdefault(family, {"family": family, "machine": machine, "versions": []})
         if (versions := job.summary.get("versions")) and versions not in source["versions"]:
             source["versions"].append(versions)
-        for row in (row for row in job.done if (family, plan.label, row["sample"]) not in seen):
-            seen.add((family, plan.label, row["sample"]))
-            found.rows.append(compact(family, plan, job, row))
+        for row in job.done:
+            line = compact(family, plan, job, row)
+            there = seen.setdefault((*key, row["sample"]), line)
+            if there is not line:
+                if there["accepted"] != line["accepted"]:
+                    found.told.append(
+                        f"{', '.join(key)}: {row['sample']} of {job.folder} accepts otherwise than before"
+                    )
+                continue
+            found.rows.append(line)
             if plan.label in STEPS:
-                found.steps[family, plan.label][row["sample"]] = job.steps[row["sample"]]
+                found.steps[key][row["sample"]] = job.steps[row["sample"]]
         found.attention += [line for line in shares(family, plan, job) if (family, line["scene"]) not in looked]
         looked = {(line["family"], line["scene"]) for line in found.attention}
     for key, scenes in asked.items():
-        done = sum(one[:2] == key for one in seen)
+        done = sum((*key, scene) in seen for scene in scenes)
         why = [reason for scene, reason in failed[key].items() if (*key, scene) not in seen]
-        if done < scenes:
-            found.told.append(f"{', '.join(key)}: {done} of {scenes} scenes{f'; {len(why)} failed: {why[0]}' if why else ''}")
+        if done < len(scenes):
+            lost = f"; {len(why)} failed: {why[0]}" if why else ""
+            found.told.append(f"{', '.join(key)}: {done} of {len(scenes)} scenes{lost}")
     found.rows[:0] = sources.values()
     return found
 
 
 def compact(family: str, plan: Planned, job: Job, row: Row) -> Row:
-    whole = [step["accepted"] for step in job.steps[row["sample"]][1:] if step["full"]]
+    steps = job.steps[row["sample"]]
+    whole = [step["accepted"] for step in steps[1:] if step["full"]]
+    if len(steps) != row["rounds"] + 1 or (whole and abs(np.mean(whole) - row["accepted_per_round"]) > 1e-9):
+        raise UserError(f"{job.folder}: the rounds of {row['sample']} are not those of its row")
     seconds = {
         what: [None if value is None else round(value, 3) for value in (row[f"{what}_s"], row[f"baseline_{what}_s"])]
         for what in ("decode", "end_to_end")
@@ -132,14 +147,32 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def write(found: Gathered, name: str, root: Path = ROOT) -> list[Path]:
-    """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`."""
-    files = []
+def missing(found: Gathered, families: Iterable[str]) -> Iterable[str]:
+    """The planned jobs of these pairs without a row."""
+    there = {(row["family"], row["job"]) for row in found.rows if "job" in row}
+    for family in families:
+        every = dict.fromkeys(job.label for experiment in BASES for job in planned(experiment, family))
+        if gone := [label for label in every if (family, label) not in there]:
+            yield f"{family}: no rows of {', '.join(gone)}"
+
+
+def write(found: Gathered, name: str, root: Path = ROOT, fewer: bool = False) -> list[Path]:
+    """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`. Raises UserError
+    where a job would have fewer scenes than before, unless `fewer`.
+    """
+    new: dict[Path, tuple[list[Row], list[str]]] = {}
     for experiment in BASES:
         order = list(dict.fromkeys(job.label for family in FRAMES for job in planned(experiment, family)))
         families = {row["family"] for row in found.rows if row.get("job") in order}
         if mine := [row for row in found.rows if row["family"] in families and row.get("job", order[0]) in order]:
-            files.append(replace(root / experiment / f"{name}.jsonl", mine, order))
+            new[root / experiment / f"{name}.jsonl"] = mine, order
+            before = Counter((row["family"], row["job"]) for row in read(root / experiment / f"{name}.jsonl") if "job" in row)
+            now = Counter((row["family"], row.get("job")) for row in mine)
+            lost = [key for key, count in before.items() if key[0] in families and now[key] < count]
+            if lost and not fewer:
+                less = f"{', '.join(lost[0])} has {now[lost[0]]} scenes here, and {before[lost[0]]} there"
+                raise UserError(f"{experiment}/{name}.jsonl would lose rows ({less}): give all folders, or --fewer")
+    files = [replace(path, mine, order) for path, (mine, order) in new.items()]
     if name == "rows" and found.attention:
         files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
     if name == "rows":

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from specvlm.errors import UserError
+from specvlm.errors import ExitCode, UserError, worst
 
 SWEEPS = (
     ("experiment=main_table", "drafter=tree", "record=true"),
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         code = 0
         for own in SWEEPS:
-            code = max(code, sweep([*own, f"pair={asked.pair}", f"dataset.scenes={asked.scenes}"], folder))
+            code = worst([code, sweep([*own, f"pair={asked.pair}", f"dataset.scenes={asked.scenes}"], folder)])
             if code not in GO_ON:
                 return code
         for line in told(folder):
@@ -71,7 +71,7 @@ def sweep(words: Sequence[str], folder: Path) -> int:
     for one, log in zip(each, logs, strict=True):
         if one.returncode:
             print("".join(f"  {line}\n" for line in log.read_text().splitlines()[-12:]), file=sys.stderr, end="")
-    return max(abs(one.returncode) for one in each)
+    return worst(ExitCode.FAULT if one.returncode < 0 else one.returncode for one in each)  # < 0: by a signal
 
 
 def answers(folder: Path) -> int:
@@ -96,6 +96,7 @@ def told(folder: Path) -> Iterator[str]:
         ):
             yield from ("", *tables.aligned(table(name, results, family)))
         yield f"\n{tables.verdicts('main_table', results, family)}"
+    yield from found.told
     yield "Times are of two processes side by side, and of whatever else this machine did."
     yield "\nThe paper's findings:"
     _, *lines = tables.judged(results, found.attention)

@@ -32,7 +32,7 @@ def acceptance(experiment: str, results: Results, family: str) -> Table:
     for job in planned(experiment, family):
         if found := interval(results.accepted(family, job.label)):
             rows = results.of(family, job.label)
-            kept, video = (np.mean([row[key] for row in rows]) for key in ("kept", "video"))
+            kept, video = (np.mean([row[key] for row in rows if row["kept"] is not None]) for key in ("kept", "video"))
             cells = [f"`{job.label}`", str(len(rows)), f"{kept:.0f} of {video:.0f}", bounded(found)]
             for base in bases_of(experiment, job).values():
                 gap = interval(results.accepted(family, job.label, base), gained) if base else None
@@ -62,7 +62,9 @@ def verdicts(experiment: str, results: Results, family: str) -> str:
     """How many answers were proved to be the target's own."""
     rows = [row for job in planned(experiment, family) for row in results.of(family, job.label)]
     counts = Counter(row["verdict"].partition(" at token")[0] for row in rows)
-    return f"{len(rows)} answers: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}."
+    engines = Counter(row["engine"] for row in rows)
+    proved, ran = (", ".join(f"{count} {kind}" for kind, count in some.most_common()) for some in (counts, engines))
+    return f"{len(rows)} answers: {proved}; engine: {ran}."
 
 
 def made_by(source: Row) -> str:
