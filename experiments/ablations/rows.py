@@ -100,9 +100,7 @@ def gather(places: Sequence[Path], machine: str | None = None) -> Gathered:
             there = seen.setdefault((*key, row["sample"]), line)
             if there is not line:
                 if there["accepted"] != line["accepted"]:
-                    found.told.append(
-                        f"{', '.join(key)}: {row['sample']} of {job.folder} accepts otherwise than before"
-                    )
+                    found.told.append(f"{', '.join(key)}: {row['sample']} of {job.folder} accepts otherwise than before")
                 continue
             found.rows.append(line)
             if plan.label in STEPS:
