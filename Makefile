@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m specvlm pruner=two_stage ratio=0.9 $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 ablation: $(VENV)/.installed-report
 	$(BIN)/python -m experiments.ablations.small $(ARGS)

@@ -120,7 +120,8 @@ def run(checkout: Path) -> list[Command]:
     found = steps()
     text = script(found)
     assert SCENES in text
-    env = {key: value for key, value in os.environ.items() if key not in ("SPECVLM_PLUGINS", "PYTHONPATH")}
+    ours = ("SPECVLM_PLUGINS", "PYTHONPATH", "ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")  # of a `make test ARGS=…`, too
+    env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # 0: what 1 would say
     done = subprocess.run(
         ["bash", "-c", text.replace(SCENES, FEWER)],
