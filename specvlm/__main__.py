@@ -191,12 +191,8 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
             hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(job)()
         if sweep:
             codes.append(sweep.finish())
-    except JobFailed as err:  # it may have come from a worker, as the first of several that failed
-        if sweep is None:
-            raise
-        codes += [err.code, *sweep.mismatch()]
-    except CannotWrite as err:
-        if not (sweep and sweep.mismatch()):
+    except (JobFailed, CannotWrite) as err:  # it may have come from a worker, as the first of several that failed
+        if sweep is None or (isinstance(err, CannotWrite) and not sweep.mismatch()):
             raise
         codes += [tell(err, full), *sweep.mismatch()]
     except OSError as err:

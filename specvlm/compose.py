@@ -27,7 +27,7 @@ TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
 OWN_SAMPLE = ("video", "question")  # of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path")
-FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # there is one of them, in a sweep too
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each has one
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
 
 

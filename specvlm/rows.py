@@ -53,25 +53,28 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
-    found: dict[str, dict[str, Any]] = {}
+    return [row for row, _ in _kept(folder)]
+
+
+def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """With the file that each line is from."""
+    found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
             if not {"sample", "index", "status"} <= row.keys():
                 raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
-            if row["sample"] not in found or found[row["sample"]]["status"] != "ok":
-                found[row["sample"]] = row
-    return sorted(found.values(), key=lambda row: row["index"])
+            if row["sample"] not in found or found[row["sample"]][0]["status"] != "ok":
+                found[row["sample"]] = row, path
+    return sorted(found.values(), key=lambda kept: kept[0]["index"])
 
 
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rounds of each sample that is done, of all shards."""
-    found: dict[str, list[dict[str, Any]]] = {row["sample"]: [] for row in rows_of(folder) if row["status"] == "ok"}
-    taken: set[str] = set()
-    for path in _files(folder, SAMPLES):  # a file of rounds beside each: rounds of a process that was killed have no row there
-        mine = {row["sample"] for row in lines_of(path) if row["status"] == "ok"} - taken
-        taken |= mine
+    files = {row["sample"]: path for row, path in _kept(folder) if row["status"] == "ok"}
+    found: dict[str, list[dict[str, Any]]] = {sample: [] for sample in files}
+    for path in dict.fromkeys(files.values()):  # rounds lie beside their row; those of a process that was killed have none
         for line in lines_of(path.with_name(path.name.replace(SAMPLES, STEPS, 1))):
-            if line.get("sample") in mine:
+            if files.get(line.get("sample", "")) == path:
                 found[line["sample"]].append(line)
     return found
 

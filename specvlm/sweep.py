@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from specvlm import names
+from specvlm.compose import FOLDERS
 from specvlm.errors import ExitCode, JobFailed, worst
 from specvlm.held import HELD, Held
 from specvlm.job import Job
@@ -79,7 +80,7 @@ class Sweep:
             if cfg.fail_fast:
                 raise JobFailed(code) from error
             return code
-        self.begun.append((job, "hydra.sweep.dir" if several else "hydra.run.dir"))
+        self.begun.append((job, FOLDERS[several]))
         plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
         if several and all(plain) and self.labels and os.getpid() == self.home:
             self.jobs.append(job)

@@ -15,6 +15,7 @@ from experiments.ablations import findings, presets, rows, small, tables
 from experiments.ablations.__main__ import main
 from experiments.ablations.presets import BASES, label_of, planned, settings_of
 from experiments.ablations.rows import ROOT, Results
+from experiments.real_footage import __main__ as footage
 from experiments.strategies.report import TITLES
 from specvlm import compose
 from specvlm.errors import UserError
@@ -283,6 +284,13 @@ def test_the_pages_say_what_the_rows_say(experiment):
     assert tables.readme(experiment, text) == text
     for picture in re.findall(r"\]\((\w+\.png)\)", text):
         assert (ROOT / experiment / picture).is_file()
+
+
+def test_the_page_of_real_footage_says_what_its_rows_say(tmp_path, capsys):
+    text = footage.PAGE.read_text(encoding="utf-8")
+    assert footage.readme(text) == text and "56 of 56 answers identical" in text
+    assert footage.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"real_footage: {tmp_path} is no folder that python -m specvlm wrote, and holds none\n"
 
 
 def test_every_committed_answer_is_the_targets_own():

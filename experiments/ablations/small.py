@@ -23,7 +23,7 @@ SWEEPS = (
     ("experiment=stage_one_mass", "pruner.mass=0.2"),
 )
 SHARDS, EVERY = 2, 15.0  # processes; seconds between two lines of progress
-GO_ON = (0, 1, 5)  # with a mismatch, or samples that failed, which the tables then name
+GO_ON = (ExitCode.OK, ExitCode.MISMATCH, ExitCode.FAILED)  # the tables name what failed
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(words)
     folder = Path("outputs/ablation") / f"{asked.pair}-{asked.scenes}"
     try:
-        code = 0
+        code: int = ExitCode.OK
         for own in SWEEPS:
             code = worst([code, sweep([*own, f"pair={asked.pair}", f"dataset.scenes={asked.scenes}"], folder)])
             if code not in GO_ON:
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(line, flush=True)
     except (UserError, OSError) as error:
         print(f"ablation: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return ExitCode.MISTAKE
     return code
 
 

@@ -13,11 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from experiments.ablations.presets import family_of
+from experiments.ablations.rows import read
+from experiments.ablations.tables import markdown
 from experiments.strategies.report import TITLES, filled
+from specvlm.errors import ExitCode, UserError
 from specvlm.report.reading import Row, folders_in, read_job
 
-HERE = Path(__file__).parent
-ROWS = HERE / "rows.jsonl"
+PAGE, ROWS = (Path(__file__).with_name(name) for name in ("README.md", "rows.jsonl"))
 MEANS = {
     "video tokens": ("video_tokens", "{:,.0f}"),
     "drafter saw": ("kept_tokens", "{:,.0f}"),
@@ -51,28 +53,40 @@ def row_of(found: Row, cfg: Mapping[str, Any]) -> Row:
 
 def gather(folders: Sequence[Path]) -> list[Row]:
     jobs = [read_job(folder) for folder in folders_in(folders)]
+    if other := [job.folder for job in jobs if family_of(job.config) is None or job.config["dataset"] is None]:
+        raise UserError(f"{other[0]} is no job of an embedded pair over a data set")
     return [row_of(found, job.config) for job in jobs for found in job.done]
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Means over the clips that have as many frames."""
-    yield f"| pair | frames | clips | pruner | {' | '.join(MEANS)} |"
-    yield "|" + "---|" * (4 + len(MEANS))
+    lines = [["pair", "frames", "clips", "pruner", *MEANS]]
     for family, frames, pruner in dict.fromkeys((row["family"], row["frames"], row["pruner"]) for row in rows):
         mine = [row for row in rows if (row["family"], row["frames"], row["pruner"]) == (family, frames, pruner)]
         figures = [form.format(fmean(row[key] for row in mine)) for key, form in MEANS.values()]
-        yield f"| {TITLES[family]} | {frames} | {len(mine)} | `{pruner}` | {' | '.join(figures)} |"
+        lines.append([TITLES[family], str(frames), str(len(mine)), f"`{pruner}`", *figures])
+    yield from markdown(lines)
     same = sum(row["verdict"] == "identical" for row in rows)
     yield f"\n{same} of {len(rows)} answers identical to the target's own."
 
 
+def readme(text: str) -> str:
+    """The text with its table made anew from the committed rows."""
+    return filled(text, "footage", table(read(ROWS)))
+
+
 def main(words: Sequence[str]) -> int:
-    if words:
-        rows = sorted(gather([Path(word) for word in words]), key=lambda row: (row["family"] != "qwen2_5_vl", row["frames"]))
-        ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    page, rows = HERE / "README.md", [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    page.write_text(filled(page.read_text(encoding="utf-8"), "footage", table(rows)), encoding="utf-8")
-    return 0
+    """Returns the exit code: 0, or 2 for a mistake, which one line on stderr explains."""
+    try:
+        if words:
+            order = list(TITLES)
+            rows = sorted(gather([Path(word) for word in words]), key=lambda row: (order.index(row["family"]), row["frames"]))
+            ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        PAGE.write_text(readme(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"real_footage: {' '.join(str(error).split())}", file=sys.stderr)
+        return ExitCode.MISTAKE
+    return ExitCode.OK
 
 
 if __name__ == "__main__":
