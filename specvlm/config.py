@@ -18,7 +18,7 @@ EMBEDDED = "embedded:"
 CHOICES = {
     "positions": ("original", "reindexed"),
     "mrope": ("hf", "reference"),
-    "reader": ("decord", "pyav"),
+    "reader": ("auto", "pyav", "decord"),
     "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
     "engine": ("auto", "eager", "graphs"),
 }

@@ -212,7 +212,7 @@ REFUSED = [
     ("dtype=flaot32", 'expected one of auto, .*Did you mean "float32"?'),
     ("positions=orignal", 'expected one of original, reindexed. Did you mean "original"?'),
     ("mrope=x", "expected one of hf, reference"),
-    ("reader=cv2", "expected one of decord, pyav"),
+    ("reader=cv2", "expected one of auto, pyav, decord"),
     ("video=", "video=: expected a file or the name of an embedded clip"),
     ("~ratio", "ratio has no value"),
     ("~pruner", "pruner has no value"),

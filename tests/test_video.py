@@ -1,7 +1,9 @@
 """Readers and sampling: the frame asked for is the frame given, and bad input ends with one clear line."""
 
 import math
+import os
 import struct
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from specvlm.data.readers import READERS, PyavReader
+from specvlm.data import decord_process, readers
+from specvlm.data.codec import read_stream
+from specvlm.data.decord_process import DecordProcess
+from specvlm.data.frame_index import Facts, index_of
+from specvlm.data.readers import NAMES, Group
 from specvlm.data.video import SAMPLINGS, probe, read_video
 from specvlm.errors import UserError
 
@@ -64,7 +70,7 @@ def clips(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 @pytest.mark.parametrize("kind", ["h264", "mkv", "avi", "varying", "late", "open_mp4", "open_mkv"])
 @pytest.mark.parametrize("count", [2, 7, 31, 90])
 def test_readers_give_the_frames_asked_for(clips, kind, reader, count):
@@ -75,44 +81,119 @@ def test_readers_give_the_frames_asked_for(clips, kind, reader, count):
 
 @pytest.mark.parametrize("kind", ["h264", "varying", "open_mkv"])
 def test_decord_and_pyav_agree_bit_for_bit_and_on_times(clips, kind):
-    one, other = (read_video(clips[kind], frames=13, reader=reader) for reader in READERS)
+    one, other = (read_video(clips[kind], frames=13, reader=reader) for reader in ("decord", "pyav"))
+    assert (one.reader, other.reader) == ("decord: as asked", "pyav: as asked")
     assert torch.equal(one.frames, other.frames)
     assert one.times == pytest.approx(other.times, abs=1e-4)
     assert (one.fps, one.source_fps) == pytest.approx((other.fps, other.source_fps))
 
 
-def test_transport_streams_are_exact_with_pyav_and_refused_by_decord(clips):
-    assert numbers(read_video(clips["ts"], frames=9, reader="pyav").frames) == [k * 10 for k in range(9)]
-    with pytest.raises(UserError, match="reader=pyav"):
-        read_video(clips["ts"], frames=9)
+@pytest.mark.parametrize("reader", NAMES)
+def test_transport_streams_are_read_by_pyav_whatever_was_asked_and_the_clip_says_why(clips, reader):
+    clip = read_video(clips["ts"], frames=9, reader=reader)
+    assert numbers(clip.frames) == [k * 10 for k in range(9)]
+    why = {"auto": "no slower than decord", "pyav": "as asked", "decord": "have to be counted"}[reader]
+    assert clip.reader.startswith("pyav: ") and why in clip.reader
 
 
 def test_pyav_decodes_no_group_of_pictures_without_a_wanted_frame(clips, monkeypatch):
-    decoded, original = [], PyavReader._from
+    decoded, original = [], Group._frames
 
-    def counted(self, key):
-        for item in original(self, key):
-            decoded.append(item)
-            yield item
+    def counted(self, key, wanted):
+        for frame in original(self, key, wanted):
+            decoded.append(frame)
+            yield frame
 
-    monkeypatch.setattr(PyavReader, "_from", counted)
+    monkeypatch.setattr(Group, "_frames", counted)
     read_video(clips["h264"], frames=2, reader="pyav")  # frames 0 and 45: the key frame before is 40
     assert len(decoded) <= 1 + 6
 
 
-@pytest.mark.parametrize(("turn", "matrix"), [(-1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (1, (0, -1, 1, 0))])
-def test_rotated_videos_are_turned_upright_by_both_readers(clips, tmp_path, turn, matrix):
-    data = bytearray(clips["h264"].read_bytes())
+@pytest.mark.parametrize("kind", ["h264", "mkv", "varying", "open_mp4", "open_mkv"])
+@pytest.mark.parametrize("cores", [1, 2, 7])
+def test_frames_are_those_of_sequential_decoding_on_any_number_of_cores(clips, kind, cores, monkeypatch):
+    with av.open(str(clips[kind])) as container:
+        sequential = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    monkeypatch.setattr(readers, "_cores", lambda: cores)
+    for count in (3, 20, 90):
+        clip = read_video(clips[kind], frames=count)
+        assert np.array_equal(clip.frames.permute(0, 2, 3, 1).numpy(), np.stack([sequential[place] for place in clip.index]))
+
+
+def test_a_file_that_changes_is_indexed_again(clips, tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clips["h264"].read_bytes())
+    assert probe(path).frames == 90 and index_of(path) is index_of(path)
+    path.write_bytes(clips["one"].read_bytes())
+    assert probe(path).frames == 1
+
+
+def test_frames_that_no_seek_reaches_are_looked_for_from_the_start(clips, monkeypatch):
+    monkeypatch.setattr(Group, "decode", lambda self, key, wanted, pictures: list(wanted))
+    assert numbers(read_video(clips["h264"], frames=9).frames) == [k * 10 for k in range(9)]
+
+
+def test_a_packet_that_shows_nothing_is_noticed_and_the_frames_are_counted(tmp_path):
+    plain = draw(tmp_path / "plain.mp4", 60, "libx265", {"x265-params": "log-level=none", "preset": "ultrafast"})
+    with av.open(str(plain)) as source, av.open(str(tmp_path / "more.mkv"), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if not packet.size:
+                continue
+            if packet.pts == 30 * 512:  # a unit that only says that a picture follows
+                empty = av.Packet(bytes((0, 0, 0, 3, 70, 1, 80)) * 8)
+                empty.stream, empty.pts, empty.dts, empty.time_base = stream, 30 * 512 - 250, packet.dts - 250, packet.time_base
+                out.mux(empty)
+            packet.stream = stream
+            out.mux(packet)
+    clip = read_video(tmp_path / "more.mkv", fps=25)
+    assert numbers(clip.frames) == list(range(60)) and clip.total_frames == 60
+
+
+def turned(path: Path, folder: Path, matrix: tuple[int, ...]) -> Path:
+    """A copy of an MP4 file whose display matrix is [a b c d], in whole numbers."""
+    data = bytearray(path.read_bytes())
     at = data.find(b"tkhd") + 4 + 40  # the display matrix of a version 0 track header
     a, b, c, d = (value << 16 for value in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path = tmp_path / "turned.mp4"
-    path.write_bytes(data)
-    plain = read_video(clips["h264"], frames=5, reader="pyav").frames
-    for reader in READERS:
-        assert torch.equal(read_video(path, frames=5, reader=reader).frames, plain.rot90(turn, (2, 3)))
+    out = folder / f"turned{matrix}.mp4"
+    out.write_bytes(data)
+    return out
+
+
+# What each display matrix does to a picture (H, W): quarter turns to the left, after a reflection of the columns.
+MATRICES = {
+    (1, 0, 0, 1): (0, False),
+    (0, -1, 1, 0): (1, False),
+    (-1, 0, 0, -1): (2, False),
+    (0, 1, -1, 0): (3, False),
+    (-1, 0, 0, 1): (0, True),
+    (0, 1, 1, 0): (1, True),
+    (1, 0, 0, -1): (2, True),
+    (0, -1, -1, 0): (3, True),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_turned_and_mirrored_videos_are_shown_upright_by_all_readers_and_so_is_their_motion(clips, tmp_path, matrix):
+    path, (turns, mirrored) = turned(clips["h264"], tmp_path, matrix), MATRICES[matrix]
+
+    def upright(pictures: torch.Tensor) -> torch.Tensor:
+        return (pictures.flip(-1) if mirrored else pictures).rot90(turns, (-2, -1))
+
+    plain = read_video(clips["h264"], frames=5, reader="pyav")
+    for reader in NAMES:
+        clip = read_video(path, frames=5, reader=reader)
+        assert torch.equal(clip.frames, upright(plain.frames))
+        assert clip.reader.startswith("decord") == (reader == "decord" and not mirrored)
         info = probe(path, reader)
-        assert (info.height, info.width) == tuple(plain.rot90(turn, (2, 3)).shape[2:])
+        assert (info.height, info.width) == tuple(clip.frames.shape[2:])
+    assert torch.equal(read_stream(clip.origin).motion, upright(read_stream(plain.origin).motion))
+
+
+def test_a_video_to_be_shown_at_an_angle_is_refused(clips, tmp_path):
+    with pytest.raises(UserError, match="rotated by 45 degrees; only multiples of 90"):
+        read_video(turned(clips["h264"], tmp_path, (1, 1, -1, 1)), frames=5)
 
 
 def test_sampling_rules_are_the_documented_ones():
@@ -126,7 +207,7 @@ def test_sampling_rules_are_the_documented_ones():
                 assert len(index) == count and index == sorted(set(index)) and index[-1] < total, (name, total, count)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_fps_takes_that_many_frames_a_second_and_says_what_it_got(clips, reader):
     clip = read_video(clips["h264"], fps=5, reader=reader)  # 3.6 s of 25 fps
     assert numbers(clip.frames) == list(range(0, 90, 5))
@@ -142,7 +223,7 @@ def test_qwen_sampling_makes_counts_even_as_hugging_face_does(clips):
     assert len(read_video(clips["h264"], fps=25, max_frames=9, sampling="qwen").frames) == 8
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_a_window_starts_and_ends_at_the_seconds_given(clips, reader):
     clip = read_video(clips["late"], start=1.0, end=2.0, reader=reader)  # times count from the first frame
     assert numbers(clip.frames) == list(range(25, 50))
@@ -154,7 +235,7 @@ def test_a_window_starts_and_ends_at_the_seconds_given(clips, reader):
         probe(clips["late"], reader, start=2.0, end=1.0)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_varying_frame_rates_keep_the_time_of_each_frame(clips, reader):
     clip = read_video(clips["varying"], reader=reader)
     steps = np.diff(clip.times) * 1000
@@ -162,7 +243,7 @@ def test_varying_frame_rates_keep_the_time_of_each_frame(clips, reader):
     assert clip.source_fps == pytest.approx(89 / clip.times[-1], rel=0.02)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_a_video_of_one_frame_is_read(clips, reader):
     clip = read_video(clips["one"], frames=1, reader=reader)
     assert (numbers(clip.frames), clip.times, clip.total_frames, clip.fps) == ([0], (0.0,), 1, 25.0)
@@ -170,7 +251,7 @@ def test_a_video_of_one_frame_is_read(clips, reader):
         read_video(clips["one"], frames=8, reader=reader)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_the_sample_of_real_footage_is_what_its_readme_says(reader):
     info = probe(BBB, reader)
     assert (info.frames, info.fps, info.width, info.height, info.duration) == (192, 24.0, 448, 252, 8.0)
@@ -219,12 +300,12 @@ def bad_files(folder: Path, clips: dict[str, Path]) -> dict[str, tuple[Path, str
         "cut_mkv": (half("mkv"), "is truncated"),
         "cut_avi": (half("avi"), "is truncated"),
         "damaged": (write("damaged.mp4", bytes(damaged)), "is damaged"),
-        "sound": (sound, "has no video stream"),
+        "sound": (sound, "has only sound"),
         "no_frames": (folder / "none.mp4", "has no video stream|no frames"),
     }
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", NAMES)
 def test_bad_files_end_with_one_line_and_a_clean_terminal(clips, tmp_path, reader, capfd):
     cases = bad_files(tmp_path, clips)
     capfd.readouterr()
@@ -238,14 +319,15 @@ def test_bad_files_end_with_one_line_and_a_clean_terminal(clips, tmp_path, reade
     assert capfd.readouterr() == ("", "")
 
 
-def test_av1_is_read_by_pyav_and_decord_says_so(tmp_path):
+@pytest.mark.parametrize("reader", NAMES)
+def test_av1_is_read_whatever_reader_was_asked_for(tmp_path, reader):
     try:
         path = draw(tmp_path / "av1.mp4", frames=5, encoder="libsvtav1", options={"preset": "12"})
     except av.FFmpegError:
         pytest.skip("this PyAV has no AV1 encoder")
-    assert len(read_video(path, frames=5, reader="pyav").frames) == 5
-    with pytest.raises(UserError, match="such as AV1.*reader=pyav"):
-        read_video(path, frames=5)
+    clip = read_video(path, frames=5, reader=reader)
+    assert numbers(clip.frames) == list(range(5)) and clip.reader.startswith("pyav: ")
+    assert reader != "decord" or "has no AV1" in clip.reader
 
 
 @pytest.mark.parametrize(("reader", "module", "package"), [("decord", "decord", "decord"), ("pyav", "av", "av")])
@@ -255,16 +337,155 @@ def test_a_reader_that_is_not_installed_says_what_to_install(monkeypatch, reader
         probe(BBB, reader)
 
 
-def test_decord_reads_without_pyav(monkeypatch):
+def test_decord_reads_without_pyav_and_refuses_times_that_do_not_ascend(clips, monkeypatch, tmp_path):
     expected = read_video(BBB, frames=5)
+    with av.open(str(tmp_path / "b.avi"), "w") as out:  # its packets carry no time of showing
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 64, "yuv420p", {"bf": "2"}
+        for level in range(30):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), level * 8, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
     monkeypatch.setitem(sys.modules, "av", None)
-    assert torch.equal(read_video(BBB, frames=5).frames, expected.frames)
+    clip = read_video(BBB, frames=5)
+    assert torch.equal(clip.frames, expected.frames) and clip.reader == "decord: PyAV is not installed"
+    with pytest.raises(UserError, match="times that do not ascend: pip install av"):
+        read_video(tmp_path / "b.avi", frames=5)
+
+
+def test_decord_killed_by_a_file_costs_that_file_alone(clips, tmp_path):
+    data = bytearray(clips["h264"].read_bytes())
+    at = data.find(b"stts") + 8
+    data[at : at + 4] = struct.pack(">I", 0x7FFFFFFF)  # decord aborts on this number of entries
+    (tmp_path / "counts.mp4").write_bytes(data)
+    try:
+        clip = read_video(tmp_path / "counts.mp4", frames=5, reader="decord")
+        assert clip.reader.startswith("pyav: decord")
+    except UserError as error:
+        assert "damaged" in str(error)
+    assert read_video(clips["h264"], frames=5, reader="decord").reader == "decord: as asked"
+
+
+def test_decord_that_hangs_is_ended_and_the_file_read_by_pyav(clips, monkeypatch):
+    monkeypatch.setattr(decord_process, "PATIENCE", 0.2)
+    monkeypatch.setattr(DecordProcess, "_ask", asked_nothing)
+    clip = read_video(clips["h264"], frames=5, reader="decord")
+    assert "died of the file" in clip.reader and numbers(clip.frames) == [0, 18, 36, 54, 72]
+
+
+def asked_nothing(self: DecordProcess, words: dict[str, object]) -> None:
+    """A process that is never asked, so that it says nothing."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_a_decord_clip_given_up_midway_leaves_no_answer_behind(clips):
+    process = DecordProcess.shared()
+    pictures = process.frames(clips["h264"], [0, 30, 60], walks=False)
+    next(pictures)
+    pictures.close()
+    assert numbers(read_video(clips["mkv"], frames=2, reader="decord").frames) == [0, 45]
+
+
+# ---- what the containers say, and what they are -----------------------------------------------------------------------
+
+
+def test_what_is_appended_to_a_file_does_not_make_it_truncated(clips, tmp_path):
+    for number, tail in enumerate((b"TAGsome title", b"TAG" + bytes(125), b"\0" * 100, b"LYRICSBEGIN and more", b"x")):
+        for kind in ("h264", "moov_last", "avi", "mkv"):
+            path = tmp_path / f"{number}{clips[kind].name}"
+            path.write_bytes(clips[kind].read_bytes() + tail)
+            assert numbers(read_video(path, frames=3).frames) == [0, 30, 60], (kind, tail)
+
+
+def test_a_length_that_was_not_known_when_it_was_written_is_no_length(clips, tmp_path):
+    for size in (0xFFFFFFFF, 0x7FFFFFFF, 0):
+        data = bytearray(clips["avi"].read_bytes())
+        data[4:8] = struct.pack("<I", size)
+        (tmp_path / "piped.avi").write_bytes(data)
+        assert numbers(read_video(tmp_path / "piped.avi", frames=3).frames) == [0, 30, 60]
+    data = bytearray(clips["moov_last"].read_bytes())
+    at = data.find(b"mdat") - 4
+    assert data[at : at + 4] != b"\0\0\0\0"
+    with pytest.raises(UserError, match="is truncated"):  # a box that is known, and runs past the end
+        (tmp_path / "cut.mp4").write_bytes(data[: at + 100])
+        read_video(tmp_path / "cut.mp4", frames=3)
+
+
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "concat:a.mp4", "a%03d.mp4", "-i.mp4", "pipe:0", "a b#c?d=e&f.mp4", "Ä 東京.mp4"]
+)
+@pytest.mark.parametrize("reader", ["auto", "decord"])
+def test_any_name_is_a_name(clips, tmp_path, monkeypatch, name, reader):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(clips["h264"].read_bytes())
+    assert numbers(read_video(name, frames=3, reader=reader).frames) == [0, 30, 60]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero"), Path("/dev/null")):
+        for reader in NAMES:
+            with pytest.raises(UserError, match="is a pipe, a socket or a device, not a video file"):
+                probe(path, reader)
+
+
+@pytest.mark.parametrize("reader", NAMES)
+def test_files_that_name_other_files_or_addresses_are_refused_and_nothing_is_opened(clips, tmp_path, reader):
+    os.mkfifo(tmp_path / "fifo.ts")  # whoever opens it waits for ever
+    lists = {
+        "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfifo.ts\n#EXT-X-ENDLIST\n",
+        "b.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+        "c.txt": f"ffconcat version 1.0\nfile '{clips['h264'].name}'\n",
+        "d.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="not a video"):
+            probe(tmp_path / name, reader)
+
+
+def two_streams(path: Path, sizes: list[int], marked: int | None) -> Path:
+    """A Matroska file of as many streams, each of one grey level, 100 times its place."""
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream("mpeg4", rate=25) for _ in sizes]
+        for place, (stream, side) in enumerate(zip(streams, sizes, strict=True)):
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            stream.disposition = av.stream.Disposition.default if place == marked else av.stream.Disposition(0)
+        for _ in range(20):
+            for place, (stream, side) in enumerate(zip(streams, sizes, strict=True)):
+                picture = np.full((side, side, 3), 100 * place, np.uint8)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "marked", "shown"), [([64, 96], 1, 1), ([64, 96], None, 1), ([96, 64], 1, 1), ([96, 64], None, 0)]
+)
+def test_of_several_streams_all_take_the_default_one_else_the_largest(tmp_path, sizes, marked, shown):
+    path = two_streams(tmp_path / "two.mkv", sizes, marked)
+    for reader in NAMES:
+        clip = read_video(path, frames=4, reader=reader)
+        assert clip.frames.shape[2:] == (sizes[shown], sizes[shown]) and clip.reader.startswith("pyav")
+        assert abs(float(clip.frames.float().mean()) - 100 * shown) < 8
+    motion = read_stream(clip.origin).motion
+    assert motion.shape[1:] == (sizes[shown] // 8, sizes[shown] // 8)
+
+
+@pytest.mark.parametrize(
+    "stamps", [(0, None, 2, 3), (0, 2, 1, 3), (0, 1, 1, 3), (0, 1, 2, 2**60), (None,) * 4, (0, 10**9, 2 * 10**9, 3 * 10**9)]
+)
+def test_times_that_no_video_has_are_not_used(stamps):
+    facts = Facts(fps=10, base=1.0, codec="h264", streams=1, mirrored=False, width=64, height=64)
+    assert facts.times(stamps) == pytest.approx((0.0, 0.1, 0.2, 0.3))
+    assert facts.times((5, 6, 7, 20)) == (0.0, 1.0, 2.0, 15.0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reader": "pyaw"}, 'unknown reader "pyaw": one of decord, pyav. Did you mean "pyav"?'),
+        ({"reader": "pyaw"}, "reader must be auto or decord or pyav, got 'pyaw'. Did you mean \"pyav\"?"),
         ({"sampling": "unifrom"}, "unknown sampling.*uniform, qwen, endpoints"),
         ({"frames": 4, "fps": 1.0}, "exclude each other"),
         ({"frames": 0}, "frames=0"),

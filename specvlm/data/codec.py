@@ -5,7 +5,7 @@ Shapes: T sampled frames, h and w cells of CELL pixels.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specvlm.data.frame_index import FrameIndex, Orientation, frames_of, index_of, opened
 from specvlm.errors import UserError
 
 CELL = 8  # pixels; blocks with a vector of their own are seldom smaller
@@ -52,51 +53,47 @@ def read_stream(origin: Origin) -> Stream:
         raise UserError("PyAV is not installed: pip install av") from None
     if not Path(origin.path).is_file():
         raise UserError(f"{origin.path} is not a file")
+    path = Path(origin.path)
+    index = index_of(path)
+    if origin.index[-1] >= len(index):
+        index = index_of(path, counted=True)
     try:
-        stamps, sizes = _packets(av, origin.path)
-        return _read(av, origin, stamps, sizes)
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{origin.path}: PyAV cannot read its stream ({error})") from None
+        return _read(av, path, origin.index, index)
+    except _WrongIndex:
+        return _read(av, path, origin.index, index_of(path, counted=True))
 
 
-def _packets(av: Any, path: str) -> tuple[list[int], list[int]]:
-    """Time stamps in the order of showing (empty where there are none), and bytes."""
-    with av.open(path, metadata_errors="replace") as container:
-        stream = container.streams.video[0]
-        packets = [(p.pts, p.size) for p in container.demux(stream) if p.size and not p.is_discard]
-    if any(pts is None for pts, _ in packets):
-        return [], [size for _, size in packets]
-    packets.sort()
-    return [pts for pts, _ in packets], [size for _, size in packets]
+class _WrongIndex(Exception):
+    """A frame came out that is not on the list."""
 
 
-def _read(av: Any, origin: Origin, stamps: list[int], sizes: list[int]) -> Stream:
-    sample, motion, intra = 0, None, [0.0] * len(origin.index)
-    starts = [origin.index[0], *(place + 1 for place in origin.index[:-1])]
-    with av.open(origin.path, metadata_errors="replace") as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        stream.codec_context.options = {"flags2": "+export_mvs"}
-        for count, frame in enumerate(container.decode(stream)):
-            place = bisect_left(stamps, frame.pts) if stamps and frame.pts is not None else count
-            if place > origin.index[-1]:
+def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Stream:
+    sample, motion, intra = 0, None, [0.0] * len(sampled)
+    starts = [sampled[0], *(place + 1 for place in sampled[:-1])]
+    place_of = None if index.stamps is None else {stamp: place for place, stamp in enumerate(index.stamps)}
+    with opened(path, flags2="+export_mvs") as (container, stream):
+        for count, frame in enumerate(frames_of(container, stream, path)):
+            place = count if place_of is None else place_of.get(frame.pts, -1)
+            if place < 0:
+                raise _WrongIndex
+            if place > sampled[-1]:
                 break
-            while place > origin.index[sample]:
+            while place > sampled[sample]:
                 sample += 1
             if place < starts[sample]:
                 continue
-            moved = np.rot90(_moved(av, frame), round(frame.rotation / 90))
+            moved = Orientation.of(frame, path).apply(_moved(av, frame))
             if motion is None:
-                motion = np.zeros((len(origin.index), *moved.shape), dtype=np.float32)
+                motion = np.zeros((len(sampled), *moved.shape), dtype=np.float32)
             if moved.shape == motion.shape[1:]:
                 motion[sample] += moved
             intra[sample] += frame.pict_type == av.video.frame.PictureType.I
     if motion is None:
-        raise UserError(f"{origin.path} holds none of the sampled frames")
-    spans = list(zip(starts, origin.index, strict=True))
+        raise UserError(f"{path} holds none of the sampled frames")
+    spans = list(zip(starts, sampled, strict=True))
     return Stream(
         torch.from_numpy(motion),
-        torch.tensor([float(sum(sizes[start : end + 1])) for start, end in spans]),
+        torch.tensor([float(sum(index.sizes[start : end + 1])) for start, end in spans]),
         torch.tensor([share / (end - start + 1) for share, (start, end) in zip(intra, spans, strict=True)]),
     )
 

@@ -1,56 +1,64 @@
 """What a file says about itself before any decoder sees it: that it is there, and whole.
 
-Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows.
+Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows. What
+is behind the declared end, such as a tag of a music player, is nobody's business.
 """
 
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from specvlm.errors import MissingVideo, UserError
 
+BOXES = frozenset(
+    b"ftyp styp moov moof mdat mfra free skip wide pnot uuid meta meco udta sidx ssix pdin emsg prft imda".split()
+)
+
 
 def check_file(path: Path) -> None:
-    """Raise MissingVideo where there is none, UserError for a folder and what is unreadable, empty, or shorter than its
-    container declares.
+    """Raise MissingVideo where there is none, UserError for a folder, a pipe or a device, and what is unreadable, empty, or
+    shorter than its container declares.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a video file")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            declared = _declared_size(file, size)
+        found, declared = path.stat(), 0
+        if stat.S_ISREG(found.st_mode):
+            with path.open("rb") as file:
+                declared = _declared_size(file, found.st_size)
     except FileNotFoundError:
         hint = " (addresses are not fetched: download it first)" if "://" in str(path) or ":/" in str(path) else ""
         raise MissingVideo(f"no such file: {path}{hint}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        raise UserError(f"cannot read {str(path)!r}: it has a null character in its name") from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting, a device may have no end
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+        raise UserError(f"{path} is {what}, not a video file")
+    size = found.st_size
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes)")
     if declared > size:
         raise UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
 
 
-def is_mpeg_stream(path: Path) -> bool:
-    """Whether a file is an MPEG program or transport stream (packs; packets of 188 bytes, or 192 on discs)."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    return head[:4] == b"\0\0\1\xba" or any(head[at::step][:2] == b"GG" for at, step in ((0, 188), (4, 192)))
-
-
 def _declared_size(file: BinaryIO, size: int) -> int:
     """Return the bytes that an MP4/MOV, AVI or Matroska/WebM file should have; 0 where the container does not say."""
     head = file.read(64)
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+    if head[4:8] in BOXES:
         return _mp4_size(file, size)
     if head[:4] == b"RIFF":
-        return 8 + int.from_bytes(head[4:8], "little")
+        length = int.from_bytes(head[4:8], "little")
+        return 0 if length >= 2**31 - 1 else 7 + length  # that long: not known when it was written. A last byte only pads
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_size(head)
     return 0
 
 
 def _mp4_size(file: BinaryIO, size: int) -> int:
-    """Follow the top-level boxes, each (size, type), to the end of the last one (ISO/IEC 14496-12, 4.2)."""
+    """Follow the top-level boxes, each (size, type), to the end of the last one (ISO/IEC 14496-12, 4.2).
+
+    What runs past the end and is of a type that no standard has there is no box, but something appended.
+    """
     place = 0
     while place + 8 <= size:
         file.seek(place)
@@ -59,6 +67,8 @@ def _mp4_size(file: BinaryIO, size: int) -> int:
         if length == 1:  # the size is in the next eight bytes
             length = int.from_bytes(head[8:16], "big")
         if length < 8:  # 0: up to the end of the file; anything else is no box
+            return size
+        if place + length > size and head[4:8] not in BOXES:
             return size
         place += length
     return place

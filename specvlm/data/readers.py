@@ -1,33 +1,49 @@
-"""Video decoders behind one small interface: decord (the default) and PyAV, both imported only when used.
+"""Video readers behind one small interface: PyAV, and decord where its frames are those that are shown.
 
-A reader knows a file's frames by their place in display order, and decodes the ones asked for by seeking to the
-key frame before each. Every fault of the file ends as one ``UserError``.
+What frame n is, and when it is shown, both take from `frame_index`. Every fault of a file ends as one ``UserError``.
 """
 
+from __future__ import annotations
+
+import importlib.util
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specvlm.data.container import is_mpeg_stream
+from specvlm.data.decord_process import DecordFailed, DecordProcess
+from specvlm.data.frame_index import FrameIndex, Orientation, frames_of, index_of, opened
 from specvlm.errors import UserError
 
-_CHUNK = 16  # frames decoded at a time: the copies a backend makes stay small beside the result
+NAMES = ("auto", "decord", "pyav")
+MOST_DECODERS = 16  # side by side
+DECODER_BYTES = 256 * 2**20  # what their pictures may take together
+HELD = 20  # pictures that a decoder holds: those referred to, and those that wait for their turn
 
 
 class Reader(Protocol):
-    """An open video. ``times``: seconds of each frame after the first; ``fps``: the rate the container names, or 0."""
+    """An open video.
+
+    Attributes:
+        times: seconds of each frame after the first.
+        fps: the rate that the container names, or 0.
+        name: which reader it is.
+        reason: why this one.
+    """
 
     times: tuple[float, ...]
     fps: float
-
-    def __init__(self, path: Path) -> None: ...
+    name: str
+    reason: str
 
     def decode(self, index: Sequence[int]) -> Tensor:
         """Return the frames at strictly ascending places, uint8 (n, 3, H, W), turned upright."""
@@ -36,194 +52,226 @@ class Reader(Protocol):
         """Let go of the file."""
 
 
-class DecordReader:
-    """decord 0.6: no AV1, no GIF, wheels for x86-64 only.
+class WrongIndex(Exception):
+    """The packets' time stamps do not tell the frames; these have to be counted."""
 
-    Its seeks are exact where no frame refers across a key frame. In files with open groups of pictures (the default of
-    x265 and of MPEG-2) it takes a key frame's place in the file for its place in time, and gives neighbours: these are
-    read without seeking. PyAV tells which they are; where PyAV is not installed, such files are read inexactly.
+
+def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader:
+    """Open a video file.
+
+    Args:
+        path: a regular file.
+        name: "pyav"; "decord", which means PyAV where decord would give other frames than are shown; "auto", the faster
+            one: PyAV wherever it is installed.
+        counted: count the frames, since `decode` raised WrongIndex.
+
+    Raises:
+        UserError: the reader is not installed, or the file is damaged, no video, or of a kind that cannot be read.
     """
+    if importlib.util.find_spec("av") is None:
+        if name == "pyav":
+            raise UserError('reader "pyav" is not installed: pip install av')
+        return DecordReader(path, None, "PyAV is not installed")
+    index = index_of(path, counted)
+    if name != "decord":
+        return PyavReader(path, index, "as asked" if name == "pyav" else "no slower than decord on any file measured")
+    if reason := _not_for_decord(index):
+        return PyavReader(path, index, reason)
+    try:
+        return DecordReader(path, index, "as asked")
+    except DecordFailed as error:
+        return PyavReader(path, index, str(error))
 
-    def __init__(self, path: Path) -> None:
-        try:
-            import decord
-        except ImportError:
-            raise UserError('reader "decord" is not installed: pip install decord, or try reader=pyav') from None
-        if is_mpeg_stream(path):  # even a seek to the first frame lands elsewhere
-            raise UserError(f"{path} is an MPEG transport or program stream, which decord misreads: try reader=pyav")
-        self._path = path
-        self._errors = (decord.DECORDError, RuntimeError, IndexError)
-        decord.logging.set_level(decord.logging.QUIET)
-        try:
-            with _quiet_stderr():
-                self._video: Any = decord.VideoReader(str(path))
-            spans = self._video.get_frame_timestamp(list(range(len(self._video))))
-        except self._errors as error:
-            if "st_nb" in str(error):
-                raise UserError(
-                    f"{path} has no video stream that decord can decode (only sound, no frames, or a codec"
-                    " it lacks, such as AV1): try reader=pyav"
-                ) from None
-            if "frame-count" in str(error):
-                raise UserError(f"{path} is an image, or of a format that decord cannot index: try reader=pyav") from None
-            raise UserError(f"{path} is damaged or not a video: decord cannot read it") from None
-        self.times = tuple(float(start) for start in spans[:, 0])
-        self.fps = float(self._video.get_avg_fps())
 
-    def decode(self, index: Sequence[int]) -> Tensor:
-        try:
-            with _quiet_stderr():
-                return _fill(self._walk(index) if self._open_gop() else self._jump(index), len(index))
-        except self._errors:
-            raise UserError(f"{self._path} is damaged or not a video: decord cannot decode its frames") from None
-
-    def close(self) -> None:
-        self._video = None
-
-    def _jump(self, index: Sequence[int]) -> Iterator[Tensor]:
-        for first in range(0, len(index), _CHUNK):
-            batch = self._video.get_batch(list(index[first : first + _CHUNK]))
-            yield torch.from_numpy(batch.asnumpy())
-
-    def _walk(self, index: Sequence[int]) -> Iterator[Tensor]:
-        self._video.seek(0)
-        place = 0
-        for wanted in index:
-            for _ in range(wanted - place):  # skip_frames would seek
-                self._video.next()
-            yield torch.from_numpy(self._video.next().asnumpy())[None]
-            place = wanted + 1
-
-    def _open_gop(self) -> bool:
-        with suppress(UserError):  # PyAV is not installed, or cannot read what decord could
-            reader = PyavReader(self._path)
-            reader.close()
-            return reader.open_gop
-        return False
+def _not_for_decord(index: FrameIndex) -> str:
+    """Why decord's frames are not those shown, as far as that is known without asking it."""
+    if index.stamps is None:
+        return "frames of this file have to be counted, which decord does not do"
+    if index.facts.streams > 1:
+        return "of several video streams decord may take another"
+    return "decord does not mirror" if index.facts.mirrored else ""
 
 
 class PyavReader:
-    """PyAV: every codec of FFmpeg. Finds frames by time stamp, so that a seek which lands elsewhere is noticed."""
+    """PyAV: every codec of FFmpeg.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            import av
-        except ImportError:
-            raise UserError('reader "pyav" is not installed: pip install av') from None
-        self._path = path
-        self._error: type[Exception] = av.FFmpegError
-        try:
-            self._container: Any = av.open(str(path), metadata_errors="replace")
-            self._index()
-        except self._error:
-            raise UserError(f"{path} is damaged or not a video: PyAV cannot read it") from None
+    A wanted frame is reached from the key frame before it. Each group of pictures is decoded by itself, several side by
+    side, each by one thread; frames that no other refers to are passed over on the way, and only wanted frames are
+    converted. A frame that does not come out this way is looked for from the start, without passing over anything.
+    """
+
+    name = "pyav"
+
+    def __init__(self, path: Path, index: FrameIndex, reason: str) -> None:
+        self._path, self._index, self.reason = path, index, reason
+        self.times, self.fps = index.times, index.facts.fps
 
     def decode(self, index: Sequence[int]) -> Tensor:
-        try:
-            return _fill((_upright(frame, self._path)[None] for frame in self._frames(index)), len(index))
-        except self._error:
-            raise UserError(f"{self._path} is damaged: PyAV cannot decode its frames") from None
+        pictures = Pictures(self._path, len(index))
+        if self._index.stamps is None:
+            self._walk({frame: place for place, frame in enumerate(index)}, pictures, by_stamp=False)
+            return pictures.pixels
+        wanted = {self._index.stamps[frame]: place for place, frame in enumerate(index)}
+        groups: dict[int | None, list[int]] = {}
+        for stamp in wanted:
+            groups.setdefault(self._index.entries.before(stamp), []).append(stamp)
+        missing = groups.pop(None, []) + self._side_by_side(groups, wanted, pictures)
+        if missing:
+            self._walk({stamp: wanted[stamp] for stamp in missing}, pictures, by_stamp=True)
+        return pictures.pixels
 
     def close(self) -> None:
-        self._container.close()
+        """Nothing is held open."""
 
-    def _index(self) -> None:
-        kind = self._container.format.name
-        if kind.endswith("_pipe") or kind in ("image2", "tty"):
-            raise UserError(f"{self._path} is {'a text' if kind == 'tty' else 'an image'}, not a video")
-        if not self._container.streams.video:
-            raise UserError(f"{self._path} has no video stream")
-        self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
-            raise UserError(f"{self._path} uses a video codec that this PyAV cannot decode")
-        self._stream.thread_type = "AUTO"
-        packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard]
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps = float(rate or 0)
-        self._stamps: list[int] = []  # empty: frames are counted from the start, never sought
-        self._keys, self.open_gop = [0], False
-        if any(pts is None for pts, _ in packets):  # raw streams
-            self.times = tuple(place / float(rate or 25) for place in range(len(packets)))
-            return
-        stamps = sorted(pts for pts, _ in packets)
-        self.times = tuple(float((pts - stamps[0]) * self._stream.time_base) for pts in stamps)
-        if kind not in ("mpeg", "mpegts"):  # after a seek in these, frames carry other time stamps than before
-            self._stamps = stamps
-            self._keys = sorted({0, *(bisect_right(stamps, pts) - 1 for pts, key in packets if key)})
-            self.open_gop = _has_leading_frames(packets)
+    def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
+        """Decode groups of pictures, by their key frame. Returns the time stamps of frames that did not come out."""
+        todo = deque(groups.items())
+        held = HELD * self._index.facts.width * self._index.facts.height * 3 // 2
+        cores = _cores()
+        decoders = min(cores, len(todo), MOST_DECODERS, max(DECODER_BYTES // held, 1))
 
-    def _frames(self, index: Sequence[int]) -> Iterator[Any]:
-        place, frames = 0, self._from(0)
-        for wanted in index:
-            key = self._keys[bisect_right(self._keys, wanted) - 1]
-            if key > place:  # a key frame lies ahead: jumping to it costs less than decoding up to it
-                frames = self._from(key)
-            frame = self._advance(frames, wanted)
-            if frame is None and key:  # a seek may land too late in streams without an index: start over
-                frames = self._from(0)
-                frame = self._advance(frames, wanted)
-            if frame is None:
-                raise UserError(f"{self._path} is damaged: PyAV cannot decode frame {wanted}")
-            yield frame
-            place = wanted + 1
+        def work(_: int) -> list[int]:
+            missing = []
+            with opened(self._path, cores // decoders) as (container, stream):
+                group = Group(container, stream, self._index)
+                while todo:
+                    with suppress(IndexError):  # another thread took the last one
+                        key, stamps = todo.popleft()
+                        missing += group.decode(key, {stamp: wanted[stamp] for stamp in stamps}, pictures)
+            return missing
 
-    def _from(self, key: int) -> Iterator[tuple[int, Any]]:
-        """Seek to a key frame; yield (time stamp or count, frame) from there on."""
-        self._container.seek(self._stamps[key] if self._stamps else 0, stream=self._stream)
-        for count, frame in enumerate(self._container.decode(self._stream)):
-            yield (frame.pts if self._stamps else count), frame
+        if decoders <= 1:
+            return work(0) if todo else []
+        with ThreadPoolExecutor(decoders) as pool:
+            try:
+                return [stamp for missing in pool.map(work, range(decoders)) for stamp in missing]
+            finally:
+                todo.clear()  # after an error, or Ctrl-C, no thread begins another
 
-    def _advance(self, frames: Iterator[tuple[int, Any]], wanted: int) -> Any:
-        stamp = self._stamps[wanted] if self._stamps else wanted
-        for found, frame in frames:
-            if found is not None and found >= stamp:
-                return frame if found == stamp else None
-        return None
+    def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
+        """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
+        left = dict(wanted)
+        with opened(self._path, _cores()) as (container, stream):
+            for count, frame in enumerate(frames_of(container, stream, self._path)):
+                place = left.pop(frame.pts if by_stamp else count, None)
+                if place is not None:
+                    pictures.put(place, frame)
+                if not left:
+                    return
+        raise WrongIndex
 
 
-READERS: dict[str, type[Reader]] = {"decord": DecordReader, "pyav": PyavReader}
+class Group:
+    """Decodes groups of pictures of one open file."""
+
+    def __init__(self, container: Any, stream: Any, index: FrameIndex) -> None:
+        self._container, self._stream, self._entries = container, stream, index.entries
+        self._codec = stream.codec_context
+        # nal_ref_idc tells H.264's decoder for sure what no other frame refers to; HEVC's frames say so of their layer alone
+        self._passes_over = index.facts.codec == "h264"
+
+    def decode(self, key: int, wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
+        """Put frames, by time stamp, at their places. Returns the time stamps of those that did not come out whole."""
+        import av
+
+        left = dict(wanted)
+        with suppress(av.FFmpegError):
+            for frame in self._frames(key, wanted):
+                if frame.pts not in self._entries.place_of:
+                    raise WrongIndex
+                place = None if frame.is_corrupt else left.pop(frame.pts, None)
+                if place is not None:
+                    pictures.put(place, frame)
+                if not left:
+                    break
+        return list(left)
+
+    def _frames(self, key: int, wanted: Mapping[int, int]) -> Iterator[Any]:
+        """From a key frame on; none where the container seeks past it."""
+        entries, started = self._entries, False
+        self._container.seek(entries.seek[key], stream=self._stream, backward=True)
+        for packet in self._container.demux(self._stream):
+            if not packet.size:
+                continue
+            if not started:
+                place = entries.place_of.get(packet.pts, -1)
+                if place > entries.place[key]:
+                    return
+                started = place == entries.place[key]
+            if started:
+                if self._passes_over:
+                    self._codec.skip_frame = "DEFAULT" if packet.pts in wanted or packet.is_keyframe else "NONREF"
+                yield from self._codec.decode(packet)
+        yield from self._codec.decode(None)
 
 
-def _has_leading_frames(packets: Iterable[tuple[int, bool]]) -> bool:
-    """Whether a frame stored after a key frame is shown before it: an open group of pictures."""
-    key = None
-    for pts, is_key in packets:
-        if is_key:
-            key = pts
-        elif key is not None and pts < key:
-            return True
-    return False
+class DecordReader:
+    """decord 0.6, in a process of its own: what it aborts on or hangs in costs that process.
+
+    Its seeks are exact where no frame refers across a key frame. In files with open groups of pictures it takes a key
+    frame's place in the file for its place in time, and gives neighbours: these are read without seeking.
+    """
+
+    name = "decord"
+
+    def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
+        """Raises DecordFailed where decord lists other frames than `index` has; None: they are taken as they are."""
+        self._path, self.reason = path, reason
+        self._walks = index is None or index.open_gop
+        if importlib.util.find_spec("decord") is None:
+            raise UserError('reader "decord" is not installed: pip install decord, or try reader=auto')
+        self._process = DecordProcess.shared()
+        listed, self.fps = self._process.open(path)
+        self.times = tuple(time - listed[0] for time in listed)
+        if index is not None and (difference := _difference(self.times, index.times)):
+            raise DecordFailed(difference)
+        if not all(before < after for before, after in pairwise(self.times)):
+            raise UserError(f"{path}: decord gives times that do not ascend: pip install av, which reads such files")
+
+    def decode(self, index: Sequence[int]) -> Tensor:
+        pictures = Pictures(self._path, len(index))
+        try:
+            for place, picture in enumerate(self._process.frames(self._path, index, self._walks)):
+                pictures.put_array(place, picture)
+        except DecordFailed as error:
+            raise UserError(f"{self._path}: {error}: try reader=auto") from None
+        return pictures.pixels
+
+    def close(self) -> None:
+        """The process stays for the next file."""
 
 
-def _fill(batches: Iterable[Tensor], count: int) -> Tensor:
-    """Copy batches (n, H, W, 3) into one tensor (count, 3, H, W), without holding them all beside it."""
-    out, done = torch.empty(0), 0
-    for batch in batches:
-        if not done:
-            out = torch.empty(count, 3, *batch.shape[1:3], dtype=torch.uint8)
-        if batch.shape[1:3] != out.shape[2:]:
-            raise UserError(f"the picture size changes within the video, to {batch.shape[2]}x{batch.shape[1]}")
-        out[done : done + len(batch)] = batch.permute(0, 3, 1, 2)
-        done += len(batch)
-    return out
+def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
+    """How decord's list of frames differs from those shown, by their times, which decord has in float32."""
+    if len(listed) != len(shown):
+        return f"decord lists {len(listed)} frames, {len(shown)} are shown"
+    far = (place for place, (a, b) in enumerate(zip(listed, shown, strict=True)) if not abs(a - b) <= 1e-3 + 1e-6 * b)
+    place = next(far, None)
+    return "" if place is None else f"decord shows frame {place} at {listed[place]:.6g} s, it is shown at {shown[place]:.6g} s"
 
 
-def _upright(frame: Any, path: Path) -> Tensor:
-    """Turn one PyAV frame into RGB (H, W, 3), rotated as its display matrix asks."""
-    turns, rest = divmod(frame.rotation, 90)
-    if rest:
-        raise UserError(f"{path} is to be shown rotated by {frame.rotation} degrees; only multiples of 90 are supported")
-    return torch.from_numpy(np.rot90(frame.to_ndarray(format="rgb24"), turns).copy())
+class Pictures:
+    """The result of a decode, filled from several threads; made when the first picture tells its size."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._count, self._made = path, count, Lock()
+        self.pixels = torch.empty(0)
+
+    def put(self, place: int, frame: Any) -> None:
+        """A frame of PyAV."""
+        self.put_array(place, Orientation.of(frame, self._path).apply(frame.to_ndarray(format="rgb24")))
+
+    def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
+        """(H, W, 3). Raises UserError for another size than that of the first."""
+        height, width = picture.shape[:2]
+        with self._made:
+            if not len(self.pixels):
+                self.pixels = torch.empty(self._count, 3, height, width, dtype=torch.uint8)
+        if self.pixels.shape[2:] != (height, width):
+            raise UserError(f"{self._path}: the picture size changes within the video, to {width}x{height}")
+        np.copyto(self.pixels[place].numpy().transpose(1, 2, 0), picture)
 
 
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Send the process's stderr nowhere: decord's C++ code writes there before it raises, at any log level."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

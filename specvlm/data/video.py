@@ -1,18 +1,21 @@
 """Read a video file into a few frames: which frames, at what times. Decoding itself is in ``readers.py``."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from specvlm.data.codec import Origin
 from specvlm.data.container import check_file
-from specvlm.data.readers import READERS, Reader
-from specvlm.errors import UserError, did_you_mean
+from specvlm.data.readers import NAMES, Reader, WrongIndex, open_reader
+from specvlm.errors import UserError, check_choice, did_you_mean
+
+Found = TypeVar("Found")
 
 MAX_FRAMES = 768  # Hugging Face's own limit for Qwen2.5-VL
 
@@ -39,6 +42,7 @@ class Clip:
     total_frames: int  # of the whole file
     source_fps: float  # mean over the file
     index: tuple[int, ...] = ()  # places of the frames in the file, as shown; empty where they come from none
+    reader: str = ""  # what read the file, and why that; empty where nothing did
 
     @property
     def origin(self) -> Origin | None:
@@ -64,17 +68,20 @@ def _endpoints(total: int, count: int) -> list[int]:
 SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {"uniform": _uniform, "qwen": _qwen, "endpoints": _endpoints}
 
 
-def probe(source: str | Path | Clip, reader: str = "decord", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
+def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
     """Describe a video file, or its part from ``start`` until before ``end`` (seconds): the frames and the duration are the
     part's. Reads the index and decodes the part's first frame. Also a clip of every frame there is.
 
     Raises UserError as ``read_video`` does.
     """
-    with _open(source, reader) as video:
+
+    def describe(video: Reader | ClipReader) -> VideoInfo:
         window = _window(video.times, start, end, _name(source))
         height, width = video.decode([window[0]]).shape[2:]
         fps = _mean_fps(video)
         return VideoInfo(len(window), fps, width, height, len(window) / fps)
+
+    return _with(source, reader, describe)
 
 
 def read_video(
@@ -84,7 +91,7 @@ def read_video(
     fps: float | None = None,
     start: float = 0.0,
     end: float | None = None,
-    reader: str = "decord",
+    reader: str = "auto",
     max_frames: int = MAX_FRAMES,
     sampling: str = "uniform",
 ) -> Clip:
@@ -102,7 +109,8 @@ def read_video(
     (as Hugging Face, nothing is repeated) or than ``max_frames``.
     """
     _check(frames, fps, max_frames, sampling)
-    with _open(source, reader) as video:
+
+    def sample(video: Reader | ClipReader) -> Clip:
         path = _name(source)
         total, source_fps = len(video.times), _mean_fps(video)
         window = _window(video.times, start, end, path)
@@ -115,8 +123,11 @@ def read_video(
         index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
         pixels = video.decode(index)
         times = tuple(video.times[place] for place in index)
-    places = () if isinstance(source, Clip) else tuple(index)
-    return Clip(pixels, times, len(index) / len(window) * source_fps, path, total, source_fps, places)
+        places = () if isinstance(source, Clip) else tuple(index)
+        read_by = f"{video.name}: {video.reason}" if video.name else ""
+        return Clip(pixels, times, len(index) / len(window) * source_fps, path, total, source_fps, places, read_by)
+
+    return _with(source, reader, sample)
 
 
 def _check(frames: int | None, fps: float | None, max_frames: int, sampling: str) -> None:
@@ -134,6 +145,8 @@ def _check(frames: int | None, fps: float | None, max_frames: int, sampling: str
 class ClipReader:
     """A clip in memory, as if it were a file."""
 
+    name = reason = ""
+
     def __init__(self, clip: Clip) -> None:
         self._frames, self.times, self.fps = clip.frames, clip.times, clip.source_fps
 
@@ -148,19 +161,24 @@ def _name(source: str | Path | Clip) -> str:
     return source.source if isinstance(source, Clip) else str(source)
 
 
-@contextmanager
-def _open(source: str | Path | Clip, reader: str) -> Iterator[Reader | ClipReader]:
-    if reader not in READERS:
-        raise UserError(f'unknown reader "{reader}": one of {", ".join(READERS)}.{did_you_mean(reader, READERS)}')
-    if not isinstance(source, Clip):
+def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipReader], Found]) -> Found:
+    """Open a video and use it; once more, with its frames counted, where the list of its frames turns out to be wrong."""
+    for counted in (False, True):
+        with suppress(WrongIndex), closing(_open(source, reader, counted)) as video:
+            return use(video)
+    raise UserError(f"{_name(source)} is damaged: it gives other frames each time it is decoded")
+
+
+def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | ClipReader:
+    check_choice("reader", reader, NAMES)
+    if isinstance(source, Clip):
+        video: Reader | ClipReader = ClipReader(source)
+    else:
         check_file(Path(source))
-    video = ClipReader(source) if isinstance(source, Clip) else READERS[reader](Path(source))
-    try:
-        if not video.times:
-            raise UserError(f"{_name(source)} holds no frames")
-        yield video
-    finally:
-        video.close()
+        video = open_reader(Path(source), reader, counted)
+    if not video.times:
+        raise UserError(f"{_name(source)} holds no frames")
+    return video
 
 
 def _mean_fps(video: Reader | ClipReader) -> float:
@@ -177,7 +195,7 @@ def _window(times: tuple[float, ...], start: float, end: float | None, path: str
         raise UserError(f"start={start}: wanted seconds from 0")
     if end is not None and not end > start:
         raise UserError(f"end={end}: wanted seconds after start={start}")
-    slack = 1e-3  # decord's times are float32
+    slack = 1e-3  # times of containers are rounded, decord's are float32
     last = math.inf if end is None else end
     first = sum(time < start - slack for time in times)
     stop = sum(time < last - slack for time in times)

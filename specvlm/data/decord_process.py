@@ -1,0 +1,170 @@
+"""decord in a process of its own, since it aborts on some damaged files: that costs the process, and one error here.
+
+Run as a script, this file is that process. It imports neither torch nor specvlm, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Lock, Timer
+from typing import IO, Any, ClassVar
+
+import numpy as np
+
+PATIENCE = 60.0  # seconds without a word before the process counts as hanging
+STRIDE = 50  # frames walked between two signs of life
+LENGTH = 8  # bytes that say how long the message behind them is
+
+
+class DecordFailed(Exception):
+    """Why decord cannot be used for a file, in a few words."""
+
+
+class DecordProcess:
+    """One for all files; a new one after it has died, or in a forked process."""
+
+    _shared: ClassVar[DecordProcess | None] = None
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = Lock()
+        self._owner = os.getpid()
+
+    @classmethod
+    def shared(cls) -> DecordProcess:
+        if cls._shared is None or cls._shared._owner != os.getpid():
+            cls._shared = cls()
+            atexit.register(cls._shared.end)
+        return cls._shared
+
+    def open(self, path: Path) -> tuple[list[float], float]:
+        """Returns the seconds of each frame that decord lists, and its rate. Raises DecordFailed."""
+        with self._lock:
+            self._ask({"path": os.path.abspath(path)})
+            said = self._hear()
+        if not said["times"]:
+            raise DecordFailed("decord finds no frames")
+        return [float(time) for time in said["times"]], float(said["fps"])
+
+    def frames(self, path: Path, index: Sequence[int], walks: bool) -> Iterator[np.ndarray[Any, Any]]:
+        """The frames at ascending places, each (H, W, 3). walks: read all on the way, seek nowhere. Raises DecordFailed."""
+        with self._lock:
+            self._ask({"path": os.path.abspath(path), "index": list(index), "walks": walks})
+            try:
+                for _ in index:
+                    said = self._hear()
+                    while "shape" not in said:  # a sign of life
+                        said = self._hear()
+                    height, width = said["shape"]
+                    yield np.frombuffer(self._read(height * width * 3), np.uint8).reshape(height, width, 3)
+            except GeneratorExit:
+                self.end()  # the rest of its answer would be taken for the next one
+                raise
+
+    def end(self) -> None:
+        """Kill it; the next question starts another."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()
+
+    def _ask(self, words: dict[str, Any]) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self.end()
+            command = [sys.executable, "-P", __file__]  # -P: nothing is imported from this file's folder
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(words).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            self._died()
+
+    def _hear(self) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(self._read(int.from_bytes(self._read(LENGTH), "big")))
+        if "failed" in said:
+            raise DecordFailed(str(said["failed"]))
+        return said
+
+    def _read(self, count: int) -> bytes:
+        process = self._process
+        assert process is not None and process.stdout is not None
+        watch = Timer(PATIENCE, process.kill)
+        watch.start()
+        try:
+            data = process.stdout.read(count)
+        finally:
+            watch.cancel()
+        if len(data) < count:
+            self._died()
+        return data
+
+    def _died(self) -> None:
+        code = self._process.wait() if self._process else 0
+        self.end()
+        raise DecordFailed(f"decord's process died of the file ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+
+
+def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
+    """What the process does: answer questions, a line each, until there are no more."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    path, video = None, None
+    for line in questions:
+        asked = json.loads(line)
+        try:
+            if asked["path"] != path or "index" not in asked:
+                path, video = asked["path"], None
+                video = decord.VideoReader(path)
+            assert video is not None
+            if "index" in asked:
+                _answer_frames(video, asked["index"], asked["walks"], answers)
+            else:
+                spans = video.get_frame_timestamp(list(range(len(video))))
+                _say(answers, {"times": spans[:, 0].tolist() if len(spans) else [], "fps": video.get_avg_fps()})
+        except Exception as error:
+            path = None
+            _say(answers, {"failed": _reason(error)})
+
+
+def _answer_frames(video: Any, index: Sequence[int], walks: bool, answers: IO[bytes]) -> None:
+    place = 0
+    if walks:
+        video.seek(0)
+    for wanted in index:
+        for step in range(wanted - place if walks else 0):  # skip_frames would seek
+            video.next()
+            if step % STRIDE == 0:
+                _say(answers, {})
+        picture = (video.next() if walks else video.get_batch([wanted])).asnumpy()
+        picture = picture.reshape(picture.shape[-3:])
+        _say(answers, {"shape": picture.shape[:2]}, picture.tobytes())
+        place = wanted + 1
+
+
+def _say(answers: IO[bytes], words: dict[str, Any], data: bytes = b"") -> None:
+    text = json.dumps(words).encode()
+    answers.write(len(text).to_bytes(LENGTH, "big") + text + data)
+    answers.flush()
+
+
+def _reason(error: Exception) -> str:
+    if "st_nb" in str(error):
+        return "decord finds no video stream that it can decode, and has no AV1"
+    if "frame-count" in str(error):
+        return "decord cannot index this format"
+    return "decord cannot read it"
+
+
+if __name__ == "__main__":
+    with os.fdopen(os.dup(1), "wb") as kept:  # what decord prints goes elsewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        serve(sys.stdin.buffer, kept)
