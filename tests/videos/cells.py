@@ -134,7 +134,7 @@ m2ts         | h264_open   | whole headless
 mpg          | mpeg1@pal mpeg2_open@pal mpeg2_closed@pal | whole headless joined_bytes
 vob          | mpeg2_open@pal  | whole headless
 flv          | h264_b flv1 | whole cut piped
-ogv          | theora      | whole cut joined_bytes
+ogv          | theora      | whole cut
 ogv          | theora@vfr theora@ntsc | whole
 gif          | gif gif@vfr gif@one | whole
 apng         | apng        | whole

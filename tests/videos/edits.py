@@ -164,7 +164,7 @@ EDITS: dict[str, Edit] = {
     "resized": resized,
     "tagged": patched(lambda data: data + b"TAGsome title".ljust(128, b"\0")),
     "zeros": patched(lambda data: data + bytes(5000)),
-    "truncated": patched(lambda data: data[: len(data) * 2 // 3]),
+    "truncated": patched(lambda data: data[: len(data) * 9 // 10]),
     "headless": patched(headless),
     "lost_packets": patched(lost_packets),
     "long_size": patched(long_size),

@@ -44,28 +44,26 @@ def binary() -> str:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def ffmpeg(*words: object, level: str = "error") -> subprocess.CompletedProcess[bytes]:
-    """Run ffmpeg; standard output and error come back as bytes. Raises CalledProcessError where it fails."""
+def ffmpeg(*words: object, level: str = "error", check: bool = True) -> subprocess.CompletedProcess[bytes]:
+    """Run ffmpeg; standard output and error come back as bytes. With `check`, a failure raises CalledProcessError."""
     command = [binary(), "-hide_banner", "-nostdin", "-y", "-v", level, "-threads", "1", *map(str, words)]
-    return subprocess.run(command, capture_output=True, check=True, timeout=60)
+    return subprocess.run(command, capture_output=True, check=check, timeout=60)
 
 
 def shown(path: Path) -> Shown | str:
     """What ffmpeg shows, or the last line that it says where it shows nothing."""
     raw = ("-an", "-sn", "-dn", "-vf", "showinfo", "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24")
-    try:
-        done = ffmpeg("-i", path, *raw, "-", level="info")
-    except subprocess.CalledProcessError as error:
-        return (error.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
+    done = ffmpeg("-max_error_rate", 1, "-i", path, *raw, "-", level="info", check=False)
+    lines = done.stderr.decode(errors="replace").splitlines()
     times, sizes, clock = [], set(), Fraction(1)
-    for line in done.stderr.decode(errors="replace").splitlines():
+    for line in lines:
         if found := _CLOCK.search(line):
             clock = Fraction(int(found[1]), int(found[2]))
         elif found := _FRAME.search(line):
             times.append(None if found[1] == "NOPTS" else float(int(found[1]) * clock))
             sizes.add((int(found[3]), int(found[2])))
     if len(sizes) != 1:
-        return f"{len(sizes)} picture sizes"
+        return f"{len(sizes)} picture sizes" if sizes else lines[-1]
     frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, *sizes.pop(), 3)
     assert len(frames) == len(times), f"{path}: {len(frames)} frames, {len(times)} times"
     return Shown(frames, tuple(times))
