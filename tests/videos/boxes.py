@@ -39,8 +39,9 @@ def find(data: bytes, kind: bytes) -> Box:
 
 
 def replaced(data: bytes, box: Box, new: bytes) -> bytes:
-    """With `new` in place of a box, and the sizes of its folders set right. Offsets into the media data stay as they are, so the
-    box has to lie behind it.
+    """With `new` in place of a box, and the sizes of its folders set right.
+
+    Offsets into the media data stay as they are: they hold where the box lies behind it.
     """
     out = bytearray(data[: box.start] + new + data[box.end :])
     for folder in box.folders:

@@ -106,6 +106,7 @@ mp4          | h264_b@ntsc h264_b@slow h264_b@fast h264_b@vfr h264@late | whole 
 mp4          | h264@crowded h264_b@odd h264_b@wide h264@one h264_b@two h264_10bit h264_444 h264_full h264_709 h264_rgb | whole
 mp4          | vp9 vp9_hidden av1 mjpeg vvc xvid_packed mpeg2_open@pal h264_refresh | whole cut
 mp4          | h264_b      | hflip vflip turn90 turn180 turn270 turn90_hflip turn90_vflip turn180_hflip turn45
+mp4          | h264_b      | matrix_scaled matrix_shifted matrix_empty matrix_slanted
 mp4          | h264_b@odd  | turn90 turn270_hflip
 mp4          | h264_b      | sei_turn90 sei_hflip sei_turn90_vflip late negative joined copied_middle holes
 mp4          | h264_b      | tagged zeros padded_mdat long_size endless_mdat truncated
@@ -152,16 +153,16 @@ mjpeg        | mjpeg       | whole headless
 """
 
 # A member of every kind, for the suite
-MEMBERS = """
+_MEMBERS = """
 mp4/h264_long/cut mp4/h264_open/cut_between mp4/hevc_open/cut mp4/h264_b@vfr/whole mp4/h264_b/turn90_hflip mp4/h264_b/vflip
 mp4/h264_b/sei_hflip mp4/h264_b/edit_twice mp4/h264/edit_end mp4/h264_b/decoy mp4/h264_b/cover mp4/h264_b/tagged
 fragmented/h264_b/cut no_edit_list/h264_b/whole mkv/hevc_open/cut mkv/h264@crowded/whole live_webm/vp8/piped avi/mpeg4_b/whole
 avi/xvid_packed/piped ts/h264_open/headless ts/h264_b/jump mpg/mpeg2_open@pal/headless h264/h264_b/whole gif/gif/whole
 webm/av1/whole ogv/theora/whole wmv/wmv2/whole
-""".split()
+"""
 
 # What may be refused: nobody can say what the right frames are.
-_DOUBTFUL = ("truncated", "turn45", "resized")
+_DOUBTFUL = ("truncated", "turn45", "matrix_slanted", "resized")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class Cell:
         source = f"nullsrc=s={size}:r={rate},trim=end_frame={frames},{_PICTURE}{filters}"
         encoding = ENCODINGS[self.encoding].split()
         pixels = [] if "-pix_fmt" in encoding else ["-pix_fmt", "yuv420p"]
-        return ["-f", "lavfi", "-i", source, "-fps_mode", "passthrough", "-enc_time_base", "filter", *encoding, *pixels, *CONTAINERS[self.container][1].split()]
+        as_drawn = ("-fps_mode", "passthrough", "-enc_time_base", "filter")
+        return ["-f", "lavfi", "-i", source, *as_drawn, *encoding, *pixels, *CONTAINERS[self.container][1].split()]
 
 
 def _cells() -> Iterator[Cell]:
@@ -206,3 +208,4 @@ def _cells() -> Iterator[Cell]:
 
 
 CELLS = {str(cell): cell for cell in _cells()}
+MEMBERS = tuple(_MEMBERS.split())

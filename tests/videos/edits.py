@@ -91,6 +91,17 @@ def edit_list(*entries: tuple[int, int, int]) -> Edit:
     return patched(lambda data: replaced(data, find(data, b"elst"), box(b"elst", body)))
 
 
+def matrix(a: float, b: float, c: float, d: float) -> Edit:
+    """The display matrix of the track header, with a shift of 7 and 5 pixels."""
+    numbers = struct.pack(">9i", *(round(value * 65536) for value in (a, b, 0, c, d, 0, 7, 5)), 1 << 30)
+
+    def change(data: bytes) -> bytes:
+        at = find(data, b"tkhd").start + 48
+        return data[:at] + numbers + data[at + len(numbers) :]
+
+    return patched(change)
+
+
 def long_size(data: bytes) -> bytes:
     """The media data with a size of 64 bits, in the room of the empty box before it."""
     media = find(data, b"mdat")
@@ -188,6 +199,10 @@ EDITS: dict[str, Edit] = {
     "sei_turn90": copied("", "-bsf:v h264_metadata=display_orientation=insert:rotate=90"),
     "sei_hflip": copied("", "-bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),
     "sei_turn90_vflip": copied("", "-bsf:v h264_metadata=display_orientation=insert:rotate=90:flip=vertical"),
+    "matrix_scaled": matrix(0, 2, -0.5, 0),  # a quarter turn, stretched
+    "matrix_shifted": matrix(-1, 0, 0, 1),
+    "matrix_empty": matrix(0, 0, 0, 0),
+    "matrix_slanted": matrix(1, 0.5, 0, 1),
     **dict(_turns()),
 }
 

@@ -1,4 +1,7 @@
-"""Whether a reader shows what ffmpeg shows. Each judgement runs in a fork, so that a decoder that aborts or hangs is a finding."""
+"""Whether a reader shows what ffmpeg shows.
+
+Each judgement runs in a fork, so that a decoder that aborts or hangs is a finding.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from campaign.fork import Child
+
 from videos.ffmpeg import Shown
 
 HANG_S = 10
