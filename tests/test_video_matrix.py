@@ -61,7 +61,7 @@ def test_times_are_those_of_the_frames_not_of_a_constant_rate(make):
         ("hflip", lambda plain: plain[:, ::-1]),
         ("vflip", lambda plain: plain[::-1]),
         ("turn90", lambda plain: np.rot90(plain)),
-        ("turn90_hflip", lambda plain: np.rot90(plain)[::-1]),  # the mirror comes first, then the turn
+        ("turn90_hflip", lambda plain: np.rot90(plain)[:, ::-1]),  # turned first, then mirrored
         ("matrix_shifted", lambda plain: plain[:, ::-1]),
         ("sei_hflip", lambda plain: plain[:, ::-1]),
     ],

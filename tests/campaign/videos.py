@@ -1,4 +1,4 @@
-"""Clips of every kind (tests/videos/cells.py) by every reader: each shows what ffmpeg shows, or says in a line why not."""
+"""Clips of every kind (tests/videos/cells.py) by every reader: it shows what ffmpeg shows, or says in a line why not."""
 
 from __future__ import annotations
 

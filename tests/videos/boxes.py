@@ -11,7 +11,7 @@ FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"udta", b"moof
 
 @dataclass(frozen=True)
 class Box:
-    """kind: four letters; start and end: of the whole box, its header of eight bytes included; folders: where it lies in."""
+    """kind: four letters; start and end: of the box with its header of eight bytes; folders: where it lies in."""
 
     kind: bytes
     start: int

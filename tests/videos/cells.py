@@ -1,11 +1,14 @@
-"""The matrix: which clips are made, as a table. A cell is a container, an encoding and what was done to the file afterwards."""
+"""The matrix: which clips are made, as a table.
+
+A cell is a container, an encoding and what was done to the file afterwards.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Frame N has luma 20 + 4 N, the 50th 20 again. The lit and tinted block in the upper left shows turned and mirrored pictures.
+# Frame N has luma 20 + 4 N, the 50th 20 again. The lit and tinted block in the upper left shows how a picture is turned.
 _BLOCK = "lt(X\\,W/3)*lt(Y\\,H/3)"
 _PICTURE = f"geq=lum='20+4*mod(N\\,50)+20*{_BLOCK}':cb='128-40*{_BLOCK}':cr=128"
 _SIZE, _RATE, _FRAMES = "96x64", "10", 50

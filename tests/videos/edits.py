@@ -111,7 +111,7 @@ def long_size(data: bytes) -> bytes:
 
 
 def padded_mdat(data: bytes) -> bytes:
-    """Media data that say they are longer than the file, all samples in place: what comes of a recorder's preallocation."""
+    """Media data that say they are longer than the file, all samples in place, as recorders reserve room."""
     front = _moov_first(data)
     media = find(front, b"mdat")
     return front[: media.start] + struct.pack(">I", media.end - media.start + 5000) + front[media.start + 4 :]

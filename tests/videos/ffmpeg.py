@@ -5,14 +5,14 @@ This is the truth that readers are compared with. What it means:
 - The stream is the one that ffmpeg chooses by itself: the one with most pixels, where being marked default counts as
   5,000,000 of them, and an attached picture (a cover) has 1. `av_find_best_stream`, which players use, may differ.
 - Frames that an edit list discards are decoded and not shown. An edit list may show a stretch twice.
-- After a cut, decoders drop pictures that refer to frames from before it where they know (RASL pictures of HEVC, B-frames
-  of MPEG-2 and MPEG-4, H.264 up to the first key frame or recovery point), and show what they concealed elsewhere.
+- After a cut, decoders drop pictures that refer to frames from before it where they know (RASL pictures of HEVC,
+  B-frames of MPEG-2 and MPEG-4, H.264 up to the first key frame or recovery point), and else conceal and show them.
   ffmpeg shows frames that are marked as damaged. A packet that does not decode is skipped, and decoding goes on.
 - Each decoded frame is shown once (`-fps_mode passthrough`): none is doubled or dropped for a constant rate.
 - Frames are turned and mirrored by the signs of the display matrix; its scale and its shift are ignored. A matrix holds
   until another comes: one in a stream of H.264 stands at the first frame alone.
-- A frame's time is its own time stamp. Raw streams have none: frames are spaced by the codec's rate. H.264 in AVI has the
-  decoding time alone. Where the clock of a broadcast jumps, ffmpeg goes on as if it had not.
+- A frame's time is its own time stamp. Raw streams have none: frames are spaced by the codec's rate. H.264 in AVI has
+  the decoding time alone. Where the clock of a broadcast jumps, ffmpeg goes on as if it had not.
 - Only differences of times count: a reader's times start at the first frame shown.
 - Pixels are RGB by ffmpeg's own default conversion. One thread decodes: several may lose frames beside damaged ones.
 """

@@ -52,7 +52,7 @@ def judged(path: Path, truth: Shown | str, reader: str, folder: Path) -> Verdict
 
 
 def survived(path: Path, reader: str, folder: Path) -> Verdict:
-    """Probe a file and read 5 of its frames. Whatever comes is right, as long as the process lives, soon and within bounds."""
+    """Probe a file and read 5 of its frames. Whatever comes is right, as long as the process lives and ends soon."""
     return _survived(lambda: _tried(path, reader), folder)
 
 
