@@ -15,7 +15,7 @@ import torch
 from specvlm.data import decord_process, readers
 from specvlm.data.codec import read_stream
 from specvlm.data.decord_process import DecordProcess
-from specvlm.data.frame_index import Facts, index_of
+from specvlm.data.frame_index import Facts, Orientation, index_of
 from specvlm.data.readers import NAMES, Group
 from specvlm.data.video import SAMPLINGS, probe, read_video
 from specvlm.errors import UserError
@@ -477,7 +477,7 @@ def test_of_several_streams_all_take_the_default_one_else_the_largest(tmp_path, 
     "stamps", [(0, None, 2, 3), (0, 2, 1, 3), (0, 1, 1, 3), (0, 1, 2, 2**60), (None,) * 4, (0, 10**9, 2 * 10**9, 3 * 10**9)]
 )
 def test_times_that_no_video_has_are_not_used(stamps):
-    facts = Facts(fps=10, base=1.0, codec="h264", streams=1, mirrored=False, width=64, height=64)
+    facts = Facts(fps=10, base=1.0, codec="h264", streams=1, orientation=Orientation(), width=64, height=64)
     assert facts.times(stamps) == pytest.approx((0.0, 0.1, 0.2, 0.3))
     assert facts.times((5, 6, 7, 20)) == (0.0, 1.0, 2.0, 15.0)
 

@@ -18,7 +18,9 @@ from videos.ffmpeg import shown
 from videos.judge import Verdict, numbers
 from videos.mutate import mutate
 
-from specvlm.data.readers import READERS, PyavReader
+from specvlm.data import video
+from specvlm.data.frame_index import index_of
+from specvlm.data.readers import PyavReader
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +81,8 @@ class Late(PyavReader):
 
 
 class Short(PyavReader):
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, *words):
+        super().__init__(*words)
         self.times = self.times[:-1]
 
 
@@ -90,14 +92,14 @@ class Mirrored(PyavReader):
 
 
 class Slow(PyavReader):
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, *words):
+        super().__init__(*words)
         self.times = tuple(2 * time for time in self.times)
 
 
 class Backwards(PyavReader):
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, *words):
+        super().__init__(*words)
         self.times = (self.times[1], self.times[0], *self.times[2:])
 
 
@@ -118,9 +120,9 @@ class Dark(PyavReader):
     ],
 )
 def test_the_judge_sees_what_a_reader_gets_wrong(make, monkeypatch, reader, seen):
-    monkeypatch.setitem(READERS, "lying", reader)
+    monkeypatch.setattr(video, "open_reader", lambda path, name, counted: reader(path, index_of(path), "lies"))
     path = make(CELLS["mp4/h264_b/whole"])
-    verdict = judge._compared(path, shown(path), "lying")
+    verdict = judge._compared(path, shown(path), "auto")
     assert verdict.kind == "WRONG"
     assert seen in verdict.why
 

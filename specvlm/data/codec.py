@@ -82,7 +82,7 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
                 sample += 1
             if place < starts[sample]:
                 continue
-            moved = Orientation.of(frame, path).apply(_moved(av, frame))
+            moved = Orientation.of(frame, path, index.facts.orientation).apply(_moved(av, frame))
             if motion is None:
                 motion = np.zeros((len(sampled), *moved.shape), dtype=np.float32)
             if moved.shape == motion.shape[1:]:

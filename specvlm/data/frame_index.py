@@ -74,7 +74,7 @@ class Facts:
         base: seconds of one tick of its time stamps.
         codec: FFmpeg's name of the decoder.
         streams: how many video streams the file has, covers not counted.
-        mirrored: whether frames are mirrored for showing, which not every reader does.
+        orientation: how the first frame is turned for showing.
         width, height: pixels of a frame as stored.
     """
 
@@ -82,14 +82,14 @@ class Facts:
     base: float
     codec: str
     streams: int
-    mirrored: bool
+    orientation: Orientation
     width: int
     height: int
 
     @classmethod
-    def of(cls, container: Any, stream: Any, mirrored: bool) -> Facts:
+    def of(cls, container: Any, stream: Any, orientation: Orientation) -> Facts:
         codec, base = stream.codec_context, float(stream.time_base or 0)
-        return cls(_rate(stream), base, codec.name, len(_videos(container)), mirrored, codec.width, codec.height)
+        return cls(_rate(stream), base, codec.name, len(_videos(container)), orientation, codec.width, codec.height)
 
     def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
         """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""
@@ -139,13 +139,16 @@ class Orientation:
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 
     @classmethod
-    def of(cls, frame: Any, path: Path) -> Orientation:
-        """Of a decoded frame, from its display matrix. Raises UserError for an angle that is no multiple of 90 degrees."""
+    def of(cls, frame: Any, path: Path, before: Orientation | None = None) -> Orientation:
+        """Of a decoded frame, from its display matrix; a frame without one is turned as those before it.
+
+        Raises UserError for an angle that is no multiple of 90 degrees.
+        """
         from av.sidedata.sidedata import Type
 
         found = frame.side_data.get(Type.DISPLAYMATRIX)
         if found is None:
-            return cls()
+            return before or cls()
         # x' = a x + c y and y' = b x + d y; y points down
         a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(found), np.int32)[:5])
         straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
@@ -328,16 +331,17 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
     first_key = next((stamp for stamp, key in zip(packets.stamp, packets.key, strict=True) if key), None)
     if first_key is None:
         return None
-    shown = []
+    shown: list[int | None] = []
     with opened(path) as (container, stream):
         for frame in frames_of(container, stream, path):
+            if not shown:
+                orientation = Orientation.of(frame, path)
             shown.append(frame.pts)
-            mirrored = Orientation.of(frame, path).mirrored
             if frame.pts is None or frame.pts >= first_key:  # only before the first key frame anything is dropped
                 break
-        facts = Facts.of(container, stream, mirrored)
+        facts = Facts.of(container, stream, orientation) if shown else None
     there = set(stamps)
-    if not shown or any(stamp not in there for stamp in shown) or shown != sorted(shown):
+    if facts is None or any(stamp not in there for stamp in shown) or shown != sorted(shown):
         return None
     stamps = sorted({*shown, *(stamp for stamp in stamps if stamp > shown[-1])})
     sizes = dict(zip(packets.stamp, packets.size, strict=True))
@@ -347,14 +351,14 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
     """The list of all frames that are decoded. Costs as much as decoding the file, without the filters that smooth edges."""
-    stamps, mirrored = [], False
+    stamps: list[int | None] = []
     with opened(path, os.cpu_count() or 1, skip_loop_filter="all") as (container, stream):
         for frame in frames_of(container, stream, path):
+            if not stamps:
+                orientation = Orientation.of(frame, path)
             stamps.append(frame.pts)
-            if len(stamps) == 1:
-                mirrored = Orientation.of(frame, path).mirrored
-        facts = Facts.of(container, stream, mirrored)
-    if not stamps:
+        facts = Facts.of(container, stream, orientation) if stamps else None
+    if facts is None:
         raise UserError(f"{path} is damaged: none of its frames can be decoded")
     by_stamp = dict(zip(packets.stamp, packets.size, strict=True))
     in_order = dict(enumerate(packets.size))

@@ -89,7 +89,7 @@ def _not_for_decord(index: FrameIndex) -> str:
         return "frames of this file have to be counted, which decord does not do"
     if index.facts.streams > 1:
         return "of several video streams decord may take another"
-    return "decord does not mirror" if index.facts.mirrored else ""
+    return "decord does not mirror" if index.facts.orientation.mirrored else ""
 
 
 class PyavReader:
@@ -107,7 +107,7 @@ class PyavReader:
         self.times, self.fps = index.times, index.facts.fps
 
     def decode(self, index: Sequence[int]) -> Tensor:
-        pictures = Pictures(self._path, len(index))
+        pictures = Pictures(self._path, len(index), self._index.facts.orientation)
         if self._index.stamps is None:
             self._walk({frame: place for place, frame in enumerate(index)}, pictures, by_stamp=False)
             return pictures.pixels
@@ -253,13 +253,15 @@ def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
 class Pictures:
     """The result of a decode, filled from several threads; made when the first picture tells its size."""
 
-    def __init__(self, path: Path, count: int) -> None:
+    def __init__(self, path: Path, count: int, orientation: Orientation | None = None) -> None:
+        """orientation: of a frame that does not say how it is turned."""
         self._path, self._count, self._made = path, count, Lock()
+        self._orientation = orientation
         self.pixels = torch.empty(0)
 
     def put(self, place: int, frame: Any) -> None:
         """A frame of PyAV."""
-        self.put_array(place, Orientation.of(frame, self._path).apply(frame.to_ndarray(format="rgb24")))
+        self.put_array(place, Orientation.of(frame, self._path, self._orientation).apply(frame.to_ndarray(format="rgb24")))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
         """(H, W, 3). Raises UserError for another size than that of the first."""

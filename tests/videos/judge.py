@@ -40,10 +40,10 @@ def readers() -> list[str]:
     import torch
 
     import specvlm.data.video  # noqa: F401
-    from specvlm.data.readers import READERS
+    from specvlm.data.readers import NAMES
 
     torch.set_num_threads(1)  # a fork has none of the other threads
-    return list(READERS)
+    return list(NAMES)
 
 
 def judged(path: Path, truth: Shown | str, reader: str, folder: Path) -> Verdict:
