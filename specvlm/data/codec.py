@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specvlm.data.frame_index import FrameIndex, Orientation, frames_of, index_of, opened
+from specvlm.data.av_file import Orientation, frames_of, opened
+from specvlm.data.frame_index import FrameIndex, index_of
 from specvlm.errors import UserError
 
 CELL = 8  # pixels; blocks with a vector of their own are seldom smaller

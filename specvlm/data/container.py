@@ -1,7 +1,7 @@
 """What a file says about itself before any decoder sees it: that it is there, and whole.
 
-Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows. What
-is behind the declared end, such as a tag of a music player, is nobody's business.
+Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows; but a
+declared length is a suspicion, no fact. What is behind the declared end, such as a tag of a music player, is ignored.
 """
 
 import stat
@@ -16,14 +16,11 @@ BOXES = frozenset(
 
 
 def check_file(path: Path) -> None:
-    """Raise MissingVideo where there is none, UserError for a folder, a pipe or a device, and what is unreadable, empty, or
-    shorter than its container declares.
-    """
+    """Raise MissingVideo where there is none, UserError for a folder, a pipe or a device, and what is unreadable or empty."""
     try:
-        found, declared = path.stat(), 0
+        found = path.stat()
         if stat.S_ISREG(found.st_mode):
-            with path.open("rb") as file:
-                declared = _declared_size(file, found.st_size)
+            path.open("rb").close()
     except FileNotFoundError:
         hint = " (addresses are not fetched: download it first)" if "://" in str(path) or ":/" in str(path) else ""
         raise MissingVideo(f"no such file: {path}{hint}") from None
@@ -34,11 +31,18 @@ def check_file(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting, a device may have no end
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
         raise UserError(f"{path} is {what}, not a video file")
-    size = found.st_size
-    if size == 0:
+    if found.st_size == 0:
         raise UserError(f"{path} is empty (0 bytes)")
-    if declared > size:
-        raise UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
+
+
+def truncated(path: Path, declared: int, size: int) -> UserError:
+    return UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
+
+
+def declared_size(path: Path) -> int:
+    """The bytes that a file should have by its own words; 0 where it does not say. Some writers declare too much."""
+    with path.open("rb") as file:
+        return _declared_size(file, path.stat().st_size)
 
 
 def _declared_size(file: BinaryIO, size: int) -> int:

@@ -18,7 +18,6 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 PATIENCE = 60.0  # seconds without a word before the process counts as hanging
-STRIDE = 50  # frames walked between two signs of life
 LENGTH = 8  # bytes that say how long the message behind them is
 
 
@@ -52,16 +51,13 @@ class DecordProcess:
             raise DecordFailed("decord finds no frames")
         return [float(time) for time in said["times"]], float(said["fps"])
 
-    def frames(self, path: Path, index: Sequence[int], walks: bool) -> Iterator[np.ndarray[Any, Any]]:
-        """The frames at ascending places, each (H, W, 3). walks: read all on the way, seek nowhere. Raises DecordFailed."""
+    def frames(self, path: Path, index: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """The frames at ascending places, each (H, W, 3). Raises DecordFailed."""
         with self._lock:
-            self._ask({"path": os.path.abspath(path), "index": list(index), "walks": walks})
+            self._ask({"path": os.path.abspath(path), "index": list(index)})
             try:
                 for _ in index:
-                    said = self._hear()
-                    while "shape" not in said:  # a sign of life
-                        said = self._hear()
-                    height, width = said["shape"]
+                    height, width = self._hear()["shape"]
                     yield np.frombuffer(self._read(height * width * 3), np.uint8).reshape(height, width, 3)
             except GeneratorExit:
                 self.end()  # the rest of its answer would be taken for the next one
@@ -126,28 +122,15 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
                 video = decord.VideoReader(path)
             assert video is not None
             if "index" in asked:
-                _answer_frames(video, asked["index"], asked["walks"], answers)
+                for place in asked["index"]:
+                    picture = video[place].asnumpy()
+                    _say(answers, {"shape": picture.shape[:2]}, picture.tobytes())
             else:
                 spans = video.get_frame_timestamp(list(range(len(video))))
                 _say(answers, {"times": spans[:, 0].tolist() if len(spans) else [], "fps": video.get_avg_fps()})
         except Exception as error:
             path = None
             _say(answers, {"failed": _reason(error)})
-
-
-def _answer_frames(video: Any, index: Sequence[int], walks: bool, answers: IO[bytes]) -> None:
-    place = 0
-    if walks:
-        video.seek(0)
-    for wanted in index:
-        for step in range(wanted - place if walks else 0):  # skip_frames would seek
-            video.next()
-            if step % STRIDE == 0:
-                _say(answers, {})
-        picture = (video.next() if walks else video.get_batch([wanted])).asnumpy()
-        picture = picture.reshape(picture.shape[-3:])
-        _say(answers, {"shape": picture.shape[:2]}, picture.tobytes())
-        place = wanted + 1
 
 
 def _say(answers: IO[bytes], words: dict[str, Any], data: bytes = b"") -> None:

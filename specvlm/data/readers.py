@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specvlm.data.av_file import Orientation, frames_of, opened
+from specvlm.data.container import declared_size, truncated
 from specvlm.data.decord_process import DecordFailed, DecordProcess
-from specvlm.data.frame_index import FrameIndex, Orientation, frames_of, index_of, opened
+from specvlm.data.frame_index import FrameIndex, index_of
 from specvlm.errors import UserError
 
 NAMES = ("auto", "decord", "pyav")
@@ -71,7 +73,7 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
     if importlib.util.find_spec("av") is None:
         if name == "pyav":
             raise UserError('reader "pyav" is not installed: pip install av')
-        return DecordReader(path, None, "PyAV is not installed")
+        return _decord_alone(path)
     index = index_of(path, counted)
     if name != "decord":
         return PyavReader(path, index, "as asked" if name == "pyav" else "no slower than decord on any file measured")
@@ -89,7 +91,11 @@ def _not_for_decord(index: FrameIndex) -> str:
         return "frames of this file have to be counted, which decord does not do"
     if index.facts.streams > 1:
         return "of several video streams decord may take another"
-    return "decord does not mirror" if index.facts.orientation.mirrored else ""
+    if index.facts.orientation != Orientation():
+        return "decord does not turn every kind of file"
+    if index.packets.open_gop or not index.packets.whole:
+        return "frames refer across key frames, where decord's seeks are not exact"
+    return "" if index.packets.steady else "the picture size may change, and decord would scale"
 
 
 class PyavReader:
@@ -151,7 +157,7 @@ class PyavReader:
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
         """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
         left = dict(wanted)
-        with opened(self._path, _cores()) as (container, stream):
+        with opened(self._path, _cores() if self._index.clean else 1) as (container, stream):
             for count, frame in enumerate(frames_of(container, stream, self._path)):
                 place = left.pop(frame.pts if by_stamp else count, None)
                 if place is not None:
@@ -168,7 +174,8 @@ class Group:
         self._container, self._stream, self._entries = container, stream, index.entries
         self._codec = stream.codec_context
         # nal_ref_idc tells H.264's decoder for sure what no other frame refers to; HEVC's frames say so of their layer alone
-        self._passes_over = index.facts.codec == "h264"
+        # Where a frame is missing, what the decoder puts in its place may depend on what was passed over.
+        self._passes_over = index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
         """Put frames, by time stamp, at their places. Returns the time stamps of those that did not come out whole."""
@@ -206,18 +213,13 @@ class Group:
 
 
 class DecordReader:
-    """decord 0.6, in a process of its own: what it aborts on or hangs in costs that process.
-
-    Its seeks are exact where no frame refers across a key frame. In files with open groups of pictures it takes a key
-    frame's place in the file for its place in time, and gives neighbours: these are read without seeking.
-    """
+    """decord 0.6, in a process of its own: what it aborts on or hangs in costs that process."""
 
     name = "decord"
 
     def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
         """Raises DecordFailed where decord lists other frames than `index` has; None: they are taken as they are."""
         self._path, self.reason = path, reason
-        self._walks = index is None or index.open_gop
         if importlib.util.find_spec("decord") is None:
             raise UserError('reader "decord" is not installed: pip install decord, or try reader=auto')
         self._process = DecordProcess.shared()
@@ -225,13 +227,11 @@ class DecordReader:
         self.times = tuple(time - listed[0] for time in listed)
         if index is not None and (difference := _difference(self.times, index.times)):
             raise DecordFailed(difference)
-        if not all(before < after for before, after in pairwise(self.times)):
-            raise UserError(f"{path}: decord gives times that do not ascend: pip install av, which reads such files")
 
     def decode(self, index: Sequence[int]) -> Tensor:
         pictures = Pictures(self._path, len(index))
         try:
-            for place, picture in enumerate(self._process.frames(self._path, index, self._walks)):
+            for place, picture in enumerate(self._process.frames(self._path, index)):
                 pictures.put_array(place, picture)
         except DecordFailed as error:
             raise UserError(f"{self._path}: {error}: try reader=auto") from None
@@ -239,6 +239,20 @@ class DecordReader:
 
     def close(self) -> None:
         """The process stays for the next file."""
+
+
+def _decord_alone(path: Path) -> DecordReader:
+    """Without PyAV to tell which frames are shown: refuses what decord is seen to get wrong. Raises UserError."""
+    declared, size = declared_size(path), path.stat().st_size
+    if declared > size:
+        raise truncated(path, declared, size)
+    try:
+        reader = DecordReader(path, None, "PyAV is not installed")
+    except DecordFailed as error:
+        raise UserError(f"{path}: {error}: pip install av, which reads every format") from None
+    if not all(before < after for before, after in pairwise(reader.times)):
+        raise UserError(f"{path}: decord gives times that do not ascend: pip install av, which reads such files")
+    return reader
 
 
 def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:

@@ -1,0 +1,173 @@
+"""A video file opened with PyAV: which stream is shown, which frames come out of it, and how they are turned.
+
+FFmpeg's own tool is the standard for all three.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specvlm.errors import UserError
+
+# Formats that name other files, or addresses, to be opened.
+LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
+# Decoders that may work on several frames at once. FFmpeg's Theora decoder sometimes gives other pixels then: 1 in 40 times.
+FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
+DEFAULT_PIXELS = 5_000_000  # what the mark of a default stream counts as, in the ffmpeg tool's choice
+
+
+class Undecodable(Exception):
+    """A packet that cannot be decoded; what several threads make of its neighbours is not what one thread makes."""
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a picture is turned for showing: transposed first, then its rows and columns reversed."""
+
+    transposed: bool = False
+    rows: bool = False
+    columns: bool = False
+
+    def apply(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(H, W, …) as stored to (H, W, …) as shown; a view."""
+        picture = picture.swapaxes(0, 1) if self.transposed else picture
+        return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
+
+    @classmethod
+    def of(cls, frame: Any, path: Path, before: Orientation | None = None) -> Orientation:
+        """Of a decoded frame, from its display matrix; a frame without one is turned as those before it.
+
+        Raises UserError for an angle that is no multiple of 90 degrees.
+        """
+        from av.sidedata.sidedata import Type
+
+        found = frame.side_data.get(Type.DISPLAYMATRIX)
+        if found is None:
+            return before or cls()
+        # x' = a x + c y and y' = b x + d y; y points down
+        a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(found), np.int32)[:5])
+        straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+        if min(straight, crossed) > math.tan(math.radians(1)) * max(straight, crossed):
+            angle = round(math.degrees(math.atan2(b, a)))
+            raise UserError(f"{path} is to be shown rotated by {angle} degrees; only multiples of 90 are supported")
+        return cls(True, b < 0, c < 0) if crossed > straight else cls(False, d < 0, a < 0)
+
+
+@contextmanager
+def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
+    """Open a file: its container, and the stream that FFmpeg would show.
+
+    Args:
+        path: a regular file.
+        threads: of the decoder, where it gives the same frames with several.
+        options: FFmpeg's options of the decoder.
+
+    Raises:
+        UserError: the file is no video, or of a kind that cannot be read; also for what FFmpeg raises while it is open.
+    """
+    import av
+
+    try:
+        # An absolute path, since FFmpeg takes 12:30.mp4 for an address. It may open no other file and no address.
+        may = {"format_whitelist": ",".join(sorted(_formats())), "protocol_whitelist": "file"}
+        with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
+            stream = _shown(container, path)
+            together = threads > 1 and stream.codec_context.name in FRAME_THREADS
+            stream.codec_context.thread_count = threads if together else 1
+            stream.thread_type = "AUTO" if together else "SLICE"
+            stream.codec_context.options = options
+            yield container, stream
+    except (av.FFmpegError, IndexError) as error:  # IndexError: a stream that turned up while reading
+        raise _unreadable(path, error) from None
+
+
+def video_streams(container: Any) -> list[Any]:
+    """All but covers."""
+    from av.stream import Disposition
+
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+
+
+def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
+    """All frames from where the container stands, as FFmpeg shows them.
+
+    What cannot be decoded before the first key frame is passed over, as in a stream that was cut, and so is a last packet.
+
+    Args:
+        container: as `opened` gives it.
+        stream: likewise.
+        path: for messages.
+        strict: raise Undecodable for what would be passed over.
+
+    Raises:
+        UserError: what lies in between cannot be decoded.
+    """
+    import av
+
+    started, failed = False, None
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        if failed is not None:
+            raise UserError(f"{path} is damaged: PyAV cannot decode its frames{_at(failed)}")
+        try:
+            yield from stream.codec_context.decode(packet)
+            started |= packet.is_keyframe
+        except av.FFmpegError:
+            if strict:
+                raise Undecodable from None
+            failed = packet if started else None
+    try:
+        yield from stream.codec_context.decode(None)
+    except av.FFmpegError:  # the last packet, in a decoder that is behind
+        if strict:
+            raise Undecodable from None
+
+
+@lru_cache(maxsize=1)
+def _formats() -> frozenset[str]:
+    import av
+
+    return frozenset(av.formats_available) - LISTS
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    with path.open("rb") as file:
+        if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
+            return UserError(f"{path} is a list of other files, not a video")
+    return UserError(f"{path} is damaged or not a video: PyAV cannot read it ({' '.join(str(error).split())[:120]})")
+
+
+def _shown(container: Any, path: Path) -> Any:
+    """The stream that the ffmpeg tool takes: the largest picture, one marked as default before others."""
+    from av.stream import Disposition
+
+    kind = container.format.name
+    if kind.endswith("_pipe") or kind in ("image2", "tty"):
+        raise UserError(f"{path} is {'a text' if kind == 'tty' else 'an image'}, not a video")
+    streams = video_streams(container)
+    if not streams:
+        cover = " and a cover" if container.streams.video else ""
+        raise UserError(f"{path} has {f'only sound{cover}' if container.streams.audio else 'no video stream'}")
+    decoded = [stream for stream in streams if stream.codec_context is not None]
+    if not decoded:
+        raise UserError(f"{path} uses a video codec that this PyAV cannot decode")
+
+    def preference(stream: Any) -> int:
+        marked = bool(stream.disposition & Disposition.default)
+        return stream.codec_context.width * stream.codec_context.height + DEFAULT_PIXELS * marked
+
+    return max(decoded, key=preference)
+
+
+def _at(packet: Any) -> str:
+    return "" if packet.pts is None else f" at {float(packet.pts * packet.time_base):.2f} s"

@@ -1,0 +1,180 @@
+"""The packets of a video stream, read without decoding: what they tell about its frames, and how far that can be trusted.
+
+Shape suffixes: P packets in the order of storage, K key frames.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from specvlm.data.av_file import video_streams
+from specvlm.errors import UserError
+
+# Containers whose time stamps say when a frame is shown. AVI's say when it is decoded, which is the same without B-frames.
+STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
+WITHOUT_B_FRAMES = ("avi",)
+# Codecs that show a frame for each packet, in these containers.
+INTRA = ("mjpeg", "prores", "dnxhd", "ffvhuff", "huffyuv", "utvideo", "rawvideo", "v210", "png", "libopenjpeg", "jpeg2000")
+INTER = ("h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1", "ffv1", "qtrle", "cinepak", "svq3", "cfhd", "magicyuv")
+ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))  # the last two but for what `_may_be_invisible` finds
+MPEG4_EMPTY = 32  # bytes: a packet of MPEG-4 no longer than this may be one that says "as before" and shows nothing
+PROGRESSIVE = 1  # FFmpeg's number, 0 where it does not know; above are the orders of fields
+# Of NAL units: parameter sets, which a picture's size stands in, and pictures that nothing behind refers across.
+PARAMETERS = {"h264": (7,), "hevc": (33,)}
+WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Where decoding can start: the key frames of a file (K).
+
+    Attributes:
+        place: of each among the packets.
+        stamp: when it is shown.
+        seek: what to seek by.
+        place_of: place of every packet, by its time stamp (P).
+    """
+
+    place: tuple[int, ...] = ()
+    stamp: tuple[int, ...] = ()
+    seek: tuple[int, ...] = ()
+    place_of: dict[int, int] = field(default_factory=dict)
+
+    def before(self, stamp: int) -> int | None:
+        """The last key frame that is stored before a frame, and shown before it: all it refers to lies behind.
+
+        Returns its number among the key frames; None where there is none.
+        """
+        entry = bisect_right(self.place, self.place_of[stamp]) - 1
+        while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame refers to what was before the key frame
+            entry -= 1
+        return entry if entry >= 0 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Packets:
+    """All packets of a stream (P).
+
+    Attributes:
+        kind: FFmpeg's name of the container.
+        stamp: when each is shown, in ticks; None where the container does not say.
+        decoded: when each is decoded.
+        key: whether it is marked as a key frame.
+        hidden: whether an edit list hides it.
+        size: its bytes.
+        corrupt: whether some are marked as damaged.
+        invisible: whether some may show nothing.
+        whole: whether each key frame begins anew: no frame behind it refers to one before it.
+        steady: whether parameter sets stay as they were, so that the picture's size cannot change.
+    """
+
+    kind: str
+    stamp: list[int | None] = field(default_factory=list)
+    decoded: list[int | None] = field(default_factory=list)
+    key: list[bool] = field(default_factory=list)
+    hidden: list[bool] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    corrupt: bool = False
+    invisible: bool = False
+    whole: bool = True
+    steady: bool = True
+
+    @classmethod
+    def read(cls, container: Any, stream: Any, file_size: int) -> Packets:
+        """Raises UserError for more packets than bytes, which a damaged table may promise."""
+        codec, found = stream.codec_context, cls(container.format.name)
+        corrupt = invisible = False
+        whole = steady = True
+        first = set[bytes]()
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            found._add(packet)
+            if len(found.size) > file_size:
+                raise UserError(f"{container.name} is damaged: it promises more frames than it has bytes")
+            corrupt |= packet.is_corrupt
+            invisible |= _may_be_invisible(codec.name, packet)
+            if packet.is_keyframe and codec.name in WHOLE:
+                units = list(_units(packet, codec))
+                sets = {unit for kind, unit in units if kind in PARAMETERS[codec.name]}
+                first = first or sets
+                steady &= sets <= first
+                whole &= any(kind in WHOLE[codec.name] for kind, _ in units)
+        return replace(found, corrupt=corrupt, invisible=invisible, whole=whole, steady=steady)
+
+    def _add(self, packet: Any) -> None:
+        self.stamp.append(packet.pts)
+        self.decoded.append(packet.dts)
+        self.key.append(packet.is_keyframe)
+        self.hidden.append(packet.is_discard)
+        self.size.append(packet.size)
+
+    def stamped(self, stream: Any) -> bool:
+        """Whether there is one frame for each packet that is not hidden, at the packet's own time."""
+        codec = stream.codec_context
+        container = self.kind in STAMPED or (self.kind in WITHOUT_B_FRAMES and not codec.has_b_frames)
+        halves = codec.field_order > PROGRESSIVE  # a packet may be half a frame
+        told = bool(self.stamp) and None not in self.stamp and len(set(self.stamp)) == len(self.stamp)
+        return container and codec.name in ONE_TO_ONE and told and not (self.corrupt or self.invisible or halves)
+
+    @property
+    def open_gop(self) -> bool:
+        """Whether a frame stored behind a key frame is shown before it."""
+        last = None
+        for stamp, key in zip(self.stamp, self.key, strict=True):
+            if key:
+                last = stamp
+            elif last is not None and stamp is not None and stamp < last:
+                return True
+        return False
+
+    def entries(self) -> Entries:
+        keys = [place for place, key in enumerate(self.key) if key and self.stamp[place] is not None]
+        by = self.decoded if self.kind.startswith("mov") else self.stamp  # what the container's own index is in
+        seek = [by[place] if by[place] is not None else self.stamp[place] for place in keys]
+        places = {stamp: place for place, stamp in enumerate(self.stamp) if stamp is not None}
+        return Entries(tuple(keys), tuple(self.stamp[place] or 0 for place in keys), tuple(at or 0 for at in seek), places)
+
+    def incomplete(self, container: Any, stream: Any, file_size: int) -> bool:
+        """Whether the container's own tables tell of more than there is, where it is shorter than it declares."""
+        if self.kind.startswith("mov"):
+            return any(entry.pos + entry.size > file_size for entry in stream.index_entries)
+        if self.kind == "avi":
+            return len(self.size) < stream.frames
+        stamps = sorted(stamp for stamp in self.stamp if stamp is not None)
+        if len(stamps) < 2 or not container.duration:
+            return True
+        step = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+        there = float((stamps[-1] + 2 * step - (stream.start_time or 0)) * float(stream.time_base))
+        return there < container.duration / 1e6
+
+
+def count_streams(container: Any) -> int:
+    """Video streams, covers not counted."""
+    return len(video_streams(container))
+
+
+def _may_be_invisible(codec: str, packet: Any) -> bool:
+    if codec == "vp8":
+        return not bytes(packet)[0] >> 4 & 1  # show_frame, RFC 6386, 9.1
+    return codec == "mpeg4" and packet.size <= MPEG4_EMPTY
+
+
+def _units(packet: Any, codec: Any) -> Iterator[tuple[int, bytes]]:
+    """The NAL units of a packet of H.264 or HEVC, with their types (ISO/IEC 14496-15; Annex B of the standards)."""
+    data, extra, hevc = bytes(packet), codec.extradata or b"", codec.name == "hevc"
+    if extra[:1] == b"\1":  # lengths stand before the units, of as many bytes as these bits say
+        width = (extra[21] if hevc and len(extra) > 21 else extra[4] if len(extra) > 4 else 3) % 4 + 1
+        units, place = [], 0
+        while place + width < len(data):
+            end = place + width + int.from_bytes(data[place : place + width], "big")
+            units.append(data[place + width : end])
+            place = end
+    else:
+        units = data.split(b"\0\0\1")[1:]
+    for unit in units:
+        if unit:
+            yield unit[0] >> 1 & 63 if hevc else unit[0] & 31, unit.rstrip(b"\0")
