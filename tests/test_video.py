@@ -478,7 +478,9 @@ def test_of_several_streams_all_take_the_default_one_else_the_largest(tmp_path, 
     "stamps", [(0, None, 2, 3), (0, 2, 1, 3), (0, 0, 0, 0), (0, 1, 2, 2**60), (None,) * 4, (0, 10**9, 2 * 10**9, 3 * 10**9)]
 )
 def test_times_that_no_video_has_are_not_used(stamps):
-    facts = Facts(kind="avi", fps=10, base=1.0, codec="h264", streams=1, orientation=Orientation(), width=64, height=64)
+    facts = Facts(
+        kind="avi", fps=10, base=1.0, codec="h264", pixels="yuv420p", streams=1, orientation=Orientation(), width=64, height=64
+    )
     assert facts.times(stamps) == pytest.approx((0.0, 0.1, 0.2, 0.3))
     assert facts.times((5, 6, 7, 20)) == (0.0, 1.0, 2.0, 15.0)
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from threading import Lock, Timer
 from typing import IO, Any, ClassVar
@@ -51,14 +51,14 @@ class DecordProcess:
             raise DecordFailed("decord finds no frames")
         return [float(time) for time in said["times"]], float(said["fps"])
 
-    def frames(self, path: Path, index: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """The frames at ascending places, each (H, W, 3). Raises DecordFailed."""
+    def frames(self, path: Path, index: Sequence[int]) -> Generator[np.ndarray[Any, Any], None, None]:
+        """The frames at ascending places, each (H, W, colours). Raises DecordFailed."""
         with self._lock:
             self._ask({"path": os.path.abspath(path), "index": list(index)})
             try:
                 for _ in index:
-                    height, width = self._hear()["shape"]
-                    yield np.frombuffer(self._read(height * width * 3), np.uint8).reshape(height, width, 3)
+                    height, width, colours = self._hear()["shape"]
+                    yield np.frombuffer(self._read(height * width * colours), np.uint8).reshape(height, width, colours)
             except GeneratorExit:
                 self.end()  # the rest of its answer would be taken for the next one
                 raise
@@ -124,7 +124,7 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
             if "index" in asked:
                 for place in asked["index"]:
                     picture = video[place].asnumpy()
-                    _say(answers, {"shape": picture.shape[:2]}, picture.tobytes())
+                    _say(answers, {"shape": picture.shape}, picture.tobytes())
             else:
                 spans = video.get_frame_timestamp(list(range(len(video))))
                 _say(answers, {"times": spans[:, 0].tolist() if len(spans) else [], "fps": video.get_avg_fps()})

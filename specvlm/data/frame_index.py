@@ -69,8 +69,9 @@ class Facts:
     Attributes:
         kind: FFmpeg's name of the container.
         codec: FFmpeg's name of the decoder.
+        pixels: FFmpeg's name of the pixel format.
         fps: the rate that the container names; 0 where it names none.
-        base: seconds of one tick of its time stamps.
+        base: seconds of one tick of its time stamps; 0 where these are made up.
         streams: how many video streams the file has, covers not counted.
         orientation: how the first frame is turned for showing.
         width: pixels of a frame as stored.
@@ -79,6 +80,7 @@ class Facts:
 
     kind: str
     codec: str
+    pixels: str
     fps: float
     base: float
     streams: int
@@ -88,9 +90,11 @@ class Facts:
 
     @classmethod
     def of(cls, container: Any, stream: Any, orientation: Orientation) -> Facts:
-        codec, base, streams = stream.codec_context, float(stream.time_base or 0), count_streams(container)
-        fps = _rate(container, stream)
-        return cls(container.format.name, codec.name, fps, base, streams, orientation, codec.width, codec.height)
+        codec, streams, fps = stream.codec_context, count_streams(container), _rate(container, stream)
+        made_up = container.format.flags & NO_CLOCK
+        base = 0.0 if made_up else float(stream.time_base or 0)
+        names = (container.format.name, codec.name, codec.pix_fmt or "")
+        return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
 
     def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
         """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""

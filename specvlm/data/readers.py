@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -30,6 +30,7 @@ NAMES = ("auto", "decord", "pyav")
 MOST_DECODERS = 16  # side by side
 DECODER_BYTES = 256 * 2**20  # what their pictures may take together
 HELD = 20  # pictures that a decoder holds: those referred to, and those that wait for their turn
+DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 
 class Reader(Protocol):
@@ -95,6 +96,8 @@ def _not_for_decord(index: FrameIndex) -> str:
         return "decord does not turn every kind of file"
     if index.packets.open_gop or not index.packets.whole:
         return "frames refer across key frames, where decord's seeks are not exact"
+    if index.facts.pixels not in DECORD_PIXELS:
+        return f"decord converts {index.facts.pixels} in another way"
     return "" if index.packets.steady else "the picture size may change, and decord would scale"
 
 
@@ -231,8 +234,9 @@ class DecordReader:
     def decode(self, index: Sequence[int]) -> Tensor:
         pictures = Pictures(self._path, len(index))
         try:
-            for place, picture in enumerate(self._process.frames(self._path, index)):
-                pictures.put_array(place, picture)
+            with closing(self._process.frames(self._path, index)) as frames:
+                for place, picture in enumerate(frames):
+                    pictures.put_array(place, picture)
         except DecordFailed as error:
             raise UserError(f"{self._path}: {error}: try reader=auto") from None
         return pictures.pixels
