@@ -83,7 +83,9 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         if draft and places.draft_shared:
             check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
-    kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
+    kinds = {
+        s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
+    }
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     setup.graph()
     return setup

@@ -32,6 +32,8 @@ def why_not(model: VideoLM) -> str | None:
     layer = model.text.layers[0]
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rotary.get("rope_type") or rotary.get("type") or "default"
+    if model.quantised:
+        return f"its checkpoint is quantised by {model.quantised}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if kind not in ("default", "mrope"):
