@@ -76,6 +76,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     """Check what can be checked without a video. Raises UserError."""
     pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
+    target.check_template()
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     if places.ranks > 1:

@@ -64,8 +64,8 @@ def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str)
     control = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
     ours, theirs = (Counter(token for token in row if token in control) for row in (ids, encoded(tokenizer, plain)))
     if more := ours - theirs:
-        name = tokenizer.convert_ids_to_tokens(min(more, key=ids.index))
-        raise UserError(f"the question has {name} in it, a control token of the model: leave it out, or put a space into it")
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(more)))
+        raise UserError(f"the question has {names} in it, a control token of the model: leave it out, or put a space into it")
     return ids
 
 

@@ -4,7 +4,6 @@ whatever is wrong with it ends in one line, before any weight is read.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from sys import float_info
@@ -25,7 +24,7 @@ PACKAGES = {
     "torchao": "torchao",
     "quark": "amd-quark",
     "hqq": "hqq",
-}  # where Hugging Face's message does not say what to install
+}  # where Hugging Face does not say what to install
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
@@ -136,7 +135,7 @@ def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
 def quantization_of(config: Any) -> Any:
     """What a checkpoint that is quantised says of it, as in its config.json; None for another."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
-    return found.to_dict() if hasattr(found, "to_dict") else found
+    return found.to_dict() if found and not isinstance(found, dict) and hasattr(found, "to_dict") else found
 
 
 def method_of(config: Any) -> str | None:

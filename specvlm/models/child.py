@@ -74,7 +74,8 @@ def _limit_memory() -> None:
 
 def _read(source: int) -> bytes:
     """All that the fork writes. Raises ChildError where that takes too long, or is too much."""
-    parts, size, end = [], 0, monotonic() + SECONDS
+    parts: list[bytes] = []
+    size, end = 0, monotonic() + SECONDS
     while True:
         ready, _, _ = select.select([source], [], [], max(0.0, end - monotonic()))
         if not ready:

@@ -197,8 +197,8 @@ def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tupl
 def spread_of(
     config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None, quantised_on: str | None = None
 ) -> dict[str, Any]:
-    """What `from_pretrained` wants to know of devices. quantised_on: the one that a checkpoint goes to whose files are quantised,
-    since what reads it has to know where. Raises UserError.
+    """What `from_pretrained` wants to know of devices. quantised_on: where a checkpoint goes whose files are quantised, since
+    what reads it has to know. Raises UserError.
     """
     if not split and ranks.size == 1 and not quantised_on:
         return {}

@@ -18,7 +18,7 @@ from specvlm.cache import KVCache
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
-from specvlm.models.chat import prompt_ids
+from specvlm.models.chat import PLAIN, prompt_ids
 from specvlm.models.checkpoint import method_of
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.sight import Sight, States
@@ -112,6 +112,10 @@ class VideoLM(ABC):
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
         pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
         return self.expand(ids, [grid for grid, _ in videos], pixels, pictures)
+
+    def check_template(self) -> None:
+        """Raise UserError where the chat template cannot make a prompt of a video and a question, before any video is read."""
+        prompt_ids(self.tokenizer, [{"type": "video"}], PLAIN)
 
     def expand(
         self,
