@@ -78,11 +78,11 @@ def _number(value: Any) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one where there is no file. Raises UserError for anything else."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: wanted an object of settings")
