@@ -77,6 +77,8 @@ def first_line(error: BaseException) -> str:
     """What it says; its type too where the text alone would be a riddle."""
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{text}: pip install {error.name.partition('.')[0]}"
     told = isinstance(error, OSError | ValueError | ImportError) and not isinstance(error, UnicodeError) and len(text) > 9
     return text if told else f"{type(error).__name__}: {text}".removesuffix(": ")
 

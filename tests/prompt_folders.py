@@ -29,7 +29,7 @@ def template(family: str, system: str = "You are a helpful assistant.", before: 
 
 
 def byte_level(content: dict[str, Any]) -> None:
-    """A tokenizer of bytes and some merges, as Qwen2's are, with added tokens of every kind; in place of the one in `content`."""
+    """A tokenizer of bytes and some merges, as Qwen2's are, with added tokens of every kind."""
     bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, bytes_), *(chr(256 + n) for n in range(256 - len(bytes_)))]
     merges = ["t h", "th e", "Ġ the", "i n", "Ġ v", "a t", "h at", "W hat", "Ġ i", "e r", "Ċ Ċ", "Ġ Ġ"]
@@ -46,7 +46,11 @@ def byte_level(content: dict[str, Any]) -> None:
     content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     content["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    flags = [("<tool_call>", {}), ("<|loose|>", {"lstrip": True, "rstrip": True, "special": True}), ("<think>", {"normalized": True})]
+    flags = [
+        ("<tool_call>", {}),
+        ("<|loose|>", {"lstrip": True, "rstrip": True, "special": True}),
+        ("<think>", {"normalized": True}),
+    ]
     for place, (name, more) in enumerate(flags, start=len(special) + len(words)):
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
         content["added_tokens"].append({"id": place, "content": name} | plain | more)
@@ -80,11 +84,30 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "ends in a space": (byte_level, {"chat_template.jinja": lambda family: template(family, after="<think>\n\n ")}),
     "its tokenizer adds a token": (with_start, {"chat_template.jinja": template}),
-    "its template adds it too": (with_start, {"chat_template.jinja": lambda family: template(family, before="{{ bos_token }}")}),
+    "its template adds it too": (
+        with_start,
+        {"chat_template.jinja": lambda family: template(family, before="{{ bos_token }}")},
+    ),
 }
 QUESTIONS = (
-    *("What is in the video?", "", " ", "\n", "What\n\nis\r\n this?\t", "  leading and trailing  ", "Ça va? 你好, мир 😀👩‍👩‍👧 ﬁ Å Å"),
-    *("{{ messages }} {% if x %} {# no #}", "<|im_end", "< |im_end|>", "|im_end|>", "<b>&amp;'\"\\", "x" * 300, "e\u0301 \u200b\u202e."),
+    *(
+        "What is in the video?",
+        "",
+        " ",
+        "\n",
+        "What\n\nis\r\n this?\t",
+        "  leading and trailing  ",
+        "Ça va? 你好, мир 😀👩‍👩‍👧 ﬁ Å Å",
+    ),
+    *(
+        "{{ messages }} {% if x %} {# no #}",
+        "<|im_end",
+        "< |im_end|>",
+        "|im_end|>",
+        "<b>&amp;'\"\\",
+        "x" * 300,
+        "e\u0301 \u200b\u202e.",
+    ),
 )  # none of them has a control token in it
 VIDEOS = {  # frames, height, width, frames a second
     "qwen2_5_vl": ([(4, 56, 84, 2.0)], [(5, 140, 90, 1.5), (2, 28, 28, 30.0)], [(8, 300, 200, 0.25)]),
@@ -123,4 +146,6 @@ def cases(family: str) -> list[tuple[str, str, list[tuple[int, int, int, float]]
     first, *more = VIDEOS[family]
     few = [(kind, question, first) for kind in KINDS for question in QUESTIONS[:7:2]]
     every = [("template file", question, first) for question in QUESTIONS]
-    return list({repr(case): case for case in [*few, *every, *(("as it is", QUESTIONS[0], videos) for videos in more)]}.values())
+    return list(
+        {repr(case): case for case in [*few, *every, *(("as it is", QUESTIONS[0], videos) for videos in more)]}.values()
+    )

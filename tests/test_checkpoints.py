@@ -60,7 +60,14 @@ def in_shards(folder: Path, names: dict[str, str]) -> Path:
     return folder
 
 
-OUTSIDE = ("pytorch_model.bin", "../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", ".safetensors", "x.safetensors.bin")
+OUTSIDE = (
+    "pytorch_model.bin",
+    "../x.safetensors",
+    "/tmp/x.safetensors",
+    "sub/x.safetensors",
+    ".safetensors",
+    "x.safetensors.bin",
+)
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, 7, None])

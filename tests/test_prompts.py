@@ -1,4 +1,4 @@
-"""Prompts equal those of Hugging Face's own processors, frozen by tests/data/make_prompts.py; and what questions may not hold."""
+"""Prompts equal those of Hugging Face's own processors, frozen by tests/data/make_prompts.py; what questions may not hold."""
 
 from __future__ import annotations
 
@@ -135,15 +135,15 @@ def folder_with(folder: Path, **files: object) -> Path:
 
 
 WHERE = {  # the one that counts is "this"; "that" is in a place that gives way
-    "processor over tokenizer": dict(chat_template_json={"chat_template": "this"}, tokenizer_config_json={"chat_template": "that"}),
+    "processor over tokenizer": dict(
+        chat_template_json={"chat_template": "this"}, tokenizer_config_json={"chat_template": "that"}
+    ),
     "processor_config over all": dict(processor_config_json={"chat_template": "this"}, chat_template_jinja="that"),
     "legacy over file": dict(chat_template_json={"chat_template": "this"}, chat_template_jinja="that"),
     "file over tokenizer": dict(chat_template_jinja="this", tokenizer_config_json={"chat_template": "that"}),
     "tokenizer alone": dict(tokenizer_config_json={"chat_template": "this"}),
     "a list of named ones": dict(
-        tokenizer_config_json={
-            "chat_template": [{"name": "rag", "template": "that"}, {"name": "default", "template": "this"}]
-        }
+        tokenizer_config_json={"chat_template": [{"name": "rag", "template": "that"}, {"name": "default", "template": "this"}]}
     ),
     "a dict of named ones": dict(processor_config_json={"chat_template": {"rag": "that", "default": "this"}}),
 }

@@ -30,7 +30,13 @@ TEMPLATES = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}",
     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-    *("{{ messages[7]['content'] }}", "{{ ''.__class__.__mro__ }}", "{{ 2**(2**40) }}", "{% include 'x' %}", "<|video_pad|>" * 3),
+    *(
+        "{{ messages[7]['content'] }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ 2**(2**40) }}",
+        "{% include 'x' %}",
+        "<|video_pad|>" * 3,
+    ),
     *("{{ [1] * 10**9 }}", "{{ '%9999999999d' % 1 }}", "{{ 'x'.center(10**10) }}", "<|video_pad|>{{ messages }}" * 2000),
 )
 TEMPLATE_OF_TEXT = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] }}{% endfor %}"

@@ -37,9 +37,7 @@ def asked(made, question: str, videos: list[tuple[int, int, int, float]]) -> dic
     out = made(  # as its apply_chat_template(tokenize=True) calls it
         text=[text],
         videos=[torch.zeros(frames, 3, height, width, dtype=torch.uint8) for frames, height, width, _ in videos],
-        video_metadata=[
-            {"total_num_frames": n, "fps": fps, "frames_indices": list(range(n))} for n, _, _, fps in videos
-        ],
+        video_metadata=[{"total_num_frames": n, "fps": fps, "frames_indices": list(range(n))} for n, _, _, fps in videos],
         do_sample_frames=False,
         **({"add_special_tokens": False} if begun else {}),
     )
@@ -52,7 +50,9 @@ def asked(made, question: str, videos: list[tuple[int, int, int, float]]) -> dic
 
 
 def runs(row) -> list:
-    return [[token, length] if length > 1 else token for token, length in ((t, len(list(g))) for t, g in groupby(map(int, row)))]
+    return [
+        [token, length] if length > 1 else token for token, length in ((t, len(list(g))) for t, g in groupby(map(int, row)))
+    ]
 
 
 def main() -> None:
