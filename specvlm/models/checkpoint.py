@@ -21,7 +21,6 @@ MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Py
 PARTS = re.compile(r"layer|depth|block|stage|expert|labels")
 LARGEST = 2**31  # of any number in a config.json
 PACKAGES = {
-    "torchao": "torchao",
     "quark": "amd-quark",
     "hqq": "hqq",
 }  # where Hugging Face does not say what to install
@@ -163,9 +162,9 @@ def quantizer_of(folder: Path, config: Any) -> Any:
             reader = AutoHfQuantizer.from_config(AutoHfQuantizer.merge_quantization_configs(found, None), pre_quantized=True)
             reader.validate_environment(device_map=None, weights_only=True)
         except ImportError as error:
-            if "pip install" not in str(error):
-                raise ImportError(f"{first_line(error)}: pip install {PACKAGES.get(str(method), method)}") from None
-            raise
+            said = first_line(error)
+            hint = "" if "pip install" in said else f": pip install {PACKAGES.get(str(method), method)}"
+            raise ImportError(said + hint) from None
     return reader
 
 

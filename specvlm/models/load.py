@@ -156,7 +156,8 @@ def load(
     kind = kind_of(weights, held_in, quantised=found.method)
     attention.register()
     spread = spread_of(found.config, split, ranks, kind, device if found.method else None)
-    with explained(f"{path}: the weights cannot be loaded"), nullcontext() if progress else _no_bars():
+    what = f"is quantised by {found.method}, which cannot be loaded here" if found.method else "the weights cannot be loaded"
+    with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
