@@ -102,7 +102,9 @@ def test_a_missing_shard_and_a_folder_of_a_pickle_are_refused(tmp_path):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    refused(folder, r"no \*.safetensors weights")
+    assert skeleton(folder).quantised is None  # a report needs no weights
+    with pytest.raises(UserError, match=r"no \*.safetensors weights"):
+        load(folder)
 
 
 # ---- dtype, attention ------------------------------------------------------------------------------------------------
@@ -210,6 +212,29 @@ def test_a_quantised_checkpoint_runs_eager_keeps_its_files_size_and_is_not_quant
     monkeypatch.setattr(memory, "packed_bytes", lambda *_: 123)
     cpu = torch.device("cpu")
     assert memory.weights(memory.Need(quantised, 1, torch.bfloat16), [(quantised.layers, cpu)]) == {cpu: 123}
+
+
+def test_experts_held_as_one_tensor_stay_in_full_and_that_is_said(monkeypatch):
+    from transformers import Qwen2MoeConfig, Qwen2MoeModel
+
+    from specvlm.contract.tiny import built
+    from specvlm.models.quantize import left_full, quantize_text
+
+    plain = built("llava_onevision", 97)
+    quantize_text(plain, "int8")
+    assert left_full(plain, "int8") == ""
+    mixed = built("llava_onevision", 97)
+    of = mixed.config.text_config
+    config = Qwen2MoeConfig(
+        vocab_size=97, hidden_size=of.hidden_size, num_hidden_layers=2, num_attention_heads=of.num_attention_heads,
+        num_key_value_heads=of.num_key_value_heads, num_experts=4, moe_intermediate_size=32, intermediate_size=64,
+        decoder_sparse_step=1, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    mixed.model.language_model = Qwen2MoeModel(config)
+    quantize_text(mixed, "int8")
+    experts = [weight for name, weight in mixed.model.language_model.layers.named_parameters() if weight.dim() > 1]
+    assert "experts" in left_full(mixed, "int8")
+    assert f"leaves {sum(weight.nbytes for weight in experts) / 2**20:.1f} MiB in full" in left_full(mixed, "int8")
 
 
 # ---- the generation config ---------------------------------------------------------------------------------------------

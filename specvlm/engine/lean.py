@@ -43,6 +43,8 @@ def why_not(model: VideoLM) -> str | None:
     missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
     if missing:
         return f"its layers have no {missing[0]}"
+    if not hasattr(layer.mlp, "gate_proj"):
+        return f"a layer of it is a {type(layer.mlp).__name__}"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
     plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]

@@ -25,7 +25,7 @@ from specvlm.models.checkpoint import (
 )
 from specvlm.models.generation import generation_of
 from specvlm.models.llava_onevision import LlavaOneVision
-from specvlm.models.quantize import KINDS, quantize_text
+from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.spread import device_map, tensor_plan
 from specvlm.models.video_lm import VideoLM
@@ -53,17 +53,17 @@ class Checkpoint(NamedTuple):
 
 
 def opened(path: str | Path, weights: bool) -> Checkpoint:
-    """Read all of a folder but its weights, which are fetched if they are wanted. The files of those that lie there are looked
-    at from outside. Raises UserError.
+    """Read all of a folder but its weights, which are fetched if they are wanted, or tell the dtype. Where they lie is checked
+    even so, unless the folder is one without any, as a report needs it. Raises UserError.
     """
     folder = folder_of(path, weights)
     config = config_of(folder)
-    if config.dtype is None:
-        folder = folder_of(path, weights=True)
     family, method = family_of(folder, config), method_of(config) if quantizer_of(folder, config) else None
-    if weights or Path(path).exists():
+    if config.dtype is None and not Path(path).exists():
+        folder = folder_of(path, weights=True)
+    if weights or config.dtype is None or Path(path).exists() and any(folder.glob("*.safetensors*")):
         weight_files(folder, config)
-    config.dtype = dtype_in(folder, config, "auto")
+        config.dtype = dtype_in(folder, config, "auto")
     return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
 
 
@@ -165,14 +165,17 @@ def load(
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
+    left = ""
     if kind is not None:
         quantize_text(hf, kind, device, ranks)
+        left = left_full(hf, kind)
     hf = hf.eval().requires_grad_(False)
     if split:
         settle(hf)
     if ranks.size > 1:
         make_plain(hf)
     model = found.family(hf if spread else hf.to(device), found.tokenizer, found.folder, mrope, ranks=ranks)
+    model.left_full = left
     if not split and ranks.size == 1:
         with explained(f"{path}: the config.json does not fit the weights"):
             model.try_out()

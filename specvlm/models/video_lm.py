@@ -68,6 +68,7 @@ class VideoLM(ABC):
         self.repetition_penalty = penalty_of(hf.generation_config)
         self.ignored_settings = tuple(not_applied(hf.generation_config))
         self.stop_ids = stop_ids(hf.generation_config)
+        self.left_full = ""  # what quantising it left as it was, in a sentence
         self.quantised = method_of(hf.config)  # in its files, by a library of others
 
     def __repr__(self) -> str:
