@@ -61,7 +61,7 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
     family, method = family_of(folder, config), method_of(config) if quantizer_of(folder, config) else None
     if config.dtype is None and not Path(path).exists():
         folder = folder_of(path, weights=True)
-    if weights or config.dtype is None or Path(path).exists() and any(folder.glob("*.safetensors*")):
+    if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
         weight_files(folder, config)
         config.dtype = dtype_in(folder, config, "auto")
     return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
