@@ -70,7 +70,7 @@ def explained(what: str) -> Iterator[None]:
     except BaseException as error:  # the tokenizers library panics, which is no Exception
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import: not the files' fault
             raise
-        raise UserError(f"{what} ({first_line(error)})") from None
+        raise UserError(f"{what} ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:

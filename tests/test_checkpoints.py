@@ -325,6 +325,8 @@ def test_generation_settings_of_the_wrong_type_are_refused(values, said, tmp_pat
     [
         ("text_config", {"num_hidden_layers": 10**9}),
         ("vision_config", {"depth": 10**6}),
+        ("text_config", {"max_position_embeddings": 10**400}),
+        ("text_config", {"rope_theta": float("nan")}),
         ("text_config", {"hidden_size": 10**12}),
         ("text_config", {"vocab_size": 10**8}),
         ("text_config", {"num_attention_heads": 0}),
@@ -334,6 +336,11 @@ def test_generation_settings_of_the_wrong_type_are_refused(values, said, tmp_pat
 )
 def test_a_config_of_a_model_that_cannot_be_is_refused_at_once(part, values, tmp_path):
     refused(copied(tmp_path, config_json=lambda content: content[part].update(values)), "config.json")
+
+
+def test_sizes_that_real_models_have_are_no_counts(tmp_path):
+    real = dict(shared_expert_intermediate_size=20480, block_size=4096, max_position_embeddings=10_485_760, rope_theta=1e10)
+    skeleton(copied(tmp_path, config_json=lambda content: content["text_config"].update(real)))
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,9 @@ DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat1
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Python would loop over
-PARTS = re.compile(r"layer|depth|block|stage|expert|labels")
+PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
 LARGEST = 2**31  # of any number in a config.json
-PACKAGES = {
-    "quark": "amd-quark",
-    "hqq": "hqq",
-}  # where Hugging Face does not say what to install
+PACKAGES = {"quark": "amd-quark"}  # of methods that are not called as what has to be installed for them
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
@@ -71,7 +68,7 @@ def check_numbers(folder: Path, found: Any, key: str = "") -> None:
     elif isinstance(found, int | float):
         most = MOST_PARTS if PARTS.search(key) else LARGEST if isinstance(found, int) else float_info.max
         if not -LARGEST <= found <= most:
-            raise UserError(f"{folder}: {key}={found:.6g} in config.json: at most {most:.6g} can be loaded")
+            raise UserError(f"{folder}: {key}={str(found)[:30]} in config.json: at most {most} can be loaded")
 
 
 def weight_files(folder: Path, config: Any) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 ASSETS = Path(__file__).resolve().parents[2] / "specvlm" / "assets"
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
-COUNT, SAMPLE = 400, 10
+COUNT, SAMPLE = 400, 6
 MORE_MB = 1024  # than a good run's may no case take
 
 JSON_FILES = (
