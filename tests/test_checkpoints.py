@@ -287,9 +287,11 @@ def test_a_field_that_a_later_transformers_has_is_named_by_itself(monkeypatch):
 
 # ---- files that are broken -----------------------------------------------------------------------------------------------
 
+
 SMALL = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json"),
-    *("processor_config.json", "model.safetensors.index.json", "special_tokens_map.json", "chat_template.json"),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
+    *("video_preprocessor_config.json", "processor_config.json", "model.safetensors.index.json", "chat_template.json"),
+    "special_tokens_map.json",
 )
 
 

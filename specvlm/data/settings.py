@@ -30,8 +30,9 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
         raise UserError(f"no such model folder: {folder}")
     found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        content = read_json(folder / name)  # one that is broken is not passed over, though another would do
         if found is None and (folder / name).is_file():
-            found = read_json(folder / name)
+            found = content
     if found is None:
         raise UserError(
             f"{folder} has no video processor settings: wanted processor_config.json with a video_processor in it,"
