@@ -2,7 +2,8 @@
 specvlm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
 
@@ -57,6 +58,29 @@ def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever a library raises over a checkpoint's files becomes a UserError: `what`, and the first line of what was said."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics, which is no Exception
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import: not the files' fault
+            raise
+        raise UserError(f"{what} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says; its type too where the text alone would be a riddle."""
+    lines = str(error).strip().splitlines()
+    text = lines[0][:300] if lines else ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{text}: pip install {error.name.partition('.')[0]}"
+    told = isinstance(error, OSError | ValueError | ImportError) and not isinstance(error, UnicodeError) and len(text) > 9
+    return text if told else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

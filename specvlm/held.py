@@ -13,6 +13,7 @@ from specvlm.config import model_folder
 from specvlm.engine import Engine, engine_for
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
+from specvlm.models.generation import penalty_of
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import Prepared, Reading, Setup, plan
@@ -78,7 +79,7 @@ class Held:
 
         target = self._model(_key(request, "target"), load_target)
         self.layers = request.layers
-        own = float(target.hf.generation_config.repetition_penalty or 1.0)
+        own = penalty_of(target.hf.generation_config)
         target.repetition_penalty = own if cfg.repetition_penalty is None else cfg.repetition_penalty
         draft = self._model(_key(request, "draft"), load_draft) if request.drafter.model == "draft" else None
         if places.first.type == "cuda":

@@ -154,6 +154,7 @@ class Job:
             return self._row(index, status, reason)
         graph = self.held.graph(request, self.ranks)  # what goes wrong here goes wrong with every sample
         self._note(not_applied(graph.target.ignored_settings))
+        self._note(graph.target.left_full)
         self._note(graph.engine.note)
         try:
             figures = self._answer(index, request, graph, record)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from specvlm.cache import pooled
+from specvlm.models.checkpoint import packed_bytes
 from specvlm.models.quantize import stored
 from specvlm.models.spread import device_map, split
 from specvlm.models.video_lm import CHUNK, VideoLM
@@ -91,7 +92,11 @@ def plan(
 
 
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
-    """By device, of a rank. A tied head on another device than the embedding is there twice; layers of no stage nowhere."""
+    """By device, of a rank. A tied head on another device than the embedding is there twice; layers of no stage nowhere. Those
+    of a quantised checkpoint lie on one device.
+    """
+    if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
+        return {stages[0][1]: packed}
     parts = device_map(need.model.hf, [count for count, _ in stages], [device for _, device in stages])
     found, seen = {device: 0 for _, device in stages}, set()
     for weight in stored(need.model.hf, need.dtype, need.kind, ranks):

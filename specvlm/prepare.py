@@ -76,6 +76,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     """Check what can be checked without a video. Raises UserError."""
     pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
+    target.check_template()
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     if places.ranks > 1:
@@ -83,7 +84,9 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         if draft and places.draft_shared:
             check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
-    kinds = {s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights") for s, model in sides.items()}
+    kinds = {
+        s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
+    }
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     setup.graph()
     return setup

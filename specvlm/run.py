@@ -43,6 +43,7 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
         try:
             graph = held.graph(request, ranks)
             screen.note(not_applied(graph.target.ignored_settings))
+            screen.note(graph.target.left_full)
             screen.note(graph.engine.note)
             record.captured_s = graph.engine.capture_s
             with files_of(folder):

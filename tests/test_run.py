@@ -218,7 +218,7 @@ BAD = {
     "other family": (lambda: ["draft.path=embedded:llava_onevision/plain"], "a pair needs one family"),
     "other model type": (other_model_type, "not supported"),
     "max_pixels of LLaVA": (lambda: ["pair=embedded_llava_onevision", "max_pixels=10"], "nothing to limit"),
-    "special token": (lambda: ["question=what is <|video_pad|>?"], "placeholders"),
+    "special token": (lambda: ["question=what is <|video_pad|>?"], "<|video_pad|>"),
     "bf16 weights in float32": (lambda: ["target.weights=bf16"], "target.weights=bf16, but dtype comes out as float32"),
     "no CUDA": (lambda: ["device=cuda:7"], "cuda"),
 }

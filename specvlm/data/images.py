@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError
+from specvlm.errors import UserError, explained
 
 
 def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
@@ -81,10 +81,6 @@ def _check(image: Tensor) -> None:
 def _load(processor: Any, folder: str | Path) -> Any:
     if not Path(folder).is_dir():  # Hugging Face would take it for a name on its hub
         raise UserError(f"no such model folder: {folder}")
-    try:
+    wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"
+    with explained(f"{folder} has no usable image processor settings: wanted {wanted}"):
         return processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
-        raise UserError(
-            f"{folder} has no usable image processor settings: wanted preprocessor_config.json, or processor_config.json"
-            " with an image_processor in it"
-        ) from None

@@ -52,12 +52,15 @@ class QwenVideoConfig:
     def from_folder(cls, folder: str | Path) -> Self:
         """Read a model folder as AutoVideoProcessor does. Raises UserError for no or unsupported settings."""
         found = read_video_settings(Path(folder), ("Qwen2VL", "Qwen2_5_VL"))
-        size = dict(found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels})
+        size = found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
+        size = dict(size) if isinstance(size, dict) else {}
         for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if found.get(bound) is not None:
                 size[edge] = found[bound]
         if not size.get("shortest_edge") or not size.get("longest_edge"):
             raise UserError(f"{folder}: size={size} of the video processor lacks shortest_edge and longest_edge (pixels)")
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(f"{folder}: size={size} of the video processor: the shortest_edge is the larger one")
         plain = ("patch_size", "temporal_patch_size", "merge_size", "max_video_tokens")
         return cls(
             min_pixels=size["shortest_edge"],

@@ -2,9 +2,22 @@
 
 import json
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from specvlm.errors import UserError
+
+LARGEST = 2**31
+MOST_PIXELS = 16384 * 28 * 28  # that a small frame is blown up to: the released checkpoints' limit for a large one
+WHOLE = {  # what has to be a whole number from 1 to so much
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),
+    **dict.fromkeys(("height", "width"), 8192),
+    **dict.fromkeys(("min_pixels", "shortest_edge"), MOST_PIXELS),
+    **dict.fromkeys(("max_pixels", "longest_edge", "max_video_tokens"), LARGEST),
+    **dict.fromkeys(("num_frames", "min_frames", "max_frames"), LARGEST),
+}
+POSITIVE = ("fps", "rescale_factor")
+FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "cap_pixels_per_frame")
 
 
 def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
@@ -17,15 +30,17 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
         raise UserError(f"no such model folder: {folder}")
     found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        content = read_json(folder / name)  # one that is broken is not passed over, though another would do
         if found is None and (folder / name).is_file():
-            found = read_json(folder / name)
+            found = content
     if found is None:
         raise UserError(
             f"{folder} has no video processor settings: wanted processor_config.json with a video_processor in it,"
             " video_preprocessor_config.json or preprocessor_config.json"
         )
+    _check(folder, found)
     kind = found.get("video_processor_type") or found.get("image_processor_type") or ""
-    if kind and not kind.startswith(families):
+    if kind and not str(kind).startswith(families):
         raise UserError(f"{folder} is set up for {kind}; wanted one of {', '.join(families)}")
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if found.get(name) is False]
     if off or found.get("resample") not in (None, 3):
@@ -34,13 +49,41 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
     return found
 
 
+def _check(folder: Path, found: Any) -> None:
+    """Raise UserError for values that no video processor has."""
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
+    size = found.get("size")
+    for name, value in [*found.items(), *(size.items() if isinstance(size, dict) else ())]:
+        if value is not None and (wanted := _wanted(name, value)):
+            raise UserError(f"{folder}: {name}={value!r} of the video processor: wanted {wanted}")
+
+
+def _wanted(name: str, value: Any) -> str:
+    """What a setting has to be and is not; empty where it is, or where nothing is known of it."""
+    if name in WHOLE:
+        return "" if type(value) is int and 1 <= value <= WHOLE[name] else f"a whole number from 1 to {WHOLE[name]}"
+    if name in POSITIVE:
+        return "" if _number(value) and value > 0 else "a number more than 0"
+    if name in FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in ("image_mean", "image_std"):
+        three = isinstance(value, list) and len(value) == 3 and all(map(_number, value))
+        return "" if three and (name == "image_mean" or min(value) > 0) else "three numbers, those of image_std more than 0"
+    return ""
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float_info.max
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one where there is no file. Raises UserError for anything else."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: wanted an object of settings")

@@ -32,6 +32,8 @@ def why_not(model: VideoLM) -> str | None:
     layer = model.text.layers[0]
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rotary.get("rope_type") or rotary.get("type") or "default"
+    if model.quantised:
+        return f"its checkpoint is quantised by {model.quantised}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if kind not in ("default", "mrope"):
@@ -41,6 +43,8 @@ def why_not(model: VideoLM) -> str | None:
     missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
     if missing:
         return f"its layers have no {missing[0]}"
+    if not hasattr(layer.mlp, "gate_proj"):
+        return f"a layer of it is a {type(layer.mlp).__name__}"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
     plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]

@@ -29,6 +29,11 @@ class LlavaOneVision(VideoLM):
     def _video_config(self) -> LlavaVideoConfig:
         return LlavaVideoConfig.from_folder(self.folder)
 
+    def check_settings(self) -> None:
+        ours, side = self._video_config, self.hf.config.vision_config.image_size
+        if (ours.height, ours.width) != (side, side):
+            raise UserError(f"{self.folder}: frames are {ours.height}x{ours.width} for the processor, {side} for the model")
+
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
         """As its video processor's settings have it, else 32 frames, evenly spaced; never more than there are."""
         settings = read_video_settings(self.folder, ("Llava",))

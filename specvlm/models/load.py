@@ -3,72 +3,109 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, did_you_mean, explained
 from specvlm.models import attention
+from specvlm.models.chat import tokenizer_of
+from specvlm.models.checkpoint import (
+    DTYPES,
+    config_of,
+    dtype_in,
+    folder_of,
+    method_of,
+    quantizer_of,
+    tensors_in,
+    weight_files,
+)
+from specvlm.models.generation import generation_of
 from specvlm.models.llava_onevision import LlavaOneVision
-from specvlm.models.quantize import KINDS, quantize_text
+from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.spread import device_map, tensor_plan
 from specvlm.models.video_lm import VideoLM
 from specvlm.ranks import ALONE, Ranks, own
 
 FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
-DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
-def folder_of(path: str | Path, weights: bool = False) -> Path:
-    """The checkpoint's folder; a name of the hub is fetched, its weights only if they are wanted. Raises UserError."""
-    folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
-        raise UserError(f"{path}: no such model folder")
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            wanted = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
-            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no such model folder, and it cannot be fetched ({first_line(error)})") from None
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
-    return folder
-
-
-def config_of(folder: Path) -> Any:
-    """The checkpoint's configuration; raises UserError when it cannot be read or its family is unknown."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the checks inside raise types of their own
-        raise UserError(f"{folder}: the config.json cannot be used ({first_line(error)})") from None
+def family_of(folder: Path, config: Any) -> type[VideoLM]:
+    """Raises UserError when the configuration is of none that there is."""
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
-    return config
+    return FAMILIES[config.model_type]
+
+
+class Checkpoint(NamedTuple):
+    """A folder that everything but its weights was read of. method: by which its files are quantised, None for not at all."""
+
+    folder: Path
+    config: Any
+    family: type[VideoLM]
+    method: str | None
+    tokenizer: Any
+    generation: Any
+
+
+def opened(path: str | Path, weights: bool) -> Checkpoint:
+    """Read all of a folder but its weights, which are fetched if they are wanted, or tell the dtype. Where they lie is checked
+    even so, unless the folder is one without any, as a report needs it. Raises UserError.
+    """
+    folder = folder_of(path, weights)
+    config = config_of(folder)
+    family, method = family_of(folder, config), method_of(config) if quantizer_of(folder, config) else None
+    if config.dtype is None and not Path(path).exists():
+        folder = folder_of(path, weights=True)
+    if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
+        weight_files(folder, config)
+        config.dtype = dtype_in(folder, config, "auto")
+    return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
 
 
 def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
-    """The model without its weights: enough to make prompts, check a pair and plan memory."""
+    """The model without its weights: enough to make prompts, check a pair and plan memory. Raises UserError for all that can be
+    wrong with a folder before its weights are loaded.
+    """
+    found = opened(path, weights=False)
+    with explained(f"{found.folder}: no model can be made of its config.json"):
+        model = found.family(_bare(found), found.tokenizer, found.folder, mrope)
+        model.check_settings()
+    if not found.method and any(found.folder.glob("*.safetensors")):
+        check_size(model, weight_files(found.folder, found.config))
+    return model
+
+
+def _bare(found: Checkpoint) -> Any:
+    """The Hugging Face model on meta."""
     from transformers import AutoModelForImageTextToText
 
-    folder = folder_of(path)
-    config = config_of(folder)
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(config)
-    return FAMILIES[config.model_type](hf.eval(), tokenizer_of(folder), folder, mrope)
+        hf = AutoModelForImageTextToText.from_config(found.config)
+    hf.generation_config = found.generation or hf.generation_config
+    return hf.eval()
+
+
+def check_size(model: VideoLM, files: Sequence[Path]) -> None:
+    """Raise UserError where the model is far larger than what the files hold, before room is made for what is not there. A few
+    tensors that are missing are named when they are looked for.
+    """
+    held = sum(count for file in files for _, count in tensors_in(file).values())
+    wanted = sum(weight.numel() for weight in model.hf.parameters())
+    if wanted > 2 * held:
+        raise UserError(
+            f"{model.folder}: config.json describes a model of {wanted:,} weights, and the files hold {held:,}: "
+            "are both of one checkpoint, and is it whole?"
+        )
 
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
-    return _dtype_in(model.hf.config, dtype)
+    return dtype_in(model.folder, model.hf.config, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -76,15 +113,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype_in(config: Any, dtype: str) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
-    own = config.dtype or config.get_text_config().dtype or torch.float32
-    return getattr(torch, own) if isinstance(own, str) else own
-
-
-def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights") -> str | None:
-    """What linear layers are quantised to, None for not at all. Raises UserError, naming `key`, if `dtype` gainsays "bf16"."""
+def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
+    """What linear layers are quantised to, None for not at all. Raises UserError, naming `key`, if `dtype` gainsays "bf16", and
+    for a checkpoint whose files are `quantised` already.
+    """
+    if weights is not None and quantised:
+        raise UserError(f"{key}={weights}, but the checkpoint is quantised already, by {quantised}: leave {key} out")
     if weights not in (None, "bf16", *KINDS):
         raise UserError(f"{key}={weights}: expected one of null, bf16, {', '.join(KINDS)}.{did_you_mean(weights, KINDS)}")
     if weights == "bf16" and dtype != torch.bfloat16:
@@ -115,53 +149,72 @@ def load(
     quantised.
     Raises UserError when anything of it cannot be used.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
-
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}")
-    folder = folder_of(path, weights=True)
-    config = config_of(folder)
-    family, kind = FAMILIES[config.model_type], kind_of(weights, _dtype_in(config, dtype))
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{path}: has a config.json but no *.safetensors weights")
+    found = opened(path, weights=True)
+    held_in = dtype_in(found.folder, found.config, dtype)
+    kind = kind_of(weights, held_in, quantised=found.method)
     attention.register()
-    spread = spread_of(config, split, ranks, kind)
-    try:
-        with nullcontext() if progress else _no_bars():
-            hf, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                **spread,
-                output_loading_info=True,
-                dtype=DTYPES.get(dtype, "auto"),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: the weights cannot be loaded ({first_line(error)})") from None
-    hf.set_attn_implementation(attention.IMPLEMENTATIONS)
+    spread = spread_of(found.config, split, ranks, kind, device if found.method else None)
+    what = f"is quantised by {found.method}, which cannot be loaded here" if found.method else "the weights cannot be loaded"
+    with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
+        hf, info = _read(found, held_in, spread)
+        hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
         raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
+    hf.generation_config = found.generation or hf.generation_config
+    left = ""
     if kind is not None:
         quantize_text(hf, kind, device, ranks)
+        left = left_full(hf, kind)
     hf = hf.eval().requires_grad_(False)
     if split:
         settle(hf)
     if ranks.size > 1:
         make_plain(hf)
-    return family(hf if spread else hf.to(device), tokenizer_of(folder), folder, mrope, ranks=ranks)
-
-
-def spread_of(config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None) -> dict[str, Any]:
-    """What `from_pretrained` wants to know of several devices. Raises UserError."""
+    model = found.family(hf if spread else hf.to(device), found.tokenizer, found.folder, mrope, ranks=ranks)
+    model.left_full = left
     if not split and ranks.size == 1:
+        with explained(f"{path}: the config.json does not fit the weights"):
+            model.try_out()
+    return model
+
+
+def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForImageTextToText
+
+    loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
+        found.folder,
+        config=found.config,
+        **spread,
+        output_loading_info=True,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    return loaded
+
+
+def spread_of(
+    config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None, quantised_on: str | None = None
+) -> dict[str, Any]:
+    """What `from_pretrained` wants to know of devices. quantised_on: where a checkpoint goes whose files are quantised, since
+    what reads it has to know. Raises UserError.
+    """
+    if not split and ranks.size == 1 and not quantised_on:
         return {}
+    if quantised_on and (split or ranks.size > 1):
+        raise UserError("a checkpoint whose files are quantised runs on one device: leave parallel out")
     if kind and split:
         raise UserError(f"weights={kind} does not go with layers split over devices: leave weights out, or parallel")
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError("several devices need accelerate: pip install 'specvlm[parallel]'")
+        needs = "a quantised checkpoint needs" if quantised_on else "several devices need"
+        raise UserError(f"{needs} accelerate: pip install 'specvlm[parallel]'")
+    if quantised_on:
+        return {"device_map": {"": quantised_on}}
     if split:
         from transformers import AutoModelForImageTextToText
 
@@ -207,22 +260,6 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The checkpoint's tokenizer, with the chat template that some keep in a file only their processor reads."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises whatever its parser meets first
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from None
-    template = folder / "chat_template.json"
-    if tokenizer.chat_template is None and template.is_file():
-        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-    if tokenizer.chat_template is None:
-        raise UserError(f"{folder}: the tokenizer has no chat template")
-    return tokenizer
-
-
 def check_pair(target: VideoLM, draft: VideoLM) -> int:
     """The number of token ids both models know. Raises UserError for two that cannot draft for one another.
 
@@ -247,7 +284,3 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
                 f"target {target.folder} and draft {draft.folder} see videos differently: {what} is {ours} and {theirs}"
             )
     return min(target.vocabulary, draft.vocabulary)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

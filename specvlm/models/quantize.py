@@ -168,6 +168,19 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
     hf.config.tie_word_embeddings = False
 
 
+def left_full(hf: Any, kind: str) -> str:
+    """A sentence on what `quantize_text` left as it was: weights of the layers that belong to no linear layer, such as experts
+    held as one tensor. Empty where there is nothing.
+    """
+    layers = hf.model.language_model.layers
+    left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
+    if not left:
+        return ""
+    size, beside = (sum(own(x).nbytes for x in found) / 2**20 for found in (left.values(), layers.buffers()))
+    name = max(left, key=lambda name: left[name].numel())
+    return f"weights={kind} leaves {size:.1f} MiB in full beside {beside:.1f} MiB quantised: {name} is no linear layer"
+
+
 class Stored(NamedTuple):
     """A parameter as a loaded model holds it. key: the same for two names of one tensor; nbytes: on one rank."""
 

@@ -33,6 +33,17 @@ class Qwen2_5_VL(VideoLM):
     def _merge(self) -> int:
         return int(self.hf.config.vision_config.spatial_merge_size)
 
+    def check_settings(self) -> None:
+        vision, ours = self.hf.config.vision_config, self._video_config
+        cut = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+        for name, its in cut.items():
+            if getattr(ours, name) != its:
+                raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
+
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
         """As its video processor's settings have it, else two frames a second; evenly spaced where that were too many."""
         settings = read_video_settings(self.folder, ("Qwen",))

@@ -18,6 +18,9 @@ from specvlm.cache import KVCache
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.attention import Enough, Guidance
+from specvlm.models.chat import PLAIN, prompt_ids
+from specvlm.models.checkpoint import method_of
+from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.sight import Sight, States
 from specvlm.models.spread import Stage, stages_of, through
 from specvlm.ranks import ALONE, Ranks, own
@@ -25,20 +28,6 @@ from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
 
 CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
 PATCHES = 16_384  # of one pass through a vision tower, or one frame's where that has more
-
-# What else a generation config may hold that changes greedy output in `generate`, and that is not applied here.
-UNSUPPORTED = (
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_length",
-    "min_new_tokens",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-)
 
 
 class VideoLM(ABC):
@@ -76,10 +65,11 @@ class VideoLM(ABC):
         self.vocabulary = int(self.text.embed_tokens.num_embeddings)
         self.video_token = int(hf.config.video_token_id)
         self.image_token = int(hf.config.image_token_id)
-        stops = hf.generation_config.eos_token_id
-        self.repetition_penalty = float(hf.generation_config.repetition_penalty or 1.0)
-        self.ignored_settings = tuple(name for name in UNSUPPORTED if getattr(hf.generation_config, name, None))
-        self.stop_ids = frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])
+        self.repetition_penalty = penalty_of(hf.generation_config)
+        self.ignored_settings = tuple(not_applied(hf.generation_config))
+        self.stop_ids = stop_ids(hf.generation_config)
+        self.left_full = ""  # what quantising it left as it was, in a sentence
+        self.quantised = method_of(hf.config)  # in its files, by a library of others
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.folder})"
@@ -112,20 +102,21 @@ class VideoLM(ABC):
     def prompt(
         self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = (), max_pixels: int | None = None
     ) -> VideoPrompt:
-        """A chat turn: the images, then the videos, then the question, through the tokenizer's own chat template.
+        """A chat turn: the images, then the videos, then the question, through the checkpoint's own chat template.
 
         images: uint8 (3, H, W). max_pixels: of one frame, instead of the checkpoint's own limit. Raises UserError when
-        the template leaves no text after the video.
+        the template fails or leaves no text after the video, and for control tokens in the question.
         """
-        content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips) + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips)
+        ids = prompt_ids(self.tokenizer, content, question)
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
         pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
         return self.expand(ids, [grid for grid, _ in videos], pixels, pictures)
+
+    def check_template(self) -> None:
+        """Raise UserError where the chat template cannot make a prompt of a video and a question, before any video is read."""
+        prompt_ids(self.tokenizer, [{"type": "video"}], PLAIN)
 
     def expand(
         self,
@@ -134,12 +125,20 @@ class VideoLM(ABC):
         videos: Sequence[dict[str, Any]],
         images: Sequence[dict[str, Any]] = (),
     ) -> VideoPrompt:
-        """Token ids with a placeholder for each video and image to one a token. images carry their "tokens" count."""
+        """Token ids with a placeholder for each video and image to one a token. images carry their "tokens" count.
+
+        Raises UserError for other placeholders than that, for tokens that the model lacks, and for no text after the video.
+        """
         for token, wanted, what in ((self.video_token, len(grids), "videos"), (self.image_token, len(images), "images")):
             if (found := list(ids).count(token)) != wanted:
                 raise UserError(
-                    f"{found} placeholders for {wanted} {what} in the prompt: leave special tokens out of the question"
+                    f"{found} placeholders for {wanted} {what} in the prompt: the chat template places them otherwise, or "
+                    "config.json gives them another token"
                 )
+        if (largest := max(ids, default=0)) >= self.vocabulary:
+            raise UserError(
+                f"the tokenizer makes token {largest}, and the model has {self.vocabulary}: they do not go together"
+            )
         lengths = {self.video_token: iter(map(len, grids)), self.image_token: iter(int(image["tokens"]) for image in images)}
         tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
         tokens_S = torch.tensor(tokens)
@@ -151,6 +150,19 @@ class VideoLM(ABC):
                 "no text follows the video: put the question behind it, since its attention is what scores the video tokens"
             )
         return prompt
+
+    @abstractmethod
+    def check_settings(self) -> None:
+        """Raise UserError where the video processor's settings do not fit the model."""
+
+    def try_out(self) -> None:
+        """Pass one small frame and some text through all of it, as Hugging Face does. What a config.json has wrong that no size
+        of a weight shows, such as a number of heads, fails here, and not in a request. Some libraries unpack quantised weights
+        in the first such pass.
+        """
+        clip = Clip(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), (0.0,), 1.0, "", 1, 1.0)
+        grid, video = self.process_video(clip)
+        self.hf(**self.generate_inputs(self.expand([0, self.video_token, 0], [grid], [video])), logits_to_keep=1)
 
     @abstractmethod
     def sampling(self, info: VideoInfo) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""How a question becomes the tokens of a prompt: by the checkpoint's tokenizer and chat template, as Hugging Face's processors
+do it. Those themselves need torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specvlm.data.settings import read_json
+from specvlm.errors import UserError, explained
+from specvlm.models.child import ChildError, in_child
+
+PLAIN = "x"  # a question without anything in it that a tokenizer might take for more than text
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Its chat template is the processor's, where the folder has one for that. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / name)
+    with explained(f"{folder}: the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        own = tokenizer.chat_template
+    found = processor_template(folder) or own
+    if isinstance(found, dict) and "default" not in found:
+        raise UserError(f"{folder}: has chat templates named {', '.join(map(str, found))}, and none named default")
+    found = found["default"] if isinstance(found, dict) else found
+    if not isinstance(found, str) or not found.strip():
+        raise UserError(f"{folder}: the tokenizer has no chat template, and there is none beside it")
+    tokenizer.chat_template = found
+    return tokenizer
+
+
+def processor_template(folder: Path) -> Any:
+    """What Hugging Face's processor would take, a text or a dict of named ones: by its own function, which looks into
+    processor_config.json, chat_template.json, chat_template.jinja and additional_chat_templates. None where there is none.
+    """
+    from transformers.processing_utils import ProcessorMixin
+
+    settings, legacy = read_json(folder / "processor_config.json"), folder / "chat_template.json"
+    if "audio_tokenizer" in settings or (folder / "audio_tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: names an audio tokenizer, which would be another model: not supported")
+    if legacy.is_file() and "chat_template" not in read_json(legacy):
+        raise UserError(f"{legacy}: has no chat_template in it")
+    with explained(f"{folder}: the chat template cannot be read"):
+        found, _ = ProcessorMixin.get_processor_dict(folder, local_files_only=True)
+        return found.get("chat_template")
+
+
+def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
+    """A user's turn of `content` and then the question, up to where the assistant begins.
+
+    Raises UserError where the template fails, and for a question that puts control tokens into the prompt. Those are found by
+    what comes out, compared with a harmless question: tokenizers and templates may change a text before they look for them.
+    """
+    text, plain = rendered(tokenizer, content, (question, PLAIN))
+    ids = encoded(tokenizer, text)
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if not entry.content.isspace()}
+    control = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    ours, theirs = (Counter(token for token in row if token in control) for row in (ids, encoded(tokenizer, plain)))
+    if more := ours - theirs:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(more)))
+        raise UserError(
+            f"the question has {names} in it, which would act as a control token: leave it out, or put a space into it"
+        )
+    return ids
+
+
+def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
+    """The text of the prompt of each. The template is somebody else's program: it gets seconds, and some memory."""
+    chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
+
+    def render() -> str:
+        return json.dumps(tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+
+    try:
+        texts: list[str] = json.loads(in_child(render))
+    except ChildError as error:
+        raise UserError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
+    return texts
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """As the processors do: special tokens that the tokenizer itself puts around a text come too, unless they are there."""
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    with explained("the question cannot be encoded"):
+        ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+    return ids

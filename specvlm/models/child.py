@@ -1,0 +1,89 @@
+"""Run what a stranger wrote in a fork of this process: it may loop, crash or take memory, and only the fork ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from time import monotonic
+
+SECONDS = 5.0
+MEMORY = 2**29  # bytes beside what the process has already
+LONGEST = 2**22  # characters of an answer
+
+_ALONE = Lock()  # a lock that another thread holds at a fork is never let go in it: so no two of ours at once
+
+
+class ChildError(Exception):
+    """It raised, took too long, or too much; says which."""
+
+
+def in_child(action: Callable[[], str]) -> str:
+    """What `action` returns, called in a fork. Where a system cannot fork, it is called here.
+
+    Costs some milliseconds. The fork may use Python and what is in memory, not CUDA, not torch's threads.
+    Raises ChildError.
+    """
+    if not hasattr(os, "fork"):
+        return action()
+    with _ALONE:
+        source, sink = os.pipe()
+        pid = os.fork()
+        if not pid:
+            _answer(action, sink)
+        os.close(sink)
+        try:
+            said = _read(source)
+        finally:
+            os.close(source)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    if not said:
+        raise ChildError("it crashed")
+    if said[:1] != b"=":
+        raise ChildError(said[1:].decode(errors="replace"))
+    return said[1:].decode()
+
+
+def _answer(action: Callable[[], str], sink: int) -> None:
+    """The fork's own life; it never returns. The first byte says whether an answer or an error follows."""
+    try:
+        _limit_memory()
+        answer = b"=" + action().encode()
+    except BaseException as error:
+        answer = f"!{type(error).__name__}: {' '.join(str(error).split())[:300]}".encode(errors="replace")
+    with suppress(BaseException):
+        while answer:
+            answer = answer[os.write(sink, answer) :]
+    os._exit(0)
+
+
+def _limit_memory() -> None:
+    import resource
+
+    with suppress(OSError, ValueError):  # where there is no /proc there is no limit
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+
+
+def _read(source: int) -> bytes:
+    """All that the fork writes. Raises ChildError where that takes too long, or is too much."""
+    parts: list[bytes] = []
+    size, end = 0, monotonic() + SECONDS
+    while True:
+        ready, _, _ = select.select([source], [], [], max(0.0, end - monotonic()))
+        if not ready:
+            raise ChildError(f"it does not end within {SECONDS:.0f} s")
+        part = os.read(source, 2**16)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > LONGEST:
+            raise ChildError(f"it makes more than {LONGEST:,} characters")
