@@ -35,7 +35,7 @@ ablation: $(VENV)/.installed-report
 
 # They need nothing but specvlm. The build backend is installed once, instead of once a package.
 plugins: $(VENV)/.installed
-	@$(PIP) -c constraints.txt 'hatchling>=1.25' 'editables>=0.5'
+	@$(PIP) -c constraints.txt 'hatchling>=1.27' 'editables>=0.5'
 	@$(PIP) --no-deps --no-build-isolation $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
 	@echo "installed: $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))"
 

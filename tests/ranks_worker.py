@@ -11,6 +11,8 @@ from time import sleep
 
 import torch
 from curious import Curious, signals_of
+from safetensors.torch import save_file
+from torch import Tensor
 
 from specvlm import torchrun
 from specvlm.config import model_folder
@@ -93,11 +95,11 @@ def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def signals(family: str, ranks: Ranks) -> dict[str, list[float]]:
-    """Every signal of the target, added up over all axes but the last, or but the tokens'."""
+def signals(family: str, ranks: Ranks) -> dict[str, Tensor]:
+    """Every signal of the target."""
     target = model(family, "target", ranks)
     found, _ = signals_of(target, prompt_for(target), Curious())
-    return {name: (x.sum(-1) if name.startswith("hidden") else x.flatten()).tolist() for name, x in found.items()}
+    return {f"{family}.{name}": signal.contiguous() for name, signal in found.items()}
 
 
 def quantised(ranks: Ranks) -> dict[str, list[int]]:
@@ -166,10 +168,11 @@ def main() -> None:
         folder, what = Path(sys.argv[2]), sys.argv[1]
         if what in ("kill", "raise"):
             decode_for_ever(ranks, folder / "killed")
+        if what == "signals":
+            save_file(signals(FAMILIES[0], ranks) | signals(FAMILIES[1], ranks), folder / f"{ranks.rank}.safetensors")
+            return
         if what == "kernels":
             found = {"errors": kernel_errors(ranks)}
-        elif what == "signals":
-            found = {family: signals(family, ranks) for family in FAMILIES}
         else:
             found = {family: answers(family, ranks) for family in FAMILIES} | {"quantised": quantised(ranks)}
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))

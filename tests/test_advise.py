@@ -274,6 +274,7 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     monkeypatch.setattr("specvlm.advise.costs.MISFIT", 100.0)  # once is enough
     words = [
         "question=how many objects appear?",
+        "frames=4",
         "max_new_tokens=14",
         "drafters=tree,prompt_lookup,dynamic_tree,sparse",
         "drafter=dynamic_tree",
@@ -286,7 +287,7 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     assert "Use drafter=" in shown or "Do not speculate here" in shown  # which, is a matter of time
     assert sorted(path.name for path in Path("out").iterdir()) == ["advice.json", "check.json", "costs.json"]
     costs, advice = Costs.read(Path("out/costs.json")), json.loads(Path("out/advice.json").read_text())
-    assert costs.video == 1024 and {t.shape for t in costs.timings} == set(PROBES) and advice["answer_tokens"] == 10
+    assert costs.video == 128 and {t.shape for t in costs.timings} == set(PROBES) and advice["answer_tokens"] == 10
     assert {c["ratio"] for c in advice["candidates"] if c["shape"] == "paper"} == {0.0, 0.8, 0.9}
     measured = {c["drafter"]: c for c in advice["candidates"] if not c["shape"]}
     assert {name: c["ratio"] for name, c in measured.items()} == {"dynamic_tree": 0.8, "sparse": None, "prompt_lookup": None}

@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from campaign import sweeps, xss
 from campaign.__main__ import campaigns, main
+from campaign.fork import Ended
 
 
 def test_a_sample_of_every_campaign_finds_nothing():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # another process: campaigns fork, and this one has threads
-    done = subprocess.run([sys.executable, "-m", "campaign", "--sample"], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "campaign", "--sample"], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == list(campaigns())
+    ends = [line.partition(":")[0] for line in done.stdout.splitlines() if " attacks, 0 findings" in line]
+    assert ends == list(campaigns()) and {"bad_keys", "disk", "kills", "leaks", "xss"} <= set(ends)
+
+
+@pytest.mark.parametrize("name", campaigns())
+def test_a_campaign_says_how_much_of_it_is_run(name):
+    campaign = campaigns()[name]
+    assert 0 < campaign.SAMPLE < campaign.COUNT and campaign.__doc__
+
+
+@pytest.mark.parametrize(
+    ("ended", "fault"),
+    [
+        (Ended(3, "", "specvlm: a fault", 1.0, 1), "exit code 3"),
+        (Ended(-11, "", "", 1.0, 1), "exit code -11"),
+        (Ended(None, "", "", 1.0, 1), "hung"),
+        (Ended(0, "", "", 30.0, 1), "hung"),
+        (Ended(0, "", "Traceback (most recent call last):", 1.0, 1), "traceback"),
+        (Ended(2, "", "one line\nand another", 1.0, 1), "2 lines"),
+        (Ended(2, "", "", 1.0, 1), "0 lines"),
+    ],
+)
+def test_an_end_that_is_wrong_is_found(ended, fault):
+    assert ended.faults()[0].startswith(fault)
+    assert not Ended(2, "", "specvlm: one line\n", 1.0, 1).faults() and not Ended(0, "an answer", "", 1.0, 1).faults()
+
+
+def sweep_of(folder, rows, steps):
+    job = folder / "job"
+    job.mkdir(parents=True)
+    for name, lines in (("samples", rows), ("steps", steps)):
+        (job / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_rows_that_are_lost_doubled_or_changed_are_found(tmp_path):
+    rows = [{"sample": name, "status": "ok", "token_ids": [1, 2], "decode_s": 1.0} for name in "ab"]
+    steps = [{"sample": name, "tokens": [token]} for name in "ab" for token in (1, 2)]
+    whole = sweeps.rows(sweep_of(tmp_path / "whole", rows, steps))
+    later = [row | {"decode_s": 2.0} for row in rows]
+    assert not sweeps.differences(sweep_of(tmp_path / "later", later, steps), whole)
+    for number, (wrong, rounds, said) in enumerate(
+        [
+            (rows[:1], steps[:2], "('job', 'b') is missing"),
+            ([*rows, rows[0]], [*steps, *steps[:2]], "job: a was written twice"),
+            ([rows[0], rows[1] | {"answer": "no"}], steps, "('job', 'b') differs in answer"),
+            (rows, steps[:3], "job: the rounds of b do not give its tokens"),
+        ]
+    ):
+        assert said in sweeps.differences(sweep_of(tmp_path / f"{number}", wrong, rounds), whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("<script>1</script>", "<script>"),
+        ("<img src=x onerror=a()>", "onerror=…"),
+        ("<a href='javascript:a()'>x</a>", "href=javascript:a()"),
+        ("<base href=//evil>", "<base>"),
+        ("<iframe srcdoc='x'>", "srcdoc=…"),
+    ],
+)
+def test_what_can_act_in_a_page_is_counted(text, part, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(f"<p>{text}</p>")
+    assert xss.active_parts(page)[part] == 1
+    page.write_text(f"<p>{html.escape(text)}</p>")
+    assert not xss.active_parts(page)
 
 
 @pytest.fixture

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from email import message_from_string
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from specvlm import config
@@ -86,6 +90,38 @@ def test_wheel_carries_configuration_assets_types_and_command(wheel):
             assert str(file.relative_to(ROOT)) in names, file
     assert "specvlm/py.typed" in names and "specvlm = specvlm.__main__:main" in entry_points
     assert not any(name.startswith(("tests/", "experiments/", "plugins/")) for name in names)
+
+
+def test_wheel_says_whose_it_is_and_under_which_license(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+        metadata = message_from_string(archive.read(files["METADATA"]).decode())
+        for path in metadata.get_all("License-File"):
+            assert archive.read(files[f"licenses/{path}"]) == (ROOT / path).read_bytes()
+    assert metadata.get_all("License-File") == ["LICENSE", "specvlm/assets/README.md"]
+    assert (metadata["License-Expression"], metadata["Author"]) == ("Apache-2.0", "the specvlm authors")
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(metadata.get_all("Classifier"))
+    assert tuple(map(int, metadata["Metadata-Version"].split("."))) >= (2, 4)
+
+
+def test_every_clip_and_every_folder_of_weights_has_a_license():
+    assets = ROOT / "specvlm" / "assets"
+    rows = [line.split("|")[1:-1] for line in (assets / "README.md").read_text().splitlines() if line.startswith("| `")]
+    licensed = {pattern: license.strip() for files, _, license in rows for pattern in re.findall(r"`([^`]+)`", files)}
+    assert all("Apache-2.0" in license or "CC BY 3.0" in license for license in licensed.values())
+    for path in (*(assets / "clips").iterdir(), *(folder for folder in assets.iterdir() if folder.name != "clips")):
+        name = f"{path.relative_to(assets)}{'/' * path.is_dir()}"
+        assert path.suffix == ".md" or sum(fnmatch(name, pattern) for pattern in licensed) == 1, name
+
+
+def test_the_citation_agrees_with_the_metadata():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["title"], cited["version"], cited["license"]) == (project["name"], project["version"], project["license"])
+    assert (cited["authors"], cited["abstract"]) == (project["authors"], project["description"])
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_pinned_versions_satisfy_what_the_package_asks_for():

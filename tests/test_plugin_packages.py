@@ -42,6 +42,25 @@ def test_the_entry_point_bears_the_name_of_the_distribution(folder):
     assert config["tool"]["hatch"]["build"]["targets"]["wheel"]["include"] == [f"{module}.py"]
 
 
+PAPERS = ("authors", "license", "classifiers", "keywords", "requires-python", "version")
+
+
+@each_package
+def test_its_metadata_are_those_of_the_other_packages(folder):
+    ours, all_of_specvlm = project(folder), project(FOLDERS[0].parents[1])
+    assert {key: ours[key] for key in PAPERS} == {key: project(FOLDERS[0])[key] for key in PAPERS}
+    assert (ours["authors"], ours["license"]) == (all_of_specvlm["authors"], all_of_specvlm["license"])
+    assert set(ours["classifiers"]) <= set(all_of_specvlm["classifiers"])
+    assert set(ours["keywords"]) <= set(all_of_specvlm["keywords"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_example_of_a_page_has_the_same_metadata(page):
+    text = (FOLDERS[0].parents[1] / page).read_text(encoding="utf-8")
+    (example,) = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.S) if "[project]" in block)
+    assert {key: example["project"][key] for key in PAPERS} == {key: project(FOLDERS[0])[key] for key in PAPERS}
+
+
 @each_package
 def test_its_wheel_is_built_and_holds_its_module_alone(folder, tmp_path):
     """By the build back end in this process: no network, nothing installed."""
@@ -56,6 +75,7 @@ def test_its_wheel_is_built_and_holds_its_module_alone(folder, tmp_path):
     assert dict(points["specvlm"]) == {folder.name: module}
     assert metadata["Name"] == folder.name and metadata["Summary"] == project(folder)["description"]
     assert "specvlm" in metadata.get_all("Requires-Dist") and metadata["Requires-Python"] == ">=3.11"
+    assert (metadata["Author"], metadata["License-Expression"]) == ("the specvlm authors", "Apache-2.0")
 
 
 @each_package

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_same_sums
 
 from specvlm import segments
 from specvlm.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread
@@ -24,7 +25,7 @@ def test_adjacent_cosine_takes_frames_or_cells():
     x_FPD = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
     cells = adjacent_cosine(x_FPD)
     assert cells.shape == (3, 3)
-    torch.testing.assert_close(cells[:, 1], adjacent_cosine(x_FPD[:, 1]))
+    assert_same_sums(cells[:, 1], adjacent_cosine(x_FPD[:, 1]), terms=3 * 5, size=1)
 
 
 @pytest.mark.parametrize("sizes", [[5, 5, 5], [1, 2, 9], [0, 4, 0, 1], [7]])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -204,22 +202,6 @@ def test_jobs_of_another_target_come_when_those_of_the_first_are_through(loads):
 
 
 # Going on
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_at_random_moments_and_resumed_has_the_rows_of_one_that_ran_through():
-    words, began = [*ASK, THREE, "dataset.scenes=4"], time.monotonic()
-    assert end(start(["-m", *words, "hydra.sweep.dir=whole"])) == 0
-    whole_s, clock = time.monotonic() - began, random.Random(7)
-    resumed = ["-m", *words, "hydra.sweep.dir=broken", "resume=true"]
-    for _ in range(5):
-        if end(start(resumed), clock.uniform(0.2, 0.9) * whole_s) != -9:
-            break
-    assert end(start(resumed)) == 0, Path("log.txt").read_text()
-    assert table(Path("broken")) == table(Path("whole"))
-    for job in jobs(Path("broken")).values():
-        names = [json.loads(line)["sample"] for line in (job / "samples.jsonl").read_text().splitlines()]
-        assert sorted(names) == sorted(set(names)), "none was done twice"
 
 
 def test_half_a_line_and_rounds_without_a_row_are_cut_off():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rounding import rounding
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import specvlm
@@ -127,8 +128,10 @@ def test_the_training_forward_gives_the_logits_of_the_stock_one(family):
     objects, backgrounds = map(torch.from_numpy, synthetic.pack([scene]))
     frames = synthetic.draw(objects, backgrounds, torch.arange(0, 8, step).float())[0]
     ids = torch.tensor(first_question(family, "describe the video .") + encode(synthetic.caption(scene)))
-    net = forward.Forward(build(family, "draft").eval(), family)
-    assert forward.parity(net, forward.patches(frames, family, torch.float32), 4, ids) < 1e-5
+    net = forward.Forward(build(family, "draft").double().eval(), family)
+    parity = forward.parity(net, forward.patches(frames, family, torch.float64), 4, ids)  # relative to the largest logit
+    norms = [part for part in net.model.modules() if "Norm" in type(part).__name__]  # in float32 whatever the model's dtype
+    assert parity < rounding(sum(norm.weight.numel() for norm in norms), 1.0, torch.float32)
 
 
 def test_training_keep_sets_are_those_of_the_pruner():

@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from time import time
 
 import pytest
 import ranks_worker
 import torch
+from rounding import additions, assert_same_sums
+from safetensors.torch import load_file
 
+from specvlm.config import model_folder
+from specvlm.models.load import skeleton
 from specvlm.ranks import ALONE
+from specvlm.strategy.signals import axes_of
 
 pytest.importorskip("accelerate")
 HERE = Path(__file__).parent
@@ -53,13 +57,17 @@ def test_it_is_the_output_of_one_process(family, by_ranks):
 def test_signals_are_the_same_on_both_ranks_and_those_of_one_process(tmp_path):
     done = torchrun(HERE / "ranks_worker.py", "signals", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    for family in ranks_worker.FAMILIES:
-        alone = ranks_worker.signals(family, ALONE)
-        assert set(alone) == set(first[family])
-        for name, values in alone.items():
-            torch.testing.assert_close(torch.tensor(first[family][name]), torch.tensor(values), rtol=1e-4, atol=1e-5, msg=name)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    alone = {name: x for family in ranks_worker.FAMILIES for name, x in ranks_worker.signals(family, ALONE).items()}
+    assert set(alone) == set(first) == set(second)
+    for key, signal in alone.items():
+        family, _, name = key.partition(".")
+        target = skeleton(model_folder(f"embedded:{family}/target")).hf
+        terms, axes = additions(target, keys=2048), axes_of(name)
+        assert torch.equal(first[key], second[key]), key
+        assert_same_sums(first[key], signal, terms)
+        with pytest.raises(AssertionError):  # the neighbouring token's are further away
+            assert_same_sums(first[key], signal.roll(1, axes.index("T" if "T" in axes else "N")), terms)
 
 
 def test_quantised_shares_give_one_output_both_ways(by_ranks):
@@ -76,7 +84,7 @@ def test_quantised_shares_give_one_output_both_ways(by_ranks):
 )
 def test_a_rank_that_dies_ends_the_other_with_one_line(how, line, tmp_path):
     done = torchrun(HERE / "ranks_worker.py", how, tmp_path)
-    assert time() - (tmp_path / "killed").stat().st_mtime < 30
+    assert (tmp_path / "killed").exists()
     ours = [said for said in done.stderr.splitlines() if said.startswith("specvlm:")]
     assert len(ours) == 1 and ours[0].startswith(line), done.stderr[-3000:]
     assert done.returncode != 0

@@ -260,6 +260,6 @@ def hf_inputs(family: str, patch_FPV: Tensor, seconds: int, ids_R: Tensor) -> di
 @torch.no_grad()
 def parity(net: Forward, patch_FPV: Tensor, seconds: int, ids_R: Tensor) -> float:
     """Largest logit difference between this forward and the stock one on one video, relative to the largest logit."""
-    stock = net.model(**hf_inputs(net.family, patch_FPV, seconds, ids_R)).logits[0, -len(ids_R) :].float()
+    stock = net.model(**hf_inputs(net.family, patch_FPV, seconds, ids_R)).logits[0, -len(ids_R) :]
     ours = net.text(net.vision(patch_FPV, 1, plain=True), ids_R[None], seconds, plain=True)[0]
     return ((stock - ours).abs().max() / stock.abs().max()).item()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_same_sums
 from specvlm_uv_prune import UVPrunePruner
 from torch.nn.functional import cosine_similarity
 
@@ -37,7 +38,7 @@ def test_the_telescoped_form_equals_the_sum_over_layers_and_text():
     for layer in range(1, layers + 1):
         states.observe(layer, states_LSD[layer])
     signal = states.similarity(states_LSD[0, video_index])
-    torch.testing.assert_close((signal[1] - signal[0]) * 7, score_N)
+    assert_same_sums((signal[1] - signal[0]) * 7, score_N, terms=3 * width + 2 * layers * 7, size=2 * layers * 7)
     for budget in range(1, len(grid)):
         keep = pruner.select(PruneContext((grid,), budget, {"text_similarity": signal}))
         assert torch.equal(keep.index, KeepSet.top(score_N, budget).index)

@@ -52,7 +52,7 @@ class Ended:
 class Child:
     """A fork that calls `action` in a folder of its own and ends with the exit code that it returns."""
 
-    def __init__(self, action: Callable[[], int], folder: Path, memory_gb: int = 12) -> None:
+    def __init__(self, action: Callable[[], int], folder: Path, memory_gb: int | None = 12) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         sys.stdout.flush()
@@ -85,13 +85,14 @@ class Child:
         return Ended(code, out, err, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10)
 
 
-def _live(action: Callable[[], int], folder: Path, memory_gb: int) -> NoReturn:
+def _live(action: Callable[[], int], folder: Path, memory_gb: int | None) -> NoReturn:
     """The child's own life: it never returns into the code that forked it."""
     code = CRASHED
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory_gb << 30, memory_gb << 30))
+        if memory_gb:
+            resource.setrlimit(resource.RLIMIT_AS, (memory_gb << 30, memory_gb << 30))
         for path, mode, number in ((os.devnull, os.O_RDONLY, 0), ("out", os.O_WRONLY, 1), ("err", os.O_WRONLY, 2)):
             os.dup2(os.open(folder / path, mode | (os.O_CREAT if number else 0)), number)
         os.chdir(folder)
