@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from specvlm.data.video import Clip
@@ -68,7 +68,7 @@ def read_picture(path: Path) -> Tensor:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit
         raise UserError(f"{path} has more than {MOST_PIXELS} pixels: make it smaller") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UserError(f"{path} is damaged or not a picture: wanted {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
         raise UserError(f"{path} is damaged or not a picture ({' '.join(str(error).split())})") from None
