@@ -17,7 +17,7 @@ from specvlm.compose import FOLDERS
 from specvlm.errors import ExitCode, JobFailed, worst
 from specvlm.held import HELD, Held
 from specvlm.job import Job
-from specvlm.metrics import MEANS, totals
+from specvlm.metrics import MEANS, SPANS, totals
 from specvlm.places import places_of
 from specvlm.prepare import Reading
 from specvlm.ranks import joined
@@ -132,7 +132,7 @@ class Sweep:
         """A job's line of the tracker's table."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
-        figures = {key: found[key] for key in (*MEANS, "speedup_decode", "speedup_end_to_end", "ok", "failed", "skipped")}
+        figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
