@@ -32,7 +32,8 @@ KEYS = {
     "end_to_end_s": "time_to_first_token_s + drafter_start_s + decode_s; reading the video is in times_s.video",
     "file_to_first_token_s": "wall time from opening the file to the first token: times_s.video + time_to_first_token_s; "
     "loading the models, warming up and capturing are left out",
-    "file_to_last_token_s": "wall time from opening the file to the last token: times_s.video + end_to_end_s; the same left out",
+    "file_to_last_token_s": "wall time from opening the file to the last token: times_s.video + end_to_end_s; "
+    "the same left out",
     "tokens_per_second": "tokens after the first, over drafter_start_s + decode_s",
     "baseline_decode_s": "the same of `autoregressive`",
     "baseline_end_to_end_s": "the same of `autoregressive`",
@@ -41,8 +42,9 @@ KEYS = {
     "speedup_decode": "baseline_decode_s / decode_s",
     "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
     "speedup_file_to_last_token": "baseline_file_to_last_token_s / file_to_last_token_s: of all that is waited for",
-    "times_s": "seconds by part: video (reading the file, preprocessing; as it took when it was read, for rows that share it "
-    "or whose video was read ahead, too), embed, prefill, prune, draft_prefill, draft, verify; capture where the engine met a new shape of tree, or a new cache, in the middle of the request",
+    "times_s": "seconds by part: video (reading and preprocessing, as it took; rows that share a reading each have it, "
+    "and one done ahead counts in full), embed, prefill, prune, draft_prefill, draft, verify; capture where the engine met a "
+    "new shape of tree, or a new cache, in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
     "difference": "of the first differing token: its index; the candidates, what came out and what the target prefers, as ids "

@@ -29,7 +29,7 @@ CONFIG = {
 
 
 def row(index: int, accepted: float = 3.0, ours: float = 1.0, alone: float = 2.0, kept: int | None = 102, **changes) -> dict:
-    """A sample's line. ours, alone: seconds of decoding, to which 0.5 s are added up to the first token, and 0.2 s for reading."""
+    """A sample's line. ours, alone: seconds of decoding; 0.5 s are added up to the first token, 0.2 s for reading."""
     figures = {
         "verdict": "identical",
         "text": f"answer {index}",
