@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -11,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sweeping import end, install, jobs, start, table, uninstall, videos
+from sweeping import end, jobs, start, table, untimed
 
 from specvlm import answer, prepare, registry
 from specvlm.__main__ import main
 from specvlm.compose import compose
-from specvlm.errors import ExitCode
+from specvlm.errors import ExitCode, JobFailed, UserError
 from specvlm.held import HELD
+from specvlm.job import Job
 from specvlm.places import places_of
 from specvlm.readings import Readings
 from specvlm.rows import CannotWrite, rows_of
+from specvlm.sweep import take_turns
 
 FEW = ["dataset=folder", "dataset.root=films", "frames=4", "max_new_tokens=3", "baseline=false"]
 PATIENCE_S = 30.0
@@ -53,21 +56,35 @@ def reads(monkeypatch):
     return calls
 
 
+def answer_all(out: str, *jobs_words: list[str]) -> int:
+    """A job for each list of words, as a sweep does them; the exit code."""
+    started = []
+    for number, words in enumerate(jobs_words):
+        cfg = compose([*FEW, *words])
+        started.append(Job(cfg, Path(out, str(number)), Path(out), HELD))
+        started[-1].start()
+    return take_turns(started, started[0].cfg.turn, lambda _: ExitCode.FAULT)
+
+
 def running() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-@pytest.mark.parametrize("words", [["pruner=random,uniform"], ["frames=4,6", "turn=2"]], ids=["shared", "apart"])
-def test_rows_and_rounds_are_the_same_with_and_without(words, reads):
+SHARED = [["pruner=random"], ["pruner=uniform"]]
+APART = [["frames=4", "turn=2"], ["frames=6", "turn=2"]]
+
+
+@pytest.mark.parametrize("both", [SHARED, APART], ids=["shared", "apart"])
+def test_rows_and_rounds_are_the_same_with_and_without(both, reads):
     """Jobs that share readings, and that do not; by a rule with chance in it."""
     for word in ("true", "false"):
-        more = ["verifier=sampling", "verifier.temperature=0.8", f"prefetch={word}", f"hydra.sweep.dir={word}"]
-        assert main(["-m", *FEW, *words, *more]) == 0
+        more = ["verifier=sampling", "verifier.temperature=0.8", f"prefetch={word}"]
+        assert answer_all(word, *([*words, *more] for words in both)) == 0
         assert not running()
     assert len(jobs(Path("true"))) == 2 and table(Path("true")) == table(Path("false"))
     ahead, usual = reads[: len(reads) // 2], reads[len(reads) // 2 :]
     assert sorted(sample for sample, *_ in ahead) == sorted(sample for sample, *_ in usual), "nothing is read twice"
-    assert len(usual) == (3 if "turn=2" not in words else 6) and not any(behind for _, behind, _ in usual)
+    assert len(usual) == (3 if both is SHARED else 6) and not any(behind for _, behind, _ in usual)
     assert [behind for _, behind, _ in ahead] == [False, *[True] * (len(ahead) - 1)]
 
 
@@ -93,13 +110,13 @@ def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypat
 
     monkeypatch.setattr("specvlm.job.read", reading)
     monkeypatch.setattr("specvlm.job.speculate", decoding)
-    assert main([*FEW, "prefetch=true", "hydra.run.dir=out"]) == 0
+    assert answer_all("out", ["prefetch=true"]) == 0
     assert len(decoded) == 3 and read == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("words", [[], ["prefetch=false"]])
 def test_on_a_cpu_nothing_is_read_ahead_unless_it_is_asked_for(words, reads):
-    assert main([*FEW, *words, "hydra.run.dir=out"]) == 0
+    assert answer_all("out", words) == 0
     assert [behind for _, behind, _ in reads] == [False] * 3
 
 
@@ -115,30 +132,25 @@ def test_where_the_target_is_on_a_gpu_the_next_video_is_read_ahead():
 def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
     decoding, real = [], answer.speculate
     monkeypatch.setattr("specvlm.job.speculate", lambda *args: decoding.append(torch.get_num_threads()) or real(*args))
-    assert main([*FEW, "threads=2", "max_new_tokens=1", "prefetch=true", "hydra.run.dir=out"]) == 0
+    assert answer_all("out", ["threads=2", "max_new_tokens=1", "prefetch=true"]) == 0
     assert [count for *_, count in reads] == decoding == [2, 2, 2] and torch.get_num_threads() == 1
 
 
 def test_without_a_number_of_threads_both_places_have_the_usual_one(reads):
-    assert main([*FEW, "prefetch=true", "hydra.run.dir=out"]) == 0
+    assert answer_all("out", ["prefetch=true"]) == 0
     assert [count for *_, count in reads] == [1, 1, 1]
 
 
-@pytest.fixture
-def wrong(monkeypatch):
-    install(monkeypatch)
-    videos(Path("videos"))
-    yield
-    uninstall()
-
-
-def test_a_video_that_cannot_be_read_costs_its_own_row(wrong):
-    words = ["-m", "dataset=broken", "pruner=uniform,random", "frames=4", "max_new_tokens=2", "baseline=false"]
+def test_a_video_that_cannot_be_read_costs_its_own_row(capfd):
+    Path("films/b/3.png").write_text("no picture")
+    shutil.rmtree("films/c")
+    with Path("films/questions.jsonl").open("a") as file:
+        file.write(json.dumps({"video": "a", "fps": 2, "id": "d", "question": "what ?"}) + "\n")
     for word in ("true", "false"):
-        assert main([*words, f"prefetch={word}", f"hydra.sweep.dir={word}"]) == 5
-    assert table(Path("true")) == table(Path("false"))
-    rows = rows_of(next(iter(jobs(Path("true")).values())))
-    assert [row["status"] for row in rows] == ["ok", "failed", "skipped", "ok"]
+        assert answer_all(word, [f"prefetch={word}"]) == ExitCode.FAILED
+    rows, same = (untimed(rows_of(Path(word, "0"))) for word in ("true", "false"))
+    assert rows == same and [row["status"] for row in rows] == ["ok", "failed", "skipped", "ok"]
+    assert "3.png is damaged" in rows[1]["reason"] and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, monkeypatch):
@@ -151,16 +163,16 @@ def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, mon
         return real(request, ranks)
 
     monkeypatch.setattr(HELD, "graph", graph)
-    assert main(["-m", *FEW, "frames=6,4", "prefetch=true", "hydra.sweep.dir=sweep"]) == 3
-    assert sorted(len(rows_of(job)) for job in jobs(Path("sweep")).values()) == [0, 3]
+    assert answer_all("out", ["frames=6", "prefetch=true"], ["frames=4", "prefetch=true"]) == ExitCode.FAULT
+    assert [len(rows_of(Path("out", job))) for job in "01"] == [0, 3]
     assert not running() and len(reads) == 4
 
 
-ENDS = {KeyboardInterrupt(): 130, CannotWrite("the disk is full"): ExitCode.MISTAKE, ValueError("no"): ExitCode.FAILED}
+ENDS = {KeyboardInterrupt: KeyboardInterrupt(), CannotWrite: CannotWrite("the disk is full"), JobFailed: ValueError("no")}
 
 
-@pytest.mark.parametrize("fault", ENDS, ids=repr)
-def test_nothing_runs_on_behind_a_job_that_ends_early(fault, monkeypatch):
+@pytest.mark.parametrize("end_of_it", ENDS)
+def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
     """While the next video is read: by Ctrl-C, a full disk, and fail_fast."""
     begun, go_on, real = threading.Event(), threading.Event(), prepare.read
 
@@ -173,11 +185,12 @@ def test_nothing_runs_on_behind_a_job_that_ends_early(fault, monkeypatch):
     def ending(*_):
         assert begun.wait(PATIENCE_S)
         threading.Timer(0.1, go_on.set).start()
-        raise fault
+        raise ENDS[end_of_it]
 
     monkeypatch.setattr("specvlm.job.read", reading)
     monkeypatch.setattr("specvlm.job.speculate", ending)
-    assert main([*FEW, "prefetch=true", "fail_fast=true", "hydra.run.dir=out"]) == ENDS[fault]
+    with pytest.raises(end_of_it):
+        answer_all("out", ["prefetch=true", "fail_fast=true"])
     assert go_on.is_set() and not running()
 
 
@@ -211,10 +224,9 @@ def test_memory_is_planned_for_one_more_video():
 
 
 @pytest.mark.parametrize("word", ["maybe", "null", "[true]", "2"])
-def test_other_words_are_one_line(word, capsys):
-    assert main([*FEW, f"prefetch={word}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "prefetch=" in line and "auto, true or false" in line
+def test_other_words_are_refused(word):
+    with pytest.raises(UserError, match=r"prefetch=.*expected auto, true or false"):
+        compose([*FEW, f"prefetch={word}"])
 
 
 def test_what_nobody_asks_for_is_waited_for_and_dropped():
