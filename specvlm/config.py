@@ -86,6 +86,7 @@ class RunConfig:
     fail_fast: bool = MISSING
     shard: str | None = MISSING
     turn: int = MISSING
+    prefetch: Any = MISSING
     record: bool = MISSING
 
 
@@ -115,6 +116,7 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "repetition_penalty", penalty is None or 0 < penalty < float("inf"), "more than 0, or null")
     _expect(cfg, "max_pixels", cfg.max_pixels is None or cfg.max_pixels >= 1, "at least 1, or null")
     _expect(cfg, "turn", cfg.turn >= 1, "at least 1")
+    _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
     shard = re.fullmatch(r"(\d+)/(\d+)", "0/1" if cfg.shard is None else cfg.shard)
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
     if cfg.shard is not None and cfg.dataset is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -23,8 +24,9 @@ from specvlm.folder import write_attention, write_json, write_text
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
 from specvlm.places import places_of
-from specvlm.prepare import Prepared, Reading, read, set_up
+from specvlm.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.ranks import ALONE, Ranks
+from specvlm.readings import Read, Readings
 from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, writable
 from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
@@ -34,7 +36,7 @@ A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too m
 
 
 class Job:
-    """Opened by `start`, which finds all mistakes that can be found without weights; then any number of `turn`s; then `close`.
+    """Opened by `start`, which finds all mistakes that can be found without weights; then a `turn` a sample; then `close`.
 
     folder: None for a rank that writes nothing. above: of all jobs of a sweep, where baselines are kept. label: what tells it
     from the other jobs, group: the sweep's name. Samples that fail get a row with the reason; what makes all of them fail, such
@@ -86,20 +88,39 @@ class Job:
         which, of = self.shard or (0, 1)
         return range(which, len(self.samples), of)
 
-    def turn(self, indices: Iterable[int], readings: dict[Any, Reading], order: int | None = None) -> None:
-        """Answer those of these samples that are still to do. readings: of jobs that may ask the same; order: of this job among
-        them. Raises what the whole job fails of; with fail_fast also what the first sample fails of.
+    def turn(
+        self, index: int, readings: Readings, order: int | None = None, read_next: Callable[[], None] = lambda: None
+    ) -> None:
+        """Answer a sample, unless that has been done.
+
+        Args:
+            index: its place in the data set.
+            readings: of jobs that may ask the same.
+            order: of this job among those jobs.
+            read_next: begins to read what comes next; called once this one is read, where the job reads ahead.
+
+        Raises what the whole job fails of; with fail_fast also what the sample fails of.
         """
-        for index in sorted(set(indices) & set(self.todo)):
-            with threads(self.cfg.threads):
-                found = self._sample(index, readings) | {"order": order}
-            assert self.rows is not None
-            self.rows.end(found)
-            self.todo.remove(index)
-            self.screen.sample(self, found)
-            self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
-            if self.cfg.fail_fast and self.code_of([found]):
-                raise JobFailed(self.code_of([found]))
+        if index not in self.todo:
+            return
+        with threads(self.cfg.threads):
+            found = self._sample(index, readings, read_next) | {"order": order}
+        assert self.rows is not None
+        self.rows.end(found)
+        self.todo.remove(index)
+        self.screen.sample(self, found)
+        self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
+        if self.cfg.fail_fast and self.code_of([found]):
+            raise JobFailed(self.code_of([found]))
+
+    def key(self, index: int) -> Hashable:
+        """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
+        cfg, target = self.cfg, self.setup.target
+        return repr(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder
+
+    def read(self, index: int) -> Read:
+        """What reads the sample's video and makes the prompt."""
+        return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
         """Write the totals, let go of the folder; a second time it does nothing. Returns the exit code: of all rows that are
@@ -138,14 +159,17 @@ class Job:
 
     # ---- one sample --------------------------------------------------------------------------------------------------
 
-    def _sample(self, index: int, readings: dict[Any, Reading]) -> dict[str, Any]:
+    def _sample(self, index: int, readings: Readings, read_next: Callable[[], None]) -> dict[str, Any]:
         """Its row, all but the order. Rounds are written on the way."""
         assert self.rows is not None
         sample, record = self.samples[index], Record()
         self.rows.begin()
         request, status, reason = None, "failed", "another rank could not prepare it"
         try:
-            request = self.held.plan(self.setup, self._read(index, readings))
+            reading = readings.get(self.key(index), self.read(index))
+            if reads_ahead(self.cfg, self.setup.places):
+                read_next()
+            request = self.held.plan(self.setup, reading)
         except MissingVideo as error:
             status, reason = "skipped", one_line(error)
         except Exception as error:
@@ -192,14 +216,6 @@ class Job:
         if line and line not in self._told:
             self._told.add(line)
             self.screen.note(line)
-
-    def _read(self, index: int, readings: dict[Any, Reading]) -> Reading:
-        """The prompt; jobs that ask the same of the same family share it."""
-        cfg, target = self.cfg, self.setup.target
-        key = (repr(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
-        if key not in readings:
-            readings[key] = read(self.setup, self.samples[index])
-        return readings[key]
 
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
         assert self.rows is not None

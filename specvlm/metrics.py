@@ -30,13 +30,21 @@ KEYS = {
     "drafter_start_s": "prune + the drafter's own prefill, after the first token; 0 where nothing is drafted",
     "decode_s": "all rounds: drafting and checking, both prefills left out (the paper's measure)",
     "end_to_end_s": "time_to_first_token_s + drafter_start_s + decode_s; reading the video is in times_s.video",
+    "file_to_first_token_s": "wall time from opening the file to the first token: times_s.video + time_to_first_token_s; "
+    "loading the models, warming up and capturing are left out",
+    "file_to_last_token_s": "wall time from opening the file to the last token: times_s.video + end_to_end_s; "
+    "the same left out",
     "tokens_per_second": "tokens after the first, over drafter_start_s + decode_s",
     "baseline_decode_s": "the same of `autoregressive`",
     "baseline_end_to_end_s": "the same of `autoregressive`",
+    "baseline_file_to_first_token_s": "the same of `autoregressive`, behind the same times_s.video",
+    "baseline_file_to_last_token_s": "the same of `autoregressive`, behind the same times_s.video",
     "speedup_decode": "baseline_decode_s / decode_s",
     "speedup_end_to_end": "baseline_end_to_end_s / end_to_end_s",
-    "times_s": "seconds by part: video (reading, preprocessing), embed, prefill, prune, draft_prefill, draft, verify; capture "
-    "where the engine met a new shape of tree, or a new cache, in the middle of the request",
+    "speedup_file_to_last_token": "baseline_file_to_last_token_s / file_to_last_token_s: of all that is waited for",
+    "times_s": "seconds by part: video (reading and preprocessing, as it took; rows that share a reading each have it, "
+    "and one done ahead counts in full), embed, prefill, prune, draft_prefill, draft, verify; capture where the engine met a "
+    "new shape of tree, or a new cache, in the middle of the request",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
     "difference": "of the first differing token: its index; the candidates, what came out and what the target prefers, as ids "
@@ -55,6 +63,14 @@ KEYS = {
     "versions": "of specvlm, python, torch, transformers and the machine",
 }
 
+SPANS = ("decode", "end_to_end", "file_to_last_token")  # that have a `baseline_…_s` and a `speedup_…`
+LATER = (
+    "file_to_first_token_s",
+    "file_to_last_token_s",
+    "baseline_file_to_first_token_s",
+    "baseline_file_to_last_token_s",
+    "speedup_file_to_last_token",
+)  # of KEYS what older rows and summaries lack
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
 
@@ -90,6 +106,19 @@ def speed(times: Mapping[str, float], tokens: int) -> dict[str, float]:
     }
 
 
+def from_file(video_s: float, found: Mapping[str, float]) -> dict[str, float]:
+    """file_to_first_token_s and file_to_last_token_s, of what `speed` found."""
+    return {
+        "file_to_first_token_s": video_s + found["time_to_first_token_s"],
+        "file_to_last_token_s": video_s + found["end_to_end_s"],
+    }
+
+
+def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """`speedup_…` of every span, None where there is no baseline."""
+    return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"]) for span in SPANS}
+
+
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     """rounds, accepted_per_round, tokens_per_round, drafted_per_round, acceptance_by_depth."""
     rounds = steps[1:]
@@ -114,7 +143,8 @@ OF_JOB = ("strategies", "versions")  # of KEYS what no row has, since it is the 
 # What a job's totals have of KEYS as the mean over the samples that have it, and as the last sample has it.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
-         "baseline_decode_s", "baseline_end_to_end_s")  # fmt: skip
+         "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
+         "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
 LAST = ("parallel", "devices", "weights", "engine")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
 
@@ -125,7 +155,8 @@ TOTALS = {
     "samples": "how many the data set has: ok, failed, skipped (no video is there) and missing (not done yet) add up to it",
     "verdicts": "how many samples of each verdict",
     "reasons": "by sample, why it failed or was skipped",
-    "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` alike",
+    "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` and "
+    "`speedup_file_to_last_token` alike",
     "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not have counts as 0",
     "times_s": "mean seconds by part, over samples",
     "peak_memory_bytes": "most over all samples",
@@ -146,10 +177,10 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
         "missing": samples - len(rows),
         "verdicts": {v: n for v in VERDICTS if (n := sum(row["verdict"].startswith(v) for row in done))},
         "reasons": {row["sample"]: row["reason"] for row in rows if row["status"] != "ok"},
-        **{key: mean([row[key] for row in done if row[key] is not None]) for key in MEANS},
+        **{key: mean([row[key] for row in done if row.get(key) is not None]) for key in MEANS},
     }
-    for what in ("decode", "end_to_end"):
-        pairs = [(row[f"baseline_{what}_s"], row[f"{what}_s"]) for row in done if row[f"speedup_{what}"] is not None]
+    for what in SPANS:
+        pairs = [(row[f"baseline_{what}_s"], row[f"{what}_s"]) for row in done if row.get(f"speedup_{what}") is not None]
         found[f"speedup_{what}"] = ratio_of(sum(base for base, _ in pairs), sum(ours for _, ours in pairs))
     depths = [row["acceptance_by_depth"] for row in done if row["accepted_per_round"] is not None]
     deepest = max(map(len, depths), default=0)

@@ -50,12 +50,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample as the target is asked it. video_s: seconds it took to read the video and make the prompt."""
+    """A sample as the target is asked it.
+
+    video_s: seconds it took to read the video and make the prompt, read_bytes: what was held then: frames and pixels.
+    """
 
     prompt: VideoPrompt
     clip: str
     question: str
     video_s: float
+    read_bytes: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,15 @@ def read(setup: Setup, sample: Sample) -> Reading:
     clip = frames_of(setup.cfg, setup.target, sample)
     prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
     name = clip.source if callable(sample.video) else sample.video.name
-    return Reading(prompt, name, sample.question, perf_counter() - start)
+    pixels = sum(part.nbytes for video in prompt.videos for part in video.values() if isinstance(part, torch.Tensor))
+    return Reading(prompt, name, sample.question, perf_counter() - start, clip.frames.nbytes + pixels)
+
+
+def reads_ahead(cfg: DictConfig, places: Places) -> bool:
+    """Is the next sample's video read while one is decoded? On a CPU it would take its time from the decoding."""
+    if cfg.dataset is None:
+        return False
+    return places.first.type == "cuda" if cfg.prefetch == "auto" else bool(cfg.prefetch)
 
 
 def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
@@ -139,6 +151,11 @@ def plan(
     free = {device: memory.free_bytes(device) for device in places.devices}
     free = {device: have if have is None else have + (held or {}).get(device, 0) for device, have in free.items()}
     plans, counts = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)
+    if reads_ahead(cfg, places):
+        host = torch.device("cpu")
+        parts = plans[host].parts if host in plans else {}
+        plans[host] = memory.MemoryPlan(parts | {"the next video": reading.read_bytes})
+        free.setdefault(host, memory.free_bytes(host))
     for device, planned in plans.items():
         have = free[device]
         if have is not None and planned.total > have:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from specvlm.errors import UserError
 from specvlm.folder import write_text
 
-NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "tracker")  # rows are the same whatever these are
+NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from specvlm.job import Job
     from specvlm.prepare import Prepared
 
+SPANS = ("file_to_first_token_s", "file_to_last_token_s")
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
 MOST_REASONS = 5  # told of a job; all are in its summary.json
 COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
@@ -130,7 +131,18 @@ class Screen:
         """
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("job", overflow="fold")
-        for name in ("done", "kept", "accepted", "decode", "end to end", "verdicts", "failed", "skipped"):
+        for name in (
+            "done",
+            "kept",
+            "accepted",
+            "decode",
+            "end to end",
+            "file to\nfirst token",
+            "file to\nlast token",
+            "verdicts",
+            "failed",
+            "skipped",
+        ):
             table.add_column(name, justify="left" if name == "verdicts" else "right", no_wrap=True)
         reasons = []
         for label, found in jobs:
@@ -138,7 +150,7 @@ class Screen:
             if "samples" in found:
                 table.add_row(escape(name), *totals(found))
             else:
-                table.add_row(escape(name), "-", *[""] * 4, "[bold red]failed[/]")
+                table.add_row(escape(name), "-", *[""] * 6, "[bold red]failed[/]")
             told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]
             told += [(name, found["reason"])] if found.get("reason") else []
             reasons += [f"[dim]{escape(what)}:[/] {escape(why)}" for what, why in told[:MOST_REASONS]]
@@ -174,6 +186,8 @@ def totals(found: Mapping[str, Any]) -> Iterator[str]:
     yield "-" if found["accepted_per_round"] is None else f"{found['accepted_per_round']:.2f}"
     for _, key in SPEEDUPS:
         yield "-" if found[key] is None else f"{found[key]:.2f} x"
+    for key in SPANS:
+        yield "-" if found.get(key) is None else seconds(found[key])  # older summaries have none
     yield ", ".join(coloured(verdict, f"{count} {verdict}") for verdict, count in found["verdicts"].items()) or "-"
     yield f"[bold red]{found['failed']}[/]" if found["failed"] else ""
     yield str(found["skipped"] or "")
@@ -214,10 +228,14 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if summary["kept_tokens"] is not None:
         yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"
     yield "time to first token", seconds(summary["time_to_first_token_s"])
+    first = seconds(summary["file_to_first_token_s"])
+    yield "file to first token", f"{first} (reading the video {seconds(summary['times_s']['video'])})"
     if summary["drafter_start_s"]:
         yield "drafter start", f"{seconds(summary['drafter_start_s'])} (prune, its vision tower, prefill of the pruned prompt)"
     yield "decode", against(summary["decode_s"], summary["baseline_decode_s"], summary["speedup_decode"])
     yield "end to end", against(summary["end_to_end_s"], summary["baseline_end_to_end_s"], summary["speedup_end_to_end"])
+    whole = ("file_to_last_token_s", "baseline_file_to_last_token_s", "speedup_file_to_last_token")
+    yield "file to last token", against(*(summary[key] for key in whole))
     yield "speed", f"{summary['tokens_per_second']:.0f} tokens/s"
     yield "time by part", ", ".join(f"{part.replace('_', ' ')} {seconds(s)}" for part, s in summary["times_s"].items())
     yield "peak memory", size(summary["peak_memory_bytes"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ from specvlm.compose import FOLDERS
 from specvlm.errors import ExitCode, JobFailed, worst
 from specvlm.held import HELD, Held
 from specvlm.job import Job
-from specvlm.metrics import MEANS, totals
+from specvlm.metrics import MEANS, SPANS, totals
 from specvlm.places import places_of
-from specvlm.prepare import Reading
 from specvlm.ranks import joined
+from specvlm.readings import Readings
 from specvlm.rows import CannotWrite, Taken, config_of, rows_of, summary_of
 from specvlm.show import Screen
 from specvlm.tracker import Tracker, Wandb, sync_line
@@ -132,58 +135,104 @@ class Sweep:
         """A job's line of the tracker's table."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
-        figures = {key: found[key] for key in (*MEANS, "speedup_decode", "speedup_end_to_end", "ok", "failed", "skipped")}
+        figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
         return self.failures.get(folder) or summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
 
 
-def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
-    """Every job to its end; returns the worst exit code. turn: samples that a job answers before it is the next one's turn.
+@dataclass(frozen=True)
+class Task:
+    """A sample that a job is to answer.
 
-    Behind each turn the order moves on by one, so that no job always comes first, or behind the same other one. It goes by the
-    samples' places in the data set: whether a sweep was broken off, or split into shards, makes no difference. Shards of one
-    configuration have one place. Jobs of another target come when those of the first are through. tell: says what a whole job
-    failed of, and returns its exit code; the others go on.
+    window: a number for the samples of a turn, whose readings are kept for all jobs; place: of the job among those jobs.
+    """
+
+    window: int
+    job: Job
+    index: int
+    place: int
+
+
+def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
+    """Every job to its end, see `schedule`; returns the worst exit code.
+
+    Jobs of another target come when those of the first are through. tell: says what a whole job failed of, and returns its
+    exit code; the others go on.
     """
     codes, groups = list[int](), dict[Any, list[Job]]()
     for job in jobs:
         groups.setdefault(job.held.target_of(job.setup), []).append(job)
-    try:
-        for group in groups.values():
-            lanes = dict[Any, list[Job]]()
-            for job in group:
-                lanes.setdefault(job.folder, []).append(job)
-            for number, first in enumerate(range(0, max(len(job.samples) for job in group), turn)):
-                readings: dict[Any, Reading] = {}
-                for place in range(len(lanes)):
-                    for job in list(lanes.values())[(number + place) % len(lanes)]:
-                        codes.append(_turn(job, range(first, first + turn), readings, place, tell))
-            codes += [job.close() for job in group]
-    finally:
-        for job in jobs:
-            with suppress(CannotWrite):  # which has been said
-                job.close()
+    with Readings() as readings:
+        try:
+            for group in groups.values():
+                for task, read_next in walk(schedule(group, turn), readings):
+                    codes.append(_turn(task, readings, read_next, tell))
+                codes += [job.close() for job in group]
+        finally:
+            for job in jobs:
+                with suppress(CannotWrite):  # which has been said
+                    job.close()
     return worst(codes)
+
+
+def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
+    """Who answers what, in which order. turn: samples that a job answers before it is the next one's turn.
+
+    Behind each turn the order moves on by one, so that no job always comes first, or behind the same other one. It goes by the
+    samples' places in the data set: whether a sweep was broken off, or split into shards, makes no difference. Shards of one
+    configuration have one place.
+    """
+    folders = dict[Any, list[tuple[Job, set[int]]]]()
+    for job in jobs:
+        folders.setdefault(job.folder, []).append((job, set(job.todo)))
+    lanes, end = list(folders.values()), max(len(job.samples) for job in jobs)
+    return [
+        Task(window, job, index, place)
+        for window, first in enumerate(range(0, end, turn))
+        for place in range(len(lanes))
+        for job, todo in lanes[(window + place) % len(lanes)]
+        for index in range(first, min(first + turn, end))
+        if index in todo
+    ]
+
+
+def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Callable[[], None]]]:
+    """Each in its turn, with what begins the reading of the next sample that is still to be read."""
+    window = -1
+
+    def read_next(at: int) -> None:
+        for task in islice(tasks, at + 1, None):
+            job, index = task.job, task.index
+            if index in job.todo and (key := job.key(index)) not in readings:
+                readings.begin(key, job.read(index), job.cfg.threads)
+                return
+
+    for at, task in enumerate(tasks):
+        if task.window != window:
+            window = task.window
+            readings.forget()
+        yield task, partial(read_next, at)
 
 
 def share_ranks(cfg: DictConfig, folder: Path) -> int:
     """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
-    with joined(places_of(cfg).first) as ranks:
+    with Readings() as readings, joined(places_of(cfg).first) as ranks:
         job = Job(cfg, folder if ranks.rank == 0 else None, folder, Held(), ranks)
         job.start()
         try:
-            for index in range(len(job.samples)):
-                job.turn([index], {}, 0)
+            for task, read_next in walk(schedule([job], 1), readings):
+                job.turn(task.index, readings, 0, read_next)
         finally:
             code = job.close()
     return code
 
 
-def _turn(job: Job, indices: range, readings: dict[Any, Reading], place: int, tell: Callable[[Exception], int]) -> int:
+def _turn(task: Task, readings: Readings, read_next: Callable[[], None], tell: Callable[[Exception], int]) -> int:
+    job = task.job
     try:
-        job.turn(indices, readings, place)
+        job.turn(task.index, readings, task.place, read_next)
     except END_IT:
         raise
     except Exception as error:

@@ -18,13 +18,14 @@ import numpy as np
 from PIL import Image
 
 from specvlm.errors import one_line
+from specvlm.metrics import LATER
 
 PATIENCE_S = 3.0  # for an answer of any kind from the server, and again for a run to be begun there: 5 s in all are promised
 BEGIN_S, END_S = 2.0, 60.0
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
            "baseline_decode_s", "baseline_end_to_end_s", "speedup_decode", "speedup_end_to_end", "tokens_per_second",
-           "time_to_first_token_s", "drafter_start_s", "peak_memory_bytes", "order")  # fmt: skip
+           "time_to_first_token_s", "drafter_start_s", *LATER, "peak_memory_bytes", "order")  # fmt: skip
 TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
 PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
 MOST = 200  # characters of what W&B says went wrong
@@ -92,7 +93,7 @@ class Tracker:
             told = {f"round/{key}": made(line[key]) for key, made in ROUND.items()}
             told |= {f"round/{part}_s": seconds for part, seconds in line["times_s"].items()}
             self.run.log(told | {"round/index": done + place, "round/of_sample": row["index"], "round/number": line["round"]})
-        figures = {f"sample/{key}": row[key] for key in FIGURES if row[key] is not None}
+        figures = {f"sample/{key}": row[key] for key in FIGURES if row.get(key) is not None}
         self.run.log(figures | {"sample/index": row["index"]})
         self.rows[row["sample"]] = (row, rounds)
 
@@ -110,7 +111,7 @@ class Tracker:
         for row, _ in sorted(self.rows.values(), key=lambda pair: pair[0]["index"]):
             picture = kept_picture(row)
             shown = None if picture is None else wandb.Image(picture)
-            table.add_data(row["sample"], shown, *(row[key] for key in (*TEXTS, *FIGURES)))
+            table.add_data(row["sample"], shown, *(row.get(key) for key in (*TEXTS, *FIGURES)))
         with staging(self.folder):
             self.run.log({"samples": table})
         self.run.summary.update({key: value for key, value in totals.items() if value is not None})

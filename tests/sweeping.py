@@ -20,7 +20,7 @@ from specvlm.rows import rows_of, steps_of
 from specvlm.strategy import Dataset, Pruner, Sample
 
 ASK = ["dataset=synthetic", "dataset.ask=question", "frames=4", "max_new_tokens=12"]
-TIMES = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end")
+TIMES = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end", "speedup_file_to_last_token")
 
 
 @dataclass(frozen=True)

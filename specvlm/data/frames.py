@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from specvlm.data.video import Clip
 from specvlm.errors import MissingVideo, UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that a picture may have, whatever its suffix; no other decoder is tried
+MOST_PIXELS = 2**26  # of one picture: below the size at which Pillow warns
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
@@ -27,16 +31,16 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
         raise MissingVideo(f"no such folder of frames: {folder}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder of frames")
-    if not fps > 0:
+    if not 0 < fps < math.inf:
         raise UserError(f"{folder}: wanted frames a second above 0, got fps={fps}")
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not paths:
         raise UserError(f"{folder} holds no frames: wanted pictures ({', '.join(SUFFIXES)})")
-    paths.sort(key=lambda path: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem)])
-    first = _picture(paths[0])
+    paths.sort(key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.stem)])
+    first = read_picture(paths[0])
     frames = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
     for place, path in enumerate(paths):
-        picture = _picture(path)
+        picture = read_picture(path)
         if picture.shape != first.shape:
             sizes = " and ".join(f"{shape[2]}x{shape[1]}" for shape in (first.shape, picture.shape))
             raise UserError(f"{folder}: its frames differ in size, {sizes} in {path.name}")
@@ -45,11 +49,38 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
     return Clip(frames, times, fps, str(folder), len(paths), fps)
 
 
-def _picture(path: Path) -> Tensor:
-    """uint8 (3, H, W)."""
+def read_picture(path: Path) -> Tensor:
+    """One picture, upright and in 8 bits, as uint8 (3, H, W).
+
+    Equal to transformers' ``load_image``, which turns it as its EXIF orientation says and drops transparency; but for
+    16-bit grey, whose values Pillow would clip at 255. Of an animation the first picture.
+
+    Raises:
+        UserError: it is no picture, or damaged, or has more than `MOST_PIXELS`.
+    """
+    if not path.is_file():  # a pipe would block for ever
+        raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")
     try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # SyntaxError: what PIL raises for a broken PNG
-        raise UserError(f"{path} is damaged or not a picture ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of transparency that is dropped and of EXIF that is broken
+            pixels = np.array(_upright(path))
+    except UserError:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit
+        raise UserError(f"{path} has more than {MOST_PIXELS} pixels: make it smaller") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is damaged or not a picture: wanted {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+        raise UserError(f"{path} is damaged or not a picture ({' '.join(str(error).split())})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _upright(path: Path) -> Image.Image:
+    """As RGB. Of 16 bits the upper eight, which is what Pillow itself keeps of 16-bit colour."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"{path} is {image.width}x{image.height}, more than {MOST_PIXELS} pixels: make it smaller")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")

@@ -92,6 +92,7 @@ def read_video(
     start: float = 0.0,
     end: float | None = None,
     reader: str = "auto",
+    min_frames: int | None = None,
     max_frames: int = MAX_FRAMES,
     sampling: str = "uniform",
 ) -> Clip:
@@ -100,21 +101,21 @@ def read_video(
     A clip that holds every frame of its source is read as a file of these frames would be.
 
     ``frames=n`` takes n of them by the rule that ``sampling`` names (see ``SAMPLINGS``); ``fps=f`` takes
-    ``floor(seconds * f)``, at least one, at most what there is and ``max_frames``; neither takes every frame. "qwen"
-    makes the count even, and with ``fps`` at least 4, as Hugging Face does. Even spacing counts frames, not seconds:
-    where the frame rate varies, ``times`` tells when each frame is shown.
+    ``floor(seconds * f)``, at least ``min_frames``, at most what there is and ``max_frames``; neither takes every frame.
+    "qwen" makes the count even, and with ``fps`` at least 4 unless ``min_frames`` is given, as Hugging Face does. Even
+    spacing counts frames, not seconds: where the frame rate varies, ``times`` tells when each frame is shown.
 
     Raises UserError: a missing file, a folder, no video, a damaged or truncated one, one without frames; a reader that is
     unknown, not installed or lacks the codec; a window without frames; more frames asked for than there are
     (as Hugging Face, nothing is repeated) or than ``max_frames``.
     """
-    _check(frames, fps, max_frames, sampling)
+    _check(frames, fps, min_frames, max_frames, sampling)
 
     def sample(video: Reader | ClipReader) -> Clip:
         path = _name(source)
         total, source_fps = len(video.times), _mean_fps(video)
         window = _window(video.times, start, end, path)
-        count = _count(len(window), source_fps, frames, fps, max_frames, sampling)
+        count = _count(len(window), source_fps, frames, fps, (min_frames, max_frames), sampling)
         if count > len(window):
             has = f"{path} has {len(window)} frames{_span(start, end)}"
             raise UserError(f"{has}, fewer than the {count} asked for: set frames={len(window)} or less")
@@ -130,12 +131,12 @@ def read_video(
     return _with(source, reader, sample)
 
 
-def _check(frames: int | None, fps: float | None, max_frames: int, sampling: str) -> None:
+def _check(frames: int | None, fps: float | None, min_frames: int | None, max_frames: int, sampling: str) -> None:
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
         raise UserError(f"frames={frames} and fps={fps} exclude each other: set one")
-    for name, value in (("frames", frames), ("max_frames", max_frames)):
+    for name, value in (("frames", frames), ("min_frames", min_frames), ("max_frames", max_frames)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{name}={value}: wanted a whole number from 1")
     if fps is not None and not 0 < fps < math.inf:
@@ -210,13 +211,16 @@ def _span(start: float, end: float | None) -> str:
     return f" from {start} s" + ("" if end is None else f" to {end} s")
 
 
-def _count(total: int, source_fps: float, frames: int | None, fps: float | None, max_frames: int, sampling: str) -> int:
+def _count(
+    total: int, source_fps: float, frames: int | None, fps: float | None, bounds: tuple[int | None, int], sampling: str
+) -> int:
     if frames is not None:
         return max(2 * round(frames / 2), 1) if sampling == "qwen" else frames
     if fps is None:
         return total
-    wanted = total / source_fps * fps
+    fewest, most = bounds
+    wanted = total / source_fps * fps + 1e-6  # times are rounded: 59.9999999 frames are 60
     if sampling == "qwen":
-        most = min(total, max_frames // 2 * 2)
-        return max(math.floor(min(max(wanted, 4), most) / 2) * 2, 1)
-    return min(max(int(wanted), 1), total, max_frames)
+        even = min(total, most) // 2 * 2
+        return max(math.floor(min(max(wanted, fewest or 4), even) / 2) * 2, 1)
+    return min(max(int(wanted), fewest or 1), total, most)

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
-from specvlm.data.settings import read_video_settings
+from specvlm.data.sampling import SamplingSettings
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.sight import Sight, inputs_of, received
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
+
+FRAMES = 32  # of a video, where the checkpoint names no number
 
 
 class LlavaOneVision(VideoLM):
@@ -35,12 +37,14 @@ class LlavaOneVision(VideoLM):
             raise UserError(f"{self.folder}: frames are {ours.height}x{ours.width} for the processor, {side} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """As its video processor's settings have it, else 32 frames, evenly spaced; never more than there are."""
-        settings = read_video_settings(self.folder, ("Llava",))
-        frames = int(settings.get("num_frames") or 32)
-        if settings.get("fps") and info.duration * float(settings["fps"]) <= frames:
-            return {"fps": float(settings["fps"])}
-        return {"frames": min(frames, info.frames)}
+        """As its video processor samples, else 32 frames, evenly spaced; never more than there are.
+
+        Hugging Face bounds a rate by nothing; here `max_frames` of the settings does, else 32.
+        """
+        settings = SamplingSettings.from_folder(self.folder, ("Llava",))
+        if settings.fps:
+            return {"fps": settings.fps, "max_frames": settings.max_frames or FRAMES}
+        return {"frames": min(settings.num_frames or FRAMES, info.frames)}
 
     def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
         if max_pixels:

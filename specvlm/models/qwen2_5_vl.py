@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
-from specvlm.data.settings import read_video_settings
+from specvlm.data.sampling import SamplingSettings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.sight import Sight
@@ -45,10 +45,15 @@ class Qwen2_5_VL(VideoLM):
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """As its video processor's settings have it, else two frames a second; evenly spaced where that were too many."""
-        settings = read_video_settings(self.folder, ("Qwen",))
-        fps, most = float(settings.get("fps") or 2), int(settings.get("max_frames") or MAX_FRAMES)
-        return {"frames": most, "sampling": "qwen"} if info.duration * fps > most else {"fps": fps, "sampling": "qwen"}
+        """As its video processor samples; two frames a second where that names no rate.
+
+        Capped at what is there: a video that is too short for `num_frames` is not refused, as Hugging Face does.
+        """
+        settings = SamplingSettings.from_folder(self.folder, ("Qwen",))
+        if settings.num_frames:
+            return {"frames": min(settings.num_frames, info.frames // 2 * 2 or 1), "sampling": "qwen"}
+        bounds = {"min_frames": settings.min_frames or 4, "max_frames": settings.max_frames or MAX_FRAMES}
+        return {"fps": settings.fps or 2.0, **bounds, "sampling": "qwen"}
 
     def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
         config = self._video_config

@@ -119,7 +119,7 @@ def read_job(folder: Path) -> Job:
     summary = rows.summary_of(folder)
     if summary.get("status") == "failed":  # a job over samples that could not begin
         return Job(folder, config, [])
-    if missing := next((key for key in metrics.KEYS if key not in summary), None):
+    if missing := next((key for key in metrics.KEYS if key not in summary and key not in metrics.LATER), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
     ran = {"sample": Path(config["video"]).stem, "index": 0, "status": "ok", "reason": None}
     return Job(folder, config, [ran | dict.fromkeys(("dataset", "split", "version")) | summary])

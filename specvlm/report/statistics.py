@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from specvlm.errors import UserError, did_you_mean
+from specvlm.metrics import SPANS
 from specvlm.report.reading import APART, Job
 
 DRAWS, SEED = 2000, 0
-QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in ("decode", "end_to_end")}
+QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
 
 

@@ -52,7 +52,10 @@ COLUMNS = (
     Column("speedup_decode", "decode", "vs target alone", times_as_fast, True),
     Column("speedup_end_to_end", "end to end", "vs target alone", times_as_fast, True),
     Column("tokens_per_second", "tokens", "per second", whole),
+    Column("speedup_file_to_last_token", "file to last token", "vs target alone", times_as_fast, True),
     Column("time_to_first_token_s", "first token", "", duration),
+    Column("file_to_first_token_s", "file to first token", "", duration),
+    Column("file_to_last_token_s", "file to last token", "", duration),
     Column("peak_memory_bytes", "peak memory", "", size),
 )
 

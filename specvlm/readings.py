@@ -1,0 +1,76 @@
+"""Samples as the target is asked them, read once for all jobs that ask the same; the next one while another is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Self
+
+import torch
+
+from specvlm.answer import threads
+from specvlm.prepare import Reading
+
+Read = Callable[[], Reading]
+
+
+class Readings:
+    """Readings by key, and at most one more that is read ahead, in a thread of its own.
+
+    One video is read at a time, here or there. When the context ends, nothing is left running: a reading that has begun
+    is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Reading] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: tuple[Hashable, Future[Reading]] | None = None
+        self._usual = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def get(self, key: Hashable, read: Read) -> Reading:
+        """The one that is held, or was read ahead; else it is read now. Raises what reading it raises."""
+        if key not in self._held:
+            begun, self._ahead = self._ahead, None
+            if begun is None or begun[0] != key:
+                self._drop(begun)
+                self._held[key] = read()
+            else:
+                self._held[key] = begun[1].result()
+        return self._held[key]
+
+    def begin(self, key: Hashable, read: Read, count: int | None) -> None:
+        """Read it ahead, with so many threads of torch's (None: the usual number); `get` will have it.
+
+        Torch's number of threads is one of each thread, so the one that decodes keeps its own.
+        """
+        if self._ahead is not None and self._ahead[0] == key:
+            return
+        self._drop(self._ahead)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "read-ahead")
+
+        def work() -> Reading:
+            with threads(count or self._usual):
+                return read()
+
+        self._ahead = key, self._pool.submit(work)
+
+    def forget(self) -> None:
+        """What is held; the one that is read ahead stays."""
+        self._held.clear()
+
+    @staticmethod
+    def _drop(begun: tuple[Hashable, Future[Reading]] | None) -> None:
+        """Nobody will ask for it: its job has failed."""
+        if begun is not None and not begun[1].cancel():
+            wait([begun[1]])
