@@ -5,21 +5,21 @@ from __future__ import annotations
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, one_line, worst
-from specvlm.folder import write_attention, write_json, write_text
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
 from specvlm.places import places_of
@@ -86,11 +86,11 @@ class Job:
         which, of = self.shard or (0, 1)
         return range(which, len(self.samples), of)
 
-    def turn(self, indices: Iterable[int], readings: dict[Any, Reading], order: int | None = None) -> None:
+    def turn(self, indices: Sequence[int], readings: dict[Any, Reading], order: int | None = None) -> None:
         """Answer those of these samples that are still to do. readings: of jobs that may ask the same; order: of this job among
         them. Raises what the whole job fails of; with fail_fast also what the first sample fails of.
         """
-        for index in sorted(set(indices) & set(self.todo)):
+        for index in [index for index in self.todo if index in indices]:
             with threads(self.cfg.threads):
                 found = self._sample(index, readings) | {"order": order}
             assert self.rows is not None
@@ -123,7 +123,7 @@ class Job:
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
             with suppress(OSError):
-                write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.cfg))))
+                write_yaml(self.folder / "config.yaml", plain(self.cfg))
                 write_json(self.folder / "summary.json", found)
         return found
 
@@ -195,7 +195,7 @@ class Job:
     def _read(self, index: int, readings: dict[Any, Reading]) -> Reading:
         """The prompt; jobs that ask the same of the same family share it."""
         cfg, target = self.cfg, self.setup.target
-        key = (repr(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
+        key = (registry.described(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
         if key not in readings:
             readings[key] = read(self.setup, self.samples[index])
         return readings[key]
@@ -253,7 +253,7 @@ class Job:
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)
-            print(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:", file=sys.stderr)
+            print(line(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:"), file=sys.stderr)
             traceback.print_exception(error)
         return reason
 
@@ -274,7 +274,7 @@ class Job:
                 found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
                 if self.failure:
                     found |= {"status": "failed", "reason": self.failure}
-                parts = {kind: repr(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
+                parts = {kind: registry.described(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
                 write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
         return found
 

@@ -16,16 +16,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from specvlm.errors import UserError
-from specvlm.folder import write_text
+from specvlm.folder import check_there, write_yaml
+from specvlm.outside import MOST_BYTES, json_of, read_text, read_yaml
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
@@ -83,10 +83,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """What the job was asked for. Raises UserError where there is no job, or a damaged one."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException):
-        found = None
+    found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
         raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
     return cast("dict[str, Any]", found)
@@ -96,11 +93,16 @@ def summary_of(folder: Path) -> dict[str, Any]:
     """The totals, as last written; empty where there are none. Raises UserError for a file that is no JSON."""
     path = folder / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no summary: run it again, or leave the folder out")
+    return found
 
 
 def is_job(folder: Path) -> bool:
@@ -152,9 +154,9 @@ class Rows:
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
         old, end = _lines(samples)
-        count = len(old) + sum(len(lines_of(path)) for path in others)
-        if count and not cfg.resume:
-            raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
+        there_already = len(old) + sum(len(lines_of(path)) for path in others)
+        if there_already and not cfg.resume:
+            raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _held(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():
@@ -169,7 +171,7 @@ class Rows:
         if shard is None:
             for path in folder.glob("*.part"):  # of a process that was killed
                 path.unlink()
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
+        write_yaml(folder / "config.yaml", plain(cfg))
 
     def begin(self) -> None:
         """Of the next sample."""
@@ -179,6 +181,7 @@ class Rows:
         if self.folder:
             with writable(self.folder):
                 self._files[1].write(json.dumps(line).encode() + b"\n")
+                check_there(self._files[1])
 
     def end(self, row: Mapping[str, Any]) -> None:
         """The sample is done; when this returns, a line says so, on the disk. One that failed has no rounds."""
@@ -190,6 +193,7 @@ class Rows:
                 _cut(steps, self._start)
             steps.flush()
             os.fsync(steps.fileno())
+            check_there(samples)
             before, text = samples.tell(), memoryview(json.dumps(row).encode() + b"\n")
             try:
                 while text:
@@ -211,7 +215,7 @@ class Rows:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as it is written: without what does not matter to its rows."""
-    found: Any = OmegaConf.to_container(cfg, resolve=True)
+    found: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return {key: value for key, value in found.items() if key not in NO_MATTER}
 
 
@@ -238,12 +242,17 @@ def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         return
     end = 0
     with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
+        for number in count(1):
+            text = file.readline(MOST_BYTES + 1)
+            if not text:
+                return
+            if len(text) > MOST_BYTES:
+                raise UserError(f"{path}, line {number} has more than {MOST_BYTES} bytes: move the file away to start over")
             end += len(text)
             if not text.endswith(b"\n"):
                 continue
             try:
-                line = json.loads(text)
+                line = json_of(text)
             except ValueError:
                 line = None
             if isinstance(line, dict):

@@ -29,7 +29,7 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.show import Screen, not_applied, size
+from specvlm.show import Screen, not_applied, size, styled
 from specvlm.strategy import Drafter
 from specvlm.types import Step
 
@@ -145,9 +145,9 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     else:
         others = wishes.others(cfg)
         job = plan(cfg, trees, others)
-        say(f"[bold]{job.clip}[/]: {job.question}")
-        say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
-        say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
+        say(styled((job.clip, "bold"), f": {job.question}"))
+        say(styled(("memory plan:", "dim"), f" {size(job.planned)} on {', '.join(map(str, job.places.devices))}"))
+        say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
             graph = replace(HELD.graph(job), ratio=cfg.ratio)  # the job's own is that of the largest plan
             screen.note(not_applied(graph.target.ignored_settings))
@@ -167,7 +167,7 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     if checked:
         table.show_check(screen, checked)
         write_json(folder / "check.json", {"checked": checked})
-    say(f"[dim]written to {folder}[/]")
+    screen.written(folder)
 
 
 def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
@@ -194,7 +194,7 @@ def measure(
     """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
-    screen.console.print(f"[dim]profile:[/] {total} short decodes")
+    screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
     with screen.progress("profile", total) as advance:
         seen = profile(graph, job.prompt, lambda: alone(graph, job, limit), ratios, limit, advance)
         known = known or {
@@ -253,7 +253,7 @@ def conclude(
     best, text = recommend(costs, found, tokens)
     if best:
         text.append("  " + shlex.join(["python", "-m", "specvlm", *words, *best.words]))
-    screen.console.print("\n".join(text), markup=False)
+    screen.console.print("\n".join(text))
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(c) | {"token_ms": c.token_ms, "end_to_end_s": c.end_to_end_s(tokens)} for c in found]
     write_json(folder / "costs.json", asdict(costs))

@@ -14,12 +14,13 @@ from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from specvlm.errors import UserError, check_choice, check_range
 from specvlm.strategy import Dataset, Sample
+from specvlm.types import Within
 
 # The one question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) puts to its other three data sets too.
 CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
@@ -39,8 +40,8 @@ class LocalDataset(Dataset):
 
     layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
     root: str
-    limit: int | None = None
-    shuffle: int | None = None
+    limit: Annotated[int | None, Within(1, 10_000_000)] = None
+    shuffle: Annotated[int | None, Within(0, 2**63 - 1)] = None
     prompt: str = "own"
 
     def __post_init__(self) -> None:

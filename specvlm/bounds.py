@@ -1,0 +1,125 @@
+"""Parse what comes from outside into types with bounds: keys of a run, fields of strategies, files.
+
+A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one has that of its
+type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from specvlm.errors import UserError, line
+
+SHOWN = 100  # characters of a value that was not as expected
+
+
+@dataclass(frozen=True)
+class Within:
+    """The bounds of a number. what: it is; above: `low` itself is not allowed."""
+
+    low: float
+    high: float
+    what: str = ""
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        bounds = f"more than {self.low}, at most {self.high}" if self.above else f"from {self.low} to {self.high}"
+        return f"{self.what}, {bounds}" if self.what else bounds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: float | None) -> float | None:
+        if value is not None and value not in self:
+            raise ValueError(f"expected {self}")
+        return value
+
+
+INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers that have no bounds of their own
+
+
+def check(owner: type, values: Mapping[str, Any], above: str = "") -> None:
+    """Hold values against the bounds in their dataclass's hints. Raises UserError naming the key, the value and the bounds.
+
+    Args:
+        owner: the dataclass, whose types the values have already.
+        values: by field; other keys are not looked at.
+        above: what stands before a key in a message, such as `pruner.`.
+    """
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
+            continue
+        within = next(_bounds(hint), None)
+        for number in _numbers(values.get(name)):
+            allowed = within or (INTEGER if isinstance(number, int) else REAL)
+            if number not in allowed:
+                null = ", or null" if type(None) in _parts(hint) else ""
+                raise UserError(f"{above}{name}={line(repr(values[name]))}: expected {allowed}{null}")
+
+
+def parse(kind: Any, value: Any, where: object) -> Any:
+    """A value that a file holds, as `kind`: a type with bounds, such as a dataclass or a TypedDict.
+
+    Raises UserError, which names `where` and the first part that is not as it should be. No type is stretched: "3" and true
+    are no numbers, and 3.0 is no integer.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_described(error.errors(include_url=False)[0])}") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _described(error: Mapping[str, Any]) -> str:
+    """What pydantic found, in our words."""
+    place = ".".join(map(str, error["loc"])) or "it"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{place} is missing"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{place} is no key of it"
+    expected = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"].replace("Input should be", "expected")
+    return f"{place}={line(repr(error['input']))[:SHOWN]}: {expected}"
+
+
+def _bounds(hint: Any) -> Iterator[Within]:
+    """Those in a hint, the outermost first."""
+    yield from (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Within))
+    for part in get_args(hint):
+        yield from _bounds(part)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or what is annotated."""
+    return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a value; those of a dataclass within it are held against its own hints."""
+    if is_dataclass(value) and not isinstance(value, type):
+        check(type(value), vars(value), f"{type(value).__name__}.")
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
