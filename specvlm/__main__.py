@@ -36,19 +36,22 @@ AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full = full_errors()
     if torchrun.rank_here():  # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
+        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full))
     except KeyboardInterrupt:
         if not torchrun.rank_here():
             print("specvlm: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
 
 
-def guarded(action: Callable[[], int], full: bool) -> int:
-    """Call `action`; a mistake becomes one line on stderr and its exit code."""
+def guarded(action: Callable[[], int], full: bool | None = None) -> int:
+    """Call `action`; a mistake becomes one line on stderr and its exit code. full: with its traceback; None: as the
+    environment has it.
+    """
+    full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it
             stream.reconfigure(errors="backslashreplace")
@@ -58,6 +61,11 @@ def guarded(action: Callable[[], int], full: bool) -> int:
         return code
     except Exception as err:
         return tell(err, full)
+
+
+def full_errors() -> bool:
+    """Are tracebacks of mistakes to be shown?"""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def tell(err: Exception, full: bool) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from specvlm.errors import UserError, line
+from specvlm.errors import UserError, line, message
 
 SHOWN = 100  # characters of a value that was not as expected
 
@@ -76,9 +76,11 @@ def parse(kind: Any, value: Any, where: object) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)
+        return _adapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_described(error.errors(include_url=False)[0])}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not
+        raise UserError(f"{where} is no plain data ({message(error)})") from None
 
 
 @cache
@@ -95,7 +97,8 @@ def _described(error: Mapping[str, Any]) -> str:
         return f"{place} is missing"
     if error["type"] == "unexpected_keyword_argument":
         return f"{place} is no key of it"
-    expected = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"].replace("Input should be", "expected")
+    ours = error["type"] == "value_error"
+    expected = str(error["ctx"]["error"]) if ours else error["msg"].replace("Input should be", "expected")
     return f"{place}={line(repr(error['input']))[:SHOWN]}: {expected}"
 
 

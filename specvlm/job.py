@@ -195,7 +195,8 @@ class Job:
     def _read(self, index: int, readings: dict[Any, Reading]) -> Reading:
         """The prompt; jobs that ask the same of the same family share it."""
         cfg, target = self.cfg, self.setup.target
-        key = (registry.described(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
+        data = registry.described(self.dataset)
+        key = (data, index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder)
         if key not in readings:
             readings[key] = read(self.setup, self.samples[index])
         return readings[key]

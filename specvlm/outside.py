@@ -1,4 +1,4 @@
-"""Read files and texts that somebody else wrote: within bounds, as plain data, with nothing in them carried out or filled in."""
+"""Read files that somebody else wrote: within bounds, as plain data, with nothing in them carried out or filled in."""
 
 from __future__ import annotations
 

@@ -23,9 +23,11 @@ from typing import Any, BinaryIO, cast
 from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from specvlm.bounds import parse
 from specvlm.errors import UserError
 from specvlm.folder import check_there, write_yaml
 from specvlm.outside import MOST_BYTES, json_of, read_text, read_yaml
+from specvlm.records import Answered, Round, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
@@ -52,7 +54,9 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
+    """The line of each sample, of all shards, in the order of the data set; a dict as `records` types it. Raises UserError for
+    a damaged file.
+    """
     return [row for row, _ in _kept(folder)]
 
 
@@ -61,8 +65,7 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
-            if not {"sample", "index", "status"} <= row.keys():
-                raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
+            parse(Answered if row.get("status") == "ok" else Row, row, f"{path}, sample {row.get('sample')}")
             if row["sample"] not in found or found[row["sample"]][0]["status"] != "ok":
                 found[row["sample"]] = row, path
     return sorted(found.values(), key=lambda kept: kept[0]["index"])
@@ -73,10 +76,20 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     files = {row["sample"]: path for row, path in _kept(folder) if row["status"] == "ok"}
     found: dict[str, list[dict[str, Any]]] = {sample: [] for sample in files}
     for path in dict.fromkeys(files.values()):  # rounds lie beside their row; those of a process that was killed have none
-        for line in lines_of(path.with_name(path.name.replace(SAMPLES, STEPS, 1))):
-            if files.get(line.get("sample", "")) == path:
+        rounds = path.with_name(path.name.replace(SAMPLES, STEPS, 1))
+        for line in lines_of(rounds):
+            if files.get(str(line.get("sample"))) == path:
+                parse(Round, line, rounds)
                 found[line["sample"]].append(line)
     return found
+
+
+def rounds_of(folder: Path) -> list[dict[str, Any]]:
+    """The rounds of a run of one video. Raises UserError for a damaged file."""
+    lines = lines_of(folder / f"{STEPS}.jsonl")
+    for line in lines:
+        parse(Round, line, folder / f"{STEPS}.jsonl")
+    return lines
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -100,9 +113,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
         raise
     except ValueError:
         raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no summary: run it again, or leave the folder out")
-    return found
+    parse(Totals if isinstance(found, dict) and "samples" in found else Summary, found, path)
+    return cast("dict[str, Any]", found)
 
 
 def is_job(folder: Path) -> bool:

@@ -5,7 +5,7 @@ It takes the words of a run, such as pair=… video=… dtype=…, and its own, 
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
 from specvlm.show import Screen, not_applied, size, styled
 from specvlm.strategy import Drafter
-from specvlm.types import Step
+from specvlm.types import Step, Within
 
 OWN = {
     "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
@@ -46,6 +46,7 @@ RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
 PARTS = (("draft",), CHECK)
+TOKENS = Within(8, 131_072)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Wishes:
             hint = did_you_mean(unknown[0], every)
             raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(every)}.{hint}")
         tokens, check = own.get("tokens", "128"), own.get("check", "false")
-        if not (tokens.isdecimal() and int(tokens) >= 8):
-            raise UserError(f"tokens={tokens}: expected a whole number from 8")
+        if not (re.fullmatch("[0-9]{1,9}", tokens) and int(tokens) in TOKENS):
+            raise UserError(f"tokens={tokens}: expected a whole number {TOKENS}")
         if check not in ("true", "false"):
             raise UserError(f"check={check}: expected true or false")
         known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{(__doc__ or '').strip()}\n\n{own}")
         return ExitCode.OK
     try:
-        return guarded(lambda: command(words), full=os.environ.get("HYDRA_FULL_ERROR") == "1")
+        return guarded(lambda: command(words))
     except KeyboardInterrupt:
         print("specvlm: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED

@@ -6,8 +6,8 @@ Shape suffixes: N video tokens, R leftovers of stage I, F frames, P tokens of on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 from fractions import Fraction
+from typing import Annotated
 
 import torch
 from torch import Tensor

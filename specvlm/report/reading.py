@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from specvlm import metrics, rows
+from specvlm.bounds import parse
 from specvlm.errors import UserError
+from specvlm.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
@@ -75,11 +77,7 @@ class Job:
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
         """By sample its rounds, the prefill first."""
-        return (
-            rows.steps_of(self.folder)
-            if rows.is_job(self.folder)
-            else {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
-        )
+        return rows.steps_of(self.folder) if rows.is_job(self.folder) else {self.done[0]["sample"]: rows.rounds_of(self.folder)}
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
@@ -114,6 +112,7 @@ def folders_in(places: Sequence[Path]) -> list[Path]:
 def read_job(folder: Path) -> Job:
     """A run of one video is a job of one sample, whose row is its summary."""
     config = rows.config_of(folder)
+    parse(Ran, config, folder / "config.yaml")
     if rows.is_job(folder):
         return Job(folder, config, rows.rows_of(folder))
     summary = rows.summary_of(folder)
@@ -121,6 +120,7 @@ def read_job(folder: Path) -> Job:
         return Job(folder, config, [])
     if missing := next((key for key in metrics.KEYS if key not in summary), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
+    parse(Figures, summary, folder / "summary.json")
     ran = {"sample": Path(config["video"]).stem, "index": 0, "status": "ok", "reason": None}
     return Job(folder, config, [ran | dict.fromkeys(("dataset", "split", "version")) | summary])
 

@@ -68,15 +68,10 @@ class TreeShape:
                 level = [[*path, rank] for path in level for rank in range(width)]
                 paths += level
             return cls.from_paths(paths)
-        try:
-            paths = json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
-        except UserError:
-            raise
-        except (OSError, ValueError):
-            paths = None
-        if not isinstance(paths, list):
+        found = _json(text)
+        if not isinstance(found, list) or not found:
             raise ValueError(f"tree shape {text!r:.200} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json")
-        return cls.from_paths(paths)
+        return cls.from_paths(found)
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -112,6 +107,16 @@ def _check_size(guesses: int, depth: int) -> None:
     if guesses > MOST_GUESSES or depth > DEEPEST:
         most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
         raise ValueError(f"a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
+
+
+def _json(text: str) -> object:
+    """What a text or the .json file of that name holds; None where that is no JSON, or cannot be read."""
+    try:
+        return json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
+    except UserError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 def _number(text: str) -> int:
