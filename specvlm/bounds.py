@@ -31,8 +31,15 @@ class Within:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        bounds = f"more than {self.low}, at most {self.high}" if self.above else f"from {self.low} to {self.high}"
-        return f"{self.what}, {bounds}" if self.what else bounds
+        return f"{self.least}, {self.most}"
+
+    @property
+    def least(self) -> str:
+        return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
+
+    @property
+    def most(self) -> str:
+        return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
@@ -45,16 +52,17 @@ class Within:
         return value
 
 
+KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # as `check` says it
 INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers that have no bounds of their own
 
 
-def check(owner: type, values: Mapping[str, Any], above: str = "") -> None:
+def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
     """Hold values against the bounds in their dataclass's hints. Raises UserError naming the key, the value and the bounds.
 
     Args:
         owner: the dataclass, whose types the values have already.
         values: by field; other keys are not looked at.
-        above: what stands before a key in a message, such as `pruner.`.
+        wording: KEY of keys of a run, FIELD of fields of a strategy.
     """
     for name, hint in get_type_hints(owner, include_extras=True).items():
         if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
@@ -64,7 +72,8 @@ def check(owner: type, values: Mapping[str, Any], above: str = "") -> None:
             allowed = within or (INTEGER if isinstance(number, int) else REAL)
             if number not in allowed:
                 null = ", or null" if type(None) in _parts(hint) else ""
-                raise UserError(f"{above}{name}={line(repr(values[name]))}: expected {allowed}{null}")
+                value = line(repr(values[name]))
+                raise UserError(wording.format(name=name, value=value, least=allowed.least + null, most=allowed.most))
 
 
 def parse(kind: Any, value: Any, where: object) -> Any:
@@ -78,7 +87,7 @@ def parse(kind: Any, value: Any, where: object) -> Any:
     try:
         return _adapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: {_described(error.errors(include_url=False)[0])}") from None
+        raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
     except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not
         raise UserError(f"{where} is no plain data ({message(error)})") from None
 
@@ -92,14 +101,14 @@ def _adapter(kind: Any) -> Any:
 
 def _described(error: Mapping[str, Any]) -> str:
     """What pydantic found, in our words."""
-    place = ".".join(map(str, error["loc"])) or "it"
+    place = ".".join(map(str, error["loc"])) or "content"
     if error["type"] in ("missing", "missing_argument"):
-        return f"{place} is missing"
+        return f"has no {place!r}"
     if error["type"] == "unexpected_keyword_argument":
-        return f"{place} is no key of it"
+        return f"has {place!r}, which is no key of it"
     ours = error["type"] == "value_error"
     expected = str(error["ctx"]["error"]) if ours else error["msg"].replace("Input should be", "expected")
-    return f"{place}={line(repr(error['input']))[:SHOWN]}: {expected}"
+    return f"has {place}={line(repr(error['input']))[:SHOWN]}: {expected}"
 
 
 def _bounds(hint: Any) -> Iterator[Within]:
@@ -117,8 +126,8 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 def _numbers(value: Any) -> Iterator[float]:
     """All numbers in a value; those of a dataclass within it are held against its own hints."""
     if is_dataclass(value) and not isinstance(value, type):
-        check(type(value), vars(value), f"{type(value).__name__}.")
-    elif isinstance(value, Mapping):
+        check(type(value), vars(value))
+    elif isinstance(value, dict):
         for part in value.values():
             yield from _numbers(part)
     elif isinstance(value, list | tuple):

@@ -17,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -135,7 +135,8 @@ def _refuse_lists(words: Sequence[str]) -> None:
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
         names = value if isinstance(value, list) and group == "experiment" else [value]
-        if group in config.GROUPS and not all(isinstance(name, str | dict | Sweep | None) for name in names):
+        one = override.is_sweep_override() or all(isinstance(name, str | dict | None) for name in names)
+        if group in config.GROUPS and not one:
             raise UserError(f"{override.input_line}: expected one by name, as in {group}=NAME")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from specvlm.bounds import Within, check
+from specvlm.bounds import KEY, Within, check
 from specvlm.errors import UserError, did_you_mean, line
 
 EMBEDDED = "embedded:"
@@ -108,7 +108,7 @@ def validate(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if cfg[key] not in allowed:
             raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
-    check(RunConfig, cfg)
+    check(RunConfig, cfg, KEY)
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)

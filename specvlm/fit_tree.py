@@ -28,9 +28,11 @@ from itertools import count
 from pathlib import Path
 
 from specvlm.__main__ import guarded
-from specvlm.errors import ExitCode, UserError, check_range, visible
-from specvlm.rows import rounds_of
-from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE
+from specvlm.bounds import parse
+from specvlm.errors import ExitCode, UserError, visible
+from specvlm.records import Ranked
+from specvlm.rows import lines_of
+from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
 
 Paths = list[list[int]]
 
@@ -49,7 +51,11 @@ def read(folder: Path) -> list[Round]:
         inner = sorted({file.parent.name for file in folder.glob("*/steps.jsonl")})
         which = f"a sweep: give folders of its jobs, such as {folder / inner[0]}" if inner else "no folder of a run"
         raise UserError(f"{folder} has no steps.jsonl; it is {which}")
-    rounds = [Round(tuple(row["ranks"]), tuple(row["widths"])) for row in rounds_of(folder) if "widths" in row]
+    rounds = []
+    for row in lines_of(folder / "steps.jsonl", torn=True):
+        if "widths" in row:
+            parse(Ranked, row, folder / "steps.jsonl")
+            rounds.append(Round(tuple(row["ranks"]), tuple(row["widths"])))
     if not rounds:
         raise UserError(f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy)")
     return rounds
@@ -137,8 +143,9 @@ def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | No
 
 def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None = None) -> list[str]:
     """Write the tree, return the report. Raises UserError."""
-    check_range("nodes", nodes, 1, MOST_GUESSES)
-    check_range("depth", 1 if depth is None else depth, 1, DEEPEST)
+    for name, value, most in (("nodes", nodes, MOST_GUESSES), ("depth", 1 if depth is None else depth, DEEPEST)):
+        if value not in Within(1, most):
+            raise UserError(f"{name} must be at least 1, got {value} (at most {most})")
     if out.suffix != ".json":
         raise UserError(f"{out}: a tree file ends in .json, since drafter.shape knows it by that")
     if not out.parent.is_dir():

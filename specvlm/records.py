@@ -12,6 +12,7 @@ from specvlm.types import MOST_GUESSES
 Count = Annotated[int, Within(0, 2**53)]
 Token = Annotated[int, Within(0, 2**31 - 1)]
 Tokens = Annotated[int, Within(0, 10_000_000)]  # how many
+Rank = Annotated[int, Within(0, MOST_GUESSES)]
 Seconds = Annotated[float, Within(0, 1e9)]
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
@@ -73,12 +74,12 @@ class Figures(TypedDict):
     speedup_decode: Real | None
     speedup_end_to_end: Real | None
     times_s: dict[str, Seconds]
-    peak_memory_bytes: Count
+    peak_memory_bytes: Count | None
     parallel: str | None
-    devices: Count
-    weights: dict[str, str]
+    devices: Count | None
+    weights: dict[str, str] | None
     out_of_memory: str | None
-    engine: dict[str, str]
+    engine: dict[str, str] | None
     capture_s: Annotated[float, Within(-1, 1e9)]
 
 
@@ -88,7 +89,7 @@ class Summary(TypedDict, total=False):
     status: str
     reason: str | None
     dataset: str | None
-    versions: dict[str, str]
+    versions: dict[str, str] | None
 
 
 class Totals(Summary, total=False):
@@ -126,14 +127,15 @@ class Answered(Row, Figures):
 class Round(TypedDict):
     """A line of steps.jsonl."""
 
-    round: Count
     tokens: list[Token]
-    drafted: Count
     accepted: Count
-    times_s: dict[str, Seconds]
     sample: NotRequired[str]
     kept: NotRequired[list[Tokens]]
     refused: NotRequired[list[Token]]
-    ranks: NotRequired[list[Annotated[int, Within(0, MOST_GUESSES)]]]
-    widths: NotRequired[list[Annotated[int, Within(0, MOST_GUESSES)]]]
-    full: NotRequired[bool]
+
+
+class Ranked(TypedDict):
+    """A line of steps.jsonl that tells ranks."""
+
+    ranks: list[Rank]
+    widths: list[Rank]

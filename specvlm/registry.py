@@ -129,9 +129,9 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
         raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
     except OmegaConfBaseException as err:
         raise UserError(f"{kind}={info.cls.name}: {str(err).splitlines()[0]}") from err
-    check(info.cls, values, f"{kind}.")
     hints = get_type_hints(info.cls)
     try:
+        check(info.cls, values)
         return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err

@@ -27,7 +27,7 @@ from specvlm.bounds import parse
 from specvlm.errors import UserError
 from specvlm.folder import check_there, write_yaml
 from specvlm.outside import MOST_BYTES, json_of, read_text, read_yaml
-from specvlm.records import Answered, Round, Row, Summary, Totals
+from specvlm.records import Answered, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
@@ -79,17 +79,8 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
         rounds = path.with_name(path.name.replace(SAMPLES, STEPS, 1))
         for line in lines_of(rounds):
             if files.get(str(line.get("sample"))) == path:
-                parse(Round, line, rounds)
                 found[line["sample"]].append(line)
     return found
-
-
-def rounds_of(folder: Path) -> list[dict[str, Any]]:
-    """The rounds of a run of one video. Raises UserError for a damaged file."""
-    lines = lines_of(folder / f"{STEPS}.jsonl")
-    for line in lines:
-        parse(Round, line, folder / f"{STEPS}.jsonl")
-    return lines
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -248,8 +239,8 @@ def _files(folder: Path, what: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
 
 
-def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines, and where each ends; a last one that is not whole is none. Raises UserError for one that is no JSON."""
+def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
+    """Lines, and where each ends; a last one that is not whole is none, or with `torn` one if it can be read. Raises UserError for one that is no JSON."""
     if not path.exists():
         return
     end = 0
@@ -261,21 +252,24 @@ def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if len(text) > MOST_BYTES:
                 raise UserError(f"{path}, line {number} has more than {MOST_BYTES} bytes: move the file away to start over")
             end += len(text)
-            if not text.endswith(b"\n"):
+            whole = text.endswith(b"\n")
+            if not whole and not torn:
                 continue
             try:
                 line = json_of(text)
             except ValueError:
                 line = None
+            if not whole and not isinstance(line, dict):
+                return
             if isinstance(line, dict):
                 yield line, end
             elif line is not None or file.read(1):
                 raise UserError(f"{path}, line {number}: this is no JSON object; move the file away to start over")
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file. Raises UserError for one that is no JSON."""
-    return _lines(path)[0]
+def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """All whole lines of a file; torn: and a last one that lacks its end alone. Raises UserError for one that is no JSON."""
+    return [line for line, _ in _measured(path, torn)]
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -116,9 +116,10 @@ class LocalDataset(Dataset):
 
     def _typed(self, found: list[dict[str, Any]], kind: Any, path: Path) -> list[dict[str, Any]]:
         for number, entry in enumerate(found):
-            for key in sorted(kind.__required_keys__ - entry.keys()):
-                raise UserError(f"{self.folder}: an entry of {path.name} has no {key!r}: expected {self.layout}, see {GUIDE}")
-            parse(kind, entry, f"{path}, entry {number}")
+            try:
+                parse(kind, entry, f"{self.folder}: an entry of {path.name}")
+            except UserError as error:
+                raise UserError(f"{error}: expected {self.layout}, see {GUIDE} (entry {number})") from None
         return found
 
     def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:

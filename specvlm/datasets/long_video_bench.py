@@ -21,10 +21,10 @@ DURATIONS = (15, 60, 600, 3600)
 class Entry(TypedDict):
     """Of either list."""
 
+    candidates: list[str]
     id: str
     video_path: str
     question: str
-    candidates: list[str]
     correct_choice: NotRequired[Count]
     duration: Seconds
     duration_group: int

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specvlm.__main__ import guarded
-from specvlm.errors import ExitCode, UserError, check_range, visible
+from specvlm.bounds import Within
+from specvlm.errors import ExitCode, UserError, visible
 
 FRAMES, MOST_FRAMES = 48, 1024
 PAGES = (".html", ".htm")
@@ -58,7 +59,8 @@ def written(asked: argparse.Namespace) -> list[str]:
     from specvlm.report.reading import failures, read_jobs
     from specvlm.report.seen import see
 
-    check_range("--frames", asked.frames, 1, MOST_FRAMES)
+    if asked.frames not in Within(1, MOST_FRAMES):
+        raise UserError(f"--frames {asked.frames}: expected {Within(1, MOST_FRAMES)}")
     if asked.out and asked.out.suffix.lower() not in PAGES:
         raise UserError(f"-o {asked.out}: a report is an HTML file: give a name that ends in {' or '.join(PAGES)}")
     if asked.video:

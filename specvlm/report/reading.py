@@ -77,7 +77,11 @@ class Job:
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
         """By sample its rounds, the prefill first."""
-        return rows.steps_of(self.folder) if rows.is_job(self.folder) else {self.done[0]["sample"]: rows.rounds_of(self.folder)}
+        return (
+            rows.steps_of(self.folder)
+            if rows.is_job(self.folder)
+            else {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
+        )
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
@@ -93,7 +97,7 @@ def read_jobs(places: Sequence[Path]) -> list[Job]:
 def failures(places: Sequence[Path]) -> list[str]:
     """A line for each job that did no sample: its folder, and why."""
     lost = [job for job in map(read_job, folders_in(places)) if not job.done]
-    whys = [job.summary.get("reason") or next((row["reason"] for row in job.rows), "no sample is done") for job in lost]
+    whys = [next((row["reason"] for row in job.rows), None) or job.summary.get("reason") or "no sample is done" for job in lost]
     return [f"{job.folder.name}: {why}" for job, why in zip(lost, whys, strict=True)]
 
 

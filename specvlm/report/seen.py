@@ -24,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from specvlm import registry
+from specvlm.bounds import parse
 from specvlm.config import model_folder
-from specvlm.errors import UserError, message
+from specvlm.errors import UserError, line, message
 from specvlm.folder import attention_file
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import frames_of, own_sample
+from specvlm.records import Round
 from specvlm.report.reading import Job, Row
 from specvlm.strategy import Dataset, Sample
 from specvlm.types import TokenGrid
@@ -176,6 +178,8 @@ def samples_of(fields: str) -> Sequence[Sample]:
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
     steps, total = job.steps[row["sample"]], row["video_tokens"]
+    for step in steps:
+        parse(Round, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
         raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")

@@ -48,7 +48,7 @@ class SamplingVerifier(Verifier):
 
     name = "sampling"
 
-    temperature: Annotated[float, Within(0.001, 100, "a number (verifier=greedy is temperature 0)")] = 1.0
+    temperature: Annotated[float, Within(0.001, 100, "a number")] = 1.0
     top_k: Annotated[int, Within(0, 2**24)] = 0
     top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
 
