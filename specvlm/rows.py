@@ -240,7 +240,10 @@ def _files(folder: Path, what: str) -> list[Path]:
 
 
 def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines, and where each ends; a last one that is not whole is none, or with `torn` one if it can be read. Raises UserError for one that is no JSON."""
+    """Lines, and where each ends; a last one that is not whole is none, or with `torn` one if it can be read.
+
+    Raises UserError for one that is no JSON.
+    """
     if not path.exists():
         return
     end = 0

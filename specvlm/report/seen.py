@@ -31,7 +31,7 @@ from specvlm.folder import attention_file
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import frames_of, own_sample
-from specvlm.records import Round
+from specvlm.records import Round as Told
 from specvlm.report.reading import Job, Row
 from specvlm.strategy import Dataset, Sample
 from specvlm.types import TokenGrid
@@ -179,7 +179,7 @@ def samples_of(fields: str) -> Sequence[Sample]:
 def view(job: Job, row: Row, tokenizer: Any) -> View:
     steps, total = job.steps[row["sample"]], row["video_tokens"]
     for step in steps:
-        parse(Round, step, f"{job.folder}, a round of {line(row['sample'])}")
+        parse(Told, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
         raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")
