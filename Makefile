@@ -3,6 +3,7 @@
 # make ablation the main ablations on 24 scenes: a report, a table, verdicts (ARGS="--pair embedded_llava_onevision" for the
 #               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
+# make campaign attacks that must find nothing: kills, leaks, bad input, … (ARGS="kills --count 20" to choose)
 # make check    lint, types and tests, as before a commit
 #
 # PYTHON=python3.12 chooses the interpreter. TORCH="--index-url URL" chooses another build of torch, such as the
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test ablation plugins check lint types clean
+.PHONY: demo test campaign ablation plugins check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,6 +26,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+campaign: $(VENV)/.installed-test
+	PYTHONPATH=.:tests $(BIN)/python -m campaign $(ARGS)
 
 ablation: $(VENV)/.installed-report
 	$(BIN)/python -m experiments.ablations.small $(ARGS)
