@@ -12,7 +12,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from specvlm.errors import UserError, line, message
+from specvlm.errors import SURROGATE, UserError, line, message
 
 SHOWN = 100  # characters of a value that was not as expected
 
@@ -85,7 +85,8 @@ def parse(kind: Any, value: Any, where: object) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+        text = SURROGATE.sub("\ufffd", json.dumps(value, default=str, ensure_ascii=False))
+        return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
     except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import traceback
@@ -244,7 +245,7 @@ class Job:
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
-        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": sample.meta}
+        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
@@ -284,12 +285,23 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
     samples, seen = dataset.samples(), set[str]()
     for sample in samples:
+        if not isinstance(sample.id, str):
+            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
         if sample.id in seen:
             raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
         seen.add(sample.id)
     if not samples:
         raise UserError(f"dataset={dataset.name}: there are no samples in it")
     return samples
+
+
+def writable_meta(sample: Sample) -> dict[str, Any]:
+    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
+    try:
+        json.dumps(sample.meta)
+        return sample.meta
+    except (TypeError, ValueError, RecursionError):
+        return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
 
 
 def shard_of(word: str | None) -> tuple[int, int] | None:

@@ -187,12 +187,12 @@ def _config_class(cls: type[Strategy]) -> type:
     return dataclasses.make_dataclass(f"{cls.__name__}Config", columns)
 
 
-def described(strategy: Strategy) -> str:
-    """Its repr, its log line; its name where a plugin's repr raises."""
+def described(strategy: object) -> str:
+    """A strategy's repr, its log line; its name where a plugin's repr raises."""
     try:
         return repr(strategy)
     except Exception as error:
-        return f"{strategy.name}(its repr raises {type(error).__name__})"
+        return f"{getattr(strategy, 'name', type(strategy).__name__)}(its repr raises {type(error).__name__})"
 
 
 def word(value: Any) -> str:

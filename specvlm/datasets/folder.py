@@ -114,5 +114,5 @@ def _number(entry: dict[str, Any], key: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = -1.0
     if number is not None and number not in NUMBER:
-        raise UserError(f"{key}={line(repr(value))}: wanted a number {NUMBER}")
+        raise UserError(f"{key}={line(repr(value))}: wanted a number from {NUMBER.low}, {NUMBER.most}")
     return number
