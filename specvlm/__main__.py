@@ -96,7 +96,7 @@ def command(argv: list[str], full: bool) -> int:
     from specvlm import compose, metrics
 
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
@@ -257,7 +257,8 @@ def _hydra_raises(words: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """What an ArgumentParser's `error` is replaced by: one line, without its usage. Raises UserError."""
     raise UserError(f"{message}; --help shows what there is")
 
 

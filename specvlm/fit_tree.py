@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from specvlm.__main__ import guarded
+from specvlm.__main__ import guarded, refuse
 from specvlm.bounds import parse
 from specvlm.errors import ExitCode, UserError, visible
 from specvlm.records import Ranked
@@ -165,8 +165,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
     parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
-    asked = parser.parse_args(words)
-    return guarded(lambda: _fit(asked))
+    parser.error = refuse  # type: ignore[method-assign]
+    return guarded(lambda: _fit(parser.parse_args(words)))
 
 
 def _fit(asked: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ from specvlm.errors import UserError, message
 
 MOST_BYTES = 64 * 2**20  # of a file that is read whole
 MOST_YAML = 2**20
-MOST_NODES = 100_000  # of a YAML file, with what aliases stand for counted each time
+DEEPEST_YAML = 100  # a parser that calls itself ends the process where texts are nested deeply
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MOST_NODES = 100_000  # of a YAML file, with what aliases stand for counted each time
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -53,6 +54,7 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path, MOST_YAML)
     try:
+        _check_depth(text)
         root = yaml.compose(text, Loader=Loader)
         if root is not None and _size(root, {}) > MOST_NODES:
             raise UserError(f"{path} comes to more than {MOST_NODES} values, with its aliases")
@@ -61,6 +63,14 @@ def read_yaml(path: Path) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no YAML: it is damaged, or not ours ({message(error)})") from None
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            raise ValueError("nested too deeply")
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

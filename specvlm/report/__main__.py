@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specvlm.__main__ import guarded
+from specvlm.__main__ import guarded, refuse
 from specvlm.bounds import Within
 from specvlm.errors import ExitCode, UserError, visible
 
@@ -38,8 +38,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames of a sample that are shown ({FRAMES})")
     parser.add_argument("--video", type=Path, help="a film of what the drafter saw of one sample, .mp4 or .gif")
     parser.add_argument("--job", help="whose view the film shows (the fastest end to end that prunes)")
-    asked = parser.parse_args(words)
-    return guarded(lambda: _written(asked))
+    parser.error = refuse  # type: ignore[method-assign]
+    return guarded(lambda: _written(parser.parse_args(words)))
 
 
 def _written(asked: argparse.Namespace) -> int:

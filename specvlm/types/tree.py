@@ -106,7 +106,7 @@ class TreeShape:
 def _check_size(guesses: int, depth: int) -> None:
     if guesses > MOST_GUESSES or depth > DEEPEST:
         most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
-        raise ValueError(f"a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
+        raise ValueError(f"the shape of a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
 
 
 def _json(text: str) -> object:
