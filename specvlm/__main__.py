@@ -16,12 +16,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
-from specvlm.errors import ExitCode, JobFailed, Told, UserError, worst
+from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible, worst
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -35,23 +36,36 @@ AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full = full_errors()
     if torchrun.rank_here():  # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full), full)
+        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full))
     except KeyboardInterrupt:
         if not torchrun.rank_here():
             print("specvlm: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
 
 
-def guarded(action: Callable[[], int], full: bool) -> int:
-    """Call `action`; a mistake becomes one line on stderr and its exit code."""
+def guarded(action: Callable[[], int], full: bool | None = None) -> int:
+    """Call `action`; a mistake becomes one line on stderr and its exit code. full: with its traceback; None: as the
+    environment has it.
+    """
+    full = full_errors() if full is None else full
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return action()
+        code = action()
+        sys.stdout.flush()  # now: what reads it may be gone
+        return code
     except Exception as err:
         return tell(err, full)
+
+
+def full_errors() -> bool:
+    """Are tracebacks of mistakes to be shown?"""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def tell(err: Exception, full: bool) -> int:
@@ -65,7 +79,7 @@ def tell(err: Exception, full: bool) -> int:
         if torchrun.rank_here():  # the first rank says it
             sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
-            print(f"specvlm: {' '.join(str(err).split())}", file=sys.stderr)
+            print(f"specvlm: {message(err)}", file=sys.stderr)
         return ExitCode.MISTAKE
     if isinstance(err, JobFailed):
         return err.code
@@ -79,10 +93,13 @@ def command(argv: list[str], full: bool) -> int:
     """Check every job, then let Hydra run them."""
     from hydra._internal.utils import get_args_parser
 
-    from specvlm import compose
+    from specvlm import compose, metrics
 
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
+    if "--version" in argv:
+        print(f"specvlm {metrics.versions()['specvlm']}")
+        return ExitCode.OK
     args = parser.parse_args(argv)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
@@ -168,7 +185,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         if any(codes) and cfg.get("fail_fast"):
             return ExitCode.OK
         if len(plan.jobs) > 1 and not sampled:
-            print(f"[{state.job.num + 1}/{len(plan.jobs)}] {' '.join(state.overrides.task)}", flush=True)
+            print(visible(f"[{state.job.num + 1}/{len(plan.jobs)}] {' '.join(state.overrides.task)}"), flush=True)
         if torchrun.rank_here():
             plan.tidy(folder)  # now, since a rank may be killed
         try:
@@ -181,9 +198,11 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         return code
 
     def one(cfg: DictConfig, folder: Path, state: HydraConf) -> int:
+        if not plan.jobs:
+            config.validate(cfg)  # of a configuration of the user's own
         if cfg.get("dataset") is None:
             return _run(cfg, folder)
-        alone = over_samples(plan, full)  # of a configuration of the user's own
+        alone = over_samples(plan, full)
         return worst([alone.add(cfg, folder, state), alone.finish()])
 
     try:
@@ -196,7 +215,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
             raise
         codes += [tell(err, full), *sweep.mismatch()]
     except OSError as err:
-        if err.filename or isinstance(err, HydraException):
+        if err.filename or isinstance(err, HydraException | BrokenPipeError):
             raise
         raise UserError(f"{err}: cannot write into {plan.folder}") from err  # a full disk does not say where
     finally:
@@ -238,7 +257,8 @@ def _hydra_raises(words: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """What an ArgumentParser's `error` is replaced by: one line, without its usage. Raises UserError."""
     raise UserError(f"{message}; --help shows what there is")
 
 

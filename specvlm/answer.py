@@ -12,10 +12,11 @@ import torch
 
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
-from specvlm.errors import OutOfMemory
+from specvlm.errors import OutOfMemory, StrategyError, one_line
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
 from specvlm.prepare import SMALLER, Prepared
+from specvlm.registry import described
 from specvlm.types import Step
 
 
@@ -38,7 +39,7 @@ class Record:
 def warm_up(request: Prepared, graph: DecodingGraph, record: Record) -> None:
     """Requests of the full length, broken off: what they grow and capture is what the real ones will use."""
     record.stage = "warming up"
-    for steps in (graph.decode(request.prompt, request.cfg.max_new_tokens), alone(request, graph)):
+    for steps in (told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens)), alone(request, graph)):
         list(islice(steps, 3))
 
 
@@ -47,7 +48,7 @@ def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterat
     for device in request.places.devices:
         memory.reset_peak(device)
     record.stage = "decoding"
-    for step in graph.decode(request.prompt, request.cfg.max_new_tokens):
+    for step in told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens)):
         record.steps.append(step)
         yield step
 
@@ -64,7 +65,16 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: Record, advanc
 
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
     limit = request.cfg.max_new_tokens
-    return autoregressive(graph.target, request.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
+    steps = autoregressive(graph.target, request.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
+    return told_apart(steps)
+
+
+def told_apart(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps. An OSError of a strategy is none of what writes them. Raises StrategyError for it."""
+    try:
+        yield from steps
+    except OSError as error:
+        raise StrategyError(one_line(error)) from error
 
 
 def row(number: int, step: Step) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
         "parallel": request.places.parallel,
         "devices": request.places.ranks * len(request.places.target),
         "weights": {side: kind or name_of(getattr(graph, side).dtype) for side, kind in request.kinds.items()},
-        "strategies": {kind: repr(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
+        "strategies": {kind: described(getattr(graph, kind)) for kind in ("pruner", "drafter", "verifier")},
         "versions": metrics.versions(),
     }
     assert set(summary) == set(metrics.KEYS)

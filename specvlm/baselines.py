@@ -6,6 +6,7 @@ key too: a baseline of another GPU is no baseline.
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -49,12 +50,18 @@ class Baselines:
 
     def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
         self.folder, self.ranks = folder, ranks
+        self.begun = False
 
     def get(self, request: Prepared, graph: DecodingGraph, decode: Callable[[], list[Step]]) -> Baseline:
         """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that."""
         made_of = inputs(request, graph)
         key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.json" if self.folder else None
+        if self.folder and not self.begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.begun = True
+        if self.folder and not self.folder.is_dir():  # it is not made again: the sweep's may have gone with it
+            raise FileNotFoundError(errno.ENOENT, "it was removed while jobs kept baselines there")
         with waiting(path.with_suffix(".lock")) if path else nullcontext():
             kept: Baseline | None = self.ranks.share(lambda: _read(path))
             if kept is None:
@@ -69,7 +76,6 @@ def waiting(path: Path) -> Iterator[None]:
     """Alone with what the file stands for, among all processes, until it has been made: who waited finds it there, and so does
     who comes when this file is gone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield
     with suppress(OSError):  # held by who waits, where a held file cannot go

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,17 +17,21 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
 from specvlm.errors import UserError, did_you_mean
+from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
-HYDRAS_OWN = re.compile(r"""['"]|(null|\?\?\?)$|(choice|glob|shuffle)\(|.*\$\{""")
+HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
+UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # what Hydra reads as it stands
 OWN_SAMPLE = ("video", "question")  # of a run without a data set
-PATH_KEYS = ("video", "target.path", "draft.path")
+PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
+MOST_JOBS = 1000  # of a sweep
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each has one
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
 
@@ -64,8 +69,11 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
     register()
-    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    more = [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+    for path in folder.rglob("*.yaml") if folder else ():
+        read_yaml(path)  # Hydra would follow aliases without end
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        _refuse_lists(overrides)
         each = _expand([*_presets_own(overrides), *overrides]) if sweep else [list(overrides)]
         return [_checked([*words, *more], sweep) for words in each]
 
@@ -88,6 +96,8 @@ def explained() -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as err:
         raise UserError(explain(err)) from err
+    except RecursionError:
+        raise UserError("a value is nested too deeply to be read") from None
 
 
 def explain(err: Exception) -> str:
@@ -114,9 +124,25 @@ def explain(err: Exception) -> str:
     return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
 
 
+def _parsed(words: Sequence[str]) -> list[Override]:
+    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+
+
+def _refuse_lists(words: Sequence[str]) -> None:
+    """Hydra takes several options of a group, one over the other; what they would come to is no strategy. Presets may be
+    several.
+    """
+    for override in _parsed(words):
+        group, value = override.key_or_group, override.value()
+        names = value if isinstance(value, list) and group == "experiment" else [value]
+        one = override.is_sweep_override() or all(isinstance(name, str | dict | None) for name in names)
+        if group in config.GROUPS and not one:
+            raise UserError(f"{override.input_line}: expected one by name, as in {group}=NAME")
+
+
 def _presets_own(words: Sequence[str]) -> list[str]:
     """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
-    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    parsed = _parsed(words)
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = hydra_compose("config", fixed, return_hydra_config=True)
     return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
@@ -133,7 +159,7 @@ def _checked(words: list[str], sweep: bool) -> Job:
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
-    OmegaConf.resolve(cfg)  # an unknown ${…} is found now, not when it is read
+    OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     if cfg.dataset is not None:
         _refuse_own_sample(words, cfg.dataset.name)
@@ -165,7 +191,7 @@ def _choice(cfg: DictConfig, group: str) -> str:
 
 def _expand(words: Sequence[str]) -> list[list[str]]:
     """The jobs of a sweep as Hydra's own sweeper makes them. With another sweeper, what is not swept."""
-    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    parsed = _parsed(words)
     other = any(override.key_or_group == "hydra/sweeper" and override.value() != "basic" for override in parsed)
     choices: dict[str, list[str]] = {}
     for override in parsed:
@@ -173,12 +199,25 @@ def _expand(words: Sequence[str]) -> list[list[str]]:
         if not override.is_sweep_override():  # as the sweeper writes it, since folders are called after it
             choices[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep() and not other:
+            if _length(override) > MOST_JOBS:
+                raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not choices[key]:
                 raise UserError(f"{override.input_line}: nothing matches")
         elif not other:
             raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+    if (count := math.prod(map(len, choices.values()))) > MOST_JOBS:
+        raise UserError(f"this sweep has {count} jobs, at most {MOST_JOBS} are allowed: start several")
     return [list(job) for job in itertools.product(*choices.values())]
+
+
+def _length(override: Override) -> float:
+    """How many values a sweep over one key has, without making them."""
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
+        return (stop - start) / step if step else math.inf
+    return len(sweep.list) if isinstance(sweep, ChoiceSweep) else 1
 
 
 def _unknown_key(full_key: str, owner: Any) -> str:
@@ -217,9 +256,30 @@ def _quoted(word: str, sweep: bool) -> str:
         word = f"{key}={value}"
     if name in FOLDERS and equals and not value:
         raise UserError(f"{word} names no folder: is a variable of your shell empty?")
-    literal = name in (*TEXT_KEYS, *FOLDERS) or (name in PATH_KEYS and (not sweep or Path(value).expanduser().exists()))
-    literal |= name == "drafter.shape" and value.startswith("[")  # a text that looks like a list
-    if not equals or not literal or not value or HYDRAS_OWN.match(value):
+    if not equals or not value:
         return word
+    if name in TEXT_KEYS:  # nothing in it is filled in, however it is quoted
+        return f"{key}={value.replace('${', chr(92) + '${') if HYDRAS_OWN.fullmatch(value) else _text(value)}"
+    if HYDRAS_OWN.fullmatch(value):
+        return word
+    if name in FOLDERS or (name == "drafter.shape" and value.startswith("[")):  # a text that looks like a list
+        return f"{key}={_text(value, filled=True)}"
+    if name not in PATH_KEYS:
+        return word
+    there = os.path.exists(os.path.expanduser(value))
+    if there or not sweep:
+        return f"{key}={_text(value, filled=not there)}"
+    return f"{key}={','.join(part if UNQUOTED.fullmatch(part) else _path(part) for part in value.split(','))}"
+
+
+def _path(part: str) -> str:
+    """One of several in a sweep."""
+    own = not part or HYDRAS_OWN.fullmatch(part) or "${" in part
+    return part if own else _text(part)
+
+
+def _text(value: str, filled: bool = False) -> str:
+    """A text in quotes, as Hydra reads it. filled: a `${…}` in it is OmegaConf's."""
+    value = value if filled else escaped(value)
     inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-    return f"{key}='{inner}'"
+    return f"'{inner}'"

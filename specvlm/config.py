@@ -5,14 +5,16 @@ The strategies' own keys come from their fields (see registry.py).
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.bounds import KEY, Within, check
+from specvlm.errors import UserError, did_you_mean, line
 
 EMBEDDED = "embedded:"
 CHOICES = {
@@ -24,6 +26,8 @@ CHOICES = {
 }
 PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
+THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; many more end the process
+SHARDS = 4096
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
 
@@ -64,28 +68,28 @@ class RunConfig:
     tracker: Any = None
     target: ModelConfig = field(default_factory=ModelConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
-    ratio: float = MISSING
+    ratio: Annotated[float, Within(0, 1, "a share of the video tokens to drop")] = MISSING
     positions: str = MISSING
     mrope: str = MISSING
     video: str = MISSING
     question: str | None = MISSING
-    frames: int | None = MISSING
-    fps: float | None = MISSING
-    max_pixels: int | None = MISSING
+    frames: Annotated[int | None, Within(1, 16_384)] = MISSING
+    fps: Annotated[float | None, Within(0, 1000, above=True)] = MISSING
+    max_pixels: Annotated[int | None, Within(1, 2**26)] = MISSING
     reader: str = MISSING
-    max_new_tokens: int = MISSING
-    repetition_penalty: float | None = MISSING
-    seed: int = MISSING
+    max_new_tokens: Annotated[int, Within(1, 131_072)] = MISSING
+    repetition_penalty: Annotated[float | None, Within(0.01, 100)] = MISSING
+    seed: Annotated[int, Within(0, 2**63 - 1)] = MISSING
     device: str = MISSING
     dtype: str = MISSING
     engine: str = MISSING
-    threads: int | None = MISSING
+    threads: Annotated[int | None, Within(1, THREADS)] = MISSING
     baseline: bool = MISSING
     baselines: str | None = MISSING
     resume: bool = MISSING
     fail_fast: bool = MISSING
     shard: str | None = MISSING
-    turn: int = MISSING
+    turn: Annotated[int, Within(1, 1_000_000)] = MISSING
     prefetch: Any = MISSING
     record: bool = MISSING
 
@@ -105,25 +109,16 @@ def validate(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if cfg[key] not in allowed:
             raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
-    # "not (a <= x <= b)" rather than "x < a or x > b": it refuses NaN too.
-    _expect(cfg, "ratio", 0 <= cfg.ratio <= 1, "a share of the video tokens to drop, from 0 to 1")
-    _expect(cfg, "max_new_tokens", cfg.max_new_tokens >= 1, "at least 1")
-    _expect(cfg, "seed", 0 <= cfg.seed < 2**63, "an integer from 0 to 2**63 - 1")
-    _expect(cfg, "frames", cfg.frames is None or cfg.frames >= 1, "at least 1, or null")
-    _expect(cfg, "fps", cfg.fps is None or 0 < cfg.fps < float("inf"), "more than 0, or null")
-    _expect(cfg, "threads", cfg.threads is None or cfg.threads >= 1, "at least 1, or null")
-    penalty = cfg.repetition_penalty
-    _expect(cfg, "repetition_penalty", penalty is None or 0 < penalty < float("inf"), "more than 0, or null")
-    _expect(cfg, "max_pixels", cfg.max_pixels is None or cfg.max_pixels >= 1, "at least 1, or null")
-    _expect(cfg, "turn", cfg.turn >= 1, "at least 1")
+    check(RunConfig, cfg, KEY)
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
-    shard = re.fullmatch(r"(\d+)/(\d+)", "0/1" if cfg.shard is None else cfg.shard)
-    _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]), "0/4, 1/4, 2/4 or 3/4, or null")
+    shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
+    of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
+    _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
     if cfg.shard is not None and cfg.dataset is None:
         raise UserError("shard shares out the samples of a data set: give dataset=…, or leave it out")
     if cfg.resume and cfg.dataset is None:
         raise UserError("resume goes on with the samples of a data set: give dataset=…, or leave it out")
-    _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
+    _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     if cfg.tracker is not None:
         mode, allowed = cfg.tracker.mode, ("online", "offline", "disabled")
@@ -147,7 +142,7 @@ def validate(cfg: DictConfig) -> None:
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
     own = cfg.draft.device
-    if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:\d+", own) is None):
+    if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")
 
 
@@ -169,4 +164,4 @@ def conf_dir() -> Path:
 
 def _expect(cfg: DictConfig, key: str, holds: bool, allowed: str) -> None:
     if not holds:
-        raise UserError(f"{key}={cfg[key]}: expected {allowed}")
+        raise UserError(f"{key}={line(str(cfg[key]))}: expected {allowed}")

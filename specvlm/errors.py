@@ -2,10 +2,16 @@
 specvlm.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
+
+# Control characters but tab and newline, and those that change the direction of the text around them.
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+LONGEST_WORD, LONGEST_LINE = 200, 1000  # characters of a message
 
 
 class ExitCode(IntEnum):
@@ -54,10 +60,39 @@ class JobFailed(Exception):
         self.code = code
 
 
+class StrategyError(Exception):
+    """An OSError that a strategy raised: its own fault, not that of the disk that results are written to."""
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, UserError | StrategyError):
+        return message(error)
+    return f"{type(error).__name__}: {message(error)}"
+
+
+def message(error: BaseException) -> str:
+    """What an error says, on one line of bearable length. A text that cannot be made is none."""
+    try:
+        return line(str(error))
+    except Exception as broken:  # an exception of a plugin may have a __str__ of its own
+        return f"(its text raises {type(broken).__name__})"
+
+
+def line(text: str) -> str:
+    """Text on one line, as a terminal may have it; long words and long lines are cut in the middle."""
+    words = (_cut(word, LONGEST_WORD) for word in visible(text).split())
+    return _cut(" ".join(words), LONGEST_LINE)
+
+
+def visible(text: str) -> str:
+    """Text as a terminal may have it: nothing in it moves the cursor, rings the bell or turns the text around it."""
+    return SURROGATE.sub("\ufffd", HIDDEN.sub("", text))
+
+
+def _cut(text: str, most: int) -> str:
+    half = most // 2 - 10
+    return text if len(text) <= most else f"{text[:half]}…({len(text)} characters)…{text[-half:]}"
 
 
 @contextmanager
@@ -85,6 +120,8 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``' Did you mean "two_stage"?'`` for the nearest known name, or ``''`` where none is near."""
+    if len(name) > LONGEST_WORD:
+        return ""
     near = get_close_matches(name, list(known), n=1)
     return f' Did you mean "{near[0]}"?' if near else ""
 

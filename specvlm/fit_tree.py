@@ -27,8 +27,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from specvlm.errors import UserError
-from specvlm.types import PAPER_TREE
+from specvlm.__main__ import guarded, refuse
+from specvlm.bounds import parse
+from specvlm.errors import ExitCode, UserError, visible
+from specvlm.records import Ranked
+from specvlm.rows import lines_of
+from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
 
 Paths = list[list[int]]
 
@@ -43,11 +47,15 @@ class Round:
 
 def read(folder: Path) -> list[Round]:
     """The rounds of a run's folder. Raises UserError where it has none that tell ranks."""
-    file = folder / "steps.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder} has no steps.jsonl: give folders that python -m specvlm wrote")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    rounds = [Round(tuple(row["ranks"]), tuple(row["widths"])) for row in rows if "widths" in row]
+    if not (folder / "steps.jsonl").is_file():
+        inner = sorted({file.parent.name for file in folder.glob("*/steps.jsonl")})
+        which = f"a sweep: give folders of its jobs, such as {folder / inner[0]}" if inner else "no folder of a run"
+        raise UserError(f"{folder} has no steps.jsonl; it is {which}")
+    rounds = []
+    for row in lines_of(folder / "steps.jsonl", torn=True):
+        if "widths" in row:
+            parse(Ranked, row, folder / "steps.jsonl")
+            rounds.append(Round(tuple(row["ranks"]), tuple(row["widths"])))
     if not rounds:
         raise UserError(f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy)")
     return rounds
@@ -85,7 +93,7 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
     order = count()
     paths: Paths = []
     heap: list[tuple[float, int, int, list[int]]] = [(-1.0, 0, next(order), [])]
-    deepest = len(chances) if depth is None else min(depth, len(chances))
+    deepest = min(len(chances), DEEPEST if depth is None else depth)
     while heap and len(paths) <= nodes:
         chance, _, _, path = heapq.heappop(heap)
         paths.append(path)
@@ -135,10 +143,13 @@ def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | No
 
 def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None = None) -> list[str]:
     """Write the tree, return the report. Raises UserError."""
-    if nodes < 1 or (depth is not None and depth < 1):
-        raise UserError(f"nodes and depth must be at least 1, got {nodes} and {depth}")
+    for name, value, most in (("nodes", nodes, MOST_GUESSES), ("depth", 1 if depth is None else depth, DEEPEST)):
+        if value not in Within(1, most):
+            raise UserError(f"{name} must be at least 1, got {value} (at most {most})")
     if out.suffix != ".json":
         raise UserError(f"{out}: a tree file ends in .json, since drafter.shape knows it by that")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent} to write into")
     runs = [read(folder) for folder in folders]
     tree = best_tree(fit_ranks([one for run in runs for one in run]), nodes, depth)
     if not tree:
@@ -154,14 +165,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
     parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
-    asked = parser.parse_args(words)
-    try:
-        lines = fit(asked.folders, asked.out, asked.nodes, asked.depth)
-    except UserError as error:
-        print(f"specvlm: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    parser.error = refuse  # type: ignore[method-assign]
+    return guarded(lambda: _fit(parser.parse_args(words)))
+
+
+def _fit(asked: argparse.Namespace) -> int:
+    for line in fit(asked.folders, asked.out, asked.nodes, asked.depth):
+        print(visible(line))
+    return ExitCode.OK
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,6 +44,8 @@ def files_of(folder: Path | None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         clear()
         yield
+    except BrokenPipeError:  # of what reads the terminal's output
+        raise
     except OSError as error:
         if folder.is_dir():
             clear()
@@ -52,9 +56,24 @@ def steps_file(folder: Path | None) -> TextIO:
     return Path(folder / "steps.jsonl" if folder else os.devnull).open("w")
 
 
+def check_there(file: IO[Any]) -> None:
+    """A file that was removed takes what is written, and nobody will ever read it. Raises OSError."""
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise FileNotFoundError(errno.ENOENT, "it was removed, or put elsewhere, while this wrote into it", file.name)
+
+
 def write_config(cfg: DictConfig, folder: Path | None) -> None:
     if folder:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        write_yaml(folder / "config.yaml", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """Plain data, which no reader has to resolve."""
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**31))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -65,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
     """All or nothing: a reader never sees half a file, and of several writers the last one's stays."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import traceback
@@ -13,14 +14,14 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, one_line, worst
-from specvlm.folder import write_attention, write_json, write_text
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
 from specvlm.places import places_of
@@ -116,7 +117,16 @@ class Job:
     def key(self, index: int) -> Hashable:
         """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
         cfg, target = self.cfg, self.setup.target
-        return repr(self.dataset), index, cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader, type(target), target.folder
+        return (
+            registry.described(self.dataset),
+            index,
+            cfg.frames,
+            cfg.fps,
+            cfg.max_pixels,
+            cfg.reader,
+            type(target),
+            target.folder,
+        )
 
     def read(self, index: int) -> Read:
         """What reads the sample's video and makes the prompt."""
@@ -144,7 +154,7 @@ class Job:
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
             with suppress(OSError):
-                write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.cfg))))
+                write_yaml(self.folder / "config.yaml", plain(self.cfg))
                 write_json(self.folder / "summary.json", found)
         return found
 
@@ -260,7 +270,7 @@ class Job:
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
-        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": sample.meta}
+        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
@@ -270,7 +280,7 @@ class Job:
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)
-            print(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:", file=sys.stderr)
+            print(line(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:"), file=sys.stderr)
             traceback.print_exception(error)
         return reason
 
@@ -291,7 +301,7 @@ class Job:
                 found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
                 if self.failure:
                     found |= {"status": "failed", "reason": self.failure}
-                parts = {kind: repr(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
+                parts = {kind: registry.described(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
                 write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
         return found
 
@@ -300,12 +310,23 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
     samples, seen = dataset.samples(), set[str]()
     for sample in samples:
+        if not isinstance(sample.id, str):
+            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
         if sample.id in seen:
             raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
         seen.add(sample.id)
     if not samples:
         raise UserError(f"dataset={dataset.name}: there are no samples in it")
     return samples
+
+
+def writable_meta(sample: Sample) -> dict[str, Any]:
+    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
+    try:
+        json.dumps(sample.meta)
+        return sample.meta
+    except (TypeError, ValueError, RecursionError):
+        return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
 
 
 def shard_of(word: str | None) -> tuple[int, int] | None:

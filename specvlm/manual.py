@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from specvlm import config, registry
+from specvlm.errors import visible
 
 EXAMPLES = """\
   python -m specvlm pruner=two_stage ratio=0.9                 the embedded pair on an embedded clip
@@ -25,7 +27,7 @@ EXAMPLES = """\
 def store() -> None:
     """Hand the text to Hydra, which prints it for --help."""
     # Hydra fills in $NAMES and OmegaConf ${…}; ours has neither.
-    text = manual().replace("$", "$$").replace("$${", "\\$${")
+    text = visible(manual()).replace("$", "$$").replace("$${", "\\$${")
     ConfigStore.instance().store(
         group="hydra/help",
         name="specvlm",
@@ -53,6 +55,11 @@ def manual() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _named(name: str) -> str:
+    """A name in its column; a long one is followed by a space all the same."""
+    return f"  {name:<21} "
+
+
 def _wandb() -> list[str]:
     return [f"tracker.{f.name}={_default(f)}" for f in dataclasses.fields(config.WandbConfig) if f.name != "name"]
 
@@ -62,14 +69,16 @@ def _presets(group: str) -> list[Path]:
 
 
 def _preset(path: Path) -> str:
-    """A YAML file; its first comment says what it is for."""
-    comments = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
-    return f"  {path.stem:<22}{next(comments).removeprefix('# ')} [preset]"
+    """A YAML file; the first sentence of its comment says what it is for."""
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
+    comment = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    sentence = comment.split(". ")[0].rstrip(".")
+    return f"{_named(path.stem)}{sentence}. [preset]"
 
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
     options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
-    lines = [f"  {name:<22}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
+    lines = [f"{_named(name)}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
     return "\n".join(lines)
 
 

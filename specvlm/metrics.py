@@ -149,7 +149,8 @@ LAST = ("parallel", "devices", "weights", "engine")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
 
 TOTALS = {
-    "status": "complete, incomplete (samples are missing), or failed (the job could not begin, or not go on; see reason)",
+    "status": "complete (every sample is ok or skipped), incomplete (some are missing or failed), or failed (the job could not "
+    "begin, or not go on, or no sample is ok; see reason)",
     "reason": "why it failed; null when it did not",
     "dataset": "its name; `split` and `version` are the part and the edition of it",
     "samples": "how many the data set has: ok, failed, skipped (no video is there) and missing (not done yet) add up to it",
@@ -164,13 +165,23 @@ TOTALS = {
 }
 
 
+def outcome(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+    """status and reason, of a job that could begin."""
+    found = {row["status"] for row in rows}
+    if len(rows) < samples:
+        return {"status": "incomplete", "reason": None}
+    if "ok" not in found:
+        why = next((row["reason"] for row in rows if row["status"] == "failed"), None) or "no video of its samples is there"
+        return {"status": "failed", "reason": f"no sample is ok: {why}"}
+    return {"status": "incomplete" if "failed" in found else "complete", "reason": None}
+
+
 def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     """What TOTALS explains, of the rows of a job (see `rows.rows_of`) whose data set has so many samples."""
     done = [row for row in rows if row["status"] == "ok"]
     count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "skipped")}
     found: dict[str, Any] = {
-        "status": "complete" if len(rows) == samples else "incomplete",
-        "reason": None,
+        **outcome(rows, samples),
         **{key: rows[0][key] if rows else None for key in ("dataset", "split", "version")},
         "samples": samples,
         **count,

@@ -38,6 +38,7 @@ def folder_name(words: Sequence[str]) -> str:
 
 def label(words: Sequence[str], separator: str = " ") -> str:
     """What tells a job from others: its overrides, without those that change no row."""
+    words = [re.sub(r"^(dataset\.\w+)='(.*)'$", r"\1=\2", word) for word in words]  # quoted for Hydra alone
     return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NO_MATTER)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +16,7 @@ from specvlm import memory, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
-from specvlm.errors import UserError
+from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.graph import DecodingGraph
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
@@ -24,6 +26,7 @@ from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
 from specvlm.types import VideoPrompt
 
+LONGEST_QUESTION = 100_000  # characters
 SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
 
 
@@ -103,6 +106,7 @@ def own_sample(cfg: DictConfig) -> Sample:
 
 def read(setup: Setup, sample: Sample) -> Reading:
     """Open the video and make the prompt. Raises UserError."""
+    check_question(sample.question)
     start = perf_counter()
     clip = frames_of(setup.cfg, setup.target, sample)
     prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
@@ -118,9 +122,29 @@ def reads_ahead(cfg: DictConfig, places: Places) -> bool:
     return places.first.type == "cuda" if cfg.prefetch == "auto" else bool(cfg.prefetch)
 
 
+def check_question(question: object) -> None:
+    """Raises UserError for what is no text, or more of it than a question has."""
+    if not isinstance(question, str) or SURROGATE.search(question):
+        raise UserError(f"the question is no text: {line(repr(question))}")
+    if len(question) > LONGEST_QUESTION:
+        raise UserError(f"the question has {len(question)} characters, at most {LONGEST_QUESTION} are asked")
+
+
+def check_name(path: Path) -> None:
+    """Raises MissingVideo for what no file can be called; one that is not there is missed when it is opened."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise MissingVideo(f"no such file: {path} ({getattr(error, 'strerror', None) or 'not a name'})") from None
+
+
 def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
     source = sample.video() if callable(sample.video) else sample.video
+    if isinstance(source, Path):
+        check_name(source)
     asked = {"frames": cfg.frames, "fps": cfg.fps}
     part: dict[str, Any] = {"start": sample.start, "end": sample.end}
     sampling = asked if any(asked.values()) else target.sampling(probe(source, cfg.reader, **part))

@@ -19,7 +19,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specvlm import config, plugins
+from specvlm.bounds import check
 from specvlm.errors import UserError, did_you_mean
+from specvlm.outside import literal
 from specvlm.plugins import PluginError
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
 
@@ -106,11 +108,12 @@ def unknown(kind: str, name: str, names: list[str]) -> str:
 def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     """The strategy that `node` describes: a name, or its fields with the key `name`, as `cfg.pruner` has them.
 
-    Raises UserError for an unknown name or field, a wrong type, a missing value, and where the class refuses a value.
+    Raises UserError for an unknown name or field, a wrong type, a number out of bounds, a missing value, and where the class
+    refuses a value.
     """
     if isinstance(node, str):
         node = {"name": node}
-    if node is None or "name" not in node:
+    if not isinstance(node, Mapping) or "name" not in node:
         raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
     info = find(kind, str(node["name"]))
     plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
@@ -120,7 +123,7 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
             has = ", ".join(there[1:]) or "no keys"
             raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(info.config), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(info.config), literal(plain))
         values = vars(OmegaConf.to_object(merged))
     except MissingMandatoryValue as err:
         raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
@@ -128,8 +131,9 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
         raise UserError(f"{kind}={info.cls.name}: {str(err).splitlines()[0]}") from err
     hints = get_type_hints(info.cls)
     try:
+        check(info.cls, values)
         return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
-    except ValueError as err:
+    except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
 
 
@@ -181,6 +185,14 @@ def _config_class(cls: type[Strategy]) -> type:
             ) from err
         columns.append(column)
     return dataclasses.make_dataclass(f"{cls.__name__}Config", columns)
+
+
+def described(strategy: object) -> str:
+    """A strategy's repr, its log line; its name where a plugin's repr raises."""
+    try:
+        return repr(strategy)
+    except Exception as error:
+        return f"{getattr(strategy, 'name', type(strategy).__name__)}(its repr raises {type(error).__name__})"
 
 
 def word(value: Any) -> str:

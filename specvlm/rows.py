@@ -16,16 +16,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from specvlm.bounds import parse
 from specvlm.errors import UserError
-from specvlm.folder import write_text
+from specvlm.folder import check_there, write_yaml
+from specvlm.outside import MOST_BYTES, json_of, read_text, read_yaml
+from specvlm.records import Answered, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
@@ -52,7 +54,9 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The line of each sample, of all shards, in the order of the data set. Raises UserError for a damaged file."""
+    """The line of each sample, of all shards, in the order of the data set; a dict as `records` types it. Raises UserError for
+    a damaged file.
+    """
     return [row for row, _ in _kept(folder)]
 
 
@@ -61,8 +65,7 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
-            if not {"sample", "index", "status"} <= row.keys():
-                raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
+            parse(Answered if row.get("status") == "ok" else Row, row, f"{path}, sample {row.get('sample')}")
             if row["sample"] not in found or found[row["sample"]][0]["status"] != "ok":
                 found[row["sample"]] = row, path
     return sorted(found.values(), key=lambda kept: kept[0]["index"])
@@ -73,8 +76,9 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     files = {row["sample"]: path for row, path in _kept(folder) if row["status"] == "ok"}
     found: dict[str, list[dict[str, Any]]] = {sample: [] for sample in files}
     for path in dict.fromkeys(files.values()):  # rounds lie beside their row; those of a process that was killed have none
-        for line in lines_of(path.with_name(path.name.replace(SAMPLES, STEPS, 1))):
-            if files.get(line.get("sample", "")) == path:
+        rounds = path.with_name(path.name.replace(SAMPLES, STEPS, 1))
+        for line in lines_of(rounds):
+            if files.get(str(line.get("sample"))) == path:
                 found[line["sample"]].append(line)
     return found
 
@@ -83,10 +87,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """What the job was asked for. Raises UserError where there is no job, or a damaged one."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException):
-        found = None
+    found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
         raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
     return cast("dict[str, Any]", found)
@@ -96,11 +97,15 @@ def summary_of(folder: Path) -> dict[str, Any]:
     """The totals, as last written; empty where there are none. Raises UserError for a file that is no JSON."""
     path = folder / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
+    parse(Totals if isinstance(found, dict) and "samples" in found else Summary, found, path)
+    return cast("dict[str, Any]", found)
 
 
 def is_job(folder: Path) -> bool:
@@ -152,9 +157,9 @@ class Rows:
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
         old, end = _lines(samples)
-        count = len(old) + sum(len(lines_of(path)) for path in others)
-        if count and not cfg.resume:
-            raise Taken(f"{folder} holds {count} samples already: go on with resume=true, or take another folder")
+        there_already = len(old) + sum(len(lines_of(path)) for path in others)
+        if there_already and not cfg.resume:
+            raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _held(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():
@@ -169,7 +174,7 @@ class Rows:
         if shard is None:
             for path in folder.glob("*.part"):  # of a process that was killed
                 path.unlink()
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
+        write_yaml(folder / "config.yaml", plain(cfg))
 
     def begin(self) -> None:
         """Of the next sample."""
@@ -179,6 +184,7 @@ class Rows:
         if self.folder:
             with writable(self.folder):
                 self._files[1].write(json.dumps(line).encode() + b"\n")
+                check_there(self._files[1])
 
     def end(self, row: Mapping[str, Any]) -> None:
         """The sample is done; when this returns, a line says so, on the disk. One that failed has no rounds."""
@@ -190,6 +196,7 @@ class Rows:
                 _cut(steps, self._start)
             steps.flush()
             os.fsync(steps.fileno())
+            check_there(samples)
             before, text = samples.tell(), memoryview(json.dumps(row).encode() + b"\n")
             try:
                 while text:
@@ -211,7 +218,7 @@ class Rows:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as it is written: without what does not matter to its rows."""
-    found: Any = OmegaConf.to_container(cfg, resolve=True)
+    found: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return {key: value for key, value in found.items() if key not in NO_MATTER}
 
 
@@ -232,29 +239,40 @@ def _files(folder: Path, what: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
 
 
-def _measured(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines, and where each ends; a last one that is not whole is none. Raises UserError for one that is no JSON."""
+def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
+    """Lines, and where each ends; a last one that is not whole is none, or with `torn` one if it can be read.
+
+    Raises UserError for one that is no JSON.
+    """
     if not path.exists():
         return
     end = 0
     with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
+        for number in count(1):
+            text = file.readline(MOST_BYTES + 1)
+            if not text:
+                return
+            if len(text) > MOST_BYTES:
+                raise UserError(f"{path}, line {number} has more than {MOST_BYTES} bytes: move the file away to start over")
             end += len(text)
-            if not text.endswith(b"\n"):
+            whole = text.endswith(b"\n")
+            if not whole and not torn:
                 continue
             try:
-                line = json.loads(text)
+                line = json_of(text)
             except ValueError:
                 line = None
+            if not whole and not isinstance(line, dict):
+                return
             if isinstance(line, dict):
                 yield line, end
             elif line is not None or file.read(1):
                 raise UserError(f"{path}, line {number}: this is no JSON object; move the file away to start over")
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file. Raises UserError for one that is no JSON."""
-    return _lines(path)[0]
+def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """All whole lines of a file; torn: and a last one that lacks its end alone. Raises UserError for one that is no JSON."""
+    return [line for line, _ in _measured(path, torn)]
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -11,7 +11,7 @@ from specvlm import memory, metrics
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
 from specvlm.errors import ExitCode
-from specvlm.folder import files_of, steps_file, write_attention, write_config, write_json
+from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
 from specvlm.places import Places, places_of
@@ -74,6 +74,7 @@ def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
         for number, step in enumerate(speculate(request, graph, record)):
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
+            check_there(log)
             if step.attention is not None:
                 write_attention(folder, 0, step.attention)
             show(step)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from specvlm.errors import visible
+from specvlm.registry import described
 from specvlm.types import Step
 
 if TYPE_CHECKING:
@@ -25,11 +27,30 @@ MOST_REASONS = 5  # told of a job; all are in its summary.json
 COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
 
 
+class Terminal(Console):
+    """A console to which text is text: no markup, no emoji codes, no control characters. Colour comes by `styled` alone."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave as any other output does that nobody reads: rich would exit with 1."""
+        raise BrokenPipeError
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Texts, and texts with their style."""
+    return Text.assemble(*((visible(part[0]), part[1]) if isinstance(part, tuple) else visible(part) for part in parts))
+
+
 class Screen:
     """Plain text where the output is no terminal: no colours, no bars, no control characters."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal()
         set_verbosity_error()  # what goes wrong in Hugging Face's code is said in one line of ours
         if not self.console.is_terminal:
             self.console.width = 120
@@ -38,24 +59,25 @@ class Screen:
     def plan(self, job: Prepared) -> None:
         """The question, the memory that will be needed, and what the drafter will be shown."""
         say = self.console.print
-        say(f"[bold]{job.clip}[/]: {job.question}")
+        say(styled((job.clip, "bold"), f": {job.question}"))
         for device, plan in job.plans.items():
             parts = ", ".join(f"{name} {size(count)}" for name, count in plan.parts.items())
-            say(f"[dim]memory plan:[/] {size(plan.total)} on {device} ({parts})")
+            say(styled(("memory plan:", "dim"), f" {size(plan.total)} on {device} ({parts})"))
         if how := spread(job):
-            say(f"[dim]target:[/] {how}")
+            say(styled(("target:", "dim"), f" {how}"))
         if quantised := ", ".join(f"{side} {kind}" for side, kind in job.kinds.items() if kind):
-            say(f"[dim]quantised:[/] {quantised} (text layers and head)")
-        say(f"[dim]drafter:[/] {job.drafter}")
+            say(styled(("quantised:", "dim"), f" {quantised} (text layers and head)"))
+        say(styled(("drafter:", "dim"), f" {described(job.drafter)}"))
         if job.drafter.model is None:
-            say("[dim]pruner:[/] not used, this drafter looks at no video")
+            say(styled(("pruner:", "dim"), " not used, this drafter looks at no video"))
             return
         total = len(job.prompt.video_index)
-        say(f"[dim]pruner:[/] {job.pruner} drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens")
+        share = f"drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens"
+        say(styled(("pruner:", "dim"), f" {described(job.pruner)} {share}"))
 
     def note(self, line: str) -> None:
         if line:
-            self.console.print(f"[yellow]note:[/] {line}")
+            self.console.print(styled(("note:", "yellow"), f" {line}"))
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -89,7 +111,7 @@ class Screen:
             tokens.extend(step.tokens)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             if text.startswith(shown) and not text.endswith("\ufffd"):
-                self.console.print(text[len(shown) :], end="", markup=False)
+                self.console.print(text[len(shown) :], end="")
                 self.console.file.flush()
                 shown = text
 
@@ -98,16 +120,19 @@ class Screen:
             yield show
         finally:
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            self.console.print(text[len(shown) :] + "\n", markup=False)
+            self.console.print(text[len(shown) :] + "\n")
 
     def summary(self, summary: dict[str, Any], folder: Path) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows(summary):
-            table.add_row(f"[dim]{name}[/]", value)
+            table.add_row(styled((name, "dim")), value)
         self.console.print(table)
         verdict = summary["verdict"]
-        self.console.print(f"\n{coloured(verdict)} {meaning(verdict)}", soft_wrap=True)
-        self.console.print(f"[dim]written to {folder}[/]")
+        self.console.print(styled("\n", coloured(verdict), f" {meaning(verdict)}"), soft_wrap=True)
+        self.written(folder)
+
+    def written(self, folder: Path) -> None:
+        self.console.print(styled((f"written to {folder}", "dim")))
 
     # ---- jobs over samples -------------------------------------------------------------------------------------------
 
@@ -116,13 +141,12 @@ class Screen:
         left, all_of_it = len(job.todo), len(job.mine)
         done = f", {all_of_it - left} of them done" if left < all_of_it else ""
         part = f" (shard {job.cfg.shard})" if job.shard else ""
-        self.console.print(f"[bold]{escape(job.label or job.dataset.name)}[/]{part}: {all_of_it} samples{done}")
+        self.console.print(styled((job.label or job.dataset.name, "bold"), f"{part}: {all_of_it} samples{done}"))
 
     def sample(self, job: Job, row: Mapping[str, Any]) -> None:
         """A line when one is done."""
-        count = f"[dim]{len(job.mine) - len(job.todo)}/{len(job.mine)}[/]"
-        label = f"[dim]{escape(job.label)}[/] " if job.label else ""
-        self.console.print(f"{count} {escape(row['sample'])} {label}{outcome(row)}")
+        count, label = f"{len(job.mine) - len(job.todo)}/{len(job.mine)}", f"{job.label} " if job.label else ""
+        self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row)))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
         """The table behind a sweep, why what failed did, and where it all lies.
@@ -148,38 +172,39 @@ class Screen:
         for label, found in jobs:
             name = label or found.get("dataset", "")
             if "samples" in found:
-                table.add_row(escape(name), *totals(found))
+                table.add_row(name, *totals(found))
             else:
-                table.add_row(escape(name), "-", *[""] * 6, "[bold red]failed[/]")
+                table.add_row(name, "-", *[""] * 6, styled(("failed", "bold red")))
             told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]
             told += [(name, found["reason"])] if found.get("reason") else []
-            reasons += [f"[dim]{escape(what)}:[/] {escape(why)}" for what, why in told[:MOST_REASONS]]
-            reasons += [f"[dim]{escape(name)}:[/] and {len(told) - MOST_REASONS} more"] if len(told) > MOST_REASONS else []
+            reasons += [styled((f"{what}:", "dim"), f" {why}") for what, why in told[:MOST_REASONS]]
+            more = f" and {len(told) - MOST_REASONS} more"
+            reasons += [styled((f"{name}:", "dim"), more)] if len(told) > MOST_REASONS else []
         self.console.print()
         self.console.print(table)
         for line in reasons:
             self.console.print(line)
         if common:
-            self.console.print(f"[dim]all: {escape(common)}[/]")
+            self.console.print(styled((f"all: {common}", "dim")))
         if folder is not None:
-            self.console.print(f"[dim]written to {escape(str(folder))}[/]")
-        self.note(go_on and f"broken off; the same line with {escape(go_on)} goes on")
+            self.written(folder)
+        self.note(go_on and f"broken off; the same line with {go_on} goes on")
 
 
-def outcome(row: Mapping[str, Any]) -> str:
-    """Of a sample, in a few words."""
+def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
+    """Of a sample, in a few words, for `styled`."""
     if row["status"] != "ok":
-        return f"[bold red]{row['status']}[/] {escape(row['reason'])}"
+        return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
     if row["kept_tokens"] is not None:
         parts.append(f"{row['kept_tokens']} of {row['video_tokens']} kept")
     if row["accepted_per_round"] is not None:
         parts.append(f"{row['accepted_per_round']:.2f} accepted")
     parts += [f"{name} {row[key]:.2f} x" for name, key in SPEEDUPS if row[key] is not None]
-    return f"{', '.join(parts)}, {coloured(row['verdict'])}"
+    return f"{', '.join(parts)}, ", coloured(row["verdict"])
 
 
-def totals(found: Mapping[str, Any]) -> Iterator[str]:
+def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
     """A job's line of the table, from its summary.json."""
     yield f"{found['ok']}/{found['samples']}"
     yield "-" if found["kept_tokens"] is None else f"{found['kept_tokens']:.0f}"
@@ -188,14 +213,15 @@ def totals(found: Mapping[str, Any]) -> Iterator[str]:
         yield "-" if found[key] is None else f"{found[key]:.2f} x"
     for key in SPANS:
         yield "-" if found.get(key) is None else seconds(found[key])  # older summaries have none
-    yield ", ".join(coloured(verdict, f"{count} {verdict}") for verdict, count in found["verdicts"].items()) or "-"
-    yield f"[bold red]{found['failed']}[/]" if found["failed"] else ""
+    told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
+    yield Text(", ").join(told) if told else "-"
+    yield styled((str(found["failed"]), "bold red")) if found["failed"] else ""
     yield str(found["skipped"] or "")
 
 
-def coloured(verdict: str, text: str = "") -> str:
-    colour = next((c for start, c in COLOURS.items() if verdict.startswith(start)), "bold")
-    return f"[{colour}]{text or verdict}[/]"
+def coloured(verdict: str, text: str = "") -> tuple[str, str]:
+    """A text and its style."""
+    return text or verdict, next((colour for start, colour in COLOURS.items() if verdict.startswith(start)), "bold")
 
 
 def not_applied(settings: Sequence[str]) -> str:

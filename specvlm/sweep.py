@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from specvlm import names
 from specvlm.compose import FOLDERS
-from specvlm.errors import ExitCode, JobFailed, worst
+from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.held import HELD, Held
 from specvlm.job import Job
 from specvlm.metrics import MEANS, SPANS, totals
@@ -57,7 +57,7 @@ class Sweep:
             return ExitCode.OK
         try:
             return self._add(cfg, folder, hydra)
-        except END_IT as error:
+        except (*END_IT, UserError) as error:
             if os.getpid() != self.home:
                 return self.tell(error)
             self.ended = error  # said later: Hydra would say it in its own way

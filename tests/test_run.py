@@ -214,7 +214,7 @@ BAD = {
     "broken tokenizer": (broken_tokenizer, "tokenizer cannot be loaded"),
     "wrong config": (wrong_config, "config.json cannot be used"),
     "too wide a tree": (lambda: ["drafter.shape=300x2"], "guesses of a node"),
-    "unknown reference": (lambda: ["question=x ${y}"], "y"),
+    "unknown reference": (lambda: ["ratio=${y}"], "y"),
     "other tokenizer": (other_tokenizer, "different tokenizers"),
     "other family": (lambda: ["draft.path=embedded:llava_onevision/plain"], "a pair needs one family"),
     "other model type": (other_model_type, "not supported"),

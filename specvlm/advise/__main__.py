@@ -5,7 +5,7 @@ It takes the words of a run, such as pair=… video=… dtype=…, and its own, 
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,9 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.show import Screen, not_applied, size
+from specvlm.show import Screen, not_applied, size, styled
 from specvlm.strategy import Drafter
-from specvlm.types import Step
+from specvlm.types import Step, Within
 
 OWN = {
     "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
@@ -46,6 +46,7 @@ RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
 PARTS = (("draft",), CHECK)
+TOKENS = Within(8, 131_072)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Wishes:
             hint = did_you_mean(unknown[0], every)
             raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(every)}.{hint}")
         tokens, check = own.get("tokens", "128"), own.get("check", "false")
-        if not (tokens.isdecimal() and int(tokens) >= 8):
-            raise UserError(f"tokens={tokens}: expected a whole number from 8")
+        if not (re.fullmatch("[0-9]{1,9}", tokens) and int(tokens) in TOKENS):
+            raise UserError(f"tokens={tokens}: expected a whole number {TOKENS}")
         if check not in ("true", "false"):
             raise UserError(f"check={check}: expected true or false")
         known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{(__doc__ or '').strip()}\n\n{own}")
         return ExitCode.OK
     try:
-        return guarded(lambda: command(words), full=os.environ.get("HYDRA_FULL_ERROR") == "1")
+        return guarded(lambda: command(words))
     except KeyboardInterrupt:
         print("specvlm: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
@@ -145,9 +146,9 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     else:
         others = wishes.others(cfg)
         job = plan(cfg, trees, others)
-        say(f"[bold]{job.clip}[/]: {job.question}")
-        say(f"[dim]memory plan:[/] {size(job.planned)} on {', '.join(map(str, job.places.devices))}")
-        say(f"[dim]pruner:[/] {job.pruner}, {len(job.prompt.video_index)} video tokens")
+        say(styled((job.clip, "bold"), f": {job.question}"))
+        say(styled(("memory plan:", "dim"), f" {size(job.planned)} on {', '.join(map(str, job.places.devices))}"))
+        say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
             graph = replace(HELD.graph(job), ratio=cfg.ratio)  # the job's own is that of the largest plan
             screen.note(not_applied(graph.target.ignored_settings))
@@ -167,7 +168,7 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     if checked:
         table.show_check(screen, checked)
         write_json(folder / "check.json", {"checked": checked})
-    say(f"[dim]written to {folder}[/]")
+    screen.written(folder)
 
 
 def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
@@ -194,7 +195,7 @@ def measure(
     """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
-    screen.console.print(f"[dim]profile:[/] {total} short decodes")
+    screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
     with screen.progress("profile", total) as advance:
         seen = profile(graph, job.prompt, lambda: alone(graph, job, limit), ratios, limit, advance)
         known = known or {
@@ -253,7 +254,7 @@ def conclude(
     best, text = recommend(costs, found, tokens)
     if best:
         text.append("  " + shlex.join(["python", "-m", "specvlm", *words, *best.words]))
-    screen.console.print("\n".join(text), markup=False)
+    screen.console.print("\n".join(text))
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(c) | {"token_ms": c.token_ms, "end_to_end_s": c.end_to_end_s(tokens)} for c in found]
     write_json(folder / "costs.json", asdict(costs))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from typing_extensions import TypedDict
 
+from specvlm.bounds import parse
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
+from specvlm.records import Named, Share
+from specvlm.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
 # How the share of tokens that a drafter's w best guesses miss falls: (1 - first) * w ** -SPREAD. Only where no ranks were
@@ -86,6 +89,26 @@ def _share(rank: int) -> float:
     return float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
+class Tree(Named):
+    """A drafter of a fixed shape."""
+
+    shape: str
+
+
+class TreeRun(TypedDict):
+    """The config.yaml of a run of one."""
+
+    drafter: Tree
+    pruner: Named
+    ratio: Share
+
+
+class Accepted(TypedDict):
+    """Its summary.json."""
+
+    acceptance_by_depth: list[Share]
+
+
 Known = dict[tuple[str, float], Replay | Chances]  # by drafter (tree, self) and ratio
 
 
@@ -93,7 +116,7 @@ def of_words(text: str) -> Known:
     """`3.5`, `0:4.8,0.9:4.0` (by ratio) of the paper's tree, or run folders with commas between. Raises UserError."""
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
-        if (Path(word) / "summary.json").is_file():
+        if os.path.isfile(os.path.join(word, "summary.json")):
             known |= of_run(Path(word))
             continue
         ratio, _, accepted = word.rpartition(":")
@@ -117,17 +140,16 @@ def of_words(text: str) -> Known:
 
 def of_run(folder: Path) -> Known:
     """From an earlier run's config.yaml and summary.json. Raises UserError."""
+    config: TreeRun = parse(TreeRun, config_of(folder), f"acceptance={folder}, which is to be a run of a tree drafter")
+    found: Accepted = parse(Accepted, summary_of(folder), f"acceptance={folder}")
     try:
-        cfg = OmegaConf.load(folder / "config.yaml")
-        by_depth = json.loads((folder / "summary.json").read_text())["acceptance_by_depth"]
-        assert isinstance(cfg, DictConfig)
-        drafter, shape = cfg.drafter.name, TreeShape.parse(cfg.drafter.shape)
-        ratio = 0.0 if cfg.pruner.name == "none" else float(cfg.ratio)
-    except Exception as error:  # whatever a foreign file provokes
-        raise UserError(f"acceptance={folder}: no run of a tree drafter ({type(error).__name__}: {error})") from None
+        shape = TreeShape.parse(config["drafter"]["shape"])
+    except ValueError as error:
+        raise UserError(f"acceptance={folder}: {error}") from None
+    by_depth, ratio = found["acceptance_by_depth"], 0.0 if config["pruner"]["name"] == "none" else config["ratio"]
     if not by_depth:
         raise UserError(f"acceptance={folder}: that run had no whole round to learn from; take a longer answer")
-    name = "self" if drafter == "self" else "tree"
+    name = "self" if config["drafter"]["name"] == "self" else "tree"
     return {(name, ratio): Chances.of_depths(shape, by_depth, f"of {folder.name or folder}")}
 
 

@@ -5,7 +5,6 @@ Shapes are probed by whole rounds of the real loop, so that host work, cache mov
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from specvlm import registry
-from specvlm.errors import UserError
+from specvlm.bounds import parse
+from specvlm.errors import UserError, message
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import DRAFTER_START, FIRST_TOKEN
-from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt
+from specvlm.outside import json_of, read_text
+from specvlm.records import Seconds, Share, Tokens
+from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
 
 ROUNDS = 20  # of a probe; the first two are warm-up
 # One row a pass or w rows in every pass but the first: so the cost of a pass of w rows can be told from the others.
@@ -33,6 +36,7 @@ APART = 1.3  # sizes of trees nearer to each other than this factor share a knot
 CHECK = ("verify", "host")
 SHORTEST = 4  # tokens of an answer that can be measured on
 MISFIT = 0.1  # more is said to be noise
+Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Timing:
 
     drafter: str
     shape: str
-    ratio: float
-    context: int
-    draft_ms: float
-    check_ms: float
+    ratio: Share
+    context: Tokens
+    draft_ms: Milliseconds
+    check_ms: Milliseconds
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Start:
     """Seconds before the first round: embed + prefill of the target, then prune + the drafter's own prefill."""
 
     drafter: str
-    ratio: float
-    first_s: float
-    draft_s: float
+    ratio: Share
+    first_s: Seconds
+    draft_s: Seconds
 
 
 class Curve:
@@ -113,10 +117,10 @@ class Costs:
     alone_ms, alone_first_s: the target without a drafter, per token, and before the first one.
     """
 
-    text: int
-    video: int
-    alone_ms: float
-    alone_first_s: float
+    text: Tokens
+    video: Tokens
+    alone_ms: Milliseconds
+    alone_first_s: Seconds
     timings: tuple[Timing, ...]
     starts: tuple[Start, ...] = ()
     machine: str = ""
@@ -125,11 +129,19 @@ class Costs:
     def read(cls, path: Path) -> Costs:
         """From the costs.json of an earlier profile. Raises UserError."""
         try:
-            found = json.loads(path.read_text())
-            timings = tuple(Timing(**row) for row in found.pop("timings"))
-            return cls(timings=timings, starts=tuple(Start(**row) for row in found.pop("starts")), **found)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"costs={path} is no costs.json of an earlier profile ({error})") from None
+            found: Costs = parse(cls, json_of(read_text(path)), "it")
+            found.check()
+            return found
+        except (OSError, ValueError) as error:
+            raise UserError(f"costs={path} is no costs.json of an earlier profile ({message(error)})") from None
+
+    def check(self) -> None:
+        """Raises ValueError where a shape cannot be read, or a drafter has no timing."""
+        for timing in self.timings:
+            TreeShape.parse(timing.shape)
+        timed = {timing.drafter for timing in self.timings}
+        if not self.starts or not timed.issuperset(start.drafter for start in self.starts):
+            raise ValueError("it has no timings and starts of the same drafters")
 
     def context(self, ratio: float) -> int:
         """Slots of the drafter's prompt."""

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from specvlm.advise.advice import Candidate, alone_s
 from specvlm.advise.costs import MISFIT, Costs
-from specvlm.show import Screen, seconds
+from specvlm.show import Screen, seconds, styled
 
 FASTEST = 8
 
@@ -26,12 +26,13 @@ def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) 
         what = name, "" if c.ratio is None else f"{c.ratio:g}", f"{c.accepted:.2f}", c.source
         times = f"{c.draft_ms:.2f}", f"{c.check_ms:.2f}", f"{c.token_ms:.2f}", f"{costs.alone_ms / c.token_ms:.2f} x"
         rows.append((*what, *times, seconds(took), f"{alone / took:.2f} x"))
-    screen.console.print("\n[dim]predicted; draft and check are ms of a round[/]")
+    screen.console.print(styled("\n", ("predicted; draft and check are ms of a round", "dim")))
     names = ("drafter", "ratio", "accepted", "", "draft", "check", "ms per token", "", f"{tokens} tokens", "")
     _print(screen, names, rows)
     misfit = f"the predictions miss the rounds they were made from by {costs.misfit():.0%} at worst"
     busy = costs.misfit() > MISFIT
-    screen.console.print(f"[yellow]{misfit}: was the machine busy? Profile again[/]\n" if busy else f"[dim]{misfit}[/]\n")
+    told = (f"{misfit}: was the machine busy? Profile again", "yellow") if busy else (misfit, "dim")
+    screen.console.print(styled(told, "\n"))
 
 
 def show_check(screen: Screen, checked: Sequence[dict[str, Any]]) -> None:

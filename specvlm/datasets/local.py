@@ -6,26 +6,30 @@ Nothing is fetched. Lists are read whole; a video is looked for when it is its t
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePath
 from string import ascii_uppercase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from specvlm.errors import UserError, check_choice, check_range
+from specvlm.bounds import parse
+from specvlm.errors import UserError, check_choice, check_range, line
+from specvlm.outside import json_of, read_bytes
 from specvlm.strategy import Dataset, Sample
+from specvlm.types import Within
 
 # The one question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) puts to its other three data sets too.
 CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
 PROMPTS = ("own", "caption")
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
 GUIDE = "docs/datasets.md"
+MOST_LIST = 512 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class LocalDataset(Dataset):
 
     layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
     root: str
-    limit: int | None = None
-    shuffle: int | None = None
+    limit: Annotated[int | None, Within(1, 10_000_000)] = None
+    shuffle: Annotated[int | None, Within(0, 2**63 - 1)] = None
     prompt: str = "own"
 
     def __post_init__(self) -> None:
@@ -54,7 +58,7 @@ class LocalDataset(Dataset):
 
     @abstractmethod
     def listed(self) -> Iterable[Sample]:
-        """Every sample of `lists`, with its own question. A key that an entry lacks may end as a KeyError."""
+        """Every sample of `lists`, with its own question."""
 
     @property
     def folder(self) -> Path:
@@ -69,11 +73,7 @@ class LocalDataset(Dataset):
         return f"sha256:{digest.hexdigest()[:12]}"
 
     def samples(self) -> Sequence[Sample]:
-        try:
-            samples = _distinct(self.listed())
-        except KeyError as error:
-            names = ", ".join(path.name for path in self.lists())
-            raise UserError(f"{self.folder}: an entry of {names} has no {error}: expected {self.layout}, see {GUIDE}") from None
+        samples = _distinct(self.listed())
         if not samples:
             raise UserError(f"{self.folder} has no sample for this choice: {self!r}")
         if self.shuffle is not None:
@@ -83,6 +83,18 @@ class LocalDataset(Dataset):
             return [replace(sample, question=CAPTION, answer=None, options=()) for sample in chosen]
         return chosen
 
+    def video(self, below: Path, name: object) -> Path:
+        """Where a list says that a video lies, below a folder of `root`.
+
+        Raises UserError for a name that leads out of it, since lists come from elsewhere. Where a link in that folder leads is
+        its owner's choice.
+        """
+        text = name if isinstance(name, str) else ""
+        parts = PurePath(text).parts
+        if not parts or ".." in parts or PurePath(text).is_absolute() or "\0" in text:
+            raise UserError(f"video={line(repr(name))}: wanted a path below {below}")
+        return below / text
+
     def place(self, *names: str) -> Path:
         """The first of these folders below `root`. Raises UserError naming the first one where none is there."""
         for name in names:
@@ -90,17 +102,27 @@ class LocalDataset(Dataset):
                 return self.folder / name
         raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
 
-    def entries(self, path: Path) -> list[dict[str, Any]]:
-        """The objects of a JSON list. Raises UserError where there is no such file, or something else in it."""
+    def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
+        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError where there is no such file, or something else
+        in it.
+        """
         try:
-            found = json.loads(_bytes(path, self.layout))
+            found = json_of(_bytes(path, self.layout))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); where git has cloned it without LFS, fetch it again") from None
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise UserError(f"{path}: wanted a list of objects")
+        return self._typed(found, kind, path)
+
+    def _typed(self, found: list[dict[str, Any]], kind: Any, path: Path) -> list[dict[str, Any]]:
+        for number, entry in enumerate(found):
+            try:
+                parse(kind, entry, f"{self.folder}: an entry of {path.name}")
+            except UserError as error:
+                raise UserError(f"{error}: expected {self.layout}, see {GUIDE} (entry {number})") from None
         return found
 
-    def rows(self, path: Path) -> list[dict[str, Any]]:
+    def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:
         """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
         content = _bytes(path, self.layout)
         try:
@@ -113,8 +135,7 @@ class LocalDataset(Dataset):
         except (arrow.ArrowInvalid, OSError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"{path} is not Parquet ({why}); where git has cloned it without LFS, fetch it again") from None
-        found: list[dict[str, Any]] = table.to_pylist()
-        return found
+        return self._typed(table.to_pylist(), kind, path)
 
 
 def multiple_choice(question: str, options: Sequence[str]) -> str:
@@ -125,7 +146,7 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
 
 def first_there(*places: Path) -> Path:
     """The first of several places that exists, else the first: the one that is named as missing then."""
-    return next((place for place in places if place.exists()), places[0])
+    return next((place for place in places if os.path.exists(place)), places[0])
 
 
 def text_of(path: Path, layout: str) -> str:
@@ -138,7 +159,7 @@ def text_of(path: Path, layout: str) -> str:
 
 def _bytes(path: Path, layout: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MOST_LIST)
     except OSError as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"{path}: {why}: expected {layout}, see {GUIDE}") from None

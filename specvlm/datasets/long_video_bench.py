@@ -5,13 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from specvlm.datasets.local import LocalDataset, multiple_choice
 from specvlm.errors import check_choice
+from specvlm.records import Count, Seconds
 from specvlm.strategy import Sample
 
 LISTS = {"val": "lvb_val.json", "test": "lvb_test_wo_gt.json"}
 DURATIONS = (15, 60, 600, 3600)
+
+
+class Entry(TypedDict):
+    """Of either list."""
+
+    candidates: list[str]
+    id: str
+    video_path: str
+    question: str
+    correct_choice: NotRequired[Count]
+    duration: Seconds
+    duration_group: int
+    question_category: Any
+    topic_category: Any
+    level: Any
 
 
 @dataclass(frozen=True)
@@ -40,11 +59,13 @@ class LongVideoBenchDataset(LocalDataset):
 
     def listed(self) -> Iterator[Sample]:
         videos = self.place("videos")
-        for entry in self.entries(self.lists()[0]):
+        for entry in self.entries(self.lists()[0], Entry):
             if self.durations and entry["duration_group"] not in self.durations:
                 continue
             options = tuple(entry["candidates"])
-            answer = options[entry["correct_choice"]] if "correct_choice" in entry else None
+            place = entry.get("correct_choice")
+            answer = options[place] if place is not None and place < len(options) else None
             meta = {key: entry[key] for key in ("duration_group", "question_category", "topic_category", "level")}
             question = multiple_choice(entry["question"], options)
-            yield Sample(entry["id"], videos / entry["video_path"], question, answer, options, meta, end=entry["duration"])
+            video = self.video(videos, entry["video_path"])
+            yield Sample(entry["id"], video, question, answer, options, meta, end=entry["duration"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from specvlm.datasets.local import LocalDataset, multiple_choice
 from specvlm.errors import check_choice
@@ -24,6 +26,32 @@ DEV = {
 }
 TEST = ("test_multi_choice_tasks.json", "test_generation_tasks.json")
 ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ssc", "vs"))
+
+
+class Entry(TypedDict):
+    """Of a list of dev."""
+
+    video: str
+    question: str
+    duration: Any
+    candidates: NotRequired[list[str] | None]
+    answer: NotRequired[str | None]
+
+
+class Asked(Entry):
+    """Of a list of test."""
+
+    question_type: str
+    question_id: NotRequired[str | None]
+
+
+class Answer(TypedDict):
+    """Of a list of test's answers."""
+
+    video: str
+    question: str
+    candidates: NotRequired[list[str] | None]
+    answer: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -66,15 +94,15 @@ class MLVUDataset(LocalDataset):
     def _listed_dev(self) -> Iterator[Sample]:
         videos = self.place(f"{self._inner}/video")
         for task, path in zip(self.tasks or DEV, self.lists(), strict=True):
-            for number, entry in enumerate(self.entries(path)):
-                video = videos / DEV[task] / entry["video"]
+            for number, entry in enumerate(self.entries(path, Entry)):
+                video = self.video(videos / DEV[task], entry["video"])
                 yield _sample(f"{task}-{number:04d}", video, entry, task, entry.get("answer"))
 
     def _listed_test(self) -> Iterator[Sample]:
         given = [path for path in (self.folder / name for name in ANSWERS) if path.exists()]
-        answers = {_asked(entry): entry.get("answer") for path in given for entry in self.entries(path)}
+        answers = {_asked(entry): entry.get("answer") for path in given for entry in self.entries(path, Answer)}
         videos = self.place("MLVU_Test/video", "video")
-        entries = [entry for path in self.lists() for entry in self.entries(path)]
+        entries = [entry for path in self.lists() for entry in self.entries(path, Asked)]
         there = sorted({entry["question_type"] for entry in entries})
         for task in self.tasks:
             check_choice("tasks", task, there)
@@ -82,7 +110,7 @@ class MLVUDataset(LocalDataset):
             task = entry["question_type"]
             if not self.tasks or task in self.tasks:
                 key = entry.get("question_id") or f"{task}-{number:04d}"
-                yield _sample(key, videos / entry["video"], entry, task, answers.get(_asked(entry)))
+                yield _sample(key, self.video(videos, entry["video"]), entry, task, answers.get(_asked(entry)))
 
 
 def _asked(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from specvlm.data.frames import read_frames
 from specvlm.datasets.local import LocalDataset, first_there, multiple_choice
 from specvlm.errors import check_choice
+from specvlm.records import Seconds
 from specvlm.strategy import Sample
 
 FRAMES, FRAMES_PER_SECOND = "tvqa/frames_fps3_hq", 3.0  # folders of frames
@@ -49,6 +52,17 @@ CUT = {
 }
 
 
+class Entry(TypedDict):
+    """Of json/TASK.json."""
+
+    video: str
+    question: str
+    candidates: list[str]
+    answer: str
+    start: NotRequired[Seconds | None]
+    end: NotRequired[Seconds | None]
+
+
 @dataclass(frozen=True)
 class MVBenchDataset(LocalDataset):
     """MVBench: multiple choice, 20 tasks of 200 questions on short clips.
@@ -76,13 +90,13 @@ class MVBenchDataset(LocalDataset):
         cut = (self.folder / "star").is_dir()  # the branch `video` has its folders beside json/
         videos = self.folder if cut else self.place("video")
         for task, path in zip(self.tasks or FOLDERS, self.lists(), strict=True):
-            for number, entry in enumerate(self.entries(path)):
-                yield _sample(f"{task}-{number:03d}", task, entry, videos, cut)
+            for number, entry in enumerate(self.entries(path, Entry)):
+                yield _sample(self, f"{task}-{number:03d}", task, entry, videos, cut)
 
 
-def _sample(key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool) -> Sample:
+def _sample(data: MVBenchDataset, key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool) -> Sample:
     folder = CUT.get(FOLDERS[task], FOLDERS[task]) if cut else FOLDERS[task]
-    path = first_there(*(videos / below / folder / entry["video"] for below in (".", "data0613")))
+    path = first_there(*(data.video(videos / below / folder, entry["video"]) for below in (".", "data0613")))
     options = tuple(entry["candidates"])
     part = task in PARTS and not cut
     return Sample(
@@ -92,6 +106,6 @@ def _sample(key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool)
         entry["answer"],
         options,
         {"task": task},
-        float(entry["start"]) if part else 0.0,
-        float(entry["end"]) if part else None,
+        float(entry.get("start") or 0.0) if part else 0.0,
+        entry.get("end") if part else None,
     )

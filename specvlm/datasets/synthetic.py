@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 
@@ -13,6 +14,7 @@ from specvlm.data import synthetic
 from specvlm.data.video import Clip
 from specvlm.errors import check_choice, check_range
 from specvlm.strategy import Dataset, Sample
+from specvlm.types import Within
 
 FIRST = 77_000_000  # far above every seed of training (see experiments/embedded_pair)
 
@@ -28,8 +30,8 @@ class SyntheticDataset(Dataset):
     name = "synthetic"
     split = "held_out"
     version = "1"
-    scenes: int = 24
-    first: int = 0
+    scenes: Annotated[int, Within(1, 100_000)] = 24
+    first: Annotated[int, Within(0, 10**9)] = 0
     ask: str = "caption"
 
     def __post_init__(self) -> None:

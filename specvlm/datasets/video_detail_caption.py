@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from specvlm.datasets.local import SUFFIXES, LocalDataset, first_there
 from specvlm.strategy import Sample
+
+
+class Entry(TypedDict):
+    """A row of the list."""
+
+    video_name: str
+    question: str
+    answer: str | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class VideoDetailCaptionDataset(LocalDataset):
 
     def listed(self) -> Iterator[Sample]:
         videos = self.place("Test_Videos", "evaluation/Test_Videos")
-        for row in self.rows(self.lists()[0]):
+        for row in self.rows(self.lists()[0], Entry):
             name = row["video_name"]
-            video = first_there(*(videos / f"{name}{suffix}" for suffix in SUFFIXES))
+            video = first_there(*(self.video(videos, f"{name}{suffix}") for suffix in SUFFIXES))
             yield Sample(name, video, row["question"], row["answer"])

@@ -6,12 +6,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from specvlm.datasets.local import SUFFIXES, LocalDataset, first_there, multiple_choice
 from specvlm.errors import check_choice
 from specvlm.strategy import Sample
 
 DURATIONS = ("short", "medium", "long")
+
+
+class Entry(TypedDict):
+    """A row of the list."""
+
+    question_id: str
+    videoID: str
+    question: str
+    options: list[str]
+    answer: str
+    duration: str
+    domain: Any
+    sub_category: Any
+    task_type: Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class VideoMMEDataset(LocalDataset):
 
     def listed(self) -> Iterator[Sample]:
         videos = self.place("data")
-        for row in self.rows(self.lists()[0]):
+        for row in self.rows(self.lists()[0], Entry):
             if self.durations and row["duration"] not in self.durations:
                 continue
             # They come with their letters: "A. An apple."
@@ -45,6 +62,6 @@ class VideoMMEDataset(LocalDataset):
             options = tuple(option.removeprefix(f"{letter}.").strip() for letter, option in lettered)
             place = ascii_uppercase.find(row["answer"])
             answer = options[place] if 0 <= place < len(options) else None
-            video = first_there(*(videos / f"{row['videoID']}{suffix}" for suffix in SUFFIXES))
+            video = first_there(*(self.video(videos, f"{row['videoID']}{suffix}") for suffix in SUFFIXES))
             meta = {key: row[key] for key in ("duration", "domain", "sub_category", "task_type")}
             yield Sample(row["question_id"], video, multiple_choice(row["question"], options), answer, options, meta)

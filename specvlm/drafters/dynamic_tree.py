@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from specvlm.drafters.tree import PrunedSession
 from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.strategy import DraftContext, Drafter, DraftSession
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import DEEPEST, MOST_GUESSES, DraftTree, Verdict, Within
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
+
+WIDEST = 128  # nodes of a level that are expanded
 
 
 def candidates(depth: int, width: int) -> int:
@@ -93,9 +95,9 @@ class DynamicTreeDrafter(GrownTreeDrafter):
 
     name = "dynamic_tree"
 
-    nodes: int = 25
-    depth: int = 5
-    width: int = 10
+    nodes: Annotated[int, Within(1, MOST_GUESSES)] = 25
+    depth: Annotated[int, Within(1, DEEPEST)] = 5
+    width: Annotated[int, Within(1, WIDEST)] = 10
 
     def __post_init__(self) -> None:
         self._check()

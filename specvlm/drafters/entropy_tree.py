@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from specvlm.drafters.dynamic_tree import GrownTreeDrafter
+from specvlm.drafters.dynamic_tree import WIDEST, GrownTreeDrafter
+from specvlm.types import DEEPEST, MOST_GUESSES, Within
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class EntropyTreeDrafter(GrownTreeDrafter):
 
     name = "entropy_tree"
 
-    nodes: int = 25
-    deep: int = 8
-    narrow: int = 3
-    shallow: int = 3
-    wide: int = 10
-    sure: float = 0.5
-    unsure: float = 2.5
+    nodes: Annotated[int, Within(1, MOST_GUESSES)] = 25
+    deep: Annotated[int, Within(1, DEEPEST)] = 8
+    narrow: Annotated[int, Within(1, WIDEST)] = 3
+    shallow: Annotated[int, Within(1, DEEPEST)] = 3
+    wide: Annotated[int, Within(1, WIDEST)] = 10
+    sure: Annotated[float, Within(0, 100)] = 0.5
+    unsure: Annotated[float, Within(0, 100)] = 2.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.sure < self.unsure:

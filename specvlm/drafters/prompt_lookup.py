@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from specvlm.strategy import DraftContext, Drafter, DraftSession
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import MOST_GUESSES, DraftTree, Verdict, Within
 
 _GAP = -1  # stands in the history for a run of placeholders, and is no token
 
@@ -33,9 +34,9 @@ class PromptLookupDrafter(Drafter):
     name = "prompt_lookup"
     model = None
 
-    max_ngram: int = 3
-    min_ngram: int = 1
-    length: int = 5
+    max_ngram: Annotated[int, Within(1, 64)] = 3
+    min_ngram: Annotated[int, Within(1, 64)] = 1
+    length: Annotated[int, Within(1, MOST_GUESSES)] = 5
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:

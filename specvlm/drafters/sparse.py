@@ -6,6 +6,7 @@ Shape suffixes: L layers, J KV heads (of this process), N video tokens, K kept o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from specvlm.drafters.tree import draw
 from specvlm.engine import Engine
 from specvlm.strategy import DraftContext, Drafter, DraftSession
-from specvlm.types import DraftTree, Verdict, VideoPrompt
+from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class SparseDrafter(Drafter):
     model = "target"
     needs = frozenset({"verifier_attention_per_kv_head"})
 
-    entries: int = 1024
-    length: int = 9
+    entries: Annotated[int, Within(1, 2**20)] = 1024
+    length: Annotated[int, Within(1, DEEPEST)] = 9
 
     def __post_init__(self) -> None:
         if self.entries < 1 or self.length < 1:

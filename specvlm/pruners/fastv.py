@@ -1,10 +1,11 @@
 """Keep the video tokens the last prompt row attends to at an early layer."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from specvlm.errors import UserError, did_you_mean
 from specvlm.strategy import PruneContext, Pruner
-from specvlm.types import KeepSet
+from specvlm.types import KeepSet, Within
 
 SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_last_row"}
 
@@ -24,7 +25,7 @@ class FastVPruner(Pruner):
     """
 
     name = "fastv"
-    layer: int = 2
+    layer: Annotated[int, Within(1, 1000)] = 2
     source: str = "target"
 
     def __post_init__(self) -> None:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from specvlm.errors import UserError, did_you_mean
 from specvlm.strategy import PruneContext, Pruner
-from specvlm.types import KeepSet, TokenGrid
+from specvlm.types import KeepSet, TokenGrid, Within
 
 SPREADS = ("linspace", "frame")
 
@@ -39,7 +40,7 @@ class TwoStagePruner(Pruner):
 
     name = "two_stage"
     needs = frozenset({"verifier_attention"})
-    mass: float = 0.4
+    mass: Annotated[float, Within(0, 1, above=True)] = 0.4
     spread: str = "linspace"
 
     def __post_init__(self) -> None:

@@ -15,9 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specvlm.errors import ExitCode, UserError
+from specvlm.__main__ import guarded, refuse
+from specvlm.bounds import Within
+from specvlm.errors import ExitCode, UserError, visible
 
-FRAMES = 48
+FRAMES, MOST_FRAMES = 48, 1024
+PAGES = (".html", ".htm")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -35,13 +38,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames of a sample that are shown ({FRAMES})")
     parser.add_argument("--video", type=Path, help="a film of what the drafter saw of one sample, .mp4 or .gif")
     parser.add_argument("--job", help="whose view the film shows (the fastest end to end that prunes)")
-    asked = parser.parse_args(words)
-    try:
-        for line in written(asked):
-            print(line)
-    except (UserError, OSError) as error:
-        print(f"specvlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return ExitCode.MISTAKE
+    parser.error = refuse  # type: ignore[method-assign]
+    return guarded(lambda: _written(parser.parse_args(words)))
+
+
+def _written(asked: argparse.Namespace) -> int:
+    for line in written(asked):
+        print(visible(line))
     return ExitCode.OK
 
 
@@ -56,8 +59,10 @@ def written(asked: argparse.Namespace) -> list[str]:
     from specvlm.report.reading import failures, read_jobs
     from specvlm.report.seen import see
 
-    if asked.frames < 1:
-        raise UserError(f"--frames {asked.frames}: expected at least 1")
+    if asked.frames not in Within(1, MOST_FRAMES):
+        raise UserError(f"--frames {asked.frames}: expected {Within(1, MOST_FRAMES)}")
+    if asked.out and asked.out.suffix.lower() not in PAGES:
+        raise UserError(f"-o {asked.out}: a report is an HTML file: give a name that ends in {' or '.join(PAGES)}")
     if asked.video:
         kind_of(asked.video)
     jobs = read_jobs(asked.folders)

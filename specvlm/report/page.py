@@ -62,7 +62,7 @@ def facts(jobs: Sequence[Job]) -> list[str]:
     rows = [row for job in jobs for row in job.done]
     counts = {"job": len(jobs), "sample": len({row["sample"] for row in rows}), "answer": len(rows)}
     sets = dict.fromkeys(" ".join(str(row[key]) for key in ("dataset", "split", "version") if row[key]) for row in rows)
-    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in job.summary.get("versions", {}).items()) for job in jobs)
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in (job.summary.get("versions") or {}).items()) for job in jobs)
     return [
         *(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items()),
         *(f"data set {name}" for name in sets if name),

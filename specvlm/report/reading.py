@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from specvlm import metrics, rows
+from specvlm.bounds import parse
 from specvlm.errors import UserError
+from specvlm.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
@@ -95,7 +97,7 @@ def read_jobs(places: Sequence[Path]) -> list[Job]:
 def failures(places: Sequence[Path]) -> list[str]:
     """A line for each job that did no sample: its folder, and why."""
     lost = [job for job in map(read_job, folders_in(places)) if not job.done]
-    whys = [job.summary.get("reason") or next((row["reason"] for row in job.rows), "no sample is done") for job in lost]
+    whys = [next((row["reason"] for row in job.rows), None) or job.summary.get("reason") or "no sample is done" for job in lost]
     return [f"{job.folder.name}: {why}" for job, why in zip(lost, whys, strict=True)]
 
 
@@ -114,6 +116,7 @@ def folders_in(places: Sequence[Path]) -> list[Path]:
 def read_job(folder: Path) -> Job:
     """A run of one video is a job of one sample, whose row is its summary."""
     config = rows.config_of(folder)
+    parse(Ran, config, folder / "config.yaml")
     if rows.is_job(folder):
         return Job(folder, config, rows.rows_of(folder))
     summary = rows.summary_of(folder)
@@ -121,6 +124,7 @@ def read_job(folder: Path) -> Job:
         return Job(folder, config, [])
     if missing := next((key for key in metrics.KEYS if key not in summary and key not in metrics.LATER), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
+    parse(Figures, summary, folder / "summary.json")
     ran = {"sample": Path(config["video"]).stem, "index": 0, "status": "ok", "reason": None}
     return Job(folder, config, [ran | dict.fromkeys(("dataset", "split", "version")) | summary])
 

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from specvlm import registry
+from specvlm.bounds import parse
 from specvlm.config import model_folder
-from specvlm.errors import UserError
+from specvlm.errors import UserError, line, message
 from specvlm.folder import attention_file
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import frames_of, own_sample
+from specvlm.records import Round as Told
 from specvlm.report.reading import Job, Row
 from specvlm.strategy import Dataset, Sample
 from specvlm.types import TokenGrid
@@ -108,9 +112,9 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
     if not did:
         raise UserError(f"{'; '.join(job.label for job in jobs)}: no sample {sample} is done")
     first = next(iter(did))
-    cfg = OmegaConf.create(dict(first.config))
+    cfg: Any = SimpleNamespace(**first.config)  # as it stands there: nothing in it is resolved
     try:
-        target, asked = target_of(cfg.target.path, cfg.mrope), sample_of(cfg, sample)
+        target, asked = target_of(cfg.target["path"], cfg.mrope), sample_of(cfg, sample)
         clip = frames_of(cfg, target, asked)
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
@@ -153,19 +157,19 @@ def target_of(path: str, mrope: str) -> VideoLM:
     return skeleton(model_folder(path), mrope)
 
 
-def sample_of(cfg: DictConfig, name: str) -> Sample:
+def sample_of(cfg: Any, name: str) -> Sample:
     """The sample itself, from its data set. Raises UserError where that has no such one, or cannot be read here."""
-    if not cfg.get("dataset"):
+    if not cfg.dataset:
         return own_sample(cfg)
-    found = next((sample for sample in samples_of(OmegaConf.to_yaml(cfg.dataset)) if sample.id == name), None)
+    found = next((sample for sample in samples_of(json.dumps(cfg.dataset)) if sample.id == name), None)
     if found is None:
-        raise UserError(f"the data set {cfg.dataset.name} has no sample {name} here: is it another version?")
+        raise UserError(f"the data set {cfg.dataset['name']} has no sample {name} here: is it another version?")
     return found
 
 
 @cache
 def samples_of(fields: str) -> Sequence[Sample]:
-    dataset: Dataset = registry.build("dataset", yaml.safe_load(fields))
+    dataset: Dataset = registry.build("dataset", json.loads(fields))
     return dataset.samples()
 
 
@@ -173,10 +177,26 @@ def samples_of(fields: str) -> Sequence[Sample]:
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
-    steps, file = job.steps[row["sample"]], attention_file(job.folder, row["index"])
+    steps, total = job.steps[row["sample"]], row["video_tokens"]
+    for step in steps:
+        parse(Told, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
-    heat = load_file(file)["verifier_attention"].float().numpy() if file.is_file() else None
-    return View(job, row, kept, heat, rounds_of(steps, tokenizer))
+    if kept and max(kept) >= total:
+        raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")
+    return View(job, row, kept, heat_of(attention_file(job.folder, row["index"]), total), rounds_of(steps, tokenizer))
+
+
+def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
+    """What was recorded of a sample; None where nothing was. Raises UserError for another file."""
+    if not file.is_file():
+        return None
+    try:
+        heat: NDArray[np.float32] = load_file(file)["verifier_attention"].float().numpy()
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{file} is no record of attention ({message(error)}): run it again with record=true") from None
+    if heat.shape != (total,) or not np.isfinite(heat).all():
+        raise UserError(f"{file} is the attention of {heat.size} tokens, not of {total}: run it again with record=true")
+    return heat
 
 
 def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:

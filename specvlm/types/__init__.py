@@ -1,14 +1,17 @@
-"""What the parts of a decoding graph hand each other. Needs torch, nothing else.
+"""What the parts of a decoding graph hand each other. Needs torch, little else.
 
 Shape suffixes, here and elsewhere: S prompt tokens, N video tokens, K kept video tokens, M tree nodes (root included),
 V vocabulary, F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 otherwise), D width.
 """
 
+from specvlm.bounds import Within
 from specvlm.types.step import Step
-from specvlm.types.tree import PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask
+from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask
 from specvlm.types.video import KeepSet, TokenGrid, VideoPrompt
 
 __all__ = [
+    "DEEPEST",
+    "MOST_GUESSES",
     "PAPER_TREE",
     "DraftTree",
     "KeepSet",
@@ -17,5 +20,6 @@ __all__ = [
     "TreeShape",
     "Verdict",
     "VideoPrompt",
+    "Within",
     "ancestor_mask",
 ]

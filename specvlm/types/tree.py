@@ -5,17 +5,24 @@ Shape suffixes: M tree nodes (root included), V vocabulary.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from specvlm.errors import UserError
+from specvlm.outside import json_of, read_bytes
+
 T = TypeVar("T")
+MOST_GUESSES, DEEPEST = 1024, 128  # of a tree: far more than ever paid
+LONGEST_FILE = 1_000_000  # bytes of a tree as JSON
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,10 @@ class TreeShape:
     def from_paths(cls, paths: list[list[int]]) -> TreeShape:
         """From nodes written as the ranks on the way down, e.g. [[0], [1], [0, 0]]; every prefix must be there."""
         try:
-            ordered = sorted({tuple(int(r) for r in path) for path in paths}, key=lambda p: (len(p), p))
-        except (TypeError, ValueError):
-            raise ValueError(f"a tree is a list of lists of child ranks like [[0],[1],[0,0]], got {paths!r}") from None
+            _check_size(len(paths), max(map(len, paths), default=0))
+            ordered = sorted({tuple(map(_rank, path)) for path in paths}, key=lambda p: (len(p), p))
+        except TypeError:
+            raise ValueError(f"a tree is a list of lists of child ranks like [[0],[1],[0,0]], got {paths!r:.200}") from None
         number = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
         for path in ordered:
             if not path or min(path) < 0 or path[:-1] not in number:
@@ -48,20 +56,22 @@ class TreeShape:
         if text == "paper":
             return cls.from_paths(PAPER_TREE)
         head, _, tail = text.partition(":")
-        if head == "chain" and tail.isdigit() and int(tail) > 0:
+        if head == "chain" and _number(tail) > 0:
+            _check_size(_number(tail), _number(tail))
             return cls.from_paths([[0] * depth for depth in range(1, int(tail) + 1)])
-        widths = text.split("x")
-        if all(w.isdigit() and int(w) > 0 for w in widths):
+        widths = list(map(_number, text.split("x")))
+        if all(widths):
+            _check_size(sum(accumulate(widths, mul)) if len(widths) <= DEEPEST else 0, len(widths))
             paths: list[list[int]] = []
             level: list[list[int]] = [[]]
             for width in widths:
-                level = [[*path, rank] for path in level for rank in range(int(width))]
+                level = [[*path, rank] for path in level for rank in range(width)]
                 paths += level
             return cls.from_paths(paths)
-        try:
-            return cls.from_paths(json.loads(Path(text).read_text() if text.endswith(".json") else text))
-        except (json.JSONDecodeError, OSError, TypeError):
-            raise ValueError(f"tree shape {text!r} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json") from None
+        found = _json(text)
+        if not isinstance(found, list) or not found:
+            raise ValueError(f"tree shape {text!r:.200} is none of: paper, chain:5, 4x2x1, [[0],[1],[0,0]], FILE.json")
+        return cls.from_paths(found)
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -91,6 +101,34 @@ class TreeShape:
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
+
+
+def _check_size(guesses: int, depth: int) -> None:
+    if guesses > MOST_GUESSES or depth > DEEPEST:
+        most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
+        raise ValueError(f"the shape of a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
+
+
+def _json(text: str) -> object:
+    """What a text or the .json file of that name holds; None where that is no JSON, or cannot be read."""
+    try:
+        return json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
+    except UserError:
+        raise
+    except (OSError, ValueError):
+        return None
+
+
+def _number(text: str) -> int:
+    """A whole number in plain digits; 0 for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+
+
+def _rank(value: object) -> int:
+    """Raises TypeError for what is no whole number."""
+    if type(value) is not int:
+        raise TypeError(value)
+    return value
 
 
 # mc_sim_7b_63, the static tree of EAGLE-1 that SpecVLM drafts with: 25 nodes, 15 leaves, 4/8/8/3/2 by depth.

@@ -6,13 +6,14 @@ Shape suffixes: M tree nodes, N video tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.strategy import Verifier, VerifyContext
-from specvlm.types import Verdict
+from specvlm.types import Verdict, Within
 
 ROWS = 4096  # of the video's states widened to float32 at once
 
@@ -43,9 +44,9 @@ class LooseVerifier(Verifier):
     lossless = False
     reads_hidden = True
 
-    relaxed: float = 0.7
-    nearest: int = 10
-    window: int = 2
+    relaxed: Annotated[float, Within(0, 1)] = 0.7
+    nearest: Annotated[int, Within(1, 100_000)] = 10
+    window: Annotated[int, Within(0, 1000)] = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.relaxed <= 1:

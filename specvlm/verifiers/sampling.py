@@ -9,13 +9,14 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from specvlm.strategy import Sampling, Verifier, VerifyContext
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, Within
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class SamplingVerifier(Verifier):
 
     name = "sampling"
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Annotated[float, Within(0.001, 100, "a number")] = 1.0
+    top_k: Annotated[int, Within(0, 2**24)] = 0
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature == 0:

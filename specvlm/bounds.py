@@ -1,0 +1,138 @@
+"""Parse what comes from outside into types with bounds: keys of a run, fields of strategies, files.
+
+A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one has that of its
+type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from specvlm.errors import SURROGATE, UserError, line, message
+
+SHOWN = 100  # characters of a value that was not as expected
+
+
+@dataclass(frozen=True)
+class Within:
+    """The bounds of a number. what: it is; above: `low` itself is not allowed."""
+
+    low: float
+    high: float
+    what: str = ""
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        return f"{self.least}, {self.most}"
+
+    @property
+    def least(self) -> str:
+        return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
+
+    @property
+    def most(self) -> str:
+        return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: float | None) -> float | None:
+        if value is not None and value not in self:
+            raise ValueError(f"expected {self}")
+        return value
+
+
+KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # as `check` says it
+INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers that have no bounds of their own
+
+
+def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
+    """Hold values against the bounds in their dataclass's hints. Raises UserError naming the key, the value and the bounds.
+
+    Args:
+        owner: the dataclass, whose types the values have already.
+        values: by field; other keys are not looked at.
+        wording: KEY of keys of a run, FIELD of fields of a strategy.
+    """
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
+            continue
+        within = next(_bounds(hint), None)
+        for number in _numbers(values.get(name)):
+            allowed = within or (INTEGER if isinstance(number, int) else REAL)
+            if number not in allowed:
+                null = ", or null" if type(None) in _parts(hint) else ""
+                value = line(repr(values[name]))
+                raise UserError(wording.format(name=name, value=value, least=allowed.least + null, most=allowed.most))
+
+
+def parse(kind: Any, value: Any, where: object) -> Any:
+    """A value that a file holds, as `kind`: a type with bounds, such as a dataclass or a TypedDict.
+
+    Raises UserError, which names `where` and the first part that is not as it should be. No type is stretched: "3" and true
+    are no numbers, and 3.0 is no integer.
+    """
+    from pydantic import ValidationError
+
+    try:
+        text = SURROGATE.sub("\ufffd", json.dumps(value, default=str, ensure_ascii=False))
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not
+        raise UserError(f"{where} is no plain data ({message(error)})") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _described(error: Mapping[str, Any]) -> str:
+    """What pydantic found, in our words."""
+    place = ".".join(map(str, error["loc"])) or "content"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"has no {place!r}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"has {place!r}, which is no key of it"
+    ours = error["type"] == "value_error"
+    expected = str(error["ctx"]["error"]) if ours else error["msg"].replace("Input should be", "expected")
+    return f"has {place}={line(repr(error['input']))[:SHOWN]}: {expected}"
+
+
+def _bounds(hint: Any) -> Iterator[Within]:
+    """Those in a hint, the outermost first."""
+    yield from (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Within))
+    for part in get_args(hint):
+        yield from _bounds(part)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or what is annotated."""
+    return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a value; those of a dataclass within it are held against its own hints."""
+    if is_dataclass(value) and not isinstance(value, type):
+        check(type(value), vars(value))
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value

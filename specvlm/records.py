@@ -1,0 +1,141 @@
+"""What runs write, as types with bounds: what is read back is parsed into these before anything is made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired, Required
+
+from typing_extensions import TypedDict
+
+from specvlm.bounds import Within
+from specvlm.types import MOST_GUESSES
+
+Count = Annotated[int, Within(0, 2**53)]
+Token = Annotated[int, Within(0, 2**31 - 1)]
+Tokens = Annotated[int, Within(0, 10_000_000)]  # how many
+Rank = Annotated[int, Within(0, MOST_GUESSES)]
+Seconds = Annotated[float, Within(0, 1e9)]
+Share = Annotated[float, Within(0, 1)]
+Real = Annotated[float, Within(0, 1e30)]
+
+
+class Named(TypedDict):
+    """A strategy, with its fields."""
+
+    name: str
+
+
+class Side(TypedDict):
+    """Of the pair."""
+
+    path: str
+
+
+class Ran(TypedDict):
+    """config.yaml, as far as it is read back."""
+
+    pruner: Named
+    drafter: Named
+    verifier: Named
+    dataset: Named | None
+    target: Side
+    ratio: Share
+    mrope: str
+    video: str
+    question: str | None
+    frames: Annotated[int | None, Within(1, 2**31 - 1)]
+    fps: Annotated[float | None, Within(0, 1e6, above=True)]
+    max_pixels: Annotated[int | None, Within(1, 2**31 - 1)]
+    reader: str
+
+
+class Figures(TypedDict):
+    """Of one answer; `metrics.KEYS` explains them."""
+
+    verdict: str
+    text: str
+    token_ids: list[Token]
+    baseline_token_ids: list[Token] | None
+    prompt_tokens: Tokens
+    video_tokens: Tokens
+    kept_tokens: Tokens | None
+    new_tokens: Tokens
+    rounds: Tokens
+    accepted_per_round: Real | None
+    tokens_per_round: Real | None
+    drafted_per_round: Real | None
+    acceptance_by_depth: list[Share]
+    time_to_first_token_s: Seconds
+    drafter_start_s: Seconds
+    decode_s: Seconds
+    end_to_end_s: Seconds
+    tokens_per_second: Real
+    baseline_decode_s: Seconds | None
+    baseline_end_to_end_s: Seconds | None
+    speedup_decode: Real | None
+    speedup_end_to_end: Real | None
+    times_s: dict[str, Seconds]
+    peak_memory_bytes: Count | None
+    parallel: str | None
+    devices: Count | None
+    weights: dict[str, str] | None
+    out_of_memory: str | None
+    engine: dict[str, str] | None
+    capture_s: Annotated[float, Within(-1, 1e9)]
+
+
+class Summary(TypedDict, total=False):
+    """summary.json, as far as all that write one have it."""
+
+    status: str
+    reason: str | None
+    dataset: str | None
+    versions: dict[str, str] | None
+
+
+class Totals(Summary, total=False):
+    """summary.json of a job over samples; `metrics.TOTALS` explains it."""
+
+    samples: Required[Count]
+    ok: Required[Count]
+    failed: Required[Count]
+    skipped: Required[Count]
+    missing: Required[Count]
+    verdicts: Required[dict[str, Count]]
+    reasons: dict[str, str]
+    kept_tokens: Required[Real | None]
+    accepted_per_round: Required[Real | None]
+    speedup_decode: Required[Real | None]
+    speedup_end_to_end: Required[Real | None]
+
+
+class Row(TypedDict):
+    """A line of samples.jsonl. One that is ok has `Figures`, too."""
+
+    sample: str
+    index: Count
+    status: Literal["ok", "failed", "skipped"]
+    reason: NotRequired[str | None]
+    question: NotRequired[str | None]
+    kept: NotRequired[list[Tokens] | None]
+    grids: NotRequired[list[list[Tokens]] | None]
+
+
+class Answered(Row, Figures):
+    """A line of samples.jsonl that is ok."""
+
+
+class Round(TypedDict):
+    """A line of steps.jsonl."""
+
+    tokens: list[Token]
+    accepted: Count
+    sample: NotRequired[str]
+    kept: NotRequired[list[Tokens]]
+    refused: NotRequired[list[Token]]
+
+
+class Ranked(TypedDict):
+    """A line of steps.jsonl that tells ranks."""
+
+    ranks: list[Rank]
+    widths: list[Rank]

@@ -1,0 +1,580 @@
+"""What somebody else wrote: numbers out of bounds, texts that are no code, files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import report_jobs
+import torch
+import yaml
+
+from specvlm import bounds, fit_tree, metrics, outside, registry
+from specvlm.__main__ import main
+from specvlm.advise.__main__ import main as advise
+from specvlm.baselines import Baselines
+from specvlm.compose import compose, jobs, quoted
+from specvlm.data.clips import find_clip
+from specvlm.datasets.folder import FolderDataset
+from specvlm.datasets.mvbench import MVBenchDataset
+from specvlm.errors import StrategyError, UserError, line, message, one_line, visible
+from specvlm.held import HELD
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.report.__main__ import main as report
+from specvlm.report.reading import read_jobs
+from specvlm.report.seen import see
+from specvlm.rows import CannotWrite, Rows, config_of, rows_of, summary_of
+from specvlm.show import Screen, Terminal, outcome, styled
+from specvlm.strategy import Pruner
+from specvlm.types import TreeShape, Within
+
+FAST = ("frames=4", "max_new_tokens=3", "baseline=false")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def refused(action, capfd) -> str:
+    """The one line on stderr with which a program ends."""
+    assert action() == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("specvlm: ")
+    return said
+
+
+# ---- N1: numbers have bounds -----------------------------------------------------------------------------------------
+
+HUGE = "99999999999999999999999"
+
+
+@pytest.mark.parametrize(
+    ("words", "bound"),
+    [
+        (["frames=16385"], "16384"),
+        ([f"frames={HUGE}"], "16384"),
+        (["max_new_tokens=131073"], "131072"),
+        (["fps=1e308"], "1000"),
+        (["fps=inf"], "1000"),
+        ([f"max_pixels={HUGE}"], "67108864"),
+        (["repetition_penalty=1e-300"], "0.01"),
+        (["repetition_penalty=nan"], "100"),
+        (["threads=100000"], "at most"),
+        ([f"turn={HUGE}"], "1000000"),
+        (["seed=9223372036854775808"], "9223372036854775807"),
+        (["dataset=synthetic", "shard=0/99999"], "4096"),
+        (["device=cuda:99999999999999999999"], "cuda:1"),
+        (["drafter.shape=1000000000"], "1024 guesses"),
+        (["drafter.shape=chain:20000"], "128 deep"),
+        (["drafter.shape=9x9x9x9x9x9x9x9x9"], "1024 guesses"),
+        (["drafter=dynamic_tree", "drafter.depth=100000000"], "128"),
+        (["drafter=entropy_tree", f"drafter.nodes={HUGE}"], "1024"),
+        (["drafter=prompt_lookup", "drafter.max_ngram=1000000"], "64"),
+        (["drafter=sparse", "drafter.length=-1"], "128"),
+        (["dataset=synthetic", f"dataset.scenes={HUGE}"], "100000"),
+        (["dataset=folder", "dataset.root=x", "dataset.limit=0"], "10000000"),
+        (["verifier=sampling", "verifier.temperature=1e-300"], "0.001"),
+        (["pruner.mass=nan"], "at most 1"),
+        (["frames=true"], "int"),
+        (["frames=2.5"], "int"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_number_out_of_bounds_is_refused_with_its_bounds(words, bound):
+    with pytest.raises(UserError) as caught:
+        compose(words)
+    assert bound in str(caught.value) and words[-1].partition("=")[0].rpartition(".")[2] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["seed=range(0,100000000)"], ["ratio=range(0,1,1e-9)"], ["seed=range(0,1,0)"], ["seed=range(0,99)", "turn=range(1,99)"]],
+)
+def test_a_sweep_of_too_many_jobs_is_refused_before_they_are_made(words):
+    with pytest.raises(UserError, match="1000"):
+        jobs(words, sweep=True)
+
+
+@dataclass(frozen=True)
+class BoundPruner(Pruner):
+    """A plugin's."""
+
+    name = "bound"
+    plain: int = 1
+    share: float = 0.5
+    steps: Annotated[int, Within(1, 8)] = 2
+    layers: tuple[Annotated[int, Within(0, 40)], ...] = (1,)
+
+    def select(self, ctx):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("fields", "bound"),
+    [
+        ({"plain": 2**40}, "2147483647"),
+        ({"share": float("nan")}, "1e+30"),
+        ({"steps": 9}, "at most 8"),
+        ({"layers": [1, 41]}, "at most 40"),
+    ],
+)
+def test_a_plugins_fields_have_the_bounds_of_their_types_and_their_own(fields, bound, monkeypatch):
+    info = registry.describe(BoundPruner, "x")
+    monkeypatch.setattr(registry, "find", lambda kind, name: info)
+    assert registry.build("pruner", {"name": "bound", "layers": [0, 40]}).layers == (0, 40)
+    with pytest.raises(UserError, match="pruner=bound: ") as caught:
+        registry.build("pruner", {"name": "bound"} | fields)
+    assert bound in str(caught.value)
+
+
+BOMB = "\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))])
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "[" * 100_000, "a: !!python/object/apply:os.system [ls]", "a: [1", "\0"])
+def test_yaml_that_grows_nests_or_runs_is_refused(text):
+    path = Path("config.yaml")
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        outside.read_yaml(path)
+    Path("conf/experiment").mkdir(parents=True)
+    shutil.copy(path, "conf/experiment/mine.yaml")
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        jobs(["experiment=mine"], sweep=False, folder=Path("conf"))
+
+
+def test_aliases_of_a_bearable_size_are_read():
+    Path("a.yaml").write_text("a: &a [1, 2]\nb: *a\n")
+    assert outside.read_yaml(Path("a.yaml")) == {"a": [1, 2], "b": [1, 2]}
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "large"])
+def test_what_is_no_file_or_too_large_is_not_read(what):
+    path = Path("/dev/zero" if what == "device" else "x.json")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "large":
+        path.touch()
+        os.truncate(path, 3 << 30)
+    with pytest.raises(UserError, match="is no file|has more than"):
+        outside.read_bytes(path)
+
+
+@pytest.mark.parametrize("text", ["[[0.5]]", "[[true]]", "[]", "[" * 9999, "null", "٣x٣", "chain:²"])
+def test_a_tree_of_anything_but_whole_numbers_is_refused(text):
+    with pytest.raises(ValueError, match="tree"):
+        TreeShape.parse(text)
+
+
+# ---- N2, N3: text is text --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does ${HOME} show?",
+        "${oc.env:HOME}",
+        "${",
+        "a \\${b} \\\\",
+        "'tis ${x",
+        "choice(a) or b?",
+        "it's [/b] #1, x=y",
+        "'",
+    ],
+)
+def test_a_question_on_the_command_line_is_text(text):
+    assert compose(quoted([f"question={text}"], sweep=False)).question == text
+
+
+def test_a_question_in_quotes_of_hydra_is_text_too():
+    assert compose(quoted(["question='a ${b}, c'"], sweep=False)).question == "a ${b}, c"
+
+
+@pytest.mark.parametrize("part", ["video", "target", "dataset"])
+def test_what_a_folder_holds_is_never_resolved(part, monkeypatch):
+    where = "${oc.env:SECRET}"
+    monkeypatch.setenv("SECRET", "xyzzy-secret")
+    changes = {"video": where, "target": {"path": where}, "dataset": {"name": "folder", "root": where}}
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"dataset": None, part: changes[part]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    seen = see("scene-0000", read_jobs([folder]), 4)
+    assert where in seen.problem and "xyzzy" not in seen.problem
+
+
+@pytest.mark.parametrize("word", ["dataset.root=${oc.env:HOME}", "dataset.questions=${now:%Y}", "dataset.prompt=own"])
+def test_a_strategy_built_from_what_was_read_back_is_not_resolved(word):
+    key, _, value = word.partition("=")
+    found = registry.build("dataset", {"name": "folder", "root": "x"} | {key.partition(".")[2]: value})
+    assert value in (found.root, found.questions, found.prompt)
+
+
+NASTY = "a[/b] [red]c[/] :smile: \x1b[31md\x07\r\u202ee\x9b\ud800"
+PLAIN = "a[/b] [red]c[/] :smile: [31mde\ufffd"
+
+
+def shown(tell) -> str:
+    screen = Screen(Terminal())
+    screen.console.file = StringIO()
+    tell(screen)
+    return screen.console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda screen: screen.note(NASTY),
+        lambda screen: screen.console.print(NASTY),
+        lambda screen: screen.console.print(styled((NASTY, "bold"), NASTY)),
+        lambda screen: screen.written(Path(NASTY)),
+        lambda screen: screen.jobs([(NASTY, {"reason": NASTY})], NASTY, Path(NASTY), NASTY),
+        lambda screen: screen.console.print(styled(*outcome({"status": "failed", "reason": NASTY}))),
+    ],
+    ids=["note", "text", "styled", "folder", "table", "sample"],
+)
+def test_foreign_text_is_shown_as_it_is_without_control_characters(tell):
+    text = shown(tell)
+    assert PLAIN in text and not set("\x1b\x07\r\u202e\x9b\ud800") & set(text)
+
+
+def test_messages_are_one_line_of_bearable_length():
+    assert visible("a\tb\nc") == "a\tb\nc"
+    assert line("a\n\n b\x1b[0m") == "a b[0m"
+    assert len(line("x" * 10_000)) < 250 and len(line("x " * 10_000)) < 1050
+
+
+def test_an_error_whose_text_raises_is_told_all_the_same():
+    class Worse(ValueError):
+        def __str__(self):
+            raise RuntimeError
+
+    assert "RuntimeError" in message(Worse()) and one_line(Worse()).startswith("Worse: ")
+
+
+def test_a_run_with_markup_in_question_and_folder_is_shown(capfd):
+    assert main([*FAST, "question=what is in list[/index]? ${HOME} [bold]", "hydra.run.dir=run[/b]"]) == 0
+    out = capfd.readouterr().out
+    assert "list[/index]? ${HOME} [bold]" in out and "run[/b]" in out
+    assert config_of(Path("run[/b]"))["question"] == "what is in list[/index]? ${HOME} [bold]"
+
+
+# ---- N4: one line where one belongs ----------------------------------------------------------------------------------
+
+COSTS = {
+    **{"text": 20, "video": 400, "alone_ms": 8.0, "alone_first_s": 0.2, "machine": "m"},
+    "timings": [{"drafter": "tree", "shape": "chain:3", "ratio": 0.9, "context": 60, "draft_ms": 3.0, "check_ms": 9.0}],
+    "starts": [{"drafter": "tree", "ratio": 0.9, "first_s": 0.3, "draft_s": 0.1}],
+}
+BAD_COSTS = (
+    *(
+        {"alone_ms": -1},
+        {"alone_ms": float("inf")},
+        {"alone_ms": float("nan")},
+        {"alone_ms": True},
+        {"alone_ms": "8"},
+        {"text": 2.5},
+    ),
+    *({"video": 10**30}, {"timings": {}}, {"timings": [5]}, {"timings": []}, {"starts": []}, {"starts": [{"drafter": "tree"}]}),
+    *({"timings": [COSTS["timings"][0] | {"shape": "chain:99999"}]}, {"timings": [COSTS["timings"][0] | {"ratio": 2}]}),
+)
+
+
+@pytest.mark.parametrize("change", BAD_COSTS, ids=str)
+def test_costs_of_wrong_types_or_beyond_bounds_are_refused(change, capfd):
+    Path("costs.json").write_text(json.dumps(COSTS | change))
+    said = refused(lambda: advise(["costs=costs.json", "acceptance=3.5", "hydra.run.dir=out"]), capfd)
+    assert "costs=costs.json is no costs.json of an earlier profile" in said and not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "null", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff\xfe"])
+def test_costs_that_are_no_json_are_refused(text, capfd):
+    Path("costs.json").write_bytes(text.encode("latin-1"))
+    refused(lambda: advise(["costs=costs.json", "acceptance=3.5"]), capfd)
+
+
+def test_a_tree_is_fitted_to_a_run_that_was_killed_in_the_middle_of_a_line():
+    Path("run").mkdir()
+    rounds = [{"ranks": [0, 1], "widths": [2, 2, 0]}, {"ranks": [0], "widths": [2, 2]}] * 4
+    Path("run/steps.jsonl").write_text("\n".join(map(json.dumps, rounds)) + '\n{"ranks": [0, 1], "wid')
+    assert fit_tree.main(["run", "--out", "tree.json"]) == 0 and json.loads(Path("tree.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"ranks": [0], "widths": [10**8]}, {"ranks": "0", "widths": [1]}, {"ranks": [-1], "widths": [1]}, {"widths": [1]}, [1]],
+    ids=str,
+)
+def test_rounds_of_wrong_types_or_widths_are_refused(row, capfd):
+    Path("run").mkdir()
+    Path("run/steps.jsonl").write_text(json.dumps(row) + "\n")
+    assert "steps.jsonl" in refused(lambda: fit_tree.main(["run", "--out", "tree.json"]), capfd)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["run", "--out", "gone/tree.json"], "there is no folder gone"),
+        (["run", "--nodes", "1000000000"], "at most 1024"),
+        (["run", "--depth", "0"], "at most 128"),
+        (["run", "--nodes", "many"], "--nodes"),
+    ],
+)
+def test_options_of_fit_tree_are_checked(words, part, capfd):
+    Path("run").mkdir()
+    Path("run/steps.jsonl").write_text('{"ranks": [0], "widths": [1, 0]}\n')
+    assert part in refused(lambda: fit_tree.main(words), capfd)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "ratio: [", "5", "ratio: 0.9\npruner: uniform", BOMB, "video: !!binary x", "ratio: .nan", "\udcff"],
+    ids=["empty", "torn", "number", "lacks", "bomb", "binary", "nan", "bytes"],
+)
+def test_a_report_of_a_damaged_configuration_is_one_line(content, capfd):
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "config.yaml").write_text(content, errors="surrogateescape")
+    assert "config.yaml" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decode_s": -1.0},
+        {"decode_s": float("nan")},
+        {"kept_tokens": "5"},
+        {"verdict": None},
+        {"times_s": [1]},
+        {"index": "0"},
+        {"sample": 5},
+    ],
+    ids=str,
+)
+def test_rows_of_wrong_types_are_refused_wherever_they_are_read(change, capfd):
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "samples.jsonl").write_text(json.dumps(report_jobs.row(0) | change) + "\n")
+    with pytest.raises(UserError, match=next(iter(change))):
+        rows_of(folder)
+    assert "samples.jsonl" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
+
+
+@pytest.mark.parametrize(
+    "word", ["pruner=[1,2]", "pair=[1]", "drafter=[chain,tree]", "tracker=[wandb]", "dataset=5", "verifier={a:1}"]
+)
+def test_a_list_or_a_number_is_no_strategy(word, capfd):
+    refused(lambda: main([word, *FAST]), capfd)
+
+
+def questions(*entries: dict, folder: str = "data") -> Path:
+    root = Path(folder)
+    root.mkdir(exist_ok=True)
+    shutil.copy(find_clip("synthetic_1"), root / "a.mp4")
+    (root / "questions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return root
+
+
+def test_a_csv_field_that_is_too_long_is_named_by_its_line():
+    root = questions()
+    (root / "q.csv").write_text("video,question\na.mp4,what?\na.mp4," + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"q\.csv, line 3: field larger"):
+        FolderDataset(str(root), questions="q.csv").samples()
+
+
+def test_names_and_ids_that_cannot_be_fail_their_rows_alone(capfd):
+    root = questions(
+        {"video": "a.mp4", "id": "good"},
+        {"video": "n" * 300 + ".mp4", "id": "long name"},
+        {"video": "\ud800.mp4", "id": "half a name"},
+        {"video": "a.mp4", "id": "\ud800\x1b[31m[/x]"},
+        {"video": "a.mp4", "id": "half a letter", "question": "what\ud800?"},
+        {"video": "a.mp4", "id": "book", "question": "what? " * 20_000},
+    )
+    assert main(["dataset=folder", f"dataset.root={root}", *FAST, "hydra.run.dir=out"]) == 5
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err and "\x1b" not in captured.out + captured.err
+    assert [row["status"] for row in rows_of(Path("out"))] == ["ok", "skipped", "skipped", "ok", "failed", "failed"]
+
+
+class Unsayable(UniformPruner):
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+def test_a_strategy_whose_repr_raises_is_told_by_its_name(monkeypatch, capfd):
+    monkeypatch.setattr(UniformPruner, "__repr__", Unsayable.__repr__)
+    assert main(["pruner=uniform", *FAST, "hydra.run.dir=out"]) == 0
+    assert "uniform(its repr raises RuntimeError)" in json.loads(Path("out/summary.json").read_text())["strategies"]["pruner"]
+
+
+# ---- N5, N6: whose fault it is, and at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"), FileNotFoundError(2, "gone", "x")]
+)
+def test_an_oserror_of_a_plugin_is_its_own(error, monkeypatch, capfd):
+    def select(self, ctx):
+        raise error
+
+    monkeypatch.setattr(UniformPruner, "select", select)
+    HELD.shed()
+    assert main(["pruner=uniform", *FAST, "hydra.run.dir=out"]) == 3
+    said = capfd.readouterr().err
+    assert "cannot write" not in said and type(error).__name__ in said
+
+
+def test_an_oserror_of_a_plugin_fails_its_row_alone(monkeypatch, capfd):
+    def select(self, ctx):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(UniformPruner, "select", select)
+    words = ["dataset=synthetic", "dataset.scenes=1", "pruner=uniform,two_stage", *FAST, "hydra.sweep.dir=sweep"]
+    assert main(["-m", *words]) == 5
+    found = [row for file in Path("sweep").glob("*/samples.jsonl") for row in rows_of(file.parent)]
+    assert sorted(row["status"] for row in found) == ["failed", "ok"]
+    assert "cannot write" not in capfd.readouterr().err
+
+
+def test_a_job_whose_folder_goes_away_is_told_at_its_next_row():
+    cfg = compose(["dataset=synthetic", "dataset.scenes=2"])
+    rows = Rows(cfg, Path("job"))
+    rows.begin()
+    shutil.rmtree("job")
+    with pytest.raises(CannotWrite, match="removed"):
+        rows.step({"sample": "a"})
+    with pytest.raises(CannotWrite, match="job"):
+        rows.end({"sample": "a", "index": 0, "status": "failed", "reason": "x"})
+    rows.close()
+
+
+@pytest.mark.parametrize("gone", ["sweep", "sweep/baselines"])
+def test_a_sweep_whose_folder_goes_away_ends_at_once(gone, monkeypatch, capfd):
+    real, calls = Baselines.get, []
+
+    def get(self, *args):
+        calls.append(1)
+        found = real(self, *args)
+        if len(calls) == 2:
+            shutil.rmtree(gone)
+        return found
+
+    monkeypatch.setattr(Baselines, "get", get)
+    words = [
+        "dataset=synthetic",
+        "dataset.scenes=4",
+        "pruner=uniform,two_stage",
+        *FAST,
+        "baseline=true",
+        "hydra.sweep.dir=sweep",
+    ]
+    assert main(["-m", *words]) == 2
+    assert "cannot write into" in capfd.readouterr().err
+    assert len(calls) <= 3 and not Path(gone).exists(), "it is not made again"
+
+
+# ---- N7, N8, N9 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("video", ["../out.mp4", "/etc/passwd", "a/../../out.mp4", "a\0.mp4", "", 5, None])
+def test_a_list_names_no_video_outside_its_folder(video):
+    with pytest.raises(UserError, match="wanted a path below"):
+        FolderDataset(str(questions({"video": video}))).samples()
+
+
+def test_a_published_list_names_no_video_outside_its_folder_either():
+    Path("data/json").mkdir(parents=True)
+    Path("data/video").mkdir()
+    entry = {"video": "../../../../x.mp4", "question": "q", "candidates": ["a"], "answer": "a"}
+    Path("data/json/action_antonym.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match="wanted a path below"):
+        MVBenchDataset("data", tasks=("action_antonym",)).samples()
+
+
+def test_a_link_that_its_owner_laid_is_followed():
+    root = questions({"video": "elsewhere/a.mp4"})
+    questions(folder="other")
+    (root / "elsewhere").symlink_to(Path("other").resolve())
+    (sample,) = FolderDataset(str(root)).samples()
+    assert sample.video.exists()
+
+
+@pytest.mark.parametrize("name", ["da#ta", "a, b=c", "it's", "日本 語", "[x]{y}", "a\\b"])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_any_folder_can_be_a_root(name, sweep):
+    Path(name).mkdir()
+    words = quoted(["dataset=folder", f"dataset.root={name}"], sweep)
+    assert [job.cfg.dataset.root for job in jobs(words, sweep)] == [name]
+
+
+def test_several_videos_of_a_sweep_may_have_special_characters():
+    words = quoted(["video=clip#1.mp4,clip 2.mp4,c.mp4"], sweep=True)
+    assert [job.cfg.video for job in jobs(words, sweep=True)] == ["clip#1.mp4", "clip 2.mp4", "c.mp4"]
+
+
+def test_version_is_that_of_specvlm(capfd):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"specvlm {metrics.versions()['specvlm']}\n"
+
+
+@pytest.mark.parametrize("program", [lambda: main(["--help"]), lambda: main(["--version"]), lambda: fit_tree.main(["run"])])
+def test_output_that_nobody_reads_ends_quietly(program, monkeypatch, capfd):
+    Path("run").mkdir()
+    Path("run/steps.jsonl").write_text('{"ranks": [0], "widths": [1, 0]}\n' * 4)
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert program() == 141
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["r.pdf", "r.csv", "r", "r.html.gz"])
+def test_a_report_under_the_name_of_another_kind_is_refused(name, capfd):
+    report_jobs.job(Path("job"), [report_jobs.row(0)])
+    assert "ends in .html" in refused(lambda: report(["job", "-o", name]), capfd)
+    assert not Path(name).exists()
+
+
+def test_fit_tree_names_the_jobs_of_a_sweep(capfd):
+    report_jobs.sweep(Path("sweep"))
+    said = refused(lambda: fit_tree.main(["sweep"]), capfd)
+    assert "it is a sweep" in said and "sweep/random_0.5" in said
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        (["ok", "ok"], "complete"),
+        (["ok", "skipped"], "complete"),
+        (["ok", "failed"], "incomplete"),
+        (["failed", "failed"], "failed"),
+        (["skipped", "failed"], "failed"),
+        (["skipped", "skipped"], "failed"),
+        (["ok"], "incomplete"),
+    ],
+)
+def test_a_job_is_complete_where_every_sample_is_answered(statuses, status):
+    rows = [
+        report_jobs.row(index, status=state, reason=None if state == "ok" else "why") for index, state in enumerate(statuses)
+    ]
+    found = metrics.totals(rows, 2)
+    assert found["status"] == status and bool(found["reason"]) == (status == "failed")
+
+
+def test_what_is_parsed_keeps_its_types():
+    assert bounds.parse(list[Annotated[int, Within(0, 5)]], [1, 5], "x") == [1, 5]
+    for wrong in ([6], ["1"], [True], [1.0], 5, None):
+        with pytest.raises(UserError, match="^x has "):
+            bounds.parse(list[Annotated[int, Within(0, 5)]], wrong, "x")
+
+
+def test_other_errors_are_told_with_their_type():
+    assert one_line(StrategyError("OSError: x")) == "OSError: x" and one_line(KeyError("k")) == "KeyError: 'k'"
+    assert summary_of(Path("nowhere")) == {}
