@@ -109,6 +109,7 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
         **figures,
         **metrics.speedups(figures),
         "times_s": {"video": request.video_s} | metrics.times_of(steps),
+        "reader": request.reader,
         "peak_memory_bytes": peak,
         "difference": difference,
         "out_of_memory": record.out_of_memory,

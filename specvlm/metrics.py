@@ -45,6 +45,7 @@ KEYS = {
     "times_s": "seconds by part: video (reading and preprocessing, as it took; rows that share a reading each have it, "
     "and one done ahead counts in full), embed, prefill, prune, draft_prefill, draft, verify; capture where the engine met a "
     "new shape of tree, or a new cache, in the middle of the request",
+    "reader": "what read the video, pyav or decord, and why that one; empty where no file was read",
     "peak_memory_bytes": "most memory in use: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
     "difference": "of the first differing token: its index; the candidates, what came out and what the target prefers, as ids "
@@ -70,6 +71,7 @@ LATER = (
     "baseline_file_to_first_token_s",
     "baseline_file_to_last_token_s",
     "speedup_file_to_last_token",
+    "reader",
 )  # of KEYS what older rows and summaries lack
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
@@ -160,6 +162,7 @@ TOTALS = {
     "`speedup_file_to_last_token` alike",
     "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not have counts as 0",
     "times_s": "mean seconds by part, over samples",
+    "reader": "what read the video, pyav or decord, and why that one; empty where no file was read",
     "peak_memory_bytes": "most over all samples",
     "capture_s": "sum over samples",
 }

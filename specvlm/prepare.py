@@ -56,6 +56,7 @@ class Reading:
     """A sample as the target is asked it.
 
     video_s: seconds it took to read the video and make the prompt, read_bytes: what was held then: frames and pixels.
+    reader: what read the file, and why that.
     """
 
     prompt: VideoPrompt
@@ -63,6 +64,7 @@ class Reading:
     question: str
     video_s: float
     read_bytes: int
+    reader: str
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def read(setup: Setup, sample: Sample) -> Reading:
     prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
     name = clip.source if callable(sample.video) else sample.video.name
     pixels = sum(part.nbytes for video in prompt.videos for part in video.values() if isinstance(part, torch.Tensor))
-    return Reading(prompt, name, sample.question, perf_counter() - start, clip.frames.nbytes + pixels)
+    return Reading(prompt, name, sample.question, perf_counter() - start, clip.frames.nbytes + pixels, clip.reader)
 
 
 def reads_ahead(cfg: DictConfig, places: Places) -> bool:
