@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no YAML: it is damaged, or not ours ({message(error)})") from None
+        raise UserError(f"{path} is no configuration: it is damaged, or not ours ({message(error)})") from None
 
 
 def _check_depth(text: str) -> None:

@@ -65,6 +65,8 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
+            if not {"sample", "index", "status"} <= row.keys():
+                raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
             parse(Answered if row.get("status") == "ok" else Row, row, f"{path}, sample {row.get('sample')}")
             if row["sample"] not in found or found[row["sample"]][0]["status"] != "ok":
                 found[row["sample"]] = row, path

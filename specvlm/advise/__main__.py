@@ -69,7 +69,7 @@ class Wishes:
             raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(every)}.{hint}")
         tokens, check = own.get("tokens", "128"), own.get("check", "false")
         if not (re.fullmatch("[0-9]{1,9}", tokens) and int(tokens) in TOKENS):
-            raise UserError(f"tokens={tokens}: expected a whole number {TOKENS}")
+            raise UserError(f"tokens={tokens}: expected a whole number from {TOKENS.low}, {TOKENS.most}")
         if check not in ("true", "false"):
             raise UserError(f"check={check}: expected true or false")
         known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
