@@ -25,6 +25,7 @@ class Readings:
         self._held: dict[Hashable, Reading] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[Hashable, Future[Reading]] | None = None
+        # To ask also settles this thread's own number, which otherwise would follow what the other thread sets first.
         self._usual = torch.get_num_threads()
 
     def __enter__(self) -> Self:

@@ -130,10 +130,18 @@ def test_where_the_target_is_on_a_gpu_the_next_video_is_read_ahead():
 
 
 def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
+    """Of the job that decodes, and in the background of the one that will ask for the video."""
     decoding, real = [], answer.speculate
-    monkeypatch.setattr("specvlm.job.speculate", lambda *args: decoding.append(torch.get_num_threads()) or real(*args))
-    assert answer_all("out", ["threads=2", "max_new_tokens=1", "prefetch=true"]) == 0
-    assert [count for *_, count in reads] == decoding == [2, 2, 2] and torch.get_num_threads() == 1
+
+    def speculate(request, *rest):
+        decoding.append((request.cfg.threads, torch.get_num_threads()))
+        return real(request, *rest)
+
+    monkeypatch.setattr("specvlm.job.speculate", speculate)
+    more = ["max_new_tokens=1", "prefetch=true"]
+    assert answer_all("out", ["threads=2", "frames=6", *more], ["threads=1", *more]) == 0
+    assert decoding == [(2, 2), (1, 1), (1, 1), (2, 2), (2, 2), (1, 1)] and torch.get_num_threads() == 1
+    assert [count for *_, count in reads] == [2, 1, 1, 2, 2, 1]
 
 
 def test_without_a_number_of_threads_both_places_have_the_usual_one(reads):
