@@ -20,6 +20,7 @@ from specvlm.ranks import ALONE
 from specvlm.strategy.signals import axes_of
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.slow  # it starts processes
 HERE = Path(__file__).parent
 
 
