@@ -1,7 +1,7 @@
 """What every test starts from: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA.
 
-A test is `slow`, and left out by `make quick`, where it takes more than SLOW_S of the processor, with the processes it starts and
-what it sets up. Tests that do so without the mark are named at the end of a run.
+A test is `slow`, and left out by `make quick`, where it takes more than SLOW_S of the processor, with the processes it starts
+and what it sets up. Tests that do so without the mark are named at the end of a run.
 """
 
 import gc
