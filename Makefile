@@ -1,5 +1,6 @@
 # make demo     set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
 # make test     set up once, then run the tests in two processes           (ARGS="-k registry" to choose, ARGS="-n 8" for more)
+# make quick    the same without the slow ones, for work in progress: under two minutes
 # make ablation the main ablations on 24 scenes: a report, a table, verdicts (ARGS="--pair embedded_llava_onevision" for the
 #               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test campaign ablation plugins check lint types clean
+.PHONY: demo test quick campaign ablation plugins check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 campaign: $(VENV)/.installed-test
 	PYTHONPATH=.:tests $(BIN)/python -m campaign $(ARGS)

@@ -1,8 +1,16 @@
-"""What every test starts from: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA."""
+"""What every test starts from: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA.
 
+A test is `slow`, and left out by `make quick`, where it takes more than SLOW_S of the processor, with the processes it starts
+and what it sets up. Tests that do so without the mark are named at the end of a run.
+"""
+
+import gc
 import os
 
 import pytest
+
+SLOW_S = 0.5
+NOTICED_S = 4 * SLOW_S  # the first test of a kind pays for imports, and some processors are slower
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "SPECVLM_PLUGINS": ""}
 os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -17,3 +25,32 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: `gc.collect`, which many tests ask for, need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def spent_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = spent_s()
+    try:
+        return (yield)
+    finally:
+        if not item.get_closest_marker("slow"):
+            item.user_properties.append(("unmarked_s", spent_s() - before))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    costs = {report.nodeid: dict(report.user_properties).get("unmarked_s", 0) for report in reports}
+    for name, seconds in costs.items():
+        if seconds > NOTICED_S:
+            terminalreporter.write_line(f"not marked slow, and took {seconds:.1f} s of the processor: {name}")

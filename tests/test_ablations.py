@@ -53,6 +53,7 @@ def results(**jobs):
 # ---- which job belongs to which experiment ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jobs_are_matched_by_what_they_are_not_by_how_they_were_run():
     usual = settings_of(config(), QWEN)
     for words in (["frames=32"], ["record=true", "baseline=false", "threads=2"], ["device=cpu", "engine=eager"]):
@@ -69,6 +70,7 @@ def test_jobs_are_matched_by_what_they_are_not_by_how_they_were_run():
     )
 
 
+@pytest.mark.slow
 def test_where_all_or_nothing_is_kept_every_pruner_is_the_same():
     assert {label("pruner=none", "ratio=0.5"), label("ratio=0"), label("pruner=random", "ratio=0")} == {"none"}
     assert label("pruner=none", "positions=reindexed") == "none positions=reindexed"  # M-RoPE loses its rows and columns
@@ -77,6 +79,7 @@ def test_where_all_or_nothing_is_kept_every_pruner_is_the_same():
     assert label("pruner=window") == "window 0.9" and label("pruner.mass=0.2", "ratio=0.5") == "two_stage 0.5 mass=0.2"
 
 
+@pytest.mark.slow
 def test_every_preset_is_its_experiment():
     counts = {experiment: len(planned(experiment, family)) for experiment in BASES for family in TITLES}
     assert counts == {
@@ -201,6 +204,7 @@ def test_speed_is_a_file_of_its_own_with_the_name_of_its_machine(sweep, tmp_path
     assert "| `none` | 6 | 2.00 × [2.00, 2.00] | 1.56 × [1.56, 1.56] | eager |" in text and "a quiet one" in text
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"ablations: {tmp_path} is no folder that python -m specvlm wrote, and holds none\n"
@@ -278,6 +282,7 @@ def test_each_finding_can_be_supported_and_refuted():
 # ---- what is committed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", [*BASES, "findings"])
 def test_the_pages_say_what_the_rows_say(experiment):
     text = (ROOT / experiment / "README.md").read_text(encoding="utf-8")

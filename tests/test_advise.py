@@ -110,6 +110,7 @@ def test_replay_follows_the_ranks_through_the_tree():
     assert Replay((0,)).accepted(TreeShape.parse("chain:2")) == 1  # a whole answer in one round is better than nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["paper", "chain:4", "2x2x1", "3x1"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_replay_is_what_decoding_accepts(shape, ratio):

@@ -14,6 +14,7 @@ from campaign.__main__ import campaigns, main
 from campaign.fork import Ended
 
 
+@pytest.mark.slow
 def test_a_sample_of_every_campaign_finds_nothing():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # another process: campaigns fork, and this one has threads
     done = subprocess.run([sys.executable, "-m", "campaign", "--sample"], env=env, capture_output=True, text=True, timeout=900)

@@ -89,12 +89,14 @@ def test_defaults_are_the_main_job():
 PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path in (config.conf_dir() / group).glob("*.yaml")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset):
     own = ["dataset.root=a"] if preset == "experiment=real_footage" else []
     assert compose.jobs([preset, "target.path=a", "draft.path=b", *own], sweep=True)
 
 
+@pytest.mark.slow
 def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran, capsys):
     assert len(compose.jobs(["experiment=ratio_by_pruner"], sweep=True)) == 28
     fewer = compose.jobs(["experiment=ratio_by_pruner", "ratio=0.5", "pruner=none", "dataset.scenes=3"], sweep=True)
@@ -144,6 +146,7 @@ def test_embedded_models_are_folders_of_the_package():
 TEXTS = ["what, and why?", "it's (a) [b] {c}: d=e", 'say "hi"', "back\\slash\\", "100 % of $5", "\\'", "ünï çödé 视频"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_question_and_paths_are_taken_literally(text):
     words = [f"question={text}", f"video={text}", f"target.path={text}"]
@@ -151,6 +154,7 @@ def test_question_and_paths_are_taken_literally(text):
     assert (cfg.question, cfg.video, cfg.target.path) == (text, text, text)
 
 
+@pytest.mark.slow
 def test_a_folder_to_write_to_is_one_whatever_is_in_its_name(ran, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
     for folder in ("it's, really (b)", "a,b", "~/c d"):
@@ -236,6 +240,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "why"), REFUSED, ids=[line for line, _ in REFUSED])
 def test_bad_input_ends_with_one_line_and_code_2_and_nothing_written(line, why, ran, capsys):
     assert main(shlex.split(line)) == 2
@@ -263,6 +268,7 @@ def test_run_writes_into_the_dated_folder_or_where_it_is_told(ran):
     assert [path.name for path in folders[1].iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_sweep_makes_a_folder_a_job(ran, capsys):
     assert main(shlex.split("-m pruner=two_stage,uniform,random ratio=0.5,0.9")) == 0
     assert [(cfg.pruner.name, cfg.ratio) for cfg, _ in ran.calls][:3] == [
@@ -275,17 +281,20 @@ def test_sweep_makes_a_folder_a_job(ran, capsys):
     assert "[6/6] pruner=random ratio=0.9" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sweep_over_questions_gives_each_its_folder(ran):
     assert main(["-m", "question=choice('a, b','c/d')"]) == 0
     assert [cfg.question for cfg, _ in ran.calls] == ["a, b", "c/d"]
     assert len({folder for _, folder in ran.calls}) == 2
 
 
+@pytest.mark.slow
 def test_sweep_over_all_pruners_has_the_plugins_too(ran, plugin):
     assert main(["-m", "pruner=glob(*)"]) == 0
     assert {cfg.pruner.name for cfg, _ in ran.calls} == set(registry.collect()["pruner"])
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_lose_the_others_and_the_worst_code_counts(ran, capsys):
     """1 is a mismatch, and worse than a mistake."""
     ran.behaviour |= {"uniform": UserError("no such file"), "random": 1}
@@ -296,6 +305,7 @@ def test_a_failing_job_does_not_lose_the_others_and_the_worst_code_counts(ran, c
     assert main(["-m", "pruner=uniform,none"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["pruner=none", "-m pruner=none,random", "hydra.run.dir=a/b"])
 @pytest.mark.parametrize("error", [UserError("no such file: x"), OSError(errno.ENOSPC, "No space left on device", "x")])
 def test_mistake_during_the_run_leaves_no_folder(line, error, ran, capsys):
@@ -313,6 +323,7 @@ def test_folder_that_was_there_before_stays(ran):
     assert written() == ["mine"]
 
 
+@pytest.mark.slow
 def test_run_folder_that_cannot_be_made_is_one_line(ran, capsys):
     Path("file").write_text("")
     for line in ("hydra.run.dir=file/x", "-m hydra.sweep.dir=file/x"):
@@ -332,6 +343,7 @@ def test_full_disk_while_the_sweep_is_set_up_leaves_nothing(ran, capsys, monkeyp
     assert written() == []
 
 
+@pytest.mark.slow
 def test_interrupt_is_one_line_and_code_130(ran, capsys):
     ran.behaviour["*"] = KeyboardInterrupt()
     assert main(["-m", "pruner=none,random"]) == 130
@@ -345,6 +357,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_code_3(ran, capsys):
     assert "RuntimeError: boom" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plugin):
     with pytest.raises(SystemExit) as done:
         main(["--help"])

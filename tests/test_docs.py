@@ -46,6 +46,7 @@ def test_the_package_shown_is_the_one_that_ships():
         assert f"```{language}\n{shipped}```" in README, file
 
 
+@pytest.mark.slow
 def test_the_python_example_prints_the_answer(capsys):
     code = re.search(r"```python\n(from specvlm import DecodingGraph.*?)```", README, re.S)[1]
     for model, name in (("32B", "target"), ("7B", "plain")):
@@ -62,6 +63,7 @@ def test_the_python_example_prints_the_answer(capsys):
     assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in (README + DATASETS).splitlines() if line.startswith("python -m specvlm ")])
 def test_the_commands_compose(line):
     words = shlex.split(line.split("  #")[0].rstrip("\\"))[3:]

@@ -73,6 +73,7 @@ def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit
     return list(graph.decode(request_of(family, **fields), limit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
@@ -82,6 +83,7 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
             assert tuple(tokens_of(decode(family, pruner, drafter, ratio, frames=FEW))) == expected, f"{drafter}, ratio {ratio}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_drafter_that_asks_no_pruner_gives_the_output_of_generate(family, monkeypatch):
     """Since it sees all, or nothing."""
@@ -132,6 +134,7 @@ def test_no_lossless_strategy_is_left_out_below():
     assert len(OF_PACKAGES) == sum(len(packages.strategies(kind)) for kind in (Pruner, Drafter, Verifier)) >= 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("pruner", OF_PACKAGES, ids=lambda pruner: pruner.name)
 def test_every_package_gives_the_targets_own_output(family, pruner):
@@ -143,6 +146,7 @@ def test_every_package_gives_the_targets_own_output(family, pruner):
         assert sum(step.accepted for step in steps) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda verifier: verifier.name)
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -153,6 +157,7 @@ def test_every_drafter_and_lossless_verifier_gives_the_targets_own_output(family
         assert tokens_of(steps) == own_answer(family), repr(drafter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("clip", ["synthetic_2", "bbb_apple"])
 @pytest.mark.parametrize("draft", ["plain", "aware"])
@@ -162,6 +167,7 @@ def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
     assert tuple(tokens_of(steps)) == answer_of_generate(family, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(256)], ids=repr)
 def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
@@ -170,6 +176,7 @@ def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
         assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip), clip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family):
     """On the average over these scenes, with the same pruned view."""
@@ -184,12 +191,14 @@ def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(fam
     assert means["dynamic"] >= means["static"], means
 
 
+@pytest.mark.slow
 def test_sparse_to_dense_with_every_entry_is_accepted_in_full():
     for family in tiny.FAMILIES:
         steps = decode(family, NonePruner(), SparseDrafter(100_000), 0.9, clip="synthetic_2", question="describe the video.")
         assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_target_as_its_own_drafter_is_accepted_in_full(family):
     steps = decode(family, NonePruner(), SelfDrafter(), 0.9, clip="synthetic_2", question="describe the video.")

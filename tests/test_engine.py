@@ -74,6 +74,7 @@ def test_the_lean_pass_is_the_models_own(family, shape):
     assert_same_sums(ours.values[..., rows, :], theirs.values[..., rows, :], terms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["direct", "aot_eager"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -152,6 +153,7 @@ def outlives_a_failure(graph: DecodingGraph, requests, want) -> None:
     assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
 
 
+@pytest.mark.slow
 def test_requests_one_after_another_and_after_a_broken_one():
     """Different lengths, a larger one that makes the cache grow, one left half-read, one that fails: no trace in the next."""
     family = "qwen2_5_vl"
@@ -183,6 +185,7 @@ def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
     assert [step.accepted for step in graph.decode(tiny.prompt("qwen2_5_vl"), 6)] == [0, 12]
 
 
+@pytest.mark.slow
 def test_graphs_and_rules_that_share_an_engine():
     request, engine = tiny.prompt("qwen2_5_vl"), GraphsEngine("direct")
     other, want = tiny.prompt("qwen2_5_vl", seed=1), tiny.hf_greedy(tiny.model("qwen2_5_vl"), request, 16)
@@ -208,6 +211,7 @@ def test_graphs_and_rules_that_share_an_engine():
     assert outs[0] == outs[1]
 
 
+@pytest.mark.slow
 def test_captured_once_for_a_shape_and_a_cache():
     family = "qwen2_5_vl"
     graph = graph_of(family, "tree", GraphsEngine("direct"))
@@ -220,6 +224,7 @@ def test_captured_once_for_a_shape_and_a_cache():
     assert all(graph.engine._programs[key][1] is not program for key, program in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", [TreeDrafter(), DynamicTreeDrafter(nodes=6)], ids=["static", "grown"])
 def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, monkeypatch):
     """Another request has the draft's cache changed, as one that is compared with a baseline does."""
@@ -351,6 +356,7 @@ def test_a_large_tree_and_a_rule_of_the_host_run_eager():
     assert tokens_of(list(large.decode(request, 16))) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_models(kind):
     """The output is that of the same quantised target, and its lean pass is its modules' own."""

@@ -15,6 +15,7 @@ from specvlm.strategy import DraftContext, Sampling
 from specvlm.verifiers.greedy import GreedyVerifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", ["paper", "chain:5"])
 @torch.inference_mode()

@@ -107,6 +107,7 @@ def test_drawn_guesses_and_lossy_rules_tell_nothing():
         assert all(not step.widths and "widths" not in row(1, step) for step in steps_of(TreeDrafter(), verifier))
 
 
+@pytest.mark.slow
 def test_a_draft_unlike_the_papers_is_fitted_better(tmp_path, capsys):
     steep = [[0.8, 0.1]] * 6  # sure of itself: the paper's tree is too wide for it
     wide = [list(w) for d in range(1, 7) for w in itertools.product(range(2), repeat=d)]

@@ -29,6 +29,7 @@ SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
 FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", ["paper", "chain:4", "3x2x1x1", "[[1],[2],[1,0],[1,0,0],[1,0,0,3]]"])
 @pytest.mark.parametrize("accepted", [0, 1.5, 3, 4])
@@ -71,6 +72,7 @@ def test_more_accepted_than_the_tree_is_deep_is_refused():
         GivenDrafter(TreeDrafter("chain:3"), (), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_self"])
 def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
@@ -90,6 +92,7 @@ def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
     assert "random weights of a tiny shape, at a given acceptance" in shown and "Rounds, at a given acceptance" in shown
 
 
+@pytest.mark.slow
 def test_a_split_target_is_measured_as_a_whole_one_is(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     assert main(["shape=tiny_llava", "parallel=layers", f"out={out}", *FAST]) == 0
@@ -116,6 +119,7 @@ def test_the_targets_of_several_gpus_take_each_form_and_the_split_ones_generate(
     assert found["tensor, 128 frames, autoregressive over its bandwidth floor"][1].strip() == "MISS"
 
 
+@pytest.mark.slow
 def test_a_prefill_left_out_and_quantised_weights(tmp_path, capsys):
     pytest.importorskip("specvlm.models.quantize")
     out = tmp_path / "results.jsonl"
@@ -129,6 +133,7 @@ def test_a_prefill_left_out_and_quantised_weights(tmp_path, capsys):
     assert sizes[1] < 0.5 * sizes[0]
 
 
+@pytest.mark.slow
 def test_every_draft_is_held_against_the_same_generate(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     assert (
@@ -141,6 +146,7 @@ def test_every_draft_is_held_against_the_same_generate(tmp_path, capsys):
     assert all(row["against_hf"] == pytest.approx(hf["ms_per_token"] / row["ms_per_token"], rel=0.01) for row in rounds)
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
     def gone(self, ratio, repeats):
         raise torch.OutOfMemoryError("no more")

@@ -93,6 +93,7 @@ def test_equal_probabilities_keep_the_tree_connected():
     assert (2, 2, 2, 2) in ways_of(grown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter()], ids=repr)
 def test_output_is_generates_at_every_ratio(family, drafter):
@@ -107,6 +108,7 @@ def test_a_draft_that_is_the_target_is_accepted_to_the_full_depth(family):
     assert acceptance_of(decode(family, chain, pruner=NonePruner(), draft=tiny.model(family)))["accepted_per_round"] == 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["direct", "aot_eager"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_graphs_is_eager(family, backend):
@@ -140,6 +142,7 @@ def test_a_shape_that_varies_is_kept_nowhere():
     assert greedy._layout.cache_info().currsize <= 1  # the tree of one node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=["eager", "graphs"])
 def test_repetition_penalty_and_sampling(engine, monkeypatch):
     family, drafter = "qwen2_5_vl", DynamicTreeDrafter(nodes=10, depth=3, width=4)

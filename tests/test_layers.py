@@ -45,6 +45,7 @@ def in_stages(family: str, *ends: int):
 CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1, 2)), ("tree", "eager", (1, 2))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drafter", "engine", "ends"), CASES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_split_target_gives_the_whole_ones_output(family, drafter, engine, ends):

@@ -265,6 +265,7 @@ def mvbench(root: Path, video: Path) -> None:
         write(root / "json" / f"{task}.json", [entry])
 
 
+@pytest.mark.slow
 def test_mvbench_reads_every_task_where_its_archive_puts_it(tmp_path, video):
     (tmp_path / "video" / "ssv2_video").mkdir(parents=True)
     mvbench(tmp_path, video)
@@ -281,6 +282,7 @@ def test_mvbench_reads_every_task_where_its_archive_puts_it(tmp_path, video):
     assert samples["object_existence"].video.is_relative_to(tmp_path / "video" / "data0613")
 
 
+@pytest.mark.slow
 def test_parts_start_and_end_at_their_seconds_whatever_they_are_cut_from(tmp_path, video):
     mvbench_task = {
         "action_sequence": list(range(25, 50)),
@@ -381,6 +383,7 @@ def test_a_familys_own_sampling_fits_the_part_that_is_asked_about(tmp_path, vide
     assert read(setup, sample).prompt.grids[0].frames == 5
 
 
+@pytest.mark.slow
 def test_the_command_line_answers_a_folder_and_counts_what_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     put(find_clip("synthetic_1"), Path("mine") / "talk.mp4")

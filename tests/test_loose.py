@@ -79,6 +79,7 @@ def test_scores_are_the_mean_of_the_nearest_cosines():
     assert visual_scores(hidden, video[:3], 10).shape == (4,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=["eager", "graphs"])
 def test_a_run_is_relaxed_by_what_the_models_hidden_states_say(family, engine):

@@ -78,6 +78,7 @@ def test_autoregressive_equals_hugging_face_generate(family, request_of):
     assert tokens_of(list(autoregressive(tiny.model(family), request, 30, GREEDY))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 @pytest.mark.parametrize("drafter", OF_A_PRUNED_VIEW, ids=repr)
@@ -86,6 +87,7 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, d
         assert tokens_of(decode(family, pruner, drafter, ratio)) == answer_of_generate(family), f"ratio {ratio}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("drafter", OF_A_PRUNED_VIEW, ids=repr)
 def test_where_all_or_nothing_is_kept_no_pruner_is_asked(family, drafter, monkeypatch):
@@ -94,6 +96,7 @@ def test_where_all_or_nothing_is_kept_no_pruner_is_asked(family, drafter, monkey
         assert tokens_of(decode(family, UniformPruner(), drafter, ratio)) == answer_of_generate(family), f"ratio {ratio}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("drafter", [SparseDrafter(24, 5), PromptLookupDrafter()], ids=repr)
 def test_drafters_that_ask_no_pruner_give_the_output_of_generate(family, drafter, monkeypatch):
@@ -102,6 +105,7 @@ def test_drafters_that_ask_no_pruner_give_the_output_of_generate(family, drafter
         assert tokens_of(decode(family, UniformPruner(), drafter, ratio)) == answer_of_generate(family), f"ratio {ratio}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("request_of", [dict(videos=2), dict(images=1), dict(videos=3, images=1)], ids=str)
 @pytest.mark.parametrize("pruner", [TwoStagePruner(), TwoStagePruner(spread="frame"), FastVPruner(source="draft")], ids=repr)
@@ -120,12 +124,14 @@ def test_a_drafter_that_is_the_target_and_sees_all_is_accepted_in_full(family, d
     assert found["accepted_per_round"] == 5.0 and found["acceptance_by_depth"] == [1.0] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_reindexed_positions_are_harmless_when_nothing_is_dropped_in_1d(family):
     steps = decode(family, NonePruner(), positions="reindexed", limit=60, draft=tiny.model(family))
     assert (acceptance_of(steps)["accepted_per_round"] == 5.0) == (family == "llava_onevision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_stop_ids_and_the_token_limit_are_exact(family):
     request = tiny.prompt(family)
@@ -143,6 +149,7 @@ def test_stop_ids_and_the_token_limit_are_exact(family):
         assert tokens_of(list(autoregressive(lm, request, 40, GREEDY))) == answer[: first + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padded_vocabularies_may_differ(family):
     request = tiny.prompt(family)
@@ -151,6 +158,7 @@ def test_padded_vocabularies_may_differ(family):
         assert tokens_of(decode(family, limit=20, draft=tiny.model(family, seed=3, vocabulary=vocabulary))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_requests_of_different_length_share_caches_without_a_trace(family):
     graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), TwoStagePruner(), TreeDrafter(), GREEDY, 0.5)
@@ -169,6 +177,7 @@ def test_requests_of_different_length_share_caches_without_a_trace(family):
                 next(half_read)
 
 
+@pytest.mark.slow
 def test_float32_equals_generate_too():
     for family in tiny.FAMILIES:
         target, draft = tiny.model(family, dtype=torch.float32), tiny.draft_of(family, dtype=torch.float32)
@@ -214,6 +223,7 @@ def follow(lm, request, tokens):
     return int(lm.append(torch.tensor(tokens), range(len(tokens)), seen, cache)[-1].argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(
     "drafter", [TreeDrafter(), DynamicTreeDrafter(), SelfDrafter(), SparseDrafter(24), PromptLookupDrafter()], ids=repr

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAIR = config.model_folder(OmegaConf.load(ROOT / "conf" / "pair" / "embedded_qwen2_5_vl.yaml").target.path)
 PLUGIN = ROOT / "plugins" / "specvlm-frame-diff"
 
-pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")]
 
 
 def python(*words, cwd, **env):

@@ -40,6 +40,7 @@ def gpu(*numbers: int) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", number) for number in numbers)
 
 
+@pytest.mark.slow
 def test_where_everything_goes(machine):
     machine(gpus=3)
     assert places("device=cuda:1").devices == gpu(1)
@@ -224,6 +225,7 @@ def test_quantised_shares_are_shares(machine):
     assert sum(parts.values()) == of(plain, "target weights") and parts[LOADING] > 0
 
 
+@pytest.mark.slow
 def test_a_drafter_without_a_draft_model_has_no_place_for_one(machine):
     machine(gpus=2)
     for drafter in ("self", "prompt_lookup"):

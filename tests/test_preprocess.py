@@ -133,6 +133,7 @@ if importlib.util.find_spec("torchvision"):
     allow_torchvision_without_its_operators()
 
 
+@pytest.mark.slow
 def test_pixels_equal_those_frozen_from_hugging_face():
     assert our_pixels() == json.loads(FROZEN.read_text())
 

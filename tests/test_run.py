@@ -52,6 +52,7 @@ def copy_of(name: str, **changes) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["embedded_qwen2_5_vl", "embedded_llava_onevision"])
 def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
     assert main(["pruner=two_stage", "ratio=0.9", f"pair={pair}", "hydra.run.dir=out", *SHORT]) == 0
@@ -69,6 +70,7 @@ def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
     assert sorted(path.name for path in Path("out").iterdir()) == ["config.yaml", "steps.jsonl", "summary.json"]
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_was_refused_and_where_asked_what_was_attended_to():
     words = ["pruner=random", "ratio=0.95", "max_new_tokens=40", "hydra.run.dir=out"]
     assert main([*words, "record=true"]) == 0
@@ -84,6 +86,7 @@ def test_a_run_tells_what_was_refused_and_where_asked_what_was_attended_to():
     assert not Path("out/attention").exists() and runs()[0]["token_ids"] == summary["token_ids"]
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_folder_for_each_of_its_six_runs():
     assert main(["-m", "pruner=two_stage,uniform,random", "ratio=0.5,0.9", "hydra.sweep.dir=sweep", *FAST]) == 0
     summaries = [runs(path.parent)[0] for path in sorted(Path("sweep").glob("*/summary.json"))]
@@ -91,6 +94,7 @@ def test_a_sweep_makes_a_folder_for_each_of_its_six_runs():
     assert sorted(s["kept_tokens"] for s in summaries) == [12] * 3 + [64] * 3
 
 
+@pytest.mark.slow
 def test_drafters_without_a_draft_model_and_sampling_run_too(capsys):
     assert main(["drafter=prompt_lookup", "hydra.run.dir=a", "draft.path=nowhere", *FAST]) == 0
     assert main(["drafter=self", "drafter.shape=chain:2", "hydra.run.dir=b", "draft.path=nowhere", *FAST]) == 0
@@ -98,6 +102,7 @@ def test_drafters_without_a_draft_model_and_sampling_run_too(capsys):
     assert [runs(Path(folder))[0]["verdict"] for folder in "abc"] == ["identical", "identical", "sampled"]
 
 
+@pytest.mark.slow
 def test_a_mismatch_is_called_one_and_sets_the_exit_code(monkeypatch, capsys):
     from specvlm.graph import Output
 
@@ -225,6 +230,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_line_and_code_2_and_writes_nothing(case, capfd):
     make, expected = BAD[case]
@@ -239,11 +245,13 @@ def test_bad_input_ends_with_one_line_and_code_2_and_writes_nothing(case, capfd)
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_one_frame_is_enough():
     assert main(["frames=1", "hydra.run.dir=out", *SHORT]) == 0
     assert runs()[0]["video_tokens"] == 64
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_one_line_that_names_the_folder_and_leaves_nothing(monkeypatch, capfd):
     real = Path.open
 
@@ -258,6 +266,7 @@ def test_a_full_disk_ends_with_one_line_that_names_the_folder_and_leaves_nothing
     assert "No space left on device" in error and "out" in error and not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
     assert main(["hydra.run.dir=out", *FAST]) == 0
     monkeypatch.setattr("specvlm.run.summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -278,6 +287,7 @@ def out_of_memory_at(monkeypatch, passes: int) -> None:
     monkeypatch.setattr(VideoLM, "forward", failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["chain", "prompt_lookup"])
 def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monkeypatch, capfd):
     words = [f"drafter={drafter}", *FAST]
@@ -307,6 +317,7 @@ def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monk
     assert met == {"warming up", "decoding", "decoding without a drafter"} and whole["out_of_memory"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -327,6 +338,7 @@ def test_out_of_memory_while_checking_keeps_both_answers(error, monkeypatch, cap
     assert summary["token_ids"] == summary["baseline_token_ids"] and summary["speedup_decode"] and summary["text"]
 
 
+@pytest.mark.slow
 def test_another_error_is_no_lack_of_memory(monkeypatch, capfd):
     def broken(*_):
         raise RuntimeError("shapes do not match")
@@ -337,6 +349,7 @@ def test_another_error_is_no_lack_of_memory(monkeypatch, capfd):
     assert "RuntimeError: shapes do not match" in error and "ran out of memory" not in error
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -347,6 +360,7 @@ def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
     assert "ran out of memory while loading" in error and "tokens are in" not in error and not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_the_threads_of_one_job_are_not_those_of_the_next(monkeypatch):
     seen = []
     real = torch.set_num_threads
@@ -384,6 +398,7 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
     assert lm.vision_rows({"thw": (1000, 32, 32)}) == PATCHES and lm.vision_rows({"thw": (3, 200, 200)}) == 40_000
 
 
+@pytest.mark.slow
 def test_what_strategies_read_of_the_target_is_planned():
     def activations(*words: str) -> int:
         cfg = compose.jobs(["pair=embedded_llava_onevision", *words], sweep=False)[0].cfg
@@ -406,11 +421,13 @@ def test_memory_that_torch_keeps_for_itself_is_free(monkeypatch):
     assert memory.free_bytes(torch.device("cuda")) == 500 + 180
 
 
+@pytest.mark.slow
 def test_prompt_lookup_says_that_it_saw_no_video(capsys):
     assert main(["drafter=prompt_lookup", "hydra.run.dir=out", *FAST]) == 0
     assert runs()[0]["kept_tokens"] is None and "drafter saw" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_quantised_models_is_the_quantised_targets_own_output_and_says_so(capsys):
     assert main(["target.weights=int8", "draft.weights=int4", "hydra.run.dir=out", *FAST]) == 0
     summary, _ = runs()
@@ -420,6 +437,7 @@ def test_a_run_of_quantised_models_is_the_quantised_targets_own_output_and_says_
     assert runs()[0]["weights"] == {"target": "fp8"}
 
 
+@pytest.mark.slow
 def test_a_draft_in_8_bits_guesses_nearly_as_well():
     accepted = []
     for weights in ("null", "int8", "fp8"):

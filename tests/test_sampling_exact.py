@@ -417,6 +417,7 @@ def test_drawn_output_has_the_targets_joint_distribution(setting):
     assert chi_square(setting.counts(RUNS, 1), setting.expected()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FAULTS, "last accepted child wins"])
 def test_chi_square_catches_planted_faults(fault, monkeypatch):
     """The vectorised rule with one line broken, and the same check as above."""
@@ -477,6 +478,7 @@ def test_a_verdict_is_what_the_forest_decides_for_its_tree(setting):
         assert bonus_M[verdict.path[-1]] == verdict.bonus
 
 
+@pytest.mark.slow
 def test_rounds_in_a_row_have_the_targets_joint_distribution():
     """`first`, then `verify` and `first` again, run by run, with one generator for everything as in a request."""
     setting, runs = Draws("chain:1", 3, WARPED), 2_000
@@ -495,6 +497,7 @@ def test_rounds_in_a_row_have_the_targets_joint_distribution():
     assert chi_square(counts, setting.expected()) > 1e-3
 
 
+@pytest.mark.slow
 def test_first_draws_from_the_warped_distribution():
     logits_V = torch.randn(6, generator=torch.Generator().manual_seed(4))
     chance = torch.Generator().manual_seed(5)

@@ -56,6 +56,7 @@ def p_value(answers: list[tuple[int, ...]], table: dict[tuple[int, ...], float])
     return chisquare(seen, wanted).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warp", WARPS, ids=str)
 @pytest.mark.parametrize(
     "drafter",
@@ -73,6 +74,7 @@ def test_tree_chain_and_self_sample_as_the_target_does(drafter, warp):
     assert p_value(answers, table) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_wrong_temperature_would_be_seen():
     prompt, verifier = request(), SamplingVerifier(temperature=0.6, top_k=4)
     answers = [

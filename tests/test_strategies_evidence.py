@@ -91,6 +91,7 @@ def test_what_a_group_gathers_is_what_each_member_would_gather_alone(family):
                 assert_same_sums(mine[name], theirs[name], additions(target.hf, len(request)))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_frames_are_those_with_a_kept_token_newlines_aside():
     assert frames_of(KeepSet(torch.tensor([0, 1, 5, 6, 9]), 11), request) == 3
 
 
+@pytest.mark.slow
 def test_the_codec_reads_an_encoding_and_the_frames_stay_as_drawn(tmp_path):
     pytest.importorskip("av")
     from experiments.embedded_pair.evaluate import scene_request

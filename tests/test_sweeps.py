@@ -84,6 +84,7 @@ def sweep(*words: str, folder: str = "sweep") -> int:
 # What is written
 
 
+@pytest.mark.slow
 def test_a_job_writes_a_row_a_sample_and_its_rounds_and_totals(capsys):
     assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
     folder = Path("out")
@@ -113,6 +114,7 @@ def test_a_job_writes_a_row_a_sample_and_its_rounds_and_totals(capsys):
     }
 
 
+@pytest.mark.slow
 def test_models_are_loaded_once_and_each_baseline_is_decoded_once(decodes, loads):
     assert sweep(THREE, "dataset.scenes=2") == 0
     assert loads == ["qwen2_5_vl/target", "qwen2_5_vl/plain"] and len(decodes) == 2
@@ -122,6 +124,7 @@ def test_models_are_loaded_once_and_each_baseline_is_decoded_once(decodes, loads
     assert len(found) == 4 and len({str([row["baseline"] for row in rows_of(job)]) for job in found}) == 1
 
 
+@pytest.mark.slow
 def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
     target = shutil.copytree(model_folder("embedded:qwen2_5_vl/target"), Path("target"))
     first = [*ASK, "dataset.scenes=1", f"target.path={target}", "baselines=kept"]
@@ -138,6 +141,7 @@ def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
     assert main([*first, "hydra.run.dir=changed"]) == 0 and len(decodes) == len(changes) + 2
 
 
+@pytest.mark.slow
 def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
     """Jobs share caches: where two draft with models of other shapes, each finds what was captured for its own gone."""
     engine, spent = GraphsEngine("direct"), {"speculate": 0, "decode_alone": 0}
@@ -166,6 +170,7 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
     assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
 
 
+@pytest.mark.slow
 def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
     """However often other jobs have the caches changed: warming up takes as long as half a sample."""
     warmed, real = [], answer.warm_up
@@ -174,6 +179,7 @@ def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
     assert len(warmed) == 2
 
 
+@pytest.mark.slow
 def test_ranks_warm_up_together(monkeypatch):
     """Else one waits for ever in a sum that the others do not come to."""
     asked, warmed, real = [], [], answer.warm_up
@@ -188,12 +194,14 @@ def test_ranks_warm_up_together(monkeypatch):
     assert asked == [True, False, True, True, True, True] and len(warmed) == 3
 
 
+@pytest.mark.slow
 def test_the_order_of_the_methods_moves_on_with_every_turn():
     assert sweep(THREE, "dataset.scenes=5", "turn=2", "baseline=false", "max_new_tokens=2") == 0
     orders = {name.rpartition("=")[2]: [row["order"] for row in rows_of(job)] for name, job in jobs(Path("sweep")).items()}
     assert orders == {"two_stage": [0, 0, 2, 2, 1], "uniform": [1, 1, 0, 0, 2], "random": [2, 2, 1, 1, 0]}
 
 
+@pytest.mark.slow
 def test_jobs_of_another_target_come_when_those_of_the_first_are_through(loads):
     pairs = "pair=embedded_qwen2_5_vl,embedded_llava_onevision,embedded_qwen2_5_vl_aware"
     assert sweep(pairs, "dataset.scenes=2", "baseline=false", "max_new_tokens=2") == 0
@@ -204,6 +212,7 @@ def test_jobs_of_another_target_come_when_those_of_the_first_are_through(loads):
 # Going on
 
 
+@pytest.mark.slow
 def test_half_a_line_and_rounds_without_a_row_are_cut_off():
     words = [*ASK, "dataset.scenes=3", "hydra.run.dir=out"]
     assert main(words) == 0
@@ -221,6 +230,7 @@ def test_half_a_line_and_rounds_without_a_row_are_cut_off():
         assert len(steps.read_text().splitlines()) == sum(map(len, before[1].values()))
 
 
+@pytest.mark.slow
 def test_rounds_of_a_shard_that_was_killed_do_not_count_where_another_answered():
     words = [*ASK, "dataset.scenes=2", "baseline=false", "hydra.run.dir=out"]
     assert main([*words, "shard=0/2"]) == 0
@@ -232,6 +242,7 @@ def test_rounds_of_a_shard_that_was_killed_do_not_count_where_another_answered()
     assert all(len(found[row["sample"]]) == row["rounds"] + 1 for row in rows_of(Path("out")))
 
 
+@pytest.mark.slow
 def test_a_damaged_line_in_the_middle_is_named(capsys):
     words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
     assert main(words) == 0
@@ -252,6 +263,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_folder_is_one_line(case, capsys):
     name, text, why = DAMAGED[case]
@@ -266,6 +278,7 @@ def test_a_damaged_folder_is_one_line(case, capsys):
     assert why in line
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_older_configuration_is_not_gone_on_with(capsys):
     words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
     assert main(words) == 0
@@ -285,6 +298,7 @@ def test_a_file_where_the_sweep_should_be_is_named(capsys):
     assert line.endswith(f"'{Path.cwd()}/file'")
 
 
+@pytest.mark.slow
 def test_results_are_not_overwritten_nor_mixed(capsys):
     words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
     assert main(words) == 0
@@ -312,6 +326,7 @@ def test_resume_wants_to_know_where(capsys):
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_that_grew_does_only_what_is_new(decodes):
     few = ["dataset.scenes=2", "max_new_tokens=3"]
     assert sweep("ratio=0.5,0.9", *few) == 0
@@ -324,6 +339,7 @@ def test_a_sweep_that_grew_does_only_what_is_new(decodes):
 # Several processes
 
 
+@pytest.mark.slow
 def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(monkeypatch, loads):
     def prepared(*words):
         cfg = compose([*ASK, "dataset.scenes=1", *words])
@@ -369,6 +385,7 @@ def test_what_a_baseline_depends_on_is_in_its_key():
     assert inputs(request, graph) != first
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_in_one_line(capsys):
     few = ["dataset.scenes=1", "max_new_tokens=2", "baseline=false"]
     assert sweep(THREE, *few) == 0
@@ -383,6 +400,7 @@ def test_a_second_process_is_refused_in_one_line(capsys):
     assert sweep(THREE, *few, "resume=true") == 0
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_answered_counts_wherever_it_failed_before():
     few = ["dataset.scenes=2", "max_new_tokens=2", "baseline=false"]
     assert sweep("pruner=uniform,random", *few) == 0
@@ -395,6 +413,7 @@ def test_a_sample_that_is_answered_counts_wherever_it_failed_before():
     assert [row["status"] for row in rows_of(job)] == ["ok", "ok"] and rows_of(job)[0]["sample"] in steps_of(job)
 
 
+@pytest.mark.slow
 def test_shards_of_two_configurations_are_not_mixed_before_there_are_rows(capsys):
     def cfg(ratio: float, shard: str):
         return compose([*ASK, f"ratio={ratio}", f"shard={shard}"])
@@ -407,6 +426,7 @@ def test_shards_of_two_configurations_are_not_mixed_before_there_are_rows(capsys
     Rows(cfg(0.5, "1/2"), Path("job"), (1, 2)).close()  # nothing was done, and nobody is at it
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_the_rows_of_one():
     words = [*ASK, THREE, "dataset.scenes=2"]
     assert main(["-m", *words, "hydra.sweep.dir=whole"]) == 0
@@ -418,6 +438,7 @@ def test_two_processes_at_once_leave_the_rows_of_one():
     assert table(Path("sweep")) == table(Path("whole"))
 
 
+@pytest.mark.slow
 def test_shards_make_the_table_of_one_process(capsys):
     words = [THREE, "dataset.scenes=5"]
     assert sweep(*words, folder="whole") == 0
@@ -431,6 +452,7 @@ def test_shards_make_the_table_of_one_process(capsys):
     assert sweep(*words, "resume=true", folder="shards") == 0 and table(Path("shards")) == table(Path("whole"))
 
 
+@pytest.mark.slow
 def test_who_comes_while_a_baseline_is_decoded_waits_for_it(tmp_path, decodes):
     words = [*ASK, "dataset.scenes=2", "baselines=kept"]
     both = [start([*words, f"ratio={ratio}", f"hydra.run.dir={ratio}"]) for ratio in (0.5, 0.9)]
@@ -470,6 +492,7 @@ def test_ranks_that_share_a_target_answer_a_data_set(tmp_path):
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_broken_video_and_a_plugin_that_raises_leave_the_rest_intact(wrong, capfd):
     words = [
         "-m",
@@ -504,6 +527,7 @@ def test_a_broken_video_and_a_plugin_that_raises_leave_the_rest_intact(wrong, ca
     assert rows_of(good)[0] == before[0] and rows_of(good)[2]["status"] == "failed", "what was skipped is tried again"
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_begin_is_named_and_the_others_are_done(capfd):
     few = ["dataset.scenes=1", "max_new_tokens=3", "draft.path=nowhere"]
     assert sweep("drafter=tree,prompt_lookup", *few) == 2
@@ -517,6 +541,7 @@ def test_a_job_that_cannot_begin_is_named_and_the_others_are_done(capfd):
     assert sweep("drafter=tree,prompt_lookup", *few, "resume=true") == 0
 
 
+@pytest.mark.slow
 def test_a_job_that_differs_from_no_other_is_called_after_its_data_set(capsys):
     assert sweep("dataset.scenes=1", "draft.path=nowhere") == 2
     lines = capsys.readouterr().out.splitlines()
@@ -524,6 +549,7 @@ def test_a_job_that_differs_from_no_other_is_called_after_its_data_set(capsys):
     assert any(line.startswith("synthetic: nowhere: no such model folder") for line in lines)
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_loaded_fail_the_job_and_not_each_sample(capfd):
     shutil.copytree(model_folder("embedded:qwen2_5_vl/plain"), "plain")
     Path("plain/model.safetensors").unlink()
@@ -535,6 +561,7 @@ def test_weights_that_cannot_be_loaded_fail_the_job_and_not_each_sample(capfd):
     assert next(s for s in found if s["status"] == "failed")["missing"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["dataset=broken", "frames=4"], ["dataset=synthetic", "pruner=raising,uniform", "frames=4"]])
 def test_fail_fast_ends_at_the_first_failure(wrong, words):
     assert main(["-m", *words, "max_new_tokens=3", "fail_fast=true", "hydra.sweep.dir=sweep"]) == 5
@@ -542,6 +569,7 @@ def test_fail_fast_ends_at_the_first_failure(wrong, words):
     assert [row["status"] for row in rows][-1] == "failed" and len(rows) <= 2
 
 
+@pytest.mark.slow
 def test_fail_fast_holds_for_single_runs_too():
     assert main(["-m", "video=nowhere.mp4,synthetic_1", "max_new_tokens=2", "hydra.sweep.dir=a"]) == 2
     assert len(list(Path("a").glob("*/summary.json"))) == 1
@@ -549,6 +577,7 @@ def test_fail_fast_holds_for_single_runs_too():
     assert not list(Path("b").glob("*/summary.json"))
 
 
+@pytest.mark.slow
 def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, capsys):
     from specvlm.graph import Output
 
@@ -560,6 +589,7 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
     assert row["verdict"].startswith("MISMATCH at token") and row["difference"]["candidates"]
 
 
+@pytest.mark.slow
 def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
     """Of one job with a sample that fails, of a sweep with a job that fails, and of one that ends at the first failure."""
     from specvlm.graph import Output
@@ -586,6 +616,7 @@ def test_a_mismatch_of_a_workers_job_is_not_hidden_by_one_that_failed_before(wro
     assert sweep(*words, "resume=true") == 1
 
 
+@pytest.mark.slow
 def test_a_tie_has_its_control(monkeypatch):
     monkeypatch.setattr("specvlm.answer.lossless.compare", lambda *_: Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01))
     assert main([*ASK, "dataset.scenes=1", "hydra.run.dir=out"]) == 0
@@ -595,6 +626,7 @@ def test_a_tie_has_its_control(monkeypatch):
     assert summary_of(Path("out"))["verdicts"] == {"numeric tie": 1}
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_are_loaded(monkeypatch, capfd):
     def load(*_, **__):
         raise AssertionError("loaded")
@@ -626,6 +658,7 @@ def test_a_folder_that_is_read_only_is_one_line(capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(monkeypatch, capfd):
     words = [THREE, "dataset.scenes=2"]
     assert sweep(*words, folder="whole") == 0
@@ -647,6 +680,7 @@ def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(monkeypatch, capf
     assert sweep(*words, "resume=true") == 0 and table(Path("sweep")) == table(Path("whole"))
 
 
+@pytest.mark.slow
 def test_out_of_memory_of_a_sample_fails_it_alone(monkeypatch):
     real, seen = answer.decode_alone, []
 
@@ -664,6 +698,7 @@ def test_out_of_memory_of_a_sample_fails_it_alone(monkeypatch):
     assert rows[1]["out_of_memory"] == "decoding without a drafter" and "ran out of memory while" in rows[1]["reason"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
     real = Baselines.get
     calls = []
@@ -699,6 +734,7 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
 REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft.path='a, b'"], ["drafter.shape=4x2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", REWRITTEN, ids=str)
 def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypatch):
     """Hydra rewrites values: false is False in what it hands on."""
@@ -713,6 +749,7 @@ def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypat
     assert len({folder for folder, _ in found}) == 2 and all(there for _, there in found), found
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_folder_is_called_after_the_time_has_one_folder(capsys):
     """Each job's configuration has a moment of its own, the sweep has one."""
     assert main(["-m", *ASK, THREE, "dataset.scenes=1"]) == 0
@@ -721,6 +758,7 @@ def test_a_sweep_whose_folder_is_called_after_the_time_has_one_folder(capsys):
     assert f"written to {Path.cwd() / 'multirun'}" in table and "resume" not in table
 
 
+@pytest.mark.slow
 def test_shapes_of_trees_have_folders_of_their_own():
     shapes = ["-m", "drafter=tree", "drafter.shape=paper,chain:5,'[[0],[1]]'", *ASK]
     folders = {job.folder for job in planned(shapes[1:], sweep=True)}

@@ -29,6 +29,7 @@ SENTENCE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_scene_questions_and_pixels():
     one, two = synthetic.sample_scene(7), synthetic.sample_scene(7)
     assert one == two != synthetic.sample_scene(8)

@@ -20,10 +20,11 @@ from specvlm.ranks import ALONE
 from specvlm.strategy.signals import axes_of
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.slow  # it starts processes
 HERE = Path(__file__).parent
 
 
-def torchrun(*words: object, seconds: float = 120, gpus: str = "", ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: object, seconds: float = 600, gpus: str = "", ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """So many ranks, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, words)]

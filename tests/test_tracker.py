@@ -25,6 +25,8 @@ from specvlm.tracker import CELL, kept_picture
 
 FEW = [*ASK, "dataset.scenes=2", "max_new_tokens=6"]
 
+pytestmark = pytest.mark.slow  # it runs the command line
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from test_tensor import torchrun
 from specvlm.errors import UserError
 from specvlm.watch import Watch
 
+pytestmark = pytest.mark.slow  # it starts processes
 HERE = Path(__file__).parent
 
 

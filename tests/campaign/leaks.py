@@ -85,17 +85,13 @@ class Asked:
 
     @classmethod
     def random(cls, pair: str, chance: random.Random) -> Asked:
-        sizes = chance.choice((2, 4, 6, 8)), chance.choice((3, 8, 16))
-        return cls(pair, f"synthetic_{chance.randrange(1, 5)}", chance.choice(QUESTIONS), *sizes)
+        sizes = chance.choice((2, 4)), chance.choice((3, 8, 16))
+        return cls(pair, f"synthetic_{chance.randrange(1, 3)}", chance.choice(QUESTIONS), *sizes)
 
     def prepared(self, held: Held, *words: str) -> Prepared:
-        setup = _setup([f"{key}={value}" for key, value in vars(self).items()] + list(words))
-        return held.plan(setup, read(setup, own_sample(setup.cfg)))
-
-
-def _setup(words: list[str]):
-    cfg = compose(words)
-    return set_up(cfg, places_of(cfg))
+        cfg = compose([*(f"{key}={value}" for key, value in vars(self).items()), *words])
+        setup = set_up(cfg, places_of(cfg))
+        return held.plan(setup, read(setup, own_sample(cfg)))
 
 
 class Requests:

@@ -49,10 +49,12 @@ ACTIVE = ("script", "iframe", "base", "object", "embed", "meta", "link", "form",
 
 def run(count: int, seed: int) -> list[str]:
     preload()
+    import specvlm.report.page  # noqa: F401  (for every fork to find there)
+
     chance, found = random.Random(seed), []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        plain, honest = (swept(work / kind, texts) for kind, texts in (("plain", ("a", "b", "c")), ("honest", PAYLOADS[:3])))
+        plain, honest = (swept(work / kind, texts) for kind, texts in (("plain", ("a", "b")), ("honest", PAYLOADS[:2])))
         expected = active_parts(report(plain, work / "plain.html", "a title", work / "plain.log"))
         folders = [(honest, "honest"), *((poisoned(honest, work / f"evil{n}", chance), f"evil{n}") for n in range(count))]
         pages = [report(folder, work / f"{label}.html", ALL, work / f"{label}.log") for folder, label in folders]

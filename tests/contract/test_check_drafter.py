@@ -30,6 +30,7 @@ INSTANCES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", INSTANCES, ids=repr)
 def test_built_in_keeps_the_contract(drafter):
     if getattr(drafter, "children", "auto") == "sample":
@@ -96,6 +97,7 @@ class FaultySession(DraftSession):
         return DraftTree(torch.tensor(tokens), parents, q)
 
 
+@pytest.mark.slow
 def test_without_a_fault_it_passes():
     check_drafter(Faulty())
 

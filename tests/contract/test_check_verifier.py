@@ -19,6 +19,7 @@ from specvlm.verifiers.sampling import SamplingVerifier
 INSTANCES = [GreedyVerifier(), SamplingVerifier(), SamplingVerifier(0.7, top_p=0.9), LooseVerifier(), LooseVerifier(1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", INSTANCES, ids=repr)
 def test_built_in_keeps_the_contract(verifier):
     check_verifier(verifier)
@@ -129,6 +130,7 @@ def test_a_planted_fault_of_a_rule_on_the_host_is_caught(fault, message):
         check_verifier(FaultyHost(fault))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["another q", "another temperature", "greedy bonus"])
 def test_a_rule_that_samples_from_something_else_is_caught(fault):
     @dataclass(frozen=True)

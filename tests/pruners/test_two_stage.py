@@ -44,6 +44,7 @@ def invented_scores(kind, total, generator):
 KINDS = ["long_tail", "softmax", "small_integers", "sevenths", "mostly_zero", "equal", "zero", "one_peak"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_keep_sets_equal_brute_force_on_200_score_vectors(dtype):
     generator = torch.Generator().manual_seed(20)

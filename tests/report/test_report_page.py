@@ -24,6 +24,7 @@ def data_of(text: str, name: str) -> dict:
     return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.S)[1])
 
 
+@pytest.mark.slow
 def test_a_page_asks_for_nothing_and_runs_no_script_but_its_own(tmp_path):
     text = page(read_jobs([sweep(tmp_path)]), [], "pruners")
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
@@ -59,6 +60,7 @@ def test_the_fastest_job_that_prunes_comes_first(tmp_path):
     assert best(read_jobs([tmp_path])).config["pruner"]["name"] == "two_stage"
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_says_where(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job(tmp_path / "jobs" / "a", [row(index) for index in range(4)])

@@ -18,6 +18,8 @@ from specvlm.report.seen import Round, rounds_of, see, spell, target_of
 
 FAST = ["max_new_tokens=30", "record=true", "ratio=0.95"]
 
+pytestmark = pytest.mark.slow  # it runs the embedded pairs
+
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_onevision"])
 def run(request, tmp_path_factory) -> Path:
