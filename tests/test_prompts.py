@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import time
 from functools import cache
 from pathlib import Path
 
@@ -179,3 +182,27 @@ def test_named_files_are_found_and_a_folder_without_any_has_none(tmp_path):
     (folder / "additional_chat_templates" / "rag.jinja").write_text("that")
     assert processor_template(folder) == {"rag": "that", "default": "this"}
     assert processor_template(tmp_path) is None
+
+
+class Waits:
+    """Waits, when it is cleared away in a fork, for what is only in the process it was forked from."""
+
+    def __init__(self):
+        self.me, self.home = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.home:
+            time.sleep(60)
+
+
+def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(monkeypatch):
+    monkeypatch.setattr(child, "PATIENCE", 10.0)
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(100_000)
+        Waits()
+        gc.set_threshold(50)
+        assert child.in_child(lambda: str(len([[] for _ in range(10_000)]))) == "10000"
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -55,6 +56,7 @@ def in_child(action: Callable[[], str]) -> str:
 def _answer(action: Callable[[], str], sink: int) -> None:
     """The fork's own life; it never returns. The first byte says whether an answer or an error follows."""
     try:
+        gc.disable()  # what it would clear away may wait for a thread, and a fork has none of them
         _limit()
         answer = b"=" + action().encode()
     except BaseException as error:
