@@ -142,6 +142,7 @@ def sweep(tmp_path):
     return tmp_path / "sweep"
 
 
+@pytest.mark.slow
 def test_folders_become_rows_of_whole_rounds_in_every_experiment_that_has_the_job(sweep, tmp_path):
     found = rows.gather([sweep])
     assert found.told == [

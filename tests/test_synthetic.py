@@ -110,6 +110,7 @@ def test_checkpoints_of_a_family_share_one_tokenizer_that_reads_and_writes_plain
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_target_captions_every_clip_exactly(family):
     folder = ASSETS / family / "target"

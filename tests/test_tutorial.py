@@ -196,6 +196,7 @@ def test_the_pruner_has_the_ends_that_the_text_says():
     )
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_last_part_compose():
     inline = re.findall(r"`python -m specvlm (.*?)`", TEXT.partition("## Where to go next")[2].replace("blend", "random"))
     assert len(inline) == 4
