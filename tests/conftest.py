@@ -44,7 +44,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     finally:
-        if not item.get_closest_marker("slow"):
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("gpu")):
             item.user_properties.append(("unmarked_s", spent_s() - before))
 
 
