@@ -20,7 +20,7 @@ from specvlm.errors import UserError
 
 # Formats that name other files, or addresses, to be opened.
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
-# Decoders that may work on several frames at once. FFmpeg's Theora decoder sometimes gives other pixels then: 1 in 40 times.
+# Decoders that may work on several frames at once. FFmpeg's Theora decoder gives wrong pixels then, about 1 time in 40.
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
 DEFAULT_PIXELS = 5_000_000  # what the mark of a default stream counts as, in the ffmpeg tool's choice
 
@@ -100,13 +100,13 @@ def video_streams(container: Any) -> list[Any]:
 def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
     """All frames from where the container stands, as FFmpeg shows them.
 
-    What cannot be decoded before the first key frame is passed over, as in a stream that was cut, and so is a last packet.
+    Skips packets that cannot be decoded before the first key frame, as in a stream that was cut, and a last packet.
 
     Args:
         container: as `opened` gives it.
         stream: likewise.
         path: for messages.
-        strict: raise Undecodable for what would be passed over.
+        strict: raise Undecodable for what would be skipped.
 
     Raises:
         UserError: what lies in between cannot be decoded.

@@ -1,7 +1,7 @@
 """What a file says about itself before any decoder sees it: that it is there, and whole.
 
-Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows; but a
-declared length is a suspicion, no fact. What is behind the declared end, such as a tag of a music player, is ignored.
+Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows. Some
+writers declare too much, so the length alone proves nothing. What follows the declared end, such as a tag, is ignored.
 """
 
 import stat
@@ -16,7 +16,12 @@ BOXES = frozenset(
 
 
 def check_file(path: Path) -> None:
-    """Raise MissingVideo where there is none, UserError for a folder, a pipe or a device, and what is unreadable or empty."""
+    """Check that a file can be read.
+
+    Raises:
+        MissingVideo: there is none.
+        UserError: a folder, a pipe or a device, or a file that is unreadable or empty.
+    """
     try:
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
@@ -52,7 +57,7 @@ def _declared_size(file: BinaryIO, size: int) -> int:
         return _mp4_size(file, size)
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
-        return 0 if length >= 2**31 - 1 else 7 + length  # that long: not known when it was written. A last byte only pads
+        return 0 if length >= 2**31 - 1 else 7 + length  # so long: unknown when written; the last byte may be padding
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_size(head)
     return 0

@@ -1,9 +1,9 @@
 """Which frames of a file are shown, in what order and when: the one list that all readers and the codec signals share.
 
-A file stores packets, and a packet is not always a frame on the screen. Edit lists hide packets, a cut in an open group of
-pictures leaves some that cannot be decoded, some containers lack time stamps or take them from the order of storage. So the
-list comes from the packets' time stamps alone only where container and codec are known to have a frame for each; everywhere
-else every frame is decoded once and counted. FFmpeg's own output is the standard: what it drops is not on the list.
+A packet is not always a frame on the screen. Edit lists hide packets; a cut in an open group of pictures leaves packets
+that cannot be decoded; some containers have no time stamps, or take them from the order of storage. So the list is made
+from the packets' time stamps only where container and codec are known to show one frame for each packet. Everywhere
+else every frame is decoded once and counted. FFmpeg's output is the standard: a frame that it drops is not on the list.
 
 Shape suffixes: N frames in the order of showing.
 """
@@ -172,7 +172,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
-    """The list of all frames that are decoded. Costs as much as decoding the file, without the filters that smooth edges."""
+    """The list of all frames that are decoded. Costs about as much as decoding the file."""
     clean = not packets.corrupt
     try:
         stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)

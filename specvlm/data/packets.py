@@ -1,4 +1,4 @@
-"""The packets of a video stream, read without decoding: what they tell about its frames, and how far that can be trusted.
+"""The packets of a video stream, read without decoding: what they say about its frames, and when to trust it.
 
 Shape suffixes: P packets in the order of storage, K key frames.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from specvlm.data.av_file import video_streams
 from specvlm.errors import UserError
 
-# Containers whose time stamps say when a frame is shown. AVI's say when it is decoded, which is the same without B-frames.
+# Containers whose time stamps say when a frame is shown. AVI's say when it is decoded: the same without B-frames.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 WITHOUT_B_FRAMES = ("avi",)
 # Codecs that show a frame for each packet, in these containers.

@@ -104,9 +104,9 @@ def _not_for_decord(index: FrameIndex) -> str:
 class PyavReader:
     """PyAV: every codec of FFmpeg.
 
-    A wanted frame is reached from the key frame before it. Each group of pictures is decoded by itself, several side by
-    side, each by one thread; frames that no other refers to are passed over on the way, and only wanted frames are
-    converted. A frame that does not come out this way is looked for from the start, without passing over anything.
+    Starts at the key frame before each wanted frame. Decodes several groups of pictures side by side, each with one
+    thread; skips frames that no other frame refers to; converts wanted frames only. A frame that does not come out
+    this way is looked for from the start of the file, and nothing is skipped.
     """
 
     name = "pyav"
@@ -176,9 +176,9 @@ class Group:
     def __init__(self, container: Any, stream: Any, index: FrameIndex) -> None:
         self._container, self._stream, self._entries = container, stream, index.entries
         self._codec = stream.codec_context
-        # nal_ref_idc tells H.264's decoder for sure what no other frame refers to; HEVC's frames say so of their layer alone
-        # Where a frame is missing, what the decoder puts in its place may depend on what was passed over.
-        self._passes_over = index.facts.codec == "h264" and index.even
+        # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
+        # Where a frame is missing, what the decoder puts in its place may depend on the frames that were skipped.
+        self._skips = index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
         """Put frames, by time stamp, at their places. Returns the time stamps of those that did not come out whole."""
@@ -209,7 +209,7 @@ class Group:
                     return
                 started = place == entries.place[key]
             if started:
-                if self._passes_over:
+                if self._skips:
                     self._codec.skip_frame = "DEFAULT" if packet.pts in wanted or packet.is_keyframe else "NONREF"
                 yield from self._codec.decode(packet)
         yield from self._codec.decode(None)

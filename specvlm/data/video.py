@@ -163,7 +163,7 @@ def _name(source: str | Path | Clip) -> str:
 
 
 def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipReader], Found]) -> Found:
-    """Open a video and use it; once more, with its frames counted, where the list of its frames turns out to be wrong."""
+    """Open a video and use it; count its frames and try again where the list of frames turns out to be wrong."""
     for counted in (False, True):
         with suppress(WrongIndex), closing(_open(source, reader, counted)) as video:
             return use(video)
