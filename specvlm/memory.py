@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from specvlm import host_memory
 from specvlm.cache import pooled
 from specvlm.models.checkpoint import packed_bytes
 from specvlm.models.quantize import stored
@@ -151,11 +151,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
         return torch.cuda.mem_get_info(device)[0] + unused
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    line = next((line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-    return int(line.split()[1]) * 1024 if line else None
+    return host_memory.free_bytes()
 
 
 def ran_out(error: BaseException) -> bool:

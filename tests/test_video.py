@@ -507,3 +507,10 @@ def test_times_that_no_video_has_are_not_used(stamps):
 def test_bad_options_are_refused_with_what_is_allowed(options, message):
     with pytest.raises(UserError, match=message):
         read_video(BBB, **options)
+
+
+def test_more_frames_than_memory_holds_are_refused_before_it_is_taken(clips, monkeypatch):
+    monkeypatch.setattr(readers, "free_bytes", lambda: 20 * 3 * 64 * 128)
+    assert len(read_video(clips["h264"], frames=20).frames) == 20
+    with pytest.raises(UserError, match="21 frames of 128x64 take 0.0 GiB, and 0.0 GiB are free: take fewer"):
+        read_video(clips["h264"], frames=21)

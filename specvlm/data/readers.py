@@ -25,6 +25,7 @@ from specvlm.data.container import declared_size, truncated
 from specvlm.data.decord_process import DecordFailed, DecordProcess
 from specvlm.data.frame_index import FrameIndex, index_of
 from specvlm.errors import UserError
+from specvlm.host_memory import free_bytes
 
 NAMES = ("auto", "decord", "pyav")
 MOST_DECODERS = 16  # side by side
@@ -282,14 +283,21 @@ class Pictures:
         self.put_array(place, Orientation.of(frame, self._path, self._orientation).apply(frame.to_ndarray(format="rgb24")))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
-        """(H, W, 3). Raises UserError for another size than that of the first."""
+        """(H, W, 3). Raises UserError for another size than that of the first, and where memory would not hold them all."""
         height, width = picture.shape[:2]
         with self._made:
             if not len(self.pixels):
+                self._check_room(height, width)
                 self.pixels = torch.empty(self._count, 3, height, width, dtype=torch.uint8)
         if self.pixels.shape[2:] != (height, width):
             raise UserError(f"{self._path}: the picture size changes within the video, to {width}x{height}")
         np.copyto(self.pixels[place].numpy().transpose(1, 2, 0), picture)
+
+    def _check_room(self, height: int, width: int) -> None:
+        needed, free = self._count * 3 * height * width, free_bytes()
+        if free is not None and needed > free:
+            frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
+            raise UserError(f"{self._path}: {frames}, and {free / 2**30:.1f} GiB are free: take fewer (frames=…)")
 
 
 def _cores() -> int:
