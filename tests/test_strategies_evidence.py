@@ -68,6 +68,7 @@ def test_a_group_reads_states_behind_one_layer_and_weighs_rows_by_one_rule(layer
     assert len(parts) <= 3
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_a_group_gathers_is_what_each_member_would_gather_alone(family):
