@@ -14,7 +14,7 @@ from typing import Any
 from campaign.fork import Child, Ended, specvlm
 
 WORDS = ("-m", "dataset=synthetic", "pruner=two_stage,uniform", "dataset.scenes=3", "frames=4", "max_new_tokens=12")
-TIMED = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end")
+TIMED = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end", "to_last_token")
 Rows = dict[tuple[str, str], dict[str, Any]]  # by job and sample
 
 
