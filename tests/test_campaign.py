@@ -103,4 +103,4 @@ def test_a_finding_is_printed_and_ends_the_runner_with_1(finding, capsys):
 def test_a_campaign_that_does_not_exist_is_refused_with_those_that_do(capsys):
     with pytest.raises(SystemExit):
         main(["no_such"])
-    assert "no campaign 'no_such'; there are bad_keys" in capsys.readouterr().err
+    assert "no campaign 'no_such'; there are bad_checkpoints, bad_inputs, bad_keys" in capsys.readouterr().err
