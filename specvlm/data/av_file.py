@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,12 @@ from specvlm.errors import UserError
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
 # Decoders that may work on several frames at once. FFmpeg's Theora decoder gives wrong pixels then, about 1 time in 40.
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
+LOSSY = frozenset(("mpegts", "mpeg", "asf", "h264", "hevc", "m4v", "mpegvideo"))
 DEFAULT_PIXELS = 5_000_000  # what the mark of a default stream counts as, in the ffmpeg tool's choice
+
+
+class WrongIndex(Exception):
+    """The packets' time stamps do not tell the frames; these have to be counted."""
 
 
 class Undecodable(Exception):
@@ -48,9 +53,7 @@ class Orientation:
 
         Raises UserError for an angle that is no multiple of 90 degrees.
         """
-        from av.sidedata.sidedata import Type
-
-        found = frame.side_data.get(Type.DISPLAYMATRIX)
+        found = frame.side_data.get(_side_data_types().DISPLAYMATRIX)
         if found is None:
             return before or cls()
         # x' = a x + c y and y' = b x + d y; y points down
@@ -85,6 +88,7 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
             stream.codec_context.thread_count = threads if together else 1
             stream.thread_type = "AUTO" if together else "SLICE"
             stream.codec_context.options = options
+            stream.codec_context.flags |= av.codec.context.Flags.unaligned  # cut to the picture, to the pixel
             yield container, stream
     except (av.FFmpegError, IndexError) as error:  # IndexError: a stream that turned up while reading
         raise _unreadable(path, error) from None
@@ -100,7 +104,8 @@ def video_streams(container: Any) -> list[Any]:
 def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
     """All frames from where the container stands, as FFmpeg shows them.
 
-    Skips packets that cannot be decoded before the first key frame, as in a stream that was cut, and a last packet.
+    Skips packets that cannot be decoded before the first key frame, as in a stream that was cut, and a last packet. In
+    formats that are made to lose packets, or that store other things among the pictures, it skips them anywhere.
 
     Args:
         container: as `opened` gives it.
@@ -114,6 +119,7 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
     import av
 
     started, failed = False, None
+    forgiving = container.format.name in LOSSY
     for packet in container.demux(stream):
         if not packet.size:
             continue
@@ -125,12 +131,27 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
         except av.FFmpegError:
             if strict:
                 raise Undecodable from None
-            failed = packet if started else None
+            failed = packet if started and not forgiving else None
     try:
         yield from stream.codec_context.decode(None)
     except av.FFmpegError:  # the last packet, in a decoder that is behind
         if strict:
             raise Undecodable from None
+
+
+@lru_cache(maxsize=1)
+def _side_data_types() -> Any:
+    """PyAV's enum of them. It raises for those that FFmpeg has had since, such as EXIF, whichever is asked for."""
+    from av.sidedata.sidedata import Type
+
+    def unknown(cls: Any, value: int) -> Any:
+        member = object.__new__(cls)
+        member._name_, member._value_ = f"UNKNOWN_{value}", value
+        return member
+
+    kinds: Any = Type
+    kinds._missing_ = classmethod(unknown)
+    return kinds
 
 
 @lru_cache(maxsize=1)
@@ -141,7 +162,7 @@ def _formats() -> frozenset[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    with path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:  # it may have been removed meanwhile
         if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
             return UserError(f"{path} is a list of other files, not a video")
     return UserError(f"{path} is damaged or not a video: PyAV cannot read it ({' '.join(str(error).split())[:120]})")

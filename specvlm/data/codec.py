@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specvlm.data.av_file import Orientation, frames_of, opened
+from specvlm.data.av_file import Orientation, WrongIndex, frames_of, opened
 from specvlm.data.frame_index import FrameIndex, index_of
 from specvlm.errors import UserError
 
@@ -60,12 +60,8 @@ def read_stream(origin: Origin) -> Stream:
         index = index_of(path, counted=True)
     try:
         return _read(av, path, origin.index, index)
-    except _WrongIndex:
+    except WrongIndex:
         return _read(av, path, origin.index, index_of(path, counted=True))
-
-
-class _WrongIndex(Exception):
-    """A frame came out that is not on the list."""
 
 
 def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Stream:
@@ -76,7 +72,7 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
         for count, frame in enumerate(frames_of(container, stream, path)):
             place = count if place_of is None else place_of.get(frame.pts, -1)
             if place < 0:
-                raise _WrongIndex
+                raise WrongIndex
             if place > sampled[-1]:
                 break
             while place > sampled[sample]:

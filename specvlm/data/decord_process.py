@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, Timer
 from typing import IO, Any, ClassVar
@@ -44,7 +45,7 @@ class DecordProcess:
 
     def open(self, path: Path) -> tuple[list[float], float]:
         """Returns the seconds of each frame that decord lists, and its rate. Raises DecordFailed."""
-        with self._lock:
+        with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path)})
             said = self._hear()
         if not said["times"]:
@@ -53,15 +54,22 @@ class DecordProcess:
 
     def frames(self, path: Path, index: Sequence[int]) -> Generator[np.ndarray[Any, Any], None, None]:
         """The frames at ascending places, each (H, W, colours). Raises DecordFailed."""
-        with self._lock:
+        with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path), "index": list(index)})
-            try:
-                for _ in index:
-                    height, width, colours = self._hear()["shape"]
-                    yield np.frombuffer(self._read(height * width * colours), np.uint8).reshape(height, width, colours)
-            except GeneratorExit:
-                self.end()  # the rest of its answer would be taken for the next one
-                raise
+            for _ in index:
+                height, width, colours = self._hear()["shape"]
+                yield np.frombuffer(self._read(height * width * colours), np.uint8).reshape(height, width, colours)
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """After an interrupt the process is ended: the rest of its answer would be taken for the next one."""
+        try:
+            yield
+        except DecordFailed:
+            raise
+        except BaseException:
+            self.end()
+            raise
 
     def end(self) -> None:
         """Kill it; the next question starts another."""
@@ -75,7 +83,8 @@ class DecordProcess:
             self.end()
             command = [sys.executable, "-P", __file__]  # -P: nothing is imported from this file's folder
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            quiet = subprocess.DEVNULL  # a session of its own, since Ctrl-C in a terminal is for us
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, start_new_session=True)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(words).encode() + b"\n")

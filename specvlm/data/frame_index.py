@@ -128,7 +128,13 @@ def index_of(path: Path, counted: bool = False) -> FrameIndex:
         UserError: PyAV is not installed, or the file is damaged, no video, or of a kind that cannot be read.
     """
     found = path.stat()
-    return _index(str(path), found.st_size, found.st_mtime_ns, counted)
+    file = (str(path), found.st_size, found.st_mtime_ns)
+    if counted:
+        _wrong.add(file)
+    return _index(*file, file in _wrong)
+
+
+_wrong: set[tuple[str, int, int]] = set()  # files whose time stamps did not tell their frames
 
 
 @lru_cache(maxsize=16)
@@ -187,14 +193,22 @@ def _by_counting(path: Path, packets: Packets) -> FrameIndex:
 
 def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Facts]:
     stamps: list[int | None] = []
-    with opened(path, threads, skip_loop_filter="all") as (container, stream):
+    decoded: list[int | None] = []  # what H.264 in AVI has in their place
+    options = {"skip_loop_filter": "all"} | ({"err_detect": "explode"} if strict else {})
+    with opened(path, threads, **options) as (container, stream):
         for frame in frames_of(container, stream, path, strict):
             if not stamps:
                 facts = Facts.of(container, stream, Orientation.of(frame, path))
             stamps.append(frame.pts)
+            decoded.append(frame.dts)
     if not stamps:
         raise UserError(f"{path} is damaged: none of its frames can be decoded")
-    return stamps, facts
+    return (stamps if _ascend(stamps) or not _ascend(decoded) else decoded), facts
+
+
+def _ascend(stamps: Sequence[int | None]) -> bool:
+    found = [stamp for stamp in stamps if stamp is not None]
+    return len(found) == len(stamps) and all(before < after for before, after in pairwise(found))
 
 
 def _rate(container: Any, stream: Any) -> float:

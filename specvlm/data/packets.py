@@ -24,6 +24,9 @@ MPEG4_EMPTY = 32  # bytes: a packet of MPEG-4 no longer than this may be one tha
 PROGRESSIVE = 1  # FFmpeg's number, 0 where it does not know; above are the orders of fields
 # Of NAL units: parameter sets, which a picture's size stands in, and pictures that nothing behind refers across.
 PARAMETERS = {"h264": (7,), "hevc": (33,)}
+SPLICES = (16, 17, 18)  # of HEVC: key frames behind which frames are dropped that refer to before
+ENDS = (36, 37)  # of HEVC: the end of a sequence or stream, with the same effect on the next key frame
+MOST = 5_000_000  # packets: a day at 57 frames a second
 WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}
 
 
@@ -69,6 +72,7 @@ class Packets:
         invisible: whether some may show nothing.
         whole: whether each key frame begins anew: no frame behind it refers to one before it.
         steady: whether parameter sets stay as they were, so that the picture's size cannot change.
+        spliced: whether the decoder may drop frames in the middle, or an edit list goes back and forth.
     """
 
     kind: str
@@ -81,6 +85,7 @@ class Packets:
     invisible: bool = False
     whole: bool = True
     steady: bool = True
+    spliced: bool = False
 
     @classmethod
     def read(cls, container: Any, stream: Any, file_size: int) -> Packets:
@@ -88,22 +93,26 @@ class Packets:
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False
         whole = steady = True
-        first = set[bytes]()
+        first, spliced, place = set[bytes](), False, 0
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             found._add(packet)
-            if len(found.size) > file_size:
+            if len(found.size) > min(file_size, MOST):
                 raise UserError(f"{container.name} is damaged: it promises more frames than it has bytes")
             corrupt |= packet.is_corrupt
             invisible |= _may_be_invisible(codec.name, packet)
+            spliced |= found.kind.startswith("mov") and (packet.pos or 0) < place
+            place = packet.pos or 0
+            spliced |= codec.name == "hevc" and any(kind in SPLICES or kind in ENDS for kind, _ in _units(packet, codec))
             if packet.is_keyframe and codec.name in WHOLE:
                 units = list(_units(packet, codec))
                 sets = {unit for kind, unit in units if kind in PARAMETERS[codec.name]}
                 first = first or sets
                 steady &= sets <= first
                 whole &= any(kind in WHOLE[codec.name] for kind, _ in units)
-        return replace(found, corrupt=corrupt, invisible=invisible, whole=whole, steady=steady)
+        spliced |= found.hidden_between
+        return replace(found, corrupt=corrupt, invisible=invisible, whole=whole, steady=steady, spliced=spliced)
 
     def _add(self, packet: Any) -> None:
         self.stamp.append(packet.pts)
@@ -118,7 +127,16 @@ class Packets:
         container = self.kind in STAMPED or (self.kind in WITHOUT_B_FRAMES and not codec.has_b_frames)
         halves = codec.field_order > PROGRESSIVE  # a packet may be half a frame
         told = bool(self.stamp) and None not in self.stamp and len(set(self.stamp)) == len(self.stamp)
-        return container and codec.name in ONE_TO_ONE and told and not (self.corrupt or self.invisible or halves)
+        doubtful = self.corrupt or self.invisible or self.spliced or halves or codec.pix_fmt == "pal8"
+        return container and codec.name in ONE_TO_ONE and told and not doubtful
+
+    @property
+    def hidden_between(self) -> bool:
+        """Whether an edit list hides packets in the middle."""
+        pairs = [(stamp, hidden) for stamp, hidden in zip(self.stamp, self.hidden, strict=True) if stamp is not None]
+        shown = [stamp for stamp, hidden in pairs if not hidden]
+        first, last = min(shown, default=0), max(shown, default=0)
+        return any(hidden and first < stamp < last for stamp, hidden in pairs)
 
     @property
     def open_gop(self) -> bool:

@@ -10,17 +10,18 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, local
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specvlm.data.av_file import Orientation, frames_of, opened
+from specvlm.data.av_file import Orientation, WrongIndex, frames_of, opened
 from specvlm.data.container import declared_size, truncated
 from specvlm.data.decord_process import DecordFailed, DecordProcess
 from specvlm.data.frame_index import FrameIndex, index_of
@@ -31,6 +32,8 @@ NAMES = ("auto", "decord", "pyav")
 MOST_DECODERS = 16  # side by side
 DECODER_BYTES = 256 * 2**20  # what their pictures may take together
 HELD = 20  # pictures that a decoder holds: those referred to, and those that wait for their turn
+LEAST_SIDE = 32  # pixels: of narrower pictures decord gives more columns than there are
+PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 
@@ -54,10 +57,6 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Let go of the file."""
-
-
-class WrongIndex(Exception):
-    """The packets' time stamps do not tell the frames; these have to be counted."""
 
 
 def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader:
@@ -91,6 +90,10 @@ def _not_for_decord(index: FrameIndex) -> str:
     """Why decord's frames are not those shown, as far as that is known without asking it."""
     if index.stamps is None:
         return "frames of this file have to be counted, which decord does not do"
+    if index.facts.kind == "flv" or min(index.facts.width, index.facts.height) < LEAST_SIDE:
+        return "decord gives other pictures of such files"
+    if index.facts.width % 2 or index.facts.height % 2:
+        return "decord does not crop to odd sizes"
     if index.facts.streams > 1:
         return "of several video streams decord may take another"
     if index.facts.orientation != Orientation():
@@ -135,19 +138,22 @@ class PyavReader:
 
     def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
         """Decode groups of pictures, by their key frame. Returns the time stamps of frames that did not come out."""
-        todo = deque(groups.items())
+        todo, stop = deque(groups.items()), Event()
         held = HELD * self._index.facts.width * self._index.facts.height * 3 // 2
         cores = _cores()
         decoders = min(cores, len(todo), MOST_DECODERS, max(DECODER_BYTES // held, 1))
 
         def work(_: int) -> list[int]:
             missing = []
-            with opened(self._path, cores // decoders) as (container, stream):
-                group = Group(container, stream, self._index)
-                while todo:
-                    with suppress(IndexError):  # another thread took the last one
+            # explode: damage that the decoder would conceal is an error, since what it conceals with may differ here
+            with opened(self._path, cores // decoders, err_detect="explode") as (container, stream):
+                group = Group(container, stream, self._index, stop)
+                while not stop.is_set():
+                    try:
                         key, stamps = todo.popleft()
-                        missing += group.decode(key, {stamp: wanted[stamp] for stamp in stamps}, pictures)
+                    except IndexError:
+                        break
+                    missing += group.decode(key, {stamp: wanted[stamp] for stamp in stamps}, pictures)
             return missing
 
         if decoders <= 1:
@@ -156,16 +162,18 @@ class PyavReader:
             try:
                 return [stamp for missing in pool.map(work, range(decoders)) for stamp in missing]
             finally:
-                todo.clear()  # after an error, or Ctrl-C, no thread begins another
+                stop.set()  # after an error, or Ctrl-C, no thread goes on
 
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
         """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
-        left = dict(wanted)
-        with opened(self._path, _cores() if self._index.clean else 1) as (container, stream):
+        left, orientation = dict(wanted), self._index.facts.orientation
+        several = self._index.clean and not by_stamp  # where a frame did not come out, something is damaged
+        with opened(self._path, _cores() if several else 1) as (container, stream):
             for count, frame in enumerate(frames_of(container, stream, self._path)):
                 place = left.pop(frame.pts if by_stamp else count, None)
+                orientation = Orientation.of(frame, self._path, orientation)
                 if place is not None:
-                    pictures.put(place, frame)
+                    pictures.put(place, frame, orientation)
                 if not left:
                     return
         raise WrongIndex
@@ -174,27 +182,38 @@ class PyavReader:
 class Group:
     """Decodes groups of pictures of one open file."""
 
-    def __init__(self, container: Any, stream: Any, index: FrameIndex) -> None:
-        self._container, self._stream, self._entries = container, stream, index.entries
+    def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event) -> None:
+        self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
         self._codec = stream.codec_context
         # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
         # Where a frame is missing, what the decoder puts in its place may depend on the frames that were skipped.
         self._skips = index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
-        """Put frames, by time stamp, at their places. Returns the time stamps of those that did not come out whole."""
+        """Put frames, by time stamp, at their places.
+
+        Returns the time stamps of those that did not come out whole. A key frame must come out first: one that only
+        begins to refresh the picture does not. Raises WrongIndex for frames that are not listed, or in another order.
+        """
         import av
 
-        left = dict(wanted)
-        with suppress(av.FFmpegError):
+        left, first, started, last = dict(wanted), self._entries.stamp[key], False, -(2**63)
+        try:
             for frame in self._frames(key, wanted):
-                if frame.pts not in self._entries.place_of:
+                if frame.pts not in self._entries.place_of or frame.pts < last:
                     raise WrongIndex
-                place = None if frame.is_corrupt else left.pop(frame.pts, None)
-                if place is not None:
+                last = frame.pts
+                if not started and frame.pts < first:
+                    continue  # a leading frame
+                if frame.is_corrupt or not (started or frame.pts == first):
+                    return list(wanted)
+                started = True
+                if (place := left.pop(frame.pts, None)) is not None:
                     pictures.put(place, frame)
                 if not left:
                     break
+        except av.FFmpegError:
+            return list(wanted)
         return list(left)
 
     def _frames(self, key: int, wanted: Mapping[int, int]) -> Iterator[Any]:
@@ -202,6 +221,8 @@ class Group:
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
         for packet in self._container.demux(self._stream):
+            if self._stop.is_set():
+                return
             if not packet.size:
                 continue
             if not started:
@@ -275,29 +296,65 @@ class Pictures:
     def __init__(self, path: Path, count: int, orientation: Orientation | None = None) -> None:
         """orientation: of a frame that does not say how it is turned."""
         self._path, self._count, self._made = path, count, Lock()
-        self._orientation = orientation
+        self._orientation, self._colours = orientation, Colours()
         self.pixels = torch.empty(0)
 
-    def put(self, place: int, frame: Any) -> None:
-        """A frame of PyAV."""
-        self.put_array(place, Orientation.of(frame, self._path, self._orientation).apply(frame.to_ndarray(format="rgb24")))
+    def put(self, place: int, frame: Any, orientation: Orientation | None = None) -> None:
+        """A frame of PyAV. orientation: of a frame that does not say how it is turned."""
+        turned = Orientation.of(frame, self._path, orientation or self._orientation)
+        self.put_array(place, turned.apply(self._colours.convert(frame)))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
         """(H, W, 3). Raises UserError for another size than that of the first, and where memory would not hold them all."""
         height, width = picture.shape[:2]
         with self._made:
             if not len(self.pixels):
-                self._check_room(height, width)
-                self.pixels = torch.empty(self._count, 3, height, width, dtype=torch.uint8)
+                self.pixels = self._room(height, width)
         if self.pixels.shape[2:] != (height, width):
             raise UserError(f"{self._path}: the picture size changes within the video, to {width}x{height}")
         np.copyto(self.pixels[place].numpy().transpose(1, 2, 0), picture)
 
-    def _check_room(self, height: int, width: int) -> None:
+    def _room(self, height: int, width: int) -> Tensor:
         needed, free = self._count * 3 * height * width, free_bytes()
+        frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
         if free is not None and needed > free:
-            frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
             raise UserError(f"{self._path}: {frames}, and {free / 2**30:.1f} GiB are free: take fewer (frames=…)")
+        try:
+            return torch.empty(self._count, 3, height, width, dtype=torch.uint8)
+        except RuntimeError:  # a limit on this process
+            raise UserError(f"{self._path}: {frames}, more than this process may have: take fewer (frames=…)") from None
+
+
+class Colours:
+    """Converts frames to RGB as the ffmpeg tool does, by any number of threads."""
+
+    def __init__(self) -> None:
+        self._own = local()
+
+    def convert(self, frame: Any) -> np.ndarray[Any, Any]:
+        """(H, W, 3), uint8."""
+        even = not (frame.width % 2 or frame.height % 2)
+        if frame.format.name in PLAIN and even and not frame.interlaced_frame:
+            rgb: np.ndarray[Any, Any] = frame.to_ndarray(format="rgb24")  # the same pixels, and quicker
+            return rgb
+        graph = self._graph(frame)
+        graph.vpush(frame)
+        converted: np.ndarray[Any, Any] = graph.vpull().to_ndarray()
+        return converted
+
+    def _graph(self, frame: Any) -> Any:
+        """FFmpeg's filters, which know of interlaced lines and choose a better scaler. One for each thread and kind."""
+        import av
+
+        kind = (frame.width, frame.height, frame.format.name, frame.interlaced_frame)
+        graphs: dict[Any, Any] = self._own.__dict__.setdefault("graphs", {})
+        if kind not in graphs:
+            graph = av.filter.Graph()
+            words = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+            nodes = (graph.add_buffer(**words, time_base=frame.time_base or Fraction(1, 25)), graph.add("format", "rgb24"))
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+            graphs[kind] = graph
+        return graphs[kind]
 
 
 def _cores() -> int:

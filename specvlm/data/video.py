@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from specvlm.data.av_file import WrongIndex
 from specvlm.data.codec import Origin
 from specvlm.data.container import check_file
-from specvlm.data.readers import NAMES, Reader, WrongIndex, open_reader
+from specvlm.data.readers import NAMES, Reader, open_reader
 from specvlm.errors import UserError, check_choice, did_you_mean
 
 Found = TypeVar("Found")
