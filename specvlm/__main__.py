@@ -37,6 +37,9 @@ AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     full = full_errors()
+    for name in ("stdout", "stderr"):  # a shell may have closed them
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if torchrun.rank_here():  # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -100,7 +103,8 @@ def command(argv: list[str], full: bool) -> int:
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    argv = options_first(argv, args.overrides)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once a job")
@@ -120,6 +124,17 @@ def command(argv: list[str], full: bool) -> int:
         if planned[0].cfg.resume and not here.is_dir() and not any(word.startswith(f"{key}=") for word in words):
             raise UserError(f"resume=true goes on in a folder that is there: give {key}=FOLDER")
         return launch([*words, *compose.quoted([f"{key}={plan.folder}"], sweep=False)], plan, full)
+
+
+def options_first(argv: list[str], overrides: list[str]) -> list[str]:
+    """Hydra takes no word behind an option that stands behind other words, and we add one at the end."""
+    left, options = list(overrides), []
+    for word in argv:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            options.append(word)
+    return [*options, *overrides]
 
 
 def runs(args: argparse.Namespace) -> bool:

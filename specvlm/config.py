@@ -150,7 +150,12 @@ def model_folder(path: str) -> Path:
     """Where the weights lie: `embedded:qwen2_5_vl/target` is a folder of the package's assets, anything else is itself."""
     if path.startswith(EMBEDDED):
         return Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
-    return Path(path).expanduser()
+    return home(path)
+
+
+def home(path: str) -> Path:
+    """With the folder that a ~ stands for; one of nobody's stays as it is, and is missed where it is opened."""
+    return Path(os.path.expanduser(path))
 
 
 def conf_dir() -> Path:

@@ -20,6 +20,7 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
+from specvlm.config import home
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
@@ -57,7 +58,7 @@ class Job:
     ) -> None:
         self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
         self.label, self.group = label, group
-        kept = Path(cfg.baselines).expanduser() if cfg.baselines else above / "baselines"
+        kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
         self.baselines = Baselines(kept if folder else None, ranks)
         self.screen, self.failure = Screen(), ""
         self.tracker = Tracker(wandb)

@@ -32,8 +32,8 @@ from specvlm.__main__ import guarded, leave
 from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
-from specvlm.errors import UserError
-from specvlm.models.load import DTYPES, first_line
+from specvlm.errors import UserError, first_line
+from specvlm.models.load import DTYPES
 from specvlm.models.spread import Stage, check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import device_of

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.strategies.settings import RATIO, RESULTS, Unmerged, pruners, weighs
 from specvlm import metrics, segments
+from specvlm.errors import first_line
 from specvlm.graph import generator_for
-from specvlm.models.load import first_line
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid
 

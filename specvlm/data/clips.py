@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from specvlm.errors import UserError, did_you_mean
@@ -17,7 +18,7 @@ def find_clip(video: str) -> Path:
     """A file, or an embedded clip by name. Raises UserError naming what there is for something that looks like a name."""
     if video in names():
         return FOLDER / f"{video}.mp4"
-    path = Path(video).expanduser()
+    path = Path(os.path.expanduser(video))
     if not path.exists() and "/" not in video and not path.suffix:
         there = ", ".join(names())
         raise UserError(f"video={video}: no such file, and no embedded clip; there is {there}.{did_you_mean(video, names())}")

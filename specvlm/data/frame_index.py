@@ -203,7 +203,17 @@ def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Fa
             decoded.append(frame.dts)
     if not stamps:
         raise UserError(f"{path} is damaged: none of its frames can be decoded")
+    decoded = _continued(decoded)
     return (stamps if _ascend(stamps) or not _ascend(decoded) else decoded), facts
+
+
+def _continued(stamps: list[int | None]) -> list[int | None]:
+    """The last frames of a decoder that is behind come without a time of decoding: go on in even steps."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) < 2 or stamps[: len(known)] != known:
+        return stamps
+    step = known[-1] - known[-2]
+    return [*known, *(known[-1] + step * place for place in range(1, len(stamps) - len(known) + 1))]
 
 
 def _ascend(stamps: Sequence[int | None]) -> bool:

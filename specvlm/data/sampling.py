@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from specvlm.data.settings import read_video_settings
 from specvlm.errors import UserError
@@ -28,27 +27,15 @@ class SamplingSettings:
         """Read a model folder, see `read_video_settings`.
 
         Raises:
-            UserError: a value that is no number, or too small; both a rate and a number of frames.
+            UserError: what that raises; both a rate and a number of frames.
         """
         found = read_video_settings(folder, families)
         if found.get("do_sample_frames") is False:
             return cls()
         given = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
-        for name, value in given.items():
-            if not (_rate(value) if name == "fps" else _count(value)):
-                wanted = "a number above 0" if name == "fps" else "a whole number from 1"
-                raise UserError(f"{folder}: {name}={value!r} of the video processor: wanted {wanted}")
         if "fps" in given and "num_frames" in given:
             raise UserError(
                 f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor exclude each other:"
                 " set frames=… or fps=…"
             )
         return cls(**given)
-
-
-def _rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,11 +1,11 @@
 """The processor settings in a model folder, found where Hugging Face's AutoVideoProcessor finds them."""
 
-import json
 from pathlib import Path
 from sys import float_info
 from typing import Any
 
 from specvlm.errors import UserError
+from specvlm.outside import json_of, read_text
 
 LARGEST = 2**31
 MOST_PIXELS = 16384 * 28 * 28  # that a small frame is blown up to: the released checkpoints' limit for a large one
@@ -17,7 +17,7 @@ WHOLE = {  # what has to be a whole number from 1 to so much
     **dict.fromkeys(("num_frames", "min_frames", "max_frames"), LARGEST),
 }
 POSITIVE = ("fps", "rescale_factor")
-FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "cap_pixels_per_frame")
+FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample_frames", "cap_pixels_per_frame")
 
 
 def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
@@ -82,8 +82,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json_of(read_text(path))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: wanted an object of settings")

@@ -62,7 +62,7 @@ class LocalDataset(Dataset):
 
     @property
     def folder(self) -> Path:
-        return Path(self.root).expanduser()
+        return Path(os.path.expanduser(self.root))
 
     @cached_property
     def version(self) -> str:

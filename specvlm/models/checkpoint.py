@@ -13,6 +13,7 @@ import torch
 
 from specvlm.data.settings import read_json
 from specvlm.errors import UserError, explained, first_line
+from specvlm.outside import MOST_BYTES
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,6 +22,9 @@ MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Py
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
 LARGEST = 2**31  # of any number in a config.json
 PACKAGES = {"quark": "amd-quark"}  # of methods that are not called as what has to be installed for them
+
+
+TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
@@ -36,7 +40,17 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
+    for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and a pipe never ends
+        check_entry(found)
     return folder
+
+
+def check_entry(path: Path) -> None:
+    """Raises UserError for what is neither a file nor a folder, and for a text file of more than a checkpoint has."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, not a file")
+    if path.is_file() and path.suffix in TEXTS and path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} has more than {MOST_BYTES} bytes, the most that is read of such a file")
 
 
 def config_of(folder: Path) -> Any:

@@ -154,7 +154,10 @@ def spread(count: int, most: int) -> list[int]:
 
 @cache
 def target_of(path: str, mrope: str) -> VideoLM:
-    return skeleton(model_folder(path), mrope)
+    folder = model_folder(path)
+    if not folder.is_dir():  # who wrote the run's folder may not have us fetch what it names
+        raise UserError(f"{path}: no such model folder here")
+    return skeleton(folder, mrope)
 
 
 def sample_of(cfg: Any, name: str) -> Sample:
