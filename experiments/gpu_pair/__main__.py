@@ -32,7 +32,7 @@ from specvlm.__main__ import guarded, leave
 from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
-from specvlm.errors import UserError, first_line
+from specvlm.errors import UserError
 from specvlm.models.load import DTYPES
 from specvlm.models.spread import Stage, check_shares
 from specvlm.models.video_lm import VideoLM
@@ -75,7 +75,7 @@ class Record:
             if self.ranks.size > 1:
                 raise  # the others are waiting for this one
             memory_gone = memory.ran_out(error)
-            said = "out of memory" if memory_gone else f"{type(error).__name__}: {first_line(error)}"
+            said = "out of memory" if memory_gone else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if not memory_gone:
                 traceback.print_exc()
                 self.failed += 1

@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.strategies.settings import RATIO, RESULTS, Unmerged, pruners, weighs
 from specvlm import metrics, segments
-from specvlm.errors import first_line
 from specvlm.graph import generator_for
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid
@@ -154,7 +153,7 @@ def measure(
             row["row_weights_ms"] = round(timed(lambda: pruner.row_weights(text_TD, features_ND), device, repeats)[1], 3)
         return row
     except Exception as error:  # one that fails must not end the others
-        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+        return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def main() -> None:
