@@ -130,7 +130,7 @@ def test_a_file_that_changes_is_indexed_again(clips, tmp_path):
 
 
 def test_frames_that_no_seek_reaches_are_looked_for_from_the_start(clips, monkeypatch):
-    monkeypatch.setattr(Group, "decode", lambda self, key, wanted, pictures: list(wanted))
+    monkeypatch.setattr(Group, "decode", lambda self, key, wanted, put: list(wanted))
     assert numbers(read_video(clips["h264"], frames=9).frames) == [k * 10 for k in range(9)]
 
 

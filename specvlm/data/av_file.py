@@ -53,7 +53,8 @@ class Orientation:
 
         Raises UserError for an angle that is no multiple of 90 degrees.
         """
-        found = frame.side_data.get(_side_data_types().DISPLAYMATRIX)
+        kinds = _side_data_types()  # before the frame's are looked at
+        found = frame.side_data.get(kinds.DISPLAYMATRIX)
         if found is None:
             return before or cls()
         # x' = a x + c y and y' = b x + d y; y points down

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from fractions import Fraction
@@ -153,7 +153,8 @@ class PyavReader:
                         key, stamps = todo.popleft()
                     except IndexError:
                         break
-                    missing += group.decode(key, {stamp: wanted[stamp] for stamp in stamps}, pictures)
+                    lost = group.decode(key, stamps, lambda stamp, frame: pictures.put(wanted[stamp], frame))
+                    missing += self._twice(key, lost, wanted, pictures, stop) if lost else []
             return missing
 
         if decoders <= 1:
@@ -163,6 +164,29 @@ class PyavReader:
                 return [stamp for missing in pool.map(work, range(decoders)) for stamp in missing]
             finally:
                 stop.set()  # after an error, or Ctrl-C, no thread goes on
+
+    def _twice(self, key: int, stamps: Sequence[int], wanted: Mapping[int, int], pictures: Pictures, stop: Event) -> list[int]:
+        """Decode frames again, forgiving errors, from their key frame and from the one before it.
+
+        Many errors do no harm. A frame that is the same from both is what decoding from the start would give. Returns the
+        time stamps of the others.
+        """
+
+        def decoded(start: int) -> dict[int, np.ndarray[Any, Any]]:
+            found: dict[int, np.ndarray[Any, Any]] = {}
+
+            def put(stamp: int, frame: Any) -> None:
+                found[stamp] = pictures.shown(frame)
+
+            with opened(self._path) as (container, stream):
+                Group(container, stream, self._index, stop, skips=False).decode(start, stamps, put)
+            return found
+
+        one, other = decoded(key), decoded(max(key - 1, 0))
+        same = [stamp for stamp in one if stamp in other and np.array_equal(one[stamp], other[stamp])]
+        for stamp in same:
+            pictures.put_array(wanted[stamp], one[stamp])
+        return [stamp for stamp in stamps if stamp not in same]
 
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
         """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
@@ -182,22 +206,22 @@ class PyavReader:
 class Group:
     """Decodes groups of pictures of one open file."""
 
-    def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event) -> None:
+    def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event, skips: bool = True) -> None:
         self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
         self._codec = stream.codec_context
         # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
         # Where a frame is missing, what the decoder puts in its place may depend on the frames that were skipped.
-        self._skips = index.facts.codec == "h264" and index.even
+        self._skips = skips and index.facts.codec == "h264" and index.even
 
-    def decode(self, key: int, wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
-        """Put frames, by time stamp, at their places.
+    def decode(self, key: int, wanted: Sequence[int], put: Callable[[int, Any], None]) -> list[int]:
+        """Put frames that are wanted by their time stamps.
 
         Returns the time stamps of those that did not come out whole. A key frame must come out first: one that only
         begins to refresh the picture does not. Raises WrongIndex for frames that are not listed, or in another order.
         """
         import av
 
-        left, first, started, last = dict(wanted), self._entries.stamp[key], False, -(2**63)
+        left, first, started, last = set(wanted), self._entries.stamp[key], False, -(2**63)
         try:
             for frame in self._frames(key, wanted):
                 if frame.pts not in self._entries.place_of or frame.pts < last:
@@ -208,15 +232,16 @@ class Group:
                 if frame.is_corrupt or not (started or frame.pts == first):
                     return list(wanted)
                 started = True
-                if (place := left.pop(frame.pts, None)) is not None:
-                    pictures.put(place, frame)
+                if frame.pts in left:
+                    left.remove(frame.pts)
+                    put(frame.pts, frame)
                 if not left:
                     break
         except av.FFmpegError:
             return list(wanted)
         return list(left)
 
-    def _frames(self, key: int, wanted: Mapping[int, int]) -> Iterator[Any]:
+    def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
         """From a key frame on; none where the container seeks past it."""
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
@@ -301,8 +326,12 @@ class Pictures:
 
     def put(self, place: int, frame: Any, orientation: Orientation | None = None) -> None:
         """A frame of PyAV. orientation: of a frame that does not say how it is turned."""
+        self.put_array(place, self.shown(frame, orientation))
+
+    def shown(self, frame: Any, orientation: Orientation | None = None) -> np.ndarray[Any, Any]:
+        """A frame of PyAV as it is shown, (H, W, 3)."""
         turned = Orientation.of(frame, self._path, orientation or self._orientation)
-        self.put_array(place, turned.apply(self._colours.convert(frame)))
+        return turned.apply(self._colours.convert(frame))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
         """(H, W, 3). Raises UserError for another size than that of the first, and where memory would not hold them all."""
