@@ -514,3 +514,93 @@ def test_more_frames_than_memory_holds_are_refused_before_it_is_taken(clips, mon
     assert len(read_video(clips["h264"], frames=20).frames) == 20
     with pytest.raises(UserError, match="21 frames of 128x64 take 0.0 GiB, and 0.0 GiB are free: take fewer"):
         read_video(clips["h264"], frames=21)
+
+
+# ---- files that a review made: each was shown other frames than FFmpeg shows ------------------------------------------
+
+
+def sequential(path: Path) -> np.ndarray:
+    """All frames as FFmpeg's filters convert them, decoded from start to end by one thread."""
+    shown, graph = [], None
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        for frame in container.decode(stream):
+            if graph is None:
+                graph = av.filter.Graph()
+                words = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+                source = graph.add_buffer(**words, time_base=frame.time_base)
+                graph.link_nodes(source, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+            graph.vpush(frame)
+            shown.append(graph.vpull().to_ndarray())
+    return np.stack(shown)
+
+
+def moving(path: Path, encoder: str = "libx264", pixels: str = "yuv420p", **options: str) -> Path:
+    """Fifty frames of noise that moves, so that one frame cannot be taken for another."""
+    noise = np.random.default_rng(0).integers(0, 255, (96, 400, 3), np.uint8)
+    noise = np.repeat(np.repeat(noise[::8, ::8], 8, 0), 8, 1)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(encoder, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 128, 96, pixels, options
+        for number in range(50):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[:, number * 5 : number * 5 + 128]), format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("refresh.mp4", {"bf": "2", "x264-params": "intra-refresh=1:keyint=20:scenecut=0"}),
+        ("refresh.mkv", {"bf": "2", "x264-params": "intra-refresh=1:keyint=20:scenecut=0"}),
+        ("interlaced.mp4", {"g": "10", "x264-params": "tff=1"}),
+        ("deep.mp4", {"encoder": "libx265", "pixels": "yuv420p10le", "x265-params": "log-level=none:keyint=10"}),
+        ("pyramid.mp4", {"bf": "5", "g": "15", "x264-params": "b-pyramid=normal:open-gop=1"}),
+    ],
+)
+def test_some_frames_are_those_of_reading_all_in_every_pixel(tmp_path, monkeypatch, cores, name, words):
+    path = moving(tmp_path / name, **words)
+    monkeypatch.setattr(readers, "_cores", lambda: cores)
+    right = sequential(path)
+    for count in (1, 5, 13, 50):
+        clip = read_video(path, frames=count)
+        assert np.array_equal(clip.frames.permute(0, 2, 3, 1).numpy(), right[list(clip.index)])
+
+
+def test_damage_that_a_decoder_conceals_looks_the_same_on_any_number_of_cores(tmp_path, monkeypatch):
+    data = bytearray(moving(tmp_path / "whole.mp4", g="10", bf="2").read_bytes())
+    start, chance = data.find(b"mdat"), np.random.default_rng(3)
+    for place in chance.integers(start + 2000, start + 12000, 6):
+        data[place] ^= 16
+    path = tmp_path / "spoiled.mp4"
+    path.write_bytes(data)
+    right = sequential(path)
+    assert len(right) == 50 and not np.array_equal(right, sequential(tmp_path / "whole.mp4"))
+    for cores in (1, 4, 16):
+        monkeypatch.setattr(readers, "_cores", lambda cores=cores: cores)
+        for count in (5, len(right)):
+            clip = read_video(path, frames=count)
+            assert np.array_equal(clip.frames.permute(0, 2, 3, 1).numpy(), right[list(clip.index)])
+
+
+def test_frames_of_avi_have_the_times_they_are_shown_at(tmp_path):
+    path = moving(tmp_path / "b.avi", bf="2", g="10")
+    clip = read_video(path, frames=50)
+    assert clip.times == pytest.approx([number / 10 for number in range(50)], abs=1e-3) and clip.source_fps == pytest.approx(10)
+
+
+def test_an_interrupt_leaves_no_answer_of_decord_behind(clips, monkeypatch):
+    process, hear = DecordProcess.shared(), DecordProcess._hear
+    process.open(clips["h264"])
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DecordProcess, "_hear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.open(clips["mkv"])
+    monkeypatch.setattr(DecordProcess, "_hear", hear)
+    assert len(process.open(clips["one"])[0]) == 1
