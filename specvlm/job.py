@@ -72,6 +72,7 @@ class Job:
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
         self.samples = unique(self.dataset)
+        self.ids = {sample.id for sample in self.samples}
         self.shard = shard_of(cfg.shard)
         if self.folder:
             room(self.folder, len(self.mine), cfg.max_new_tokens)
@@ -81,6 +82,8 @@ class Job:
         done = self.ranks.share(lambda: rows.done)
         self.todo = [index for index in self.mine if self.samples[index].id not in done]
         self.screen.job(self)
+        if gone := len(done - self.ids):
+            self._note(f"{gone} samples in {self.folder} are in the data set no longer: their rows stay, and are not counted")
         self._mirror()
 
     @property
@@ -296,7 +299,7 @@ class Job:
         """Until nothing more has come: several shards end at about the same time."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
-            while seen != len(rows := rows_of(folder)):
+            while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):
                 seen = len(rows)
                 found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
                 if self.failure:

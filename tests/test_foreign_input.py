@@ -402,6 +402,20 @@ def test_names_and_ids_that_cannot_be_fail_their_rows_alone(capfd):
     assert [row["status"] for row in rows_of(Path("out"))] == ["ok", "skipped", "skipped", "ok", "failed", "failed"]
 
 
+def test_a_sample_taken_off_a_list_is_counted_no_longer(capfd):
+    entries = [{"video": "a.mp4", "id": name} for name in ("one", "two")]
+    words = [*FAST, "dataset=folder", f"dataset.root={questions(*entries)}", "hydra.run.dir=out"]
+    assert main(words) == 0
+    for left in (entries[1:], [entries[1], {"video": "a.mp4", "id": "three"}]):
+        questions(*left)
+        assert main([*words, "resume=true"]) == 0
+        assert "data set no longer" in " ".join(capfd.readouterr().out.split())
+        found = summary_of(Path("out"))
+        assert (found["samples"], found["ok"], found["missing"]) == (len(left), len(left), 0)
+    assert len(rows_of(Path("out"))) == 3, "what was answered stays"
+    assert report(["out", "-o", "r.html"]) == 0
+
+
 class Unsayable(UniformPruner):
     def __repr__(self):
         raise RuntimeError("no text")
