@@ -274,7 +274,7 @@ class Job:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
-        of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
+        of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import pytest
 import report_jobs
@@ -27,6 +27,7 @@ from specvlm.datasets.mvbench import MVBenchDataset
 from specvlm.errors import StrategyError, UserError, line, message, one_line, visible
 from specvlm.held import HELD
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.records import Figures
 from specvlm.report.__main__ import main as report
 from specvlm.report.reading import read_jobs
 from specvlm.report.seen import see
@@ -309,8 +310,16 @@ def test_a_tree_is_fitted_to_a_run_that_was_killed_in_the_middle_of_a_line():
 
 @pytest.mark.parametrize(
     "row",
-    [{"ranks": [0], "widths": [10**8]}, {"ranks": "0", "widths": [1]}, {"ranks": [-1], "widths": [1]}, {"widths": [1]}, [1]],
-    ids=str,
+    [
+        {"ranks": [0], "widths": [10**8]},
+        {"ranks": "0", "widths": [1]},
+        {"ranks": [-1], "widths": [1]},
+        {"widths": [1]},
+        [1],
+        {"ranks": [0] * 1025, "widths": [1]},
+        {"ranks": [0], "widths": [1] * 1_000_000},
+    ],
+    ids=lambda row: str(row)[:40],
 )
 def test_rounds_of_wrong_types_or_widths_are_refused(row, capfd):
     Path("run").mkdir()
@@ -354,8 +363,16 @@ def test_a_report_of_a_damaged_configuration_is_one_line(content, capfd):
         {"times_s": [1]},
         {"index": "0"},
         {"sample": 5},
+        {"acceptance_by_depth": [0.5] * 100_000},
+        {"dataset": None},
+        {"split": 5},
+        {"version": ["1"]},
+        {"reason": 5},
+        {"difference": "x"},
+        {"speedup_file_to_last_token": "3"},
+        {"reader": 5},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_rows_of_wrong_types_are_refused_wherever_they_are_read(change, capfd):
     folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
@@ -363,6 +380,54 @@ def test_rows_of_wrong_types_are_refused_wherever_they_are_read(change, capfd):
     with pytest.raises(UserError, match=next(iter(change))):
         rows_of(folder)
     assert "samples.jsonl" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
+
+
+def test_every_key_of_an_answer_has_a_type():
+    assert set(metrics.KEYS) - set(metrics.OF_JOB) <= set(get_type_hints(Figures))
+
+
+@pytest.mark.parametrize("key", ["dataset", "split", "version", "sample", "index", "status"])
+def test_a_row_that_lacks_what_every_row_has_is_refused(key):
+    line = report_jobs.row(0)
+    del line[key]
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=key):
+        rows_of(folder)
+
+
+def test_a_row_that_failed_without_a_reason_is_told_all_the_same(capfd):
+    lost = {key: value for key, value in report_jobs.row(1, status="failed").items() if key != "reason"}
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "samples.jsonl").write_text(json.dumps(report_jobs.row(0)) + "\n" + json.dumps(lost) + "\n")
+    (job,) = read_jobs([folder])
+    assert job.totals["reasons"] == {"scene-0001": None} and metrics.outcome([lost], 1)["status"] == "failed"
+    (folder / "samples.jsonl").write_text(json.dumps(lost) + "\n")
+    assert "nothing to report" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
+
+
+@pytest.mark.parametrize("wrong", ["x", {}], ids=repr)
+def test_a_figure_of_the_wrong_kind_is_refused_or_does_no_harm(wrong):
+    """Each key of a row, and of the summary of one run, in turn."""
+    row = report_jobs.row(0)
+    folder = report_jobs.job(Path("job"), [row])
+    run = report_jobs.job(Path("run"), [row])
+    (run / "samples.jsonl").unlink()
+    for file, lines in ((folder / "samples.jsonl", row), (run / "summary.json", dict.fromkeys(metrics.KEYS) | row)):
+        for key in lines:
+            file.write_text(json.dumps(lines | {key: wrong}) + "\n")
+            try:
+                (job,) = read_jobs([file.parent])
+                assert json.dumps([job.totals, job.label, job.ratio])
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("gone", [key for span in metrics.SPANS for key in (f"{span}_s", f"baseline_{span}_s")])
+def test_a_speed_up_is_of_the_rows_that_have_both_times(gone):
+    rows = [report_jobs.row(0), report_jobs.row(1) | {gone: None}]
+    span = gone.removesuffix("_s").removeprefix("baseline_")
+    assert metrics.totals(rows, 2)[f"speedup_{span}"] == pytest.approx(rows[0][f"speedup_{span}"])
 
 
 @pytest.mark.parametrize(
