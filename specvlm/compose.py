@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, did_you_mean, first_line
 from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
@@ -74,7 +74,7 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
         read_yaml(path)  # Hydra would follow aliases without end
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
         _refuse_lists(overrides)
-        each = _expand([*_presets_own(overrides), *overrides]) if sweep else [list(overrides)]
+        each = _expand([*_presets_own([*overrides, *more]), *overrides]) if sweep else [list(overrides)]
         return [_checked([*words, *more], sweep) for words in each]
 
 
@@ -144,12 +144,20 @@ def _presets_own(words: Sequence[str]) -> list[str]:
     """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
     parsed = _parsed(words)
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    cfg = hydra_compose("config", fixed, return_hydra_config=True)
+    cfg = _composed(fixed)
     return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
 
 
+def _composed(words: list[str]) -> DictConfig:
+    try:
+        return hydra_compose("config", words, return_hydra_config=True)
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+        own = " ".join(word for word in words if "hydra." in word)
+        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+
+
 def _checked(words: list[str], sweep: bool) -> Job:
-    cfg = hydra_compose("config", words, return_hydra_config=True)
+    cfg = _composed(words)
     folder = None
     if OmegaConf.select(cfg, "dataset") is not None:
         folder = Path(_subdir(cfg)) if sweep else Path()  # not where: another job's ${now} is another moment
@@ -159,6 +167,9 @@ def _checked(words: list[str], sweep: bool) -> Job:
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
+    for key, place in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
+        if "\0" in place:
+            raise UserError(f"{key}={place}: no folder has a null character in its name")
     OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     if cfg.dataset is not None:

@@ -23,7 +23,11 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """A file's content. Raises UserError for what is no file, such as a pipe, and for more than `most` bytes; OSError for
     what cannot be read.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+    try:
+        opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"{path} is no file ({error})") from None
+    with opened as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"{path} is no file")
         content = file.read(most + 1)

@@ -437,6 +437,39 @@ def test_a_list_or_a_number_is_no_strategy(word, capfd):
     refused(lambda: main([word, *FAST]), capfd)
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("dataset: synthetic", "dataset=synthetic"),
+        ("dataset: 5", "dataset=5"),
+        ("dataset: {scenes: 1}", "by name"),
+        ("dataset: {name: [x]}", "by name"),
+        ("tracker: wandb", "tracker=wandb"),
+        ("tracker: [1]", "by name"),
+        ("pruner: uniform", "uniform"),
+        ('dataset: {name: folder, root: "a\\0b"}', "is no file"),
+        ('baselines: "a\\0b"\ndataset: {name: synthetic, scenes: 1}', "baselines=ab"),
+        ('hydra: {run: {dir: "a\\0b"}, sweep: {dir: "a\\0b"}}', "dir=ab"),
+        ('video: "a\\0b"', "ab"),
+        ('target: {path: "a\\0b"}', "ab"),
+    ],
+)
+def test_a_preset_of_wrong_kinds_is_refused_in_one_line(text, part, sweep, capfd):
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = [*sweep, "--config-dir", "conf", "experiment=mine", *FAST]
+    said = refused(lambda: main(words), capfd)
+    assert part in said
+
+
+@pytest.mark.parametrize(
+    "words", [["+hydra.sweeper.params.ratio=0.1,0.2"], ["hydra.sweeper.params={ratio: 5}"], ["hydra.sweeper.params=5"]], ids=str
+)
+def test_keys_of_hydra_that_it_cannot_read_are_refused_in_one_line(words, capfd):
+    assert "hydra.sweeper.params" in refused(lambda: main(["-m", *words, *FAST]), capfd)
+
+
 def questions(*entries: dict, folder: str = "data") -> Path:
     root = Path(folder)
     root.mkdir(exist_ok=True)
