@@ -173,6 +173,8 @@ def _config_class(cls: type[Strategy]) -> type:
         hints = get_type_hints(cls)
     except NameError as err:
         raise PluginError(f"{_full(cls)}: {err}: field types must be importable at run time") from err
+    except (TypeError, ValueError) as err:
+        raise PluginError(f"{_full(cls)}: its field types cannot be read: {err}") from err
     columns: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=cls.name))]
     for field in _fields(cls):
         column = (field.name, hints[field.name], _default(field))

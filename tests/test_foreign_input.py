@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -114,6 +114,10 @@ class BoundPruner(Pruner):
     share: float = 0.5
     steps: Annotated[int, Within(1, 8)] = 2
     layers: tuple[Annotated[int, Within(0, 40)], ...] = (1,)
+    twice: Annotated[int, Within(0, 9), Within(5, 7)] = 6
+    ends: tuple[Annotated[int, Within(0, 1)], Annotated[int, Within(5, 10)]] = (0, 5)
+    all_of: Annotated[list[Annotated[int, Within(0, 99)]], Within(10, 1000)] = field(default_factory=lambda: [50])
+    many: dict[str, Annotated[int, Within(0, 5)]] | None = None
 
     def select(self, ctx):
         raise NotImplementedError
@@ -126,6 +130,12 @@ class BoundPruner(Pruner):
         ({"share": float("nan")}, "1e+30"),
         ({"steps": 9}, "at most 8"),
         ({"layers": [1, 41]}, "at most 40"),
+        ({"twice": 8}, "at most 7"),
+        ({"ends": [2, 5]}, "at most 1"),
+        ({"ends": [1, 4]}, "at least 5"),
+        ({"all_of": [5]}, "at least 10"),
+        ({"all_of": [100]}, "at most 99"),
+        ({"many": {"a": 6}}, "at most 5"),
     ],
 )
 def test_a_plugins_fields_have_the_bounds_of_their_types_and_their_own(fields, bound, monkeypatch):
@@ -135,6 +145,26 @@ def test_a_plugins_fields_have_the_bounds_of_their_types_and_their_own(fields, b
     with pytest.raises(UserError, match="pruner=bound: ") as caught:
         registry.build("pruner", {"name": "bound"} | fields)
     assert bound in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", [(5, 1), ("a", "b"), (None, None), (float("nan"), 1), (0, "9")], ids=str)
+def test_bounds_that_are_none_are_refused_where_they_are_written(bounds):
+    with pytest.raises(ValueError, match="two numbers"):
+        Within(*bounds)
+
+
+def test_a_plugin_whose_bounds_are_none_is_left_out_with_a_reason(monkeypatch):
+    @dataclass(frozen=True)
+    class Swapped(Pruner):
+        name = "swapped"
+        steps: "Annotated[int, Within(8, 1)]" = 2
+
+        def select(self, ctx):
+            raise NotImplementedError
+
+    monkeypatch.setattr(sys.modules[__name__], "Swapped", Swapped, raising=False)
+    with pytest.raises(registry.PluginError, match="Swapped.*two numbers"):
+        registry.describe(Swapped, "x")
 
 
 BOMB = "\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))])
@@ -437,7 +467,6 @@ def test_a_list_or_a_number_is_no_strategy(word, capfd):
     refused(lambda: main([word, *FAST]), capfd)
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -455,12 +484,17 @@ def test_a_list_or_a_number_is_no_strategy(word, capfd):
         ('target: {path: "a\\0b"}', "ab"),
     ],
 )
-def test_a_preset_of_wrong_kinds_is_refused_in_one_line(text, part, sweep, capfd):
+def test_a_preset_of_wrong_kinds_is_refused_in_one_line(text, part, capfd):
     Path("conf/experiment").mkdir(parents=True)
     Path("conf/experiment/mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    words = [*sweep, "--config-dir", "conf", "experiment=mine", *FAST]
-    said = refused(lambda: main(words), capfd)
-    assert part in said
+    assert part in refused(lambda: main(["--config-dir", "conf", "experiment=mine", *FAST]), capfd)
+
+
+def test_a_sweep_finds_the_presets_of_config_dir():
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    found = jobs(["experiment=mine", "ratio=0.1,0.2"], sweep=True, folder=Path("conf"))
+    assert [(job.cfg.seed, job.cfg.ratio) for job in found] == [(7, 0.1), (7, 0.2)]
 
 
 @pytest.mark.parametrize(
