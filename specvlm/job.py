@@ -24,6 +24,7 @@ from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, o
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
+from specvlm.outside import nested
 from specvlm.places import places_of
 from specvlm.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.ranks import ALONE, Ranks
@@ -327,9 +328,11 @@ def writable_meta(sample: Sample) -> dict[str, Any]:
     """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
     try:
         json.dumps(sample.meta)
-        return sample.meta
+        if not nested(sample.meta):
+            return sample.meta
     except (TypeError, ValueError, RecursionError):
-        return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
+        pass
+    return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
 
 
 def shard_of(word: str | None) -> tuple[int, int] | None:

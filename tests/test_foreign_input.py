@@ -23,6 +23,7 @@ from specvlm.baselines import Baselines
 from specvlm.compose import compose, jobs, quoted
 from specvlm.data.clips import find_clip
 from specvlm.datasets.folder import FolderDataset
+from specvlm.datasets.local import CAPTION
 from specvlm.datasets.mvbench import MVBenchDataset
 from specvlm.errors import StrategyError, UserError, line, message, one_line, visible
 from specvlm.held import HELD
@@ -516,6 +517,45 @@ def test_a_csv_field_that_is_too_long_is_named_by_its_line():
     root = questions()
     (root / "q.csv").write_text("video,question\na.mp4,what?\na.mp4," + "x" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"q\.csv, line 3: field larger"):
+        FolderDataset(str(root), questions="q.csv").samples()
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"question": wrong} for wrong in (0, False, "", [], {})),
+        *({"options": wrong} for wrong in (0, False, "", {}, "a", [1])),
+        *({key: wrong} for key in ("start", "end", "fps") for wrong in (True, "1", [], -1, 1e300)),
+        *({"id": wrong} for wrong in (None, True, [])),
+        *({"answer": wrong} for wrong in (False, [], {"a": 1})),
+        *({"notes": DEEP}, {"notes": {"a": DEEP}}),
+    ],
+    ids=lambda change: str(change)[:30],
+)
+def test_what_a_line_says_is_neither_replaced_nor_stretched(change):
+    root = questions({"video": "a.mp4"}, {"video": "a.mp4"} | change)
+    with pytest.raises(UserError, match=f"questions.jsonl, line 2: {next(iter(change))}[= ]"):
+        FolderDataset(str(root)).samples()
+
+
+def test_what_a_line_leaves_out_and_what_it_nests_bearably_is_taken():
+    notes = json.loads("[" * 50 + "]" * 50)
+    root = questions({"video": "a.mp4", "question": None, "options": None, "start": 0, "answer": 0, "id": 0, "notes": notes})
+    (sample,) = FolderDataset(str(root)).samples()
+    assert (sample.id, sample.answer, sample.options, sample.start) == ("0", "0", (), 0.0)
+    assert sample.question == CAPTION and sample.meta == {"notes": notes}
+
+
+def test_numbers_of_a_csv_are_read_from_their_texts():
+    root = questions()
+    (root / "q.csv").write_text("video,start,end\na.mp4,0.5,2\n")
+    (sample,) = FolderDataset(str(root), questions="q.csv").samples()
+    assert (sample.start, sample.end) == (0.5, 2.0)
+    (root / "q.csv").write_text("video,start\na.mp4,soon\n")
+    with pytest.raises(UserError, match="start='soon'"):
         FolderDataset(str(root), questions="q.csv").samples()
 
 
