@@ -20,7 +20,7 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, apart, line, one_line, worst
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
@@ -275,7 +275,8 @@ class Job:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
-        of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
+        with apart():
+            of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
@@ -312,7 +313,9 @@ class Job:
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
-    samples, seen = dataset.samples(), set[str]()
+    with apart():
+        samples = dataset.samples()
+    seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
             raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")

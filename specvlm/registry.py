@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specvlm import config, plugins
 from specvlm.bounds import check
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, apart, did_you_mean
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
@@ -132,7 +132,8 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
-        return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
+        with apart():
+            return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
 
