@@ -51,7 +51,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 @dataclass(frozen=True)
 class Job:
     """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a
-    job over samples, within that.
+    job over samples, within that; place: of any job of a sweep, where it has no number in its name.
     """
 
     cfg: DictConfig
@@ -59,6 +59,7 @@ class Job:
     sweep_dir: Path
     folder: Path | None = None
     label: str = ""
+    place: str | None = None
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
@@ -75,7 +76,9 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
         _refuse_lists(overrides)
         each = _expand([*_presets_own([*overrides, *more]), *overrides]) if sweep else [list(overrides)]
-        return [_checked([*words, *more], sweep) for words in each]
+        found = [_checked([*words, *more], sweep) for words in each]
+    _refuse_shared(found)
+    return found
 
 
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
@@ -158,9 +161,9 @@ def _composed(words: list[str]) -> DictConfig:
 
 def _checked(words: list[str], sweep: bool) -> Job:
     cfg = _composed(words)
-    folder = None
-    if OmegaConf.select(cfg, "dataset") is not None:
-        folder = Path(_subdir(cfg)) if sweep else Path()  # not where: another job's ${now} is another moment
+    sampled = OmegaConf.select(cfg, "dataset") is not None
+    place = _subdir(cfg, sampled) if sweep else None
+    folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
@@ -177,7 +180,7 @@ def _checked(words: list[str], sweep: bool) -> Job:
     for kind in registry.KINDS:
         if kind != "dataset" or cfg.dataset is not None:
             registry.build(kind, cfg[kind])
-    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
@@ -189,10 +192,28 @@ def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
             raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
 
 
-def _subdir(cfg: DictConfig) -> str:
+def _refuse_shared(found: Sequence[Job]) -> None:
+    """Raises UserError for two jobs of a sweep that would write into one folder; shards of a job share theirs."""
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, job in enumerate(found, start=1):
+        if job.place is None:
+            continue
+        key = os.path.normpath(job.place), job.cfg.shard
+        if key in seen:
+            raise UserError(
+                f"jobs {seen[key]} and {number} of this sweep would both write into {key[0]}: "
+                "give each value once, and let hydra.sweep.subdir tell the jobs apart"
+            )
+        seen[key] = number
+
+
+def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
+    """None where a number is in it."""
     try:
         return str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException as err:
+        if not sampled:
+            return None
         raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
 
 

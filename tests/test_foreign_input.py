@@ -25,6 +25,7 @@ from specvlm.data.clips import find_clip
 from specvlm.datasets.folder import FolderDataset
 from specvlm.datasets.local import CAPTION
 from specvlm.datasets.mvbench import MVBenchDataset
+from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.errors import StrategyError, UserError, line, message, one_line, visible
 from specvlm.held import HELD
 from specvlm.pruners.uniform import UniformPruner
@@ -204,6 +205,32 @@ def test_what_is_no_file_or_too_large_is_not_read(what):
 def test_a_tree_of_anything_but_whole_numbers_is_refused(text):
     with pytest.raises(ValueError, match="tree"):
         TreeShape.parse(text)
+
+
+SAMPLED = ["dataset=synthetic", "dataset.scenes=1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra.sweep.subdir=x", "ratio=0.1,0.2"],
+        ["hydra.sweep.subdir=x", "ratio=0.1,0.2", *SAMPLED],
+        ["ratio=0.5,0.5", *SAMPLED],
+        ["resume=true,false", *SAMPLED],
+        ["shard=0/2,0/2", *SAMPLED],
+        ["hydra.sweep.subdir=a/../x,x", *SAMPLED],
+        ["hydra.sweep.subdir=", "seed=1,2"],
+    ],
+    ids=" ".join,
+)
+def test_jobs_of_a_sweep_that_share_a_folder_are_refused_before_the_first_starts(words, capfd):
+    assert "jobs 1 and 2" in refused(lambda: main(["-m", *words, *FAST, "hydra.sweep.dir=sweep"]), capfd)
+    assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize("words", [["ratio=0.5,0.5"], ["shard=0/2,1/2", *SAMPLED], ["ratio=0.5,0.6", *SAMPLED]], ids=" ".join)
+def test_jobs_of_folders_of_their_own_and_shards_are_taken(words):
+    assert len(jobs(words, sweep=True)) == 2
 
 
 # ---- N2, N3: text is text --------------------------------------------------------------------------------------------
@@ -612,6 +639,33 @@ def test_an_oserror_of_a_plugin_is_its_own(error, monkeypatch, capfd):
     monkeypatch.setattr(UniformPruner, "select", select)
     HELD.shed()
     assert main(["pruner=uniform", *FAST, "hydra.run.dir=out"]) == 3
+    said = capfd.readouterr().err
+    assert "cannot write" not in said and type(error).__name__ in said
+
+
+def raising(error):
+    def raises(self):
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [
+        (FolderDataset, "__post_init__", ["dataset=folder", "dataset.root=x"]),
+        (UniformPruner, "needs", ["pruner=uniform"]),
+        (UniformPruner, "needs", ["pruner=uniform", "dataset=synthetic", "dataset.scenes=1"]),
+        (SyntheticDataset, "samples", ["dataset=synthetic"]),
+        (SyntheticDataset, "version", ["dataset=synthetic", "dataset.scenes=1"]),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), FileNotFoundError(2, "gone", "x")], ids=["disk", "file"])
+def test_an_oserror_before_anything_is_decoded_is_the_plugins_own_too(owner, name, words, error, monkeypatch, capfd):
+    raises = raising(error)
+    monkeypatch.setattr(owner, name, property(raises) if name in ("needs", "version") else raises, raising=False)
+    HELD.shed()
+    assert main([*words, *FAST, "hydra.run.dir=out"]) == 3
     said = capfd.readouterr().err
     assert "cannot write" not in said and type(error).__name__ in said
 
