@@ -170,9 +170,9 @@ def _checked(words: list[str], sweep: bool) -> Job:
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
-    for key, place in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
-        if "\0" in place:
-            raise UserError(f"{key}={place}: no folder has a null character in its name")
+    for key, where in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
+        if "\0" in where:
+            raise UserError(f"{key}={where}: no folder has a null character in its name")
     OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     if cfg.dataset is not None:
