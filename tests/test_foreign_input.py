@@ -602,6 +602,7 @@ def test_names_and_ids_that_cannot_be_fail_their_rows_alone(capfd):
     assert [row["status"] for row in rows_of(Path("out"))] == ["ok", "skipped", "skipped", "ok", "failed", "failed"]
 
 
+@pytest.mark.slow
 def test_a_sample_taken_off_a_list_is_counted_no_longer(capfd):
     entries = [{"video": "a.mp4", "id": name} for name in ("one", "two")]
     words = [*FAST, "dataset=folder", f"dataset.root={questions(*entries)}", "hydra.run.dir=out"]
