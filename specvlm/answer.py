@@ -12,7 +12,7 @@ import torch
 
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
-from specvlm.errors import OutOfMemory, StrategyError, one_line
+from specvlm.errors import OutOfMemory, apart
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
 from specvlm.prepare import SMALLER, Prepared
@@ -71,10 +71,8 @@ def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
 
 def told_apart(steps: Iterator[Step]) -> Iterator[Step]:
     """The steps. An OSError of a strategy is none of what writes them. Raises StrategyError for it."""
-    try:
+    with apart():
         yield from steps
-    except OSError as error:
-        raise StrategyError(one_line(error)) from error
 
 
 def row(number: int, step: Step) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from specvlm.errors import SURROGATE, UserError, line, message
 
@@ -25,6 +26,11 @@ class Within:
     high: float
     what: str = ""
     above: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(bound, int | float) for bound in (self.low, self.high))
+        if not numbers or not self.low <= self.high:
+            raise ValueError(f"Within({self.low!r}, {self.high!r}): expected two numbers, the lower one first")
 
     def __contains__(self, value: float) -> bool:
         """NaN is in no bounds."""
@@ -67,10 +73,9 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
     for name, hint in get_type_hints(owner, include_extras=True).items():
         if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
             continue
-        within = next(_bounds(hint), None)
-        for number in _numbers(values.get(name)):
-            allowed = within or (INTEGER if isinstance(number, int) else REAL)
-            if number not in allowed:
+        for number, bounds in _numbers(values.get(name), hint):
+            own = bounds or (INTEGER if isinstance(number, int) else REAL,)
+            for allowed in (within for within in own if number not in within):
                 null = ", or null" if type(None) in _parts(hint) else ""
                 value = line(repr(values[name]))
                 raise UserError(wording.format(name=name, value=value, least=allowed.least + null, most=allowed.most))
@@ -112,27 +117,30 @@ def _described(error: Mapping[str, Any]) -> str:
     return f"has {place}={line(repr(error['input']))[:SHOWN]}: {expected}"
 
 
-def _bounds(hint: Any) -> Iterator[Within]:
-    """Those in a hint, the outermost first."""
-    yield from (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Within))
-    for part in get_args(hint):
-        yield from _bounds(part)
-
-
 def _parts(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or what is annotated."""
     return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in a value; those of a dataclass within it are held against its own hints."""
-    if is_dataclass(value) and not isinstance(value, type):
+def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
+    """All numbers in a value, each with the bounds of its type and of the types around it; those of a dataclass within it are
+    held against its own hints.
+    """
+    if metadata := getattr(hint, "__metadata__", ()):
+        around = (*around, *(part for part in metadata if isinstance(part, Within)))
+        hint = hint.__origin__
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        for part in inner:
+            yield from _numbers(value, part, around)
+    elif is_dataclass(value) and not isinstance(value, type):
         check(type(value), vars(value))
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _numbers(part)
+            yield from _numbers(part, inner[-1] if inner else Any, around)
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _numbers(part)
+        for place, part in enumerate(value):
+            own = [each for each in inner if each is not Ellipsis]
+            yield from _numbers(part, own[min(place, len(own) - 1)] if own else Any, around)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
+        yield value, around

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, did_you_mean, first_line
 from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
@@ -51,7 +51,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 @dataclass(frozen=True)
 class Job:
     """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a
-    job over samples, within that.
+    job over samples, within that; place: of any job of a sweep, where it has no number in its name.
     """
 
     cfg: DictConfig
@@ -59,6 +59,7 @@ class Job:
     sweep_dir: Path
     folder: Path | None = None
     label: str = ""
+    place: str | None = None
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
@@ -74,8 +75,10 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
         read_yaml(path)  # Hydra would follow aliases without end
     with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
         _refuse_lists(overrides)
-        each = _expand([*_presets_own(overrides), *overrides]) if sweep else [list(overrides)]
-        return [_checked([*words, *more], sweep) for words in each]
+        each = _expand([*_presets_own([*overrides, *more]), *overrides]) if sweep else [list(overrides)]
+        found = [_checked([*words, *more], sweep) for words in each]
+    _refuse_shared(found)
+    return found
 
 
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
@@ -144,21 +147,32 @@ def _presets_own(words: Sequence[str]) -> list[str]:
     """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
     parsed = _parsed(words)
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    cfg = hydra_compose("config", fixed, return_hydra_config=True)
+    cfg = _composed(fixed)
     return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
 
 
+def _composed(words: list[str]) -> DictConfig:
+    try:
+        return hydra_compose("config", words, return_hydra_config=True)
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+        own = " ".join(word for word in words if "hydra." in word)
+        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+
+
 def _checked(words: list[str], sweep: bool) -> Job:
-    cfg = hydra_compose("config", words, return_hydra_config=True)
-    folder = None
-    if OmegaConf.select(cfg, "dataset") is not None:
-        folder = Path(_subdir(cfg)) if sweep else Path()  # not where: another job's ${now} is another moment
+    cfg = _composed(words)
+    sampled = OmegaConf.select(cfg, "dataset") is not None
+    place = _subdir(cfg, sampled) if sweep else None
+    folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
     with flag_override(cfg, "struct", False):
         hydra = cfg.pop("hydra")
+    for key, where in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
+        if "\0" in where:
+            raise UserError(f"{key}={where}: no folder has a null character in its name")
     OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
     config.validate(cfg)
     if cfg.dataset is not None:
@@ -166,7 +180,7 @@ def _checked(words: list[str], sweep: bool) -> Job:
     for kind in registry.KINDS:
         if kind != "dataset" or cfg.dataset is not None:
             registry.build(kind, cfg[kind])
-    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)))
+    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
@@ -178,10 +192,28 @@ def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
             raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
 
 
-def _subdir(cfg: DictConfig) -> str:
+def _refuse_shared(found: Sequence[Job]) -> None:
+    """Raises UserError for two jobs of a sweep that would write into one folder; shards of a job share theirs."""
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, job in enumerate(found, start=1):
+        if job.place is None:
+            continue
+        key = os.path.normpath(job.place), job.cfg.shard
+        if key in seen:
+            raise UserError(
+                f"jobs {seen[key]} and {number} of this sweep would both write into {key[0]}: "
+                "give each value once, and let hydra.sweep.subdir tell the jobs apart"
+            )
+        seen[key] = number
+
+
+def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
+    """None where a number is in it."""
     try:
         return str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException as err:
+        if not sampled:
+            return None
         raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
 
 

@@ -106,6 +106,9 @@ def validate(cfg: DictConfig) -> None:
     for key in KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} has no value: give {key}=…")
+    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
+        if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
+            raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
     for key, allowed in CHOICES.items():
         if cfg[key] not in allowed:
             raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
@@ -120,6 +123,7 @@ def validate(cfg: DictConfig) -> None:
         raise UserError("resume goes on with the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
+    _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder, in whose name no null character can be")
     if cfg.tracker is not None:
         mode, allowed = cfg.tracker.mode, ("online", "offline", "disabled")
         if mode not in allowed:

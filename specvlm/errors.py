@@ -64,6 +64,15 @@ class StrategyError(Exception):
     """An OSError that a strategy raised: its own fault, not that of the disk that results are written to."""
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Around what a strategy does: an OSError of its own is none of what writes results. Raises StrategyError for it."""
+    try:
+        yield
+    except OSError as error:
+        raise StrategyError(one_line(error)) from error
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
     if isinstance(error, UserError | StrategyError):

@@ -20,11 +20,16 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
+<<<<<<< HEAD
 from specvlm.config import home
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+=======
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, apart, line, one_line, worst
+>>>>>>> input
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
+from specvlm.outside import nested
 from specvlm.places import places_of
 from specvlm.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.ranks import ALONE, Ranks
@@ -73,6 +78,7 @@ class Job:
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
         self.samples = unique(self.dataset)
+        self.ids = {sample.id for sample in self.samples}
         self.shard = shard_of(cfg.shard)
         if self.folder:
             room(self.folder, len(self.mine), cfg.max_new_tokens)
@@ -82,6 +88,8 @@ class Job:
         done = self.ranks.share(lambda: rows.done)
         self.todo = [index for index in self.mine if self.samples[index].id not in done]
         self.screen.job(self)
+        if gone := len(done - self.ids):
+            self._note(f"{gone} samples in {self.folder} are in the data set no longer: their rows stay, and are not counted")
         self._mirror()
 
     @property
@@ -272,7 +280,8 @@ class Job:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
-        of = {"dataset": dataset.name, "split": dataset.split, "version": dataset.version}
+        with apart():
+            of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
@@ -297,7 +306,7 @@ class Job:
         """Until nothing more has come: several shards end at about the same time."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
-            while seen != len(rows := rows_of(folder)):
+            while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):
                 seen = len(rows)
                 found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
                 if self.failure:
@@ -309,7 +318,9 @@ class Job:
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
-    samples, seen = dataset.samples(), set[str]()
+    with apart():
+        samples = dataset.samples()
+    seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
             raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
@@ -325,9 +336,11 @@ def writable_meta(sample: Sample) -> dict[str, Any]:
     """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
     try:
         json.dumps(sample.meta)
-        return sample.meta
+        if not nested(sample.meta):
+            return sample.meta
     except (TypeError, ValueError, RecursionError):
-        return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
+        pass
+    return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
 
 
 def shard_of(word: str | None) -> tuple[int, int] | None:

@@ -174,7 +174,7 @@ def outcome(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     if len(rows) < samples:
         return {"status": "incomplete", "reason": None}
     if "ok" not in found:
-        why = next((row["reason"] for row in rows if row["status"] == "failed"), None) or "no video of its samples is there"
+        why = next((row.get("reason") for row in rows if row["status"] == "failed"), None) or "no video of its samples is there"
         return {"status": "failed", "reason": f"no sample is ok: {why}"}
     return {"status": "incomplete" if "failed" in found else "complete", "reason": None}
 
@@ -190,11 +190,12 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
         **count,
         "missing": samples - len(rows),
         "verdicts": {v: n for v in VERDICTS if (n := sum(row["verdict"].startswith(v) for row in done))},
-        "reasons": {row["sample"]: row["reason"] for row in rows if row["status"] != "ok"},
+        "reasons": {row["sample"]: row.get("reason") for row in rows if row["status"] != "ok"},
         **{key: mean([row[key] for row in done if row.get(key) is not None]) for key in MEANS},
     }
     for what in SPANS:
-        pairs = [(row[f"baseline_{what}_s"], row[f"{what}_s"]) for row in done if row.get(f"speedup_{what}") is not None]
+        both = [(row.get(f"baseline_{what}_s"), row.get(f"{what}_s")) for row in done]
+        pairs = [(base, ours) for base, ours in both if base is not None and ours is not None]
         found[f"speedup_{what}"] = ratio_of(sum(base for base, _ in pairs), sum(ours for _, ours in pairs))
     depths = [row["acceptance_by_depth"] for row in done if row["accepted_per_round"] is not None]
     deepest = max(map(len, depths), default=0)

@@ -14,7 +14,7 @@ from specvlm.errors import UserError, message
 
 MOST_BYTES = 64 * 2**20  # of a file that is read whole
 MOST_YAML = 2**20
-DEEPEST_YAML = 100  # a parser that calls itself ends the process where texts are nested deeply
+DEEPEST = 100  # a parser that calls itself ends the process where texts are nested deeply
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_NODES = 100_000  # of a YAML file, with what aliases stand for counted each time
 
@@ -23,7 +23,11 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """A file's content. Raises UserError for what is no file, such as a pipe, and for more than `most` bytes; OSError for
     what cannot be read.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+    try:
+        opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"{path} is no file ({error})") from None
+    with opened as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"{path} is no file")
         content = file.read(most + 1)
@@ -48,6 +52,12 @@ def json_of(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def nested(value: Any, most: int = DEEPEST) -> bool:
+    """Are there more than `most` lists and objects in each other? What is read back has to be parsed."""
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return most < 0 or any(nested(part, most - 1) for part in inner)
+
+
 def read_yaml(path: Path) -> Any:
     """The plain data of a YAML file: interpolations stay text. Raises UserError where it has none, or where aliases make it
     more than MOST_NODES values.
@@ -69,7 +79,7 @@ def _check_depth(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST_YAML:
+        if depth > DEEPEST:
             raise ValueError("nested too deeply")
 
 

@@ -16,7 +16,7 @@ from specvlm import memory, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
-from specvlm.errors import SURROGATE, MissingVideo, UserError, line
+from specvlm.errors import SURROGATE, MissingVideo, UserError, apart, line
 from specvlm.graph import DecodingGraph
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
@@ -97,7 +97,9 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
     }
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
-    setup.graph()
+    with apart():
+        setup.graph()
+        _ = pruner.needs | drafter.needs  # a property may read files of its own
     return setup
 
 

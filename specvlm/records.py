@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
+from annotated_types import MaxLen
 from typing_extensions import TypedDict
 
 from specvlm.bounds import Within
@@ -63,17 +64,24 @@ class Figures(TypedDict):
     accepted_per_round: Real | None
     tokens_per_round: Real | None
     drafted_per_round: Real | None
-    acceptance_by_depth: list[Share]
+    acceptance_by_depth: Annotated[list[Share], MaxLen(MOST_GUESSES)]
     time_to_first_token_s: Seconds
     drafter_start_s: Seconds
     decode_s: Seconds
     end_to_end_s: Seconds
+    file_to_first_token_s: NotRequired[Seconds | None]
+    file_to_last_token_s: NotRequired[Seconds | None]
     tokens_per_second: Real
     baseline_decode_s: Seconds | None
     baseline_end_to_end_s: Seconds | None
+    baseline_file_to_first_token_s: NotRequired[Seconds | None]
+    baseline_file_to_last_token_s: NotRequired[Seconds | None]
     speedup_decode: Real | None
     speedup_end_to_end: Real | None
+    speedup_file_to_last_token: NotRequired[Real | None]
     times_s: dict[str, Seconds]
+    reader: NotRequired[str | None]
+    difference: NotRequired[dict[str, Any] | None]
     peak_memory_bytes: Count | None
     parallel: str | None
     devices: Count | None
@@ -113,6 +121,9 @@ class Row(TypedDict):
 
     sample: str
     index: Count
+    dataset: str
+    split: str
+    version: str
     status: Literal["ok", "failed", "skipped"]
     reason: NotRequired[str | None]
     question: NotRequired[str | None]
@@ -127,7 +138,7 @@ class Answered(Row, Figures):
 class Round(TypedDict):
     """A line of steps.jsonl."""
 
-    tokens: list[Token]
+    tokens: Annotated[list[Token], MaxLen(MOST_GUESSES + 1)]
     accepted: Count
     sample: NotRequired[str]
     kept: NotRequired[list[Tokens]]
@@ -137,5 +148,5 @@ class Round(TypedDict):
 class Ranked(TypedDict):
     """A line of steps.jsonl that tells ranks."""
 
-    ranks: list[Rank]
-    widths: list[Rank]
+    ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # the root's, too

@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specvlm import config, plugins
 from specvlm.bounds import check
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, apart, did_you_mean
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
@@ -132,7 +132,8 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
-        return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
+        with apart():
+            return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
 
@@ -173,6 +174,8 @@ def _config_class(cls: type[Strategy]) -> type:
         hints = get_type_hints(cls)
     except NameError as err:
         raise PluginError(f"{_full(cls)}: {err}: field types must be importable at run time") from err
+    except (TypeError, ValueError) as err:
+        raise PluginError(f"{_full(cls)}: its field types cannot be read: {err}") from err
     columns: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=cls.name))]
     for field in _fields(cls):
         column = (field.name, hints[field.name], _default(field))

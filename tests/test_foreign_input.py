@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import pytest
 import report_jobs
@@ -23,10 +23,13 @@ from specvlm.baselines import Baselines
 from specvlm.compose import compose, jobs, quoted
 from specvlm.data.clips import find_clip
 from specvlm.datasets.folder import FolderDataset
+from specvlm.datasets.local import CAPTION
 from specvlm.datasets.mvbench import MVBenchDataset
+from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.errors import StrategyError, UserError, line, message, one_line, visible
 from specvlm.held import HELD
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.records import Figures
 from specvlm.report.__main__ import main as report
 from specvlm.report.reading import read_jobs
 from specvlm.report.seen import see
@@ -113,6 +116,10 @@ class BoundPruner(Pruner):
     share: float = 0.5
     steps: Annotated[int, Within(1, 8)] = 2
     layers: tuple[Annotated[int, Within(0, 40)], ...] = (1,)
+    twice: Annotated[int, Within(0, 9), Within(5, 7)] = 6
+    ends: tuple[Annotated[int, Within(0, 1)], Annotated[int, Within(5, 10)]] = (0, 5)
+    all_of: Annotated[list[Annotated[int, Within(0, 99)]], Within(10, 1000)] = field(default_factory=lambda: [50])
+    many: dict[str, Annotated[int, Within(0, 5)]] | None = None
 
     def select(self, ctx):
         raise NotImplementedError
@@ -125,6 +132,12 @@ class BoundPruner(Pruner):
         ({"share": float("nan")}, "1e+30"),
         ({"steps": 9}, "at most 8"),
         ({"layers": [1, 41]}, "at most 40"),
+        ({"twice": 8}, "at most 7"),
+        ({"ends": [2, 5]}, "at most 1"),
+        ({"ends": [1, 4]}, "at least 5"),
+        ({"all_of": [5]}, "at least 10"),
+        ({"all_of": [100]}, "at most 99"),
+        ({"many": {"a": 6}}, "at most 5"),
     ],
 )
 def test_a_plugins_fields_have_the_bounds_of_their_types_and_their_own(fields, bound, monkeypatch):
@@ -134,6 +147,26 @@ def test_a_plugins_fields_have_the_bounds_of_their_types_and_their_own(fields, b
     with pytest.raises(UserError, match="pruner=bound: ") as caught:
         registry.build("pruner", {"name": "bound"} | fields)
     assert bound in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", [(5, 1), ("a", "b"), (None, None), (float("nan"), 1), (0, "9")], ids=str)
+def test_bounds_that_are_none_are_refused_where_they_are_written(bounds):
+    with pytest.raises(ValueError, match="two numbers"):
+        Within(*bounds)
+
+
+def test_a_plugin_whose_bounds_are_none_is_left_out_with_a_reason(monkeypatch):
+    @dataclass(frozen=True)
+    class Swapped(Pruner):
+        name = "swapped"
+        steps: Annotated[int, Within(8, 1)] = 2
+
+        def select(self, ctx):
+            raise NotImplementedError
+
+    monkeypatch.setattr(sys.modules[__name__], "Swapped", Swapped, raising=False)
+    with pytest.raises(registry.PluginError, match="Swapped.*two numbers"):
+        registry.describe(Swapped, "x")
 
 
 BOMB = "\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))])
@@ -172,6 +205,33 @@ def test_what_is_no_file_or_too_large_is_not_read(what):
 def test_a_tree_of_anything_but_whole_numbers_is_refused(text):
     with pytest.raises(ValueError, match="tree"):
         TreeShape.parse(text)
+
+
+SAMPLED = ["dataset=synthetic", "dataset.scenes=1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra.sweep.subdir=x", "ratio=0.1,0.2"],
+        ["hydra.sweep.subdir=x", "ratio=0.1,0.2", *SAMPLED],
+        ["ratio=0.5,0.5", *SAMPLED],
+        ["resume=true,false", *SAMPLED],
+        ["shard=0/2,0/2", *SAMPLED],
+        ["hydra.sweep.subdir=a/../x,x", *SAMPLED],
+        ["hydra.sweep.subdir=", "seed=1,2"],
+    ],
+    ids=" ".join,
+)
+def test_jobs_of_a_sweep_that_share_a_folder_are_refused_before_the_first_starts(words, capfd):
+    said = refused(lambda: main(["-m", *words, *FAST, "hydra.sweep.dir=sweep"]), capfd)
+    assert "jobs 1 and 2" in said and "into sweep" not in said
+    assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize("words", [["ratio=0.5,0.5"], ["shard=0/2,1/2", *SAMPLED], ["ratio=0.5,0.6", *SAMPLED]], ids=" ".join)
+def test_jobs_of_folders_of_their_own_and_shards_are_taken(words):
+    assert len(jobs([*words, "hydra.sweep.dir=sweep"], sweep=True)) == 2
 
 
 # ---- N2, N3: text is text --------------------------------------------------------------------------------------------
@@ -309,8 +369,16 @@ def test_a_tree_is_fitted_to_a_run_that_was_killed_in_the_middle_of_a_line():
 
 @pytest.mark.parametrize(
     "row",
-    [{"ranks": [0], "widths": [10**8]}, {"ranks": "0", "widths": [1]}, {"ranks": [-1], "widths": [1]}, {"widths": [1]}, [1]],
-    ids=str,
+    [
+        {"ranks": [0], "widths": [10**8]},
+        {"ranks": "0", "widths": [1]},
+        {"ranks": [-1], "widths": [1]},
+        {"widths": [1]},
+        [1],
+        {"ranks": [0] * 1025, "widths": [1]},
+        {"ranks": [0], "widths": [1] * 1_000_000},
+    ],
+    ids=lambda row: str(row)[:40],
 )
 def test_rounds_of_wrong_types_or_widths_are_refused(row, capfd):
     Path("run").mkdir()
@@ -354,8 +422,16 @@ def test_a_report_of_a_damaged_configuration_is_one_line(content, capfd):
         {"times_s": [1]},
         {"index": "0"},
         {"sample": 5},
+        {"acceptance_by_depth": [0.5] * 100_000},
+        {"dataset": None},
+        {"split": 5},
+        {"version": ["1"]},
+        {"reason": 5},
+        {"difference": "x"},
+        {"speedup_file_to_last_token": "3"},
+        {"reader": 5},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_rows_of_wrong_types_are_refused_wherever_they_are_read(change, capfd):
     folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
@@ -365,11 +441,96 @@ def test_rows_of_wrong_types_are_refused_wherever_they_are_read(change, capfd):
     assert "samples.jsonl" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
 
 
+def test_every_key_of_an_answer_has_a_type():
+    assert set(metrics.KEYS) - set(metrics.OF_JOB) <= set(get_type_hints(Figures))
+
+
+@pytest.mark.parametrize("key", ["dataset", "split", "version", "sample", "index", "status"])
+def test_a_row_that_lacks_what_every_row_has_is_refused(key):
+    line = report_jobs.row(0)
+    del line[key]
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=key):
+        rows_of(folder)
+
+
+def test_a_row_that_failed_without_a_reason_is_told_all_the_same(capfd):
+    lost = {key: value for key, value in report_jobs.row(1, status="failed").items() if key != "reason"}
+    folder = report_jobs.job(Path("job"), [report_jobs.row(0)])
+    (folder / "samples.jsonl").write_text(json.dumps(report_jobs.row(0)) + "\n" + json.dumps(lost) + "\n")
+    (job,) = read_jobs([folder])
+    assert job.totals["reasons"] == {"scene-0001": None} and metrics.outcome([lost], 1)["status"] == "failed"
+    (folder / "samples.jsonl").write_text(json.dumps(lost) + "\n")
+    assert "nothing to report" in refused(lambda: report(["job", "-o", "r.html"]), capfd)
+
+
+@pytest.mark.parametrize("wrong", ["x", {}], ids=repr)
+def test_a_figure_of_the_wrong_kind_is_refused_or_does_no_harm(wrong):
+    """Each key of a row, and of the summary of one run, in turn."""
+    row = report_jobs.row(0)
+    folder = report_jobs.job(Path("job"), [row])
+    run = report_jobs.job(Path("run"), [row])
+    (run / "samples.jsonl").unlink()
+    for file, lines in ((folder / "samples.jsonl", row), (run / "summary.json", dict.fromkeys(metrics.KEYS) | row)):
+        for key in lines:
+            file.write_text(json.dumps(lines | {key: wrong}) + "\n")
+            try:
+                (job,) = read_jobs([file.parent])
+                assert json.dumps([job.totals, job.label, job.ratio])
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("gone", [key for span in metrics.SPANS for key in (f"{span}_s", f"baseline_{span}_s")])
+def test_a_speed_up_is_of_the_rows_that_have_both_times(gone):
+    rows = [report_jobs.row(0), report_jobs.row(1) | {gone: None}]
+    span = gone.removesuffix("_s").removeprefix("baseline_")
+    assert metrics.totals(rows, 2)[f"speedup_{span}"] == pytest.approx(rows[0][f"speedup_{span}"])
+
+
 @pytest.mark.parametrize(
     "word", ["pruner=[1,2]", "pair=[1]", "drafter=[chain,tree]", "tracker=[wandb]", "dataset=5", "verifier={a:1}"]
 )
 def test_a_list_or_a_number_is_no_strategy(word, capfd):
     refused(lambda: main([word, *FAST]), capfd)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("dataset: synthetic", "dataset=synthetic"),
+        ("dataset: 5", "dataset=5"),
+        ("dataset: {scenes: 1}", "by name"),
+        ("dataset: {name: [x]}", "by name"),
+        ("tracker: wandb", "tracker=wandb"),
+        ("tracker: [1]", "by name"),
+        ("pruner: uniform", "uniform"),
+        ('dataset: {name: folder, root: "a\\0b"}', "is no file"),
+        ('baselines: "a\\0b"\ndataset: {name: synthetic, scenes: 1}', "baselines=ab"),
+        ('hydra: {run: {dir: "a\\0b"}, sweep: {dir: "a\\0b"}}', "dir=ab"),
+        ('video: "a\\0b"', "ab"),
+        ('target: {path: "a\\0b"}', "ab"),
+    ],
+)
+def test_a_preset_of_wrong_kinds_is_refused_in_one_line(text, part, capfd):
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert part in refused(lambda: main(["--config-dir", "conf", "experiment=mine", *FAST]), capfd)
+
+
+def test_a_sweep_finds_the_presets_of_config_dir():
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    found = jobs(["experiment=mine", "ratio=0.1,0.2"], sweep=True, folder=Path("conf"))
+    assert [(job.cfg.seed, job.cfg.ratio) for job in found] == [(7, 0.1), (7, 0.2)]
+
+
+@pytest.mark.parametrize(
+    "words", [["+hydra.sweeper.params.ratio=0.1,0.2"], ["hydra.sweeper.params={ratio: 5}"], ["hydra.sweeper.params=5"]], ids=str
+)
+def test_keys_of_hydra_that_it_cannot_read_are_refused_in_one_line(words, capfd):
+    assert "hydra.sweeper.params" in refused(lambda: main(["-m", *words, *FAST]), capfd)
 
 
 def questions(*entries: dict, folder: str = "data") -> Path:
@@ -387,6 +548,45 @@ def test_a_csv_field_that_is_too_long_is_named_by_its_line():
         FolderDataset(str(root), questions="q.csv").samples()
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"question": wrong} for wrong in (0, False, "", [], {})),
+        *({"options": wrong} for wrong in (0, False, "", {}, "a", [1])),
+        *({key: wrong} for key in ("start", "end", "fps") for wrong in (True, "1", [], -1, 1e300)),
+        *({"id": wrong} for wrong in (None, True, [])),
+        *({"answer": wrong} for wrong in (False, [], {"a": 1})),
+        *({"notes": DEEP}, {"notes": {"a": DEEP}}),
+    ],
+    ids=lambda change: str(change)[:30],
+)
+def test_what_a_line_says_is_neither_replaced_nor_stretched(change):
+    root = questions({"video": "a.mp4"}, {"video": "a.mp4"} | change)
+    with pytest.raises(UserError, match=f"questions.jsonl, line 2: {next(iter(change))}[= ]"):
+        FolderDataset(str(root)).samples()
+
+
+def test_what_a_line_leaves_out_and_what_it_nests_bearably_is_taken():
+    notes = json.loads("[" * 50 + "]" * 50)
+    root = questions({"video": "a.mp4", "question": None, "options": None, "start": 0, "answer": 0, "id": 0, "notes": notes})
+    (sample,) = FolderDataset(str(root)).samples()
+    assert (sample.id, sample.answer, sample.options, sample.start) == ("0", "0", (), 0.0)
+    assert sample.question == CAPTION and sample.meta == {"notes": notes}
+
+
+def test_numbers_of_a_csv_are_read_from_their_texts():
+    root = questions()
+    (root / "q.csv").write_text("video,start,end\na.mp4,0.5,2\n")
+    (sample,) = FolderDataset(str(root), questions="q.csv").samples()
+    assert (sample.start, sample.end) == (0.5, 2.0)
+    (root / "q.csv").write_text("video,start\na.mp4,soon\n")
+    with pytest.raises(UserError, match="start='soon'"):
+        FolderDataset(str(root), questions="q.csv").samples()
+
+
 def test_names_and_ids_that_cannot_be_fail_their_rows_alone(capfd):
     root = questions(
         {"video": "a.mp4", "id": "good"},
@@ -400,6 +600,21 @@ def test_names_and_ids_that_cannot_be_fail_their_rows_alone(capfd):
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err and "\x1b" not in captured.out + captured.err
     assert [row["status"] for row in rows_of(Path("out"))] == ["ok", "skipped", "skipped", "ok", "failed", "failed"]
+
+
+@pytest.mark.slow
+def test_a_sample_taken_off_a_list_is_counted_no_longer(capfd):
+    entries = [{"video": "a.mp4", "id": name} for name in ("one", "two")]
+    words = [*FAST, "dataset=folder", f"dataset.root={questions(*entries)}", "hydra.run.dir=out"]
+    assert main(words) == 0
+    for left in (entries[1:], [entries[1], {"video": "a.mp4", "id": "three"}]):
+        questions(*left)
+        assert main([*words, "resume=true"]) == 0
+        assert "data set no longer" in " ".join(capfd.readouterr().out.split())
+        found = summary_of(Path("out"))
+        assert (found["samples"], found["ok"], found["missing"]) == (len(left), len(left), 0)
+    assert len(rows_of(Path("out"))) == 3, "what was answered stays"
+    assert report(["out", "-o", "r.html"]) == 0
 
 
 class Unsayable(UniformPruner):
@@ -426,6 +641,33 @@ def test_an_oserror_of_a_plugin_is_its_own(error, monkeypatch, capfd):
     monkeypatch.setattr(UniformPruner, "select", select)
     HELD.shed()
     assert main(["pruner=uniform", *FAST, "hydra.run.dir=out"]) == 3
+    said = capfd.readouterr().err
+    assert "cannot write" not in said and type(error).__name__ in said
+
+
+def raising(error):
+    def raises(self):
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [
+        (FolderDataset, "__post_init__", ["dataset=folder", "dataset.root=x"]),
+        (UniformPruner, "needs", ["pruner=uniform"]),
+        (UniformPruner, "needs", ["pruner=uniform", "dataset=synthetic", "dataset.scenes=1"]),
+        (SyntheticDataset, "samples", ["dataset=synthetic"]),
+        (SyntheticDataset, "version", ["dataset=synthetic", "dataset.scenes=1"]),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), FileNotFoundError(2, "gone", "x")], ids=["disk", "file"])
+def test_an_oserror_before_anything_is_decoded_is_the_plugins_own_too(owner, name, words, error, monkeypatch, capfd):
+    raises = raising(error)
+    monkeypatch.setattr(owner, name, property(raises) if name in ("needs", "version") else raises, raising=False)
+    HELD.shed()
+    assert main([*words, *FAST, "hydra.run.dir=out"]) == 3
     said = capfd.readouterr().err
     assert "cannot write" not in said and type(error).__name__ in said
 

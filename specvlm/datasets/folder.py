@@ -14,12 +14,13 @@ from typing import Any
 from specvlm.data.frames import read_frames
 from specvlm.datasets.local import CAPTION, LocalDataset, multiple_choice, text_of
 from specvlm.errors import UserError, line
-from specvlm.outside import json_of
+from specvlm.outside import json_of, nested
 from specvlm.strategy import Sample
 from specvlm.types import Within
 
 NUMBER = Within(0, 1_000_000_000)  # seconds, frames a second
 OWN = ("id", "video", "question", "answer", "options", "start", "end", "fps")
+NUMBERS = ("start", "end", "fps")
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,13 @@ class FolderDataset(LocalDataset):
     def _sample(self, entry: dict[str, Any]) -> Sample:
         name = entry.get("video")
         path = self.video(self.folder, name)
-        options = entry.get("options") or ()
+        options = () if entry.get("options") is None else entry["options"]
         if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
             raise UserError(f"options={line(repr(options))}: wanted a list of texts")
-        question, key = entry.get("question") or CAPTION, entry.get("id", name)
-        if not isinstance(question, str):
-            raise UserError(f"question={line(repr(question))}: wanted a text")
-        if not isinstance(key, str | int | float):
-            raise UserError(f"id={line(repr(key))}: wanted a text or a number")
-        answer = entry.get("answer")
+        question = CAPTION if entry.get("question") is None else entry["question"]
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"question={line(repr(question))}: wanted a text, or no question for the generic caption")
+        key, answer = _word("id", entry.get("id", name)), entry.get("answer")
         start, end = _number(entry, "start") or 0.0, _number(entry, "end")
         if end is not None and not end > start:
             raise UserError(f"end={end}: wanted seconds after start={start}")
@@ -67,12 +66,12 @@ class FolderDataset(LocalDataset):
         if os.path.isdir(path) and fps is None:
             raise UserError(f"{name} is a folder of frames: say how many a second, as in fps=3")
         return Sample(
-            str(key),
+            key,
             path if fps is None else partial(read_frames, path, fps),
             multiple_choice(question, options) if options else question,
-            None if answer is None else str(answer),
+            None if answer is None else _word("answer", answer),
             tuple(options),
-            {key: value for key, value in entry.items() if key not in OWN},
+            {key: _bearable(key, value) for key, value in entry.items() if key not in OWN},
             start,
             end,
         )
@@ -104,15 +103,33 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         entry: dict[str, Any] = {key: value for key, value in row.items() if key and value not in (None, "")}
         if "options" in entry:
             entry["options"] = entry["options"].split("|")
-        yield reader.line_num, entry
+        yield reader.line_num, entry | {key: _told(entry[key]) for key in NUMBERS if key in entry}
+
+
+def _told(text: str) -> float | str:
+    """A number of a .csv, which has texts alone."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _word(key: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{key}={line(repr(value))}: wanted a text or a number")
+    return str(value)
+
+
+def _bearable(key: str, value: object) -> object:
+    if nested(value):
+        raise UserError(f"{line(key)} is nested too deeply to be kept with the results")
+    return value
 
 
 def _number(entry: dict[str, Any], key: str) -> float | None:
     value = entry.get(key)
-    try:
-        number = None if value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = -1.0
-    if number is not None and number not in NUMBER:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in NUMBER:
         raise UserError(f"{key}={line(repr(value))}: wanted a number from {NUMBER.low}, {NUMBER.most}")
-    return number
+    return float(value)

@@ -97,7 +97,9 @@ def read_jobs(places: Sequence[Path]) -> list[Job]:
 def failures(places: Sequence[Path]) -> list[str]:
     """A line for each job that did no sample: its folder, and why."""
     lost = [job for job in map(read_job, folders_in(places)) if not job.done]
-    whys = [next((row["reason"] for row in job.rows), None) or job.summary.get("reason") or "no sample is done" for job in lost]
+    whys = [
+        next((row.get("reason") for row in job.rows), None) or job.summary.get("reason") or "no sample is done" for job in lost
+    ]
     return [f"{job.folder.name}: {why}" for job, why in zip(lost, whys, strict=True)]
 
 

@@ -173,7 +173,13 @@ def problems(jobs: Sequence[Job]) -> list[str]:
                 f"{job.label}: incomplete, {job.summary['missing']} of {job.summary['samples']} samples are not done yet"
             )
         for row in job.rows:
-            wrong = row["reason"] if row["status"] != "ok" else row["verdict"] if "MISMATCH" in row["verdict"] else None
+            wrong = (
+                (row.get("reason") or row["status"])
+                if row["status"] != "ok"
+                else row["verdict"]
+                if "MISMATCH" in row["verdict"]
+                else None
+            )
             if wrong:
                 lines.append(f"{job.label}: {row['sample']}: {wrong}")
     return lines
