@@ -20,12 +20,8 @@ from specvlm import memory, metrics, registry
 from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-<<<<<<< HEAD
 from specvlm.config import home
-from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
-=======
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, apart, line, one_line, worst
->>>>>>> input
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
