@@ -33,6 +33,9 @@ REFERENCE = {"color": "var(--muted)", "strokeDash": [5, 4]}
 SERIES = "series:N"
 
 
+SEPARATORS = {0x2028: " ", 0x2029: " "}
+
+
 @dataclass(frozen=True)
 class Chart:
     """One figure. spec: Vega-Lite's, with the data inside."""
@@ -95,7 +98,17 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict()
+    spec: dict[str, Any] = on_lines(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
+    return spec
+
+
+def on_lines(part: Any) -> Any:
+    """Without the line and paragraph separators of Unicode: Vega cannot parse an expression that has one in a text."""
+    if isinstance(part, dict):
+        return {on_lines(key): on_lines(value) for key, value in part.items()}
+    if isinstance(part, list):
+        return [on_lines(value) for value in part]
+    return part.translate(SEPARATORS) if isinstance(part, str) else part
 
 
 def chart_of(rows: list[dict[str, Any]], **properties: Any) -> alt.Chart:

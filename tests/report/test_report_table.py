@@ -82,3 +82,8 @@ def test_jobs_that_drop_as_much_stand_one_below_the_other_best_first(tmp_path):
     assert interval["mark"]["type"] == "rule" and interval["encoding"]["x2"]["field"] == "high"
     (rows,) = chart.spec["datasets"].values()
     assert all(row["low"] < row["value"] < row["high"] for row in rows) and "against" not in chart.note
+
+
+def test_figures_hold_no_separators_of_lines_that_vega_cannot_parse():
+    spec = {"sort": ["a\u2028b"], "a\u2028b": {"value": "a\u2029b", "count": 3}}
+    assert on_lines(spec) == {"sort": ["a b"], "a b": {"value": "a b", "count": 3}}
