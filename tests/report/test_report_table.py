@@ -9,6 +9,7 @@ from report_jobs import job, row, sweep
 
 pytest.importorskip("altair")
 
+from specvlm.report.charts import on_lines
 from specvlm.report.reading import read_jobs
 from specvlm.report.table import groups
 
