@@ -11,7 +11,7 @@ from enum import IntEnum
 # Control characters but tab and newline, and those that change the direction of the text around them.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-LONGEST_WORD, LONGEST_LINE = 200, 1000  # characters of a message
+LONGEST_WORD, LONGEST_LINE = 200, 590  # characters of a message
 
 
 class ExitCode(IntEnum):

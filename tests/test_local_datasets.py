@@ -527,3 +527,9 @@ def test_bad_folders_of_frames_end_with_one_line(tmp_path):
     (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:40])
     with pytest.raises(UserError, match="2.png is damaged or not a picture"):
         read_frames(folder, 3)
+
+
+@pytest.mark.parametrize("name", ["mlvu", "mvbench", "long_video_bench", "video_mme", "video_detail_caption"])
+def test_a_root_longer_than_a_name_may_be_is_no_folder(name):
+    with pytest.raises(UserError, match="no folder|File name too long"):
+        registry.build("dataset", {"name": name, "root": "x" * 5000}).samples()

@@ -98,7 +98,7 @@ class LocalDataset(Dataset):
     def place(self, *names: str) -> Path:
         """The first of these folders below `root`. Raises UserError naming the first one where none is there."""
         for name in names:
-            if (self.folder / name).is_dir():
+            if os.path.isdir(self.folder / name):  # False, too, for a name that no folder can have
                 return self.folder / name
         raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
 

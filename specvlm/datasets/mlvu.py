@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class MLVUDataset(LocalDataset):
     @property
     def _inner(self) -> str:
         """dev lies in a folder of its own within its repository."""
-        return "." if (self.folder / "json").is_dir() else "MLVU"
+        return "." if os.path.isdir(self.folder / "json") else "MLVU"
 
     def _listed_dev(self) -> Iterator[Sample]:
         videos = self.place(f"{self._inner}/video")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ class MVBenchDataset(LocalDataset):
         return [self.folder / "json" / f"{task}.json" for task in self.tasks or FOLDERS]
 
     def listed(self) -> Iterator[Sample]:
-        cut = (self.folder / "star").is_dir()  # the branch `video` has its folders beside json/
+        cut = os.path.isdir(self.folder / "star")  # the branch `video` has its folders beside json/
         videos = self.folder if cut else self.place("video")
         for task, path in zip(self.tasks or FOLDERS, self.lists(), strict=True):
             for number, entry in enumerate(self.entries(path, Entry)):
