@@ -117,6 +117,9 @@ def command(argv: list[str], full: bool) -> int:
         planned = compose.jobs(compose.quoted(args.overrides, sweep), sweep, extra)
         here = planned[0].sweep_dir if sweep else planned[0].run_dir
         plan = Plan(planned, torchrun.nowhere() or here)
+        written = here / "multirun.yaml"
+        if sweep and written.exists() and not written.is_file():  # Hydra would wait for a pipe's reader
+            raise UserError(f"{written} is no file: move it away, or give another folder")
         key, other = compose.FOLDERS[sweep], compose.FOLDERS[not sweep]
         if any(word.startswith(f"{other}=") for word in words):
             whose = "of a run, and -m starts a sweep" if sweep else "of a sweep, which -m starts"
