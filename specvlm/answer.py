@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,10 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
 from specvlm.prepare import SMALLER, Prepared
 from specvlm.registry import described
+from specvlm.strategy import Sampling, Verifier
 from specvlm.types import Step
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
 
 
 @dataclass
@@ -36,19 +39,30 @@ class Record:
     save: Callable[[], str] = str  # writes what was done before memory ran out, once there is something to be saved
 
 
-def warm_up(request: Prepared, graph: DecodingGraph, record: Record) -> None:
-    """Requests of the full length, broken off: what they grow and capture is what the real ones will use."""
+def begin(request: Prepared, graph: DecodingGraph) -> None:
+    """Room for both ways to decode, so that the second does not move what was captured for the first. Memory is watched from
+    here on.
+    """
+    most = request.cfg.max_new_tokens + graph.drafter.max_nodes
+    graph.caches.take("target", graph.target, len(request.prompt) + most)
+    for device in request.places.devices:
+        memory.reset_peak(device)
+
+
+def warm_up(steps: Iterator[Step], record: Record) -> None:
+    """A request of the full length, broken off: what it grows and captures is what the real one will use."""
     record.stage = "warming up"
-    for steps in (told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens)), alone(request, graph)):
-        list(islice(steps, 3))
+    list(islice(steps, 3))
+
+
+def drafted(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
+    return told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens))
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
-    """The steps, as they come. From here on memory is watched."""
-    for device in request.places.devices:
-        memory.reset_peak(device)
+    """The steps, as they come."""
     record.stage = "decoding"
-    for step in told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens)):
+    for step in drafted(request, graph):
         record.steps.append(step)
         yield step
 
@@ -64,9 +78,14 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: Record, advanc
 
 
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    limit = request.cfg.max_new_tokens
-    steps = autoregressive(graph.target, request.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
-    return told_apart(steps)
+    """Under specvlm's own rule, whatever the one that is tried says."""
+    limit, rule = request.cfg.max_new_tokens, own_rule(graph.sampling)
+    return autoregressive(graph.target, request.prompt, limit, rule, graph.seed, graph.caches, graph.engine)
+
+
+def own_rule(sampling: Sampling) -> Verifier:
+    """Plain argmax; for a rule that samples, our own sampling from its distribution."""
+    return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
 
 
 def told_apart(steps: Iterator[Step]) -> Iterator[Step]:
@@ -140,9 +159,9 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     baseline = record.baseline
     if baseline is None or record.out_of_memory:
         return "not checked", "not checked", None
-    if not graph.verifier.lossless:
+    if not graph.lossless:
         return "lossy", "lossy", None
-    if graph.verifier.sampling.temperature > 0:
+    if graph.sampling.temperature > 0:
         return "sampled", "sampled", None
     record.stage = "checking"
     tokens = metrics.tokens_of(record.steps)

@@ -172,6 +172,10 @@ class CachePool:
         return self._leases.get(role, 0)
 
     @property
+    def held(self) -> list[KVCache]:
+        return list(self._caches.values())
+
+    @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches.values())
 

@@ -6,20 +6,21 @@ embed → prefill the target → select → start the drafter → (propose → s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from specvlm.cache import CachePool, KVCache
 from specvlm.clock import Clock
-from specvlm.engine import Engine, Request, agreed
-from specvlm.errors import UserError
+from specvlm.engine import Engine, Request, first_token
+from specvlm.errors import UserError, line
+from specvlm.fence import checked_tree, inside
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
 from specvlm.signals import gathered, guidance_for, state_layer
-from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Verifier
+from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Sampling, Verifier
 from specvlm.types import KeepSet, Step, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
@@ -46,6 +47,11 @@ class Output:
 
 def generator_for(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def verifier_generator(seed: int) -> torch.Generator:
+    """The verifier's own, apart from the one that drafters are given: a guess must not know the dice it is judged by."""
+    return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
 class Turn:
@@ -86,11 +92,11 @@ def autoregressive(
     engine: Engine | None = None,
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
-    clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(seed)
+    clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), verifier_generator(seed)
     turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
     engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator, clock.mark)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
-    token = agreed(target, verifier, verifier.first(penalty(logits_MV)[0], generator))
+    token = first_token(request, logits_MV)
     clock.mark("prefill")
     while True:
         yield Step(output.take([token]), times_s=clock.lap())
@@ -138,16 +144,23 @@ class DecodingGraph:
         if lone and not self.drafter.tells:
             raise UserError(f"drafter={self.drafter.name} cannot tell other ranks its trees: use draft.parallel=tensor")
         state_layer(self.pruner, self.target)
+        # Read once: what a rule claims decides what its output is held to.
+        self.lossless, self.sampling = bool(self.verifier.lossless), self.verifier.sampling
+        if type(self.sampling) is not Sampling:
+            raise UserError(f"verifier={self.verifier.name}: sampling must be a Sampling, got {type(self.sampling).__name__}")
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     @torch.inference_mode()
     def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
-        turn = Turn(self.caches, target, len(prompt) + max_new_tokens + drafter.max_nodes)
+        most = drafter.max_nodes
+        turn = Turn(self.caches, target, len(prompt) + max_new_tokens + most)
         cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
+        request = Request(target, cache, verifier, penalty, verifier_generator(self.seed), clock.mark)
         features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
-        token = agreed(target, verifier, verifier.first(penalty(logits_MV)[0], generator))
+        copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
+        token = first_token(request, logits_MV)
         clock.mark("prefill")
         yield Step(output.take([token]), times_s=clock.lap())
         if output.done:
@@ -158,7 +171,7 @@ class DecodingGraph:
         attention = recorded.get("verifier_attention")
         clock.resume()
         penalty.add(torch.tensor([token]))
-        keep = self._agreed(prompt, guidance, features_ND, generator)
+        keep = self._agreed(copy, guidance, features_ND, generator)
         clock.mark("prune")
 
         def started(part: str) -> None:
@@ -167,7 +180,7 @@ class DecodingGraph:
             clock.mark(part)
 
         context = DraftContext(
-            prompt=prompt,
+            prompt=copy,
             keep=keep,
             bonus=token,
             target=target,
@@ -176,29 +189,33 @@ class DecodingGraph:
             positions=self.positions,
             max_new_tokens=max_new_tokens,
             vocabulary=self.vocabulary,
-            sampling=verifier.sampling,
+            sampling=self.sampling,
             generator=generator,
             caches=self.caches,
             engine=self.engine,
-            signals=gathered(drafter.needs, prompt, guidance, features_ND),
+            signals=gathered(drafter.needs, copy, guidance, features_ND),
             cache=cache,
             mark=started,
         )
-        session = drafter.start(context)
+        with inside(drafter):
+            session = drafter.start(context)
         started("draft_prefill")
 
-        video_ND = guidance.video_hidden() if guidance is not None and guidance.hidden else None
-        request = Request(target, cache, verifier, penalty, generator, clock.mark, video_ND)
-        verdict, shown = None, keep if drafter.model and drafter.sees(prompt) is None else None
+        shown = keep if drafter.model and self._own_budget(prompt) is None else None
+        if guidance is not None and guidance.hidden:
+            request = replace(request, video_ND=guidance.video_hidden())
+        verdict = None
         while True:
-            tree = session.propose(verdict).to(target.device)
+            with inside(drafter):
+                proposal = session.propose(verdict)
+            tree = checked_tree(drafter, proposal, token, most, target.vocabulary).to(target.device)
             clock.mark("draft")
             verdict, new = self.engine.check(request, tree)
             clock.mark("verify")
             tokens = output.take(new)
             full, depth = len(tokens) == len(new), max(tree.depths)
             # What a lossy rule accepts says nothing about the target's own choice.
-            ranks, widths = tree.ranks_on(verdict.path) if verifier.lossless else ((), ())
+            ranks, widths = tree.ranks_on(verdict.path) if self.lossless else ((), ())
             times = clock.lap()
             refused = tree.refused(verdict.path) if full else ()  # read behind the lap: no time of the request's
             yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, times, shown, ranks, widths, refused, attention)
@@ -207,18 +224,23 @@ class DecodingGraph:
             turn.check()
             clock.resume()
             penalty.add(torch.tensor(new))
-            shown = attention = None
+            token, shown, attention = verdict.bonus, None, None
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
-        total, own = len(prompt.video_index), self.drafter.sees(prompt)
+        total, own = len(prompt.video_index), self._own_budget(prompt)
         if own is not None:
             return own
         return total if self.pruner.keeps_all else KeepSet.budget(total, self.ratio)
 
+    def _own_budget(self, prompt: VideoPrompt) -> int | None:
+        """What the drafter sees by a choice of its own; None where that is the pruner's."""
+        with inside(self.drafter):
+            return self.drafter.sees(prompt.copy(pixels=False))
+
     def _prunes(self, prompt: VideoPrompt) -> bool:
         """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
-        chosen = self.drafter.model is not None and self.drafter.sees(prompt) is None
+        chosen = self.drafter.model is not None and self._own_budget(prompt) is None
         return chosen and 0 < self.budget(prompt) < len(prompt.video_index)
 
     def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
@@ -252,12 +274,16 @@ class DecodingGraph:
         if "draft_attention_last_row" in self.pruner.needs:
             signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
-        keep = self.pruner.select(context)
-        if keep.total != total or len(keep) > budget:
-            raise ValueError(
-                f"pruner {self.pruner.name} kept {len(keep)} of {keep.total} tokens, its budget was {budget} of {total}"
-            )
-        return keep
+        with inside(self.pruner):
+            keep = self.pruner.select(context)
+            if not isinstance(keep, KeepSet) or keep.total != total or len(keep.index) > budget:
+                got = (
+                    f"kept {len(keep.index)} of {keep.total} tokens"
+                    if isinstance(keep, KeepSet)
+                    else f"gave a {type(keep).__name__}"
+                )
+                raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
+            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # checked again, whatever its class
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
         """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer asked for."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,8 +12,10 @@ from specvlm.baselines import fingerprint
 from specvlm.cache import CachePool
 from specvlm.config import model_folder
 from specvlm.engine import Engine, engine_for
-from specvlm.errors import UserError
+from specvlm.errors import StrategyError, UserError
+from specvlm.fence import label_of
 from specvlm.graph import DecodingGraph
+from specvlm.integrity import Code, Snapshot, weights_of
 from specvlm.models.generation import penalty_of
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
@@ -24,11 +27,12 @@ class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
 
     def __init__(self) -> None:
-        self.caches = CachePool()
+        self.caches, self.code = CachePool(), Code()
         self.clear()
 
     def clear(self) -> None:
         self.models: dict[Hashable, VideoLM] = {}
+        self.weights: dict[VideoLM, int] = {}  # their checksums
         self.layers: list[int] = []
         self.shed()
 
@@ -55,6 +59,7 @@ class Held:
             if not self.models.keys() - {target, draft}:
                 raise
             self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
+            self.weights = {model: self.weights[model] for model in self.models.values()}
             self.shed()
             return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
 
@@ -91,8 +96,39 @@ class Held:
 
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
         if key not in self.models:
-            self.models[key] = make()
+            model = self.models[key] = make()
+            self.weights[model] = weights_of(model)
         return self.models[key]
+
+    @contextmanager
+    def guard(self, graph: DecodingGraph) -> Iterator[None]:
+        """Around all that strategies do in a request: what is held is the same afterwards, or is let go.
+
+        Raises StrategyError where it is not, unless the request has failed anyway.
+        """
+        models = [model for model in (graph.target, graph.draft) if model is not None]
+        snapshot = Snapshot(self.code, models, [self.weights[model] for model in models], graph.caches, graph.engine)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            undone, spoilt = snapshot.undo()
+            if spoilt:
+                self.clear()
+            if (undone or spoilt) and not failed:
+                raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
+
+
+def _strangers(graph: DecodingGraph) -> str:
+    """The strategies that are not specvlm's own; all three where all are."""
+    strategies = (graph.pruner, graph.drafter, graph.verifier)
+    foreign = [one for one in strategies if type(one).__module__.partition(".")[0] != "specvlm"]
+    return " or ".join(map(label_of, foreign or strategies))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 HELD = Held()  # of this process; ranks that share a target hold their own, since a process group does not outlive its run

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from specvlm import memory, metrics, registry
-from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.config import home
@@ -34,6 +34,7 @@ from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, wr
 from specvlm.show import Screen, not_applied
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb
+from specvlm.types import Step
 
 A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 
@@ -64,7 +65,7 @@ class Job:
         self.screen, self.failure = Screen(), ""
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._warm = (0, 0)  # slots of the last warm-up, and how often caches had changed behind it
+        self._warm: dict[str, tuple[int, int]] = {}  # slots of the last warm-ups, and how often caches had changed behind it
         self._told: set[str] = set()
         self._rounds: list[dict[str, Any]] = []  # of the last sample
 
@@ -235,40 +236,46 @@ class Job:
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
         assert self.rows is not None
         record.captured_s = graph.engine.capture_s
-        self._warm_up(request, graph, record)
-        kept, self._rounds = None, []
-        for number, step in enumerate(speculate(request, graph, record)):
-            self._rounds.append({"sample": self.samples[index].id} | row(number, step))
-            self.rows.step(self._rounds[-1])
-            if step.attention is not None and self.folder:
-                with writable(self.folder):
-                    write_attention(self.folder, index, step.attention)
-            if step.keep is not None:
-                kept = step.keep.index.tolist()
-                self._note(step.keep.note)
-        if self.cfg.baseline:
+        begin(request, graph)
+        if self.cfg.baseline:  # before any strategy has run
             record.baseline = self._baseline(request, graph, record)
+        kept, self._rounds = None, []
+        with self.held.guard(graph):
+            self._warm_up("drafted", drafted(request, graph), request, graph, record)
+            for number, step in enumerate(speculate(request, graph, record)):
+                self._rounds.append({"sample": self.samples[index].id} | row(number, step))
+                self.rows.step(self._rounds[-1])
+                if step.attention is not None and self.folder:
+                    with writable(self.folder):
+                        write_attention(self.folder, index, step.attention)
+                if step.keep is not None:
+                    kept = step.keep.index.tolist()
+                    self._note(step.keep.note)
         record.peak_bytes = max(map(memory.peak_bytes, request.places.devices))
         summary, _ = summarize(request, graph, record)
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
         grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
-    def _warm_up(self, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+    def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: Record) -> None:
         """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
         outputs, may have had them changed, which only matters to what is captured. On all ranks if on one, whose draft's cache
         the others do not have.
         """
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + self.setup.drafter.max_nodes)
-        warm, changes = self._warm
+        warm, changes = self._warm.get(way, (0, 0))
         eager = graph.engine.runs(graph.target) == "eager"
         if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
-            warm_up(request, graph, record)
-            self._warm = (slots, graph.caches.changes)
+            warm_up(steps, record)
+            self._warm[way] = (slots, graph.caches.changes)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
+        def decode() -> list[Step]:
+            self._warm_up("alone", alone(request, graph), request, graph, record)
+            return decode_alone(request, graph, record, lambda: None)
+
         try:
-            return self.baselines.get(request, graph, lambda: decode_alone(request, graph, record, lambda: None))
+            return self.baselines.get(request, graph, decode)
         except OSError as error:
             raise CannotWrite(f"cannot write into {self.baselines.folder}: {error.strerror or error}") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from specvlm import memory, metrics
-from specvlm.answer import Record, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
 from specvlm.errors import ExitCode
 from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
@@ -49,7 +49,7 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
             with files_of(folder):
                 record.save = lambda: save(cfg, request, graph, folder, record)
                 try:
-                    decode(request, graph, folder, screen, record)
+                    decode(request, graph, folder, screen, record, held)
                     summary, verdict = summarize(request, graph, record)
                 except RuntimeError as error:
                     done = record.save() if memory.ran_out(error) else ""
@@ -65,11 +65,25 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
     return ExitCode.MISMATCH if verdict == "mismatch" else ExitCode.OK
 
 
-def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
-    """Speculative steps, streamed and logged as they come, and the baseline's; both behind a warm-up of each."""
-    with screen.waiting("warming up"):
-        warm_up(request, graph, record)
-    write_config(request.cfg, folder)
+def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record, held: Held) -> None:
+    """The baseline's steps, before any strategy has run; then the speculative ones, streamed and logged as they come. Both
+    behind a warm-up of each.
+    """
+    begin(request, graph)
+    if request.cfg.baseline:
+        with screen.waiting("warming up"):
+            warm_up(alone(request, graph), record)
+        with screen.progress("the target on its own", request.cfg.max_new_tokens) as advance:
+            record.baseline = Baseline.of(decode_alone(request, graph, record, advance))
+    with held.guard(graph):
+        with screen.waiting("warming up"):
+            warm_up(drafted(request, graph), record)
+        write_config(request.cfg, folder)  # now: what cannot run has failed, and left nothing
+        stream(request, graph, folder, screen, record)
+    screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
+
+
+def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
     with steps_file(folder) as log, screen.answer(graph.target.tokenizer) as show:
         for number, step in enumerate(speculate(request, graph, record)):
             log.write(json.dumps(row(number, step)) + "\n")
@@ -78,10 +92,6 @@ def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
             if step.attention is not None:
                 write_attention(folder, 0, step.attention)
             show(step)
-    screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
-    if request.cfg.baseline:
-        with screen.progress("the target on its own", len(metrics.tokens_of(record.steps))) as advance:
-            record.baseline = Baseline.of(decode_alone(request, graph, record, advance))
 
 
 def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:

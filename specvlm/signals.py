@@ -62,7 +62,7 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
     """The signals of the target and of the file; what was not gathered is left out."""
     signals, device = {}, features_ND.device
     if "features" in needs:
-        signals["features"] = features_ND
+        signals["features"] = features_ND.clone()  # a strategy's own
     if needs & CODEC_SIGNALS:
         signals.update(zip(("motion", "packet_bytes", "intra"), codec(prompt).to(device), strict=True))
     if guidance is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specvlm.cache import KVCache
 from specvlm.errors import UserError
+from specvlm.fence import checked_verdict, inside
 from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, TreeShape, Verdict
@@ -52,8 +53,7 @@ class Engine:
     def next(self, request: Request, token: int) -> int:
         """A pass of the target over its last token; the token that follows."""
         logits_1V = self.append(request.target, torch.tensor([token]), request.cache)
-        token = request.verifier.first(request.penalty(logits_1V)[0], request.generator)
-        return agreed(request.target, request.verifier, token)
+        return first_token(request, logits_1V)
 
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
@@ -66,7 +66,10 @@ class Engine:
         context = VerifyContext(tree, logits_MV, request.generator)
         if request.verifier.reads_hidden:
             context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
-        verdict = agreed(request.target, request.verifier, request.verifier.verify(context))
+        with inside(request.verifier):
+            verdict = request.verifier.verify(context)
+        verdict = checked_verdict(request.verifier, verdict, tree, logits_MV.shape[-1])
+        verdict = agreed(request.target, request.verifier, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
@@ -93,6 +96,15 @@ class Engine:
         from specvlm.drafters.dynamic_tree import GrownSession  # which asks for an engine
 
         return GrownSession(ctx, model, drafter)
+
+
+def first_token(request: Request, logits_1V: Tensor) -> int:
+    """The next token where nothing was guessed, by the request's rule."""
+    with inside(request.verifier):
+        token = request.verifier.first(request.penalty(logits_1V)[0], request.generator)
+    root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
+    checked = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
+    return agreed(request.target, request.verifier, checked.bonus)
 
 
 def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:

@@ -25,6 +25,7 @@ from specvlm.engine.expand import CapturedTree, ways
 from specvlm.engine.growth import CapturedGrowth
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
+from specvlm.fence import checked_verdict, inside
 from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext, uniform
 from specvlm.types import DraftTree, TreeShape, Verdict
@@ -93,7 +94,8 @@ class GraphsEngine(Engine):
         rule = (type(verifier), repr(verifier))
         key = ("check", lean, count if shape else tree.parents, rule, penalty.factor, None if q is None else q.shape)
         again = shape or not tree.varies  # else this shape will not come back, and the rule goes by it
-        program = self.program(key, cache, build) if again else build("direct")
+        with inside(verifier):  # whose rule is traced
+            program = self.program(key, cache, build) if again else build("direct")
         follow = [self._follow(number, lean, tree, cache) for number in earlier if count > 1]
         if self.capture_s > captured:
             request.mark("capture")
@@ -101,7 +103,9 @@ class GraphsEngine(Engine):
         for moving in follow:
             moving((base, 0), outcome[:1])
         last, bonus, *tokens = outcome.tolist()  # the round's one read
-        verdict = verifier.verdict(last, bonus, tree)
+        with inside(verifier):
+            verdict = verifier.verdict(last, bonus, tree)
+        verdict = checked_verdict(verifier, verdict, tree, target.vocabulary)
         cache.length = base + len(verdict.path)
         return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 

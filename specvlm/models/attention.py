@@ -98,7 +98,10 @@ class Guidance:
         """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
         if self.weigh is None:
             return
-        weights_Q = self.weigh(embeds_QD, features_ND).to(embeds_QD.device, torch.promote_types(embeds_QD.dtype, torch.float32))
+        # Copies: these rows go on into the target.
+        weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(
+            embeds_QD.device, torch.promote_types(embeds_QD.dtype, torch.float32)
+        )
         total = float(weights_Q.sum())
         if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
             raise ValueError(

@@ -61,6 +61,14 @@ class VideoPrompt:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def copy(self, pixels: bool = True) -> VideoPrompt:
+        """One whose tensors are its own; without `pixels` one that has none."""
+        videos, images = (
+            tuple({k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()} for part in parts) if pixels else ()
+            for parts in (self.videos, self.images)
+        )
+        return VideoPrompt(self.tokens.clone(), self.video_index.clone(), self.grids, videos, images)
+
     @property
     def cut(self) -> int:
         """First slot of the text after the last video; 0 without a video. The prefill is split here."""

@@ -1,0 +1,171 @@
+"""Calls into strategies: what one raises is its own affair, and what one returns is checked before the loop uses it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import ExitCode, StrategyError, UserError, line, one_line
+from specvlm.strategy import Drafter, Strategy, Verifier
+from specvlm.types import DraftTree, Verdict
+
+
+class _Interrupts:
+    """Counts Ctrl-C, so that a KeyboardInterrupt which a strategy raises itself can be told from one of the user's."""
+
+    def __init__(self) -> None:
+        self.heard = 0
+        self.installed = False
+        self.running = threading.local()
+
+    @property
+    def where(self) -> str:
+        """The strategy that the calling thread is in, as `` in drafter=tree``; empty outside of one."""
+        names = getattr(self.running, "names", [])
+        return f" in {names[-1]}" if names else ""
+
+    def hear(self, signum: int, frame: FrameType | None) -> NoReturn:
+        """The first Ctrl-C interrupts; a second one ends the process, for code that catches KeyboardInterrupt and goes on."""
+        self.heard += 1
+        if self.heard > 1:
+            os.write(2, f"specvlm: interrupted{line(self.where)}, ended at once\n".encode())
+            os._exit(ExitCode.INTERRUPTED)
+        raise KeyboardInterrupt
+
+
+INTERRUPTS = _Interrupts()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Hear Ctrl-C while a command runs. In the main thread alone, and only where nobody else listens."""
+    free = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not free:
+        yield
+        return
+    INTERRUPTS.heard, INTERRUPTS.installed = 0, True
+    signal.signal(signal.SIGINT, INTERRUPTS.hear)
+    try:
+        yield
+    finally:
+        INTERRUPTS.installed = False
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def label_of(strategy: Strategy) -> str:
+    """`drafter=tree`: a strategy as the command line takes it, whatever its class says of itself."""
+    kind, name = (getattr(type(strategy), key, None) for key in ("kind", "name"))
+    return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else type(strategy).__name__}")
+
+
+@contextmanager
+def inside(strategy: Strategy) -> Iterator[None]:
+    """Around a call into a strategy.
+
+    A plain error gets a note that names the strategy. What would pass for something else becomes a StrategyError: an OSError
+    (it is not the results' disk), an exit of the process, a subclass of UserError, a KeyboardInterrupt that nobody pressed.
+
+    Raises:
+        KeyboardInterrupt: the user's, also where the strategy caught it and went on.
+        StrategyError: see above.
+    """
+    label, heard = label_of(strategy), INTERRUPTS.heard
+    names: list[str] = INTERRUPTS.running.__dict__.setdefault("names", [])
+    names.append(label)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, StrategyError) or type(error) is UserError:
+            raise
+        pressed = INTERRUPTS.heard > heard or not INTERRUPTS.installed
+        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
+        if plain or (isinstance(error, KeyboardInterrupt) and pressed):
+            BaseException.add_note(error, f"in {label}")
+            raise
+        raise StrategyError(f"{label} raised {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        names.pop()
+    if INTERRUPTS.heard > heard:
+        raise KeyboardInterrupt
+
+
+def _ends_jobs(error: BaseException) -> bool:
+    """Is it an exception of specvlm's own, with which a sweep ends?"""
+    return type(error).__module__.partition(".")[0] == "specvlm"
+
+
+def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int) -> DraftTree:
+    """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token at node 0.
+
+    Args:
+        tree: what `propose` returned.
+        root: the last accepted token; what the tree has there is replaced.
+        most: the drafter's `max_nodes` when the request began, for which the caches have room.
+        vocabulary: of the target. On a CPU a guess out of it is refused; elsewhere it is clamped, since reading it would wait
+            for the device, and a guess never decides what is accepted.
+
+    Raises:
+        StrategyError: for what is no tree.
+    """
+    label = label_of(drafter)
+    if not isinstance(tree, DraftTree):
+        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, wanted a DraftTree")
+    try:
+        parents, ranks = _shape(tree.parents, tree.ranks)
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"{label}: {one_line(error)}") from None
+    count, tokens, q = len(parents), tree.tokens, tree.q
+    if count > most:
+        raise StrategyError(f"{label}: a tree of {count} nodes, and its max_nodes is {most}")
+    if not isinstance(tokens, Tensor) or tokens.shape != (count,) or tokens.dtype != torch.int64:
+        raise StrategyError(f"{label}: tokens must be ({count},) int64, got {_told(tokens)}")
+    if q is not None and (not isinstance(q, Tensor) or q.ndim != 2 or len(q) != count or not q.is_floating_point()):
+        raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_told(q)}")
+    tokens = tokens.as_subclass(Tensor).clone()
+    tokens[0] = root
+    if tokens.device.type == "cpu":
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise StrategyError(f"{label}: guessed token {low if low < 0 else high}, the target has 0..{vocabulary - 1}")
+    else:
+        tokens.clamp_(0, vocabulary - 1)
+    return DraftTree(tokens, parents, q, bool(tree.varies), ranks)
+
+
+@lru_cache(maxsize=256)
+def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Both as plain integers. Checked once a shape."""
+    for name, values in (("parents", parents), ("ranks", ranks)):
+        if values is not None and not (type(values) is tuple and all(type(value) is int for value in values)):
+            raise TypeError(f"{name} must be a tuple of int, got {values!r:.200}")
+    if not parents or parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(parents) if node):
+        raise ValueError(f"parents must be -1 for the root and parents[i] < i for the others, got {parents!r:.200}")
+    if ranks is not None and (len(ranks) != len(parents) or min(ranks) < 0):
+        raise ValueError(f"ranks must be one a node, none negative, got {ranks!r:.200}")
+    return parents, ranks
+
+
+def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:
+    """A rule's verdict as the loop takes it. Raises StrategyError unless its path leads down from the root to a node."""
+    path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
+    whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
+    if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]
+        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is no path from the root of a tree of {len(tree)} nodes")
+    if type(bonus) is not int or not 0 <= bonus < vocabulary:
+        raise StrategyError(f"{label_of(verifier)}: the next token must lie within 0..{vocabulary - 1}, got {bonus!r:.200}")
+    return Verdict(path, bonus)
+
+
+def _told(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,303 @@
+"""What requests share — weights, modules, settings, specvlm's own code — is the same after a strategy has run as before.
+
+A strategy is code of somebody else's in this process, with the models in its hands. What it changes, by mistake or not, would
+reach the baseline, the verdict and the requests that follow. So it is looked for behind every request and put right. A mistake
+cannot hide from it, nor can a patch of what it looks at; code that reaches into C, or a thread that acts later, can. A check
+that shares no process and no code is `check=hf`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from specvlm.cache import CachePool, KVCache
+from specvlm.models.video_lm import VideoLM
+from specvlm.ranks import own
+
+WORDS = 509  # of 8 bytes, summed before they are weighted: prime, so that two columns of a matrix part somewhere
+FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+SPECIAL = (
+    "__call__",
+    "__init__",
+    "__getattr__",
+    "__getattribute__",
+    "__setattr__",
+    "__eq__",
+    "__len__",
+    "__iter__",
+    "__next__",
+)
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """Of every byte and its place: equal for equal tensors, on any device and however they are laid out over devices.
+
+    The sums of 509 words of 8 bytes, each weighted by its place, modulo 2**64. It takes one pass over the memory: what a token
+    of plain decoding takes of the weights. It is no defence against somebody who computes a change that leaves it as it is.
+    """
+    parts: dict[torch.device, list[Tensor]] = {}
+    for number, tensor in enumerate(tensors):
+        if tensor.device.type != "meta":
+            parts.setdefault(tensor.device, []).append(_sum(own(tensor).detach()) * _odd(number))
+    total = sum(int(part) for found in parts.values() for part in torch.stack(found).tolist())
+    return total % 2**64
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """() int64."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    words = len(flat) // 8 if flat.storage_offset() % 8 == 0 else 0
+    rows = words // WORDS
+    head, rest = flat[: rows * WORDS * 8], flat[rows * WORDS * 8 :]
+    total = (rest.long() * _weights(len(rest), tensor.device)).sum()
+    if rows:
+        sums = head.view(torch.int64).view(rows, WORDS).sum(1)
+        total = total + (sums * _weights(rows, tensor.device)).sum()
+    return total
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """(count,) odd numbers, all different; their products wrap around."""
+    return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D
+
+
+def _odd(number: int) -> int:
+    return (2 * number + 1) * 0x2545F4914F6CDD1D % 2**63 | 1
+
+
+def weights_of(model: VideoLM) -> int:
+    """The checksum of a model's parameters and buffers."""
+    return checksum(tensor for _, tensor in sorted((*model.hf.named_parameters(), *model.hf.named_buffers())))
+
+
+# ---- what a model is beside its weights ------------------------------------------------------------------------------
+
+
+def structure(model: VideoLM) -> dict[str, Any]:
+    """Its modules, what is hooked into them or set on them, its configuration and its own attributes, to be compared."""
+    found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
+    for name, module in model.hf.named_modules():
+        found[f"its module {name or 'root'}"] = _module(module)
+    found["torch's hooks of every module"] = [
+        tuple(map(id, vars(torch.nn.modules.module)[name].values())) for name in GLOBAL_HOOKS
+    ]
+    for name, config in (("configuration", model.hf.config), ("generation settings", model.hf.generation_config)):
+        found[f"its {name}"] = _config(config)
+    return found
+
+
+def _config(config: object) -> object:
+    """Its attributes, and those of the configurations in it."""
+    inner = {key: _config(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
+    return repr(inner)
+
+
+def _module(module: nn.Module) -> tuple[Any, ...]:
+    attributes = vars(module)
+    tables = ("_parameters", "_buffers", "_modules")
+    held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
+    hooks = tuple(tuple(map(id, attributes.get(name, {}).values())) for name in HOOKS)
+    own_ones = ((key, _plain(value)) for key, value in attributes.items() if key not in (*tables, *HOOKS))
+    return (type(module), held, hooks, *own_ones)
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
+
+
+# ---- code and settings -----------------------------------------------------------------------------------------------
+
+
+class Code:
+    """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
+
+    As it was when first looked at. Names that come later are left alone: modules import others when they need them.
+    """
+
+    def __init__(self) -> None:
+        self.owners: set[Any] = set()
+        self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
+
+    def look(self, classes: Iterable[type] = ()) -> None:
+        """Take in what was not there before."""
+        modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
+        inner = (value for module in modules for value in vars(module).values() if _defined(value, module))
+        for owner in (*modules, *FOREIGN, torch.Tensor, nn.Module, *classes, *inner):
+            if owner not in self.owners:
+                self.owners.add(owner)
+                self.entries += [
+                    (owner, name, value, _inside(name, value)) for name, value in vars(owner).items() if _told(name)
+                ]
+
+    def undo(self) -> list[str]:
+        """Put back what differs; returns its names."""
+        changed = []
+        for owner, name, value, inside in self.entries:
+            now = vars(owner).get(name)
+            if now is value and (not inside or all(map(is_, inside, _inside(name, value)))):
+                continue
+            changed.append(f"{getattr(owner, '__name__', owner)}.{name}")
+            if isinstance(value, FunctionType):
+                value.__code__, value.__defaults__ = inside
+            elif inside:
+                value.clear()
+                value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
+            setattr(owner, name, value)
+        return changed
+
+
+def _ours(name: str) -> bool:
+    return name == "specvlm" or name.startswith("specvlm.")
+
+
+def _defined(value: object, module: ModuleType) -> bool:
+    """Is it a class, and defined in this module?"""
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _told(name: str) -> bool:
+    return not (name.startswith("__") and name.endswith("__")) or name in SPECIAL
+
+
+def _inside(name: str, value: Any) -> tuple[Any, ...]:
+    """What can be changed of it in place: a function's code and defaults, the content of a table."""
+    if type(value) is FunctionType:
+        return value.__code__, value.__defaults__
+    return (*value.keys(), *value.values()) if name.isupper() and type(value) is dict else ()
+
+
+def classes_of(model: VideoLM) -> set[type]:
+    """Of its modules, with what they inherit from."""
+    found = {base for module in model.hf.modules() for base in type(module).__mro__}
+    return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the process's: how it is read, and how it is set again."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+def _environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _signal(number: int) -> Setting:
+    def write(handler: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
+
+    return Setting(f"the handler of {signal.Signals(number).name}", lambda: signal.getsignal(number), write)
+
+
+def _stream(name: str) -> Setting:
+    return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream))
+
+
+ATTENTION: tuple[Any, ...] = (AttentionInterface, AttentionMaskInterface)
+SETTINGS = (
+    Setting(
+        "attention functions", lambda: [dict(interface._global_mapping) for interface in ATTENTION], lambda was: _attention(was)
+    ),
+    Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    Setting("torch's default device", torch.get_default_device, torch.set_default_device),
+    Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    Setting("torch's threads", torch.get_num_threads, torch.set_num_threads),
+    Setting("torch's float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    Setting(
+        "torch's deterministic algorithms",
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    Setting("the working directory", os.getcwd, os.chdir),
+    Setting("environment variables", lambda: dict(os.environ), _environment),
+    *map(_stream, ("stdin", "stdout", "stderr")),
+    *map(_signal, (signal.SIGINT, signal.SIGTERM)),
+)
+
+
+def _attention(functions: list[dict[str, Any]]) -> None:
+    for interface, named in zip(ATTENTION, functions, strict=True):
+        interface._global_mapping.clear()
+        interface._global_mapping.update(named)
+
+
+def settings() -> list[Any]:
+    return [_read(setting) for setting in SETTINGS]
+
+
+def _read(setting: Setting) -> Any:
+    try:
+        return setting.read()
+    except OSError:  # the working directory was removed
+        return None
+
+
+def set_again(before: Sequence[Any]) -> list[str]:
+    """Undo what differs; returns its names."""
+    changed = []
+    for setting, was in zip(SETTINGS, before, strict=True):
+        if (now := _read(setting)) is was or now == was:
+            continue
+        changed.append(setting.name)
+        if was is not None:
+            setting.write(was)
+    return changed
+
+
+class Snapshot:
+    """Of all that is looked at, before strategies run. weights: the checksum of each of `models`, as it was loaded."""
+
+    def __init__(
+        self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
+    ) -> None:
+        self.models, self.weights, self.caches, self.engine = models, weights, caches, engine
+        self.structures, self.running = [structure(model) for model in models], self._running()
+        code.look({cls for model in models for cls in classes_of(model)})
+        self.settings = settings()
+        # Held here, so that a patch of this module changes nothing of a snapshot that was taken before it.
+        self._parts = (code.undo, set_again, structure, weights_of)
+
+    def _running(self) -> list[Any]:
+        """Methods that were set on the pool or the engine itself, and kinds of caches."""
+        kinds = [type(cache) for cache in self.caches.held if type(cache) is not KVCache]
+        owners = (self.caches, self.engine)
+        return kinds + [id(value) for owner in owners for value in vars(owner).values() if callable(value)]
+
+    def undo(self) -> tuple[list[str], list[str]]:
+        """Undo what was changed of code and settings. Returns their names; and what was changed of models and caches, which
+        must not be used again.
+        """
+        undo_code, set_again, structure, weights_of = self._parts
+        undone = [*undo_code(), *set_again(self.settings)]
+        spoilt = ["caches or engine"] if self._running() != self.running else []
+        for model, before, weights in zip(self.models, self.structures, self.weights, strict=True):
+            after = structure(model)
+            spoilt += [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            if weights_of(model) != weights:
+                spoilt.append(f"weights of {model}")
+        return undone, spoilt
