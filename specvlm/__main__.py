@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from specvlm import torchrun
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible, worst
+from specvlm.interrupts import INTERRUPTS
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -42,12 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if torchrun.rank_here():  # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full))
-    except KeyboardInterrupt:
-        if not torchrun.rank_here():
-            print("specvlm: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    with INTERRUPTS.listening():
+        try:
+            return guarded(lambda: command(list(sys.argv[1:] if argv is None else argv), full))
+        except KeyboardInterrupt as interrupt:
+            if not torchrun.rank_here():
+                where = next((f" {note}" for note in getattr(interrupt, "__notes__", []) if note), "")
+                print(visible(f"specvlm: interrupted{where}"), file=sys.stderr)
+            return ExitCode.INTERRUPTED
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:

@@ -1,7 +1,8 @@
 """The target's own answers, decoded once and kept: by what was asked, of what weights, how and on what.
 
 A file a baseline, `KEY.json`, with what its key is made of. Its times are of a machine and a way to run, so those are in the
-key too: a baseline of another GPU is no baseline.
+key too: a baseline of another GPU is no baseline. A file that is not as it was written is decoded again. Its digest finds what
+was edited; it is no signature, and does not stop who computes it anew.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,12 +22,16 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from specvlm import metrics
+from specvlm import metrics, plugins
+from specvlm.bounds import parse
+from specvlm.errors import UserError, message
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph
 from specvlm.models.load import name_of
+from specvlm.outside import json_of, read_text
 from specvlm.prepare import Prepared
 from specvlm.ranks import ALONE, Ranks
+from specvlm.records import KeptBaseline
 from specvlm.types import Step, VideoPrompt
 
 PIECE = 4096  # bytes read of a tensor at its beginning, middle and end
@@ -46,15 +51,21 @@ class Baseline:
 
 
 class Baselines:
-    """A folder of them; None keeps nothing, and decodes each time. Several processes may use one folder."""
+    """A folder of them; None keeps nothing, and decodes each time. Several processes may use one folder.
 
-    def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
-        self.folder, self.ranks = folder, ranks
+    note: is told, in a line, of a file that cannot be used.
+    """
+
+    def __init__(self, folder: Path | None, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda line: None) -> None:
+        self.folder, self.ranks, self.note = folder, ranks, note
         self.begun = False
 
-    def get(self, request: Prepared, graph: DecodingGraph, decode: Callable[[], list[Step]]) -> Baseline:
-        """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that."""
-        made_of = inputs(request, graph)
+    def get(self, request: Prepared, graph: DecodingGraph, weights: int, decode: Callable[[], list[Step]]) -> Baseline:
+        """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that.
+
+        weights: the checksum of the target's, as they were loaded.
+        """
+        made_of = inputs(request, graph, weights)
         key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.json" if self.folder else None
         if self.folder and not self.begun:
@@ -63,12 +74,45 @@ class Baselines:
         if self.folder and not self.folder.is_dir():  # it is not made again: the sweep's may have gone with it
             raise FileNotFoundError(errno.ENOENT, "it was removed while jobs kept baselines there")
         with waiting(path.with_suffix(".lock")) if path else nullcontext():
-            kept: Baseline | None = self.ranks.share(lambda: _read(path))
+            kept: Baseline | None = self.ranks.share(lambda: self._read(path, key, graph, request.cfg.max_new_tokens))
             if kept is None:
                 kept = Baseline.of(decode(), key)
                 if path:
-                    write_json(path, asdict(kept) | {"made_of": made_of})
+                    content = asdict(kept) | {"made_of": made_of}
+                    write_json(path, content | {"digest": digest_of(content)})
         return kept
+
+    def _read(self, path: Path | None, key: str, graph: DecodingGraph, most: int) -> Baseline | None:
+        """None where there is none that can be used."""
+        if path is None or not path.exists():
+            return None
+        try:
+            found = parse(KeptBaseline, json_of(read_text(path)), "it")
+            _check(found, key, graph, most)
+            return Baseline(found["tokens"], found["times_s"], key)
+        except (OSError, ValueError) as error:
+            self.note(f"{path} is decoded again: {message(error)}")
+            return None
+
+
+def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> None:
+    """Raises UserError where it is not what would have been written under this key."""
+    tokens, stop_ids = found["tokens"], graph.target.stop_ids
+    if found["key"] != key:
+        raise UserError("it is another one's")
+    if digest_of(found) != found["digest"]:
+        raise UserError("it was changed since it was written")
+    ended = bool(tokens) and (len(tokens) == most or tokens[-1] in stop_ids)
+    if not ended or len(tokens) > most or stop_ids & set(tokens[:-1]) or max(tokens) >= graph.target.vocabulary:
+        raise UserError("its tokens are no answer of this target")
+    if not sum(found["times_s"].values()) > 0:
+        raise UserError("its times are none")
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Of all but the digest itself."""
+    plain = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
+    return sha256(plain.encode()).hexdigest()
 
 
 @contextmanager
@@ -82,35 +126,42 @@ def waiting(path: Path) -> Iterator[None]:
         path.unlink()
 
 
-def _read(path: Path | None) -> Baseline | None:
-    try:
-        found = json.loads(path.read_text()) if path else None
-        return found and Baseline(found["tokens"], found["times_s"], found["key"])
-    except (OSError, ValueError, KeyError):  # not there, or not whole
-        return None
-
-
-def inputs(request: Prepared, graph: DecodingGraph) -> dict[str, Any]:
+def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, Any]:
     """All that the target's own answer and its times depend on, as plain values."""
-    target, places, rule = graph.target, request.places, graph.verifier
-    sampled = rule.sampling.temperature > 0
+    target, places = graph.target, request.places
+    sampled = graph.sampling.temperature > 0
     return {
-        "weights": fingerprint(target.folder),
+        "weights": f"{weights:016x}",
+        "files": fingerprint(target.folder),
         "dtype": name_of(target.dtype),
         "quantised": request.kinds["target"],
         "engine": graph.engine.runs(target),
+        "code": revision(),
         "mrope": target.mrope,
         "repetition_penalty": target.repetition_penalty,
+        "stop_ids": sorted(target.stop_ids),
         "prompt": digest(request.prompt),
         "max_new_tokens": request.cfg.max_new_tokens,
-        "sampling": repr(rule.sampling),
-        "verifier": rule.name if sampled or not rule.lossless else None,  # greedy rules give one answer
+        "sampling": repr(graph.sampling),
         "seed": graph.seed if sampled else None,
         "parallel": places.parallel,
         "devices": [machine(device) for device in places.target] * places.ranks,
         "threads": torch.get_num_threads() if places.first.type == "cpu" else None,
         "versions": metrics.versions(),
+        "plugins": plugins.installed(),
     }
+
+
+@cache
+def revision() -> str:
+    """Of the source code that the target's own answer comes from, kernels included."""
+    home, found = Path(__file__).parent, sha256()
+    parts = ("engine", "models", "verifiers", "graph.py", "cache.py", "penalty.py", "ranks.py", "strategy/verifier.py")
+    for part in parts:
+        place = home / part
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found.update(f"{path.relative_to(home)} ".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def digest(prompt: VideoPrompt) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
+
+
+T = TypeVar("T")
 
 
 def pooled(slots: int) -> int:
@@ -153,6 +157,26 @@ class CachePool:
         self._caches: dict[str, KVCache] = {}
         self._leases: dict[str, int] = {}
         self.changes = 0
+        self._lock = Lock()
+
+    def one_at_a_time(self, steps: Iterator[T]) -> Iterator[T]:
+        """The steps of a request. Raises RuntimeError, at once, where another thread is in the middle of one with this pool."""
+        try:
+            while True:
+                if not self._lock.acquire(blocking=False):
+                    raise RuntimeError(
+                        "another thread is decoding with these caches: one request at a time, or a graph for each"
+                    )
+                try:
+                    step = next(steps, None)
+                finally:
+                    self._lock.release()
+                if step is None:
+                    return
+                yield step
+        finally:
+            if isinstance(steps, Generator):
+                steps.close()
 
     def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
         cache = self._caches.get(role)

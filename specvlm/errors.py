@@ -61,15 +61,23 @@ class JobFailed(Exception):
 
 
 class StrategyError(Exception):
-    """An OSError that a strategy raised: its own fault, not that of the disk that results are written to."""
+    """What a strategy did wrong, named; also in place of what it raised, where that would pass for something else: an OSError
+    (it is not the disk that results are written to), an exit of the process.
+    """
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Around what a strategy does: an OSError of its own is none of what writes results. Raises StrategyError for it."""
+    """Around what a strategy does: an OSError of its own is none of what writes results, and an exit none of the process's.
+    Raises StrategyError for these.
+    """
     try:
         yield
     except OSError as error:
+        raise StrategyError(one_line(error)) from error
+    except (KeyboardInterrupt, GeneratorExit, Exception):
+        raise
+    except BaseException as error:
         raise StrategyError(one_line(error)) from error
 
 
@@ -77,7 +85,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
     if isinstance(error, UserError | StrategyError):
         return message(error)
-    return f"{type(error).__name__}: {message(error)}"
+    notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str) and note.startswith("in ")]
+    return f"{type(error).__name__}: {message(error)}" + (f" ({line(notes[0])})" if notes else "")
 
 
 def message(error: BaseException) -> str:

@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import FrameType
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import ExitCode, StrategyError, UserError, line, one_line
-from specvlm.strategy import Drafter, Strategy, Verifier
+from specvlm.errors import MissingVideo, StrategyError, UserError, line, one_line
+from specvlm.interrupts import INTERRUPTS
+from specvlm.strategy import Drafter, Verifier
 from specvlm.types import DraftTree, Verdict
 
 
-class _Interrupts:
-    """Counts Ctrl-C, so that a KeyboardInterrupt which a strategy raises itself can be told from one of the user's."""
-
-    def __init__(self) -> None:
-        self.heard = 0
-        self.installed = False
-        self.running = threading.local()
-
-    @property
-    def where(self) -> str:
-        """The strategy that the calling thread is in, as `` in drafter=tree``; empty outside of one."""
-        names = getattr(self.running, "names", [])
-        return f" in {names[-1]}" if names else ""
-
-    def hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """The first Ctrl-C interrupts; a second one ends the process, for code that catches KeyboardInterrupt and goes on."""
-        self.heard += 1
-        if self.heard > 1:
-            os.write(2, f"specvlm: interrupted{line(self.where)}, ended at once\n".encode())
-            os._exit(ExitCode.INTERRUPTED)
-        raise KeyboardInterrupt
-
-
-INTERRUPTS = _Interrupts()
+def label_of(strategy: object) -> str:
+    """`drafter=tree`, as the command line takes it: of a strategy or its class."""
+    cls = strategy if isinstance(strategy, type) else type(strategy)
+    kind, name = getattr(cls, "kind", None), getattr(cls, "name", None)
+    return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Hear Ctrl-C while a command runs. In the main thread alone, and only where nobody else listens."""
-    free = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not free:
-        yield
-        return
-    INTERRUPTS.heard, INTERRUPTS.installed = 0, True
-    signal.signal(signal.SIGINT, INTERRUPTS.hear)
-    try:
-        yield
-    finally:
-        INTERRUPTS.installed = False
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def label_of(strategy: Strategy) -> str:
-    """`drafter=tree`: a strategy as the command line takes it, whatever its class says of itself."""
-    kind, name = (getattr(type(strategy), key, None) for key in ("kind", "name"))
-    return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else type(strategy).__name__}")
-
-
-@contextmanager
-def inside(strategy: Strategy) -> Iterator[None]:
+def inside(strategy: object) -> Iterator[None]:
     """Around a call into a strategy.
 
     A plain error gets a note that names the strategy. What would pass for something else becomes a StrategyError: an OSError
@@ -81,12 +34,11 @@ def inside(strategy: Strategy) -> Iterator[None]:
         StrategyError: see above.
     """
     label, heard = label_of(strategy), INTERRUPTS.heard
-    names: list[str] = INTERRUPTS.running.__dict__.setdefault("names", [])
-    names.append(label)
+    INTERRUPTS.names.append(label)
     try:
         yield
     except BaseException as error:
-        if isinstance(error, StrategyError) or type(error) is UserError:
+        if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
         pressed = INTERRUPTS.heard > heard or not INTERRUPTS.installed
         plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
@@ -95,7 +47,7 @@ def inside(strategy: Strategy) -> Iterator[None]:
             raise
         raise StrategyError(f"{label} raised {type(error).__name__}: {one_line(error)}") from error
     finally:
-        names.pop()
+        INTERRUPTS.names.pop()
     if INTERRUPTS.heard > heard:
         raise KeyboardInterrupt
 

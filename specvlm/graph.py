@@ -81,7 +81,6 @@ def prefill(
     return features_ND, target.head(hidden_D[None])
 
 
-@torch.inference_mode()
 def autoregressive(
     target: VideoLM,
     prompt: VideoPrompt,
@@ -92,9 +91,23 @@ def autoregressive(
     engine: Engine | None = None,
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
+    caches = caches or CachePool()
+    return caches.one_at_a_time(_autoregressive(target, prompt, max_new_tokens, verifier, seed, caches, engine or Engine()))
+
+
+@torch.inference_mode()
+def _autoregressive(
+    target: VideoLM,
+    prompt: VideoPrompt,
+    max_new_tokens: int,
+    verifier: Verifier,
+    seed: int,
+    caches: CachePool,
+    engine: Engine,
+) -> Iterator[Step]:
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), verifier_generator(seed)
-    turn, penalty = Turn(caches or CachePool(), target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
-    engine, request = engine or Engine(), Request(target, turn.cache, verifier, penalty, generator, clock.mark)
+    turn, penalty = Turn(caches, target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
+    request = Request(target, turn.cache, verifier, penalty, generator, clock.mark)
     _, logits_MV = prefill(target, prompt, turn.cache, clock)
     token = first_token(request, logits_MV)
     clock.mark("prefill")
@@ -150,8 +163,12 @@ class DecodingGraph:
             raise UserError(f"verifier={self.verifier.name}: sampling must be a Sampling, got {type(self.sampling).__name__}")
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
-    @torch.inference_mode()
     def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
+        """The steps of a request, as they happen. Raises RuntimeError where another thread is in the middle of one."""
+        return self.caches.one_at_a_time(self._decode(prompt, max_new_tokens))
+
+    @torch.inference_mode()
+    def _decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
         most = drafter.max_nodes

@@ -21,15 +21,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from specvlm.cache import CachePool, KVCache
-from specvlm.models.video_lm import VideoLM
 from specvlm.ranks import own
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
 
 WORDS = 509  # of 8 bytes, summed before they are weighted: prime, so that two columns of a matrix part somewhere
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
@@ -131,7 +132,7 @@ def _plain(value: object) -> object:
 class Code:
     """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
 
-    As it was when first looked at. Names that come later are left alone: modules import others when they need them.
+    As it was when last looked at. Names that come later are left alone: modules import others when they need them.
     """
 
     def __init__(self) -> None:
@@ -139,15 +140,14 @@ class Code:
         self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
 
     def look(self, classes: Iterable[type] = ()) -> None:
-        """Take in what was not there before."""
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inner = (value for module in modules for value in vars(module).values() if _defined(value, module))
+        known = [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
         for owner in (*modules, *FOREIGN, torch.Tensor, nn.Module, *classes, *inner):
             if owner not in self.owners:
                 self.owners.add(owner)
-                self.entries += [
-                    (owner, name, value, _inside(name, value)) for name, value in vars(owner).items() if _told(name)
-                ]
+                known += [(owner, name) for name in vars(owner) if _told(name)]
+        self.entries = [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
 
     def undo(self) -> list[str]:
         """Put back what differs; returns its names."""
@@ -218,7 +218,18 @@ def _stream(name: str) -> Setting:
     return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream))
 
 
-ATTENTION: tuple[Any, ...] = (AttentionInterface, AttentionMaskInterface)
+def _interfaces() -> list[Any]:
+    """Hugging Face's tables of attention functions, where they have been imported."""
+    places = (("transformers.modeling_utils", "AttentionInterface"), ("transformers.masking_utils", "AttentionMaskInterface"))
+    return [vars(sys.modules[module])[name]._global_mapping for module, name in places if module in sys.modules]
+
+
+def _attention(functions: list[dict[str, Any]]) -> None:
+    for table, named in zip(_interfaces(), functions, strict=False):
+        table.clear()
+        table.update(named)
+
+
 SETTINGS = (
     Setting(
         "attention functions", lambda: [dict(interface._global_mapping) for interface in ATTENTION], lambda was: _attention(was)

@@ -21,7 +21,8 @@ from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out,
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.config import home
-from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, apart, line, one_line, worst
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.fence import inside
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
@@ -61,8 +62,8 @@ class Job:
         self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
         self.label, self.group = label, group
         kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
-        self.baselines = Baselines(kept if folder else None, ranks)
         self.screen, self.failure = Screen(), ""
+        self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
         self._warm: dict[str, tuple[int, int]] = {}  # slots of the last warm-ups, and how often caches had changed behind it
@@ -275,7 +276,7 @@ class Job:
             return decode_alone(request, graph, record, lambda: None)
 
         try:
-            return self.baselines.get(request, graph, decode)
+            return self.baselines.get(request, graph, self.held.weights[graph.target], decode)
         except OSError as error:
             raise CannotWrite(f"cannot write into {self.baselines.folder}: {error.strerror or error}") from error
 
@@ -283,7 +284,7 @@ class Job:
         """With every key that a row has; the figures are still to come."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
-        with apart():
+        with inside(dataset):
             of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
         figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
@@ -321,7 +322,7 @@ class Job:
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
-    with apart():
+    with inside(dataset):
         samples = dataset.samples()
     seen = set[str]()
     for sample in samples:

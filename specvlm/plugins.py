@@ -23,6 +23,7 @@ from typing import Any
 import pluggy
 
 from specvlm.errors import UserError, did_you_mean, one_line
+from specvlm.integrity import Code
 
 GROUP = "specvlm"
 HOOK = "specvlm_strategies"
@@ -64,13 +65,26 @@ def load() -> list[Plugin]:
     Raises PluginError for a broken plugin under SPECVLM_STRICT_PLUGINS=1 and whatever a broken built-in raises.
     """
     plugins = [Plugin("specvlm", "", strategies_of(importlib.import_module(module))) for module in BUILTINS]
+    code = Code()
+    code.look()
     for point in _chosen(_unambiguous(entry_points(group=GROUP))):
         name, version = _distribution(point)
         try:
-            plugins.append(Plugin(name, version, strategies_of(point.load())))
-        except (Exception, SystemExit) as err:
+            strategies = strategies_of(point.load())
+            if changed := code.undo():
+                raise PluginError(f"importing it changes {', '.join(changed[:3])}, which the target's own output comes from")
+            plugins.append(Plugin(name, version, strategies))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as err:
+            code.undo()
             report(f"{name} {version}".strip(), f"is left out: {one_line(err)}", err)
     return plugins
+
+
+def installed() -> list[str]:
+    """`name version` of every installed plugin, loaded or not."""
+    return sorted({" ".join(_distribution(point)).strip() for point in entry_points(group=GROUP)})
 
 
 def strategies_of(plugin: object) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import SURROGATE, MissingVideo, UserError, apart, line
+from specvlm.fence import inside
 from specvlm.graph import DecodingGraph
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
@@ -97,9 +98,11 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
     }
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
-    with apart():
+    with inside(verifier):
         setup.graph()
-        _ = pruner.needs | drafter.needs  # a property may read files of its own
+    for strategy in (pruner, drafter):
+        with inside(strategy):  # a property may read files of its own
+            _ = strategy.needs
     return setup
 
 
@@ -146,7 +149,8 @@ def check_name(path: Path) -> None:
 
 def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
-    source = sample.video() if callable(sample.video) else sample.video
+    with apart():
+        source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
         check_name(source)
     asked = {"frames": cfg.frames, "fps": cfg.fps}

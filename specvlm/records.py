@@ -49,6 +49,16 @@ class Ran(TypedDict):
     reader: str
 
 
+class KeptBaseline(TypedDict):
+    """A file of `baselines/`. digest: of all else."""
+
+    tokens: list[Token]
+    times_s: dict[str, Seconds]
+    key: str
+    made_of: dict[str, Any]
+    digest: str
+
+
 class Figures(TypedDict):
     """Of one answer; `metrics.KEYS` explains them."""
 

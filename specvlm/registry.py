@@ -20,7 +20,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specvlm import config, plugins
 from specvlm.bounds import check
-from specvlm.errors import UserError, apart, did_you_mean
+from specvlm.errors import UserError, did_you_mean
+from specvlm.fence import inside
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
@@ -132,7 +133,7 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
-        with apart():
+        with inside(info.cls):
             return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
@@ -193,7 +194,8 @@ def _config_class(cls: type[Strategy]) -> type:
 def described(strategy: object) -> str:
     """A strategy's repr, its log line; its name where a plugin's repr raises."""
     try:
-        return repr(strategy)
+        with inside(strategy):
+            return repr(strategy)
     except Exception as error:
         return f"{getattr(strategy, 'name', type(strategy).__name__)}(its repr raises {type(error).__name__})"
 
