@@ -164,9 +164,7 @@ class CachePool:
         try:
             while True:
                 if not self._lock.acquire(blocking=False):
-                    raise RuntimeError(
-                        "another thread is decoding with these caches: one request at a time, or a graph for each"
-                    )
+                    raise RuntimeError("another thread is decoding with these caches: one request at a time")
                 try:
                     step = next(steps, None)
                 finally:

@@ -231,9 +231,7 @@ def _attention(functions: list[dict[str, Any]]) -> None:
 
 
 SETTINGS = (
-    Setting(
-        "attention functions", lambda: [dict(interface._global_mapping) for interface in ATTENTION], lambda was: _attention(was)
-    ),
+    Setting("attention functions", lambda: list(map(dict, _interfaces())), _attention),
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device", torch.get_default_device, torch.set_default_device),
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
@@ -249,12 +247,6 @@ SETTINGS = (
     *map(_stream, ("stdin", "stdout", "stderr")),
     *map(_signal, (signal.SIGINT, signal.SIGTERM)),
 )
-
-
-def _attention(functions: list[dict[str, Any]]) -> None:
-    for interface, named in zip(ATTENTION, functions, strict=True):
-        interface._global_mapping.clear()
-        interface._global_mapping.update(named)
 
 
 def settings() -> list[Any]:
