@@ -176,7 +176,7 @@ def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
     warmed, real = [], answer.warm_up
     monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
     assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
-    assert len(warmed) == 2
+    assert len(warmed) == 4, "each once with its drafter and, where it finds no baseline, once without"
 
 
 @pytest.mark.slow
@@ -186,12 +186,12 @@ def test_ranks_warm_up_together(monkeypatch):
 
     def on_all(self, mine):
         asked.append(mine)
-        return mine and len(asked) % 2 == 1  # of each sample the second question: is another rank warm too? It is not
+        return mine and len(asked) % 3 == 1  # of each sample the others: is another rank warm too, both ways? It is not
 
     monkeypatch.setattr(Job, "_all", on_all)
     monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
     assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
-    assert asked == [True, False, True, True, True, True] and len(warmed) == 3
+    assert asked == [True, False, False] + [True, True, True] * 2 and len(warmed) == 6
 
 
 @pytest.mark.slow
@@ -373,16 +373,20 @@ def test_what_a_baseline_depends_on_is_in_its_key():
     setup = set_up(cfg, places_of(cfg))
     request = HELD.plan(setup, read(setup, SyntheticDataset(1).samples()[0]))
     graph = HELD.graph(request)
-    first = inputs(request, graph)
+    first = inputs(request, graph, 0)
     graph.target.repetition_penalty = 1.2
-    assert inputs(request, graph) != first
+    assert inputs(request, graph, 0) != first
     graph = HELD.graph(request)
     with threads(torch.get_num_threads() + 1):
-        assert inputs(request, graph) != first
-    loose = replace(graph, verifier=registry.build("verifier", "loose"))
-    assert inputs(request, loose) != first and inputs(request, replace(graph, seed=5, ratio=0.1)) == first
+        assert inputs(request, graph, 0) != first
+    loose, sampling = (replace(graph, verifier=registry.build("verifier", name)) for name in ("loose", "sampling"))
+    assert inputs(request, loose, 0) == first, "it is plain decoding's, whatever rule it is compared with"
+    assert inputs(request, replace(graph, seed=5, ratio=0.1), 0) == first
+    drawn = inputs(request, sampling, 0)
+    assert drawn != first and inputs(request, replace(sampling, seed=5), 0) != drawn
+    assert inputs(request, graph, 1) != first, "other weights"
     request.prompt.videos[0]["pixels"][0, 0] += 1
-    assert inputs(request, graph) != first
+    assert inputs(request, graph, 0) != first
 
 
 @pytest.mark.slow
@@ -514,7 +518,7 @@ def test_a_broken_video_and_a_plugin_that_raises_leave_the_rest_intact(wrong, ca
         assert set(rows[0]) == set(rows[1]) and rows[1]["verdict"] is None
         assert sorted(steps_of(job)) == ([] if fails else ["s0", "s3"])
         bad = job if fails else bad
-    assert rows_of(bad)[0]["reason"] == "ZeroDivisionError: the pruner divides by zero"
+    assert rows_of(bad)[0]["reason"] == "ZeroDivisionError: the pruner divides by zero (in pruner=raising)"
     assert (bad / "steps.jsonl").read_text() == "", "rounds of a sample that failed do not stay"
     captured = capfd.readouterr()
     assert captured.err.count("Traceback") == 1 and "s0 of pruner=raising fails" in captured.err

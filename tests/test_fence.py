@@ -1,0 +1,446 @@
+"""Strategies are somebody else's code: what one raises or returns, and what it changes of what requests share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from specvlm import integrity, lossless, metrics
+from specvlm.__main__ import main
+from specvlm.baselines import digest_of
+from specvlm.contract import tiny as contract_tiny
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
+from specvlm.fence import checked_tree, checked_verdict, inside, label_of
+from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.held import Held
+from specvlm.metrics import tokens_of
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.rows import CannotWrite, rows_of
+from specvlm.strategy import Drafter, DraftSession, Pruner
+from specvlm.types import DraftTree, Verdict
+from specvlm.verifiers.greedy import GreedyVerifier
+
+FAMILY = "qwen2_5_vl"
+TREE = DraftTree(torch.tensor([5, 6, 7, 8]), (-1, 0, 0, 1))
+
+
+# ---- what a strategy raises ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(0),
+        GeneratorExit(),
+        type("Odd", (BaseException,), {})("x"),
+        OSError(28, "No space left"),
+        BrokenPipeError(),
+        CannotWrite("the disk is full"),
+        type("Mine", (UserError,), {})("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_would_pass_for_something_else_is_the_strategys(error):
+    with pytest.raises(StrategyError, match=f"pruner=uniform raised {type(error).__name__}"), inside(UniformPruner()):
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("give another key"), MissingVideo("no such file"), StrategyError("x")])
+def test_the_users_own_mistakes_pass(error):
+    with pytest.raises(type(error)) as caught, inside(UniformPruner()):
+        raise error
+    assert caught.value is error and one_line(error) == str(error)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), ZeroDivisionError(), RuntimeError("CUDA out of memory")], ids=repr)
+def test_a_plain_error_names_its_strategy(error):
+    with pytest.raises(type(error)), inside(UniformPruner()):
+        raise error
+    assert one_line(error).endswith("(in pruner=uniform)")
+
+
+def test_a_strategy_is_named_by_its_class_whatever_that_is():
+    assert label_of(TreeDrafter()) == label_of(TreeDrafter) == "drafter=tree"
+    assert label_of(object()) == "strategy=object"
+
+
+# ---- what a strategy returns -----------------------------------------------------------------------------------------
+
+
+def tree(tokens=(5, 6, 7, 8), parents=(-1, 0, 0, 1), q=None, ranks=None, cls=DraftTree):
+    made = cls(tokens if isinstance(tokens, torch.Tensor) else torch.tensor(tokens), parents, q)
+    object.__setattr__(made, "ranks", ranks)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("proposal", "why"),
+    [
+        (None, "wanted a DraftTree"),
+        ([5, 6], "wanted a DraftTree"),
+        (tree(parents=()), "parents"),
+        (tree(parents=(0, 0, 0, 1)), "parents"),
+        (tree(parents=(-1, 0, 3, 1)), "parents"),
+        (tree(parents=(-1, 1, 0, 1)), "parents"),
+        (tree(parents=(-1, -1, 0, 1)), "parents"),
+        (tree(parents=[-1, 0, 0, 1]), "parents|unhashable"),
+        (tree(parents=(-1, 0, 0.0, True)), "parents"),
+        (tree(parents=(-1, 0, 0)), r"\(3,\) int64"),
+        (tree(tokens=torch.tensor([5.0, 6, 7, 8])), "int64"),
+        (tree(tokens=torch.tensor([[5, 6, 7, 8]])), "int64"),
+        (tree(tokens=(5, 6, 7, 97)), "0..96"),
+        (tree(tokens=(5, -1, 7, 8)), "guessed token -1"),
+        (tree((0,) * 9, (-1,) * 1 + (0,) * 8), "max_nodes is 8"),
+        (tree(q=torch.ones(3, 97)), r"q must be \(4, V\)"),
+        (tree(q=torch.ones(4, 97, dtype=torch.int64)), "q must be"),
+        (tree(q="q"), "q must be"),
+        (tree(ranks=(0, 1)), "ranks"),
+        (tree(ranks=(0, 0, 0, "1")), "ranks"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else None,
+)
+def test_what_is_no_tree_is_refused_by_the_drafters_name(proposal, why):
+    with pytest.raises(StrategyError, match="drafter=tree: ") as caught:
+        checked_tree(TreeDrafter(), proposal, 5, 8, 97)
+    assert caught.match(why)
+
+
+def test_the_loop_takes_a_tree_of_its_own_with_the_last_token_at_its_root():
+    class Lying(DraftTree):
+        def __len__(self):
+            return 1
+
+        def way_to(self, node):
+            return (0,)
+
+    given = tree(tokens=(1, 6, 7, 8), ranks=(0, 0, 1, 0), cls=Lying)
+    found = checked_tree(TreeDrafter(), given, 5, 8, 97)
+    assert type(found) is DraftTree and len(found) == 4 and found.way_to(3) == (0, 1, 3)
+    assert found.tokens.tolist() == [5, 6, 7, 8] and given.tokens.tolist() == [1, 6, 7, 8]
+    given.tokens.zero_()
+    assert found.tokens.tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict((), 1),
+        Verdict((1,), 1),
+        Verdict((0, 3), 1),
+        Verdict((0, 2, 3), 1),
+        Verdict((0, 0), 1),
+        Verdict((0, 9), 1),
+        Verdict((0, -1), 1),
+        Verdict([0, 1], 1),
+        Verdict((0, True), 1),
+        Verdict((0, 1), 97),
+        Verdict((0, 1), -1),
+        Verdict((0, 1), 1.0),
+        Verdict((0, 1), torch.tensor(1)),
+        None,
+    ],
+    ids=str,
+)
+def test_what_is_no_verdict_is_refused_by_the_verifiers_name(verdict):
+    with pytest.raises(StrategyError, match="verifier=greedy: "):
+        checked_verdict(GreedyVerifier(), verdict, TREE, 97)
+    assert checked_verdict(GreedyVerifier(), Verdict((0, 1, 3), 96), TREE, 97) == Verdict((0, 1, 3), 96)
+
+
+# ---- what requests share ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EditsWhatItGets(Pruner):
+    """Writes over all it can reach through its context."""
+
+    name = "edits"
+    needs = frozenset({"features", "verifier_attention", "verifier_attention_weighted"})
+
+    def row_weights(self, text_TD, features_ND):
+        text_TD.zero_()
+        features_ND.zero_()
+        return super().row_weights(text_TD, features_ND)
+
+    def select(self, ctx):
+        for values in ctx.signals.values():
+            values.zero_()
+        return UniformPruner().select(ctx)
+
+
+@dataclass(frozen=True)
+class EditsThePrompt(TreeDrafter):
+    """Writes over the prompt and its pixels, before and behind its own prefill."""
+
+    name = "edits"
+
+    def sees(self, prompt):
+        prompt.tokens.zero_()
+        assert not prompt.videos and not prompt.images
+        return None
+
+    def start(self, ctx):
+        for video in ctx.prompt.videos:
+            for tensor in filter(torch.is_tensor, video.values()):
+                tensor.zero_()
+        session = super().start(ctx)
+        ctx.prompt.tokens.zero_()
+        return session
+
+
+@pytest.mark.parametrize("strategies", [(EditsWhatItGets(), TreeDrafter()), (UniformPruner(), EditsThePrompt())], ids=repr)
+def test_a_strategy_gets_copies(strategies):
+    target, request = tiny.model(FAMILY), tiny.prompt(FAMILY)
+    alone = tokens_of(list(autoregressive(target, request, 16, GreedyVerifier())))
+    graph = DecodingGraph(target, tiny.draft_of(FAMILY), *strategies, GreedyVerifier(), 0.5)
+    for _ in "ab":
+        assert tokens_of(list(graph.decode(request, 16))) == alone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t[0].zero_(),
+        lambda t: t.copy_(t[torch.tensor([1, 0, *range(2, len(t))])]),
+        lambda t: t.copy_(t[:, torch.tensor([1, 0, *range(2, t.shape[1])])]),
+        lambda t: t.copy_(t.flip(1)),
+        lambda t: t[3].add_(1e-2),
+        lambda t: t[-1, -1].mul_(2),
+        lambda t: t.neg_(),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_a_checksum_sees_what_is_subtle(change, dtype):
+    made = torch.randn(257, 1030, generator=torch.Generator().manual_seed(0)) * 30
+    before = made.to(dtype)
+    changed = before.float().clone()
+    change(changed)
+    assert integrity.checksum([before]) != integrity.checksum([changed.to(dtype)])
+    assert integrity.checksum([before]) == integrity.checksum([before.clone()])
+
+
+def test_a_checksum_knows_tensors_of_any_size_and_their_order():
+    parts = [torch.arange(n) for n in (0, 1, 7, 508, 509, 510, 4096)] + [torch.tensor(True), torch.ones(3, 5).T]
+    assert integrity.checksum(parts) == integrity.checksum(parts) != integrity.checksum(parts[::-1])
+
+
+def held_graph() -> tuple[Held, DecodingGraph]:
+    held, target = Held(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
+    held.models, held.weights = {"target": target}, {target: integrity.weights_of(target)}
+    return held, DecodingGraph(target, None, UniformPruner(), Idle(), GreedyVerifier(), 0.5, caches=held.caches)
+
+
+@dataclass(frozen=True)
+class Idle(Drafter):
+    name = "idle"
+    model = None
+    max_nodes = 1
+
+    def start(self, ctx) -> DraftSession:
+        raise NotImplementedError
+
+
+def patch_argmax(graph):
+    torch.argmax = lambda *args, **kwargs: torch.zeros((), dtype=torch.int64)
+
+
+def patch_compare(graph):
+    lossless.compare = lambda *args: lossless.Comparison("identical")
+
+
+def patch_code(graph):
+    metrics.tokens_of.__code__ = (lambda steps: [1]).__code__
+
+
+def patch_table(graph):
+    lossless.DRIFT[torch.float32] = 1e9
+
+
+def patch_class(graph):
+    type(graph).decode = lambda *args: iter(())
+
+
+def hook(graph):
+    graph.target.hf.lm_head.register_forward_hook(lambda module, args, out: -out)
+
+
+def swap(graph):
+    graph.target.text.layers[0], graph.target.text.layers[1] = graph.target.text.layers[1], graph.target.text.layers[0]
+
+
+def write(graph):
+    graph.target.text.norm.weight.data[0] += 1e-2
+
+
+CHANGES = {
+    "a function of torch": (patch_argmax, "argmax"),
+    "a function of ours": (patch_compare, "lossless.compare"),
+    "a function's code": (patch_code, "metrics.tokens_of"),
+    "a method of ours": (patch_class, "DecodingGraph.decode"),
+    "the default dtype": (lambda graph: torch.set_default_dtype(torch.float64), "default dtype"),
+    "the threads": (lambda graph: torch.set_num_threads(3), "threads"),
+    "the working directory": (lambda graph: os.chdir("/"), "working directory"),
+    "the environment": (lambda graph: os.environ.pop("PATH"), "environment"),
+    "stdout": (lambda graph: setattr(sys, "stdout", None), "stdout"),
+    "a hook": (hook, "module lm_head"),
+    "a global hook": (
+        lambda graph: torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None),
+        "hooks of every module",
+    ),
+    "modules": (swap, "module"),
+    "weights": (write, "weights of"),
+    "stop ids": (lambda graph: setattr(graph.target, "stop_ids", frozenset({66})), "stop_ids"),
+    "the penalty": (lambda graph: setattr(graph.target, "repetition_penalty", 1.5), "repetition_penalty"),
+    "a configuration": (lambda graph: setattr(graph.target.hf.config.get_text_config(), "rms_norm_eps", 1.0), "configuration"),
+    "the engine": (lambda graph: setattr(graph.engine, "check", lambda *args: None), "engine"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change, said = CHANGES[name]
+    held, graph = held_graph()
+    target, request = graph.target, tiny.prompt(FAMILY)
+    before = tokens_of(list(autoregressive(target, request, 6, GreedyVerifier())))
+    hooks = dict(torch.nn.modules.module._global_forward_hooks)
+    try:
+        with pytest.raises(StrategyError, match="drafter=idle changed ") as caught, held.guard(graph):
+            change(graph)
+        assert said in str(caught.value)
+    finally:
+        torch.nn.modules.module._global_forward_hooks.clear()
+        torch.nn.modules.module._global_forward_hooks.update(hooks)
+    assert lossless.compare(target, request, [1], [1]).verdict == "identical" and torch.argmax(torch.arange(3)) == 2
+    after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
+    assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
+
+
+def test_a_guard_lets_through_what_changes_nothing_and_what_fails_anyway():
+    held, graph = held_graph()
+    with held.guard(graph):
+        list(autoregressive(graph.target, tiny.prompt(FAMILY), 4, GreedyVerifier(), 0, graph.caches))
+    assert held.models
+    with pytest.raises(ZeroDivisionError), held.guard(graph):
+        write(graph)
+        raise ZeroDivisionError
+    assert not held.models, "spoilt models are let go all the same"
+
+
+# ---- kept baselines --------------------------------------------------------------------------------------------------
+
+
+def resigned(content: dict) -> dict:
+    return content | {"digest": digest_of(content)}
+
+
+TAMPERED = {
+    "tokens": lambda content: content | {"tokens": [*content["tokens"][:-1], 3]},
+    "times": lambda content: content | {"times_s": {key: 100 * value for key, value in content["times_s"].items()}},
+    "no numbers": lambda content: content | {"times_s": {"prefill": float("nan")}},
+    "types": lambda content: content | {"tokens": "12"},
+    "a list": lambda content: [],
+    "another's key": lambda content: resigned(content | {"key": "0" * 32}),
+    "tokens that do not exist": lambda content: resigned(content | {"tokens": [10**6] * len(content["tokens"])}),
+    "too many tokens": lambda content: resigned(content | {"tokens": content["tokens"] * 2}),
+    "no tokens": lambda content: resigned(content | {"tokens": []}),
+    "no times": lambda content: resigned(content | {"times_s": {}}),
+    "a half": lambda content: json.dumps(content)[:50],
+}
+
+
+@pytest.mark.slow
+def test_a_tampered_baseline_is_decoded_again_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    words = ["dataset=synthetic", "dataset.scenes=1", "frames=4", "max_new_tokens=5", "baselines=kept"]
+    assert main([*words, "hydra.run.dir=first"]) == 0
+    (row,), (path,) = rows_of(Path("first")), Path("kept").glob("*.json")
+    content = json.loads(path.read_text())
+    assert main([*words, "hydra.run.dir=again"]) == 0 and "decoded again" not in capsys.readouterr().out
+    for name, change in TAMPERED.items():
+        bad = change(content)
+        path.write_text(bad if isinstance(bad, str) else json.dumps(bad))
+        assert main([*words, f"hydra.run.dir={name.replace(' ', '_')}"]) == 0, name
+        assert "is decoded again" in " ".join(capsys.readouterr().out.split()), name
+        (found,) = rows_of(Path(name.replace(" ", "_")))
+        assert found["verdict"] == "identical" and found["baseline_token_ids"] == row["baseline_token_ids"], name
+        assert json.loads(path.read_text())["tokens"] == content["tokens"]
+
+
+# ---- threads and Ctrl-C ----------------------------------------------------------------------------------------------
+
+
+def test_two_threads_on_one_graph_are_told_at_once():
+    graph = DecodingGraph(tiny.model(FAMILY), tiny.draft_of(FAMILY), Waiting(), TreeDrafter(), GreedyVerifier(), 0.5)
+    request, found = tiny.prompt(FAMILY), []
+    alone = tokens_of(list(autoregressive(tiny.model(FAMILY), request, 8, GreedyVerifier())))
+    thread = threading.Thread(target=lambda: found.extend(tokens_of(list(graph.decode(request, 8)))))
+    thread.start()
+    assert STARTED.wait(60)
+    for steps in (graph.decode(request, 8), autoregressive(graph.target, request, 8, GreedyVerifier(), 0, graph.caches)):
+        with pytest.raises(RuntimeError, match="another thread"):
+            next(steps)
+    GO_ON.set()
+    thread.join(60)
+    assert found == alone
+    assert tokens_of(list(graph.decode(request, 8))) == alone
+
+
+STARTED, GO_ON = threading.Event(), threading.Event()
+
+
+@dataclass(frozen=True)
+class Waiting(UniformPruner):
+    name = "waiting"
+
+    def select(self, ctx):
+        STARTED.set()
+        assert GO_ON.wait(60)
+        return super().select(ctx)
+
+
+HANGING = """
+import sys, time
+from specvlm.__main__ import main
+from specvlm.drafters.tree import TreeSession
+
+def propose(self, last):
+    print("proposing", flush=True)
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            {caught}
+
+TreeSession.propose = propose
+sys.exit(main(["frames=4", "max_new_tokens=4", "baseline=false", "threads=1"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("caught", "presses", "said"), [("raise", 1, ""), ("pass", 2, ", and ended at once")])
+def test_a_hang_is_broken_off_by_ctrl_c_and_names_its_strategy(caught, presses, said, tmp_path):
+    program = [sys.executable, "-c", HANGING.format(caught=caught)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(program, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **pipes) as child:
+        while "proposing" not in (line := child.stdout.readline()):
+            assert line, child.stderr.read()
+        for _ in range(presses):
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and f"specvlm: interrupted in drafter=tree{said}" in err and "Traceback" not in err, err
