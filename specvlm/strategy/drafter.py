@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class DraftContext:
     """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
 
+    prompt and signals are copies. Models must be left as they are: a request behind which they differ fails.
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
     the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
@@ -59,6 +60,8 @@ class DraftSession(ABC):
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree:
         """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+
+        At most `max_nodes` nodes. The loop checks the tree, and writes the last accepted token to node 0 itself.
 
         last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
         """

@@ -18,7 +18,7 @@ from specvlm.types import KeepSet, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PruneContext:
-    """What a pruner may look at. Signals it did not ask for are absent, and asking for one then is an error that says so.
+    """What a pruner may look at: copies. Signals it did not ask for are absent, and asking for one is an error that says so.
 
     grids: one a video, in prompt order; their tokens lie one after the other in 0..total-1. budget: how many tokens
     may be kept. generator: on the CPU, seeded per request.
