@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,34 +57,39 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     The sums of 509 words of 8 bytes, each weighted by its place, modulo 2**64. It takes one pass over the memory: what a token
     of plain decoding takes of the weights. It is no defence against somebody who computes a change that leaves it as it is.
     """
-    parts: dict[torch.device, list[Tensor]] = {}
+    parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for number, tensor in enumerate(tensors):
         if tensor.device.type != "meta":
-            parts.setdefault(tensor.device, []).append(_sum(own(tensor).detach()) * _odd(number))
-    total = sum(int(part) for found in parts.values() for part in torch.stack(found).tolist())
+            parts.setdefault(tensor.device, []).extend((number, part) for part in _sums(own(tensor).detach()))
+    total = 0
+    for found in parts.values():
+        values = torch.stack([part for _, part in found]).tolist()
+        total += sum((2 * number + 1) * value for (number, _), value in zip(found, values, strict=True))
     return total % 2**64
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    """() int64."""
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
+    """() int64 each: of whole rows of words, of the words behind them, of the bytes behind those."""
     flat = tensor.contiguous().flatten().view(torch.uint8)
-    words = len(flat) // 8 if flat.storage_offset() % 8 == 0 else 0
-    rows = words // WORDS
-    head, rest = flat[: rows * WORDS * 8], flat[rows * WORDS * 8 :]
-    total = (rest.long() * _weights(len(rest), tensor.device)).sum()
+    count = len(flat) // 8 if flat.storage_offset() % 8 == 0 else 0
+    words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
+    rows = count // WORDS
     if rows:
-        sums = head.view(torch.int64).view(rows, WORDS).sum(1)
-        total = total + (sums * _weights(rows, tensor.device)).sum()
-    return total
+        yield (words[: rows * WORDS].view(rows, WORDS).sum(1) * _weights(rows, tensor.device)).sum()
+    if count % WORDS:
+        yield (words[rows * WORDS :] * _weights(count % WORDS, tensor.device)).sum()
+    if len(rest):
+        yield (rest * _weights(len(rest), tensor.device)).sum()
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
     """(count,) odd numbers, all different; their products wrap around."""
+    return _all_weights(-(-count // 2**16) * 2**16, device)[:count]
+
+
+@lru_cache(maxsize=8)
+def _all_weights(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D
-
-
-def _odd(number: int) -> int:
-    return (2 * number + 1) * 0x2545F4914F6CDD1D % 2**63 | 1
 
 
 def weights_of(model: VideoLM) -> int:
@@ -118,7 +124,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
     hooks = tuple(tuple(map(id, attributes.get(name, {}).values())) for name in HOOKS)
-    own_ones = ((key, _plain(value)) for key, value in attributes.items() if key not in (*tables, *HOOKS))
+    own_ones = ((key, _plain(value)) for key, value in attributes.items() if key[0] != "_")
     return (type(module), held, hooks, *own_ones)
 
 
