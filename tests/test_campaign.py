@@ -5,13 +5,15 @@ from __future__ import annotations
 import html
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
-from campaign import sweeps, xss
+from campaign import hostile, judged, sweeps, xss
 from campaign.__main__ import campaigns, main
 from campaign.fork import Ended
+from campaign.hostile_plugin import FOUND
 
 
 @pytest.mark.slow
@@ -87,6 +89,41 @@ def test_what_can_act_in_a_page_is_counted(text, part, tmp_path):
     assert xss.active_parts(page)[part] == 1
     page.write_text(f"<p>{html.escape(text)}</p>")
     assert not xss.active_parts(page)
+
+
+RIGHT = {"token_ids": [1, 2], "text": "a b", "baseline_token_ids": [1, 2], "verdict": "identical", "status": "ok"}
+MISMATCH = {"token_ids": [1, 3], "verdict": "MISMATCH at token 1: why"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"token_ids": [1, 3]}, 0, "a wrong output is called identical"),
+        ({"token_ids": [1, 3], "verdict": "numeric tie at token 1 (gap 0)"}, 0, "a wrong output is called numeric tie"),
+        ({"text": "c"}, 0, "a wrong text is called identical"),
+        ({"baseline_token_ids": [4, 4], "verdict": "lossy"}, 0, "the baseline is not the target's own"),
+        (MISMATCH, 0, "exit code is not 1 for a MISMATCH"),
+    ],
+)
+def test_an_answer_that_a_hostile_strategy_spoiled_is_found(change, code, said):
+    assert [fault[: len(said)] for fault in judged.answer_faults(RIGHT | change, RIGHT, code)] == [said]
+    assert not judged.answer_faults(RIGHT, RIGHT, 0) and not judged.answer_faults(RIGHT | MISMATCH, RIGHT, 1)
+
+
+def test_an_innocent_row_that_is_not_as_it_was_is_found():
+    assert not judged.difference(RIGHT | {"decode_s": 2.0, "baseline": "another"}, RIGHT | {"decode_s": 1.0, "baseline": "one"})
+    assert judged.difference(RIGHT | {"verdict": "lossy"}, RIGHT) == "verdict is lossy, not identical"
+    assert judged.difference(RIGHT | {"kept": [1]}, RIGHT) == "kept is [1], not None"
+    assert judged.difference(RIGHT | {"baseline_end_to_end_s": 1e6}, RIGHT) == "a time that nobody took"
+
+
+def test_hostile_strategies_are_of_many_mechanisms_and_each_has_its_turn():
+    assert len({(cls.kind, cls.name) for cls in FOUND}) == len(FOUND) >= 60
+    mechanisms = {cls.mechanism for cls in FOUND} | {"imports"}
+    assert len(mechanisms) >= 12
+    called = [what for what, _ in hostile._attacks(random.Random(0), 60)]
+    singly = [what.partition(":")[0] for number, what in enumerate(called) if number % 10 != 9]
+    assert set(singly) == mechanisms and 5 < sum(what.endswith("alone") for what in called) < 30
 
 
 @pytest.fixture

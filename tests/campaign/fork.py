@@ -102,9 +102,12 @@ def _live(action: Callable[[], int], folder: Path, memory_gb: int | None) -> NoR
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    finally:  # whatever the action made of the streams
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def specvlm(*words: object) -> Callable[[], int]:
