@@ -12,7 +12,7 @@ import torch
 
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
-from specvlm.errors import OutOfMemory, apart
+from specvlm.errors import OutOfMemory
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
 from specvlm.prepare import SMALLER, Prepared
@@ -56,7 +56,7 @@ def warm_up(steps: Iterator[Step], record: Record) -> None:
 
 
 def drafted(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    return told_apart(graph.decode(request.prompt, request.cfg.max_new_tokens))
+    return graph.decode(request.prompt, request.cfg.max_new_tokens)
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
@@ -86,12 +86,6 @@ def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
 def own_rule(sampling: Sampling) -> Verifier:
     """Plain argmax; for a rule that samples, our own sampling from its distribution."""
     return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
-
-
-def told_apart(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps. An OSError of a strategy is none of what writes them. Raises StrategyError for it."""
-    with apart():
-        yield from steps
 
 
 def row(number: int, step: Step) -> dict[str, Any]:

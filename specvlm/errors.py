@@ -66,21 +66,6 @@ class StrategyError(Exception):
     """
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """Around what a strategy does: an OSError of its own is none of what writes results, and an exit none of the process's.
-    Raises StrategyError for these.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StrategyError(one_line(error)) from error
-    except (KeyboardInterrupt, GeneratorExit, Exception):
-        raise
-    except BaseException as error:
-        raise StrategyError(one_line(error)) from error
-
-
 def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
     if isinstance(error, UserError | StrategyError):
@@ -93,7 +78,7 @@ def message(error: BaseException) -> str:
     """What an error says, on one line of bearable length. A text that cannot be made is none."""
     try:
         return line(str(error))
-    except Exception as broken:  # an exception of a plugin may have a __str__ of its own
+    except BaseException as broken:  # an exception of a plugin may have a __str__ of its own
         return f"(its text raises {type(broken).__name__})"
 
 

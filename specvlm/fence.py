@@ -16,7 +16,9 @@ from specvlm.types import DraftTree, Verdict
 
 
 def label_of(strategy: object) -> str:
-    """`drafter=tree`, as the command line takes it: of a strategy or its class."""
+    """`drafter=tree`, as the command line takes it: of a strategy or its class; a text as it is."""
+    if type(strategy) is str:
+        return strategy
     cls = strategy if isinstance(strategy, type) else type(strategy)
     kind, name = getattr(cls, "kind", None), getattr(cls, "name", None)
     return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
@@ -38,11 +40,14 @@ def inside(strategy: object) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
+            interrupt = KeyboardInterrupt()  # which the strategy made something else of
+            interrupt.add_note(f"in {label}")
+            raise interrupt from error
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
-        pressed = INTERRUPTS.heard > heard or not INTERRUPTS.installed
         plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
-        if plain or (isinstance(error, KeyboardInterrupt) and pressed):
+        if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             BaseException.add_note(error, f"in {label}")
             raise
         raise StrategyError(f"{label} raised {type(error).__name__}: {one_line(error)}") from error

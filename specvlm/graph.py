@@ -206,7 +206,7 @@ class DecodingGraph:
             positions=self.positions,
             max_new_tokens=max_new_tokens,
             vocabulary=self.vocabulary,
-            sampling=self.sampling,
+            sampling=replace(self.sampling),
             generator=generator,
             caches=self.caches,
             engine=self.engine,

@@ -292,10 +292,10 @@ class Snapshot:
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Methods that were set on the pool or the engine itself, and kinds of caches."""
-        kinds = [type(cache) for cache in self.caches.held if type(cache) is not KVCache]
-        owners = (self.caches, self.engine)
-        return kinds + [id(value) for owner in owners for value in vars(owner).values() if callable(value)]
+        """Methods that were set on the pool, a cache or the engine itself, and caches of other kinds."""
+        held = self.caches.held
+        own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
+        return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
         """Undo what was changed of code and settings. Returns their names; and what was changed of models and caches, which

@@ -32,6 +32,10 @@ class Interrupts:
         """`` in drafter=tree``, the strategy that the calling thread is in; empty outside of one."""
         return f" in {line(self.names[-1])}" if self.names else ""
 
+    def pressed(self, heard: int) -> bool:
+        """Was Ctrl-C pressed since so many were heard? Where nobody listens, a KeyboardInterrupt is taken for one."""
+        return self.heard > heard or not self.installed
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """In the main thread alone, and only where nobody else listens."""

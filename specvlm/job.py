@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -323,7 +324,7 @@ class Job:
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
     with inside(dataset):
-        samples = dataset.samples()
+        samples = [_plainly(sample) for sample in dataset.samples()]
     seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
@@ -334,6 +335,11 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     if not samples:
         raise UserError(f"dataset={dataset.name}: there are no samples in it")
     return samples
+
+
+def _plainly(sample: Sample) -> Sample:
+    """With an id that is a str and no class of a plugin's, which has a word in every comparison."""
+    return replace(sample, id=str.__str__(sample.id)) if isinstance(sample.id, str) else sample
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:

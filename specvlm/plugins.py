@@ -24,6 +24,7 @@ import pluggy
 
 from specvlm.errors import UserError, did_you_mean, one_line
 from specvlm.integrity import Code
+from specvlm.interrupts import INTERRUPTS
 
 GROUP = "specvlm"
 HOOK = "specvlm_strategies"
@@ -65,7 +66,7 @@ def load() -> list[Plugin]:
     Raises PluginError for a broken plugin under SPECVLM_STRICT_PLUGINS=1 and whatever a broken built-in raises.
     """
     plugins = [Plugin("specvlm", "", strategies_of(importlib.import_module(module))) for module in BUILTINS]
-    code = Code()
+    code, heard = Code(), INTERRUPTS.heard
     code.look()
     for point in _chosen(_unambiguous(entry_points(group=GROUP))):
         name, version = _distribution(point)
@@ -74,9 +75,9 @@ def load() -> list[Plugin]:
             if changed := code.undo():
                 raise PluginError(f"importing it changes {', '.join(changed[:3])}, which the target's own output comes from")
             plugins.append(Plugin(name, version, strategies))
-        except KeyboardInterrupt:
-            raise
         except BaseException as err:
+            if isinstance(err, KeyboardInterrupt) and INTERRUPTS.pressed(heard):
+                raise
             code.undo()
             report(f"{name} {version}".strip(), f"is left out: {one_line(err)}", err)
     return plugins

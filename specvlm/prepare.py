@@ -16,7 +16,7 @@ from specvlm import memory, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
-from specvlm.errors import SURROGATE, MissingVideo, UserError, apart, line
+from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.fence import inside
 from specvlm.graph import DecodingGraph
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
@@ -149,7 +149,7 @@ def check_name(path: Path) -> None:
 
 def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
-    with apart():
+    with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
         check_name(source)

@@ -6,6 +6,7 @@ Shape suffixes: S prompt tokens, N video tokens, K kept video tokens, E entries 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +63,16 @@ class VideoPrompt:
         return len(self.tokens)
 
     def copy(self, pixels: bool = True) -> VideoPrompt:
-        """One whose tensors are its own; without `pixels` one that has none."""
+        """One that shares nothing with this; without `pixels` one that has none."""
+
+        def of(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else copy(value)
+
         videos, images = (
-            tuple({k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()} for part in parts) if pixels else ()
+            tuple({key: of(value) for key, value in part.items()} for part in parts) if pixels else ()
             for parts in (self.videos, self.images)
         )
-        return VideoPrompt(self.tokens.clone(), self.video_index.clone(), self.grids, videos, images)
+        return VideoPrompt(self.tokens.clone(), self.video_index.clone(), tuple(map(copy, self.grids)), videos, images)
 
     @property
     def cut(self) -> int:

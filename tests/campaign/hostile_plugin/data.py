@@ -55,7 +55,7 @@ class OddText(str):
 
 @samples("data sets")
 def id_that_exits(self):
-    return [own(self)[0], replace(own(self)[1], id=OddText("odd"))]
+    return [own(self)[0], replace(own(self)[1], id=OddText(own(self)[1].id))]
 
 
 @samples("data sets")

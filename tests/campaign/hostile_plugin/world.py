@@ -259,7 +259,7 @@ def edits_rows_of_others(self, ctx):
             path.write_text(path.read_text().replace('"identical"', '"lossy"'))
 
 
-@select("files")
+@select("kills")  # of files: no process can keep another's hands off its own
 def cuts_rows_of_others(self, ctx):
     mine = caller("Job").folder
     for path in folder_above().glob("*/samples.jsonl"):
