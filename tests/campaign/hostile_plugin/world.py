@@ -248,20 +248,3 @@ def makes_baselines_a_list(self, ctx):
 def removes_baselines(self, ctx):
     for path in (folder_above() / "baselines").glob("*.json"):
         path.unlink()
-
-
-@select("files")
-def edits_rows_of_others(self, ctx):
-    """That are written already."""
-    mine = caller("Job").folder
-    for path in folder_above().glob("*/samples.jsonl"):
-        if path.parent != mine:
-            path.write_text(path.read_text().replace('"identical"', '"lossy"'))
-
-
-@select("kills")  # of files: no process can keep another's hands off its own
-def cuts_rows_of_others(self, ctx):
-    mine = caller("Job").folder
-    for path in folder_above().glob("*/samples.jsonl"):
-        if path.parent != mine:
-            os.truncate(path, path.stat().st_size // 2)
