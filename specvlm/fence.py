@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,7 +20,11 @@ def label_of(strategy: object) -> str:
     """`drafter=tree`, as the command line takes it: of a strategy or its class; a text as it is."""
     if type(strategy) is str:
         return strategy
-    cls = strategy if isinstance(strategy, type) else type(strategy)
+    return _label(strategy if isinstance(strategy, type) else type(strategy))
+
+
+@lru_cache(maxsize=256)
+def _label(cls: type) -> str:
     kind, name = getattr(cls, "kind", None), getattr(cls, "name", None)
     return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
 
@@ -36,7 +41,8 @@ def inside(strategy: object) -> Iterator[None]:
         StrategyError: see above.
     """
     label, heard = label_of(strategy), INTERRUPTS.heard
-    INTERRUPTS.names.append(label)
+    names = INTERRUPTS.names
+    names.append(label)
     try:
         yield
     except BaseException as error:
@@ -52,7 +58,7 @@ def inside(strategy: object) -> Iterator[None]:
             raise
         raise StrategyError(f"{label} raised {type(error).__name__}: {one_line(error)}") from error
     finally:
-        INTERRUPTS.names.pop()
+        names.pop()
     if INTERRUPTS.heard > heard:
         raise KeyboardInterrupt
 
@@ -62,7 +68,7 @@ def _ends_jobs(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] == "specvlm"
 
 
-def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int) -> DraftTree:
+def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:
     """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token at node 0.
 
     Args:
@@ -71,6 +77,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
         most: the drafter's `max_nodes` when the request began, for which the caches have room.
         vocabulary: of the target. On a CPU a guess out of it is refused; elsewhere it is clamped, since reading it would wait
             for the device, and a guess never decides what is accepted.
+        ours: from a session of specvlm's own. On a GPU its tokens are left as they are, since each change costs a launch.
 
     Raises:
         StrategyError: for what is no tree.
@@ -89,14 +96,15 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
         raise StrategyError(f"{label}: tokens must be ({count},) int64, got {_told(tokens)}")
     if q is not None and (not isinstance(q, Tensor) or q.ndim != 2 or len(q) != count or not q.is_floating_point()):
         raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_told(q)}")
-    tokens = tokens.as_subclass(Tensor).clone()
-    tokens[0] = root
     if tokens.device.type == "cpu":
+        tokens = tokens.as_subclass(Tensor).clone()
+        tokens[0] = root
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocabulary:
             raise StrategyError(f"{label}: guessed token {low if low < 0 else high}, the target has 0..{vocabulary - 1}")
-    else:
-        tokens.clamp_(0, vocabulary - 1)
+    elif not ours:
+        tokens = tokens.as_subclass(Tensor).clamp(0, vocabulary - 1)
+        tokens[0] = root
     return DraftTree(tokens, parents, q, bool(tree.varies), ranks)
 
 
@@ -111,6 +119,13 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
     if ranks is not None and (len(ranks) != len(parents) or min(ranks) < 0):
         raise ValueError(f"ranks must be one a node, none negative, got {ranks!r:.200}")
     return parents, ranks
+
+
+def is_ours(value: object) -> bool:
+    """Is its class defined in specvlm, and found there?"""
+    cls = type(value)
+    module = sys.modules.get(cls.__module__)
+    return cls.__module__.startswith("specvlm.") and getattr(module, cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:

@@ -15,7 +15,7 @@ from specvlm.cache import CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
 from specvlm.errors import UserError, line
-from specvlm.fence import checked_tree, inside
+from specvlm.fence import checked_tree, inside, is_ours
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
@@ -218,6 +218,7 @@ class DecodingGraph:
             session = drafter.start(context)
         started("draft_prefill")
 
+        ours = is_ours(session)
         shown = keep if drafter.model and self._own_budget(prompt) is None else None
         if guidance is not None and guidance.hidden:
             request = replace(request, video_ND=guidance.video_hidden())
@@ -225,7 +226,7 @@ class DecodingGraph:
         while True:
             with inside(drafter):
                 proposal = session.propose(verdict)
-            tree = checked_tree(drafter, proposal, token, most, target.vocabulary).to(target.device)
+            tree = checked_tree(drafter, proposal, token, most, target.vocabulary, ours).to(target.device)
             clock.mark("draft")
             verdict, new = self.engine.check(request, tree)
             clock.mark("verify")

@@ -13,7 +13,7 @@ from specvlm.cache import CachePool
 from specvlm.config import model_folder
 from specvlm.engine import Engine, engine_for
 from specvlm.errors import StrategyError, UserError
-from specvlm.fence import label_of
+from specvlm.fence import is_ours, label_of
 from specvlm.graph import DecodingGraph
 from specvlm.integrity import Code, Snapshot, weights_of
 from specvlm.models.generation import penalty_of
@@ -123,7 +123,7 @@ class Held:
 def _strangers(graph: DecodingGraph) -> str:
     """The strategies that are not specvlm's own; all three where all are."""
     strategies = (graph.pruner, graph.drafter, graph.verifier)
-    foreign = [one for one in strategies if type(one).__module__.partition(".")[0] != "specvlm"]
+    foreign = [one for one in strategies if not is_ours(one)]
     return " or ".join(map(label_of, foreign or strategies))
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WORDS = 509  # of 8 bytes, summed before they are weighted: prime, so that two columns of a matrix part somewhere
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
+SMALL = 2**16  # bytes
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 SPECIAL = (
@@ -57,10 +58,18 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     The sums of 509 words of 8 bytes, each weighted by its place, modulo 2**64. It takes one pass over the memory: what a token
     of plain decoding takes of the weights. It is no defence against somebody who computes a change that leaves it as it is.
     """
+    small: dict[torch.device, list[Tensor]] = {}  # one after the other: a pass over each would take longer than reading it
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for number, tensor in enumerate(tensors):
-        if tensor.device.type != "meta":
-            parts.setdefault(tensor.device, []).extend((number, part) for part in _sums(own(tensor).detach()))
+        if tensor.device.type == "meta":
+            continue
+        flat = own(tensor).detach().contiguous().flatten().view(torch.uint8)
+        if len(flat) < SMALL:
+            small.setdefault(tensor.device, []).append(flat)
+        else:
+            parts.setdefault(tensor.device, []).extend((number + 1, part) for part in _sums(flat))
+    for device, flats in small.items():
+        parts.setdefault(device, []).extend((0, part) for part in _sums(torch.cat(flats)))
     total = 0
     for found in parts.values():
         values = torch.stack([part for _, part in found]).tolist()
@@ -68,18 +77,17 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return total % 2**64
 
 
-def _sums(tensor: Tensor) -> Iterator[Tensor]:
-    """() int64 each: of whole rows of words, of the words behind them, of the bytes behind those."""
-    flat = tensor.contiguous().flatten().view(torch.uint8)
+def _sums(flat: Tensor) -> Iterator[Tensor]:
+    """() int64 each, of bytes: of whole rows of words, of the words behind them, of the bytes behind those."""
     count = len(flat) // 8 if flat.storage_offset() % 8 == 0 else 0
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
     rows = count // WORDS
     if rows:
-        yield (words[: rows * WORDS].view(rows, WORDS).sum(1) * _weights(rows, tensor.device)).sum()
+        yield (words[: rows * WORDS].view(rows, WORDS).sum(1) * _weights(rows, flat.device)).sum()
     if count % WORDS:
-        yield (words[rows * WORDS :] * _weights(count % WORDS, tensor.device)).sum()
+        yield (words[rows * WORDS :] * _weights(count % WORDS, flat.device)).sum()
     if len(rest):
-        yield (rest * _weights(len(rest), tensor.device)).sum()
+        yield (rest * _weights(len(rest), flat.device)).sum()
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
@@ -138,11 +146,13 @@ def _plain(value: object) -> object:
 class Code:
     """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
 
-    As it was when last looked at. Names that come later are left alone: modules import others when they need them.
+    As it was when last looked at. Of names that come later, what is called goes from classes, where it would stand before what
+    they inherit, and from specvlm's modules, where it would stand before a built-in.
     """
 
     def __init__(self) -> None:
         self.owners: set[Any] = set()
+        self.names: dict[Any, set[str]] = {}  # of those that should get no more
         self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
 
     def look(self, classes: Iterable[type] = ()) -> None:
@@ -154,6 +164,7 @@ class Code:
                 self.owners.add(owner)
                 known += [(owner, name) for name in vars(owner) if _told(name)]
         self.entries = [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
+        self.names = {owner: set(vars(owner)) for owner in self.owners if isinstance(owner, type) or _ours(owner.__name__)}
 
     def undo(self) -> list[str]:
         """Put back what differs; returns its names."""
@@ -169,6 +180,10 @@ class Code:
                 value.clear()
                 value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
             setattr(owner, name, value)
+        for owner, names in self.names.items():
+            for name in [name for name in vars(owner) if name not in names and _called(vars(owner)[name])]:
+                changed.append(f"{owner.__name__}.{name}")
+                delattr(owner, name)
         return changed
 
 
@@ -179,6 +194,10 @@ def _ours(name: str) -> bool:
 def _defined(value: object, module: ModuleType) -> bool:
     """Is it a class, and defined in this module?"""
     return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _called(value: object) -> bool:
+    return not isinstance(value, ModuleType) and (callable(value) or hasattr(type(value), "__get__"))
 
 
 def _told(name: str) -> bool:

@@ -257,6 +257,14 @@ def patch_argmax(graph):
     torch.argmax = lambda *args, **kwargs: torch.zeros((), dtype=torch.int64)
 
 
+def patch_inherited(graph):
+    torch.Tensor.argmax = lambda *args, **kwargs: torch.zeros((), dtype=torch.int64)
+
+
+def shadow_a_builtin(graph):
+    lossless.max = lambda *args: 0
+
+
 def patch_compare(graph):
     lossless.compare = lambda *args: lossless.Comparison("identical")
 
@@ -287,6 +295,8 @@ def write(graph):
 
 CHANGES = {
     "a function of torch": (patch_argmax, "argmax"),
+    "a method that is inherited": (patch_inherited, "Tensor.argmax"),
+    "a built-in, in a module of ours": (shadow_a_builtin, "lossless.max"),
     "a function of ours": (patch_compare, "lossless.compare"),
     "a function's code": (patch_code, "metrics.tokens_of"),
     "a method of ours": (patch_class, "DecodingGraph.decode"),
@@ -422,7 +432,8 @@ def propose(self, last):
     print("proposing", flush=True)
     while True:
         try:
-            time.sleep(0.01)
+            while True:
+                time.sleep(0.01)
         except BaseException:
             {caught}
 
@@ -440,7 +451,7 @@ def test_a_hang_is_broken_off_by_ctrl_c_and_names_its_strategy(caught, presses, 
         while "proposing" not in (line := child.stdout.readline()):
             assert line, child.stderr.read()
         for _ in range(presses):
+            time.sleep(0.5)  # until it hangs, and until it has caught the first
             child.send_signal(signal.SIGINT)
-            time.sleep(0.5)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130 and f"specvlm: interrupted in drafter=tree{said}" in err and "Traceback" not in err, err
