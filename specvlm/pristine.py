@@ -26,13 +26,13 @@ from specvlm.answer import hf_check_of, threads
 from specvlm.config import model_folder
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.models.checkpoint import folder_of
+from specvlm.prepare import Prepared, Setup, own_sample, read
 from specvlm.rows import UNCHECKED, rows_of
 from specvlm.types import VideoPrompt
 
 if TYPE_CHECKING:
     from specvlm.held import Held
     from specvlm.job import Job
-    from specvlm.prepare import Prepared, Setup
     from specvlm.readings import Readings
 
 ATTENTION = "sdpa"  # Hugging Face's own, of torch; "eager" would hold a prompt's scores in full
@@ -284,21 +284,23 @@ def told(found: Agreement, tokenizer: Any) -> dict[str, Any]:
 
 
 def check_run(held: Held, request: Prepared, token_ids: Sequence[int]) -> dict[str, Any]:
-    """hf_check and hf_difference of a run's answer. The pair is let go first, to make room for another target."""
+    """hf_check and hf_difference of a run's answer. The pair is let go first, to make room for another target; the video
+    is read again, since plugins have seen the prompt.
+    """
     held.clear()
     model, cfg = PristineModel.of(request), request.cfg
+    prompt = read(request, own_sample(cfg)).prompt
     with room(request):
-        found = model.check(request.prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
+        found = model.check(prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
     return told(found, request.target.tokenizer)
 
 
-def unchecked(job: Job) -> list[dict[str, Any]]:
-    """Rows of this process's part of a job that wait for their check."""
+def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of this process's part of a job that wait for their check, each with its sample's place in the data set."""
     if job.folder is None or hf_check_of(job.cfg, job.setup.verifier) is not None:
         return []
-    mine = {job.samples[index].id for index in job.mine}
-    rows = [row for row in rows_of(job.folder) if row["status"] == "ok" and row["sample"] in mine]
-    return [row for row in rows if row.get("hf_check") in UNCHECKED]
+    rows = {row["sample"]: row for row in rows_of(job.folder) if row["status"] == "ok" and row.get("hf_check") in UNCHECKED}
+    return [(index, rows[job.samples[index].id]) for index in job.mine if job.samples[index].id in rows]
 
 
 def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exception], int]) -> list[int]:
@@ -307,10 +309,11 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
     A video is read again, once for all jobs, and equal answers are checked once. tell: see `sweep.take_turns`. A row
     that cannot be checked waits for the next resume=true. Returns exit codes of what went wrong.
     """
-    waiting = sorted(((row["index"], at, row) for at, job in enumerate(jobs) for row in unchecked(job)), key=lambda w: w[:2])
+    waiting = [(index, at, row) for at, job in enumerate(jobs) for index, row in unchecked(job)]
     if not waiting:
         return []
     jobs[0].held.clear()
+    readings.forget()  # plugins have seen them
     try:
         model = PristineModel.of(jobs[0].setup)
     except Exception as error:
@@ -318,7 +321,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
             jobs[at].fail(error)
         return [tell(error)]
     codes, known = list[int](), dict[Any, Agreement]()
-    for index, at, row in waiting:
+    for index, at, row in sorted(waiting, key=lambda found: found[:2]):
         job = jobs[at]
         try:
             with threads(job.cfg.threads), room(job.setup):
