@@ -96,7 +96,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     kinds = {
         s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
     }
-    check_check(cfg, target, kinds["target"])
+    check_pristine(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     with apart():
         setup.graph()
@@ -104,7 +104,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     return setup
 
 
-def check_check(cfg: DictConfig, target: VideoLM, kind: str | None) -> None:
+def check_pristine(cfg: DictConfig, target: VideoLM, kind: str | None) -> None:
     """Raises UserError where Hugging Face's own model is another one than the target."""
     if cfg.check is None:
         return

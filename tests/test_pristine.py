@@ -7,6 +7,7 @@ import json
 import weakref
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,10 +17,12 @@ from transformers import AttentionInterface
 
 from specvlm import lossless
 from specvlm.__main__ import main
+from specvlm.compose import compose
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import read_video
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, Output, autoregressive
 from specvlm.held import HELD
 from specvlm.metrics import tokens_of
@@ -28,6 +31,7 @@ from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
+from specvlm.prepare import check_pristine
 from specvlm.pristine import Agreement, PristineModel
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.rows import lines_of, rows_of, summary_of
@@ -300,6 +304,15 @@ def test_what_cannot_be_compared_says_why():
 def test_what_is_no_check_of_the_target_is_refused_at_once(words, said, capsys):
     assert main([*ONE, *words]) == 2
     assert said in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_quantised_checkpoints_and_ranks_are_refused():
+    for words, method, said in (
+        (["check=hf"], "awq", "not done for checkpoints quantised by awq: leave check out"),
+        (["check=hf", "target.parallel=tensor"], None, "take target.parallel=layers, or leave check out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_pristine(compose(words), SimpleNamespace(quantised=method, axes=3), None)
 
 
 @pytest.mark.slow
