@@ -150,14 +150,15 @@ class PristineModel:
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
         """known: tokens that count for the first argmaxes, whatever a pass over all of them says."""
-        if self._placeholders & set(output[:-1]):
+        config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # of two logits together, as a share of the larger
+        if {config.video_token_id, config.image_token_id} & set(output[:-1]):
             raise UserError("the answer holds a placeholder of a video, which no pass over it can read")
         logits_TV, found = self._logits(prompt, output), []
         for at, scores_V in enumerate(self._scores(logits_TV, prompt, output, penalty)):
             best, ours = known[at] if at < len(known) else int(scores_V.argmax()), output[at]
             if best != ours:
                 its, own = float(scores_V[best]), float(scores_V[ours])
-                found.append(Difference(at, (ours, best), abs(its - own), self._ulp * max(abs(its), abs(own))))
+                found.append(Difference(at, (ours, best), abs(its - own), ulp * max(abs(its), abs(own))))
         if found:
             typical = self._rounding(logits_TV, self._logits(prompt, output, shaken=True))
             found = [replace(wrong, rounding=wrong.rounding + ROUNDINGS * typical) for wrong in found]
@@ -177,15 +178,6 @@ class PristineModel:
             said = f"the answer ends at {len(output)} tokens, without a stop token, and {limit} were asked for"
             return len(output), said
         return None
-
-    @property
-    def _ulp(self) -> float:
-        """Of 1: what a logit of the dtype may be off by, and two of them together, as a share of the larger."""
-        return torch.finfo(self.hf.dtype).eps
-
-    @property
-    def _placeholders(self) -> set[int]:
-        return {int(self.hf.config.video_token_id), int(self.hf.config.image_token_id)}
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
         """What a processor of Hugging Face's would hand its model. Not `generate_inputs`, since what that gets wrong our
