@@ -14,6 +14,8 @@ NOTICED_S = 4 * SLOW_S  # the first test of a kind pays for imports, and some pr
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "SPECVLM_PLUGINS": ""}
 os.environ.pop("HYDRA_FULL_ERROR", None)
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores already: what they start, and torch here, takes one of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,7 @@
-"""How ranks end in test_watch.py, started by torchrun: `ending_worker.py HOW FOLDER`. No model but in `memory_of_a_run`."""
+"""How ranks end in test_watch.py, started by torchrun: `ending_worker.py HOW FOLDER`. No model is loaded.
+
+`memory_of_a_run`, which loads models, is called in forks.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,6 @@ def memory_of_a_run(folder: Path) -> int:
 
 
 def ends(how: str, folder: Path) -> int:
-    if how == "memory_of_a_run":
-        return memory_of_a_run(folder)
     if how == "second_block":
         before = signal.getsignal(signal.SIGTERM)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What two ranks do in test_tensor.py and test_parallel_gpu.py, started by torchrun: decode, and write what came out."""
+"""What two ranks do in test_tensor.py, as forks, and in test_parallel_gpu.py, by torchrun: decode, and write what came out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from specvlm import torchrun
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
-from specvlm.data.video import probe, read_video
+from specvlm.data.video import read_video
 from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
@@ -39,6 +39,7 @@ from specvlm.verifiers.sampling import SamplingVerifier
 
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
 LIMIT = 32
+FRAMES = 8  # half of what the models take
 SAMPLING = SamplingVerifier(temperature=0.8, top_k=20)
 CASES = (
     ("tree", "lone", TwoStagePruner(), TreeDrafter(), GreedyVerifier()),
@@ -60,8 +61,7 @@ def model(family: str, name: str, ranks: Ranks) -> VideoLM:
 
 
 def prompt_for(target: VideoLM) -> VideoPrompt:
-    path = find_clip("synthetic_1")
-    return target.prompt("describe the video.", [read_video(path, **target.sampling(probe(path)))])
+    return target.prompt("describe the video.", [read_video(find_clip("synthetic_1"), frames=FRAMES)])
 
 
 def engines(lone: bool) -> dict[str, Engine]:
@@ -114,8 +114,8 @@ def quantised(ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def decode_for_ever(ranks: Ranks, mark: Path) -> None:
-    """Until it is killed: rank 1 by itself, in the middle."""
+def decode_for_ever(ranks: Ranks, how: str, mark: Path) -> None:
+    """Until rank 1 is killed, by itself, or raises, in the middle."""
     target = model("qwen2_5_vl", "target", ranks)
     prompt, rounds, engine = prompt_for(target), 0, engines(lone=False)["captured"]
     while True:
@@ -123,7 +123,7 @@ def decode_for_ever(ranks: Ranks, mark: Path) -> None:
             rounds += 1
             if rounds == 20 and ranks.rank == 1:
                 mark.touch()
-                if sys.argv[1] == "raise":
+                if how == "raise":
                     raise RuntimeError("the second rank has had enough")
                 os.kill(os.getpid(), signal.SIGKILL)
             sleep(0.001)
@@ -162,12 +162,12 @@ def kernel_errors(ranks: Ranks) -> list[float]:
     return found
 
 
-def main() -> None:
+def run(what: str, folder: Path) -> None:
+    """One of decode, signals, kernels, kill and raise, as one of the ranks."""
     torch.set_num_threads(1)
     with joined(device()) as ranks:
-        folder, what = Path(sys.argv[2]), sys.argv[1]
         if what in ("kill", "raise"):
-            decode_for_ever(ranks, folder / "killed")
+            decode_for_ever(ranks, what, folder / "killed")
         if what == "signals":
             save_file(signals(FAMILIES[0], ranks) | signals(FAMILIES[1], ranks), folder / f"{ranks.rank}.safetensors")
             return
@@ -179,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1], Path(sys.argv[2]))

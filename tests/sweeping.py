@@ -82,11 +82,11 @@ def table(folder: Path) -> dict[str, tuple]:
     return {name: (untimed(rows_of(job)), untimed(steps_of(job))) for name, job in jobs(folder).items()}
 
 
-def start(words: Sequence[str]) -> int:
-    """The command in a process of its own, which has everything imported; its id."""
+def start(words: Sequence[str], log: str = "log.txt") -> int:
+    """The command in a process of its own, which has everything imported; its id. log: what it says goes to its end."""
     pid = os.fork()
     if pid == 0:
-        nowhere = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nowhere = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         code = 99

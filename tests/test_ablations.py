@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import re
 from collections import defaultdict
 from statistics import fmean
 
 import pytest
 import report_jobs
+import sweeping
 import torch
 from omegaconf import OmegaConf
 
@@ -330,6 +332,22 @@ def test_numbers_of_the_main_table_follow_from_the_rounds():
 # ---- make ablation ---------------------------------------------------------------------------------------------------
 
 
+class Fork:
+    """In place of `subprocess.Popen`: the same words in a fork, which has everything imported."""
+
+    def __init__(self, command, stdout, stderr):
+        assert command[1:3] == ["-m", "specvlm"]
+        self.pid, self.returncode = sweeping.start(command[3:], stdout.name), None
+
+    def poll(self):
+        done, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        self.returncode = os.waitstatus_to_exitcode(status) if done else self.returncode
+        return self.returncode
+
+    def terminate(self):
+        assert self.poll() is not None
+
+
 @pytest.mark.slow
 def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -342,6 +360,8 @@ def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_p
     assert (tmp_path / page).stat().st_size > 100_000
     before = {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")}
     assert len(before) == 4
+    torch.set_num_threads(1)  # a fork has none of the other threads
+    monkeypatch.setattr(small.subprocess, "Popen", Fork)  # the first time the processes were real ones
     monkeypatch.setattr(small, "told", lambda folder: [])
     assert small.main(["--scenes", "2"]) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")} == before

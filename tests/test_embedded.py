@@ -205,6 +205,7 @@ def test_the_target_as_its_own_drafter_is_accepted_in_full(family):
     assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_generation_ends_at_each_of_the_checkpoints_stop_ids(family):
     lm = model(family, "target")

@@ -74,6 +74,7 @@ SHARED = [["pruner=random"], ["pruner=uniform"]]
 APART = [["frames=4", "turn=2"], ["frames=6", "turn=2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [SHARED, APART], ids=["shared", "apart"])
 def test_rows_and_rounds_are_the_same_with_and_without(both, reads):
     """Jobs that share readings, and that do not; by a rule with chance in it."""
@@ -129,6 +130,7 @@ def test_where_the_target_is_on_a_gpu_the_next_video_is_read_ahead():
     assert not prepare.reads_ahead(compose([]), gpu), "a run of one video has no next one"
 
 
+@pytest.mark.slow
 def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
     """Of the job that decodes, and in the background of the one that will ask for the video."""
     decoding, real = [], answer.speculate
@@ -149,6 +151,7 @@ def test_without_a_number_of_threads_both_places_have_the_usual_one(reads):
     assert [count for *_, count in reads] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_video_that_cannot_be_read_costs_its_own_row(capfd):
     Path("films/b/3.png").write_text("no picture")
     shutil.rmtree("films/c")
@@ -161,6 +164,7 @@ def test_a_video_that_cannot_be_read_costs_its_own_row(capfd):
     assert "3.png is damaged" in rows[1]["reason"] and "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, monkeypatch):
     """Of two jobs with other frames the second fails while its video is read; the first goes on."""
     real = HELD.graph
@@ -202,6 +206,7 @@ def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
     assert go_on.is_set() and not running()
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was():
     """Killed as soon as there is a row, while the next video is read or decoded."""
     words = ["-m", *FEW, "pruner=uniform", "prefetch=true"]

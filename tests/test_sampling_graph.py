@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import pytest
 import tiny
 import torch
 from scipy.stats import chisquare
 
+from specvlm.contract.tiny import built
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import tokens_of
+from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import Sampling
 from specvlm.verifiers.sampling import SamplingVerifier
 
-RUNS, LENGTH, FAMILY = 400, 3, "llava_onevision"
+RUNS, LENGTH, FAMILY = 320, 3, "llava_onevision"
+LEAST_P = 0.01  # what 320 draws find 9 times in 10 at this level, 400 find as often at 0.001 (noncentral chi-square)
 WARPS = [dict(temperature=1.0, top_k=4), dict(temperature=0.7, top_k=6, top_p=0.9)]
 
 
+@cache
+def model(noise: float = 0.0) -> VideoLM:
+    """Of one layer: a rule of sampling sees logits alone, so thousands of draws need not come from more. noise: on weights."""
+    torch.manual_seed(0)
+    hf = built(FAMILY, 97, num_hidden_layers=1).double()
+    for weight in hf.parameters():
+        weight.data += noise * torch.randn_like(weight)
+    return tiny.wrap(hf)
+
+
 def request():
-    lm = tiny.model(FAMILY)
+    lm = model()
     grid, video = tiny.video(FAMILY, frames=1)
     return lm.expand([5, tiny.VIDEO, 7, 8], [grid], [video])
 
@@ -30,7 +44,7 @@ def request():
 @torch.inference_mode()
 def expected(sampling: Sampling) -> dict[tuple[int, ...], float]:
     """Probability of every answer of three tokens, one forward pass at a time."""
-    lm, prompt = tiny.model(FAMILY), request()
+    lm, prompt = model(), request()
 
     def following(tokens):
         cache = lm.new_cache(len(prompt) + LENGTH)
@@ -66,19 +80,17 @@ def p_value(answers: list[tuple[int, ...]], table: dict[tuple[int, ...], float])
 def test_tree_chain_and_self_sample_as_the_target_does(drafter, warp):
     verifier, prompt = SamplingVerifier(**warp), request()
     table = expected(verifier.sampling)
-    graph = DecodingGraph(tiny.model(FAMILY), tiny.draft_of(FAMILY, noise=0.1), UniformPruner(), drafter, verifier, 0.5)
+    graph = DecodingGraph(model(), model(noise=0.1), UniformPruner(), drafter, verifier, 0.5)
     answers = []
     for seed in range(RUNS):
         graph.seed = seed
         answers.append(tuple(tokens_of(list(graph.decode(prompt, LENGTH)))))
-    assert p_value(answers, table) > 1e-3
+    assert p_value(answers, table) > LEAST_P
 
 
 @pytest.mark.slow
 def test_a_wrong_temperature_would_be_seen():
     prompt, verifier = request(), SamplingVerifier(temperature=0.6, top_k=4)
-    answers = [
-        tuple(tokens_of(list(autoregressive(tiny.model(FAMILY), prompt, LENGTH, verifier, seed)))) for seed in range(RUNS)
-    ]
-    assert p_value(answers, expected(verifier.sampling)) > 1e-3
+    answers = [tuple(tokens_of(list(autoregressive(model(), prompt, LENGTH, verifier, seed)))) for seed in range(RUNS)]
+    assert p_value(answers, expected(verifier.sampling)) > LEAST_P
     assert p_value(answers, expected(Sampling(temperature=1.0, top_k=4))) < 1e-6

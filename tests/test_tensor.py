@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from signal import SIGKILL
 
+import forked
 import pytest
 import ranks_worker
 import torch
 from rounding import additions, assert_same_sums
 from safetensors.torch import load_file
 
+from experiments.gpu_pair.__main__ import main as benchmark
 from specvlm.config import model_folder
+from specvlm.errors import ExitCode
 from specvlm.models.load import skeleton
 from specvlm.ranks import ALONE
 from specvlm.strategy.signals import axes_of
@@ -25,7 +30,7 @@ HERE = Path(__file__).parent
 
 
 def torchrun(*words: object, seconds: float = 600, gpus: str = "", ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """So many ranks, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
+    """So many ranks by torchrun itself, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, words)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
@@ -34,8 +39,8 @@ def torchrun(*words: object, seconds: float = 600, gpus: str = "", ranks: int = 
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory) -> list[dict[str, dict[str, list[int]]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    done = torchrun(HERE / "ranks_worker.py", "decode", folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = forked.ranks(partial(ranks_worker.run, "decode", folder), folder)
+    assert done.codes == (0, 0), done.err[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -56,8 +61,8 @@ def test_it_is_the_output_of_one_process(family, by_ranks):
 
 
 def test_signals_are_the_same_on_both_ranks_and_those_of_one_process(tmp_path):
-    done = torchrun(HERE / "ranks_worker.py", "signals", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = forked.ranks(partial(ranks_worker.run, "signals", tmp_path), tmp_path)
+    assert done.codes == (0, 0), done.err[-4000:]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     alone = {name: x for family in ranks_worker.FAMILIES for name, x in ranks_worker.signals(family, ALONE).items()}
     assert set(alone) == set(first) == set(second)
@@ -84,11 +89,11 @@ def test_quantised_shares_give_one_output_both_ways(by_ranks):
     ],
 )
 def test_a_rank_that_dies_ends_the_other_with_one_line(how, line, tmp_path):
-    done = torchrun(HERE / "ranks_worker.py", how, tmp_path)
+    done = forked.ranks(partial(ranks_worker.run, how, tmp_path), tmp_path)
     assert (tmp_path / "killed").exists()
-    ours = [said for said in done.stderr.splitlines() if said.startswith("specvlm:")]
-    assert len(ours) == 1 and ours[0].startswith(line), done.stderr[-3000:]
-    assert done.returncode != 0
+    (said,) = done.lines()
+    assert said.startswith(line), done.err[-3000:]
+    assert done.codes == (ExitCode.LOST, -SIGKILL if how == "kill" else 1)
 
 
 def test_the_command_line_runs_on_two_ranks(tmp_path):
@@ -110,8 +115,9 @@ def test_the_benchmark_runs_on_two_ranks(tmp_path):
     words = ["shape=tiny_llava", "parallel=tensor", "draft_parallel=tensor", "video_tokens=64"]
     words += ["rounds=3", "warmup=1", "prefills=1"]
     out = tmp_path / "results.jsonl"
-    done = torchrun("-m", "experiments.gpu_pair", *words, "device=cpu", "ratio=0.5", "accepted=3", f"out={out}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    words += ["device=cpu", "ratio=0.5", "accepted=3", f"out={out}"]
+    done = forked.ranks(partial(benchmark, words), tmp_path)
+    assert done.codes == (0, 0), done.err[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     (rounds,) = (row for row in rows if row["part"] == "rounds")
     assert (rounds["parallel"], rounds["draft_parallel"]) == ("tensor", "tensor")

@@ -197,6 +197,7 @@ def test_a_video_to_be_shown_at_an_angle_is_refused(clips, tmp_path):
         read_video(turned(clips["h264"], tmp_path, (1, 1, -1, 1)), frames=5)
 
 
+@pytest.mark.slow
 def test_sampling_rules_are_the_documented_ones():
     assert SAMPLINGS["uniform"](100, 8) == [0, 12, 25, 37, 50, 62, 75, 87]
     assert SAMPLINGS["qwen"](100, 8) == torch.arange(0, 100, 100 / 8).int().tolist()

@@ -48,6 +48,7 @@ def check(found: dict) -> None:
     assert found["speedup_file_to_last_token"] == pytest.approx(quotient)
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_reading_took(slow_file, capsys):
     assert main([*SHORT, "hydra.run.dir=out"]) == 0
     found = json.loads(Path("out/summary.json").read_text())
@@ -57,6 +58,7 @@ def test_a_run_counts_what_reading_took(slow_file, capsys):
     assert f"file to last token   {show.seconds(found['file_to_last_token_s'])}, the target alone " in shown
 
 
+@pytest.mark.slow
 def test_a_job_and_the_table_of_a_sweep_count_what_reading_took(slow_file, capsys):
     """Jobs that share a reading have its time each."""
     scenes = ["dataset=synthetic", "dataset.scenes=1", "dataset.ask=question", "frames=4", "max_new_tokens=6"]
@@ -72,6 +74,7 @@ def test_a_job_and_the_table_of_a_sweep_count_what_reading_took(slow_file, capsy
     assert shown.count("file to") == 2 and show.seconds(found[0]["file_to_first_token_s"]) in shown
 
 
+@pytest.mark.slow
 def test_without_a_baseline_there_is_no_speed_up(slow_file):
     assert main([*SHORT, "baseline=false", "hydra.run.dir=out"]) == 0
     found = json.loads(Path("out/summary.json").read_text())

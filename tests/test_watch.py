@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
+import ending_worker
+import forked
 import pytest
 from test_tensor import torchrun
 
@@ -70,8 +74,10 @@ def alive(pid: int) -> bool:
 
 def test_the_first_rank_saves_what_was_done_when_the_second_runs_out_of_memory(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    (line,) = said("memory_of_a_run", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    done = forked.ranks(partial(ending_worker.memory_of_a_run, tmp_path), tmp_path)
+    assert all(done.codes), done.err
+    (line,) = (line.removeprefix("specvlm: ") for line in done.lines())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["out_of_memory"] == "decoding without a drafter" and summary["verdict"] == "not checked"
     assert line.startswith("rank 1 of 2 ended: cpu ran out of memory while decoding without a drafter, though")

@@ -10,6 +10,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"video_pivots": 0}, {"text_pivots": 0}, {"video_pivots": 9, "text_pivots": 20}])
 def test_contract(fields):
     check_pruner(DARTPruner, **fields)

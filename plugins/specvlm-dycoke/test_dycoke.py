@@ -16,6 +16,7 @@ def kept(frames, height, width, budget, seed=0):
     return DyCokePruner().select(PruneContext((grid,), budget, {"features": x_ND})).index, x_ND
 
 
+@pytest.mark.slow
 def test_contract():
     check_pruner(DyCokePruner)
 

@@ -14,6 +14,7 @@ def context(grid, budget, features, attention):
     return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"d": 1.0, "segments": 1, "beta": 0.0}, {"d": 0.0}], ids=str)
 def test_contract(fields):
     check_pruner(FastVidPruner, **fields)
@@ -53,6 +54,7 @@ def test_salient_tokens_stay_as_they_are_and_gather_nothing():
     assert keep.pool.to_dense()[:, salient.flatten()].sum() == 12 and others
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_exactly():
     generator = torch.Generator().manual_seed(2)
     grid = TokenGrid(9, 3, 4)

@@ -16,6 +16,7 @@ def context(grid, budget, features, attention=None):
     return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"alpha": 0.0}, {"alpha": 1.0, "merge": -1.0, "segments": 1}], ids=str)
 def test_contract(fields):
     check_pruner(FlashVidPruner, **fields)

@@ -11,6 +11,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.1}], ids=str)
 def test_contract(fields):
     check_pruner(LvcPruner, **fields)

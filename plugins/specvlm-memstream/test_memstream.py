@@ -14,6 +14,7 @@ from specvlm.types import TokenGrid
 GRID = TokenGrid(10, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"experts": ("features",), "unit": "frame"}, {"detrend": False}], ids=str)
 def test_contract(fields):
     check_pruner(MemStreamPruner, **fields)

@@ -11,6 +11,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"events": 1, "top_frames": 1}], ids=str)
 def test_contract(fields):
     check_pruner(MeTokPruner, **fields)

@@ -17,6 +17,7 @@ def context(grid, budget, features, attention):
     return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"tau": -2.0, "scenes": 0.0}, {"tau": 2.0, "scenes": 1.0}], ids=str)
 def test_contract(fields):
     check_pruner(PruneVidPruner, **fields)

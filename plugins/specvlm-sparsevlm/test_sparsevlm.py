@@ -11,6 +11,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"layers": (40,), "schedule": (1.0,)}, {"layers": (0, 1), "schedule": (9.5, 1.0)}])
 def test_contract(fields):
     check_pruner(SparseVLMPruner, **fields)

@@ -10,6 +10,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"pool": 2, "spatial": 2}, {"pool": 99}], ids=str)
 def test_contract(fields):
     check_pruner(StormPruner, **fields)

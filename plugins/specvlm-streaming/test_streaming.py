@@ -12,6 +12,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"chunk": 3}], ids=str)
 def test_contract(fields):
     check_pruner(StreamingPruner, **fields)

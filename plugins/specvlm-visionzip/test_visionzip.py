@@ -11,6 +11,7 @@ from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"dominant": 0.4}, {"dominant": 1.0}])
 def test_contract(fields):
     check_pruner(VisionZipPruner, **fields)

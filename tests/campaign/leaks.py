@@ -27,7 +27,7 @@ from specvlm.prepare import Prepared, own_sample, read, set_up
 from specvlm.strategy import Drafter, DraftSession, PruneContext, Pruner
 from specvlm.types import DraftTree
 
-COUNT, SAMPLE = 300, 10
+COUNT, SAMPLE = 300, 6  # one of each kind of misuse
 
 KINDS = ("MB", "open files", "threads")
 GROWTH_MB = 64  # over the second half: what the allocator of the C library keeps or gives back

@@ -1,0 +1,92 @@
+"""Ranks for tests: forks of this process, which has everything imported, told by their environment what torchrun tells.
+
+A start of torchrun imports torch and Hugging Face once a process, which takes longer than what the ranks are asked here. What
+depends on torchrun itself (its command line, how it and its ranks end) is tested with the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic, sleep
+from typing import NoReturn
+
+import torch
+from torch.distributed import TCPStore
+
+from specvlm.held import HELD
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of the ranks. codes: as a shell's, minus the signal's number where one ended it; out, err: of all of them."""
+
+    codes: tuple[int, ...]
+    out: str
+    err: str
+
+    def lines(self) -> list[str]:
+        """What specvlm itself says on stderr."""
+        return [line for line in self.err.splitlines() if line.startswith("specvlm:")]
+
+
+def ranks(action: Callable[[], int | None], folder: Path, seconds: float = 600, size: int = 2) -> Ended:
+    """Call `action` in so many ranks; `folder` keeps what they print. A hang is an error, and leaves nothing running."""
+    torch.set_num_threads(1)  # a fork has none of the other threads
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+    logs = [[folder / f"rank{rank}.{name}" for name in ("out", "err")] for rank in range(size)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pids = [_fork(action, rank, size, store.port, logs[rank]) for rank in range(size)]
+    codes: dict[int, int] = {}
+    deadline = monotonic() + seconds
+    while len(codes) < size:
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if monotonic() > deadline:
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise TimeoutError(f"ranks did not end within {seconds} s: {[log[1].read_text()[-500:] for log in logs]}")
+        sleep(0.01)
+    out, err = ("".join(log[kind].read_text() for log in logs) for kind in (0, 1))
+    return Ended(tuple(codes[pid] for pid in pids), out, err)
+
+
+def _fork(action: Callable[[], int | None], rank: int, size: int, port: int, logs: list[Path]) -> int:
+    pid = os.fork()
+    if not pid:
+        _live(action, rank, size, port, logs)
+    return pid
+
+
+def _live(action: Callable[[], int | None], rank: int, size: int, port: int, logs: list[Path]) -> NoReturn:
+    """The rank's own life: it never returns into the code that forked it."""
+    code = 1
+    try:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in told.items()} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "TORCHELASTIC_RUN_ID": "forked",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as it is torchrun's
+        }
+        for path, number in zip(logs, (1, 2), strict=True):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        HELD.clear()  # the models of a process that is alone
+        code = action() or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
