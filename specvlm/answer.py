@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
@@ -123,6 +124,8 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
         "reader": request.reader,
         "peak_memory_bytes": peak,
         "difference": difference,
+        "hf_check": "not checked" if record.out_of_memory else hf_check_of(request.cfg, graph),
+        "hf_difference": None,
         "out_of_memory": record.out_of_memory,
         "engine": {side: graph.engine.runs(getattr(graph, side)) for side in request.kinds},
         "capture_s": graph.engine.capture_s - record.captured_s,
@@ -165,6 +168,17 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     texts = [graph.target.tokenizer.decode([token]) for token in found.candidates or ()]
     control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
+
+
+def hf_check_of(cfg: DictConfig, graph: DecodingGraph) -> str | None:
+    """What is known of `hf_check` before anything is checked; None where that is to come, see `pristine`."""
+    if cfg.check is None:
+        return "not checked"
+    if not graph.lossless:
+        return "lossy"
+    if graph.sampling.temperature > 0:
+        return "not checked: what is sampled need not be the argmax"
+    return None
 
 
 def ran_out(request: Prepared, record: Record, done: str = "") -> OutOfMemory:

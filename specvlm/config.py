@@ -26,6 +26,7 @@ CHOICES = {
 }
 PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
 WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
+CHECKS = ("hf", "generate")  # by a model of Hugging Face's own: one pass over the answer, or its own `generate`
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; many more end the process
 SHARDS = 4096
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
@@ -84,6 +85,7 @@ class RunConfig:
     dtype: str = MISSING
     engine: str = MISSING
     threads: Annotated[int | None, Within(1, THREADS)] = MISSING
+    check: str | None = MISSING
     baseline: bool = MISSING
     baselines: str | None = MISSING
     resume: bool = MISSING
@@ -113,6 +115,7 @@ def validate(cfg: DictConfig) -> None:
         if cfg[key] not in allowed:
             raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
     check(RunConfig, cfg, KEY)
+    _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"

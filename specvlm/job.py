@@ -171,7 +171,8 @@ class Job:
         def of(row: dict[str, Any]) -> int:
             if row["status"] == "failed":
                 return ExitCode.FAILED
-            return ExitCode.MISMATCH if (row["verdict"] or "").startswith("MISMATCH") else ExitCode.OK
+            wrong = any((row.get(key) or "").startswith("MISMATCH") for key in ("verdict", "hf_check"))
+            return ExitCode.MISMATCH if wrong else ExitCode.OK
 
         return worst(map(of, rows))
 

@@ -52,6 +52,11 @@ KEYS = {
     "and texts; by how much it prefers the latter in a one-row pass (gap) and in a many-row pass (gap_many_rows), and the "
     "drift between the two, in logits; for a tie the control: is the baseline the same when decoded twice? null when there is "
     "none",
+    "hf_check": "`check=hf` or `generate`: identical, tie at token K (gap G), or MISMATCH at token K: why, by Hugging "
+    "Face's own model, loaded anew; lossy; or not checked, and why. null while it is still to come",
+    "hf_difference": "the first tokens that are not that model's argmax: index; candidates, what came out and the argmax, as "
+    "ids and texts; by how much it prefers the latter (gap), and how much of that rounding explains, in logits; null when "
+    "there is none",
     "parallel": "how the target was spread: layers, or tensor; null on one device",
     "devices": "over how many devices the target was spread",
     "weights": "what target and draft are held in: a dtype, or what their text layers and head are quantised to; without draft "
@@ -72,6 +77,8 @@ LATER = (
     "baseline_file_to_last_token_s",
     "speedup_file_to_last_token",
     "reader",
+    "hf_check",
+    "hf_difference",
 )  # of KEYS what older rows and summaries lack
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
@@ -149,6 +156,7 @@ MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds",
          "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
 LAST = ("parallel", "devices", "weights", "engine")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
+HF_CHECKS = ("identical", "tie", "MISMATCH", "lossy", "not checked")
 
 TOTALS = {
     "status": "complete (every sample is ok or skipped), incomplete (some are missing or failed), or failed (the job could not "
@@ -157,6 +165,7 @@ TOTALS = {
     "dataset": "its name; `split` and `version` are the part and the edition of it",
     "samples": "how many the data set has: ok, failed, skipped (no video is there) and missing (not done yet) add up to it",
     "verdicts": "how many samples of each verdict",
+    "hf_checks": "how many samples of each hf_check; empty where there was no check",
     "reasons": "by sample, why it failed or was skipped",
     "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` and "
     "`speedup_file_to_last_token` alike",
@@ -190,6 +199,7 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
         **count,
         "missing": samples - len(rows),
         "verdicts": {v: n for v in VERDICTS if (n := sum(row["verdict"].startswith(v) for row in done))},
+        "hf_checks": hf_checks(done),
         "reasons": {row["sample"]: row.get("reason") for row in rows if row["status"] != "ok"},
         **{key: mean([row[key] for row in done if row.get(key) is not None]) for key in MEANS},
     }
@@ -205,6 +215,13 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     found["peak_memory_bytes"] = max((row["peak_memory_bytes"] for row in done), default=None)
     found["capture_s"] = sum(row["capture_s"] for row in done)
     return found | {key: done[-1][key] if done else None for key in LAST}
+
+
+def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    told = [row.get("hf_check") or "not checked" for row in done]
+    if set(told) <= {"not checked"}:
+        return {}
+    return {kind: n for kind in HF_CHECKS if (n := sum(text.startswith(kind) for text in told))}
 
 
 def mean(values: Sequence[float]) -> float | None:

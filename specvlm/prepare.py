@@ -97,6 +97,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     kinds = {
         s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
     }
+    check_pristine(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     with inside(verifier):
         setup.graph()
@@ -104,6 +105,21 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         with inside(strategy):  # a property may read files of its own
             _ = strategy.needs
     return setup
+
+
+def check_pristine(cfg: DictConfig, target: VideoLM, kind: str | None) -> None:
+    """Raises UserError where Hugging Face's own model is another one than the target."""
+    if cfg.check is None:
+        return
+    wanted = f"check={cfg.check} reads the answer over with Hugging Face's own model"
+    if kind:
+        raise UserError(f"{wanted}, and target.weights={kind} makes another of it: leave target.weights out, or check")
+    if target.quantised:
+        raise UserError(f"{wanted}, which is not done for checkpoints quantised by {target.quantised}: leave check out")
+    if cfg.target.parallel == "tensor":
+        raise UserError(f"{wanted}, for which ranks have no room: take target.parallel=layers, or leave check out")
+    if cfg.mrope != "hf" and target.axes > 1:
+        raise UserError(f"{wanted}, whose positions are other ones than mrope={cfg.mrope}: take mrope=hf, or leave check out")
 
 
 def own_sample(cfg: DictConfig) -> Sample:

@@ -92,6 +92,8 @@ class Figures(TypedDict):
     times_s: dict[str, Seconds]
     reader: NotRequired[str | None]
     difference: NotRequired[dict[str, Any] | None]
+    hf_check: NotRequired[str | None]
+    hf_difference: NotRequired[list[dict[str, Any]] | None]
     peak_memory_bytes: Count | None
     parallel: str | None
     devices: Count | None
@@ -119,6 +121,7 @@ class Totals(Summary, total=False):
     skipped: Required[Count]
     missing: Required[Count]
     verdicts: Required[dict[str, Count]]
+    hf_checks: dict[str, Count]
     reasons: dict[str, str]
     kept_tokens: Required[Real | None]
     accepted_per_round: Required[Real | None]

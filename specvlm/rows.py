@@ -6,7 +6,8 @@
     summary.json    the totals of all that is there, whole or not at all
 
 Files only grow. A process killed in the middle leaves half a line, or rounds of a sample that has no line: whoever goes on
-cuts them off. A sample tried again has two lines, of which the one that is ok counts.
+cuts them off. A sample tried again has two lines, of which the one that is ok counts; so has one that is checked behind
+its answer, of which the checked one counts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from specvlm.records import Answered, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
+UNCHECKED = (None, "not checked")  # values of hf_check that a later line may better
 
 
 class CannotWrite(UserError):
@@ -68,9 +70,15 @@ def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
             if not {"sample", "index", "status"} <= row.keys():
                 raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
             parse(Answered if row.get("status") == "ok" else Row, row, f"{path}, sample {row.get('sample')}")
-            if row["sample"] not in found or found[row["sample"]][0]["status"] != "ok":
+            if row["sample"] not in found or _counts(row, found[row["sample"]][0]):
                 found[row["sample"]] = row, path
     return sorted(found.values(), key=lambda kept: kept[0]["index"])
+
+
+def _counts(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Does a sample's line count, and no longer the one before it?"""
+    checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
+    return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
 
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -159,7 +167,7 @@ class Rows:
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
         old, end = _lines(samples)
-        there_already = len(old) + sum(len(lines_of(path)) for path in others)
+        there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
             raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
         there = rows_of(folder)
@@ -295,7 +303,7 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above
         before, now, name = old.get(key), new.get(key), f"{above}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             _compare(before, now, folder, f"{name}.")
-        elif before != now and name not in NO_MATTER:
+        elif before != now and name not in NO_MATTER and (name, before) != ("check", None):  # rows can still be checked
             was = f"with {name}={before}" if key in old else f"without {name}"
             has = f"{name}={now}" if key in new else f"without {name}"
             raise Taken(f"{folder} was made {was}, this is {has}: take another folder")

@@ -16,7 +16,9 @@ from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
 from specvlm.places import Places, places_of
 from specvlm.prepare import Prepared, own_sample, read, set_up
+from specvlm.pristine import check_run
 from specvlm.ranks import ALONE, Ranks, joined
+from specvlm.rows import writable
 from specvlm.show import Screen, not_applied
 
 
@@ -62,7 +64,16 @@ def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, hel
             raise ran_out(request, record, done) from error
     if folder:
         screen.summary(summary, folder)
-    return ExitCode.MISMATCH if verdict == "mismatch" else ExitCode.OK
+        if summary["hf_check"] is None:
+            record.save = str
+            del graph  # the pair makes room
+            with screen.waiting(f"check={cfg.check}"):
+                summary |= check_run(held, request, summary["token_ids"])
+            with writable(folder):
+                write_json(folder / "summary.json", summary)
+            screen.checked(summary)
+    wrong = verdict == "mismatch" or (summary["hf_check"] or "").startswith("MISMATCH")
+    return ExitCode.MISMATCH if wrong else ExitCode.OK
 
 
 def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record, held: Held) -> None:

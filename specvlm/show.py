@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPANS = ("file_to_first_token_s", "file_to_last_token_s")
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
 MOST_REASONS = 5  # told of a job; all are in its summary.json
-COLOURS = {"identical": "green", "numeric tie": "yellow", "MISMATCH": "bold red"}
+COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
 
 
 class Terminal(Console):
@@ -131,6 +131,13 @@ class Screen:
         self.console.print(styled("\n", coloured(verdict), f" {meaning(verdict)}"), soft_wrap=True)
         self.written(folder)
 
+    def checked(self, found: Mapping[str, Any], label: str = "") -> None:
+        """What Hugging Face's own model made of an answer; found: its row, or the summary of a run."""
+        whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
+        self.console.print(
+            styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded anew")
+        )
+
     def written(self, folder: Path) -> None:
         self.console.print(styled((f"written to {folder}", "dim")))
 
@@ -214,6 +221,7 @@ def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
     for key in SPANS:
         yield "-" if found.get(key) is None else seconds(found[key])  # older summaries have none
     told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
+    told += [styled("check: ", coloured(kind, f"{count} {kind}")) for kind, count in found.get("hf_checks", {}).items()]
     yield Text(", ").join(told) if told else "-"
     yield styled((str(found["failed"]), "bold red")) if found["failed"] else ""
     yield str(found["skipped"] or "")

@@ -22,6 +22,7 @@ from specvlm.held import HELD, Held
 from specvlm.job import Job
 from specvlm.metrics import MEANS, SPANS, totals
 from specvlm.places import places_of
+from specvlm.pristine import check_rows, unchecked
 from specvlm.ranks import joined
 from specvlm.readings import Readings
 from specvlm.rows import CannotWrite, Taken, config_of, rows_of, summary_of
@@ -103,7 +104,8 @@ class Sweep:
 
     def mismatch(self) -> list[int]:
         """Its exit code where a job has one, of what is in their folders."""
-        wrong = any("MISMATCH" in summary_of(folder).get("verdicts", {}) for folder in self.labels)
+        found = [summary_of(folder) for folder in self.labels]
+        wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
         return [ExitCode.MISMATCH] if wrong else []
 
     def close(self) -> None:
@@ -121,7 +123,7 @@ class Sweep:
         if not any(found.values()):
             return
         told = [(label, found[folder] or never) for folder, label in self.labels.items()]
-        unfinished = [option for job, option in self.begun if job.todo]
+        unfinished = [option for job, option in self.begun if job.todo or unchecked(job)]
         go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished and self.folder else ""
         screen.jobs(told, self.common, self.folder, go_on)
         if self.tracker is not None and self.folder:
@@ -169,6 +171,7 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
             for group in groups.values():
                 for task, read_next in walk(schedule(group, turn), readings):
                     codes.append(_turn(task, readings, read_next, tell))
+                codes += check_rows(group, readings, tell)
                 codes += [job.close() for job in group]
         finally:
             for job in jobs:

@@ -25,7 +25,8 @@ BEGIN_S, END_S = 2.0, 60.0
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
            "baseline_decode_s", "baseline_end_to_end_s", "speedup_decode", "speedup_end_to_end", "tokens_per_second",
-           "time_to_first_token_s", "drafter_start_s", *LATER, "peak_memory_bytes", "order")  # fmt: skip
+           "time_to_first_token_s", "drafter_start_s", "peak_memory_bytes", "order",
+           *(key for key in LATER if not key.startswith("hf_")))  # fmt: skip
 TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
 PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
 MOST = 200  # characters of what W&B says went wrong

@@ -157,6 +157,8 @@ def judged(jobs: Sequence[Job]) -> tuple[str, str]:
     total, text = sum(found.values()), counted(found)
     if wrong := found.get("MISMATCH", 0):
         return f"{wrong} of {total} answers are NOT the target's own ({text})", "bad"
+    if wrong := sum(job.totals["hf_checks"].get("MISMATCH", 0) for job in jobs):
+        return f"{wrong} of {total} answers are NOT those of Hugging Face's own model ({text})", "bad"
     if jobs[0].lossy:
         return f"{total} answers by a lossy rule", "open"
     if set(found) <= set(FINE):
@@ -173,15 +175,9 @@ def problems(jobs: Sequence[Job]) -> list[str]:
                 f"{job.label}: incomplete, {job.summary['missing']} of {job.summary['samples']} samples are not done yet"
             )
         for row in job.rows:
-            wrong = (
-                (row.get("reason") or row["status"])
-                if row["status"] != "ok"
-                else row["verdict"]
-                if "MISMATCH" in row["verdict"]
-                else None
-            )
-            if wrong:
-                lines.append(f"{job.label}: {row['sample']}: {wrong}")
+            said = [row["verdict"], row.get("hf_check") or ""] if row["status"] == "ok" else []
+            wrong = [text for text in said if "MISMATCH" in text] if said else [row.get("reason") or row["status"]]
+            lines += [f"{job.label}: {row['sample']}: {text}" for text in wrong]
     return lines
 
 

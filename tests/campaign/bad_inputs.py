@@ -65,9 +65,9 @@ RANGES = (
 KEYS = (
     *("ratio", "positions", "mrope", "video", "question", "frames", "fps", "max_pixels", "reader", "max_new_tokens", "seed"),
     *("repetition_penalty", "device", "dtype", "engine", "threads", "baseline", "baselines", "resume", "fail_fast", "shard"),
-    *("turn", "record", "target.path", "draft.path", "target.weights", "draft.weights", "target.parallel", "draft.parallel"),
-    *("draft.device", "pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment", "target", "hydra.run.dir"),
-    *("tracker.mode", "nonsense", "pruner.nonsense", "+new", "~ratio", "hydra.job.name"),
+    *("turn", "record", "check", "target.path", "draft.path", "target.weights", "draft.weights", "target.parallel"),
+    *("draft.parallel", "draft.device", "pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment", "target"),
+    *("hydra.run.dir", "tracker.mode", "nonsense", "pruner.nonsense", "+new", "~ratio", "hydra.job.name"),
 )
 Json = Any
 Action = Callable[[], int]

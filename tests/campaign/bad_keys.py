@@ -19,7 +19,7 @@ VALUES = (
 KEYS = (
     *("ratio", "positions", "mrope", "video", "question", "frames", "fps", "max_pixels", "reader", "max_new_tokens"),
     *("repetition_penalty", "seed", "device", "dtype", "engine", "threads", "baseline", "baselines", "resume", "fail_fast"),
-    *("shard", "turn", "record", "target.path", "draft.path", "target.weights", "draft.weights", "target.parallel"),
+    *("check", "shard", "turn", "record", "target.path", "draft.path", "target.weights", "draft.weights", "target.parallel"),
     *("draft.parallel", "draft.device", "pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment"),
 )
 OPTIONS = {  # of strategies: the word that chooses one, and its keys
