@@ -6,14 +6,18 @@ import html
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
-from campaign import hostile, judged, sweeps, xss
+from campaign import crossings, hostile, judged, sweeps, xss
 from campaign.__main__ import campaigns, main
 from campaign.fork import Ended
 from campaign.hostile_plugin import FOUND
+
+from specvlm.penalty import RepetitionPenalty
+from specvlm.registry import collect
 
 
 @pytest.mark.slow
@@ -124,6 +128,29 @@ def test_hostile_strategies_are_of_many_mechanisms_and_each_has_its_turn():
     called = [what for what, _ in hostile._attacks(random.Random(0), 60)]
     singly = [what.partition(":")[0] for number, what in enumerate(called) if number % 10 != 9]
     assert set(singly) == mechanisms and 5 < sum(what.endswith("alone") for what in called) < 30
+
+
+def test_every_choice_is_drawn_among_the_crossings_and_the_same_for_the_same_numbers():
+    cases = [crossings.drawn(0, number) for number in range(crossings.COUNT)]
+    assert {case.pruner for case in cases} == set(crossings.pruners())
+    assert {case.drafter.name for case in cases} >= set(collect()["drafter"])
+    assert {case.draft for case in cases} == set(crossings.OF_A_DRAFT)
+    for name, most in (("family", 2), ("positions", 2), ("mrope", 2), ("engine", 2), ("weights", 3), ("penalty", 4)):
+        assert len({getattr(case, name) for case in cases}) == most, name
+    assert {case.layout.count("v") for case in cases} == {1, 2, 3} == {case.layout.count("i") for case in cases} - {0}
+    assert {len(case.stops) + len(case.ids) for case in cases} >= {0, 1, 3}
+    assert crossings.drawn(0, 17) == cases[17] != crossings.drawn(1, 17)
+
+
+@pytest.mark.slow
+def test_a_crossing_that_differs_is_found_with_what_regenerates_it(monkeypatch):
+    assert not crossings.run(6, 0)
+    monkeypatch.setattr(RepetitionPenalty, "__call__", lambda self, logits_MV, *tree: logits_MV)
+    found = crossings.run(6, 0)
+    assert found
+    seed, case = map(int, re.match(r"seed (\d+), case (\d+), family ", found[0]).groups())
+    fault = crossings.fault_of(crossings.drawn(seed, case))
+    assert fault.startswith("from token ") and found[0].endswith(f": {fault}")
 
 
 @pytest.fixture

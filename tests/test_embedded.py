@@ -7,8 +7,11 @@ from functools import cache
 
 import packages
 import pytest
+import reference
 import tiny
+import torch
 from test_lossless import PRUNERS
+from transformers import AutoModelForImageTextToText
 
 from specvlm import registry
 from specvlm.config import model_folder
@@ -63,9 +66,10 @@ def request_of(family: str, clip: str = "synthetic_1", question: str = "how many
 
 @cache
 def answer_of_generate(family: str, **fields) -> tuple[int, ...]:
-    lm, request = model(family, "target"), request_of(family, **fields)
-    out = lm.hf.generate(**lm.generate_inputs(request), max_new_tokens=200, do_sample=False)
-    return tuple(out[0, len(request) :].tolist())
+    """Of a model that Hugging Face loads, under its own attention."""
+    folder = model_folder(f"embedded:{family}/target")
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return tuple(reference.generated(hf, request_of(family, **fields), 200, pad_token_id=None))
 
 
 def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit=200, **fields):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import reference
 import tiny
 import torch
 from rounding import additions, assert_same_sums
@@ -82,7 +83,8 @@ def test_split_prefill_equals_one_forward_of_hugging_face(family):
     for request in (tiny.prompt(family), tiny.prompt(family, videos=2, images=1)):
         lm = tiny.model(family)
         _, logits = filled(lm, request)
-        expected = lm.hf(**lm.generate_inputs(request)).logits[0, -1]
+        hf = reference.pristine(lm.hf)
+        expected = hf(**reference.inputs_of(hf, request)).logits[0, -1]
         assert_same_sums(logits, expected, additions(lm.hf, len(request)))
 
 
@@ -103,9 +105,9 @@ def test_guidance_equals_the_mean_of_eager_attention(family, videos):
     lm, request = tiny.model(family), tiny.prompt(family, videos=videos)
     guidance = Guidance(request.video_index, rows=True, last_row=True)
     filled(lm, request, guidance)
-    eager = tiny.copy.deepcopy(lm.hf)
-    eager.set_attn_implementation("eager")
-    weights = torch.stack(eager(**lm.generate_inputs(request), output_attentions=True).attentions)[:, 0]  # (L, H, S, S)
+    eager = reference.pristine(lm.hf, "eager")
+    inputs = reference.inputs_of(eager, request)
+    weights = torch.stack(eager(**inputs, output_attentions=True).attentions)[:, 0]  # (L, H, S, S)
     weights = weights.float()  # as exact as its softmax
     to_video = weights[:, :, request.cut :, request.video_index]
     terms = additions(lm.hf, len(request))
@@ -233,8 +235,7 @@ GRIDS = [(3, 8, 4), (2, 8, 10), (1, 6, 4), (3, 10, 14), (2, 2, 2)]
 @pytest.mark.parametrize("grids", [*([grid] for grid in GRIDS), GRIDS], ids=str)
 def test_the_window_attention_of_the_vision_tower_equals_a_call_for_each_window(grids):
     lm = tiny.model("qwen2_5_vl")
-    plain = tiny.copy.deepcopy(lm.hf.model.visual)
-    plain.set_attn_implementation("sdpa")
+    plain = reference.pristine(lm.hf).model.visual
     pixels = torch.randn(sum(t * h * w for t, h, w in grids), 96, dtype=torch.float64)
     expected = plain(pixels, grid_thw=torch.tensor(grids)).pooler_output
     ours = lm.hf.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output  # as a bare `generate` calls it

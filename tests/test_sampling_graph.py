@@ -1,96 +1,230 @@
-"""Sampling through the whole loop: the first three tokens are distributed as the target's own, whatever drafts them."""
+"""Sampling through the whole loop: the first tokens are distributed as the target's own, whatever drafts them.
+
+The target's own distribution is enumerated by Hugging Face's model, penalty and warpers. A world is a model of one layer with
+eight tokens, two of them placeholders, so that answers repeat themselves: guesses of every drafter are accepted and refused.
+"""
 
 from __future__ import annotations
 
-import itertools
+import copy
+from collections import Counter
 from functools import cache
 
 import pytest
+import reference
 import tiny
 import torch
 from scipy.stats import chisquare
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specvlm.contract.tiny import built
+from specvlm.drafters import sparse
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
+from specvlm.penalty import RepetitionPenalty
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import Sampling
+from specvlm.verifiers import sampling
 from specvlm.verifiers.sampling import SamplingVerifier
 
-RUNS, LENGTH, FAMILY = 320, 3, "llava_onevision"
-LEAST_P = 0.01  # what 320 draws find 9 times in 10 at this level, 400 find as often at 0.001 (noncentral chi-square)
-WARPS = [dict(temperature=1.0, top_k=4), dict(temperature=0.7, top_k=6, top_p=0.9)]
+RUNS, LENGTH, FAMILY = 400, 4, "llava_onevision"
+VIDEO = 7
+CHANCE = 1e-8  # of a p-value below it in one test: in all of them together, less than once in a million suites
+SURE = 1e-10  # of a planted fault
+PLAIN = dict(penalty=1.0, temperature=0.5, top_p=0.9)
+PENALISED = dict(penalty=1.5, temperature=0.5, top_k=3)
+DRAFTERS = [
+    TreeDrafter("2x2"),
+    TreeDrafter("2x2", children="top"),
+    TreeDrafter("chain:2"),
+    SelfDrafter("2x1"),
+    DynamicTreeDrafter(nodes=4, depth=2, width=2),
+    EntropyTreeDrafter(nodes=3, deep=3, narrow=1, shallow=1, wide=3, sure=1.0, unsure=1.6),
+    SparseDrafter(entries=11, length=2),
+    PromptLookupDrafter(length=3),
+]
 
 
 @cache
 def model(noise: float = 0.0) -> VideoLM:
-    """Of one layer: a rule of sampling sees logits alone, so thousands of draws need not come from more. noise: on weights."""
-    torch.manual_seed(0)
-    hf = built(FAMILY, 97, num_hidden_layers=1).double()
-    for weight in hf.parameters():
-        weight.data += noise * torch.randn_like(weight)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(3)
+        hf = built(FAMILY, vocabulary=8, num_hidden_layers=1).double()
+        hf.config.video_token_id, hf.config.image_token_id = VIDEO, VIDEO - 1
+        for weight in hf.parameters() if noise else ():
+            weight.data += noise * torch.randn_like(weight)
     return tiny.wrap(hf)
 
 
+def target(penalty: float = 1.0) -> VideoLM:
+    lm = tiny.wrap(model().hf)
+    lm.repetition_penalty = penalty
+    return lm
+
+
+@cache
 def request():
-    lm = model()
     grid, video = tiny.video(FAMILY, frames=1)
-    return lm.expand([5, tiny.VIDEO, 7, 8], [grid], [video])
+    return model().expand([1, 2, 3, VIDEO, 1, 2, 3, 4, 1], [grid], [video])
 
 
+@cache
 @torch.inference_mode()
-def expected(sampling: Sampling) -> dict[tuple[int, ...], float]:
-    """Probability of every answer of three tokens, one forward pass at a time."""
-    lm, prompt = model(), request()
+def expected(penalty: float, **warp: float) -> dict[tuple[int, ...], float]:
+    """Probability of every answer, by Hugging Face's own model and logits processors, in the order of its `generate`."""
+    hf, prompt, table = reference.pristine(model().hf), request(), {}
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(warp["temperature"])])
+    processors += [TopKLogitsWarper(warp["top_k"])] if "top_k" in warp else []
+    processors += [TopPLogitsWarper(warp["top_p"])] if "top_p" in warp else []
 
-    def following(tokens):
-        cache = lm.new_cache(len(prompt) + LENGTH)
-        logits = lm.head(lm.prefill(lm.embed(prompt, lm.features(prompt)), lm.positions(prompt), cache, prompt.cut))
-        for token in tokens:
-            logits = lm.append(torch.tensor([token]), [0], None, cache)[0]
-        p = sampling.probabilities(logits)
-        return {int(token): float(p[token]) for token in p.nonzero().flatten()}
+    def go_on(answer: tuple[int, ...], weight: float, logits_1V: torch.Tensor, past: DynamicCache) -> None:
+        if len(answer) == LENGTH:
+            table[answer] = weight
+            return
+        so_far_1S = torch.tensor([[*prompt.tokens.tolist(), *answer]])
+        p_V = processors(so_far_1S, logits_1V.clone()).softmax(-1)[0]
+        for token in p_V.nonzero().flatten().tolist():
+            own = copy.deepcopy(past)
+            out = hf(input_ids=torch.tensor([[token]]), past_key_values=own, use_cache=True)
+            go_on((*answer, token), weight * float(p_V[token]), out.logits[:, -1], own)
 
-    table = {(): 1.0}
-    for _ in range(LENGTH):
-        table = {(*t, token): p * q for t, p in table.items() for token, q in following(t).items()}
+    past = DynamicCache(config=hf.config.text_config)
+    out = hf(**reference.inputs_of(hf, prompt), past_key_values=past, use_cache=True)
+    go_on((), 1.0, out.logits[:, -1], past)
     return table
 
 
 def p_value(answers: list[tuple[int, ...]], table: dict[tuple[int, ...], float]) -> float:
-    assert set(answers) <= set(table), "an answer the target cannot give"
-    counts = {answer: len(list(group)) for answer, group in itertools.groupby(sorted(answers))}
-    # Cells of fewer than five expected go together, or the statistic is not chi-square distributed.
-    large = [answer for answer, p in table.items() if p * len(answers) >= 5]
-    seen, wanted = [counts.get(a, 0) for a in large], [table[a] * len(answers) for a in large]
-    seen.append(len(answers) - sum(seen)), wanted.append(len(answers) - sum(wanted))
+    """Of chi-square; 0 where there is an answer that the target cannot give."""
+    counts = Counter(answers)
+    if not set(counts) <= set(table):
+        return 0.0
+    # Cells of fewer than ten expected go together, or the statistic is not chi-square distributed.
+    large = [answer for answer, p in table.items() if p * len(answers) >= 10]
+    seen, wanted = [counts[a] for a in large], [table[a] * len(answers) for a in large]
+    rest = sum(p for answer, p in table.items() if answer not in set(large)) * len(answers)
+    if rest >= 10:
+        seen, wanted = [*seen, len(answers) - sum(seen)], [*wanted, rest]
+    else:
+        seen[-1], wanted[-1] = seen[-1] + len(answers) - sum(seen), wanted[-1] + rest
     return chisquare(seen, wanted).pvalue
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("warp", WARPS, ids=str)
-@pytest.mark.parametrize(
-    "drafter",
-    [TreeDrafter("2x2"), TreeDrafter("2x2", children="top"), TreeDrafter("chain:2"), SelfDrafter("2x1")],
-    ids=repr,
-)
-def test_tree_chain_and_self_sample_as_the_target_does(drafter, warp):
-    verifier, prompt = SamplingVerifier(**warp), request()
-    table = expected(verifier.sampling)
-    graph = DecodingGraph(model(), model(noise=0.1), UniformPruner(), drafter, verifier, 0.5)
-    answers = []
+@pytest.fixture(autouse=True)
+def each_pass_once(monkeypatch):
+    """Thousands of decodes of a few hundred contexts. A pass is a function of its rows and of the cache before them: where
+    these are, byte by byte, what they were before, so is what it gives.
+    """
+    forward, features, passes, towers = VideoLM.forward, VideoLM.features, {}, {}
+
+    def forward_once(self, embeds_QD, positions_AQ, cache, mask_QK, guidance=None, states=None):
+        if guidance is not None or states is not None:
+            return forward(self, embeds_QD, positions_AQ, cache, mask_QK, guidance, states)
+        start, end = cache.length, cache.length + len(embeds_QD)
+        stores, before, rows = (cache.keys, cache.values), slice(0, start), slice(start, end)
+        read = [embeds_QD, positions_AQ, *(store[:, :, :, before] for store in stores), *([] if mask_QK is None else [mask_QK])]
+        key = (self.hf, start, *(tensor.contiguous().numpy().tobytes() for tensor in read))
+        if key not in passes:
+            hidden_QD = forward(self, embeds_QD, positions_AQ, cache, mask_QK)
+            passes[key] = hidden_QD, [store[:, :, :, rows].clone() for store in stores]
+            return hidden_QD
+        hidden_QD, written = passes[key]
+        for store, rows_of in zip(stores, written, strict=True):
+            store[:, :, :, rows] = rows_of
+        cache.advance(len(embeds_QD))
+        return hidden_QD
+
+    def features_once(self, prompt, keep=None, sight=None):
+        if self.hf not in towers:
+            towers[self.hf] = features(self, prompt)
+        return towers[self.hf]
+
+    monkeypatch.setattr(VideoLM, "forward", forward_once)
+    monkeypatch.setattr(VideoLM, "features", features_once)
+
+
+def sampled(drafter, penalty, **warp):
+    """Answers, how many guesses there were, and how many were accepted."""
+    graph = DecodingGraph(target(penalty), model(0.1), UniformPruner(), drafter, SamplingVerifier(**warp), 0.5)
+    answers, guesses, accepted = [], 0, 0
     for seed in range(RUNS):
         graph.seed = seed
-        answers.append(tuple(tokens_of(list(graph.decode(prompt, LENGTH)))))
-    assert p_value(answers, table) > LEAST_P
+        steps = list(graph.decode(request(), LENGTH))
+        answers.append(tuple(tokens_of(steps)))
+        guesses, accepted = guesses + sum(step.drafted for step in steps), accepted + sum(step.accepted for step in steps)
+    return answers, guesses, accepted
 
 
 @pytest.mark.slow
-def test_a_wrong_temperature_would_be_seen():
-    prompt, verifier = request(), SamplingVerifier(temperature=0.6, top_k=4)
-    answers = [tuple(tokens_of(list(autoregressive(model(), prompt, LENGTH, verifier, seed)))) for seed in range(RUNS)]
-    assert p_value(answers, expected(verifier.sampling)) > LEAST_P
-    assert p_value(answers, expected(Sampling(temperature=1.0, top_k=4))) < 1e-6
+@pytest.mark.parametrize("how", [PLAIN, PENALISED], ids=str)
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
+def test_every_drafter_samples_as_the_target_does(drafter, how):
+    answers, guesses, accepted = sampled(drafter, **how)
+    assert RUNS / 5 < accepted < guesses - RUNS / 5, "guesses must often be accepted, and often refused"
+    assert p_value(answers, expected(**how)) > CHANCE
+
+
+@pytest.mark.slow
+def test_the_target_alone_samples_so_and_another_temperature_or_penalty_would_be_seen():
+    lm, verifier = target(1.5), SamplingVerifier(temperature=0.4, top_k=3)
+    answers = [tuple(tokens_of(list(autoregressive(lm, request(), LENGTH, verifier, seed)))) for seed in range(RUNS)]
+    assert p_value(answers, expected(1.5, temperature=0.4, top_k=3)) > CHANCE
+    assert p_value(answers, expected(1.5, temperature=1.0, top_k=3)) < SURE
+    assert p_value(answers, expected(1.0, temperature=0.4, top_k=3)) < SURE
+
+
+# ---- planted faults, each seen through the loop -----------------------------------------------------------------------
+
+
+def refused_guesses_stay_in_the_residual(monkeypatch):
+    attempt = sampling._try
+    monkeypatch.setattr(sampling, "_try", lambda x_n1, p_nV, q_nV: (attempt(x_n1, p_nV, q_nV)[0], p_nV))
+
+
+def least_likely_guesses_told_as_drawn(monkeypatch):
+    monkeypatch.setattr(sparse, "draw", lambda q_QV, race_QV, count: torch.where(q_QV > 0, q_QV, 2).argmin(-1, keepdim=True))
+
+
+def penalty_that_sees_no_tree(monkeypatch):
+    penalise = RepetitionPenalty.__call__
+    monkeypatch.setattr(RepetitionPenalty, "__call__", lambda self, logits_MV, *tree: penalise(self, logits_MV))
+
+
+def a_guess_that_stands_wherever_it_is_likely(monkeypatch):
+    attempt = sampling._try
+
+    def lenient(x_n1, p_nV, q_nV):
+        accept_n, rest_nV = attempt(x_n1, p_nV, q_nV)
+        return torch.where(accept_n > 0.3, 1.0, accept_n), rest_nV
+
+    monkeypatch.setattr(sampling, "_try", lenient)
+
+
+FAULTS = [
+    ("dynamic_tree", refused_guesses_stay_in_the_residual),
+    ("sparse", least_likely_guesses_told_as_drawn),
+    ("self", penalty_that_sees_no_tree),
+    ("prompt_lookup", a_guess_that_stands_wherever_it_is_likely),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fault"), FAULTS)
+def test_planted_faults_are_seen_through_the_loop(name, fault, monkeypatch):
+    drafter = next(drafter for drafter in DRAFTERS if drafter.name == name)
+    fault(monkeypatch)
+    answers, _, _ = sampled(drafter, **PENALISED)
+    assert p_value(answers, expected(**PENALISED)) < SURE

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
+import reference
 import tiny
 import torch
 from curious import ALL, Curious, signals_of
@@ -31,12 +32,6 @@ from specvlm.types import TokenGrid
 from specvlm.verifiers.greedy import GreedyVerifier
 
 
-def eager_of(lm):
-    eager = copy.deepcopy(lm.hf)
-    eager.set_attn_implementation("eager")
-    return eager
-
-
 def in_stages(lm, *ends):
     starts = [0, *ends]
     stages = [Stage(torch.device("cpu"), a, b) for a, b in zip(starts, [*ends, lm.layers], strict=True)]
@@ -49,7 +44,8 @@ def in_stages(lm, *ends):
 def test_states_equal_hidden_states_of_hugging_face(family, videos, ends):
     whole, request = tiny.model(family), tiny.prompt(family, videos=videos, images=1)
     lm = in_stages(whole, *ends) if ends else whole
-    out = whole.hf(**whole.generate_inputs(request), output_hidden_states=True, use_cache=True)
+    hf = reference.pristine(whole.hf)
+    out = hf(**reference.inputs_of(hf, request), output_hidden_states=True, use_cache=True)
     terms = additions(whole.hf, len(request))
     for layer in (1, 2):
         found, _ = signals_of(lm, request, Curious(layer))
@@ -81,7 +77,8 @@ def test_states_do_not_depend_on_how_the_prefill_is_cut(family, monkeypatch):
 def test_weighted_attention_equals_the_weighted_mean_of_eager_attention(family):
     lm, request = tiny.model(family), tiny.prompt(family)
     found, _ = signals_of(lm, request)
-    attentions = eager_of(lm)(**lm.generate_inputs(request), output_attentions=True).attentions
+    eager = reference.pristine(lm.hf, "eager")
+    attentions = eager(**reference.inputs_of(eager, request), output_attentions=True).attentions
     rows_LQN = torch.stack(attentions)[:, 0].mean(1)[:, request.cut :, request.video_index]
     weights_Q = torch.arange(1.0, rows_LQN.shape[1] + 1, dtype=torch.float64)
     naive_LN = (rows_LQN * (weights_Q / weights_Q.sum())[:, None]).sum(1)
@@ -91,7 +88,7 @@ def test_weighted_attention_equals_the_weighted_mean_of_eager_attention(family):
 
 def naive_vision_attention(lm, grid, video):
     """From what eager attention returns, patch by patch: attention received, and keys."""
-    eager = eager_of(lm)
+    eager = reference.pristine(lm.hf, "eager")
     if lm.family == "llava_onevision":
         out = eager.model.vision_tower(video["pixels"].double(), output_attentions=True, output_hidden_states=True)
         tower = getattr(eager.model.vision_tower, "vision_model", eager.model.vision_tower)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 
+import reference
 import torch
 
 from specvlm.contract.tiny import END, FAMILIES, IMAGE, START, TEXT, VIDEO, built
@@ -12,7 +13,10 @@ from specvlm.contract.tiny import wrapped as wrap
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import TokenGrid, VideoPrompt
 
-__all__ = ["FAMILIES", "IMAGE", "TEXT", "VIDEO", "copy", "draft_of", "hf_greedy", "image", "model", "prompt", "video", "wrap"]
+__all__ = [
+    "END", "FAMILIES", "IMAGE", "START", "TEXT", "VIDEO",
+    "copy", "draft_of", "hf_greedy", "image", "model", "prompt", "video", "wrap",
+]  # fmt: skip
 
 torch.set_num_threads(1)  # thousands of tiny operations: two threads on busy cores are ten times slower
 
@@ -70,8 +74,5 @@ def prompt(family: str, seed: int = 0, videos: int = 1, images: int = 0, frames:
 
 
 def hf_greedy(lm: VideoLM, request: VideoPrompt, limit: int, stops: list[int] | None = None) -> list[int]:
-    """Hugging Face's own answer."""
-    out = lm.hf.generate(
-        **lm.generate_inputs(request), max_new_tokens=limit, do_sample=False, eos_token_id=stops, pad_token_id=0
-    )
-    return out[0, len(request) :].tolist()
+    """The answer of a pristine Hugging Face model of the same weights, under its own attention."""
+    return reference.generated(reference.pristine(lm.hf), request, limit, eos_token_id=stops)
