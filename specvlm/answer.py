@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -162,11 +162,15 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
         return "sampled", "sampled", None
     record.stage = "checking"
     tokens = metrics.tokens_of(record.steps)
-    found = lossless.compare(graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine)
+    found = lossless.compare(
+        graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine, record.steps, graph.verifier
+    )
     if found.token is None:
         return found.verdict, str(found), None
     texts = [graph.target.tokenizer.decode([token]) for token in found.candidates or ()]
     control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
+    if control is False:  # then nothing is known of how its passes round
+        found = replace(found, verdict="mismatch", reason="the target alone, decoded again, gives another output")
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
 
 

@@ -236,7 +236,10 @@ class DecodingGraph:
             ranks, widths = tree.ranks_on(verdict.path) if self.lossless else ((), ())
             times = clock.lap()
             refused = tree.refused(verdict.path) if full else ()  # read behind the lap: no time of the request's
-            yield Step(tokens, len(tree) - 1, depth, verdict.accepted, full, times, shown, ranks, widths, refused, attention)
+            seen = tree.on_host()
+            yield Step(
+                tokens, len(tree) - 1, depth, verdict.accepted, full, times, shown, ranks, widths, refused, attention, seen
+            )
             if output.done:
                 return
             turn.check()

@@ -33,7 +33,7 @@ from specvlm.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.ranks import ALONE, Ranks
 from specvlm.readings import Read, Readings
 from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, writable
-from specvlm.show import Screen, not_applied
+from specvlm.show import Screen, not_applied, too_many_ties
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb
 from specvlm.types import Step
@@ -151,6 +151,7 @@ class Job:
         if self.folder is None:
             return ExitCode.OK
         totals = self._summarize(self.folder)
+        self._note(too_many_ties(totals.get("ties")))
         mine = {self.samples[index].id for index in self.mine}
         code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
         self.tracker.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))

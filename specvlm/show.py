@@ -237,6 +237,14 @@ def not_applied(settings: Sequence[str]) -> str:
     return f"not applied, though the checkpoint's generation config sets it: {', '.join(settings)}" if settings else ""
 
 
+def too_many_ties(ties: Mapping[str, int] | None) -> str:
+    """What to note of a job's `ties`."""
+    if ties is None or ties["tied"] <= ties["normal"]:
+        return ""
+    found = f"numeric ties at {ties['tied']} of {ties['tokens']} tokens, rounding explains {ties['normal']}"
+    return f"{found}: a pass over several rows may be wrong; compare with dtype=float32"
+
+
 def spread(job: Prepared) -> str:
     """How the target lies on its devices; nothing to say of one."""
     places = job.places

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import tiny
 import torch
+from campaign import planted_faults
+from campaign.faults import planted
 
-from specvlm import lossless, memory
+from specvlm import lossless, memory, metrics
 from specvlm.cache import pooled
 from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.entropy_tree import EntropyTreeDrafter
@@ -16,9 +19,11 @@ from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.fastv import FastVPruner
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.random import RandomPruner
@@ -26,6 +31,8 @@ from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.pruners.verifier_attention import VerifierAttentionPruner
 from specvlm.pruners.window import WindowPruner
+from specvlm.show import too_many_ties
+from specvlm.types import DraftTree
 from specvlm.verifiers.greedy import GreedyVerifier
 
 PRUNERS = [
@@ -214,6 +221,99 @@ def test_a_tie_is_called_one_with_its_gap():
     found = lossless.compare(twin, request, answer, [*tied[:8], (tied[8] + 1) % 90, *tied[9:]])
     assert (found.verdict, found.token) == ("mismatch", 8), "a fault behind a tie is one all the same"
     assert lossless.compare(twin, request, answer, tied[:9]).verdict == "mismatch"
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """Logits of several rows are off by up to half a rounding of bfloat16, as another order of sums might have them."""
+    exact = VideoLM.head
+
+    def head(self, hidden_QD):
+        logits_QV = exact(self, hidden_QD)
+        if len(hidden_QD) == 1:
+            return logits_QV
+        return logits_QV + torch.sin(1000 * logits_QV.float()).to(logits_QV) * logits_QV.abs().max() / 256
+
+    monkeypatch.setattr(VideoLM, "head", head)
+
+
+def cases(family, numbers):
+    lm = tiny.model(family, dtype=torch.bfloat16)
+    return [planted_faults.case_of(number, family, tiny.prompt(family, number), lm) for number in numbers]
+
+
+@pytest.mark.slow
+def test_what_rounding_does_is_a_tie_and_never_a_mismatch(rounded):
+    found = [planted_faults.decoded(case)[1] for family in tiny.FAMILIES for case in cases(family, range(8))]
+    assert {comparison.verdict for comparison in found} == {"identical", "tie"}
+    assert all(comparison.ties and comparison.gap_many_rows <= 0 for comparison in found if comparison.verdict == "tie")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "the_slot_before_is_hidden",
+        "the_slot_before_is_hidden_in_every_masked_pass",
+        "rows_below_the_root_stand_early",
+        "accepts_within_half_a_logit",
+        "accepted_rows_are_not_moved",
+        "the_last_of_equals_wins",
+        "a_key_row_is_off_by_a_hundredth",
+        "the_last_accepted_token_comes_twice",
+    ],
+)
+def test_an_output_that_a_fault_changed_is_no_tie(fault):
+    changed = 0
+    for case in cases("qwen2_5_vl", range(4)) + cases("llava_onevision", range(2)):
+        right, _ = planted_faults.decoded(case)
+        with planted(fault):
+            wrong, said = planted_faults.decoded(case)
+        assert said.verdict == ("identical" if wrong == case.baseline else "mismatch"), said
+        changed += wrong != right
+    assert changed, "the fault did nothing"
+
+
+def test_a_baseline_that_is_not_the_targets_own_is_no_tie():
+    (case,) = cases("qwen2_5_vl", [0])
+    steps = case.decode(case.drafter, NonePruner(), Engine())
+    other = [*case.baseline[:5], (case.baseline[5] + 1) % 90, *case.baseline[6:]]
+    found = replace(case, baseline=other).judge(steps, Engine())
+    assert (found.verdict, found.token) == ("mismatch", 5) and "prefers another token" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (lambda tree: DraftTree(tree.tokens.roll(1), tree.parents), "did not begin with the last token"),
+        (lambda tree: DraftTree(tree.tokens[:1], (-1,)), "was not guessed"),
+    ],
+)
+def test_rounds_that_their_trees_do_not_give_are_a_mismatch(changed, reason):
+    """The output is the target's, and the baseline another: the trees alone are looked at."""
+    (case,) = cases("qwen2_5_vl", [0])
+    steps = case.decode(case.drafter, NonePruner(), Engine())
+    longest = max(range(1, len(steps)), key=lambda number: len(steps[number].tokens))
+    other = [*case.baseline[:-1], (case.baseline[-1] + 1) % 90]
+    steps[longest] = replace(steps[longest], tree=changed(steps[longest].tree))
+    found = replace(case, baseline=other).judge(steps, Engine())
+    assert found.verdict == "mismatch" and reason in found.reason
+    assert found.token == len(tokens_of(steps[:longest])) + (0 if "begin" in reason else 1)
+    found = lossless.compare(case.target, case.prompt, other, case.baseline, steps=steps[:-1])
+    assert found.verdict == "mismatch" and "do not add up" in found.reason
+
+
+def row_of(ties, tokens=100, dtype="bfloat16"):
+    verdict, difference = ("numeric tie at token 1 (gap 0)", {"ties": ties}) if ties else ("identical", None)
+    return {"verdict": verdict, "difference": difference, "new_tokens": tokens, "weights": {"target": dtype}}
+
+
+def test_a_job_with_more_ties_than_rounding_explains_says_so():
+    rows = [row_of(0), row_of(1), row_of(2), {"verdict": "lossy"}]
+    assert metrics.ties_of(rows) == {"tied": 3, "tokens": 300, "normal": 18} and not too_many_ties(metrics.ties_of(rows))
+    assert "numeric ties at 30 of 300 tokens, rounding explains 18" in too_many_ties(metrics.ties_of([row_of(10)] * 3))
+    assert too_many_ties(metrics.ties_of([row_of(5, dtype="float32")] * 2))
+    assert metrics.ties_of([{"verdict": "lossy"}]) is None and not too_many_ties(None)
 
 
 def follow(lm, request, tokens):

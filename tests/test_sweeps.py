@@ -34,6 +34,7 @@ from specvlm.names import apart, folder_name
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
 from specvlm.rows import Rows, rows_of, steps_of, summary_of
+from specvlm.types import Step
 
 THREE = "pruner=two_stage,uniform,random"
 
@@ -626,6 +627,19 @@ def test_a_tie_has_its_control(monkeypatch):
     assert row["verdict"] == "numeric tie at token 3 (gap 0.01)" and row["difference"]["control"] is True
     assert len(row["difference"]["candidate_texts"]) == 2 and row["difference"]["gap_many_rows"] == -0.01
     assert summary_of(Path("out"))["verdicts"] == {"numeric tie": 1}
+
+
+@pytest.mark.slow
+def test_a_target_that_does_not_repeat_itself_has_no_ties(monkeypatch):
+    def compare(*_):
+        monkeypatch.setattr("specvlm.answer.alone", lambda *_: iter([Step((1,))]))
+        return Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01)
+
+    monkeypatch.setattr("specvlm.answer.lossless.compare", compare)
+    assert main([*ASK, "dataset.scenes=1", "hydra.run.dir=out"]) == 1
+    (row,) = rows_of(Path("out"))
+    assert row["verdict"] == "MISMATCH at token 3: the target alone, decoded again, gives another output"
+    assert row["difference"]["control"] is False
 
 
 @pytest.mark.slow

@@ -77,9 +77,24 @@ class Engine:
         """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's
         own steps.
         """
-        rows = len(tokens_Q)
-        seen_QQ = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
-        return target.append(tokens_Q, range(rows), seen_QQ, cache)
+        return target.append(tokens_Q, range(len(tokens_Q)), None, cache)
+
+    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
+        """(M, V) logits of a tree by the arithmetic of `check` under that rule; its rows stay behind the cache.
+
+        Positions and mask are made anew, since a judge that shared the slips of what it judges would not see them.
+        """
+        rows, base = len(tree), cache.length
+        depths, seen_MK = [0] * rows, torch.zeros(rows, base + rows, dtype=torch.bool)
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                depths[node] = depths[parent] + 1
+                seen_MK[node] = seen_MK[parent]
+            else:
+                seen_MK[node, :base] = True
+            seen_MK[node, base + node] = True
+        positions_AM = (torch.tensor(depths) + base + cache.offset).expand(target.axes, -1)
+        return target.head(target.forward(target.embed_tokens(tree.tokens), positions_AM, cache, seen_MK))
 
     def runs(self, model: VideoLM) -> str:
         """The name of the engine that a model's steps really take: one may have to fall back for one of two models."""

@@ -63,7 +63,7 @@ class GraphsEngine(Engine):
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
-        if lean is None or len(tree) > ROWS or not verifier.on_device or (tree.varies and len(lean.stages) > 1):
+        if lean is None or not _captured(lean, tree, verifier):
             return super().check(request, tree)
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
@@ -195,6 +195,16 @@ class GraphsEngine(Engine):
             cache.advance(len(tokens))
         return torch.cat(parts)
 
+    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
+        lean = self.lean(target)
+        if lean is None or not _captured(lean, tree, verifier):
+            return super().rescore(target, tree, cache, verifier)
+        paths, device = _Paths(tree, target.device), target.device
+        base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
+        rows_MD = lean(tree.tokens.to(device), paths.depths_M, 0, paths.seen_MM, base, offset, cache)
+        cache.advance(len(tree))
+        return lean.logits(rows_MD)
+
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
         """fn as a program on its inputs' device."""
         device = inputs[0].device
@@ -232,6 +242,11 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
     if why:
         log.warning("%s runs without kernels of its own: %s", model, why)
     return ops if why else kernels
+
+
+def _captured(lean: LeanText, tree: DraftTree, verifier: Verifier) -> bool:
+    """Is a check of this tree under this rule a lean pass, or an eager one?"""
+    return len(tree) <= ROWS and verifier.on_device and not (tree.varies and len(lean.stages) > 1)
 
 
 class _Paths:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from specvlm.types.tree import DraftTree
 from specvlm.types.video import KeepSet
 
 
@@ -20,6 +21,7 @@ class Step:
     times_s: seconds by part, of embed, prefill, prune, draft_prefill, draft, verify, and capture where the engine met a new
     shape; they add up to the time since the step before. keep: what the drafter sees, in the step that started it;
     attention: (N,) what the target's question attends to, in the same step, where `DecodingGraph.record` asks for it.
+    tree: the guesses as they were checked, on the host; None where nothing was drafted.
     """
 
     tokens: tuple[int, ...]
@@ -33,3 +35,4 @@ class Step:
     widths: tuple[int, ...] = ()
     refused: tuple[int, ...] = ()
     attention: Tensor | None = None
+    tree: DraftTree | None = None

@@ -165,6 +165,10 @@ class DraftTree:
             self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies, self.ranks
         )
 
+    def on_host(self) -> DraftTree:
+        """A copy of tokens and shape, for the record."""
+        return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, varies=self.varies)
+
     @cached_property
     def depths(self) -> tuple[int, ...]:
         return TreeShape(self.parents, (0,) * len(self)).depths
