@@ -33,7 +33,7 @@ from specvlm.ranks import own
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-WORDS = 509  # of 8 bytes, summed before they are weighted: prime, so that two columns of a matrix part somewhere
+WORDS = 65_537  # of 8 bytes: words so far apart are summed before they are weighted; prime, as no width of a matrix is
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
 SMALL = 2**16  # bytes
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
@@ -55,8 +55,8 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 def checksum(tensors: Iterable[Tensor]) -> int:
     """Of every byte and its place: equal for equal tensors, on any device and however they are laid out over devices.
 
-    The sums of 509 words of 8 bytes, each weighted by its place, modulo 2**64. It takes one pass over the memory: what a token
-    of plain decoding takes of the weights. It is no defence against somebody who computes a change that leaves it as it is.
+    Words of 8 bytes, weighted by their place modulo 65,537, summed modulo 2**64. It takes one pass over the memory, which is
+    what a token of plain decoding takes. It is no defence against somebody who computes a change that leaves it as it is.
     """
     small: dict[torch.device, list[Tensor]] = {}  # one after the other: a pass over each would take longer than reading it
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -83,7 +83,7 @@ def _sums(flat: Tensor) -> Iterator[Tensor]:
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
     rows = count // WORDS
     if rows:
-        yield (words[: rows * WORDS].view(rows, WORDS).sum(1) * _weights(rows, flat.device)).sum()
+        yield (words[: rows * WORDS].view(rows, WORDS).sum(0) * _weights(WORDS, flat.device)).sum()
     if count % WORDS:
         yield (words[rows * WORDS :] * _weights(count % WORDS, flat.device)).sum()
     if len(rest):

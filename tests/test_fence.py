@@ -233,8 +233,17 @@ def test_a_checksum_sees_what_is_subtle(change, dtype):
 
 
 def test_a_checksum_knows_tensors_of_any_size_and_their_order():
-    parts = [torch.arange(n) for n in (0, 1, 7, 508, 509, 510, 4096)] + [torch.tensor(True), torch.ones(3, 5).T]
+    parts = [torch.arange(n) for n in (0, 1, 7, 8191, 8192, 65_536, 65_537, 65_538)] + [torch.tensor(True), torch.ones(3, 5).T]
     assert integrity.checksum(parts) == integrity.checksum(parts) != integrity.checksum(parts[::-1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pair", [(0, 1), (3, 1027), (5, 261), (7, 1023)], ids=str)
+def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(axis, pair):
+    made = torch.randint(2**40, (1024 + 4, 1024 + 4))
+    changed = made.clone()
+    changed.index_copy_(axis, torch.tensor(pair), made.index_select(axis, torch.tensor(pair[::-1])))
+    assert integrity.checksum([made]) != integrity.checksum([changed])
 
 
 def held_graph() -> tuple[Held, DecodingGraph]:
