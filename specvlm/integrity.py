@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import is_
+from operator import eq, is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -219,16 +219,17 @@ def classes_of(model: VideoLM) -> set[type]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the process's: how it is read, and how it is set again."""
+    """One of the process's: how it is read, how it is set again, and whether two values of it are the same."""
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    same: Callable[[Any, Any], bool] = eq
 
 
-def _environment(variables: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
+def _kept(before: dict[str, str], now: dict[str, str]) -> bool:
+    """Has every variable its value? New ones may come: libraries leave each other notes there."""
+    return all(now.get(name) == value for name, value in before.items())
 
 
 def _signal(number: int) -> Setting:
@@ -268,7 +269,7 @@ SETTINGS = (
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     Setting("the working directory", os.getcwd, os.chdir),
-    Setting("environment variables", lambda: dict(os.environ), _environment),
+    Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept),
     *map(_stream, ("stdin", "stdout", "stderr")),
     *map(_signal, (signal.SIGINT, signal.SIGTERM)),
 )
@@ -289,7 +290,7 @@ def set_again(before: Sequence[Any]) -> list[str]:
     """Undo what differs; returns its names."""
     changed = []
     for setting, was in zip(SETTINGS, before, strict=True):
-        if (now := _read(setting)) is was or now == was:
+        if (now := _read(setting)) is was or setting.same(was, now):
             continue
         changed.append(setting.name)
         if was is not None:
