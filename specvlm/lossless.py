@@ -3,14 +3,14 @@
 A check of several rows and a pass of one row add numbers in another order. In float32 that hardly ever shows; in
 bfloat16 two tokens whose logits (almost) tie may change places. Such a tie is measured, never assumed:
 
-1. The run is decoded again from its draft trees, by code that shares neither mask, nor positions, nor cache moves, nor the
-   rule with it. An engine repeats its bits, so every token and every round must come out again.
-2. What that decoding and the run do share, the model's pass over masked rows, must lie as near the one-row pass as a plain
-   causal pass over the same tokens does, on average over the whole answer.
+1. The run is decoded again from its draft trees, by code that shares neither mask, nor positions, nor cache moves,
+   nor the rule with it. An engine repeats its bits, so every token and every round must come out again.
+2. What that decoding and the run do share is the model's pass over masked rows. It must lie as near the one-row pass
+   as a plain causal pass over the same tokens does, on average over the whole answer.
 3. No token may lie further below the target's one-row choice than rounding moves logits.
 
-`tests/campaign/planted_faults.py` plants 42 faults on 40 prompts of real footage. Of the outputs that they changed, 3 of 977
-were excused in bfloat16 and 0 of 920 in float32; of 130 genuine ties on CPU and H200 none was called a mismatch.
+`tests/campaign/planted_faults.py` plants 42 faults on 40 prompts of real footage. Of the outputs that they changed, 3
+of 977 were excused in bfloat16 and 0 of 920 in float32; of 130 genuine ties on CPU and H200 none was called a mismatch.
 
 Limit: a fault that every pass of several rows shares, plain causal ones too, is seen from DRIFT on.
 """
@@ -33,15 +33,16 @@ from specvlm.verifiers.greedy import GreedyVerifier
 
 GREEDY = GreedyVerifier()
 NEAR = 8  # best tokens whose logits, against each other, tell how far two passes lie apart
-# Passes over guesses move logits as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and H200 (the
-# embedded pairs and random 7B weights, both engines); a hidden slot or a wrong position moves them 1.3 to 10 times in bfloat16,
-# 2,000 times in float32. RATIO is that of whole answers; SPREAD / sqrt(tokens) are three standard deviations of short ones.
+# Passes over guesses move logits as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and H200
+# (the embedded pairs and random 7B weights, both engines). A hidden slot or a wrong position moves them 1.3 to 10 times
+# as far in bfloat16, 2,000 times in float32. RATIO is that of whole answers; SPREAD / sqrt(tokens) are three standard
+# deviations of short ones.
 RATIO, SPREAD = 1.2, 1.2
 GAP = 12  # of a token below the one-row choice, over the drift: 6.0 at most in the same ties
 LEAST = 0.125  # of a rounding of the largest logit: what the drift is taken for where a few tokens happen to move less
 PIECES = 4  # of a prefill, where a third right pass is wanted
-# What no drift may pass, relative to the largest logit. Seen: 0.3 of a rounding in the smaller pairs and 1.1 in the larger in
-# 16 bits, 2.6 in float32; it grows with the root of the number of layers.
+# What no drift may pass, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs, 1.1
+# in a 7B model; in float32 2.6. It grows with the root of the number of layers.
 DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -51,8 +52,8 @@ class Comparison:
 
     candidates: what came out there, and what the target prefers in a one-row pass; gap, gap_many_rows: by how much it prefers
     the second to the first in a one-row and in a many-row pass, in logits (below 0 where the latter decides for the first);
-    drift: how far rounding moves a logit against the others, on average over the answer. ties: tokens of the output that are
-    not the target's one-row choice.
+    drift: how far rounding moves a logit against the others, on average over the answer. ties: tokens of the output that
+    are not the target's one-row choice.
     """
 
     verdict: str
@@ -83,17 +84,17 @@ def compare(
     steps: Sequence[Step] = (),
     verifier: Verifier = GREEDY,
 ) -> Comparison:
-    """Tie: a right decoding of the same draft trees gives this very output, and rounding explains all that it differs in.
+    """Tie: a right decoding of the same draft trees gives this very output, and rounding explains where it differs.
 
-    Costs nothing when identical; else a prefill, a one-row pass a token, a pass over the answer and a pass a round, and where
-    these look like a fault the first two again.
+    Costs nothing when identical; else a prefill, a one-row pass a token, a pass over the answer and a pass a round, and
+    where these look like a fault the first two again.
 
     Args:
         caches: memory to use again.
-        engine: the one that the output came from, since its arithmetic is what is judged: one that rounds rows to 8 bits is
-            another model's.
-        steps: the run's, whose tokens are the output. Without them a pass over the answer stands for those of the run: a fault
-            that moves logits no further than rounding does is then taken for a tie.
+        engine: the one that the output came from, since its arithmetic is what is judged: one that rounds rows to 8 bits
+            is another model's.
+        steps: the run's, whose tokens are the output. Without them a pass over the answer stands for those of the run: a
+            fault that moves logits no further than rounding does is then taken for a tie.
         verifier: the run's.
     """
     first = next((i for i, (a, b) in enumerate(zip(output, baseline, strict=False)) if a != b), min(len(output), len(baseline)))
@@ -183,7 +184,7 @@ class _Passes:
             yield from self.engine.append(self.target, torch.tensor(self.output[:-1]), cache)
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
-        """The rows that a right decoding of the same trees goes by. Raises _Wrong behind the first that says another token."""
+        """The rows that a right decoding of the same trees goes by. Raises _Wrong behind one that says another token."""
         penalty = RepetitionPenalty.of(self.target, self.prompt)
 
         def said(logits_V: Tensor) -> Iterator[Tensor]:
@@ -228,7 +229,7 @@ def _table(rows: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Evidence:
-    """Logits of some tokens by three passes, (T, K) each, ids beside them: what came out, what is preferred, the best ones.
+    """Logits of some tokens by three passes, (T, K) each, with ids: what came out, what is preferred, the best ones.
 
     first: the token that first differs. wrong: where the run did not come out again, and why; many_TK ends there.
     """
@@ -260,7 +261,7 @@ class _Evidence:
         return Comparison("mismatch" if wrong else "tie", at, gap, drift, why, (got, preferred), lead, ties)
 
     def _excess(self, many: float, drift: float, room: float, most: float) -> tuple[int, str] | None:
-        """What rounding does not explain, and where. many, drift: of passes over guesses, and of others. NaN is none of it."""
+        """What rounding does not explain, and where. many, drift: of passes over guesses, and of others."""
         if not (drift <= most and many <= most):
             return self.first, f"passes over several rows move logits by {max(drift, many):.1g}, more than rounding does"
         if not many <= drift * room:
