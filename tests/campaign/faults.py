@@ -1,7 +1,7 @@
 """Faults of the speculative path, planted into a running specvlm: each as a true bug there would act, and there alone.
 
-`FAULTS` names them. A fault is a function that is given pytest's kind of `setattr` and patches what it needs. Passes of one row
-without a mask, so the target's own answer, are never touched.
+`FAULTS` names them. A fault is a function that gives a patch, to be entered. Passes of one row without a mask, and so
+the target's own answer, are never touched.
 
 Shape suffixes: M tree nodes, K keys, A rotary axes, Q rows, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Real footage, outside the world that the embedded pairs were trained on: there their logits tie as often as any model's."""
+"""Real footage, unlike what the embedded pairs were trained on: there their logits tie, as those of any model do."""
 
 from __future__ import annotations
 
