@@ -106,14 +106,16 @@ def command(argv: list[str], full: bool) -> int:
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
+    from specvlm.integrity import CODE  # and torch with it
+
     args = parser.parse_intermixed_args(argv)
     argv = options_first(argv, args.overrides)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once a job")
     words = compose.quoted(argv, sweep)
-    compose.register()
-    with compose.explained():
+    with CODE.watching(), compose.explained():
+        compose.register()
         if not runs(args):
             return launch(words, Plan([], None), full)
         extra = Path(args.config_dir) if args.config_dir else None

@@ -40,10 +40,11 @@ class Record:
     save: Callable[[], str] = str  # writes what was done before memory ran out, once there is something to be saved
 
 
-def begin(request: Prepared, graph: DecodingGraph) -> None:
+def begin(request: Prepared, graph: DecodingGraph, record: Record) -> None:
     """Room for both ways to decode, so that the second does not move what was captured for the first. Memory is watched from
     here on.
     """
+    record.stage = "warming up"
     most = request.cfg.max_new_tokens + graph.drafter.max_nodes
     graph.caches.take("target", graph.target, len(request.prompt) + most)
     for device in request.places.devices:
@@ -110,7 +111,7 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
     kept = next((len(step.keep) for step in steps if step.keep is not None), None)
     summary = {
         "verdict": text,
-        "text": graph.target.tokenizer.decode(tokens, skip_special_tokens=True),
+        "text": request.target.tokenizer.decode(tokens, skip_special_tokens=True),
         "token_ids": tokens,
         "baseline_token_ids": baseline.tokens if baseline else None,
         "prompt_tokens": len(request.prompt),
@@ -167,7 +168,7 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     )
     if found.token is None:
         return found.verdict, str(found), None
-    texts = [graph.target.tokenizer.decode([token]) for token in found.candidates or ()]
+    texts = [request.target.tokenizer.decode([token]) for token in found.candidates or ()]
     control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
     if control is False:  # then nothing is known of how its passes round
         found = replace(found, verdict="mismatch", reason="the target alone, decoded again, gives another output")

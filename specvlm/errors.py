@@ -70,7 +70,10 @@ def one_line(error: BaseException) -> str:
     """What an error says, with its type in front unless it is one whose text is for the user."""
     if isinstance(error, UserError | StrategyError):
         return message(error)
-    notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str) and note.startswith("in ")]
+    try:
+        notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str) and note.startswith("in ")]
+    except BaseException:  # it may be a property of a plugin's
+        notes = []
     return f"{type(error).__name__}: {message(error)}" + (f" ({line(notes[0])})" if notes else "")
 
 

@@ -63,6 +63,20 @@ def inside(strategy: object) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """Around what strategies have a word in here and there. Raises StrategyError for what would end the process."""
+    heard = INTERRUPTS.heard
+    try:
+        yield
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard):
+            raise
+        raise StrategyError(f"a strategy raised {one_line(error)}") from error
+
+
 def _ends_jobs(error: BaseException) -> bool:
     """Is it an exception of specvlm's own, with which a sweep ends?"""
     return type(error).__module__.partition(".")[0] == "specvlm"
@@ -125,7 +139,8 @@ def is_ours(value: object) -> bool:
     """Is its class defined in specvlm, and found there?"""
     cls = type(value)
     module = sys.modules.get(cls.__module__)
-    return cls.__module__.startswith("specvlm.") and getattr(module, cls.__name__, None) is cls
+    changed = "propose" in getattr(value, "__dict__", {})
+    return not changed and cls.__module__.startswith("specvlm.") and getattr(module, cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:

@@ -75,7 +75,8 @@ def prefill(
     features_ND = target.features(prompt, sight=guidance.sight) if guidance and guidance.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
     if guidance is not None:
-        guidance.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
+        with inside(getattr(guidance.weigh, "__self__", "pruner")):
+            guidance.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
     clock.mark("embed")
     hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
     return features_ND, target.head(hidden_D[None])
@@ -171,7 +172,8 @@ class DecodingGraph:
     def _decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
-        most = drafter.max_nodes
+        with inside(drafter):
+            most = int(drafter.max_nodes)
         turn = Turn(self.caches, target, len(prompt) + max_new_tokens + most)
         cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
         request = Request(target, cache, verifier, penalty, verifier_generator(self.seed), clock.mark)
@@ -225,8 +227,8 @@ class DecodingGraph:
         verdict = None
         while True:
             with inside(drafter):
-                proposal = session.propose(verdict)
-            tree = checked_tree(drafter, proposal, token, most, target.vocabulary, ours).to(target.device)
+                tree = checked_tree(drafter, session.propose(verdict), token, most, target.vocabulary, ours)
+            tree = tree.to(target.device)
             clock.mark("draft")
             verdict, new = self.engine.check(request, tree)
             clock.mark("verify")

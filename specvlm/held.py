@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,10 +13,10 @@ from specvlm.baselines import fingerprint
 from specvlm.cache import CachePool
 from specvlm.config import model_folder
 from specvlm.engine import Engine, engine_for
-from specvlm.errors import StrategyError, UserError
+from specvlm.errors import StrategyError, UserError, one_line
 from specvlm.fence import is_ours, label_of
 from specvlm.graph import DecodingGraph
-from specvlm.integrity import Code, Snapshot, weights_of
+from specvlm.integrity import CODE, Snapshot, structure, weights_of
 from specvlm.models.generation import penalty_of
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
@@ -27,12 +28,13 @@ class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
 
     def __init__(self) -> None:
-        self.caches, self.code = CachePool(), Code()
+        self.caches = CachePool()
         self.clear()
 
     def clear(self) -> None:
         self.models: dict[Hashable, VideoLM] = {}
-        self.weights: dict[VideoLM, int] = {}  # their checksums
+        self.weights: dict[VideoLM, int] = {}  # their checksums, when they were loaded
+        self.structures: dict[VideoLM, dict[str, Any]] = {}  # and what they were beside
         self.layers: list[int] = []
         self.shed()
 
@@ -60,6 +62,7 @@ class Held:
                 raise
             self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
             self.weights = {model: self.weights[model] for model in self.models.values()}
+            self.structures = {model: self.structures[model] for model in self.models.values()}
             self.shed()
             return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
 
@@ -69,6 +72,7 @@ class Held:
 
     def graph(self, request: Prepared, ranks: Ranks = ALONE) -> DecodingGraph:
         """Load what is not held of the models that the drafter needs. A draft that is another rank's is its skeleton here."""
+        self._put_right()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0
         layers = list(zip(request.layers, places.target, strict=True)) if request.layers else []
 
@@ -94,10 +98,19 @@ class Held:
         limits = (cfg.ratio, cfg.positions, cfg.seed, request.vocabulary)
         return DecodingGraph(target, draft, *strategies, *limits, self.caches, engine, cfg.record)
 
+    def _put_right(self) -> None:
+        """What strategies changed outside of a request, such as when they were made, before the next one begins."""
+        if CODE.watched:
+            CODE.look()
+            CODE.undo()
+        if any(_lasting(model) != found for model, found in self.structures.items()):
+            self.clear()
+
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
         if key not in self.models:
-            model = self.models[key] = make()
-            self.weights[model] = weights_of(model)
+            model = make()
+            self.weights[model], self.structures[model] = weights_of(model), _lasting(model)
+            self.models[key] = model
         return self.models[key]
 
     @contextmanager
@@ -107,17 +120,25 @@ class Held:
         Raises StrategyError where it is not, unless the request has failed anyway.
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
-        snapshot = Snapshot(self.code, models, [self.weights[model] for model in models], graph.caches, graph.engine)
+        snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
         failed = True
         try:
             yield
             failed = False
         finally:
-            undone, spoilt = snapshot.undo()
+            try:
+                undone, spoilt = snapshot.undo()
+            except Exception as error:  # what is looked at may be a plugin's own by now
+                undone, spoilt = [], [f"what cannot be looked at any more ({one_line(error)})"]
             if spoilt:
                 self.clear()
             if (undone or spoilt) and not failed:
                 raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
+
+
+def _lasting(model: VideoLM) -> dict[str, Any]:
+    """Its structure, without what each request sets."""
+    return {key: value for key, value in structure(model).items() if key != "the model's repetition_penalty"}
 
 
 def _strangers(graph: DecodingGraph) -> str:

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import eq, is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of every byte and its place: equal for equal tensors, on any device and however they are laid out over devices.
+    """Of every byte and its place, on any device.
 
     Words of 8 bytes, weighted by their place modulo 65,537, summed modulo 2**64. It takes one pass over the memory, which is
     what a token of plain decoding takes. It is no defence against somebody who computes a change that leaves it as it is.
@@ -79,7 +79,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def _sums(flat: Tensor) -> Iterator[Tensor]:
     """() int64 each, of bytes: of whole rows of words, of the words behind them, of the bytes behind those."""
-    count = len(flat) // 8 if flat.storage_offset() % 8 == 0 else 0
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # else it is no row of words
+    count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
     rows = count // WORDS
     if rows:
@@ -91,12 +92,7 @@ def _sums(flat: Tensor) -> Iterator[Tensor]:
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd numbers, all different; their products wrap around."""
-    return _all_weights(-(-count // 2**16) * 2**16, device)[:count]
-
-
-@lru_cache(maxsize=8)
-def _all_weights(count: int, device: torch.device) -> Tensor:
+    """(count,) odd numbers, all different; their products wrap around. Not kept, where they could be written to."""
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D
 
 
@@ -151,20 +147,41 @@ class Code:
     """
 
     def __init__(self) -> None:
+        self.watched = False
         self.owners: set[Any] = set()
         self.names: dict[Any, set[str]] = {}  # of those that should get no more
         self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """For a command: what is there now, before plugins are imported, is what has to stay. Else it is what was there when
+        the request began.
+        """
+        self.owners.clear()
+        self.entries = []
+        self.look()
+        self.watched = True
+        try:
+            yield
+        finally:
+            self.watched = False
+
     def look(self, classes: Iterable[type] = ()) -> None:
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inner = (value for module in modules for value in vars(module).values() if _defined(value, module))
-        known = [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
+        old = self.entries if self.watched else []
+        known = [] if self.watched else [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
+        fresh = set[Any]()
         for owner in (*modules, *FOREIGN, torch.Tensor, nn.Module, *classes, *inner):
             if owner not in self.owners:
                 self.owners.add(owner)
-                known += [(owner, name) for name in vars(owner) if _told(name)]
-        self.entries = [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
-        self.names = {owner: set(vars(owner)) for owner in self.owners if isinstance(owner, type) or _ours(owner.__name__)}
+                fresh.add(owner)
+                known += [(owner, name) for name in list(vars(owner)) if _told(name)]
+        self.entries = old + [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
+        closed = (
+            owner for owner in (fresh if self.watched else self.owners) if isinstance(owner, type) or _ours(owner.__name__)
+        )
+        self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
 
     def undo(self) -> list[str]:
         """Put back what differs; returns its names."""
@@ -172,6 +189,8 @@ class Code:
         for owner, name, value, inside in self.entries:
             now = vars(owner).get(name)
             if now is value and (not inside or all(map(is_, inside, _inside(name, value)))):
+                continue
+            if _torchs_own(owner, now):
                 continue
             changed.append(f"{getattr(owner, '__name__', owner)}.{name}")
             if isinstance(value, FunctionType):
@@ -181,7 +200,7 @@ class Code:
                 value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
             setattr(owner, name, value)
         for owner, names in self.names.items():
-            for name in [name for name in vars(owner) if name not in names and _called(vars(owner)[name])]:
+            for name in [name for name, value in list(vars(owner).items()) if name not in names and _called(value)]:
                 changed.append(f"{owner.__name__}.{name}")
                 delattr(owner, name)
         return changed
@@ -194,6 +213,12 @@ def _ours(name: str) -> bool:
 def _defined(value: object, module: ModuleType) -> bool:
     """Is it a class, and defined in this module?"""
     return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _torchs_own(owner: Any, now: Any) -> bool:
+    """torch replaces some of its functions itself, such as where it first compiles one."""
+    theirs = getattr(owner, "__module__", getattr(owner, "__name__", "")).partition(".")[0] == "torch"
+    return theirs and type(now) is FunctionType and now.__code__.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
 def _called(value: object) -> bool:
@@ -225,6 +250,17 @@ class Setting:
     read: Callable[[], Any]
     write: Callable[[Any], object]
     same: Callable[[Any, Any], bool] = eq
+    blamed: bool = True  # else it is put back without a word: a video may be read meanwhile, which uses it too
+
+
+def _pop_modes(count: int) -> None:
+    while torch._C._len_torch_function_stack() > count:
+        torch._C._pop_torch_function_stack()
+
+
+def _set_device(device: torch.device) -> None:
+    """The CPU is what there is without a default, which is a mode that stays."""
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _kept(before: dict[str, str], now: dict[str, str]) -> bool:
@@ -237,11 +273,11 @@ def _signal(number: int) -> Setting:
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)
 
-    return Setting(f"the handler of {signal.Signals(number).name}", lambda: signal.getsignal(number), write)
+    return Setting(f"the handler of {signal.Signals(number).name}", lambda: signal.getsignal(number), write, blamed=False)
 
 
 def _stream(name: str) -> Setting:
-    return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream))
+    return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream), blamed=False)
 
 
 def _interfaces() -> list[Any]:
@@ -259,7 +295,7 @@ def _attention(functions: list[dict[str, Any]]) -> None:
 SETTINGS = (
     Setting("attention functions", lambda: list(map(dict, _interfaces())), _attention),
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    Setting("torch's default device", torch.get_default_device, torch.set_default_device),
+    Setting("torch's default device", torch.get_default_device, _set_device),
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
     Setting("torch's threads", torch.get_num_threads, torch.set_num_threads),
     Setting("torch's float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -268,8 +304,9 @@ SETTINGS = (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    Setting("the working directory", os.getcwd, os.chdir),
-    Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept),
+    Setting("torch's function modes", torch._C._len_torch_function_stack, _pop_modes),
+    Setting("the working directory", os.getcwd, os.chdir, blamed=False),
+    Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),
     *map(_stream, ("stdin", "stdout", "stderr")),
     *map(_signal, (signal.SIGINT, signal.SIGTERM)),
 )
@@ -282,7 +319,7 @@ def settings() -> list[Any]:
 def _read(setting: Setting) -> Any:
     try:
         return setting.read()
-    except OSError:  # the working directory was removed
+    except (OSError, RuntimeError):  # the working directory was removed; torch's older and newer settings are mixed
         return None
 
 
@@ -292,10 +329,13 @@ def set_again(before: Sequence[Any]) -> list[str]:
     for setting, was in zip(SETTINGS, before, strict=True):
         if (now := _read(setting)) is was or setting.same(was, now):
             continue
-        changed.append(setting.name)
+        changed += [setting.name] * setting.blamed
         if was is not None:
             setting.write(was)
     return changed
+
+
+CODE = Code()  # of this process
 
 
 class Snapshot:

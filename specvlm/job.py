@@ -23,7 +23,7 @@ from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.config import home
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
-from specvlm.fence import inside
+from specvlm.fence import contained, inside
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
@@ -186,10 +186,11 @@ class Job:
         self.rows.begin()
         request, status, reason = None, "failed", "another rank could not prepare it"
         try:
-            reading = readings.get(self.key(index), self.read(index))
-            if reads_ahead(self.cfg, self.setup.places):
-                read_next()
-            request = self.held.plan(self.setup, reading)
+            with contained():
+                reading = readings.get(self.key(index), self.read(index))
+                if reads_ahead(self.cfg, self.setup.places):
+                    read_next()
+                request = self.held.plan(self.setup, reading)
         except MissingVideo as error:
             status, reason = "skipped", one_line(error)
         except Exception as error:
@@ -201,7 +202,8 @@ class Job:
         self._note(graph.target.left_full)
         self._note(graph.engine.note)
         try:
-            figures = self._answer(index, request, graph, record)
+            with contained():
+                figures = self._answer(index, request, graph, record)
         except CannotWrite:
             raise
         except Exception as error:
@@ -240,7 +242,7 @@ class Job:
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
         assert self.rows is not None
         record.captured_s = graph.engine.capture_s
-        begin(request, graph)
+        begin(request, graph, record)
         if self.cfg.baseline:  # before any strategy has run
             record.baseline = self._baseline(request, graph, record)
         kept, self._rounds = None, []

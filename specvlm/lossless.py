@@ -210,7 +210,7 @@ class _Passes:
             if len(way) < len(spelled):
                 raise _Wrong(at + 1, "it was not guessed, and comes out of no row")
             more = (tokens[node] for node, parent in enumerate(tree.parents) if parent == way[-1])
-            if step.full and isinstance(verifier, GreedyVerifier) and self.output[at] in more:
+            if step.full and type(verifier) is GreedyVerifier and self.output[at] in more:
                 raise _Wrong(at, "its round ends though the guess behind it was right")
             _keep(cache, base, way)
 

@@ -11,6 +11,7 @@ from specvlm import memory, metrics
 from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
 from specvlm.errors import ExitCode
+from specvlm.fence import contained
 from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
@@ -30,7 +31,8 @@ def run(cfg: DictConfig, folder: Path) -> int:
     """
     places, record = places_of(cfg), Record()
     if places.ranks == 1:
-        return _run(cfg, folder, places, ALONE, HELD, record)
+        with contained():
+            return _run(cfg, folder, places, ALONE, HELD, record)
     with joined(places.first, lambda: record.save()) as ranks:
         return _run(cfg, folder if ranks.rank == 0 else None, places, ranks, Held(), record)
 
@@ -80,7 +82,7 @@ def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
     """The baseline's steps, before any strategy has run; then the speculative ones, streamed and logged as they come. Both
     behind a warm-up of each.
     """
-    begin(request, graph)
+    begin(request, graph, record)
     if request.cfg.baseline:
         with screen.waiting("warming up"):
             warm_up(alone(request, graph), record)
@@ -95,7 +97,7 @@ def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
 
 
 def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
-    with steps_file(folder) as log, screen.answer(graph.target.tokenizer) as show:
+    with steps_file(folder) as log, screen.answer(request.target.tokenizer) as show:
         for number, step in enumerate(speculate(request, graph, record)):
             log.write(json.dumps(row(number, step)) + "\n")
             log.flush()
@@ -107,7 +109,7 @@ def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
 
 def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
     """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
-    if folder is None:
+    if folder is None or not record.steps:
         return ""
     record.out_of_memory = record.stage
     write_config(cfg, folder)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from specvlm import names
 from specvlm.compose import FOLDERS
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
+from specvlm.fence import contained
 from specvlm.held import HELD, Held
 from specvlm.job import Job
 from specvlm.metrics import MEANS, SPANS, totals
@@ -75,7 +76,8 @@ class Sweep:
         label = self.labels.get(folder, "") if self.labels else names.label(hydra.overrides.task)
         job = Job(cfg, folder, above, HELD, label=label, group=self.name, wandb=self._wandb())
         try:
-            job.start()
+            with contained():
+                job.start()
         except END_IT:
             raise
         except Exception as error:
@@ -235,7 +237,8 @@ def share_ranks(cfg: DictConfig, folder: Path) -> int:
 def _turn(task: Task, readings: Readings, read_next: Callable[[], None], tell: Callable[[Exception], int]) -> int:
     job = task.job
     try:
-        job.turn(task.index, readings, task.place, read_next)
+        with contained():
+            job.turn(task.index, readings, task.place, read_next)
     except END_IT:
         raise
     except Exception as error:

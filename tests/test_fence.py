@@ -302,6 +302,11 @@ def write(graph):
     graph.target.text.norm.weight.data[0] += 1e-2
 
 
+class Doubled(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 CHANGES = {
     "a function of torch": (patch_argmax, "argmax"),
     "a method that is inherited": (patch_inherited, "Tensor.argmax"),
@@ -311,9 +316,7 @@ CHANGES = {
     "a method of ours": (patch_class, "DecodingGraph.decode"),
     "the default dtype": (lambda graph: torch.set_default_dtype(torch.float64), "default dtype"),
     "the threads": (lambda graph: torch.set_num_threads(3), "threads"),
-    "the working directory": (lambda graph: os.chdir("/"), "working directory"),
-    "the environment": (lambda graph: os.environ.pop("PATH"), "environment"),
-    "stdout": (lambda graph: setattr(sys, "stdout", None), "stdout"),
+    "a mode of torch": (lambda graph: Doubled().__enter__(), "function modes"),
     "a hook": (hook, "module lm_head"),
     "a global hook": (
         lambda graph: torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None),
@@ -326,6 +329,9 @@ CHANGES = {
     "a configuration": (lambda graph: setattr(graph.target.hf.config.get_text_config(), "rms_norm_eps", 1.0), "configuration"),
     "the engine": (lambda graph: setattr(graph.engine, "check", lambda *args: None), "engine"),
 }
+
+
+SPOILT = ("a hook", "a global hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -344,8 +350,29 @@ def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch)
         torch.nn.modules.module._global_forward_hooks.clear()
         torch.nn.modules.module._global_forward_hooks.update(hooks)
     assert lossless.compare(target, request, [1], [1]).verdict == "identical" and torch.argmax(torch.arange(3)) == 2
+    assert bool(held.models) != (name in SPOILT)
     after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
     assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
+
+
+def test_what_reading_ahead_may_change_too_is_put_back_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    held, graph = held_graph()
+    stdout, path, handler = sys.stdout, os.environ["PATH"], signal.getsignal(signal.SIGTERM)
+    with held.guard(graph):
+        os.chdir("/")
+        os.environ |= {"PATH": "x", "NEW_OF_A_LIBRARY": "y"}
+        sys.stdout = None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert (sys.stdout, os.environ["PATH"], signal.getsignal(signal.SIGTERM)) == (stdout, path, handler)
+    assert Path.cwd() == tmp_path and os.environ.pop("NEW_OF_A_LIBRARY") == "y" and held.models
+
+
+def test_a_strategy_may_compile():
+    held, graph = held_graph()
+    with held.guard(graph):
+        assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+    assert held.models
 
 
 def test_a_guard_lets_through_what_changes_nothing_and_what_fails_anyway():

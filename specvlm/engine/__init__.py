@@ -67,8 +67,7 @@ class Engine:
         if request.verifier.reads_hidden:
             context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
         with inside(request.verifier):
-            verdict = request.verifier.verify(context)
-        verdict = checked_verdict(request.verifier, verdict, tree, logits_MV.shape[-1])
+            verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
         verdict = agreed(request.target, request.verifier, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
@@ -84,16 +83,9 @@ class Engine:
 
         Positions and mask are made anew, since a judge that shared the slips of what it judges would not see them.
         """
-        rows, base = len(tree), cache.length
-        depths, seen_MK = [0] * rows, torch.zeros(rows, base + rows, dtype=torch.bool)
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                depths[node] = depths[parent] + 1
-                seen_MK[node] = seen_MK[parent]
-            else:
-                seen_MK[node, :base] = True
-            seen_MK[node, base + node] = True
-        positions_AM = (torch.tensor(depths) + base + cache.offset).expand(target.axes, -1)
+        (depths_M, seen_MM), base = placed(tree), cache.length
+        seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
+        positions_AM = (depths_M + base + cache.offset).expand(target.axes, -1)
         return target.head(target.forward(target.embed_tokens(tree.tokens), positions_AM, cache, seen_MK))
 
     def runs(self, model: VideoLM) -> str:
@@ -113,12 +105,23 @@ class Engine:
         return GrownSession(ctx, model, drafter)
 
 
+def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
+    """(M,) depths and (M, M) which nodes a node sees, on the host: worked out anew, with no word of `DraftTree`'s own."""
+    rows = len(tree.parents)
+    depths, seen_MM = [0] * rows, torch.eye(rows, dtype=torch.bool)
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            depths[node] = depths[parent] + 1
+            seen_MM[node] |= seen_MM[parent]
+    return torch.tensor(depths), seen_MM
+
+
 def first_token(request: Request, logits_1V: Tensor) -> int:
     """The next token where nothing was guessed, by the request's rule."""
     with inside(request.verifier):
         token = request.verifier.first(request.penalty(logits_1V)[0], request.generator)
-    root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
-    checked = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
+        root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
+        checked = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
     return agreed(request.target, request.verifier, checked.bonus)
 
 

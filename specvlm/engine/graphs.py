@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specvlm.cache import KVCache, Store
-from specvlm.engine import Engine, Request, ops, why_not_captured
+from specvlm.engine import Engine, Request, ops, placed, why_not_captured
 from specvlm.engine.expand import CapturedTree, ways
 from specvlm.engine.growth import CapturedGrowth
 from specvlm.engine.lean import ROWS, LeanText, why_not
@@ -104,8 +104,7 @@ class GraphsEngine(Engine):
             moving((base, 0), outcome[:1])
         last, bonus, *tokens = outcome.tolist()  # the round's one read
         with inside(verifier):
-            verdict = verifier.verdict(last, bonus, tree)
-        verdict = checked_verdict(verifier, verdict, tree, target.vocabulary)
+            verdict = checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, target.vocabulary)
         cache.length = base + len(verdict.path)
         return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 
@@ -199,9 +198,10 @@ class GraphsEngine(Engine):
         lean = self.lean(target)
         if lean is None or not _captured(lean, tree, verifier):
             return super().rescore(target, tree, cache, verifier)
-        paths, device = _Paths(tree, target.device), target.device
+        (depths_M, seen_MM), device = placed(tree), target.device
         base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
-        rows_MD = lean(tree.tokens.to(device), paths.depths_M, 0, paths.seen_MM, base, offset, cache)
+        tables = depths_M.to(device), 0, seen_MM.to(device, torch.int8)
+        rows_MD = lean(tree.tokens.to(device), *tables, base, offset, cache)
         cache.advance(len(tree))
         return lean.logits(rows_MD)
 
