@@ -10,6 +10,7 @@ HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -107,6 +108,7 @@ def command(argv: list[str], full: bool) -> int:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
     from specvlm.integrity import CODE  # and torch with it
+    from specvlm.plugins import BUILTINS
 
     args = parser.parse_intermixed_args(argv)
     argv = options_first(argv, args.overrides)
@@ -114,6 +116,9 @@ def command(argv: list[str], full: bool) -> int:
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once a job")
     words = compose.quoted(argv, sweep)
+    if runs(args):  # all that is to stay as it is, before a plugin is imported
+        for module in ("specvlm.sweep", "specvlm.run", *BUILTINS):
+            importlib.import_module(module)
     with CODE.watching(), compose.explained():
         compose.register()
         if not runs(args):

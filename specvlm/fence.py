@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specvlm.errors import MissingVideo, StrategyError, UserError, line, one_line
+from specvlm.errors import MissingVideo, StrategyError, UserError, line, message, one_line
 from specvlm.interrupts import INTERRUPTS
 from specvlm.strategy import Drafter, Verifier
 from specvlm.types import DraftTree, Verdict
@@ -56,7 +56,7 @@ def inside(strategy: object) -> Iterator[None]:
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             BaseException.add_note(error, f"in {label}")
             raise
-        raise StrategyError(f"{label} raised {type(error).__name__}: {one_line(error)}") from error
+        raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
     finally:
         names.pop()
     if INTERRUPTS.heard > heard:

@@ -3,7 +3,7 @@
 A strategy is code of somebody else's in this process, with the models in its hands. What it changes, by mistake or not, would
 reach the baseline, the verdict and the requests that follow. So it is looked for behind every request and put right. A mistake
 cannot hide from it, nor can a patch of what it looks at; code that reaches into C, or a thread that acts later, can. A check
-that shares no process and no code is `check=hf`.
+that shares no code with the loop is `check=hf`.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Code:
             now = vars(owner).get(name)
             if now is value and (not inside or all(map(is_, inside, _inside(name, value)))):
                 continue
-            if _torchs_own(owner, now):
+            if _theirs(owner, now):
                 continue
             changed.append(f"{getattr(owner, '__name__', owner)}.{name}")
             if isinstance(value, FunctionType):
@@ -200,7 +200,11 @@ class Code:
                 value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
             setattr(owner, name, value)
         for owner, names in self.names.items():
-            for name in [name for name, value in list(vars(owner).items()) if name not in names and _called(value)]:
+            for name in [
+                name
+                for name, value in list(vars(owner).items())
+                if name not in names and _called(value) and not _theirs(owner, value)
+            ]:
                 changed.append(f"{owner.__name__}.{name}")
                 delattr(owner, name)
         return changed
@@ -215,10 +219,12 @@ def _defined(value: object, module: ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
-def _torchs_own(owner: Any, now: Any) -> bool:
-    """torch replaces some of its functions itself, such as where it first compiles one."""
-    theirs = getattr(owner, "__module__", getattr(owner, "__name__", "")).partition(".")[0] == "torch"
-    return theirs and type(now) is FunctionType and now.__code__.co_filename.startswith(os.path.dirname(torch.__file__))
+def _theirs(owner: Any, now: Any) -> bool:
+    """torch replaces some of its functions itself, such as where it first compiles one, and transformers adds to torch's."""
+    if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
+        return False
+    homes = (vars(sys.modules[name])["__file__"] for name in ("torch", "transformers") if name in sys.modules)
+    return any(now.__code__.co_filename.startswith(os.path.dirname(home) + os.sep) for home in homes)
 
 
 def _called(value: object) -> bool:
