@@ -165,7 +165,7 @@ def check_name(path: Path) -> None:
 
 def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
-    with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
+    with inside(f"dataset={cfg.dataset['name']}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
         check_name(source)
