@@ -460,7 +460,8 @@ class Waiting(UniformPruner):
 
 
 HANGING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 from specvlm.__main__ import main
 from specvlm.drafters.tree import TreeSession
 
@@ -489,5 +490,8 @@ def test_a_hang_is_broken_off_by_ctrl_c_and_names_its_strategy(caught, presses, 
         for _ in range(presses):
             time.sleep(0.5)  # until it hangs, and until it has caught the first
             child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+        try:
+            _, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 130 and f"specvlm: interrupted in drafter=tree{said}" in err and "Traceback" not in err, err

@@ -105,6 +105,7 @@ def with_plugin(words: Sequence[str], place: Path, names: Sequence[str], module:
     def action() -> int:
         from specvlm import registry
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with it ignored
         site = os.environ["HOSTILE_SITE"]
         known = {"SPECVLM_PLUGINS": module.replace("_", "-"), "HOSTILE_ONLY": ",".join(names)}
         os.environ.update(known | {"HOSTILE_SIGN": str(place / "sign")})
