@@ -66,14 +66,11 @@ def inside(strategy: object) -> Iterator[None]:
 @contextmanager
 def contained() -> Iterator[None]:
     """Around what strategies have a word in here and there. Raises StrategyError for what would end the process."""
-    heard = INTERRUPTS.heard
     try:
         yield
-    except (Exception, GeneratorExit):
+    except (Exception, GeneratorExit, KeyboardInterrupt):
         raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard):
-            raise
         raise StrategyError(f"a strategy raised {one_line(error)}") from error
 
 

@@ -109,7 +109,7 @@ def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
 
 def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
     """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
-    if folder is None or not record.steps:
+    if folder is None:
         return ""
     record.out_of_memory = record.stage
     write_config(cfg, folder)

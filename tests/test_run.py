@@ -297,7 +297,7 @@ def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monk
     whole, _ = runs(Path("whole"))
     capfd.readouterr()
     met = set()
-    for share in (0, 0.25, 0.4, 0.5, 0.6, 0.75, 1):
+    for share in (0, 0.15, 0.25, 0.4, 0.6, 0.75, 1):
         with monkeypatch.context() as patch:
             patch.setattr(VideoLM, "forward", forward)
             out_of_memory_at(patch, max(1, int(len(passes) * share)))
@@ -309,7 +309,7 @@ def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monk
         assert f"{summary['new_tokens']} tokens are in" in captured.err and summary["out_of_memory"] in captured.err
         assert summary["token_ids"] == whole["token_ids"][: summary["new_tokens"]]
         assert summary["text"] in captured.out and Path("out/config.yaml").is_file()
-        if summary["out_of_memory"] == "warming up":
+        if summary["out_of_memory"] != "decoding":  # the baseline comes first
             assert summary["new_tokens"] == 0 and not Path("out/steps.jsonl").exists()
         else:
             assert summary["token_ids"] == [t for step in runs()[1] for t in step["tokens"]]
