@@ -83,7 +83,7 @@ def test_the_first_rank_saves_what_was_done_when_the_second_runs_out_of_memory(t
     assert line.startswith("rank 1 of 2 ended: cpu ran out of memory while decoding without a drafter, though")
     assert f"; {summary['new_tokens']} tokens are in {tmp_path / 'run'}; the run cannot go on" in line
     assert not [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("specvlm")]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "steps.jsonl", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "summary.json"]
 
 
 def test_without_pidfds_it_is_a_mistake_of_one_line(monkeypatch):
