@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import report_jobs
-import torch
+from foreign import FAST, empty_folder, refused  # noqa: F401
 
 from specvlm import fit_tree, metrics
 from specvlm.__main__ import main
@@ -24,24 +24,6 @@ from specvlm.records import Figures
 from specvlm.report.__main__ import main as report
 from specvlm.report.reading import read_jobs
 from specvlm.rows import rows_of, summary_of
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-
-
-FAST = ("frames=4", "max_new_tokens=3", "baseline=false")
-
-
-def refused(action, capfd) -> str:
-    """The one line on stderr with which a program ends."""
-    assert action() == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("specvlm: ")
-    return said
-
 
 BOMB = "\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))])
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import pytest
 import report_jobs
-import torch
+from foreign import FAST, empty_folder, refused  # noqa: F401
 
 from specvlm import bounds, fit_tree, metrics
 from specvlm.__main__ import main
@@ -27,23 +27,6 @@ from specvlm.pruners.uniform import UniformPruner
 from specvlm.report.__main__ import main as report
 from specvlm.rows import CannotWrite, Rows, rows_of, summary_of
 from specvlm.types import Within
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-
-
-FAST = ("frames=4", "max_new_tokens=3", "baseline=false")
-
-
-def refused(action, capfd) -> str:
-    """The one line on stderr with which a program ends."""
-    assert action() == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("specvlm: ")
-    return said
 
 
 def questions(*entries: dict, folder: str = "data") -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-import torch
+from foreign import FAST, empty_folder, refused  # noqa: F401
 
 from specvlm import outside, registry
 from specvlm.__main__ import main
@@ -18,24 +18,6 @@ from specvlm.compose import compose, jobs
 from specvlm.errors import UserError
 from specvlm.strategy import Pruner
 from specvlm.types import TreeShape, Within
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-
-
-FAST = ("frames=4", "max_new_tokens=3", "baseline=false")
-
-
-def refused(action, capfd) -> str:
-    """The one line on stderr with which a program ends."""
-    assert action() == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("specvlm: ")
-    return said
-
 
 HUGE = "99999999999999999999999"
 

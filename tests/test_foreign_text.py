@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import report_jobs
-import torch
 import yaml
+from foreign import FAST, empty_folder  # noqa: F401
 
 from specvlm import registry
 from specvlm.__main__ import main
@@ -18,15 +18,6 @@ from specvlm.report.reading import read_jobs
 from specvlm.report.seen import see
 from specvlm.rows import config_of
 from specvlm.show import Screen, Terminal, outcome, styled
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-
-
-FAST = ("frames=4", "max_new_tokens=3", "baseline=false")
 
 
 @pytest.mark.parametrize(
