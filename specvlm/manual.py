@@ -78,7 +78,8 @@ def _preset(path: Path) -> str:
 
 def _entry(kind: str, name: str, info: registry.StrategyInfo) -> str:
     options = [f"{kind}.{field.name}={_default(field)}" for field in info.fields]
-    lines = [f"{_named(name)}{info.summary} [{info.plugin}]", *(f"{'':<24}{option}" for option in options)]
+    source = "; ".join(filter(None, [info.plugin, info.source]))
+    lines = [f"{_named(name)}{info.summary} [{source}]", *(f"{'':<24}{option}" for option in options)]
     return "\n".join(lines)
 
 

@@ -33,12 +33,16 @@ RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "n
 
 @dataclass(frozen=True)
 class StrategyInfo:
-    """A registered class. plugin: where it is from; summary: one line; config: the dataclass that Hydra sees."""
+    """A registered class. plugin: where it is from; summary: one line; config: the dataclass that Hydra sees.
+
+    source: how close it is to which paper, as "adapted: FastV (arXiv 2403.06764)"; empty where it names none.
+    """
 
     cls: type[Strategy]
     plugin: str
     summary: str
     config: type
+    source: str = ""
 
     @property
     def fields(self) -> tuple[dataclasses.Field[Any], ...]:
@@ -78,7 +82,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
         if field.name in RESERVED or field.name.startswith("_"):
             hint = f"write `{field.name} = …` without a type" if field.name in ("name", "kind", "needs") else "rename it"
             raise PluginError(f'{_full(cls)}: a field may not be called "{field.name}", that name is taken: {hint}')
-    return StrategyInfo(cls, plugin, _summary(cls), _config_class(cls))
+    return StrategyInfo(cls, plugin, _summary(cls), _config_class(cls), _source(cls))
 
 
 def store() -> None:
@@ -232,6 +236,11 @@ def _summary(cls: type) -> str:
     if text.startswith(f"{cls.__name__}("):  # what @dataclass writes where there is none
         text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
     return text.strip().split("\n")[0]
+
+
+def _source(cls: type) -> str:
+    paper, fidelity = getattr(cls, "paper", ""), getattr(cls, "fidelity", "")
+    return f"{fidelity}: {paper}" if isinstance(paper, str) and isinstance(fidelity, str) and paper and fidelity else ""
 
 
 def _full(cls: type) -> str:
