@@ -26,8 +26,12 @@ def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> 
     return torch.cat([_scores(_squares(x, m), k) for x, m in _parts(x_GPD, _or_all(x_GPD, mask_GP))])
 
 
-def cluster(x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cluster(
+    x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None = None, capped: bool = False
+) -> tuple[Tensor, Tensor]:
     """Clusters of each group's masked tokens round its `count_G` best centres.
+
+    capped: a group of fewer than k centres takes as many neighbours as centres, as HoliTom and FlashVID do.
 
     Returns centres (G, P) bool, and owners (G, P): the place of the nearest centre in the same group; -1 outside of the mask
     and in groups without a centre. A centre owns itself. Among equals the earlier token leads. Costs G P^2 D.
@@ -39,7 +43,7 @@ def cluster(x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None =
         count = count_G[start : start + len(x), None]
         start += len(x)
         squares_GPP = _squares(x, mask)
-        order = _scores(squares_GPP, k).sort(dim=1, descending=True, stable=True).indices
+        order = _scores(squares_GPP, k, count if capped else None).sort(dim=1, descending=True, stable=True).indices
         centre = (order.argsort(dim=1) < count) & mask
         nearest = squares_GPP.masked_fill(~centre[:, None, :], float("inf")).argmin(-1)
         nearest = torch.where(centre, here_P, nearest)
@@ -67,9 +71,11 @@ def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
     return squares_GPP.masked_fill_(~(mask_GP[:, :, None] & mask_GP[:, None, :]), float("inf"))
 
 
-def _scores(squares_GPP: Tensor, k: int) -> Tensor:
+def _scores(squares_GPP: Tensor, k: int, most_G1: Tensor | None = None) -> Tensor:
     near_GPK = squares_GPP.topk(min(k, squares_GPP.shape[-1]), dim=-1, largest=False).values
     there_GPK = near_GPK.isfinite()
+    if most_G1 is not None:
+        there_GPK &= torch.arange(near_GPK.shape[-1], device=near_GPK.device) < most_G1.clamp(min=1)[:, :, None]
     mask_GP = there_GPK.any(-1)
     log_density_GP = -(near_GPK.masked_fill(~there_GPK, 0).sum(-1) / there_GPK.sum(-1).clamp(min=1))
     log_density_GP = log_density_GP.masked_fill(~mask_GP, float("-inf"))

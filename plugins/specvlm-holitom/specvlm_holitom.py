@@ -67,10 +67,11 @@ class HoliTomPruner(Pruner):
         chosen = ((order_FP.argsort(dim=1) < share[: len(moving_FP), None]) & moving_FP).flatten().nonzero().flatten()
 
         mean_WPD = torch.stack([x_FPD[start:stop].mean(0) for start, stop in windows])
-        centre_WP, owner_WP = cluster(mean_WPD, share[len(moving_FP) :], mask_GP=still_WP)
+        centre_WP, owner_WP = cluster(mean_WPD, share[len(moving_FP) :], mask_GP=still_WP, capped=True)
         first_W1 = (length_W.cumsum(0) - length_W)[:, None] * per_frame
         size_WP = torch.zeros_like(owner_WP).scatter_add_(1, owner_WP.clamp(min=0), (owner_WP >= 0).long())
-        weight_WP = (1 - self.own) / size_WP.gather(1, owner_WP.clamp(min=0)).clamp(min=1) + self.own * centre_WP
+        others_WP = size_WP.gather(1, owner_WP.clamp(min=0)) - 1
+        weight_WP = torch.where(centre_WP, torch.where(others_WP > 0, self.own, 1.0), (1 - self.own) / others_WP.clamp(min=1))
         onto_FP = torch.where(owner_WP >= 0, first_W1 + owner_WP, -1)[window_F]
         here_N = torch.arange(ctx.total, device=ctx.device)
         return KeepSet.merge(

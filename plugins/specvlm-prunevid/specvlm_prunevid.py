@@ -1,4 +1,4 @@
-"""PruneVid: scenes, still cells averaged over them, clusters of what is alike, and the target's attention for the rest.
+"""PruneVid: segments, still cells averaged over them, clusters of what is alike, and the target's attention for the rest.
 
 Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
 """
@@ -22,23 +22,30 @@ SMALL = 14  # sets of this size or less are not clustered
 
 @dataclass(frozen=True)
 class PruneVidPruner(Pruner):
-    """Merge what stands still in a scene and what is alike in a frame; of these keep what the target attends to.
-    PruneVid (arXiv 2412.16117), after the paper's description alone.
+    """Merge what stands still in a segment and what is alike in a frame; of these keep what the target attends to.
+    PruneVid (arXiv 2412.16117).
 
-    Frames are clustered by DPC-kNN (k = 7) on their mean features round ceil(`scenes` F) centres; a scene is a run of
-    frames of one cluster. Cells whose mean pairwise cosine over their scene is above `tau` are static and become their mean
-    over time, at the scene's first frame. The static cells of a scene, and the others of each frame, are merged by DPC-kNN
-    to ceil(`merge` size) clusters, if there are more than 14. Of the static and the moving ones so left the same share is
-    kept, those of highest attention, so that B remain. tau = 0.8, scenes = 0.25 and merge = 0.5 are the paper's; it then
-    keeps 40 % by the language model's own layer 10.
+    Segments: frames are clustered by DPC-kNN (k = 7) on their mean features round S = ceil(`scenes` F) centres, and cut where
+    the cluster changes. Where that makes more than S segments, neighbours are joined again, first those whose adjoining
+    frames are most alike, until S are left. Cells whose mean pairwise cosine over their segment is above `tau` are static and
+    become their mean over time, at the segment's first frame. The static cells of a segment, and the others of each
+    frame, are merged by DPC-kNN to ceil(`merge` size) clusters, if there are more than 14. The B clusters of highest
+    attention stay, static and moving ones ranked together (Eq. 8); a cluster has the highest attention of its tokens.
+    tau = 0.8, scenes = 0.25 and merge = 0.5 are the paper's.
 
-    The attention of a cluster is the maximum over its tokens of the target's mean attention (the paper takes the maximum
-    over heads and queries). Where clusters are fewer than B, `merge` is raised to what fills the budget. Signals: features,
-    verifier_attention. Cost: N D and (F + G) P^2 D. Limits: where little moves, the static means and the moving tokens
-    together may be fewer than B. Raises UserError for fields out of range; ValueError where the attention holds NaN.
+    Deviations: attention is the target's mean over layers, heads and rows, where the paper takes the maximum over heads
+    and rows of its layer 10, since that is what is gathered of a prefill. B is the run's budget, where the paper keeps 40 %.
+    Where clusters are fewer than B, `merge` is raised to what fills it. Of equal densities the earlier token counts as
+    denser, where the code adds noise. How runs are joined is ours: the paper wants S consecutive segments and does not say
+    how; the code drops short runs of a cluster, which joins scenes, and fails on segments of one frame.
+
+    Signals: features, verifier_attention. Cost: N D and (F + S) P^2 D. Limits: where little moves, static means and moving
+    tokens together may be fewer than B. Raises UserError for fields out of range; ValueError where the attention holds NaN.
     """
 
     name = "prunevid"
+    paper = "PruneVid (arXiv 2412.16117)"
+    fidelity = "adapted"
     needs = frozenset({"features", "verifier_attention"})
     tau: float = 0.8
     scenes: float = 0.25
@@ -65,16 +72,19 @@ class PruneVidPruner(Pruner):
         onto_RP = torch.where(owner_RP >= 0, first_R[:, None] + owner_RP, -1)
         owner_N = torch.where(static_GP[scene_F], onto_RP[: len(first_G)][scene_F], onto_RP[len(first_G) :]).flatten()
 
-        still_N = static_GP[scene_F].flatten()
-        owner_N = attended(owner_N, still_N, ctx.scores("verifier_attention"), ctx.budget)
+        owner_N = attended(owner_N, ctx.scores("verifier_attention"), ctx.budget)
         here_N = torch.arange(ctx.total, device=ctx.device)
         return KeepSet.merge(owner_N, here_N, torch.ones_like(here_N), ctx.total)
 
     def split(self, frame_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scene of each frame, and first frame and length of each scene."""
-        count = torch.tensor([max(math.ceil(self.scenes * len(frame_FD)), 1)], device=frame_FD.device)
-        (label_F,) = cluster(frame_FD[None], count)[1]
-        runs = spans(label_F[1:] != label_F[:-1])
+        count = max(math.ceil(self.scenes * len(frame_FD)), 1)
+        (label_F,) = cluster(frame_FD[None], torch.tensor([count], device=frame_FD.device))[1]
+        # Every cluster has a frame, so the labels change count - 1 times or more often.
+        gap_E = (frame_FD[1:] - frame_FD[:-1]).square().sum(-1).masked_fill(label_F[1:] == label_F[:-1], float("-inf"))
+        cut_E = torch.zeros_like(gap_E, dtype=torch.bool)
+        cut_E[gap_E.sort(descending=True, stable=True).indices[: count - 1]] = True
+        runs = spans(cut_E)
         first_G, stop_G = torch.tensor(runs, device=frame_FD.device).T
         length_G = stop_G - first_G
         return torch.repeat_interleave(torch.arange(len(runs), device=frame_FD.device), length_G), first_G, length_G
@@ -99,19 +109,13 @@ def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return mean_GPD, ((square_GP - own_GP) / pairs_G1.clamp(min=1) > tau) & (pairs_G1 > 0)
 
 
-def attended(owner_N: Tensor, still_N: Tensor, attention_N: Tensor, budget: int) -> Tensor:
-    """Owners, less the clusters that the budget has no room for: of static and of moving ones the same share stays."""
+def attended(owner_N: Tensor, attention_N: Tensor, budget: int) -> Tensor:
+    """Owners, less the clusters that the budget has no room for: those of highest attention stay."""
     member_N = owner_N >= 0
     best_N = torch.full_like(attention_N, float("-inf"))
     best_N.scatter_reduce_(0, owner_N[member_N], attention_N[member_N], "amax")
-    leads_N = owner_N == torch.arange(len(owner_N), device=owner_N.device)
-    groups = [leads_N & still_N, leads_N & ~still_N]
-    sizes = torch.stack([group.sum() for group in groups])
-    share = apportion(min(budget, int(sizes.sum())), sizes).tolist()
-    stays_N = torch.zeros_like(leads_N)
-    for group, count in zip(groups, share, strict=True):
-        order_N = best_N.masked_fill(~group, float("-inf")).sort(descending=True, stable=True).indices
-        stays_N[order_N[:count]] = True
+    stays_N = torch.zeros_like(member_N)
+    stays_N[best_N.sort(descending=True, stable=True).indices[:budget]] = True
     return torch.where(member_N & stays_N[owner_N.clamp(min=0)], owner_N, -1)
 
 

@@ -1,7 +1,9 @@
-"""PruneVid: static cells by a naive mean of pairs, means over scenes, attention of clusters."""
+"""PruneVid: the whole against plain loops after the paper's text; static cells, means over segments, attention of clusters."""
 
 from itertools import combinations
+from math import ceil
 
+import naive
 import pytest
 import torch
 from rounding import assert_same_sums
@@ -49,14 +51,73 @@ def test_a_still_scene_becomes_its_mean_and_a_new_scene_begins_where_all_changes
 def test_clusters_stay_by_the_highest_attention_among_their_tokens():
     owner_N = torch.tensor([0, 0, 2, 2, 4, 5])
     attention_N = torch.tensor([0.1, 0.9, 0.3, 0.2, 0.5, 0.4])
-    moving_N = torch.zeros(6, dtype=torch.bool)
-    assert attended(owner_N, moving_N, attention_N, 2).tolist() == [0, 0, -1, -1, 4, -1]
+    assert attended(owner_N, attention_N, 2).tolist() == [0, 0, -1, -1, 4, -1]
 
 
-def test_static_and_moving_clusters_keep_the_same_share():
-    still_N = torch.tensor([True] * 4 + [False] * 4)
-    kept = attended(torch.arange(8), still_N, torch.arange(8.0), 4)
-    assert kept.tolist() == [-1, -1, 2, 3, -1, -1, 6, 7]
+def test_static_and_moving_clusters_are_ranked_together():
+    """Of a static cell and two moving tokens the one attended to most stays, which is the static one (Eq. 8)."""
+    x_FPD = torch.zeros(2, 2, 4)
+    x_FPD[:, 0, 0] = x_FPD[0, 1, 1] = x_FPD[1, 1, 2] = 1
+    attention = torch.tensor([[1.0, 0.1], [1.0, 0.2]])
+    keep = PruneVidPruner().select(context(TokenGrid(2, 1, 2), 1, x_FPD.flatten(0, 1), attention.flatten()))
+    assert keep.index.tolist() == [0] and keep.pool.to_dense().tolist() == [[0.5, 0, 0.5, 0]]
+
+
+@pytest.mark.parametrize(("frames", "lengths"), [("AAABAAAA", [3, 5]), ("ABABABAB", [1, 7]), ("AAAABBBB", [4, 4]), ("A", [1])])
+def test_there_are_a_quarter_as_many_segments_as_frames(frames, lengths):
+    frame_FD = torch.stack([torch.eye(4)["AB".index(name)] for name in frames])
+    _, first_G, length_G = PruneVidPruner().split(frame_FD)
+    assert length_G.tolist() == lengths and first_G.tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def brute_force(x_FPD, attention, budget, tau=0.8, gamma=0.25, beta=0.5):
+    frames, per_frame, _ = x_FPD.shape
+    mean_FD = x_FPD.double().mean(1)
+    wanted = max(ceil(gamma * frames), 1)
+    label = naive.dpc(mean_FD, list(range(frames)), wanted)[1]
+    segments = [[0]]
+    for frame in range(1, frames):
+        if label[frame] != label[frame - 1]:
+            segments.append([])
+        segments[-1].append(frame)
+    while len(segments) > wanted:  # join the two whose adjoining frames are most alike, of equals the later two
+        gap = [float((mean_FD[a[-1]] - mean_FD[b[0]]).square().sum()) for a, b in zip(segments, segments[1:], strict=False)]
+        at = max(range(len(gap)), key=lambda i: (-gap[i], i))
+        segments[at : at + 2] = [segments[at] + segments[at + 1]]
+
+    sets = []  # (first frame, features by cell, cells, tokens of a cell)
+    moving = {}
+    for segment in segments:
+        static = []
+        for cell in range(per_frame):
+            pairs = [naive.cosine(x_FPD[a, cell], x_FPD[b, cell]) for a, b in combinations(segment, 2)]
+            if pairs and sum(pairs) / len(pairs) > tau:
+                static.append(cell)
+        mean_PD = x_FPD[segment].double().mean(0)
+        sets.append((segment[0], mean_PD, static, [[f * per_frame + cell for f in segment] for cell in range(per_frame)]))
+        moving |= {frame: [cell for cell in range(per_frame) if cell not in static] for frame in segment}
+    for frame in range(frames):
+        sets.append((frame, x_FPD[frame], moving[frame], [[frame * per_frame + cell] for cell in range(per_frame)]))
+
+    counts = [ceil(beta * len(cells)) if len(cells) > 14 else len(cells) for _, _, cells, _ in sets]
+    if sum(counts) < budget:
+        left = [len(cells) - count for (_, _, cells, _), count in zip(sets, counts, strict=True)]
+        more = naive.shares(min(budget - sum(counts), sum(left)), left)
+        counts = [count + extra for count, extra in zip(counts, more, strict=True)]
+    rows = {}
+    for (first, x_PD, cells, tokens), count in zip(sets, counts, strict=True):
+        for cell, centre in naive.dpc(x_PD, cells, count)[1].items():
+            rows.setdefault(first * per_frame + centre, []).extend(tokens[cell])
+    best = sorted(rows, key=lambda token: (-max(float(attention[i]) for i in rows[token]), token))[:budget]
+    return naive.mean_pool({token: dict.fromkeys(rows[token], 1.0) for token in best}, frames * per_frame)
+
+
+def test_it_equals_plain_loops_after_the_papers_text():
+    for kind, x_FPD, attention, budget in naive.videos():
+        keep = PruneVidPruner().select(context(TokenGrid(len(x_FPD), 4, 4), budget, x_FPD.flatten(0, 1), attention))
+        index, pool = brute_force(x_FPD, attention, budget)
+        assert keep.index.tolist() == index, kind
+        assert_same_sums(keep.pool.to_dense(), pool, 1, 1.0)
 
 
 def test_the_budget_is_met():
