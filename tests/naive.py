@@ -77,13 +77,13 @@ def videos(count: int = 50, side: int = 4, frames: int = 9) -> Iterator[tuple[st
     """Kind, x_FPD, saliency (N,) and a budget: random, standing still, alternating scenes, slow change, and full of ties; one
     frame, even and odd numbers of them; budgets from 1 to all but one.
 
-    Those that have ties are made of whole numbers, and their frames' means are too, so that ties are exact in float32.
+    Those that have ties are made of whole numbers, of length 1 or 2, so that cosines, distances and ties are exact in float32.
     """
     for case in range(count):
         g = torch.Generator().manual_seed(case)
         kind, length, per_frame = KINDS[case % len(KINDS)], 1 + (case * 7 // 5) % frames, side * side
-        first_PD = torch.randint(-3, 4, (per_frame, WIDTH), generator=g).float()
-        first_PD[:, 0] = 1 + torch.arange(per_frame) % 3  # none is 0
+        sign_PD = torch.randint(2, (per_frame, WIDTH), generator=g) * 2.0 - 1
+        first_PD = sign_PD * (torch.rand(per_frame, WIDTH, generator=g).argsort(1) < 4)  # of length 2
         if kind == "random":
             x_FPD = torch.randn(length, per_frame, WIDTH, generator=g)
         elif kind == "still":
@@ -101,4 +101,9 @@ def videos(count: int = 50, side: int = 4, frames: int = 9) -> Iterator[tuple[st
         if kind == "ties":
             saliency = torch.randint(1, 4, (total,), generator=g) / 4
         edge = (1, total - 1, length, total // 2)
-        yield kind, x_FPD, saliency, edge[case // 5 % 5] if case // 5 % 5 < 4 else 1 + int(torch.randint(total - 1, (1,), generator=g))
+        yield (
+            kind,
+            x_FPD,
+            saliency,
+            edge[case // 5 % 5] if case // 5 % 5 < 4 else 1 + int(torch.randint(total - 1, (1,), generator=g)),
+        )

@@ -23,12 +23,13 @@ def naive(x_PD, k):
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 99])
-def test_scores_and_clusters_equal_a_naive_loop(k):
+@pytest.mark.parametrize("capped", [False, True])
+def test_scores_and_clusters_equal_a_naive_loop(k, capped):
     x_GPD = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(0))
     mask_GP = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.7
     count_G = torch.tensor([1, 3, 5])
     scores_GP = density_scores(x_GPD, k, mask_GP)
-    centre_GP, owner_GP = cluster(x_GPD, count_G, k, mask_GP)
+    centre_GP, owner_GP = cluster(x_GPD, count_G, k, mask_GP, capped)
     for g in range(3):
         members = mask_GP[g].nonzero().flatten().tolist()
         scores, square = naive(x_GPD[g, members].double(), k)
@@ -37,6 +38,8 @@ def test_scores_and_clusters_equal_a_naive_loop(k):
         size = 4 * float(x_GPD[g].square().sum(1).max()) / near
         rtol = rounding(terms=2 * 5 + min(k, 12), size=size, dtype=torch.float32)
         torch.testing.assert_close(scores_GP[g, members].exp(), torch.tensor(scores), rtol=rtol, atol=0)
+        if capped:
+            scores, _ = naive(x_GPD[g, members].double(), min(k, int(count_G[g])))
         chosen = sorted(range(len(members)), key=lambda i: -scores[i])[: count_G[g]]
         assert sorted(members[i] for i in chosen) == centre_GP[g].nonzero().flatten().tolist()
         for i, member in enumerate(members):

@@ -1,6 +1,7 @@
 """FlashVID: diverse tokens of every frame, and the rest merged along trees over time.
 
-Shape suffixes: N video tokens of one video, F frames, P tokens of one frame, D width.
+Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame, S
+segments, L links, D width.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 from specvlm.cluster import cluster
 from specvlm.errors import check_choice, check_range
 from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, apportion, cuts
+from specvlm.segments import adjacent_cosine, apportion, cuts, spans
 from specvlm.strategy import PruneContext, Pruner, token_signals
 from specvlm.types import KeepSet
 
@@ -24,33 +25,46 @@ class FlashVidPruner(Pruner):
 
     Segments are cut between frames whose mean features have a cosine below `segment`, and at the least similar ones until
     there are `segments`. ADTS: p = ceil(alpha ceil(P B / N)) tokens of a frame, by greedy max-min diversity under
-    d_ij = (1 - cos_ij) a_j with saliency a: first the token furthest from its nearest neighbour, then again and again the one
-    furthest from those picked. TSTM: every other token links to the most similar other token one frame earlier in its
-    segment where their cosine is above `merge`; links form trees, and a tree becomes the mean of all its tokens at the
-    place of its first. What is over budget still is clustered frame by frame (DPC-kNN, k = 7), a cluster being the mean of
-    all tokens of its trees at its centre. The defaults are the paper's.
+    d_ij = (1 - cos_ij) a_j e_j with saliency a and the relevance to the segment e_j = x_j . (mean of its frames): first the
+    token furthest from its nearest neighbour, then again and again the one furthest from those picked. TSTM: every other
+    token links to the most similar other token one frame earlier in its segment where their cosine is above `merge`; links
+    form trees, and a tree becomes the mean of all its tokens at the place of its first. The B - p F tokens left are shared out
+    among segments by length. Trees over the share of a segment are clustered frame by frame (DPC-kNN,
+    k = min(7, clusters)), a cluster being the mean of its trees at its centre. Fields are the paper's or its code's.
 
-    Made exact for a budget B: the weakest links are cut where fewer than B tokens would remain, and p is at most B / F,
-    so that B tokens come out. The paper's expansion of the budget by 1.25, which its pruning inside the language
-    model pays back, is 1; its relevance to the events of a segment is left out. Two faults of the published code are
-    avoided: the mean of a chain weighs every token alike, and no token is picked twice.
+    Deviations: B tokens come out, where the code rounds up in every frame: p is at most B / F, shares are rounded by largest
+    remainders, and where a segment has fewer trees than its share the weakest links are cut. The paper's expansion of the
+    budget by 1.25 is 1, since the pruning inside of the language model that pays it back is left out. Of equal densities the
+    earlier token counts as denser, where the code adds noise. Faults of the code are avoided: the mean of a chain weighs every
+    token alike, no token is picked twice, a short video has no empty segments. The saliency is the target's
+    attention by default; the paper's is the vision encoder's (saliency=vision_attention), and on the embedded pairs the
+    target's has as many guesses accepted, or clearly more (experiments/strategies).
 
-    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
-    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    relevance: False leaves e out, as the code's attn_div does. quota: `segment`, or `video` (ours): all segments share what is
+    left. mean: `tree`, or `token` (ours): a cluster is the mean of all tokens of its trees. saliency: a signal of one
+    number a token.
+
     Signals: features and that one. Cost: three products of N P D, and a loop of p short steps.
     Limits: a frame whose share of the last budget is nothing loses its unpicked trees.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "flashvid"
+    paper = "FlashVID (arXiv 2602.08024)"
+    fidelity = "adapted"
     alpha: float = 0.7
     merge: float = 0.8
     segment: float = 0.9
     segments: int = 8
+    relevance: bool = True
+    quota: str = "segment"
+    mean: str = "tree"
     saliency: str = "verifier_attention"
 
     def __post_init__(self) -> None:
         check_range("flashvid: alpha", self.alpha, 0, 1)
+        check_choice("flashvid: quota", self.quota, ("segment", "video"))
+        check_choice("flashvid: mean", self.mean, ("tree", "token"))
         check_choice("flashvid: saliency", self.saliency, token_signals())
 
     @property
@@ -63,48 +77,70 @@ class FlashVidPruner(Pruner):
     def of_video(self, ctx: PruneContext) -> KeepSet:
         (x_FPD,), (saliency_FP,) = ctx.by_frame(ctx.features.float()), ctx.by_frame(ctx.scores(self.saliency))
         frames, per_frame = saliency_FP.shape
-        unit_FPD = normalize(x_FPD, dim=-1)
+        unit_FPD, mean_FD = normalize(x_FPD, dim=-1), x_FPD.mean(1)
+        cut_E = cuts(adjacent_cosine(mean_FD), self.segment, self.segments)
+        segments = spans(cut_E)
+        if self.relevance:
+            event_FD = torch.cat([mean_FD[start:stop].mean(0).expand(stop - start, -1) for start, stop in segments])
+            saliency_FP = saliency_FP * (x_FPD @ event_FD[:, :, None]).squeeze(2)
         picks = min(math.ceil(self.alpha * math.ceil(per_frame * ctx.budget / ctx.total)), ctx.budget // frames)
         picked_FP = diverse(unit_FPD, saliency_FP, picks)
-        remaining = ctx.budget - frames * picks
-        owner_N = self.trees(x_FPD, unit_FPD, picked_FP, remaining)
+
+        parts = segments if self.quota == "segment" else [(0, frames)]
+        length_S = torch.tensor([stop - start for start, stop in parts], device=ctx.device)
+        quota_S = apportion(ctx.budget - frames * picks, length_S)
+        most_S = length_S * (per_frame - picks) - quota_S
+        part_F = torch.repeat_interleave(torch.arange(len(parts), device=ctx.device), length_S)
+        owner_N = trees(*self.links(unit_FPD, picked_FP, cut_E, part_F, most_S))
         here_N = torch.arange(ctx.total, device=owner_N.device)
         root_FP = (owner_N == here_N).view_as(picked_FP) & ~picked_FP
-        if int(root_FP.sum()) > remaining:
-            owner_N = self.clustered(x_FPD, owner_N, root_FP, remaining)
-        return KeepSet.merge(owner_N, here_N, torch.ones_like(here_N), ctx.total)
+        tokens_N = torch.bincount(owner_N, minlength=ctx.total)
+        weight_N = 1 / tokens_N[owner_N] if self.mean == "tree" else torch.ones_like(here_N)
+        size_F = root_FP.sum(1)
+        if int(size_F.sum()) > int(quota_S.sum()):
+            quotas = quota_S.tolist()
+            count_F = torch.cat([apportion(q, size_F[slice(*part)]) for q, part in zip(quotas, parts, strict=True)])
+            owner_N = clustered(x_FPD, owner_N, tokens_N, root_FP, count_F)
+        return KeepSet.merge(owner_N, here_N, weight_N, ctx.total)
 
-    def trees(self, x_FPD: Tensor, unit_FPD: Tensor, picked_FP: Tensor, remaining: int) -> Tensor:
-        """(N,) the root of each token's tree, itself for a picked one, in no fewer than `remaining` trees."""
-        frames = len(picked_FP)
-        here_FP = torch.arange(picked_FP.numel(), device=x_FPD.device).view_as(picked_FP)
-        if frames == 1:
-            return here_FP.flatten()
+    def links(
+        self, unit_FPD: Tensor, picked_FP: Tensor, cut_E: Tensor, part_F: Tensor, most_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(E, P) whether a token of the later frame is linked, and to which of the earlier; at most `most_S` links in a part."""
         cosine_EPP = unit_FPD[1:] @ unit_FPD[:-1].mT
         best_EP, parent_EP = cosine_EPP.masked_fill_(picked_FP[:-1, None, :], float("-inf")).max(-1)
-        cut_E = cuts(adjacent_cosine(x_FPD.mean(1)), self.segment, self.segments)
         link_EP = (best_EP > self.merge) & ~picked_FP[1:] & ~cut_E[:, None]
-        most = int((~picked_FP).sum()) - remaining
-        strength_L = best_EP.masked_fill(~link_EP, float("-inf")).flatten()
-        link_EP.view(-1)[strength_L.sort(descending=True, stable=True).indices[max(most, 0) :]] = False
-        roots = [here_FP[0]]
-        for frame in range(1, frames):
-            above_P = roots[-1][parent_EP[frame - 1]]
-            roots.append(torch.where(link_EP[frame - 1], above_P, here_FP[frame]))
-        return torch.cat(roots)
+        part_L = part_F[1:, None].expand_as(link_EP).flatten()
+        order_L = best_EP.masked_fill(~link_EP, float("-inf")).flatten().sort(descending=True, stable=True).indices
+        order_L = order_L[part_L[order_L].sort(stable=True).indices]  # part by part, in each the strongest first
+        before_S = torch.bincount(part_L, minlength=len(most_S)).cumsum(0)
+        before_S = torch.cat([before_S.new_zeros(1), before_S[:-1]])
+        rank_L = torch.empty_like(order_L)
+        rank_L[order_L] = torch.arange(len(order_L), device=order_L.device) - before_S[part_L[order_L]]
+        return link_EP & (rank_L < most_S[part_L]).view_as(link_EP), parent_EP
 
-    def clustered(self, x_FPD: Tensor, owner_N: Tensor, root_FP: Tensor, remaining: int) -> Tensor:
-        """(N,) owners once more, the trees of each frame merged until `remaining` are left."""
-        frames, per_frame = root_FP.shape
-        x_ND = x_FPD.flatten(0, 1)
-        sum_ND = torch.zeros_like(x_ND).index_put_((owner_N,), x_ND, accumulate=True)  # in the same order on a GPU, too
-        mean_ND = sum_ND / torch.bincount(owner_N, minlength=len(owner_N)).clamp(min=1)[:, None]
-        count_F = apportion(remaining, root_FP.sum(1))
-        _, centre_FP = cluster(mean_ND.view_as(x_FPD), count_F, mask_GP=root_FP)
-        first_F1 = per_frame * torch.arange(frames, device=owner_N.device)[:, None]
-        onto_FP = torch.where(centre_FP >= 0, first_F1 + centre_FP, -1)
-        onto_N = torch.where(root_FP, onto_FP, torch.arange(len(owner_N), device=owner_N.device).view_as(root_FP)).flatten()
-        return onto_N[owner_N]
+
+def trees(link_EP: Tensor, parent_EP: Tensor) -> Tensor:
+    """(N,) the root of each token's tree, itself for one without a link."""
+    frames, per_frame = len(link_EP) + 1, link_EP.shape[1]
+    here_FP = torch.arange(frames * per_frame, device=link_EP.device).view(frames, per_frame)
+    roots = [here_FP[0]]
+    for frame in range(1, frames):
+        roots.append(torch.where(link_EP[frame - 1], roots[-1][parent_EP[frame - 1]], here_FP[frame]))
+    return torch.cat(roots)
+
+
+def clustered(x_FPD: Tensor, owner_N: Tensor, tokens_N: Tensor, root_FP: Tensor, count_F: Tensor) -> Tensor:
+    """(N,) owners once more, the trees of each frame merged until `count_F` are left. tokens_N: how many a root owns."""
+    frames, per_frame = root_FP.shape
+    x_ND = x_FPD.flatten(0, 1)
+    sum_ND = torch.zeros_like(x_ND).index_put_((owner_N,), x_ND, accumulate=True)  # in the same order on a GPU, too
+    mean_ND = sum_ND / tokens_N.clamp(min=1)[:, None]
+    _, centre_FP = cluster(mean_ND.view_as(x_FPD), count_F, mask_GP=root_FP, capped=True)
+    first_F1 = per_frame * torch.arange(frames, device=owner_N.device)[:, None]
+    onto_FP = torch.where(centre_FP >= 0, first_F1 + centre_FP, -1)
+    onto_N = torch.where(root_FP, onto_FP, torch.arange(len(owner_N), device=owner_N.device).view_as(root_FP)).flatten()
+    return onto_N[owner_N]
 
 
 def diverse(unit_FPD: Tensor, saliency_FP: Tensor, picks: int) -> Tensor:

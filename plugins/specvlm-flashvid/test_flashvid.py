@@ -1,5 +1,8 @@
-"""FlashVID: a merged chain is a plain mean, picks equal a naive loop, the budget is met exactly."""
+"""FlashVID: the whole and its picks equal plain loops, a merged chain is a plain mean, the budget is met exactly."""
 
+from math import ceil
+
+import naive
 import pytest
 import torch
 from rounding import assert_same_sums
@@ -17,7 +20,15 @@ def context(grid, budget, features, attention=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"alpha": 0.0}, {"alpha": 1.0, "merge": -1.0, "segments": 1}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"alpha": 0.0, "quota": "video", "mean": "token"},
+        {"alpha": 1.0, "merge": -1.0, "segments": 1, "relevance": False},
+    ],
+    ids=str,
+)
 def test_contract(fields):
     check_pruner(FlashVidPruner, **fields)
 
@@ -53,7 +64,7 @@ def test_trees_end_at_a_cut(segment, members):
 
 def naive_diverse(unit_PD, saliency_P, picks):
     count = len(unit_PD)
-    distance = [[float((1 - unit_PD[i] @ unit_PD[j]) * saliency_P[j]) for j in range(count)] for i in range(count)]
+    distance = ((1 - unit_PD @ unit_PD.T) * saliency_P).tolist()
     picked = [max(range(count), key=lambda j: min(distance[i][j] for i in range(count) if i != j))]
     while len(picked) < picks:
         left = [j for j in range(count) if j not in picked]
@@ -78,3 +89,61 @@ def test_the_budget_is_met_exactly():
     for budget in range(1, len(grid)):
         for x_ND in (features, smooth):
             assert len(FlashVidPruner().select(context(grid, budget, x_ND, attention))) == budget
+
+
+def brute_force(x_FPD, saliency, budget, segments, relevance, quota, mean, alpha=0.7, merge=0.8, threshold=0.9):
+    frames, per_frame, _ = x_FPD.shape
+    total = frames * per_frame
+    x_FPD, unit_FPD = x_FPD.double(), normalize(x_FPD.double(), dim=-1)
+    found = naive.dynamic_segments(x_FPD, threshold, segments)
+    picks = min(ceil(alpha * ceil(per_frame * budget / total)), budget // frames)
+    picked, link = {}, {}
+    for segment in found:
+        event_D = x_FPD[segment].mean((0, 1))
+        for frame in segment:
+            weight_P = saliency.view(frames, per_frame)[frame].double() * (x_FPD[frame] @ event_D if relevance else 1.0)
+            picked[frame] = naive_diverse(unit_FPD[frame], weight_P, picks) if picks else []
+            rest = [cell for cell in range(per_frame) if cell not in picked[frame]]
+            if frame != segment[0]:
+                earlier = [cell for cell in range(per_frame) if cell not in picked[frame - 1]]
+                alike = (unit_FPD[frame] @ unit_FPD[frame - 1].T).tolist()
+                for cell in rest:
+                    cosines = alike[cell]
+                    parent = max(earlier, key=lambda other: (cosines[other], -other))
+                    if cosines[parent] > merge:
+                        link[frame * per_frame + cell] = ((frame - 1) * per_frame + parent, cosines[parent])
+
+    parts = found if quota == "segment" else [list(range(frames))]
+    rows = {frame * per_frame + cell: {frame * per_frame + cell: 1.0} for frame in range(frames) for cell in picked[frame]}
+    for part, share in zip(parts, naive.shares(budget - picks * frames, [len(part) for part in parts]), strict=True):
+        tokens = [f * per_frame + cell for f in part for cell in range(per_frame) if cell not in picked[f]]
+        order = sorted((token for token in tokens if token in link), key=lambda token: (-round(link[token][1], 9), token))
+        kept = set(order[: len(tokens) - share])
+        root, tree = {}, {}
+        for token in tokens:
+            root[token] = root[link[token][0]] if token in kept else token
+            tree.setdefault(root[token], []).append(token)
+        roots = [[token % per_frame for token in tree if token // per_frame == frame] for frame in part]
+        for frame, cells, count in zip(part, roots, naive.shares(share, [len(cells) for cells in roots]), strict=True):
+            mean_PD = torch.zeros_like(x_FPD[0])
+            for cell in cells:
+                mean_PD[cell] = x_FPD.flatten(0, 1)[tree[frame * per_frame + cell]].mean(0)
+            for cell, centre in naive.dpc(mean_PD, cells, count, min(7, count))[1].items():
+                mine = tree[frame * per_frame + cell]
+                weight = 1 / len(mine) if mean == "tree" else 1.0
+                rows.setdefault(frame * per_frame + centre, {}).update(dict.fromkeys(mine, weight))
+    return naive.mean_pool(rows, total)
+
+
+OURS = {"relevance": False, "quota": "video", "mean": "token"}
+
+
+@pytest.mark.parametrize("fields", [{"relevance": True, "quota": "segment", "mean": "tree"}, OURS], ids=["paper", "ours"])
+def test_it_equals_plain_loops_after_the_papers_text(fields):
+    for case, (kind, x_FPD, saliency, budget) in enumerate(naive.videos(frames=7)):
+        segments = (8, 1, 3)[case % 3]
+        ctx = context(TokenGrid(len(x_FPD), 4, 4), budget, x_FPD.flatten(0, 1), saliency)
+        keep = FlashVidPruner(segments=segments, **fields).select(ctx)
+        index, pool = brute_force(x_FPD, saliency, budget, segments, **fields)
+        assert keep.index.tolist() == index, kind
+        assert_same_sums(keep.pool.to_dense(), pool, len(x_FPD) + 16, 1.0)

@@ -26,17 +26,24 @@ class HoliTomPruner(Pruner):
     partition of the frames that maximises the sum of (cells that stand still) (length - 1), found by dynamic programming; of
     equally good ones the one with the latest beginnings is taken. In a window of two frames or more each such cell becomes
     its mean over time, at the first frame. Then every set (the moving tokens of a frame, the still means of a window) keeps
-    the same share of its tokens, B / (N - removed): moving ones by saliency, still ones as centres of DPC-kNN (k = 7),
-    centre := own centre + (1 - own) mean of its cluster. tau is 0.8 in the paper (0.65 where it keeps 10 %), own 0.6.
+    the same share of its tokens, B / (N - removed): moving ones by saliency, still ones as the c centres of DPC-kNN
+    (k = min(7, c)), centre := own centre + (1 - own) mean of the others of its cluster, as in the released code. tau is 0.8
+    in the paper (0.65 where it keeps 10 %), own 0.6.
 
-    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
-    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
-    Signals: features and that one. Cost: N D, F^2 for the partition, and W P^2 D. Limits: shares are rounded by
-    largest remainders, so sets of a token or two may go; where most of the video stands still, moving tokens and still
+    Deviations: merging inside of the language model is left out, since a drafter's context is chosen before it runs. Shares
+    are rounded by largest remainders, where the code rounds each set up or to the nearest, so that B tokens come out. Of equal
+    densities the earlier token counts as denser, where the code adds noise. The saliency is the target's attention
+    by default; the paper's is the vision encoder's (saliency=vision_attention), and on the embedded pairs the target's has as
+    many guesses accepted, or clearly more (experiments/strategies).
+
+    saliency: a signal of one number a token. Signals: features and that one. Cost: N D, F^2 for the partition, and
+    W P^2 D. Limits: sets of a token or two may go; where most of the video stands still, moving tokens and still
     means together may be fewer than B. Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "holitom"
+    paper = "HoliTom (arXiv 2505.21334)"
+    fidelity = "adapted"
     tau: float = 0.8
     own: float = 0.6
     saliency: str = "verifier_attention"
