@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from math import exp, floor, sqrt
 
 import torch
@@ -22,8 +23,10 @@ def cosine(a_D: Tensor, b_D: Tensor) -> float:
 
 
 def dpc(x_PD: Tensor, members: list[int], count: int, k: int = 7) -> tuple[list[int], dict[int, int]]:
-    """Centres in order, and the centre of every member: density = exp(-mean squared distance to the k nearest, itself among
-    them), score = density times the distance to the nearest denser one, of the densest to the furthest. Equal ones: the earlier.
+    """Centres in order, and the centre of every member.
+
+    density = exp(-mean squared distance to the k nearest, itself among them), score = density times the distance to the
+    nearest denser one, of the densest to the furthest. Among equals the earlier leads.
     """
     if not members or not count:
         return [], {}
@@ -50,9 +53,9 @@ def shares(total: int, sizes: list[int]) -> list[int]:
 
 
 def dynamic_segments(x_FPD: Tensor, threshold: float, least: int) -> list[list[int]]:
-    """Frames in segments: cut where the mean features' cosine is below the threshold, and at the least - 1 least alike pairs."""
+    """Frames in segments, cut where the mean features' cosine is below the threshold, and at the `least` - 1 lowest."""
     mean_FD = x_FPD.double().mean(1)
-    alike = [round(cosine(a, b), 9) for a, b in zip(mean_FD[:-1], mean_FD[1:], strict=True)]
+    alike = [round(cosine(a, b), 9) for a, b in pairwise(mean_FD)]
     cut = {i for i, value in enumerate(alike) if value < threshold}
     cut |= set(sorted(range(len(alike)), key=lambda i: (alike[i], i))[: least - 1])
     found = [[0]]

@@ -30,23 +30,30 @@ class FastVidPruner(Pruner):
     anchor of each anchor frame: anchor := w anchor + (1 - w) mean(gathered), w = max(1 / (count + 1), beta). Positions stay.
     The defaults are the paper's for LLaVA-OneVision; it has segment=0.84 for Qwen2.5-VL.
 
-    Made exact for a budget: what rounding leaves over goes to the most salient tokens that are left, in any frame.
-    The frame vector is the mean of a frame's tokens (the paper's fallback for its pooling head). The deduplication above 0.95
-    that the code has for Qwen is left out.
+    Deviations: what rounding leaves of B goes to the most salient tokens left, in any frame, where the paper keeps fewer. The
+    frame vector is the mean of a frame's tokens (the paper's fallback for its pooling head, which the targets lack). Of
+    equal densities the earlier token counts as denser, where the code adds noise. The code's deduplication above 0.95
+    for Qwen is left out. In the code an anchor is gathered too, by itself and by the anchors of other frames, so that it
+    counts twice; the paper's text reads as if only other tokens were, which is the default (gather_anchors=False). The saliency
+    is the target's attention by default; the paper's is the vision encoder's (saliency=vision_attention), and on the
+    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies).
 
-    saliency: a signal of one number a token. The paper's is the vision encoder's attention (`vision_attention`); on the
-    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies), and is the default.
+    gather_anchors: True does as the code does. saliency: a signal of one number a token.
+
     Signals: features and that one. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
     over segments. Limits: with fewer than one token a frame only saliency counts.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "fastvid"
+    paper = "FastVID (arXiv 2503.11187)"
+    fidelity = "adapted"
     segments: int = 8
     segment: float = 0.9
     d: float = 0.4
     p: int = 4
     beta: float = 0.6
+    gather_anchors: bool = False
     saliency: str = "verifier_attention"
 
     def __post_init__(self) -> None:
@@ -80,8 +87,9 @@ class FastVidPruner(Pruner):
         own_K = (kept_N | anchor_N).nonzero().flatten()
         owner, source, weight = [own_K], [own_K], [torch.ones_like(own_K, dtype=torch.float32)]
         unit_ND = normalize(x_FPD.flatten(0, 1), dim=-1)
+        rest_N = ~kept_N if self.gather_anchors else ~(kept_N | anchor_N)
         for (start, stop), (anchor_frames, _) in zip(segments, anchors, strict=True):
-            rest_T = (~(kept_N | anchor_N))[start * per_frame : stop * per_frame].nonzero().flatten() + start * per_frame
+            rest_T = rest_N[start * per_frame : stop * per_frame].nonzero().flatten() + start * per_frame
             for frame in anchor_frames:
                 place = frame * per_frame
                 anchor_C = anchor_N[place : place + per_frame].nonzero().flatten() + place

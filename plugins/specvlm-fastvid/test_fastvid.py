@@ -1,5 +1,6 @@
-"""FastVID: what anchors weigh, where anchor frames lie, and an exact budget."""
+"""FastVID: the whole equals plain loops; what anchors weigh, where anchor frames lie, and an exact budget."""
 
+import naive
 import pytest
 import torch
 from rounding import assert_same_sums
@@ -15,7 +16,7 @@ def context(grid, budget, features, attention):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"d": 1.0, "segments": 1, "beta": 0.0}, {"d": 0.0}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"d": 1.0, "segments": 1, "beta": 0.0}, {"d": 0.0}, {"gather_anchors": True}], ids=str)
 def test_contract(fields):
     check_pruner(FastVidPruner, **fields)
 
@@ -61,3 +62,47 @@ def test_the_budget_is_met_exactly():
     for budget in range(1, len(grid)):
         x_ND, attention = torch.randn(len(grid), 8, generator=generator), torch.rand(len(grid), generator=generator)
         assert len(FastVidPruner().select(context(grid, budget, x_ND, attention))) == budget
+
+
+def brute_force(x_FPD, saliency, budget, segments, gather_anchors, threshold=0.9, d=0.4, p=4, beta=0.6):
+    frames, per_frame, _ = x_FPD.shape
+    x_ND = x_FPD.double().flatten(0, 1)
+    share = budget // frames
+    context_share = int(d * share)
+    kept, anchors = set(), {}  # the anchors of each anchor frame
+    for frame in range(frames):
+        tokens = range(frame * per_frame, (frame + 1) * per_frame)
+        kept |= set(sorted(tokens, key=lambda i: (-float(saliency[i]), i))[: share - context_share])
+    found = naive.dynamic_segments(x_FPD, threshold, segments)
+    for segment in found:
+        places = [frame for frame in segment if (segment[-1] - frame) % p == 0]
+        for frame in places:
+            cells = [c for c in range(per_frame) if frame * per_frame + c not in kept]
+            count = min(context_share * len(segment) // len(places), len(cells))
+            anchors[frame] = [frame * per_frame + c for c in naive.dpc(x_FPD[frame], cells, count, 4)[0]]
+    every = {token for tokens in anchors.values() for token in tokens}
+    left = [i for i in range(len(x_ND)) if i not in kept | every]
+    kept |= set(sorted(left, key=lambda i: (-float(saliency[i]), i))[: budget - len(kept) - len(every)])
+    rows = {token: {token: 1.0} for token in kept}
+    for segment in found:
+        rest = [f * per_frame + c for f in segment for c in range(per_frame)]
+        rest = [i for i in rest if i not in kept and (gather_anchors or i not in every)]
+        for tokens in (anchors.get(frame, []) for frame in segment):
+            nearest = {i: max(tokens, key=lambda a: (naive.cosine(x_ND[i], x_ND[a]), -a)) for i in rest} if tokens else {}
+            for anchor in tokens:
+                mine = [i for i in rest if nearest[i] == anchor]
+                w = max(1 / (len(mine) + 1), beta) if mine else 1.0
+                rows[anchor] = dict.fromkeys(mine, (1 - w) / max(len(mine), 1))
+                rows[anchor][anchor] = rows[anchor].get(anchor, 0) + w
+    return naive.mean_pool(rows, len(x_ND))
+
+
+@pytest.mark.parametrize("gather_anchors", [False, True])
+def test_it_equals_plain_loops_after_the_papers_text(gather_anchors):
+    for case, (kind, x_FPD, saliency, budget) in enumerate(naive.videos(frames=7)):
+        segments = (8, 1, 3)[case % 3]
+        ctx = context(TokenGrid(len(x_FPD), 4, 4), budget, x_FPD.flatten(0, 1), saliency)
+        keep = FastVidPruner(segments=segments, gather_anchors=gather_anchors).select(ctx)
+        index, pool = brute_force(x_FPD, saliency, budget, segments, gather_anchors)
+        assert keep.index.tolist() == index, kind
+        assert_same_sums(keep.pool.to_dense(), pool, 112, 1.0)

@@ -106,7 +106,7 @@ class FlashVidPruner(Pruner):
     def links(
         self, unit_FPD: Tensor, picked_FP: Tensor, cut_E: Tensor, part_F: Tensor, most_S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(E, P) whether a token of the later frame is linked, and to which of the earlier; at most `most_S` links in a part."""
+        """(E, P) whether a token of the later frame is linked, and to which of the earlier; at most `most_S` a part."""
         cosine_EPP = unit_FPD[1:] @ unit_FPD[:-1].mT
         best_EP, parent_EP = cosine_EPP.masked_fill_(picked_FP[:-1, None, :], float("-inf")).max(-1)
         link_EP = (best_EP > self.merge) & ~picked_FP[1:] & ~cut_E[:, None]

@@ -1,6 +1,6 @@
 """PruneVid: the whole against plain loops after the paper's text; static cells, means over segments, attention of clusters."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import ceil
 
 import naive
@@ -81,7 +81,7 @@ def brute_force(x_FPD, attention, budget, tau=0.8, gamma=0.25, beta=0.5):
             segments.append([])
         segments[-1].append(frame)
     while len(segments) > wanted:  # join the two whose adjoining frames are most alike, of equals the later two
-        gap = [float((mean_FD[a[-1]] - mean_FD[b[0]]).square().sum()) for a, b in zip(segments, segments[1:], strict=False)]
+        gap = [float((mean_FD[a[-1]] - mean_FD[b[0]]).square().sum()) for a, b in pairwise(segments)]
         at = max(range(len(gap)), key=lambda i: (-gap[i], i))
         segments[at : at + 2] = [segments[at] + segments[at + 1]]
 
