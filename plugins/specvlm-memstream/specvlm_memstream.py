@@ -1,6 +1,7 @@
-"""MemStream's mixture: the mean of rank-normalised experts, each freed of its drift over time.
+"""MemStream: patches that changed, of the frames that two retrievals rank highest together.
 
-Shape suffixes: N video tokens of one video, X experts, L layers, F frames, P tokens of one frame.
+Shape suffixes: N video tokens of one video, X experts, F frames, P tokens of one frame, U units that are ranked (frames or
+tokens).
 """
 
 from dataclasses import dataclass
@@ -8,73 +9,128 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError, check_choice
+from specvlm.errors import UserError, check_choice, check_range
 from specvlm.plugins import hookimpl
 from specvlm.segments import adjacent_cosine
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
-EXPERTS = ("verifier_attention", "verifier_attention_last_row", "features")
-UNITS = ("token", "frame")
+EXPERTS = ("verifier_attention", "text_similarity", "verifier_attention_last_row", "features")
+UNITS = ("frame", "token")
+FUSIONS = ("reciprocal", "mean")
 
 
 @dataclass(frozen=True)
 class MemStreamPruner(Pruner):
-    """Keep the B tokens of highest mean rank over several experts. After MemStream (arXiv 2602.18434).
+    """Keep the patches that changed, of the frames that an internal and an external retrieval rank highest together.
+    MemStream (arXiv 2602.18434).
 
-    score = mean over experts e of rank(s_e - trend_e) in 0..1, equal scores sharing the mean of their ranks. trend_e is the
-    least-squares line through the frame means of s_e over time: similarity of question and frame drifts upwards with time,
-    and favours late frames. The paper mixes internal and external encoders when it retrieves frames; its exact rule was not
-    found, so the experts are ours: verifier_attention (the question's attention), verifier_attention_last_row (the last
-    prompt row's, mean over layers), and features (cosine distance to the same cell one frame earlier; the first frame has
-    that of the second).
+    Adaptive key selection: a token is a key where its cosine distance to the same cell one frame earlier is above
+    `change`; so is every token of the first frame. Retrieval: score(f) = sum over experts e of 1 / (c + rank_e(f)), reciprocal
+    rank fusion; rank_e(f) is 1 for the frame of highest mean s_e over its tokens, and equal frames share the better rank. The
+    internal expert is the model's own query . key, `verifier_attention`; the external one compares the vision tower's
+    features with the question's embeddings, `text_similarity` as it enters layer 0. Keys are taken frame by frame from the
+    highest score on, of the last frame in raster order, until there are B; then the other tokens in the same order.
 
-    experts: some of these three. detrend: False leaves the drift in. unit: `token`, or `frame`, which ranks the mean score of
-    frames and takes them in full, the last in raster order. Signals: those of the experts. Cost: N D and a sort of N
-    an expert. Limits: ranks forget by how much an expert prefers a token.
-    Raises UserError for other experts or units, ValueError where a score is NaN.
+    Deviations: the paper drops keys while it encodes and retrieves the cache of whole frames; here both choose the drafter's
+    context after one full prefill. Its external encoder is another model, which a target does not have. B tokens are kept,
+    where it retrieves a number of frames. The paper's `change` was not found, 0.1 is ours; c = 60 is what reciprocal rank
+    fusion has by custom.
+
+    Options of ours: experts may also name `verifier_attention_last_row` (the last prompt row's attention, mean over
+    layers) and `features` (the change itself; the first frame has that of the second). fusion=mean takes the mean of
+    ranks in 0..1 instead, equal ones sharing the mean of their ranks. detrend subtracts the least-squares line through an
+    expert's frame means over time, since similarity to the question drifts upwards. unit=token ranks tokens, not frames.
+    change below 0 makes every token a key.
+
+    Signals: those of the experts, and features. Cost: N D and a sort of N; (N, D) of the target kept until its prefill ends for
+    text_similarity. Limits: ranks forget by how much an expert prefers a frame; a slow change is none from frame to
+    frame. Raises UserError for fields that are not among these, ValueError where a score is NaN.
     """
 
     name = "memstream"
-    experts: tuple[str, ...] = EXPERTS
-    detrend: bool = True
-    unit: str = "token"
+    paper = "MemStream (arXiv 2602.18434)"
+    fidelity = "adapted"
+    experts: tuple[str, ...] = EXPERTS[:2]
+    change: float = 0.1
+    c: float = 60.0
+    fusion: str = "reciprocal"
+    detrend: bool = False
+    unit: str = "frame"
 
     def __post_init__(self) -> None:
         if not self.experts:
             raise UserError(f"memstream: experts must name some of {', '.join(EXPERTS)}, got none")
         for expert in self.experts:
             check_choice("memstream: experts", expert, EXPERTS)
+        check_choice("memstream: fusion", self.fusion, FUSIONS)
         check_choice("memstream: unit", self.unit, UNITS)
+        check_range("memstream: c", self.c, 0)
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset(self.experts)
+        return frozenset(self.experts) | ({"features"} if self.change >= 0 else frozenset())
+
+    def state_layer(self, layers: int) -> int:
+        """Any will do, since `text_similarity` is read where it enters. DART's, so that a sweep reads both in one prefill."""
+        return min(2, layers)
 
     def select(self, ctx: PruneContext) -> KeepSet:
         return ctx.each_video(self.of_video)
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
         shape = (ctx.grid.frames, ctx.grid.per_frame)
-        scores_XN = torch.stack([self.scores(expert, ctx) for expert in self.experts])
+        scores_XFP = torch.stack([self.scores(expert, ctx).view(shape) for expert in self.experts])
         if self.detrend:
-            scores_XN = detrended(scores_XN.unflatten(1, shape)).flatten(1)
-        score_N = torch.stack([ranks(score_N) for score_N in scores_XN]).mean(0)
+            scores_XFP = detrended(scores_XFP)
         if self.unit == "frame":
-            score_N = score_N.view(shape).mean(1, keepdim=True).expand(shape).flatten()
-        return KeepSet.top(score_N, ctx.budget)
+            score_N = self.fused(scores_XFP.mean(2)).repeat_interleave(shape[1])
+        else:
+            score_N = self.fused(scores_XFP.flatten(1))
+        if bool(score_N.isnan().any()):
+            raise ValueError(f"memstream cannot rank by {', '.join(self.experts)}: there are NaNs")
+        order_N = score_N.sort(descending=True, stable=True).indices
+        other_N = ~self.keys(ctx)
+        order_N = order_N[other_N[order_N].byte().sort(stable=True).indices]
+        return KeepSet(order_N[: ctx.budget].sort().values, ctx.total)
+
+    def keys(self, ctx: PruneContext) -> Tensor:
+        """(N,) bool: which tokens changed."""
+        if self.change < 0:
+            return torch.ones(ctx.total, dtype=torch.bool, device=ctx.device)
+        change_EP = changes(ctx)
+        first_P = torch.ones_like(change_EP[:1], dtype=torch.bool) if len(change_EP) else change_EP.new_ones(1, ctx.total) > 0
+        return torch.cat([first_P, change_EP > self.change]).flatten()
 
     def scores(self, expert: str, ctx: PruneContext) -> Tensor:
-        """(N,) in float64, since a line is subtracted."""
-        signal = ctx.signal(expert)
-        if expert == "verifier_attention":
-            return signal.double()
+        """(N,) in float64, since a line may be subtracted."""
+        if expert == "features":
+            change_EP = changes(ctx)
+            first_P = change_EP[:1] if len(change_EP) else change_EP.new_zeros(1, ctx.total)
+            return torch.cat([first_P, change_EP]).flatten().double()
+        signal = ctx.signal(expert).double()
         if expert == "verifier_attention_last_row":
-            return signal.double().mean(0)
-        (x_FPD,) = ctx.by_frame(signal)
-        change_EP = 1 - adjacent_cosine(x_FPD)
-        first_P = change_EP[:1] if len(change_EP) else change_EP.new_zeros(1, x_FPD.shape[1])
-        return torch.cat([first_P, change_EP]).flatten().double()
+            return signal.mean(0)
+        return signal[0] if expert == "text_similarity" else signal
+
+    def fused(self, scores_XU: Tensor) -> Tensor:
+        """(U,) the experts' ranks as one score."""
+        if self.fusion == "mean":
+            return torch.stack([ranks(score_U) for score_U in scores_XU]).mean(0)
+        return torch.stack([1 / (self.c + places(score_U)) for score_U in scores_XU]).sum(0)
+
+
+def changes(ctx: PruneContext) -> Tensor:
+    """(E, P) cosine distance of each cell to itself one frame earlier."""
+    (x_FPD,) = ctx.by_frame(ctx.features)
+    return 1 - adjacent_cosine(x_FPD)
+
+
+def places(score_U: Tensor) -> Tensor:
+    """1 for the highest score, and so on; equal scores share the better place. Scores are compared in float32."""
+    ordered_U = score_U.float().sort().values
+    place_U = 1 + len(score_U) - torch.searchsorted(ordered_U, score_U.float(), right=True)
+    return place_U.double().masked_fill(score_U.isnan(), float("nan"))
 
 
 def detrended(scores_XFP: Tensor) -> Tensor:
