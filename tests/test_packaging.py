@@ -10,8 +10,10 @@ import tomllib
 import zipfile
 from email import message_from_string
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 
+import naive
 import pytest
 import torch
 import yaml
@@ -153,6 +155,19 @@ def test_plugin_keeps_what_changed_since_the_frame_before(monkeypatch):
     for first, kept in ((0.0, [6, 10]), (2.0, [0, 1])):
         ctx = PruneContext((TokenGrid(3, 2, 2),), 2, {"features": x_FPD.flatten(0, 1)})
         assert FrameDiffPruner(first_frame=first).select(ctx).index.tolist() == kept
+
+
+def test_plugin_equals_plain_loops(monkeypatch):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    from specvlm_frame_diff import FrameDiffPruner
+
+    for kind, x_FPD, _, budget in naive.videos():
+        change = [1.0] * 16
+        for before_PD, x_PD in pairwise(x_FPD):
+            change += [1 - naive.cosine(x_PD[cell], before_PD[cell]) for cell in range(16)]
+        best = sorted(range(len(change)), key=lambda i: (-round(change[i], 6), i))[:budget]
+        ctx = PruneContext((TokenGrid(len(x_FPD), 4, 4),), budget, {"features": x_FPD.flatten(0, 1)})
+        assert FrameDiffPruner().select(ctx).index.tolist() == sorted(best), kind
 
 
 def test_plugin_is_two_files():

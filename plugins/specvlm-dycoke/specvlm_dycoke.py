@@ -21,18 +21,23 @@ REFERENCE = (0, 0, 0, 2)  # of frames 1, 2 and 3 of a group; frame 0 is the anch
 class DyCokePruner(Pruner):
     """Keep the first of every four frames whole, and of the others the cells least similar to a reference frame.
 
-    In a group of four, frames 1 and 2 are compared to frame 0 and frame 3 to frame 2, cell by cell, by cosine; every
-    such frame keeps the same number of its least similar cells. The paper's k = 0.7 keeps 30 % of them, 47.5 % of all
-    tokens; here the budget says how many. A budget below one frame in four is spent on those anchors alone, by
-    the same rule among themselves (which are then one in sixteen), and so on; one frame that is still too large is
-    sampled evenly. Temporal merging of DyCoke (arXiv 2411.15024); its other half, a key-value cache that changes
-    while decoding, is a drafter's matter. A last group of fewer than four frames is treated alike, and tokens keep their
-    raster order, neither of which the published code does.
+    Temporal merging of DyCoke (arXiv 2411.15024): in a group of four, frames 1 and 2 are compared to frame 0 and frame 3 to
+    frame 2, cell by cell, by cosine; every such frame keeps the same number of its least similar cells. The paper's k = 0.7
+    keeps 30 % of them, 47.5 % of all tokens; here the budget says how many.
 
-    Signals: features. Cost: N D. Limits: a cell is compared to the same cell only, so a moving camera defeats it.
+    Deviations: a budget below one frame in four, which no k gives, is spent on those anchors alone, by the same rule
+    among themselves (which are then one in sixteen), and so on; one frame that is still too large is sampled evenly. The
+    paper's other half, a key-value cache that changes while decoding, is left out: a drafter's context stays as it is. Tokens
+    keep their raster order and a last group of fewer than four frames is treated alike; the released code orders
+    them by similarity, loses a last odd frame and fails on four.
+
+    Signals: features. Cost: N D. Limits: a cell is compared to the same cell only, so a moving camera defeats it; at a tenth of
+    the tokens it shows a quarter of the frames.
     """
 
     name = "dycoke"
+    paper = "DyCoke (arXiv 2411.15024)"
+    fidelity = "adapted"
     needs = frozenset({"features"})
 
     def select(self, ctx: PruneContext) -> KeepSet:

@@ -1,5 +1,6 @@
-"""DyCoke: groups of four, raster order, the last group, budgets below the anchors."""
+"""DyCoke: the whole equals plain loops; groups of four, raster order, the last group, budgets below the anchors."""
 
+import naive
 import pytest
 import torch
 from specvlm_dycoke import DyCokePruner
@@ -49,3 +50,28 @@ def test_a_budget_below_the_anchors_is_spent_on_them_alone():
 @pytest.mark.parametrize("budget", range(1, 40))
 def test_the_budget_is_met_exactly(budget):
     assert len(kept(10, 2, 2, budget)[0]) == budget
+
+
+def brute_force(x_FPD, frames, budget):
+    per_frame = x_FPD.shape[1]
+    anchors = frames[::4]
+    if len(frames) == 1:
+        return [frames[0] * per_frame + (2 * i + 1) * per_frame // (2 * budget) for i in range(min(budget, per_frame))]
+    if budget < len(anchors) * per_frame:
+        return brute_force(x_FPD, anchors, budget)
+    found = [frame * per_frame + cell for frame in anchors for cell in range(per_frame)]
+    rest = [place for place in range(len(frames)) if place % 4]
+    count = naive.shares(budget - len(found), [per_frame] * len(rest))
+    for place, most in zip(rest, count, strict=True):
+        x_PD, reference_PD = x_FPD[frames[place]], x_FPD[frames[place - {1: 1, 2: 2, 3: 1}[place % 4]]]
+        alike = [round(naive.cosine(x_PD[cell], reference_PD[cell]), 6) for cell in range(per_frame)]
+        order = sorted(range(per_frame), key=lambda cell: (alike[cell], cell))
+        found += [frames[place] * per_frame + cell for cell in order[:most]]
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_it_equals_plain_loops_after_the_papers_description():
+    for kind, x_FPD, _, budget in naive.videos():
+        ctx = PruneContext((TokenGrid(len(x_FPD), 4, 4),), budget, {"features": x_FPD.flatten(0, 1)})
+        assert DyCokePruner().select(ctx).index.tolist() == brute_force(x_FPD, list(range(len(x_FPD))), budget), kind

@@ -97,6 +97,7 @@ def brute_force(x_FPD, saliency, budget, segments, gather_anchors, threshold=0.9
     return naive.mean_pool(rows, len(x_ND))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gather_anchors", [False, True])
 def test_it_equals_plain_loops_after_the_papers_text(gather_anchors):
     for case, (kind, x_FPD, saliency, budget) in enumerate(naive.videos(frames=7)):

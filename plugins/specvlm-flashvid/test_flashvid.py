@@ -81,6 +81,7 @@ def test_picks_equal_a_naive_greedy_loop():
             assert picked_P.nonzero().flatten().tolist() == naive_diverse(unit_FPD[frame], saliency_FP[frame], picks)
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_exactly():
     generator = torch.Generator().manual_seed(1)
     grid = TokenGrid(6, 3, 4)
@@ -138,6 +139,7 @@ def brute_force(x_FPD, saliency, budget, segments, relevance, quota, mean, alpha
 OURS = {"relevance": False, "quota": "video", "mean": "token"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"relevance": True, "quota": "segment", "mean": "tree"}, OURS], ids=["paper", "ours"])
 def test_it_equals_plain_loops_after_the_papers_text(fields):
     for case, (kind, x_FPD, saliency, budget) in enumerate(naive.videos(frames=7)):

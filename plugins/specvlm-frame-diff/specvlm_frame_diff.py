@@ -16,7 +16,10 @@ class FrameDiffPruner(Pruner):
     """Rank tokens by cosine distance to the same cell one frame earlier (cf. DyCoke, arXiv 2411.15024).
 
     first_frame: the score of every token of frame 0, which has no predecessor; distances lie in 0..2. Each video of
-    a prompt is scored on its own. A trailing newline token is kept last. Costs one pass over the target's features.
+    a prompt is scored on its own. A trailing newline token is kept last.
+
+    Cost: one pass over the target's features. Limits: a moving camera changes every cell; a slow change is none from frame to
+    frame.
     """
 
     name = "frame_diff"

@@ -111,6 +111,7 @@ def brute_force(x_FPD, attention, budget, tau=0.8, own=0.6):
     return naive.mean_pool(rows, frames * per_frame)
 
 
+@pytest.mark.slow
 def test_it_equals_plain_loops_after_the_released_code():
     for kind, x_FPD, attention, budget in naive.videos(frames=7):
         keep = HoliTomPruner().select(context(TokenGrid(len(x_FPD), 4, 4), budget, x_FPD.flatten(0, 1), attention))

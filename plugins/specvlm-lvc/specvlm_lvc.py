@@ -20,10 +20,13 @@ class LvcPruner(Pruner):
     """Pool every segment of the video, cell by cell, to one pseudo-frame by the question's interest. LVC (arXiv 2504.06835).
 
     The video is split into ceil(B / P) even segments. Token (g, i) = sum over the frames f of segment g of w_f x_{f,i} with
-    w_f = a_f^(1/T) / sum over the segment, a_f the target's attention to frame f. This is the softmax of log a_f / T: the
-    paper's softmax of query times frame feature, with the target's own attention as the product. A pseudo-frame stands
-    where its heaviest frame stood (of equals the earlier). The one of least attention (of equals the last) is thinned out
-    evenly where the budget does not hold it whole. The paper tunes an alignment layer behind it, which is left out.
+    w_f = a_f^(1/T) / sum over the segment, a_f the target's attention to frame f. This is the softmax of log a_f / T. A
+    pseudo-frame stands where its heaviest frame stood (of equals the earlier). The one of least attention (of equals the last)
+    is thinned out evenly where the budget does not hold it whole.
+
+    Deviations: the paper takes the softmax of query times frame feature; a target has no encoder that puts both into one
+    space, so its own attention stands for the product. The layer that the paper tunes behind the compression is left out.
+    How many segments there are follows from the budget.
 
     temperature: T; 1 weighs by attention, near 0 takes the best frame, large ones the plain mean. The paper's was not
     found. Signals: verifier_attention. Cost: N. Limits: what moves blurs within a segment.
@@ -31,6 +34,8 @@ class LvcPruner(Pruner):
     """
 
     name = "lvc"
+    paper = "LVC (arXiv 2504.06835)"
+    fidelity = "adapted"
     needs = frozenset({"verifier_attention"})
     temperature: float = 1.0
 

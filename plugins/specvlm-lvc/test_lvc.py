@@ -1,5 +1,6 @@
-"""LVC: weights are the softmax of log attention, pseudo-frames its weighted sums."""
+"""LVC: the whole equals plain loops; weights are the softmax of log attention, pseudo-frames its weighted sums."""
 
+import naive
 import pytest
 import torch
 from rounding import assert_same_sums
@@ -59,3 +60,31 @@ def test_bad_temperature_and_attention_are_refused():
         LvcPruner(0.0)
     with pytest.raises(ValueError, match="attention"):
         LvcPruner().select(PruneContext((TokenGrid(2, 1, 2),), 2, {"verifier_attention": torch.full((4,), float("nan"))}))
+
+
+def brute_force(attention, frames, per_frame, budget, temperature):
+    mass = [sum(attention[f * per_frame : (f + 1) * per_frame].tolist()) for f in range(frames)]
+    wanted = -(-budget // per_frame)
+    segments = [range(frames * i // wanted, frames * (i + 1) // wanted) for i in range(wanted)]
+    least = min(range(wanted), key=lambda i: (sum(mass[f] for f in segments[i]), -i))
+    rows = {}
+    for number, segment in enumerate(segments):
+        heaviest = max(segment, key=lambda f: (mass[f], -f))
+        cells = list(range(per_frame))
+        if number == least:
+            left = budget - (wanted - 1) * per_frame
+            cells = [i * (per_frame - 1) // max(left - 1, 1) for i in range(left)]
+        for cell in cells:
+            weight = {f * per_frame + cell: (mass[f] / mass[heaviest]) ** (1 / temperature) for f in segment}
+            rows[heaviest * per_frame + cell] = weight
+    return naive.mean_pool(rows, frames * per_frame)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_it_equals_plain_loops_after_the_papers_description(temperature):
+    for kind, x_FPD, attention, budget in naive.videos():
+        ctx = PruneContext((TokenGrid(len(x_FPD), 4, 4),), budget, {"verifier_attention": attention})
+        keep = LvcPruner(temperature).select(ctx)
+        index, pool = brute_force(attention, len(x_FPD), 16, budget, temperature)
+        assert keep.index.tolist() == index, kind
+        assert_same_sums(keep.pool.to_dense(), pool, 16 + 9, 1.0)

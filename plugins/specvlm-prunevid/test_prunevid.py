@@ -112,6 +112,7 @@ def brute_force(x_FPD, attention, budget, tau=0.8, gamma=0.25, beta=0.5):
     return naive.mean_pool({token: dict.fromkeys(rows[token], 1.0) for token in best}, frames * per_frame)
 
 
+@pytest.mark.slow
 def test_it_equals_plain_loops_after_the_papers_text():
     for kind, x_FPD, attention, budget in naive.videos():
         keep = PruneVidPruner().select(context(TokenGrid(len(x_FPD), 4, 4), budget, x_FPD.flatten(0, 1), attention))

@@ -22,8 +22,11 @@ class StormPruner(Pruner):
     B / (cells of a pooled frame) groups fit the budget. Where these can hold the whole video in groups of `pool` frames
     or fewer, they do, as evenly as they can (temporal pooling); otherwise they hold `pool` frames each, at even
     distances, and what lies between is dropped (temporal stride sampling). A pooled token stands at the middle frame (and
-    cell) of its group. The paper pools 4 frames and samples with stride 2, behind Mamba layers that are trained; without
-    these it is the plain mean.
+    cell) of its group.
+
+    Deviations: the paper's Mamba layers, which carry time into each token before it is pooled, are trained and left out; what
+    is pooled are the drafter's features as they are. The paper pools 4 frames and samples with stride 2; here the budget
+    says how many groups there are.
 
     pool: most frames of a group. spatial: s; doubled until one pooled frame fits the budget. No signal. Cost: N.
     Limits: what moves blurs; up to one pooled frame of the budget stays unspent.
@@ -31,6 +34,8 @@ class StormPruner(Pruner):
     """
 
     name = "storm"
+    paper = "STORM (arXiv 2503.04130)"
+    fidelity = "inspired by"
     pool: int = 4
     spatial: int = 1
 

@@ -1,5 +1,6 @@
-"""STORM: pooled tokens are plain means, and strides leave out whole frames."""
+"""STORM: the whole equals plain loops; pooled tokens are plain means, and strides leave out whole frames."""
 
+import naive
 import pytest
 import torch
 from rounding import assert_same_sums
@@ -40,3 +41,35 @@ def test_space_is_pooled_where_one_frame_is_too_large():
     first_block = x_FPD.view(4, 4, 5, 5)[:, :2, :2].flatten(0, 2).mean(0)
     assert len(keep) == 6
     assert_same_sums((keep.pool @ x_FPD.flatten(0, 1))[0], first_block, 17, x_FPD)
+
+
+def brute_force(frames, height, width, budget, pool, side):
+    while -(-height // side) * -(-width // side) > budget:
+        side *= 2
+    blocks = {}  # the cells of each block
+    for row in range(height):
+        for column in range(width):
+            blocks.setdefault((row // side, column // side), []).append(row * width + column)
+    groups, rows = min(frames, budget // len(blocks)), {}
+    for group in range(groups):
+        first, last = frames * group // groups, frames * (group + 1) // groups
+        first += max(last - first - pool, 0) // 2
+        last = min(last, first + pool)
+        for cells in blocks.values():
+            across, down = sorted({cell % width for cell in cells}), sorted({cell // width for cell in cells})
+            middle = down[(len(down) - 1) // 2] * width + across[(len(across) - 1) // 2]
+            sources = [frame * height * width + cell for frame in range(first, last) for cell in cells]
+            rows[(first + last - 1) // 2 * height * width + middle] = dict.fromkeys(sources, 1.0)
+    return naive.mean_pool(rows, frames * height * width)
+
+
+@pytest.mark.slow
+def test_it_equals_plain_loops_after_the_papers_description():
+    for case in range(50):
+        frames, height, width, pool, side = 1 + case % 9, 1 + case % 4, 1 + case % 5, 1 + case % 6, 1 + case % 2
+        total = frames * height * width
+        for budget in {1, total // 3, total // 2, total - 1} - {0, total}:
+            keep = StormPruner(pool, side).select(PruneContext((TokenGrid(frames, height, width),), budget))
+            index, pool_KN = brute_force(frames, height, width, budget, pool, side)
+            assert keep.index.tolist() == index
+            assert_same_sums(keep.pool.to_dense(), pool_KN, 1, 1.0)
