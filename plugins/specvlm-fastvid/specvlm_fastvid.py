@@ -35,12 +35,13 @@ class FastVidPruner(Pruner):
     equal densities the earlier token counts as denser, where the code adds noise. The code's deduplication above 0.95
     for Qwen is left out. In the code an anchor is gathered too, by itself and by the anchors of other frames, so that it
     counts twice; the paper's text reads as if only other tokens were, which is the default (gather_anchors=False). The saliency
-    is the target's attention by default; the paper's is the vision encoder's (saliency=vision_attention), and on the
-    embedded pairs the target's has as many guesses accepted, or clearly more (experiments/strategies).
+    is the attention in the vision encoder's last layer, as in the paper for Qwen2.5-VL, on SigLIP too, where the
+    paper has that of the pooling head.
 
-    gather_anchors: True does as the code does. saliency: a signal of one number a token.
+    gather_anchors: True does as the code does. saliency: a signal of one number a token. Ours, verifier_attention, is the
+    target's: on the embedded pairs as many guesses are accepted with it, or clearly more (experiments/strategies).
 
-    Signals: features and that one. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
+    Signals: features and the saliency. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
     over segments. Limits: with fewer than one token a frame only saliency counts.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
@@ -54,7 +55,7 @@ class FastVidPruner(Pruner):
     p: int = 4
     beta: float = 0.6
     gather_anchors: bool = False
-    saliency: str = "verifier_attention"
+    saliency: str = "vision_attention"
 
     def __post_init__(self) -> None:
         check_range("fastvid: d", self.d, 0, 1)

@@ -36,15 +36,14 @@ class FlashVidPruner(Pruner):
     remainders, and where a segment has fewer trees than its share the weakest links are cut. The paper's expansion of the
     budget by 1.25 is 1, since the pruning inside of the language model that pays it back is left out. Of equal densities the
     earlier token counts as denser, where the code adds noise. Faults of the code are avoided: the mean of a chain weighs every
-    token alike, no token is picked twice, a short video has no empty segments. The saliency is the target's
-    attention by default; the paper's is the vision encoder's (saliency=vision_attention), and on the embedded pairs the
-    target's has as many guesses accepted, or clearly more (experiments/strategies).
+    token alike, no token is picked twice, a short video has no empty segments.
 
     relevance: False leaves e out, as the code's attn_div does. quota: `segment`, or `video` (ours): all segments share what is
-    left. mean: `tree`, or `token` (ours): a cluster is the mean of all tokens of its trees. saliency: a signal of one
-    number a token.
+    left. mean: `tree`, or `token` (ours): a cluster is the mean of all tokens of its trees. saliency: a signal of one number a
+    token. The paper's is the vision encoder's attention. Ours, verifier_attention, is the target's: on the embedded pairs as
+    many guesses are accepted with it, or clearly more (experiments/strategies).
 
-    Signals: features and that one. Cost: three products of N P D, and a loop of p short steps.
+    Signals: features and the saliency. Cost: three products of N P D, a loop of p short steps and one over segments.
     Limits: a frame whose share of the last budget is nothing loses its unpicked trees.
     Raises UserError for fields out of range; ValueError where the saliency holds NaN.
     """
@@ -59,7 +58,7 @@ class FlashVidPruner(Pruner):
     relevance: bool = True
     quota: str = "segment"
     mean: str = "tree"
-    saliency: str = "verifier_attention"
+    saliency: str = "vision_attention"
 
     def __post_init__(self) -> None:
         check_range("flashvid: alpha", self.alpha, 0, 1)

@@ -16,7 +16,7 @@ from specvlm.types import TokenGrid
 
 def context(grid, budget, features, attention=None):
     attention = torch.ones(len(grid)) if attention is None else attention
-    return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
+    return PruneContext((grid,), budget, {"features": features, "vision_attention": attention})
 
 
 @pytest.mark.slow

@@ -32,13 +32,14 @@ class HoliTomPruner(Pruner):
 
     Deviations: merging inside of the language model is left out, since a drafter's context is chosen before it runs. Shares
     are rounded by largest remainders, where the code rounds each set up or to the nearest, so that B tokens come out. Of equal
-    densities the earlier token counts as denser, where the code adds noise. The saliency is the target's attention
-    by default; the paper's is the vision encoder's (saliency=vision_attention), and on the embedded pairs the target's has as
-    many guesses accepted, or clearly more (experiments/strategies).
+    densities the earlier token counts as denser, where the code adds noise.
 
-    saliency: a signal of one number a token. Signals: features and that one. Cost: N D, F^2 for the partition, and
-    W P^2 D. Limits: sets of a token or two may go; where most of the video stands still, moving tokens and still
-    means together may be fewer than B. Raises UserError for fields out of range; ValueError where the saliency holds NaN.
+    saliency: a signal of one number a token. The paper's is the vision encoder's attention. Ours, verifier_attention, is the
+    target's: on the embedded pairs as many guesses are accepted with it, or clearly more (experiments/strategies).
+
+    Signals: features and the saliency. Cost: N D, F^2 for the partition, and W P^2 D. Limits: sets of a token or two may go;
+    where most of the video stands still, moving tokens and still means together may be fewer than B. Raises UserError for
+    fields out of range; ValueError where the saliency holds NaN.
     """
 
     name = "holitom"
@@ -46,7 +47,7 @@ class HoliTomPruner(Pruner):
     fidelity = "adapted"
     tau: float = 0.8
     own: float = 0.6
-    saliency: str = "verifier_attention"
+    saliency: str = "vision_attention"
 
     def __post_init__(self) -> None:
         check_range("holitom: own", self.own, 0, 1)

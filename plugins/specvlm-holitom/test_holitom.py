@@ -14,7 +14,7 @@ from specvlm.types import TokenGrid
 
 
 def context(grid, budget, features, attention):
-    return PruneContext((grid,), budget, {"features": features, "verifier_attention": attention})
+    return PruneContext((grid,), budget, {"features": features, "vision_attention": attention})
 
 
 @pytest.mark.slow
