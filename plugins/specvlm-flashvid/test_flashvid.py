@@ -88,8 +88,9 @@ def test_the_budget_is_met_exactly():
     features, attention = torch.randn(len(grid), 8, generator=generator), torch.rand(len(grid), generator=generator)
     smooth = features.view(6, 12, 8).cumsum(0).flatten(0, 1)
     for budget in range(1, len(grid)):
-        for x_ND in (features, smooth):
-            assert len(FlashVidPruner().select(context(grid, budget, x_ND, attention))) == budget
+        for x_ND in (features, smooth, features[:12].repeat(6, 1)):
+            for segments in (8, 3):
+                assert len(FlashVidPruner(segments=segments).select(context(grid, budget, x_ND, attention))) == budget
 
 
 def brute_force(x_FPD, saliency, budget, segments, relevance, quota, mean, alpha=0.7, merge=0.8, threshold=0.9):
