@@ -52,6 +52,10 @@ def test_states_equal_hidden_states_of_hugging_face(family, videos, ends):
         states_SD = out.hidden_states[layer][0]
         assert_same_sums(found["hidden"], states_SD[request.video_index], terms)
         assert_same_sums(found["hidden_text"], states_SD[request.cut :], terms)
+        assert torch.equal(found["final_norm"], hf.model.language_model.norm.weight)
+        normed_ND = hf.model.language_model.norm(found["hidden"]).float()  # it rounds to float32 inside
+        scaled_ND = found["hidden"] * found["final_norm"]
+        assert_same_sums(cosine_similarity(normed_ND[:1], normed_ND), cosine_similarity(scaled_ND[:1], scaled_ND), terms, 1)
         for row, state_SD in zip(found["text_similarity"], (out.hidden_states[0][0], states_SD), strict=True):
             video_ND, text_TD = state_SD[request.video_index], state_SD[request.cut :]
             naive_NT = cosine_similarity(video_ND[:, None], text_TD[None], dim=-1)
