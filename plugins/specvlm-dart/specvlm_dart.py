@@ -24,22 +24,22 @@ class DARTPruner(Pruner):
     """Keep the tokens that duplicate a few pivots least, and read no attention. DART (arXiv 2502.11494).
 
     Pivots are the V = `video_pivots` video tokens and the `text_pivots` text tokens of the largest L1 norm of the key. The
-    video pivots are kept. Then each pivot in turn, video first, by falling norm, takes its share of the B - V others: of those
-    left, the tokens of the lowest cosine between its state and theirs, behind K = `layer` layers and the model's final norm.
-    That norm divides a state by its length and multiplies it by a weight w, so that the cosine is cos(w x, w y). Ties go to the
-    earlier token.
+    video pivots are kept. Then each pivot in turn, video first, by falling norm, takes its share of the B - V others: of
+    those left, the tokens of the lowest cosine between its state and theirs, behind K = `layer` layers and the model's
+    final norm. That norm divides a state by its length and multiplies it by a weight w, so that the cosine is cos(w x, w
+    y). Ties go to the earlier token.
 
-    layer: K, 2 as released; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the released
-    code. states: `normed` is the released code's; `raw` leaves the final norm out, and is ours.
+    layer: K, 2 as released; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the
+    released code. states: `normed` is the released code's; `raw` leaves the final norm out, and is ours.
 
-    Deviations: the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees from
-    its first. Exactly B tokens are kept: the shares are equal, and what does not divide goes to the first pivots, where the
-    released code gives each floor(B / pivots) and adds the video pivots on top. The order of the pivots is by norm; there it
-    is that of a Python set.
+    Deviations: the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees
+    from its first. Exactly B tokens are kept: the shares are equal, and what does not divide goes to the first pivots,
+    where the released code gives each floor(B / pivots) and adds the video pivots on top. The order of the pivots is by
+    norm; there it is that of a Python set.
 
-    Reads `key_norm`, `key_norm_text`, `hidden`, `hidden_text`, and `final_norm` for `normed`. Cost: pivots x N x D products,
-    N D for the norms, and a loop over the pivots with a sort of N each. Limits: several videos of a prompt share the pivots;
-    newline tokens are tokens like others. Raises ValueError for fields out of range.
+    Reads `key_norm`, `key_norm_text`, `hidden`, `hidden_text`, and `final_norm` for `normed`. Cost: pivots x N x D
+    products, N D for the norms, and a loop over the pivots with a sort of N each. Limits: several videos of a prompt share
+    the pivots; newline tokens are tokens like others. Raises ValueError for fields out of range.
     """
 
     name = "dart"

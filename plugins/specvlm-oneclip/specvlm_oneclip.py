@@ -22,27 +22,27 @@ CENTRES, SHARES = ("all", "peaks"), ("clips", "length")
 class OneClipPruner(Pruner):
     """Show the drafter whole frames, of the clips that the question is about. OneClip-RAG (arXiv 2512.08410).
 
-    s_f = the target's attention to frame f, summed over its tokens. The height of a frame is g_f = 2 s_f - (lowest s reached
-    going left while s does not rise) - (the same, right). The ceil(F / clip) frames of greatest height are centres. Between two
-    centres the lowest frame, the earlier of equals, ends the earlier clip; of two that are neighbours the first does. A clip
-    scores the maximum of its s; the best `clips` are taken, and those that touch are joined to runs. Of n frames a run of c
-    clips gets n c / (all clips taken), at even distances from its first frame to its last. B / P frames fit the budget whole;
-    the rest of it thins out, evenly, the frame of highest s that is left.
+    s_f = the target's attention to frame f, summed over its tokens. The height of a frame is g_f = 2 s_f - (lowest s
+    reached going left while s does not rise) - (the same, right). The ceil(F / clip) frames of greatest height are centres.
+    Between two centres the lowest frame, the earlier of equals, ends the earlier clip; of two that are neighbours the first
+    does. A clip scores the maximum of its s; the best `clips` are taken, and those that touch are joined to runs. Of n
+    frames a run of c clips gets n c / (all clips taken), at even distances from its first frame to its last. B / P frames
+    fit the budget whole; the rest of it thins out, evenly, the frame of highest s that is left.
 
-    clip: frames a clip spans on average; the paper's 10 s at one frame a second. clips: 16, as released.
-    centres: of which frames. `all` as released; `peaks`, local maxima only, is ours.
-    shares: `clips` as released. `length` is ours: clips are not joined, each gets one frame, the others go by the clips'
-    lengths, and stand in the middles of as many equal parts.
+    clip: frames a clip spans on average; the paper's 10 s at one frame a second. clips: 16, as released. centres: of which
+    frames. `all` as released; `peaks`, local maxima only, is ours. shares: `clips` as released. `length` is ours: clips are
+    not joined, each gets one frame, the others go by the clips' lengths, and stand in the middles of as many equal parts.
 
     Deviations: s is the softmax of a retriever's image-question logits there; the target's attention needs no other model.
-    Frames are those that the target saw, where the released code reads the file again between a run's ends: what a short run
-    cannot take the others share, and when all are used up the next best clips follow. No more clips are taken than frames
-    fit, and one frame alone is its run's highest, where the released code shows none or the run's first, a minimum. Shares are
-    rounded to add up to n; there all are rounded down. A run ends with its own last frame, there with the next clip's first.
+    Frames are those that the target saw, where the released code reads the file again between a run's ends: what a short
+    run cannot take the others share, and when all are used up the next best clips follow. No more clips are taken than
+    frames fit, and one frame alone is its run's highest, where the released code shows none or the run's first, a minimum.
+    Shares are rounded to add up to n; there all are rounded down. A run ends with its own last frame, there with the next
+    clip's first.
 
     Signals: verifier_attention. Cost: N, and a loop over F numbers on the host. Limits: of frames that are not taken the
-    drafter sees nothing, so with a budget of a few frames it knows a few moments; two frames of a run are its ends, which are
-    the least relevant. Raises UserError for fields out of range; ValueError where the attention holds NaN.
+    drafter sees nothing, so with a budget of a few frames it knows a few moments; two frames of a run are its ends, which
+    are the least relevant. Raises UserError for fields out of range; ValueError where the attention holds NaN.
     """
 
     name = "oneclip"

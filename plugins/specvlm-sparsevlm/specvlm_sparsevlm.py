@@ -21,23 +21,24 @@ from specvlm.types import KeepSet
 class SparseVLMPruner(Pruner):
     """Keep what the question's own words attend to, thinned out layer by layer. SparseVLM (arXiv 2410.04417).
 
-    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over text
-    of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
-    layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: stage i keeps
-    the floor(B schedule_i / schedule_last) best of what the stage before kept, so the last keeps B. Ties go to the earlier
-    token.
+    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over
+    text of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
+    layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: stage i
+    keeps the floor(B schedule_i / schedule_last) best of what the stage before kept, so the last keeps B. Ties go to the
+    earlier token.
 
     layers, schedule: 2, 6, 15, and 300, 200, 110 of 576 tokens, as the released code has them. Only the ratios to the last
-    count, worked out in fractions: of B = 11 the first keeps 30. A target of fewer layers gives its last for those it lacks.
+    count, worked out in fractions: of B = 11 the first keeps 30. A target of fewer layers gives its last for those it
+    lacks.
 
     Deviations: the paper prunes inside the model, so that later stages attend among survivors alone; here the target sees
-    everything, and its attention at all three layers is there after one prefill. The first version sets the number dropped in
-    a stage by the rank of the attention matrix, and recycles dropped tokens into clusters; both are left out, as the
+    everything, and its attention at all three layers is there after one prefill. The first version sets the number dropped
+    in a stage by the rank of the attention matrix, and recycles dropped tokens into clusters; both are left out, as the
     released second version does.
 
-    Reads `verifier_attention_weighted`: on the way, only (L, N) is kept. Cost: N x T x D for the raters, in pieces,
-    and a sort of N a stage. Limits: several videos of a prompt are ranked together; newline tokens are tokens like others.
-    Raises ValueError for a schedule that does not fit the layers or goes below its last.
+    Reads `verifier_attention_weighted`: on the way, only (L, N) is kept. Cost: N x T x D for the raters, in pieces, and a
+    sort of N a stage. Limits: several videos of a prompt are ranked together; newline tokens are tokens like others. Raises
+    ValueError for a schedule that does not fit the layers or goes below its last.
     """
 
     name = "sparsevlm"
