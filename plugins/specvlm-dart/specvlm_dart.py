@@ -29,7 +29,7 @@ class DARTPruner(Pruner):
     final norm. That norm divides a state by its length and multiplies it by a weight w, so that the cosine is cos(w x, w
     y). Ties go to the earlier token.
 
-    layer: K, 2 as released; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the
+    layer: K, the paper's 2; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the
     released code. states: `normed` is the released code's; `raw` leaves the final norm out, and is ours.
 
     Deviations: the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees

@@ -150,7 +150,7 @@ class States:
     def norm(self) -> Tensor:
         """(D,) a strategy's own."""
         assert self._norm_D is not None, "made without a norm"
-        return self._norm_D.clone()
+        return self._norm_D.detach().clone()
 
     def similarity(self, features_ND: Tensor) -> Tensor:
         """(2, N): see `mean_cosine`, of what entered the first layer and of what came out of `layer` layers."""
