@@ -46,7 +46,7 @@ class SparseVLMPruner(Pruner):
     fidelity = "adapted"
     needs = frozenset({"verifier_attention_weighted"})
     layers: tuple[int, ...] = (2, 6, 15)
-    schedule: tuple[float, ...] = (300, 200, 110)
+    schedule: tuple[float, ...] = (300.0, 200.0, 110.0)
 
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.schedule) or min(self.layers) < 0:
