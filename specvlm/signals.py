@@ -21,7 +21,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.strategy import CODEC_SIGNALS, STATE_SIGNALS, Pruner
 from specvlm.types import TokenGrid, VideoPrompt
 
-KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text"})  # one layer's states are held for these
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # one layer's states are held for these
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
@@ -52,7 +52,7 @@ def guidance_for(
         last_row="verifier_attention_last_row" in needs,
         weigh=pruner.row_weights if pruner and "verifier_attention_weighted" in needs else None,
         keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
-        states=States(prompt.video_index, prompt.cut, layer) if needs & KEPT_STATES else None,
+        states=States(prompt.video_index, prompt.cut, layer, target.text.norm.weight) if needs & KEPT_STATES else None,
         sight=Sight() if needs & {"vision_attention", "vision_keys"} else None,
     )
     return guidance if guidance.reads else None
@@ -87,6 +87,8 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
             signals["hidden"] = guidance.states.video()
         if "hidden_text" in needs:
             signals["hidden_text"] = guidance.states.text()
+        if "final_norm" in needs:
+            signals["final_norm"] = guidance.states.norm()
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 

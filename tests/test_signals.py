@@ -38,6 +38,21 @@ def in_stages(lm, *ends):
     return type(lm)(lm.hf, lm.tokenizer, lm.folder, lm.mrope, stages)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_cosines_behind_the_final_norm_are_those_of_states_times_its_weight(family):
+    lm, request = tiny.draft_of(family, noise=0.3), tiny.prompt(family)  # whose weights are not 1
+    found, _ = signals_of(lm, request)
+    weight_D = lm.hf.model.language_model.norm.weight
+    assert torch.equal(found["final_norm"], weight_D) and not torch.allclose(weight_D, weight_D.mean(), rtol=0.1)
+    normed_ND = lm.hf.model.language_model.norm(found["hidden"]).float()  # it rounds to float32 inside
+    scaled_ND = found["hidden"] * found["final_norm"]
+    terms = 6 * scaled_ND.shape[1]
+    assert_same_sums(cosine_similarity(normed_ND[:1], normed_ND), cosine_similarity(scaled_ND[:1], scaled_ND), terms, 1)
+    found["final_norm"].zero_()
+    assert weight_D.abs().min() > 0  # a strategy gets its own
+
+
 @pytest.mark.parametrize("ends", [(), (1,), (1, 2)])
 @pytest.mark.parametrize("videos", [1, 2])
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -76,6 +76,13 @@ def test_uniform_is_linspace_cut_to_whole_numbers():
             assert KeepSet.uniform(total, budget).index.tolist() == wanted
 
 
+def test_the_budget_is_the_floor_of_the_decimal_share_for_every_ratio():
+    assert KeepSet.budget(480, 0.9) == 48 and int(480 * (1 - 0.9)) == 47
+    for total in (*range(1, 130), 480, 576, 8190, 16384, 131072, 2**22 - 1):
+        for thousandths in range(1000):
+            assert KeepSet.budget(total, thousandths / 1000) == total * (1000 - thousandths) // 1000
+
+
 def test_paper_tree_has_25_nodes_15_leaves_and_five_drafter_passes():
     tree = TreeShape.parse("paper")
     assert len(tree) == 26

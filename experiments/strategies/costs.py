@@ -61,7 +61,7 @@ def features(content: str, grid: TokenGrid, width: int, generator: torch.Generat
 def signals_for(pruner: Pruner, content: str, grid: TokenGrid, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every signal it needs, on the CPU: states in the model's dtype, all that is computed on the side in float32."""
     total, generator = len(grid), generator_for(0)
-    states = {"features", "hidden", "hidden_text"}
+    states = {"features", "hidden", "hidden_text", "final_norm"}
     shapes: dict[str, tuple[int, ...]] = {
         "verifier_attention_per_layer": (LAYERS, total),
         "verifier_attention_per_kv_head": (LAYERS, KV_HEADS, total),
@@ -71,6 +71,7 @@ def signals_for(pruner: Pruner, content: str, grid: TokenGrid, width: int, dtype
         "vision_keys": (total, KEY_WIDTH),
         "text_similarity": (2, total),
         "hidden_text": (TEXT, width),
+        "final_norm": (width,),
         "key_norm_text": (TEXT,),
     }
     found = {}

@@ -20,25 +20,32 @@ GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class CodecPruner(Pruner):
-    """Motion vectors as saliency and packet sizes as budget (cf. CoPE-VideoLM, https://arxiv.org/abs/2602.13191).
+    """Keep what moves in the compressed stream, with budgets by its bytes. Inspired by CoPE-VideoLM (arXiv 2602.13191).
 
-    CoPE-VideoLM trains encoders for motion vectors and residuals; this is the part of the idea that needs no training. A cell's
-    saliency is the length of its motion vectors less the frame's median vector (the camera's), added up since the sampled frame
-    before. Each frame's share of the budget goes by what `share` names, at most its moving cells, or all of its cells where it
-    stands for a frame that refers to no other; only what is left then goes to still cells. Inside a frame the cells of the
-    highest saliency are kept, and of equal ones, as in frames without vectors, some spread over the frame.
+    A cell's saliency is the length of its motion vectors less the frame's median vector (the camera's), added up since the
+    sampled frame before. Each frame's share of the budget goes by what `share` names, at most its moving cells, or all of
+    its cells where it stands for a frame that refers to no other; only what is left then goes to still cells. Inside a
+    frame the cells of the highest saliency are kept, and of equal ones, as in frames without vectors, some spread over the
+    frame.
 
     share: "bytes", compressed bytes of the frames it stands for, which a cut or a key frame has many of (our default);
-    "motion", their saliency in sum; "even". A file that gives no motion (no file, all-intra coding, a codec whose decoder
-    exports no vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line.
-    Blocks of moving things that the coder wrote anew have no vector and count as still. Vectors count as coded, also where
-    their reference is several frames away.
+    "motion", their saliency in sum; "even".
 
-    Reads `motion`, `packet_bytes`, `intra`: for them the file is decoded once more, up to the last sampled frame. Costs a sort
-    of P a frame. Videos of a prompt share the budget by their tokens; newline tokens (LLaVA-OneVision) are kept last.
+    Deviations: of CoPE-VideoLM only the idea is taken, that the codec's motion tells what is new. It shows a frame that
+    refers to others as a few tokens of encoders trained on motion vectors and residuals; nothing here is trained, residuals
+    are not read, and the shares and the saliency are ours.
+
+    Signals: motion, packet_bytes, intra. Cost: the file is decoded once more, up to the last sampled frame, and a sort of P
+    a frame. Limits: a file that gives no motion (no file, all-intra coding, a codec whose decoder exports no vectors: HEVC,
+    VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line. Blocks of moving things that the
+    coder wrote anew have no vector and count as still. Vectors count as coded, also where their reference is several frames
+    away. Videos of a prompt share the budget by their tokens; newline tokens (LLaVA-OneVision) are kept last. Raises
+    ValueError for another share.
     """
 
     name = "codec"
+    paper = "CoPE-VideoLM (arXiv 2602.13191)"
+    fidelity = "inspired by"
     needs = frozenset({"motion", "packet_bytes", "intra"})
     share: str = "bytes"
 

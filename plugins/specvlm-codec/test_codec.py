@@ -1,5 +1,8 @@
 """The contract, and clips of one moving square: what moves is kept, and a file that tells nothing falls back, saying so."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +160,57 @@ def test_equal_cells_are_spread_over_the_frame():
     ranks = ranks_of(torch.zeros(2, 64))
     first = (ranks[0] < 8).nonzero().flatten()
     assert first.diff().max() <= 16 and torch.equal(ranks.sort(1).values, torch.arange(64).expand(2, -1))
+
+
+def given(weights, room, most):
+    """`room` in proportion to whole weights, none above its most; in fractions."""
+    out = [0] * len(weights)
+    free = [f for f in range(len(weights)) if most[f]]
+    while room and free:
+        total = sum(weights[f] for f in free)
+        quota = {f: Fraction(room * weights[f], total) if total else Fraction(room, len(free)) for f in free}
+        full = [f for f in free if quota[f] >= most[f]]
+        if not full:
+            for f in free:
+                out[f] = math.floor(quota[f])
+            ranked = sorted(free, key=lambda f: (out[f] - quota[f], f))
+            for f in ranked[: room - sum(out[f] for f in free)]:
+                out[f] += 1
+            break
+        for f in full:
+            out[f] = most[f]
+        room, free = room - sum(most[f] for f in full), [f for f in free if f not in full]
+    return out
+
+
+def naive(motion, size, intra, budget, share):
+    """How many cells each frame shows, and of which saliency."""
+    per_frame = len(motion[0])
+    weights = {"bytes": size, "motion": [sum(row) for row in motion], "even": [1] * len(motion)}[share]
+    new = [per_frame if i else sum(m > 0 for m in row) for i, row in zip(intra, motion, strict=True)]
+    first = given(weights, budget, new)
+    second = given(weights, budget - sum(first), [per_frame - n for n in first])
+    return [sorted(row, reverse=True)[: a + b] for row, a, b in zip(motion, first, second, strict=True)]
+
+
+@pytest.mark.parametrize("share", ["bytes", "motion", "even"])
+@pytest.mark.parametrize("kind", ["random", "ties", "still frames", "alternating", "one frame"])
+def test_frames_and_cells_equal_a_brute_force(kind, share):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        grid = TokenGrid(1 if kind == "one frame" else 5 + seed % 2, 2, 4)
+        motion_FP = torch.randint(2 if kind == "ties" else 5, (grid.frames, 8), generator=generator)
+        motion_FP[::2] *= kind != "still frames"
+        if kind == "alternating":
+            motion_FP = motion_FP[torch.arange(grid.frames) % 2]
+        motion_FP[-1, 0] = 1  # something moves
+        size_F = torch.randint(1, 9, (grid.frames,), generator=generator)
+        intra_F = torch.randint(2, (grid.frames,), generator=generator) * (torch.arange(grid.frames) < 1) * (grid.frames > 1)
+        signals = {"motion": motion_FP.flatten().float(), "packet_bytes": size_F.repeat_interleave(8).float()}
+        signals["intra"] = intra_F.repeat_interleave(8).float()
+        for budget in (1, 3, len(grid) // 2, len(grid) - 1):
+            index = CodecPruner(share).select(PruneContext((grid,), budget, signals)).index
+            shown = [
+                motion_FP.flatten()[index[index // 8 == f]].sort(descending=True).values.tolist() for f in range(grid.frames)
+            ]
+            assert shown == naive(motion_FP.tolist(), size_F.tolist(), intra_F.tolist(), budget, share)

@@ -11,33 +11,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from specvlm.errors import check_choice
 from specvlm.plugins import hookimpl
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
+STATES = ("normed", "raw")
+
 
 @dataclass(frozen=True)
 class DARTPruner(Pruner):
-    """DART (https://arxiv.org/abs/2502.11494): duplication matters more than importance, so no attention is read.
+    """Keep the tokens that duplicate a few pivots least, and read no attention. DART (arXiv 2502.11494).
 
-    Pivots are the `video_pivots` video tokens and the `text_pivots` text tokens of the largest L1 norm of the key. Of a budget
-    M, the video pivots are kept, and each pivot in turn, video first, by falling norm, takes its share of the M - video_pivots
-    others: of those left, the tokens of the lowest cosine between hidden states. Shares are equal; what does not divide goes to
-    the first ones, so that the budget is spent. Ties go to the earlier token.
+    Pivots are the V = `video_pivots` video tokens and the `text_pivots` text tokens of the largest L1 norm of the key. The
+    video pivots are kept. Then each pivot in turn, video first, by falling norm, takes its share of the B - V others: of
+    those left, the tokens of the lowest cosine between its state and theirs, behind K = `layer` layers and the model's
+    final norm. That norm divides a state by its length and multiplies it by a weight w, so that the cosine is cos(w x, w
+    y). Ties go to the earlier token.
 
-    layer: how many of the target's layers the states and keys lie behind (2: those of layer 1 counted from 0, the paper's
-    K - 1 for K = 2, as FastV's); a shallower target gives its last. video_pivots, text_pivots: 4 each is our default. Adapted:
-    the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees from its first.
+    layer: K, the paper's 2; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the
+    released code. states: `normed` is the released code's; `raw` leaves the final norm out, and is ours.
 
-    Reads `key_norm`, `key_norm_text`, `hidden`, `hidden_text`. Costs (video_pivots + text_pivots) x N x D, and N x D for the
-    norms; a loop over the pivots. Several videos of a prompt share the pivots; newline tokens are tokens like others.
+    Deviations: the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees
+    from its first. Exactly B tokens are kept: the shares are equal, and what does not divide goes to the first pivots,
+    where the released code gives each floor(B / pivots) and adds the video pivots on top. The order of the pivots is by
+    norm; there it is that of a Python set.
+
+    Reads `key_norm`, `key_norm_text`, `hidden`, `hidden_text`, and `final_norm` for `normed`. Cost: pivots x N x D
+    products, N D for the norms, and a loop over the pivots with a sort of N each. Limits: several videos of a prompt share
+    the pivots; newline tokens are tokens like others. Raises ValueError for fields out of range.
     """
 
     name = "dart"
-    needs = frozenset({"key_norm", "key_norm_text", "hidden", "hidden_text"})
+    paper = "DART (arXiv 2502.11494)"
+    fidelity = "adapted"
     video_pivots: int = 4
     text_pivots: int = 4
     layer: int = 2
+    states: str = "normed"
 
     def __post_init__(self) -> None:
         if self.video_pivots < 0 or self.text_pivots < 0 or not self.video_pivots + self.text_pivots:
@@ -46,6 +57,12 @@ class DARTPruner(Pruner):
             )
         if self.layer < 1:
             raise ValueError(f"layer={self.layer}: wanted 1 or more")
+        check_choice("dart: states", self.states, STATES)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        read = frozenset({"key_norm", "key_norm_text", "hidden", "hidden_text"})
+        return read | {"final_norm"} if self.states == "normed" else read
 
     def state_layer(self, layers: int) -> int:
         return min(self.layer, layers)
@@ -56,7 +73,9 @@ class DARTPruner(Pruner):
         pivots_V = pivots_V[order_V]
         pivots_X = ctx.signal("key_norm_text").sort(descending=True, stable=True).indices[: self.text_pivots]
         hidden_ND, text_TD = ctx.signal("hidden"), ctx.signal("hidden_text")
-        similarity = self.similarity(hidden_ND, torch.cat([hidden_ND[pivots_V], text_TD[pivots_X].to(hidden_ND)]))
+        pivots_PD = torch.cat([hidden_ND[pivots_V], text_TD[pivots_X].to(hidden_ND)])
+        weight_D = ctx.signal("final_norm") if self.states == "normed" else hidden_ND.new_ones(hidden_ND.shape[1])
+        similarity = self.similarity(hidden_ND, pivots_PD, weight_D)
         kept_N = torch.zeros(ctx.total, dtype=torch.bool, device=hidden_ND.device)
         kept_N[pivots_V] = True
         rest, count = ctx.budget - len(pivots_V), len(similarity)
@@ -67,11 +86,12 @@ class DARTPruner(Pruner):
         return KeepSet(kept_N.nonzero().flatten(), ctx.total)
 
     @staticmethod
-    def similarity(hidden_ND: Tensor, pivots_PD: Tensor, rows: int = 4096) -> Tensor:
-        """(P, N) cosines, in float32 or better, a piece of the tokens at a time."""
+    def similarity(hidden_ND: Tensor, pivots_PD: Tensor, weight_D: Tensor, rows: int = 4096) -> Tensor:
+        """(P, N) cosines of the weighted states, in float32 or better, a piece of the tokens at a time."""
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        pivots_DP = normalize(pivots_PD.to(wide), dim=-1).T
-        pieces = [normalize(piece.to(wide), dim=-1) @ pivots_DP for piece in hidden_ND.split(rows)]
+        weight_D = weight_D.to(wide)
+        pivots_DP = normalize(pivots_PD.to(wide) * weight_D, dim=-1).T
+        pieces = [normalize(piece.to(wide) * weight_D, dim=-1) @ pivots_DP for piece in hidden_ND.split(rows)]
         return torch.cat(pieces).T.contiguous()
 
 

@@ -22,18 +22,26 @@ ROUNDING = 1e-6  # of a cosine in float32
 class HippoPruner(Pruner):
     """Keep the B tokens of highest weighted sum of three scores, each scaled to 0..1 in its frame. HIPPO (arXiv 2601.08273).
 
-    Attention: the target's, of the text to the token. Novelty over time: 1 - cos to the same cell one frame earlier (of the
-    first frame: one frame later). Variety in space: the variance of the cosines to the neighbours in a square of `crop`
-    cells, cut off by the frame's edge. A score that is equal all over a frame counts nothing there.
+    score = w_a scale(attention) + w_n scale(novelty) + w_v scale(variety), scale(x) = (x - min x) / (max x - min x) over a
+    frame's tokens. Attention: the target's, of the text to the token. Novelty over time: 1 - cos to the same cell one frame
+    earlier (of the first frame: one frame later). Variety in space: the variance of the cosines to the neighbours in a
+    square of `crop` cells, cut off by the frame's edge. A score that is equal all over a frame counts nothing there. Ties
+    go to the earlier token.
 
-    attention, novelty, variety: the weights; the paper's were not found, so they are equal here, and the scaling
-    (lowest to 0, highest to 1) is ours too. HIPPO's overlap of drafting and checking is no pruner's matter.
+    attention, novelty, variety: the weights. crop: 3, 5, 7 … cells.
+
+    Deviations: the three scores are the paper's; its weights were not found, so they are equal here, and the scaling
+    (lowest to 0, highest to 1), the first frame's novelty and the frame's edge are ours too. Its parallel drafting and
+    checking is no pruner's matter, and absent.
+
     Signals: features, verifier_attention. Cost: (crop^2 - 1) / 2 products of N D, and a sort of N. Limits: scaled frame by
-    frame, all frames matter alike, whatever the attention says.
-    Raises UserError for a crop that is even or below 3, ValueError where a score is NaN.
+    frame, all frames matter alike, whatever the attention says. Raises UserError for a crop that is even or below 3,
+    ValueError where a score is NaN.
     """
 
     name = "hippo"
+    paper = "HIPPO (arXiv 2601.08273)"
+    fidelity = "adapted"
     needs = frozenset({"features", "verifier_attention"})
     attention: float = 1.0
     novelty: float = 1.0

@@ -1,8 +1,10 @@
 """HIPPO: each of its three scores against a naive loop, and their weighted sum."""
 
+import math
+
 import pytest
 import torch
-from rounding import assert_same_sums
+from rounding import assert_same_sums, rounding
 from specvlm_hippo import HippoPruner, novelties, scaled, varieties
 from torch.nn.functional import cosine_similarity
 
@@ -41,6 +43,64 @@ def test_novelty_is_the_distance_to_the_frame_before():
 
 def test_scores_are_scaled_frame_by_frame():
     assert scaled(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])).tolist() == [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+
+
+def naive(x, attention, grid, crop, weights):
+    """Score of each token of nested lists (frame, cell), with plain loops."""
+    scores = []
+    for f in range(grid.frames):
+        before = f - 1 if f else 1
+        change = [1 - cosine(x[f][p], x[before][p]) if grid.frames > 1 else 0.0 for p in range(grid.per_frame)]
+        variety = []
+        for p in range(grid.per_frame):
+            row, column = divmod(p, grid.width)
+            around = [
+                cosine(x[f][p], x[f][a * grid.width + b])
+                for a in range(max(row - crop // 2, 0), min(row + crop // 2 + 1, grid.height))
+                for b in range(max(column - crop // 2, 0), min(column + crop // 2 + 1, grid.width))
+                if (a, b) != (row, column)
+            ]
+            mean = sum(around) / max(len(around), 1)
+            variety.append(sum((c - mean) ** 2 for c in around) / max(len(around), 1))
+        parts = [unit(values) for values in (attention[f], change, variety)]
+        scores += [sum(w * part[p] for w, part in zip(weights, parts, strict=True)) for p in range(grid.per_frame)]
+    return scores
+
+
+def unit(values):
+    low, high = min(values), max(values)
+    return [(v - low) / (high - low) if high - low > 1e-6 else 0.0 for v in values]
+
+
+def cosine(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "static", "alternating", "one frame"])
+def test_kept_tokens_are_the_highest_of_a_brute_force(kind):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        grid = TokenGrid(1 if kind == "one frame" else (5, 4)[seed % 2], 3, 4)
+        x_FPD = torch.randn(grid.frames, 12, 16, generator=generator).sign()  # cosines of such are far apart, or equal
+        attention_FP = torch.randint(9, (grid.frames, 12), generator=generator).float()
+        if kind == "ties":
+            x_FPD, attention_FP = x_FPD[:, :, :1].expand(-1, -1, 16), (attention_FP > 4).float()
+        if kind in ("static", "alternating"):
+            x_FPD = x_FPD[torch.arange(grid.frames) % (1 if kind == "static" else 2)]
+        weights, crop = ((1.0, 1.0, 1.0), 3) if seed % 2 else ((2.0, 1.0, 0.5), 5)
+        scores_N = torch.tensor(naive(x_FPD.tolist(), attention_FP.tolist(), grid, crop, weights), dtype=torch.float64)
+        for budget in (1, len(grid) // 3, len(grid) - 1):
+            signals = {"features": x_FPD.flatten(0, 1).contiguous(), "verifier_attention": attention_FP.flatten()}
+            index = HippoPruner(*weights, crop).select(PruneContext((grid,), budget, signals)).index
+            dropped = torch.ones(len(grid), dtype=torch.bool).index_fill(0, index, False)
+            # Scores that are equal on paper are rounded apart in float32; a range below 1 / 64 would magnify it.
+            slack = rounding(3 * 16 + 2 * crop**2, 64 * sum(weights), torch.float32)
+            assert len(index) == budget and scores_N[index].min() >= scores_N[dropped].max() - slack
+
+
+def test_equal_scores_go_to_the_earlier_token():
+    ctx = PruneContext((TokenGrid(3, 2, 2),), 5, {"features": torch.ones(12, 4), "verifier_attention": torch.ones(12)})
+    assert HippoPruner().select(ctx).index.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_kept_tokens_are_the_top_of_the_weighted_sum():

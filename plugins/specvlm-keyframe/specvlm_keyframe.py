@@ -16,19 +16,26 @@ PICKS = ("first", "medoid")
 
 @dataclass(frozen=True)
 class KeyframePruner(Pruner):
-    """Show the drafter one frame of every scene in full, and leave the rest to the text.
+    """Show the drafter one frame of every scene in full, and leave the rest to the text. Inspired by CMVC (arXiv 2408.08093).
 
-    ceil(B / P) scenes of P tokens a frame, cut at the least similar neighbouring frames (cosine of mean features; of equals the
-    earlier). The key frame of the shortest scene (of equals the last) is thinned out evenly where the budget does not
-    hold it whole. The idea of representing video by key frames and text is that of CMVC (cross-modal video coding), which
-    generates the frames between by a trained model; nothing else is taken from it, and how key frames are found is ours.
+    ceil(B / P) scenes of P tokens a frame, cut at the least similar neighbouring frames (cosine of mean features; of equals
+    the earlier), as METok (arXiv 2506.02850) cuts its events. The key frame of the shortest scene (of equals the last) is
+    thinned out evenly where the budget does not hold it whole.
 
-    pick: which frame of a scene is its key frame, `first`, as a codec's, or `medoid`, whose mean feature has the
-    highest cosine to the scene's mean (of equals the earlier). Signals: features. Cost: one pass over N D, and a loop
-    over scenes. Limits: what happens between key frames is not seen. Raises UserError for another pick.
+    pick: which frame of a scene is its key frame, `first`, as a codec's, or `medoid`, whose mean feature has the highest
+    cosine to the scene's mean (of equals the earlier).
+
+    Deviations: of CMVC, which codes a video as key frames and text and lets a trained model generate the frames between,
+    only the idea is taken that key frames and text are enough. It finds key frames by cosine too, of CLIP features and to
+    the last key frame; here their number is given, so scenes are cut all at once.
+
+    Signals: features. Cost: one pass over N D, and a loop over scenes. Limits: what happens between key frames is not seen.
+    Raises UserError for another pick.
     """
 
     name = "keyframe"
+    paper = "CMVC (arXiv 2408.08093)"
+    fidelity = "inspired by"
     needs = frozenset({"features"})
     pick: str = "first"
 

@@ -1,5 +1,8 @@
 """Keyframe: one whole frame a scene, the rest of the budget in the shortest scene."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from specvlm_keyframe import KeyframePruner
@@ -45,3 +48,42 @@ def test_what_is_left_of_the_budget_thins_out_the_frame_of_the_shortest_scene():
 def test_the_budget_is_met_exactly(budget):
     grid, signals = scenes([3, 5, 2])
     assert len(KeyframePruner().select(PruneContext((grid,), budget, signals))) == budget
+
+
+def naive(means, per_frame, budget, pick):
+    """Tokens kept: scenes by cutting at the least alike neighbours, one after the other."""
+    alike = [(round(cosine(a, b), 5), f) for f, (a, b) in enumerate(pairwise(means))]
+    wanted = math.ceil(budget / per_frame)
+    starts = [0, *sorted(f + 1 for _, f in sorted(alike)[: wanted - 1])]
+    scenes = [list(range(a, b)) for a, b in pairwise([*starts, len(means)])]
+    keys = []
+    for scene in scenes:
+        middle = [sum(means[f][d] for f in scene) / len(scene) for d in range(len(means[0]))]
+        keys.append(scene[0] if pick == "first" else max(scene, key=lambda f: (round(cosine(means[f], middle), 5), -f)))
+    shortest = max(range(wanted), key=lambda s: (-len(scenes[s]), s))
+    kept = []
+    for s, key in enumerate(keys):
+        room = budget - (wanted - 1) * per_frame if s == shortest else per_frame
+        kept += [key * per_frame + (i * (per_frame - 1) // (room - 1) if room > 1 else 0) for i in range(room)]
+    return sorted(kept)
+
+
+def cosine(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+
+
+@pytest.mark.parametrize("pick", ["first", "medoid"])
+@pytest.mark.parametrize("kind", ["random", "static", "alternating", "one frame"])
+def test_it_equals_a_brute_force(kind, pick):
+    for seed in range(7):
+        frames = 1 if kind == "one frame" else 5 + seed
+        scene_F = torch.arange(frames) % {"static": 1, "alternating": 2}.get(kind, frames)
+        x_FD = torch.randn(frames, 16, generator=torch.Generator().manual_seed(seed))[scene_F]
+        signals = {"features": x_FD.repeat_interleave(4, dim=0)}  # the mean of four equal ones is exact
+        for budget in {1, 4, 6, 2 * frames, 4 * frames - 1}:
+            index = (
+                KeyframePruner(pick)
+                .select(PruneContext((TokenGrid(frames, 2, 2),), min(budget, 4 * frames - 1), signals))
+                .index
+            )
+            assert index.tolist() == naive(x_FD.tolist(), 4, min(budget, 4 * frames - 1), pick)

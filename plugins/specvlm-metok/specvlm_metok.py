@@ -18,21 +18,26 @@ from specvlm.types import KeepSet
 class MeTokPruner(Pruner):
     """Pool frames to several resolutions, the finest where the question points. METok, its first stage (arXiv 2506.02850).
 
-    The video is cut at the `events` - 1 least similar neighbouring frames (mean features). A frame's relevance is the
-    target's attention to it, summed over its tokens; an event's that of its best frame; the `key_events` best events are
-    key. In a key event the `top_frames` most relevant frames are pooled with stride 2 (means of 2 x 2 cells), the others
-    with 4; in another event with 4 and 8. All numbers are the paper's, whose relevance is the cosine of SigLIP's towers and
-    whose pooling is bilinear.
+    The video is cut at the `events` - 1 least similar neighbouring frames (cosine of mean features, of equals the earlier).
+    A frame's relevance is the target's attention to it, summed over its tokens; an event's that of its best frame; the
+    `key_events` best events are key. In a key event the `top_frames` most relevant frames are pooled with stride 2, the
+    others with 4; in another event with 4 and 8. A pooled token is the mean of its block of cells and stands at its middle.
 
-    Fitted to a budget: all strides are halved or doubled together, to the finest that fits; then frames, by stride and
-    relevance, are pooled once less each while that fits. Where one token a frame is too much, the least relevant frames are
-    dropped. A pooled token stands at the middle of its block. The pruning inside the language model (stages 2 and 3) is a
-    drafter's matter. Signals: features, verifier_attention. Cost: N D, and a loop over frames on the host. Limits: fine
-    detail is lost everywhere at small budgets; some of the budget may stay unspent. Raises UserError for fields below 1;
-    ValueError where the attention holds NaN.
+    events, key_events, top_frames: the paper's 5, 3 and 6.
+
+    Deviations: the paper's relevance is the cosine of SigLIP's image and text towers, which a target need not have, and its
+    pooling is bilinear. It has no budget: here all strides are halved or doubled together, to the finest that fits; then
+    frames, by stride and relevance, are pooled once less each while that fits, and where one token a frame is too much, the
+    least relevant frames are dropped. Its stages 2 and 3, pruning inside the language model, are left out.
+
+    Signals: features, verifier_attention. Cost: N D, and a loop over frames on the host. Limits: fine detail is lost
+    everywhere at small budgets; some of the budget may stay unspent. Raises UserError for fields below 1; ValueError where
+    the attention holds NaN.
     """
 
     name = "metok"
+    paper = "METok (arXiv 2506.02850)"
+    fidelity = "adapted"
     needs = frozenset({"features", "verifier_attention"})
     events: int = 5
     key_events: int = 3

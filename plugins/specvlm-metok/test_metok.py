@@ -1,11 +1,15 @@
 """METok: events, strides, pooled tokens, and the fit to a budget."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from rounding import assert_same_sums
 from specvlm_metok import MeTokPruner, fitted
 from torch.nn.functional import avg_pool2d
 
+from specvlm.segments import adjacent_cosine, cuts, spans
 from specvlm.strategy import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
@@ -21,6 +25,61 @@ def test_strides_follow_events_and_frames():
     events = [(0, 3), (3, 6), (6, 9)]
     relevance = [0.1, 0.2, 0.3, 0.9, 0.0, 0.8, 0.5, 0.4, 0.6]
     assert MeTokPruner(key_events=2, top_frames=1).levels(relevance, events) == [3, 3, 2, 1, 2, 2, 2, 2, 1]
+
+
+def naive_strides(means, relevance, events, keys, top):
+    """The paper's stride of each frame."""
+    alike = sorted((round(cosine(a, b), 5), f) for f, (a, b) in enumerate(pairwise(means)))
+    event_of = [sum(1 for _, cut in alike[: events - 1] if cut < f) for f in range(len(means))]
+    members = [[f for f in range(len(means)) if event_of[f] == e] for e in range(max(event_of) + 1)]
+    ranked = sorted(range(len(members)), key=lambda e: (-max(relevance[f] for f in members[e]), e))
+    strides = {}
+    for place, e in enumerate(ranked):
+        for nth, f in enumerate(sorted(members[e], key=lambda f: (-relevance[f], f))):
+            strides[f] = (2 if nth < top else 4) * (1 if place < keys else 2)
+    return [strides[f] for f in range(len(means))]
+
+
+def cosine(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "static", "alternating", "one frame"])
+def test_events_and_strides_equal_a_brute_force(kind):
+    for seed in range(10):
+        frames = 1 if kind == "one frame" else 9 + 4 * seed
+        generator = torch.Generator().manual_seed(seed)
+        scene_F = torch.arange(frames) % {"static": 1, "alternating": 2}.get(kind, frames)
+        x_FD = torch.randn(frames, 16, generator=generator)[scene_F]
+        relevance = torch.randint(2 if kind == "ties" else 999, (frames,), generator=generator).tolist()
+        pruner = MeTokPruner()
+        levels = pruner.levels(relevance, spans(cuts(adjacent_cosine(x_FD), least=pruner.events)))
+        assert [2**level for level in levels] == naive_strides(x_FD.tolist(), relevance, 5, 3, 6)
+
+
+@pytest.mark.parametrize("budget", [4, 9, 21, 50])
+def test_a_whole_selection_is_what_its_strides_say(budget):
+    """Every pooled token is the mean of a block of one frame, and all blocks of a frame are there or none."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x_ND, attention = torch.randn(7 * 15, 4, generator=generator), torch.rand(7 * 15, generator=generator)
+        ctx = PruneContext((TokenGrid(7, 3, 5),), budget, {"features": x_ND, "verifier_attention": attention})
+        keep = MeTokPruner(events=3, key_events=1, top_frames=1).select(ctx)
+        relevance = attention.view(7, 15).double().sum(1).tolist()
+        events = spans(cuts(adjacent_cosine(x_ND.view(7, 15, 4).mean(1)), least=3))
+        levels = MeTokPruner(events=3, key_events=1, top_frames=1).levels(relevance, events)
+        expected = {}
+        for f, side in enumerate(fitted(levels, relevance, 3, 5, budget)):
+            for row in range(0, 3, side or 3):
+                for column in range(0, 5, side or 5):
+                    rows, columns = range(row, min(row + side, 3)), range(column, min(column + side, 5))
+                    if side:
+                        owner = f * 15 + (rows[0] + rows[-1]) // 2 * 5 + (columns[0] + columns[-1]) // 2
+                        expected[owner] = [f * 15 + 5 * r + c for r in rows for c in columns]
+        assert keep.index.tolist() == sorted(expected)
+        for weights, owner in zip(keep.pool.to_dense(), keep.index.tolist(), strict=True):
+            assert weights.nonzero().flatten().tolist() == expected[owner]
+            assert_same_sums(weights[expected[owner]], torch.full((len(expected[owner]),), 1 / len(expected[owner])), 2)
 
 
 def test_pooled_tokens_are_means_of_their_blocks():

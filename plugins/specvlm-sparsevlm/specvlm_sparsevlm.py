@@ -5,7 +5,9 @@ Shape suffixes: L layers, N video tokens, T tokens of the text after the video, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,35 +19,47 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class SparseVLMPruner(Pruner):
-    """SparseVLM (https://arxiv.org/abs/2410.04417): only text that has to do with the picture rates it.
+    """Keep what the question's own words attend to, thinned out layer by layer. SparseVLM (arXiv 2410.04417).
 
-    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over text
-    of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
-    layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: each keeps
-    the best `schedule` x budget of what the stage before kept, the last the budget.
+    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over
+    text of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
+    layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: stage i
+    keeps the floor(B schedule_i / schedule_last) best of what the stage before kept, so the last keeps B. Ties go to the
+    earlier token.
 
-    layers, schedule: the paper's 2, 6, 15, and its 300, 200, 110 of 576 tokens as multiples of the last. A target of fewer
-    layers gives its last for those it lacks. Adapted: the paper prunes inside the model, so that later stages attend among
-    survivors alone; here the target sees everything, and its attention at all three layers is there after one prefill. The
-    recycling of dropped tokens into clusters, which the second version of the code dropped too, is left out, and with it the
-    rank that scales the number dropped in a stage.
+    layers, schedule: 2, 6, 15, and 300, 200, 110 of 576 tokens, as the released code has them. Only the ratios to the last
+    count, worked out in fractions: of B = 11 the first keeps 30. A target of fewer layers gives its last for those it
+    lacks.
 
-    Reads `verifier_attention_weighted`: on the way, only (L, N) is kept. Costs N x T x D for the raters, in pieces,
-    and a sort of N a stage. Several videos of a prompt are ranked together; newline tokens are tokens like others.
+    Deviations: the paper prunes inside the model, so that later stages attend among survivors alone; here the target sees
+    everything, and its attention at all three layers is there after one prefill. The first version sets the number dropped
+    in a stage by the rank of the attention matrix, and recycles dropped tokens into clusters; both are left out, as the
+    released second version does.
+
+    Reads `verifier_attention_weighted`: on the way, only (L, N) is kept. Cost: N x T x D for the raters, in pieces, and a
+    sort of N a stage. Limits: several videos of a prompt are ranked together; newline tokens are tokens like others. Raises
+    ValueError for a schedule that does not fit the layers or goes below its last.
     """
 
     name = "sparsevlm"
+    paper = "SparseVLM (arXiv 2410.04417)"
+    fidelity = "adapted"
     needs = frozenset({"verifier_attention_weighted"})
     layers: tuple[int, ...] = (2, 6, 15)
-    schedule: tuple[float, ...] = (300 / 110, 200 / 110, 1.0)
+    schedule: tuple[float, ...] = (300.0, 200.0, 110.0)
 
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.schedule) or min(self.layers) < 0:
             raise ValueError(
                 f"sparsevlm: layers={self.layers} and schedule={self.schedule}: wanted one share a layer from 0 on"
             )
-        if min(self.schedule) < 1 or self.schedule[-1] != 1:
-            raise ValueError(f"schedule={self.schedule}: multiples of the budget, none below 1, the last one 1")
+        if not 0 < self.schedule[-1] <= min(self.schedule):
+            raise ValueError(f"schedule={self.schedule}: tokens of each stage, above 0 and none below the last")
+
+    def kept(self, budget: int) -> list[int]:
+        """Tokens that each stage keeps."""
+        last = Fraction(str(self.schedule[-1]))
+        return [math.floor(budget * Fraction(str(share)) / last) for share in self.schedule]
 
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """(T,) 1 for a rater, 0 for another word."""
@@ -60,9 +74,9 @@ class SparseVLMPruner(Pruner):
     def select(self, ctx: PruneContext) -> KeepSet:
         scores_LN = ctx.signal("verifier_attention_weighted")
         left = torch.arange(ctx.total, device=scores_LN.device)
-        for layer, share in zip(self.layers, self.schedule, strict=True):
+        for layer, count in zip(self.layers, self.kept(ctx.budget), strict=True):
             scores = scores_LN[min(layer, len(scores_LN) - 1), left]
-            left = left[KeepSet.top(scores, int(ctx.budget * share)).index]
+            left = left[KeepSet.top(scores, count).index]
         return KeepSet(left, ctx.total)
 
 

@@ -39,13 +39,31 @@ def test_equal_words_all_rate():
     assert SparseVLMPruner().row_weights(torch.ones(3, 4), torch.ones(2, 4)).tolist() == [1, 1, 1]
 
 
-def test_a_later_stage_chooses_among_what_an_earlier_one_kept():
-    scores_LN = torch.zeros(16, 12)
-    scores_LN[2] = torch.arange(12.0)  # keeps int(3 * 300 / 110) = 8: tokens 4..11
-    scores_LN[6] = -torch.arange(12.0)  # keeps 5: tokens 4..8
-    scores_LN[15] = torch.tensor([9.0] * 4 + [0, 1, 0, 3, 2] + [9.0] * 3)
-    ctx = PruneContext((TokenGrid(3, 2, 2),), 3, {"verifier_attention_weighted": scores_LN})
-    assert SparseVLMPruner().select(ctx).index.tolist() == [5, 7, 8]
+def naive(scores_LN, budget):
+    """The three stages of 300, 200 and 110 tokens, one after the other, in whole numbers."""
+    left = list(range(scores_LN.shape[1]))
+    for layer, tokens in ((2, 300), (6, 200), (15, 110)):
+        scores = scores_LN[min(layer, len(scores_LN) - 1)].tolist()
+        left = sorted(sorted(left, key=lambda i: (-scores[i], i))[: budget * tokens // 110])
+    return left
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])  # with few levels most scores tie
+def test_stages_equal_a_brute_force(levels):
+    generator = torch.Generator().manual_seed(levels)
+    for frames, layers in ((1, 28), (5, 28), (7, 4), (4, 16)):
+        scores_LN = torch.randint(levels, (layers, 12 * frames), generator=generator).float()
+        for budget in (1, 3, 11, 5 * frames, 12 * frames - 1):
+            ctx = PruneContext((TokenGrid(frames, 3, 4),), budget, {"verifier_attention_weighted": scores_LN})
+            keep = SparseVLMPruner().select(ctx).index.tolist()
+            assert keep == naive(scores_LN, min(budget, 12 * frames)) and len(keep) == min(budget, 12 * frames)
+
+
+def test_every_budget_is_thinned_out_in_whole_numbers():
+    assert SparseVLMPruner().kept(11) == [30, 20, 11]
+    for budget in range(1, 3000):
+        assert SparseVLMPruner().kept(budget) == [budget * 300 // 110, budget * 200 // 110, budget]
+        assert SparseVLMPruner(schedule=(2.7, 1.8, 0.9)).kept(budget) == [3 * budget, 2 * budget, budget]
 
 
 def test_one_stage_is_the_top_of_that_layer():
@@ -58,7 +76,7 @@ def test_one_stage_is_the_top_of_that_layer():
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="one share a layer"):
         SparseVLMPruner(layers=(1, 2))
-    with pytest.raises(ValueError, match="none below 1"):
+    with pytest.raises(ValueError, match="none below the last"):
         SparseVLMPruner(schedule=(3.0, 0.5, 1.0))
-    with pytest.raises(ValueError, match="the last one 1"):
-        SparseVLMPruner(schedule=(3.0, 2.0, 2.0))
+    with pytest.raises(ValueError, match="above 0"):
+        SparseVLMPruner(schedule=(3.0, 2.0, 0.0))

@@ -6,6 +6,7 @@ Shape suffixes: N video tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from specvlm.plugins import hookimpl
 from specvlm.strategy import PruneContext, Pruner
@@ -14,24 +15,31 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class UVPrunePruner(Pruner):
-    """UV-Prune of ParallelVLM (https://arxiv.org/abs/2603.19610): no attention weights, hence no bias towards first frames.
+    """Keep what early layers of the target move towards the text. UV-Prune of ParallelVLM (arXiv 2603.19610).
 
-    With video states V_i and text states X_j behind layer l of the target, the paper sums what each early layer adds:
-    score_i = sum_j sum_{l=1..L} [cos(V_i^l, X_j^l) - cos(V_i^{l-1}, X_j^{l-1})]. The sum over l telescopes, so that layers 0
-    and L are enough, and the sum over j is one product with the mean of the normalised text; the target's prefill hands over
-    both (`text_similarity`). Kept are the highest scores.
+    With video states V_i and text states X_j behind layer l of the target, the score is what each early layer adds: score_i
+    = sum_j sum_{l=1..L} [cos(V_i^l, X_j^l) - cos(V_i^{l-1}, X_j^{l-1})]. The highest are kept, of equals the earlier. No
+    attention is read, hence no bias towards first frames.
 
-    layer: L, from 1 to the target's layers; 0 takes the share `depth` of them, at least one. L is not published: a quarter is
-    our choice for the paper's "early layers". The text is all that follows the last video, the chat template's words too; a
-    mean over it instead of the paper's sum changes no order. A newline token (LLaVA-OneVision) is scored like any other.
-    Adapted: the paper prunes while the target still prefills; here the drafter starts after it. Several videos of a prompt
-    are ranked together.
+    The sum over l telescopes, so that layers 0 and L are enough, and the sum over j is one product with the mean of the
+    normalised text, a mean instead of a sum, which changes no order; the target's prefill hands over both
+    (`text_similarity`).
 
-    Costs one (N, D) of the target kept until its prefill ends, N x D operations there, and a sort of N here. Raises ValueError
-    where the target has fewer than `layer` layers.
+    layer: L, from 1 to the target's layers; 0 takes the share `depth` of them, to the nearest whole number (a half to the
+    even one), at least one. L is not published: a quarter is our choice for the paper's "early layers".
+
+    Deviations: none. The paper's drafter starts while the target still prefills; here it starts after it, on the same
+    tokens.
+
+    Signals: text_similarity. Cost: one (N, D) of the target kept until its prefill ends, N x D operations there, and a sort
+    of N here. Limits: the text is all that follows the last video, the chat template's words too; several videos of a
+    prompt are ranked together; a newline token (LLaVA-OneVision) is scored like any other. Raises ValueError for fields out
+    of range, UserError where the target has fewer than `layer` layers.
     """
 
     name = "uv_prune"
+    paper = "ParallelVLM (arXiv 2603.19610)"
+    fidelity = "exact"
     needs = frozenset({"text_similarity"})
     layer: int = 0
     depth: float = 0.25
@@ -41,7 +49,7 @@ class UVPrunePruner(Pruner):
             raise ValueError(f"layer={self.layer} must be 0 or more, and depth={self.depth} above 0 and at most 1")
 
     def state_layer(self, layers: int) -> int:
-        return self.layer or max(1, round(self.depth * layers))
+        return self.layer or max(1, round(Fraction(str(self.depth)) * layers))
 
     def select(self, ctx: PruneContext) -> KeepSet:
         entering_N, behind_N = ctx.signal("text_similarity")

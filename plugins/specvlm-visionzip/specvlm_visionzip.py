@@ -6,8 +6,10 @@ C contextual tokens of a frame, R its other tokens, D width of a key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -20,26 +22,32 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class VisionZipPruner(Pruner):
-    """VisionZip (https://arxiv.org/abs/2412.04467): a merger that knows no question.
+    """Keep what the vision tower looks at, and means of the rest; no question is read. VisionZip (arXiv 2412.04467).
 
-    Every frame gets its share of the budget. Of k tokens of a frame, M = round(dominant x k) are those of the highest attention
-    received in the vision tower (`vision_attention`), at least one. Of the others, in raster order, k - M at equal strides are
-    contextual: every other one joins the contextual token of the highest cosine, the earlier on a tie, and each is then the
-    plain mean of itself and what joined it, at its own position. (The published code adds the mean to it, so that its scale
-    grows.) Where k - M = 0 nothing is merged.
+    Every frame gets its share of the budget. Of k tokens of a frame, the M = floor(dominant k + 1/2) (at least one) of the
+    highest attention received in the vision tower are dominant. Of the others, in raster order, k - M at equal strides are
+    contextual: every other one joins the contextual token of the highest cosine of keys, the earlier on a tie, and each is
+    then the plain mean of itself and what joined it, at its own position. Where k - M = 0 nothing is merged.
 
-    dominant: share of a frame's tokens that are; 191 of 191 + 30 as the paper has it. Cosines are of the tower's keys, mean
-    over heads (`vision_keys`; after rotation in Qwen2.5-VL). Adapted: the layer is the tower's last one whose output is used,
-    where the paper takes the penultimate of CLIP, and both signals are pooled to tokens as the features are, where the paper
-    has a token a patch. Budgets of frames differ by at most one, larger ones evenly spread; with fewer tokens than frames
-    some frames keep none. Newline tokens (LLaVA-OneVision) are kept when all else is. Each video of a prompt has its share.
+    dominant: share of a frame's tokens that are dominant, above 0 and at most 1. The paper's 54 of 64; the released code's
+    default is 191 of 221.
 
-    Costs N x C x D for the cosines, at most N x P x D / 4, in two batches a video.
+    Deviations: the layer is the tower's last one whose output is used, where the paper takes the penultimate of CLIP, whose
+    class token's row is the attention; towers without one have the mean over all rows. Both signals are pooled to tokens as
+    the features are, where the paper has a token a patch. The released code adds the mean of what joined to the contextual
+    token, so that its scale grows; that is not repeated. It keeps the same number of every frame; here budgets of frames
+    differ by at most one, larger ones evenly spread, and with fewer tokens than frames some frames keep none.
+
+    Signals: vision_attention, vision_keys (mean over heads; after rotation in Qwen2.5-VL). Cost: N x C x D for the cosines,
+    at most N x P x D / 4, in two batches a video. Limits: newline tokens (LLaVA-OneVision) are kept when all else is. Each
+    video of a prompt has its share. Raises ValueError for a share out of range.
     """
 
     name = "visionzip"
+    paper = "VisionZip (arXiv 2412.04467)"
+    fidelity = "adapted"
     needs = frozenset({"vision_attention", "vision_keys"})
-    dominant: float = 191 / 221
+    dominant: float = 54 / 64
 
     def __post_init__(self) -> None:
         if not 0 < self.dominant <= 1:
@@ -78,7 +86,7 @@ class VisionZipPruner(Pruner):
 
     def frame_parts(self, attention_GP: Tensor, x_GPD: Tensor, budget: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (root, member), numbers inside each frame: of the dominant tokens, of the contextual ones, of what joined."""
-        dominant = min(budget, max(1, round(self.dominant * budget)))
+        dominant = min(budget, max(1, math.floor(Fraction(str(self.dominant)) * budget + Fraction(1, 2))))
         order_GP = attention_GP.sort(dim=1, descending=True, stable=True).indices
         yield order_GP[:, :dominant], order_GP[:, :dominant]
         contextual = budget - dominant

@@ -1,10 +1,11 @@
 """The contract, and the merge against a naive loop over tokens."""
 
+import math
+
 import pytest
 import torch
 from rounding import assert_same_sums
 from specvlm_visionzip import VisionZipPruner
-from torch.nn.functional import cosine_similarity
 
 from specvlm.strategy import PruneContext
 from specvlm.testing import check_pruner
@@ -26,9 +27,9 @@ def context(grids, budget, seed=0):
     return PruneContext(grids, budget, signals)
 
 
-def naive(ctx, dominant):
-    """{position: members} of one video without newline tokens, token by token."""
-    attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["vision_keys"]
+def naive(ctx, tenths):
+    """{position: members} of one video without newline tokens, token by token. tenths: of a frame's share that are dominant."""
+    attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["vision_keys"].tolist()
     grid, budget, found = ctx.grid, ctx.budget, {}
     for frame in range(grid.frames):
         size = grid.per_frame
@@ -36,7 +37,7 @@ def naive(ctx, dominant):
         if not k:
             continue
         tokens = range(frame * size, (frame + 1) * size)
-        count = min(k, max(1, round(dominant * k)))
+        count = min(k, max(1, (2 * tenths * k + 10) // 20))
         best = sorted(tokens, key=lambda i: (-attention[i], i))[:count]
         found |= {i: [i] for i in best}
         rest = [i for i in tokens if i not in best]
@@ -44,22 +45,42 @@ def naive(ctx, dominant):
         found |= {i: [i] for i in targets}
         for i in rest:
             if i not in targets and targets:
-                near = [float(cosine_similarity(features[i], features[j], dim=0)) for j in targets]
+                near = [cosine(features[i], features[j]) for j in targets]
                 found[targets[near.index(max(near))]].append(i)
     return found
 
 
-@pytest.mark.parametrize("dominant", [191 / 221, 0.5, 0.2, 1.0])
-@pytest.mark.parametrize("budget", [1, 3, 7, 20, 40, 59])
-def test_the_merge_equals_a_naive_loop_and_is_a_mean(dominant, budget):
-    ctx = context((TokenGrid(5, 3, 4),), budget)
-    keep, wanted = VisionZipPruner(dominant).select(ctx), naive(ctx, dominant)
-    assert keep.index.tolist() == sorted(wanted) and len(keep) == budget
-    keys = ctx.signals["vision_keys"]
-    merged = (keep.pool.to_dense().double() @ keys).float()  # the weights are float32
-    for row, position in zip(merged, keep.index.tolist(), strict=True):
-        assert_same_sums(row, keys[wanted[position]].mean(0), len(wanted[position]) + 1, keys)
-    assert_same_sums(keep.pool.to_dense().sum(1), torch.ones(len(keep)), ctx.total)
+def cosine(x, y):
+    product, size = sum(a * b for a, b in zip(x, y, strict=True)), math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+    return product / size
+
+
+@pytest.mark.parametrize("tenths", [8, 5, 2, 10])
+@pytest.mark.parametrize("kind", ["random", "ties", "static", "alternating", "one frame"])
+def test_the_merge_equals_a_naive_loop_and_is_a_mean(kind, tenths):
+    grid = TokenGrid(1 if kind == "one frame" else 5, 3, 4)
+    for budget in {1, 3, 7, len(grid) // 2, len(grid) - 1}:
+        ctx = context((grid,), budget, seed=budget)
+        keys = ctx.signals["vision_keys"].repeat(1, 8).cumsum(1).sign()  # 64 numbers of 1 or -1: no cosine is rounded
+        if kind == "ties":
+            ctx.signals["vision_attention"] = (3 * ctx.signals["vision_attention"]).round()
+        if kind in ("static", "alternating"):
+            scene_F = torch.arange(grid.frames) % (1 if kind == "static" else 2)
+            keys = keys.view(grid.frames, -1, 64)[scene_F].flatten(0, 1)
+        ctx.signals["vision_keys"] = keys
+        keep, wanted = VisionZipPruner(tenths / 10).select(ctx), naive(ctx, tenths)
+        assert keep.index.tolist() == sorted(wanted) and len(keep) == budget
+        merged = (keep.pool.to_dense().double() @ keys).float()  # the weights are float32
+        for row, position in zip(merged, keep.index.tolist(), strict=True):
+            assert_same_sums(row, keys[wanted[position]].mean(0), len(wanted[position]) + 1, keys)
+        assert_same_sums(keep.pool.to_dense().sum(1), torch.ones(len(keep)), ctx.total)
+
+
+def test_the_default_is_the_papers_and_a_half_is_rounded_up():
+    for budget, dominant in ((64, 54), (32, 27), (16, 14), (1, 1)):
+        attention = torch.rand(1, 300, generator=torch.Generator().manual_seed(0))
+        (best, _), *_ = VisionZipPruner().frame_parts(attention, torch.ones(1, 300, 2), budget)
+        assert best.shape == (1, dominant)
 
 
 @pytest.mark.parametrize("budget", [1, 5, 16, 25, 27])

@@ -114,11 +114,11 @@ class States:
     """Hidden states behind the first `layer` layers of a language model, of the video tokens and of the text after the last.
 
     Passes come in the order of the prompt, in pieces of any length; of each, only those rows are kept: (N, D) and (T, D) in the
-    model's dtype, and the (T, D) that entered the first layer.
+    model's dtype, and the (T, D) that entered the first layer. norm_D: the weight of the model's final norm.
     """
 
-    def __init__(self, video_index: Tensor, cut: int, layer: int) -> None:
-        self.video_index, self.cut, self.layer = video_index.cpu(), cut, layer
+    def __init__(self, video_index: Tensor, cut: int, layer: int, norm_D: Tensor | None = None) -> None:
+        self.video_index, self.cut, self.layer, self._norm_D = video_index.cpu(), cut, layer, norm_D
         self._start = 0
         self._entering: list[Tensor] = []
         self._video: list[Tensor] = []
@@ -146,6 +146,11 @@ class States:
     def text(self) -> Tensor:
         """(T, D)."""
         return torch.cat(self._text)
+
+    def norm(self) -> Tensor:
+        """(D,) a strategy's own."""
+        assert self._norm_D is not None, "made without a norm"
+        return self._norm_D.detach().clone()
 
     def similarity(self, features_ND: Tensor) -> Tensor:
         """(2, N): see `mean_cosine`, of what entered the first layer and of what came out of `layer` layers."""

@@ -14,17 +14,22 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 class FastVPruner(Pruner):
     """Keep the B tokens of highest attention from the last prompt token in layer K, counted from 1, mean over heads.
 
-    FastV (arXiv 2403.06764) drops after K layers by the attention of the K-th, its default K = 2. There the model drops
-    its own tokens on the way; here the choice is made before the drafter starts. Among equal scores the earlier token
-    is kept.
+    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, its default
+    K = 2. There the model drops its own tokens behind that layer; here the choice is made before the drafter starts. Among
+    equal scores the earlier token is kept.
 
     layer: K, from 1. source: whose attention. target is free, a by-product of its prefill; draft is FastV's own, and
     costs K layers of the drafter over the unpruned video.
+
+    Deviations: none.
+
     Cost: a sort of N. Limits: one row of one layer is a noisy guide.
     Raises UserError for a layer the model does not have or another `source`; ValueError where the attention holds NaN.
     """
 
     name = "fastv"
+    paper = "FastV (arXiv 2403.06764)"
+    fidelity = "exact"
     layer: Annotated[int, Within(1, 1000)] = 2
     source: str = "target"
 

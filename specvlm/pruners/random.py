@@ -12,12 +12,17 @@ from specvlm.types import KeepSet
 class RandomPruner(Pruner):
     """Keep a uniformly random subset, drawn without replacement: the baseline SD-Rand of SpecVLM (arXiv 2508.16201).
 
-    The generator of the request draws on the CPU, so a seed gives the same tokens on every device.
+    The first B of a random permutation, in raster order. The generator of the request draws on the CPU, so a seed gives the
+    same tokens on every device.
+
+    Deviations: none.
 
     Cost: O(N) on the CPU, no signal. Raises ValueError where the context brings no generator.
     """
 
     name = "random"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
 
     def select(self, ctx: PruneContext) -> KeepSet:
         if ctx.generator is None:

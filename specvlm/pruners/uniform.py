@@ -13,10 +13,14 @@ class UniformPruner(Pruner):
     Raster order is time, row, column, over all videos. The first and last token are always kept; a budget of one keeps
     the first. The "uniform only" ablation of SpecVLM (arXiv 2508.16201) and its Stage II.
 
+    Deviations: none. In whole numbers, since a float linspace cut to int depends on how its last bit was rounded.
+
     Cost: O(B), no signal. Limits: where the stride divides a row, the kept tokens form columns.
     """
 
     name = "uniform"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
 
     def select(self, ctx: PruneContext) -> KeepSet:
         return KeepSet.uniform(ctx.total, ctx.budget, ctx.device)

@@ -13,11 +13,15 @@ class VerifierAttentionPruner(Pruner):
     a_j is the mean over layers, heads and text rows. SpecVLM's Stage I alone (arXiv 2508.16201, "attention only"),
     with the whole budget instead of a share of the attention. Among equal scores the earlier token is kept.
 
+    Deviations: none.
+
     Cost: a sort of N; the signal comes out of the target's prefill. Limits: attention is long-tailed and gathers in a
     few frames, so others may go unseen. Raises ValueError where the attention holds NaN.
     """
 
     name = "verifier_attention"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
     needs = frozenset({"verifier_attention"})
 
     def select(self, ctx: PruneContext) -> KeepSet:

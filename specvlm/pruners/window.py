@@ -17,10 +17,16 @@ class WindowPruner(Pruner):
 
     The window baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): a whole stretch of the video, nothing of the rest.
 
-    where: front, middle or back. Cost: O(B), no signal. Raises UserError for another `where`.
+    where: front, middle or back.
+
+    Deviations: where a middle block of odd rest begins is not in the paper; it is rounded down here.
+
+    Cost: O(B), no signal. Raises UserError for another `where`.
     """
 
     name = "window"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "adapted"
     where: str = "middle"
 
     def __post_init__(self) -> None:

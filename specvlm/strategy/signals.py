@@ -17,13 +17,14 @@ SIGNALS: dict[str, str] = {
     "text_similarity": "(2, N) mean cosine to the text after the video, of states entering layer 0 and behind `state_layer`",
     "hidden": "(N, D) the target's hidden states of the video tokens behind `state_layer` layers",
     "hidden_text": "(T, D) the same of the text after the video",
+    "final_norm": "(D,) weight of the norm behind the target's last layer: behind it, cosines are those of states times weight",
     "key_norm": "(N,) L1 norm of the video tokens' keys in the last of these layers, all KV heads together",
     "key_norm_text": "(T,) the same of the text after the video",
     "motion": "(N,) pixels that a cell moved since the frame before, against the whole frame, by the file's vectors",
     "packet_bytes": "(N,) compressed bytes of the frames that the token's frame stands for",
     "intra": "(N,) share of these frames that refer to no other; 0 where the file tells nothing",
 }
-STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "key_norm", "key_norm_text"})
+STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm", "key_norm", "key_norm_text"})
 CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 

@@ -118,7 +118,10 @@ class KeepSet:
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:
-        """Tokens that stay when the share `ratio` is dropped: int(N (1 - ratio)), free of the error of 1 - 0.9 in binary."""
+        """Tokens that stay when the share `ratio` is dropped: floor(N (1 - ratio)), for N below 2^22.
+
+        Free of the error of 1 - 0.9 in binary: of 480 tokens 48 stay, where the released SpecVLM's int(480 * (1 - 0.9)) is 47.
+        """
         return math.floor(total * (1 - ratio) + 1e-9)
 
     @classmethod
