@@ -23,6 +23,8 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import Prepared, Reading, Setup, plan
 from specvlm.ranks import ALONE, Ranks
 
+PENALTY = "the model's repetition_penalty"  # of a structure: what each request sets
+
 
 class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
@@ -120,7 +122,10 @@ class Held:
         Raises StrategyError where it is not, unless the request has failed anyway.
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
-        snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
+        weights = [self.weights[model] for model in models]
+        # Compared with the models' own in `graph`, but for what a request sets.
+        structures = [{**self.structures[model], PENALTY: model.repetition_penalty} for model in models]
+        snapshot = Snapshot(CODE, models, weights, structures, graph.caches, graph.engine)
         failed = True
         try:
             yield
@@ -138,7 +143,7 @@ class Held:
 
 def _lasting(model: VideoLM) -> dict[str, Any]:
     """Its structure, without what each request sets."""
-    return {key: value for key, value in structure(model).items() if key != "the model's repetition_penalty"}
+    return {key: value for key, value in structure(model).items() if key != PENALTY}
 
 
 def _strangers(graph: DecodingGraph) -> str:

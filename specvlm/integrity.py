@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from operator import eq, is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     """
     small: dict[torch.device, list[Tensor]] = {}  # one after the other: a pass over each would take longer than reading it
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    weights = cache(_weights)  # for this call alone: between calls they could be written to
     for number, tensor in enumerate(tensors):
         if tensor.device.type == "meta":
             continue
@@ -67,9 +69,9 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         if len(flat) < SMALL:
             small.setdefault(tensor.device, []).append(flat)
         else:
-            parts.setdefault(tensor.device, []).extend((number + 1, part) for part in _sums(flat))
+            parts.setdefault(tensor.device, []).extend((number + 1, part) for part in _sums(flat, weights))
     for device, flats in small.items():
-        parts.setdefault(device, []).extend((0, part) for part in _sums(torch.cat(flats)))
+        parts.setdefault(device, []).extend((0, part) for part in _sums(torch.cat(flats), weights))
     total = 0
     for found in parts.values():
         values = torch.stack([part for _, part in found]).tolist()
@@ -77,22 +79,22 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return total % 2**64
 
 
-def _sums(flat: Tensor) -> Iterator[Tensor]:
+def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
     """() int64 each, of bytes: of whole rows of words, of the words behind them, of the bytes behind those."""
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # else it is no row of words
     count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
     rows = count // WORDS
     if rows:
-        yield (words[: rows * WORDS].view(rows, WORDS).sum(0) * _weights(WORDS, flat.device)).sum()
+        yield (words[: rows * WORDS].view(rows, WORDS).sum(0) * weights(WORDS, flat.device)).sum()
     if count % WORDS:
-        yield (words[rows * WORDS :] * _weights(count % WORDS, flat.device)).sum()
+        yield (words[rows * WORDS :] * weights(count % WORDS, flat.device)).sum()
     if len(rest):
-        yield (rest * _weights(len(rest), flat.device)).sum()
+        yield (rest * weights(len(rest), flat.device)).sum()
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd numbers, all different; their products wrap around. Not kept, where they could be written to."""
+    """(count,) odd numbers, all different; their products wrap around."""
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D
 
 
@@ -345,13 +347,23 @@ CODE = Code()  # of this process
 
 
 class Snapshot:
-    """Of all that is looked at, before strategies run. weights: the checksum of each of `models`, as it was loaded."""
+    """Of all that is looked at, before strategies run.
+
+    weights, structures: the checksum and the structure that each of `models` has to have.
+    """
 
     def __init__(
-        self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
+        self,
+        code: Code,
+        models: Sequence[VideoLM],
+        weights: Sequence[int],
+        structures: Sequence[dict[str, Any]],
+        caches: CachePool,
+        engine: object,
     ) -> None:
-        self.models, self.weights, self.caches, self.engine = models, weights, caches, engine
-        self.structures, self.running = [structure(model) for model in models], self._running()
+        self.models, self.weights, self.structures = models, weights, structures
+        self.caches, self.engine = caches, engine
+        self.running = self._running()
         code.look({cls for model in models for cls in classes_of(model)})
         self.settings = settings()
         # Held here, so that a patch of this module changes nothing of a snapshot that was taken before it.

@@ -249,6 +249,7 @@ def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(
 def held_graph() -> tuple[Held, DecodingGraph]:
     held, target = Held(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
     held.models, held.weights = {"target": target}, {target: integrity.weights_of(target)}
+    held.structures = {target: integrity.structure(target)}
     return held, DecodingGraph(target, None, UniformPruner(), Idle(), GreedyVerifier(), 0.5, caches=held.caches)
 
 
