@@ -83,7 +83,14 @@ def without_a_fault(number: int, dtype: str) -> tuple[list[int], Comparison]:
 
 def decoded(one: Case) -> tuple[list[int], Comparison]:
     """The output, and what is said of it."""
-    steps = one.decode(one.drafter, NonePruner(), Engine())
+    return judged(one, steps_of(one))
+
+
+def steps_of(one: Case) -> list[Step]:
+    return one.decode(one.drafter, NonePruner(), Engine())
+
+
+def judged(one: Case, steps: Sequence[Step]) -> tuple[list[int], Comparison]:
     return tokens_of(steps), one.judge(steps, Engine())
 
 
@@ -96,11 +103,12 @@ def run(count: int, seed: int) -> list[str]:
         if of_right.verdict == "mismatch":
             found.append(f"prompt {number} in {dtype}, without a fault: {of_right}")
         one = case(number, dtype)
-        try:
-            with planted(name):
-                wrong, of_wrong = decoded(one)
-        except RuntimeError:  # a cache that overflows: nothing came out
-            continue
+        with planted(name):
+            try:
+                steps = steps_of(one)
+            except RuntimeError:  # a cache that overflows: nothing came out
+                continue
+            wrong, of_wrong = judged(one, steps)
         if of_wrong.verdict == "identical" and wrong != one.baseline:
             found.append(f"{name}, prompt {number} in {dtype}: another output is called identical")
         if wrong != right:
@@ -110,4 +118,6 @@ def run(count: int, seed: int) -> list[str]:
         print(f"planted_faults: {dtype}: {ties} of {changed} outputs that a fault changed are called a tie", flush=True)
         if ties > max(1, changed / MOST):
             found.append(f"{dtype}: {ties} of {changed} outputs that a fault changed are called a tie")
+    if not said:
+        found.append("no fault changed an output")
     return sorted(set(found))
