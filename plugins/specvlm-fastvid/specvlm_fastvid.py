@@ -6,6 +6,7 @@ T tokens that anchors gather, D width.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class FastVidPruner(Pruner):
 
     def shares(self, share: int) -> tuple[int, int]:
         """A frame's share in salient tokens, and in what it gives to the anchor frames."""
-        context = math.floor(self.d * share)
+        context = math.floor(Fraction(str(self.d)) * share)
         return share - context, context
 
     def anchors(self, start: int, stop: int, context: int, most: int) -> tuple[list[int], int]:

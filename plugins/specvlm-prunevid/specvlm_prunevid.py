@@ -5,6 +5,7 @@ Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class PruneVidPruner(Pruner):
 
     def split(self, frame_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scene of each frame, and first frame and length of each scene."""
-        count = max(math.ceil(self.scenes * len(frame_FD)), 1)
+        count = max(math.ceil(Fraction(str(self.scenes)) * len(frame_FD)), 1)
         (label_F,) = cluster(frame_FD[None], torch.tensor([count], device=frame_FD.device))[1]
         # Every cluster has a frame, so the labels change count - 1 times or more often.
         gap_E = (frame_FD[1:] - frame_FD[:-1]).square().sum(-1).masked_fill(label_F[1:] == label_F[:-1], float("-inf"))
@@ -91,7 +92,8 @@ class PruneVidPruner(Pruner):
 
     def counts(self, size_R: Tensor, budget: int) -> Tensor:
         """Clusters of each set: the paper's share, or all that fit the budget where that is more."""
-        count_R = torch.where(size_R > SMALL, (self.merge * size_R).ceil().long(), size_R)
+        merge = Fraction(str(self.merge)).limit_denominator(10**6)
+        count_R = torch.where(size_R > SMALL, -(-size_R * merge.numerator // merge.denominator), size_R)
         if int(count_R.sum()) >= budget:
             return count_R
         return count_R + apportion(min(budget, int(size_R.sum())) - int(count_R.sum()), size_R - count_R)
