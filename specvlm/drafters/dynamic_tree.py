@@ -217,7 +217,8 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
         above_W, open_W, value_W = count + chosen_W, opened[chosen_W], values[chosen_W]
         count, first = count + len(tokens), first + width
         logits_WV = expand(tokens[chosen_W], level + 1, seen_WR)
-    return _cut(growth, *map(torch.cat, (tokens_C, values_C, parents_C, rows_C, inner_C)), _confidence(logits_1V, growth.top))
+    candidates_C = (torch.cat(parts) for parts in (tokens_C, values_C, parents_C, rows_C, inner_C))
+    return _cut(growth, _confidence(logits_1V, growth.top), *candidates_C)
 
 
 def _ranked(values: Tensor, before: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _ranked(values: Tensor, before: Tensor) -> Tensor:
 
 
 def _cut(
-    growth: Growth, tokens_C: Tensor, values_C: Tensor, parents_C: Tensor, rows_C: Tensor, inner_C: Tensor, confidence_1: Tensor
+    growth: Growth, confidence_1: Tensor, tokens_C: Tensor, values_C: Tensor, parents_C: Tensor, rows_C: Tensor, inner_C: Tensor
 ) -> Grown:
     """The root, the best inner nodes, and as many of the others as fill up the last step."""
     last, most = len(tokens_C) - 1, min(growth.nodes, len(tokens_C) - 1)

@@ -78,7 +78,8 @@ class EntropyTreeDrafter(GrownTreeDrafter):
             edges = sorted({0.0, 1.0} | {(step + 0.5) / span for span in spans for step in range(span)})
             sides = [self.extent((low + high) / 2, deepest) for low, high in pairwise(edges)]
             for one, other in pairwise([sides[0], *sides]):
-                found |= dict.fromkeys(product(*zip(one, other, strict=True)))
+                depths, widths = zip(one, other, strict=True)
+                found |= dict.fromkeys(product(depths, widths))
         return list(found)
 
     def growth(self, depth: int, width: int) -> Growth:

@@ -63,7 +63,8 @@ class GraphsEngine(Engine):
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
-        if lean is None or not _captured(lean, tree, verifier):
+        # Where an answer ends under a lossy rule is read off its logits, and they stay in a captured step.
+        if lean is None or not request.lossless or not _captured(lean, tree, verifier):
             return super().check(request, tree)
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)

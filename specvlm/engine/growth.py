@@ -74,12 +74,12 @@ class CapturedGrowth(GrownSession):
         self.root += below + 1
         return DraftTree(packed[: len(parents)], parents, varies=True)
 
-    def _moved(self, way: list[int], below: int) -> range:
+    def _moved(self, way: list[int], below: int) -> list[int]:
         """Moves accepted rows together ahead of the program; gives the way that is left to it."""
         device = self.model.device
         self.cache.stores[0].move(torch.tensor([self.root], device=device), torch.tensor(way, device=device))
         self.root += below
-        return range(self.deepest + 1)
+        return list(range(self.deepest + 1))
 
 
 def _round(lean: LeanText, cache: KVCache, vocabulary: int, growth: Growth, state_5: Tensor, way_D: Tensor) -> tuple[Tensor]:
