@@ -32,10 +32,10 @@ class EntropyTreeDrafter(GrownTreeDrafter):
     - a mean acceptance below 2 over the last 10 rounds lowers `deep` by 1, above 3 raises it.
 
     SAGE (arXiv 2602.00523): all of this and its constants: a, 3 to 8 levels, width 2 to 10, 64 nodes, thresholds, history.
-    Deviations, each where we found no word on it: the distribution is that of the draft, which alone is known while
+    Deviations: where we found no word on it, ours are these. The distribution is that of the draft, which alone is known while
     drafting; the number of children is rounded down and is at least 1; P is that of the whole way; `deep` stays between
     `shallow` and its own value; acceptance counts guesses alone, over fewer rounds while there are fewer than 10; of more
-    than 64 nodes the most probable stay. And one for speed: the most probable other candidates fill a tree up to a multiple
+    than 64 nodes the most probable stay. For speed, the most probable other candidates fill a tree up to a multiple
     of 8 nodes, so that 8 captured checks serve all trees; the number of rows of a pass goes by D and W alone, and places the
     thresholds leave free go to the next most probable nodes.
 
