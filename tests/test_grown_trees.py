@@ -75,7 +75,7 @@ def brute_force(model: Model, depth: int, width: int, nodes: int) -> set[tuple[i
 
 
 @pytest.mark.parametrize(("depth", "width", "nodes"), [(1, 4, 4), (1, 4, 2), (2, 2, 6), (4, 3, 12), (6, 3, 25), (3, 6, 25)])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(9))
 def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
     model = Model(seed)
     growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
@@ -89,6 +89,22 @@ def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
             assert model.tokens[row - 1] == way[-1]
     expanded = {way for way, row in zip(ways, grown.rows_M.tolist(), strict=True) if row >= 0}
     assert {way[:-1] for way in ways[1:]} <= expanded
+
+
+@pytest.mark.parametrize(("depth", "width", "nodes"), [(2, 2, 6), (4, 3, 12), (6, 3, 25), (3, 5, 40)])
+def test_where_nodes_tie_with_their_cousins_any_of_them_will_do(depth, width, nodes):
+    """The same distribution below every node: a way is worth as much as its tokens in another order."""
+    model = Model(0)
+    model.logits = lambda way: Model.logits(model, ())
+    growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
+    grown = grow(torch.tensor([3]), model.logits(())[None], growth, model.expand)
+    p = model.logits(()).softmax(-1).tolist()
+
+    def worth(ways):
+        return sorted(math.prod(p[token] for token in way) for way in ways)
+
+    assert worth(ways_of(grown)[1:]) == pytest.approx(worth(brute_force(model, depth, width, nodes)), rel=1e-12)
+    assert all(0 <= parent < node for node, parent in enumerate(grown.parents_M.tolist()) if node)
 
 
 def test_equal_probabilities_keep_the_tree_connected():
