@@ -176,7 +176,8 @@ class DecodingGraph:
             most = int(drafter.max_nodes)
         turn = Turn(self.caches, target, len(prompt) + max_new_tokens + most)
         cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
-        request = Request(target, cache, verifier, penalty, verifier_generator(self.seed), clock.mark)
+        dice = verifier_generator(self.seed)
+        request = Request(target, cache, verifier, penalty, dice, clock.mark, lossless=self.lossless)
         features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
         copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
         token = first_token(request, logits_MV)

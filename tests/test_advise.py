@@ -211,11 +211,11 @@ def test_a_drafter_of_no_fixed_shape_is_recommended_as_it_was_measured():
 
 
 def test_every_drafter_there_is_is_considered():
-    cfg = compose.jobs(["drafter=entropy_tree", "drafter.sure=0.25"], sweep=False)[0].cfg
+    cfg = compose.jobs(["drafter=entropy_tree", "drafter.nodes=40"], sweep=False)[0].cfg
     wishes = Wishes.of_words({})
     others = wishes.others(cfg)
     assert {*wishes.trees(cfg), *(drafter.name for drafter in others)} == registry.collect()["drafter"].keys()
-    assert EntropyTreeDrafter(sure=0.25) in others and DynamicTreeDrafter() in others
+    assert EntropyTreeDrafter(nodes=40) in others and DynamicTreeDrafter() in others
 
 
 def test_three_different_configurations_are_checked():

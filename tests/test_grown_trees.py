@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter, candidates, grow
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter, Growth, _confidence, grow, unpacked
+from specvlm.drafters.entropy_tree import EntropyPace, EntropyTreeDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.engine import Engine
 from specvlm.engine.graphs import GraphsEngine
@@ -49,7 +54,8 @@ class Model:
 
 def ways_of(grown) -> list[tuple[int, ...]]:
     ways: list[tuple[int, ...]] = [()]
-    for token, parent in zip(grown.tokens_M.tolist()[1:], grown.parents_M.tolist()[1:], strict=True):
+    tokens, parents, *_ = unpacked(grown.packed().tolist())
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
         ways.append((*ways[parent], token))
     return ways
 
@@ -69,10 +75,11 @@ def brute_force(model: Model, depth: int, width: int, nodes: int) -> set[tuple[i
 
 
 @pytest.mark.parametrize(("depth", "width", "nodes"), [(1, 4, 4), (1, 4, 2), (2, 2, 6), (4, 3, 12), (6, 3, 25), (3, 6, 25)])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(9))
 def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
     model = Model(seed)
-    grown = grow(torch.tensor([3]), model.logits(())[None], depth, width, nodes, model.expand)
+    growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
+    grown = grow(torch.tensor([3]), model.logits(())[None], growth, model.expand)
     ways = ways_of(grown)
     assert grown.tokens_M[0] == 3 and grown.parents_M[0] == -1 and grown.rows_M[0] == 0
     assert all(parent < node for node, parent in enumerate(grown.parents_M.tolist()))
@@ -84,11 +91,28 @@ def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
     assert {way[:-1] for way in ways[1:]} <= expanded
 
 
+@pytest.mark.parametrize(("depth", "width", "nodes"), [(2, 2, 6), (4, 3, 12), (6, 3, 25), (3, 5, 40)])
+def test_where_nodes_tie_with_their_cousins_any_of_them_will_do(depth, width, nodes):
+    """The same distribution below every node: a way is worth as much as its tokens in another order."""
+    model = Model(0)
+    model.logits = lambda way: Model.logits(model, ())
+    growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
+    grown = grow(torch.tensor([3]), model.logits(())[None], growth, model.expand)
+    p = model.logits(()).softmax(-1).tolist()
+
+    def worth(ways):
+        return sorted(math.prod(p[token] for token in way) for way in ways)
+
+    assert worth(ways_of(grown)[1:]) == pytest.approx(worth(brute_force(model, depth, width, nodes)), rel=1e-12)
+    assert all(0 <= parent < node for node, parent in enumerate(grown.parents_M.tolist()) if node)
+
+
 def test_equal_probabilities_keep_the_tree_connected():
     """A draft that is certain: its second guesses are worth as much as nothing, its first as much as the root."""
     certain = torch.full((1, V), -1e9).double()
     certain[0, 2] = 0.0
-    grown = grow(torch.tensor([0]), certain, 4, 2, 9, lambda tokens, *_: certain.expand(len(tokens), -1))
+    growth = Growth((2,) * 4, (2,) * 3, 9)
+    grown = grow(torch.tensor([0]), certain, growth, lambda tokens, *_: certain.expand(len(tokens), -1))
     assert all(0 <= parent < node for node, parent in enumerate(grown.parents_M.tolist()) if node)
     assert (2, 2, 2, 2) in ways_of(grown)
 
@@ -154,18 +178,166 @@ def test_repetition_penalty_and_sampling(engine, monkeypatch):
     assert penalised == tokens_of(decode(family, TreeDrafter(), Engine())) != plain
 
 
-def test_an_entropy_tree_is_deep_where_sure_and_wide_where_not():
+# ---- SAGE -------------------------------------------------------------------------------------------------------------
+
+
+def sage_confidence(logits: list[float]) -> float:
+    """From the paper's words: of the ten likeliest tokens, made to add up to 1, one minus the entropy over its maximum."""
+    weights = [math.exp(logit - max(logits)) for logit in sorted(logits)[-10:]]
+    shares = [weight / sum(weights) for weight in weights]
+    return 1 + sum(share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
+
+
+def sage_tree(model: SageModel, depth: int, width: int) -> dict[tuple[int, ...], float]:
+    """From the paper's words, node by node: ways and their probabilities, without the limit of 64."""
+    tree, frontier = {}, {(): 1.0}
+    for level in range(1, depth + 1):
+        below = {}
+        for way, chance in frontier.items():
+            table = model.table(way)
+            count = max(1, math.floor(width * (1 / level) * (0.5 + chance)))
+            for token in sorted(table, key=lambda token: -table[token])[:count]:
+                below[(*way, token)] = chance * table[token]
+        tree |= below
+        frontier = {way: chance for way, chance in below.items() if chance > 0.1 * level / depth}
+    return tree
+
+
+class SageModel(Model):
+    """Invented distributions over 20 tokens, with different probabilities in a row. kind: `alike`: the same below every
+    node, so that nodes tie with their cousins; `sure`, `flat` or `random`.
+    """
+
+    def __init__(self, seed: int, kind: str) -> None:
+        super().__init__(seed)
+        self.kind = kind
+
+    def logits(self, way: tuple[int, ...]) -> torch.Tensor:
+        chance = random.Random(f"{self.seed} {() if self.kind == 'alike' else way}")
+        scale = {"sure": 9.0, "flat": 0.3}.get(self.kind) or chance.choice((0.5, 1.0, 2.0, 4.0))
+        return torch.tensor(chance.sample([scale * step / 5 for step in range(20)], 20), dtype=torch.float64)
+
+    def table(self, way: tuple[int, ...]) -> dict[int, float]:
+        logits = self.logits(way).tolist()
+        total = sum(map(math.exp, logits))
+        return {token: math.exp(logit) / total for token, logit in enumerate(logits)}
+
+
+@pytest.mark.parametrize("seed", range(13))
+@pytest.mark.parametrize("kind", ["random", "alike", "sure", "flat"])
+def test_an_entropy_tree_is_sages(kind, seed):
     drafter = EntropyTreeDrafter()
-    sure, flat = torch.zeros(1, 50), torch.zeros(1, 50)
-    sure[0, 3] = 30.0
-    assert drafter.extent(sure) == (8, 3) and drafter.extent(flat) == (3, 10)
-    extents = [drafter.extent(sure * share) for share in torch.linspace(0.05, 1, 40).tolist()]
-    assert set(extents) <= set(drafter.extents())
-    assert extents == sorted(extents) and [w for _, w in extents] == sorted((w for _, w in extents), reverse=True)
-    assert all(candidates(*extent) >= drafter.nodes for extent in drafter.extents())
-    masked = torch.full((1, 50), float("-inf"))
-    masked[0, 3] = 0.0
-    assert drafter.extent(masked) == (8, 3)
+    confidence = sage_confidence(SageModel(seed, kind).logits(()).tolist())
+    for share in {confidence, seed / 12}:
+        depth, width = round(3 + share * 5), round(2 + (1 - share) * 8)
+        assert drafter.extent(share, 8) == (depth, width)
+        expected = sage_tree(SageModel(seed, kind), depth, width)
+        growth = drafter.growth(depth, width)
+        for step, nodes in ((1, 1000), (1, 63), (8, 63)):
+            model = SageModel(seed, kind)
+            grown = grow(torch.tensor([3]), model.logits(())[None], replace(growth, step=step, nodes=nodes), model.expand)
+            ways = ways_of(grown)[1:]
+            assert len(set(ways)) == len(ways) <= nodes
+            if nodes == 1000:
+                assert set(ways) == set(expected)
+            elif len(expected) > nodes:
+                # The most probable ones, of which several may be worth as much as the last.
+                worth = sorted(expected.values(), reverse=True)
+                assert set(ways) <= set(expected)
+                assert sorted((expected[way] for way in ways), reverse=True) == pytest.approx(worth[:nodes], rel=1e-12)
+            else:
+                assert set(ways) >= set(expected) and len(ways) - len(expected) < step
+                assert (len(ways) + 1) % step == 0
+            for way, row in zip(ways, unpacked(grown.packed().tolist())[2][1:], strict=True):
+                assert row < 0 or model.tokens[row - 1] == way[-1]
+            assert unpacked(grown.packed().tolist())[3] == pytest.approx(confidence, abs=1e-12)
+
+
+def test_half_a_chance_and_a_uniform_rest_give_depth_8_and_width_2():
+    """Of 150,000 tokens: the entropy of all of them would say the contrary."""
+    p = torch.full((1, 150_000), 0.5 / 149_999, dtype=torch.float64)
+    p[0, 77] = 0.5
+    confidence = float(_confidence(p.log(), 10))
+    assert confidence == pytest.approx(sage_confidence(p.log()[0].tolist()), abs=1e-12) and confidence > 0.99
+    assert EntropyTreeDrafter().extent(confidence, 8) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "confidence"), [([0.0] * 50, 0.0), ([0.0] + [-1e9] * 49, 1.0), ([0.0] * 4, 0.0), ([5.0], 1.0)]
+)
+def test_confidence_at_its_ends(logits, confidence):
+    assert float(_confidence(torch.tensor([logits]), 10)) == pytest.approx(confidence, abs=1e-12)
+
+
+def test_the_history_moves_the_greatest_depth_within_its_bounds():
+    drafter = EntropyTreeDrafter()
+    pace, deepest, seen, chance = drafter.pace(), 8, [], random.Random(0)
+    assert pace.extent == (6, 6)  # of a confidence of 0.5
+    for round_ in range(200):
+        accepted, confidence = chance.choice(((0, 1), (2, 3), (4, 8))[round_ // 20 % 3]), chance.random()
+        seen.append(accepted)
+        mean = sum(seen[-10:]) / len(seen[-10:])
+        deepest = max(3, deepest - 1) if mean < 2 else min(8, deepest + 1) if mean > 3 else deepest
+        pace.went(accepted, confidence)
+        assert pace.deepest == deepest and pace.extent == drafter.extent(confidence, deepest)
+        assert pace.extent in drafter.extents()
+    assert drafter.pace().extent == (6, 6), "another request knows nothing of it"
+
+
+@pytest.mark.parametrize(
+    "drafter", [EntropyTreeDrafter(), EntropyTreeDrafter(20, 6, 1, 1, 6), EntropyTreeDrafter(5, 2, 3, 2, 3)]
+)
+def test_every_extent_is_known_ahead(drafter):
+    extents = drafter.extents()
+    assert len(set(extents)) == len(extents)
+    for deepest in range(drafter.shallow, drafter.deep + 1):
+        assert {drafter.extent(step / 4000, deepest) for step in range(4001)} <= set(extents)
+    for extent in extents:
+        assert 1 + sum(drafter.growth(*extent).rows) <= drafter.max_rows and len(drafter.growth(*extent).columns) == extent[0]
+
+
+class WarmsUp(GraphsEngine):
+    """Runs what it captures on the inputs it is captured with, as a CUDA graph's capture does."""
+
+    def capture(self, fn, inputs, backend, tables):
+        for _ in "12":
+            fn(*[value.clone() for value in inputs])
+        return super().capture(fn, inputs, backend, tables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "drafter", "family"),
+    [
+        *(("direct", EntropyTreeDrafter(20, 6, 1, 2, 5), family) for family in tiny.FAMILIES),
+        ("aot_eager", EntropyTreeDrafter(7, 2, 2, 2, 2), "qwen2_5_vl"),  # one extent: compiling takes long
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_entropy_tree_is_captured_by_extent(backend, drafter, family, monkeypatch):
+    """Caches without a slot to spare; programs that are captured while accepted rows still lie behind the root; trees that
+    are shallower than what was accepted of the one before.
+    """
+    monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
+    told, extents = [], drafter.extents()
+    extents = extents[::2] + extents[1::2]
+
+    def went(self, accepted, confidence):
+        told.append((accepted, confidence))
+        self.extent = extents[len(told) % len(extents)]
+
+    monkeypatch.setattr(EntropyPace, "went", went)
+    engine, draft = WarmsUp(backend), tiny.draft_of(family, 0.005)
+    eager = decode(family, drafter, pruner=NonePruner(), draft=draft)
+    heard, told = told, []
+    graphs = decode(family, drafter, engine, pruner=NonePruner(), draft=draft)
+    assert tokens_of(graphs) == tokens_of(eager) == tiny.hf_greedy(tiny.model(family), tiny.prompt(family), 30)
+    assert [(s.accepted, s.tree and s.tree.parents) for s in graphs] == [(s.accepted, s.tree and s.tree.parents) for s in eager]
+    assert [accepted for accepted, _ in told] == [accepted for accepted, _ in heard]
+    assert [share for _, share in told] == pytest.approx([share for _, share in heard], abs=1e-9)
+    grown = [key for key in engine._programs if key[0] == "grown"]
+    captured = [before.accepted for before, s in itertools.pairwise(graphs) if "capture" in s.times_s]
+    assert len(grown) == len(extents) == 1 or (len(grown) > 1 and max(captured) > 1)
 
 
 @pytest.mark.parametrize("fields", [dict(nodes=50, depth=2, width=3), dict(depth=0), dict(width=0), dict(nodes=0)])
@@ -174,6 +346,7 @@ def test_extents_without_enough_guesses_are_refused(fields):
         DynamicTreeDrafter(**fields)
 
 
-def test_entropies_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match="sure < unsure, got 3.0 and 2.5"):
-        EntropyTreeDrafter(sure=3.0)
+@pytest.mark.parametrize("fields", [dict(shallow=9), dict(narrow=11), dict(shallow=0), dict(narrow=0)])
+def test_extents_in_the_wrong_order_are_refused(fields):
+    with pytest.raises(ValueError, match="1 <= shallow <= deep and 1 <= narrow <= wide, got "):
+        EntropyTreeDrafter(**fields)

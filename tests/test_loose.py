@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from campaign import lossy_stops
 from rounding import rounding
 from test_verifiers import naive_greedy, random_parents
 
 from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine
+from specvlm.engine import Engine, Request, strict_ends
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import VerifyContext
-from specvlm.types import DraftTree
+from specvlm.strategy import Sampling, Verifier, VerifyContext
+from specvlm.types import DraftTree, Verdict
 from specvlm.verifiers.loose import LooseVerifier, visual_scores
 
 V = 12
@@ -95,6 +101,171 @@ def test_a_run_is_relaxed_by_what_the_models_hidden_states_say(family, engine):
     accepted = [acceptance_of(found)["accepted_per_round"] for found in (strict, loose, all_of_it)]
     assert accepted[0] < accepted[1] <= accepted[2] == 10.0
     assert tokens_of(loose) != tokens_of(strict)
+
+
+# ---- LVSpec, from the paper's words -----------------------------------------------------------------------------------
+
+
+def lvspec(tokens, parents, best, hidden, video, relaxed, nearest, window):
+    """The path that loose verification takes: plain Python, node by node."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+    scores = {}
+    for node in range(1, len(tokens)):
+        near = sorted((cosine(hidden[node], state) for state in video), reverse=True)[:nearest]
+        scores[node] = sum(near) / len(near)
+    fillers = sorted(scores, key=lambda node: (scores[node], node))[: int(relaxed * len(scores))]
+    path = [0]
+    while below := [node for node, parent in enumerate(parents) if parent == path[-1]]:
+        wanted = [node for node in below if tokens[node] == best[path[-1]]]
+        ahead, line = below[0], []
+        while ahead is not None:
+            line.append(ahead)
+            ahead = next((node for node, parent in enumerate(parents) if parent == ahead), None)
+        choices = [best[node] for node in [*path, *line]]  # by position: choice i is for position i + 1
+        at = len(path) - 1
+        shifted = window and tokens[below[0]] in choices[max(0, at - window) : at + window + 1]
+        if wanted:
+            path.append(wanted[0])
+        elif below[0] in fillers or shifted:
+            path.append(below[0])
+        else:
+            break
+    return tuple(path)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_walk_is_lvspecs(seed):
+    chance = random.Random(seed)
+    size, frames, nearest, window = (
+        chance.choice((1, 2, 6, 11, 26)),
+        chance.choice((1, 2, 30)),
+        chance.choice((1, 3, 10)),
+        seed % 4,
+    )
+    relaxed = chance.choice((0.0, 0.3, 0.7, 1.0))
+    parents = random_parents(size, torch.Generator().manual_seed(seed), chain=chance.choice((0.5, 1.0)))
+    tokens, best = ([chance.randrange(V) for _ in range(size)] for _ in "ab")
+    for node, parent in enumerate(parents[1:], start=1):
+        if chance.random() < 0.4:
+            best[parent] = tokens[node]
+    # Of length 2, so that every cosine is exact: scores are equal, or far apart.
+    states = [[1, 1, 1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [1, -1, 1, -1], [2, 0, 0, 0], [0, 0, -2, 0], [-1, -1, -1, -1]]
+    hidden, video = [chance.choice(states) for _ in range(size)], [chance.choice(states) for _ in range(frames)]
+    logits = torch.zeros(size, V).scatter(1, torch.tensor(best)[:, None], 1.0)
+    rows, unit = torch.tensor(hidden, dtype=torch.float32), torch.tensor(video, dtype=torch.float32) / 2
+    tree = DraftTree(torch.tensor(tokens), parents)
+    ctx = VerifyContext(tree, logits, torch.Generator(), hidden_MD=rows, video_ND=unit)
+    got = LooseVerifier(relaxed, nearest, window).verify(ctx)
+    scores = visual_scores(rows, unit, nearest)[1:].double()
+    gaps = (scores[:, None] - scores).abs()
+    assert not ((gaps > 0) & (gaps < 1e-3)).any(), "equal scores must be equal bits"
+    assert got.path == lvspec(tokens, parents, best, hidden, video, relaxed, nearest, window)
+    assert got.bonus == best[got.path[-1]]
+
+
+# ---- where an answer ends ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Everything(Verifier):
+    """Accepts every first guess; what follows is no choice of the target's either."""
+
+    name = "everything"
+    lossless = False
+    temperature: float = 0.0
+    bonus: int = 3
+
+    @property
+    def sampling(self):
+        return Sampling(self.temperature)
+
+    def first(self, logits_V, generator):
+        if not self.temperature:
+            return self.bonus
+        return int(torch.multinomial(self.sampling.probabilities(logits_V), 1, generator=generator))
+
+    def verify(self, ctx):
+        last = 0
+        while last in ctx.tree.parents:
+            last = ctx.tree.parents.index(last)
+        return Verdict(ctx.tree.way_to(last), self.bonus)
+
+
+def checked_by(verifier, tokens, best, stops, scale=1.0, generator=None):
+    """What the loop makes of a chain that a rule accepted in full."""
+    tree = DraftTree(torch.tensor(tokens), tuple(range(-1, len(tokens) - 1)))
+    logits = torch.zeros(len(tokens), V).scatter(1, torch.tensor(best)[:, None], scale)
+    generator = generator or torch.Generator().manual_seed(0)
+    request = Request(SimpleNamespace(stop_ids=stops), None, verifier, None, generator, lossless=False)
+    return strict_ends(request, verifier.verify(VerifyContext(tree, logits, generator)), tree, logits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "best", "path", "bonus"),
+    [
+        ([0, 1, 2, 4], [5, 5, 5, 5], (0, 1, 2, 3), 3),  # no stop id anywhere: the rule's own affair
+        ([0, 1, 9, 4], [5, 5, 5, 5], (0, 1), 5),  # a guess would end it
+        ([0, 1, 2, 4], [5, 9, 5, 5], (0, 1), 9),  # a guess would lengthen it
+        ([0, 1, 9, 4], [5, 9, 5, 5], (0, 1, 2, 3), 3),  # both want to end it here
+        ([0, 1, 9, 4], [5, 8, 5, 5], (0, 1), 8),  # there are two stop ids, and this is the target's
+        ([0, 9, 9, 9], [5, 5, 5, 5], (0,), 5),
+        ([0, 1, 2, 4], [5, 5, 5, 9], (0, 1, 2, 3), 9),  # the rule's next token would lengthen it
+    ],
+)
+def test_a_path_is_cut_where_a_guess_would_end_the_answer_or_lengthen_it(tokens, best, path, bonus):
+    assert checked_by(Everything(), tokens, best, frozenset({8, 9})) == Verdict(path, bonus)
+    assert checked_by(Everything(), tokens, best, frozenset()) == Verdict((0, 1, 2, 3), 3)
+
+
+def test_a_next_token_that_would_end_the_answer_is_the_targets():
+    assert checked_by(Everything(bonus=9), [0, 1], [5, 5], frozenset({9})) == Verdict((0, 1), 5)
+
+
+def test_where_the_rule_samples_answers_end_as_often_as_its_own_draws_do():
+    """Of a chain that guesses a stop id: at each node the answer ends with the probability that the target gives it."""
+    generator, ends, runs = torch.Generator().manual_seed(0), [0, 0, 0], 1500
+    tokens, best, stops = [0, 1, 9, 4], [2, 2, 8, 2], frozenset({8, 9})
+    for _ in range(runs):
+        got = checked_by(Everything(1.0), tokens, best, stops, 2.0, generator)
+        written = [*(tokens[node] for node in got.path[1:]), got.bonus]
+        at = next((at for at, token in enumerate(written) if token in stops), None)
+        ends[at if at is not None else 2] += 1
+        assert at is None or at == len(written) - 1 or written[at] == 9
+    likely = 2 / (math.exp(2) + V - 1)  # of either stop id behind the first two nodes
+    for count, chance in zip(ends[:2], (likely, (1 - likely) * likely), strict=True):
+        assert abs(count - runs * chance) < 6 * math.sqrt(runs * chance)
+
+
+def test_every_choice_is_drawn_among_lossy_answers():
+    cases = [lossy_stops.drawn(0, number) for number in range(lossy_stops.COUNT)]
+    assert {case["family"] for case in cases} == set(tiny.FAMILIES) and {case["rule"] for case in cases} == set(
+        lossy_stops.RULES
+    )
+    assert {case["drafter"] for case in cases} == set(lossy_stops.DRAFTERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=["eager", "graphs"])
+def test_no_answer_of_a_lossy_rule_ends_or_goes_on_by_a_guess(family, engine, monkeypatch):
+    """Every token of some answers as a stop id: then the target's own choice is never overruled."""
+    monkeypatch.setattr(tiny.model(family), "stop_ids", frozenset(range(97)))
+    for rule in (LooseVerifier(1.0), Everything()):
+        assert answer(family, rule, engine) == tiny.hf_greedy(tiny.model(family), tiny.prompt(family), 1)
+    monkeypatch.setattr(tiny.model(family), "stop_ids", frozenset(range(0, 97, 3)))
+    for rule in (LooseVerifier(1.0), LooseVerifier(), Everything()):
+        for seed in range(6):
+            found = answer(family, rule, engine, seed)
+            assert not lossy_stops.faults_of(tiny.model(family), tiny.prompt(family, seed), found)
+
+
+def answer(family, rule, engine, seed=0):
+    pair = tiny.model(family), tiny.draft_of(family, 0.1)
+    graph = DecodingGraph(*pair, UniformPruner(), TreeDrafter("chain:10"), rule, 0.9, engine=engine)
+    return tokens_of(list(graph.decode(tiny.prompt(family, seed), 20)))
 
 
 def test_it_says_that_it_is_lossy():

@@ -52,7 +52,7 @@ DRAFTERS = [
     TreeDrafter("chain:2"),
     SelfDrafter("2x1"),
     DynamicTreeDrafter(nodes=4, depth=2, width=2),
-    EntropyTreeDrafter(nodes=3, deep=3, narrow=1, shallow=1, wide=3, sure=1.0, unsure=1.6),
+    EntropyTreeDrafter(nodes=3, deep=3, narrow=1, shallow=1, wide=3),
     SparseDrafter(entries=11, length=2),
     PromptLookupDrafter(length=3),
 ]

@@ -1,11 +1,13 @@
 """Grow a tree where the draft model is sure of itself, and cut it back to its best nodes (EAGLE-2).
 
 Shape suffixes: W nodes expanded on a level, R rows written below the root so far, C candidates (the root is number 0), M tree
-nodes, V vocabulary.
+nodes, K best tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,19 +33,56 @@ def candidates(depth: int, width: int) -> int:
     return width + (depth - 1) * width**2
 
 
+class Pace:
+    """What a request's rounds so far say of the next tree's depth and width. Here: nothing, both are fixed."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        self.extent = (depth, width)
+
+    def went(self, accepted: int, confidence: float) -> None:
+        """Takes up a round: guesses accepted, and the draft's `confidence` below its root."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a tree grows, all of it known before the first pass: so that one captured program serves every round of it.
+
+    Attributes:
+        columns: For each level, the most children of a node.
+        rows: For each level but the last, the nodes that are expanded: `open` ones first, then by probability.
+        nodes: Guesses that are kept at most: inner ones first (see `grow`), then by probability.
+        shares: For each level a number s: of a node reached with probability P only max(1, floor(s * (0.5 + P))) children
+            are inner ones. Empty: all are.
+        least: For each level but the last, the probability that an open node must exceed. Empty: all inner ones are open.
+        step: The tree, its root included, is filled up to a multiple of this.
+        top: Of how many tokens the entropy is taken for the confidence; 0: there is none.
+    """
+
+    columns: tuple[int, ...]
+    rows: tuple[int, ...]
+    nodes: int
+    shares: tuple[float, ...] = ()
+    least: tuple[float, ...] = ()
+    step: int = 1
+    top: int = 0
+
+
 class GrownTreeDrafter(Drafter):
-    """Any drafter whose tree is grown: what `extent` says of depth and width is grown, and the best of it proposed."""
+    """Any drafter whose tree is grown. What it goes by from round to round is in the session's `Pace`, never in itself."""
 
     tells = True
     nodes: int
 
     @abstractmethod
     def extents(self) -> list[tuple[int, int]]:
-        """Every (depth, width) that `extent` may give."""
+        """Every (depth, width) that a round's tree may have."""
 
     @abstractmethod
-    def extent(self, logits_1V: Tensor) -> tuple[int, int]:
-        """Depth and width of this round's tree, after the logits below its root."""
+    def growth(self, depth: int, width: int) -> Growth: ...
+
+    @abstractmethod
+    def pace(self) -> Pace:
+        """A new one, for a request that begins."""
 
     @property
     def max_nodes(self) -> int:
@@ -51,22 +90,12 @@ class GrownTreeDrafter(Drafter):
 
     @property
     def max_rows(self) -> int:
-        return max(self.max_nodes, *(1 + (depth - 1) * width for depth, width in self.extents()))
-
-    def _check(self) -> None:
-        """Raises ValueError where some extent has fewer candidates than the tree has nodes."""
-        for depth, width in self.extents():
-            if depth < 1 or width < 1 or self.nodes < 1:
-                raise ValueError(f"nodes, depth and width must be at least 1, got {self.nodes}, {depth} and {width}")
-            if (most := candidates(depth, width)) < self.nodes:
-                raise ValueError(
-                    f"depth {depth} and width {width} give {most} guesses to choose nodes={self.nodes} of: widen one"
-                )
+        return max(self.max_nodes, *(1 + sum(self.growth(*extent).rows) for extent in self.extents()))
 
     def start(self, ctx: DraftContext) -> DraftSession:
         model = ctx.target if self.model == "target" else ctx.draft
         assert model is not None
-        widest = max(width for _, width in self.extents())
+        widest = max(max(self.growth(*extent).columns) for extent in self.extents())
         if widest > ctx.vocabulary:
             raise UserError(f"drafter={self.name} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
         engine, ranks = ctx.engine or Engine(), ctx.target.ranks
@@ -79,87 +108,148 @@ class GrownTreeDrafter(Drafter):
 class DynamicTreeDrafter(GrownTreeDrafter):
     """Expand and re-rank: of all that was guessed, the `nodes` with the highest probability of being reached.
 
-    Level by level the `width` nodes of the highest cumulative log-probability (the sum of the draft's own log-probabilities on
-    the way from the root) are expanded to `width` children each. Of all candidates the best `nodes` stay: since no child is
-    more probable than its parent and equal values go to the earlier one, they are connected. As far as the draft's
-    probabilities are the chances of acceptance (EAGLE-2 finds them close to), no tree of as many nodes within the candidates
-    accepts more in expectation. Children are the best tokens, never drawn, so the tree is exact under every verifier.
+    The value of a node is the product of the draft's own probabilities on the way to it from the root. Expansion phase: level
+    by level the `width` nodes of the highest value are expanded to their `width` best children each. Re-ranking phase: of all
+    candidates the `nodes` of the highest value stay. No child is worth more than its parent and equal values go to the earlier
+    one, so they are connected. As far as the draft's probabilities are the chances of acceptance (EAGLE-2 finds them close
+    to), no tree of as many nodes within the candidates accepts more in expectation. Children are the best tokens, never drawn,
+    so the tree is exact under every verifier.
 
-    EAGLE-2 (arXiv 2406.16858), with any draft model. nodes: guesses, 25 as in the paper's static tree, which SpecVLM drafts
-    with (EAGLE-2: 60); depth: passes of the draft a round, 5 as in that tree (EAGLE-2: 6); width: 10, EAGLE-2's.
+    EAGLE-2 (arXiv 2406.16858), sections "Expansion Phase" and "Reranking Phase".
+    Deviations: any draft model in the place of EAGLE's head over the target's features. Defaults of size are SpecVLM's tree's:
+    25 guesses in 5 passes; EAGLE-2 has 60 in 6. width 10 is EAGLE-2's.
 
+    nodes: guesses; depth: passes of the draft a round; width: see above.
     Cost: `depth` passes a round, of `width` rows after the first, a log-softmax of each, a sort of the candidates, and one
     more read on the host than a static tree costs: the shape. Limits: a draft that is sure where it is wrong (one that sees
     little of the video) grows in the wrong place. ValueError where depth and width give fewer than `nodes` guesses.
     """
 
     name = "dynamic_tree"
+    paper = "EAGLE-2 (arXiv 2406.16858)"
+    fidelity = "adapted"
 
     nodes: Annotated[int, Within(1, MOST_GUESSES)] = 25
     depth: Annotated[int, Within(1, DEEPEST)] = 5
     width: Annotated[int, Within(1, WIDEST)] = 10
 
     def __post_init__(self) -> None:
-        self._check()
+        if self.depth < 1 or self.width < 1 or self.nodes < 1:
+            raise ValueError(f"nodes, depth and width must be at least 1, got {self.nodes}, {self.depth} and {self.width}")
+        if (most := candidates(self.depth, self.width)) < self.nodes:
+            raise ValueError(
+                f"depth {self.depth} and width {self.width} give {most} guesses to choose nodes={self.nodes} of: widen one"
+            )
 
     def extents(self) -> list[tuple[int, int]]:
         return [(self.depth, self.width)]
 
-    def extent(self, logits_1V: Tensor) -> tuple[int, int]:
-        return self.depth, self.width
+    def growth(self, depth: int, width: int) -> Growth:
+        return Growth((width,) * depth, (width,) * (depth - 1), self.nodes)
+
+    def pace(self) -> Pace:
+        return Pace(self.depth, self.width)
 
 
 class Grown(NamedTuple):
-    """A tree as tensors. rows: where a node was written, counted from the root's row; -1: it was never expanded."""
+    """A tree as tensors. rows: where a node was written, counted from the root's row; -1: it was never expanded.
+
+    count: nodes, the root included; what comes behind them is to be left away. confidence: of the draft below the root.
+    """
 
     tokens_M: Tensor
     parents_M: Tensor
     rows_M: Tensor
+    count_1: Tensor
+    confidence_1: Tensor
+
+    def packed(self) -> Tensor:
+        """(3 M + 2,) integers, for one read on the host; the tokens come first."""
+        confidence = self.confidence_1.double().view(torch.int64)
+        return torch.cat([self.tokens_M, self.parents_M, self.rows_M, self.count_1, confidence])
 
 
-def grow(
-    root_1: Tensor,
-    logits_1V: Tensor,
-    depth: int,
-    width: int,
-    nodes: int,
-    expand: Callable[[Tensor, int, Tensor], Tensor],
-) -> Grown:
+def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int], float]:
+    """Tokens, parents, rows and confidence of what was `packed`."""
+    *nodes, count, bits = integers
+    most = len(nodes) // 3
+    tokens, parents, rows = (nodes[start : start + count] for start in range(0, 3 * most, most))
+    return tokens, tuple(parents), rows, struct.unpack("d", struct.pack("q", bits))[0]
+
+
+def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Tensor]) -> Grown:
     """A tree below the token `root`, with nothing the host must know. logits: below the root.
+
+    Inner nodes are the children that `growth.shares` leaves of nodes that are open; the root is both. Places that they leave
+    free, of rows as of nodes, go to the best of the others: numbers of rows are fixed, and unused ones would cost as much.
 
     expand: (W, V) logits of tokens (W,) at a depth, given which of the rows below the root each sees, (W, R) with its own.
     """
-    device = logits_1V.device
-    tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=torch.promote_types(logits_1V.dtype, torch.float32))]
+    device, wide = logits_1V.device, torch.promote_types(logits_1V.dtype, torch.float32)
+    tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=wide)]
     parents_C, rows_C = [root_1.new_full((1,), -1)], [root_1.new_zeros(1)]
-    above_W, count = root_1.new_zeros(1), 1  # the candidates expanded last, how many there are
+    inner_C = [torch.ones(1, dtype=torch.bool, device=device)]
+    above_W, open_W, value_W = root_1.new_zeros(1), inner_C[0], values_C[0]  # the candidates expanded last
     logits_WV, seen_WR = logits_1V, torch.zeros(1, 0, dtype=torch.bool, device=device)
-    value_W = values_C[0]
-    for level in range(1, depth + 1):
-        best = logits_WV.to(value_W.dtype).log_softmax(-1).topk(width)
+    count, first = 1, 1  # candidates, and rows, so far
+    for level, columns in enumerate(growth.columns):
+        best = logits_WV.to(wide).log_softmax(-1).topk(columns)
         tokens, values = best.indices.flatten(), (value_W[:, None] + best.values).flatten()
-        parents = above_W.repeat_interleave(width)
+        inner = open_W[:, None].expand(-1, columns)
+        if growth.shares:
+            wanted_W = (growth.shares[level] * (0.5 + value_W.exp())).floor().clamp(min=1)
+            inner = inner & (torch.arange(columns, device=device) < wanted_W[:, None])
         tokens_C.append(tokens)
         values_C.append(values)
-        parents_C.append(parents)
+        inner_C.append(inner.flatten())
+        parents_C.append(above_W.repeat_interleave(columns))
         rows_C.append(torch.full_like(tokens, -1))
-        if level == depth:
+        if level + 1 == len(growth.columns):
             break
-        chosen_W = values.sort(descending=True, stable=True).indices[:width]
+        width, opened = growth.rows[level], inner_C[-1]
+        if growth.least:
+            opened = opened & (values.exp() > growth.least[level])
         # In the order of their numbers, so that rows, like nodes, come in the order they were guessed in.
-        chosen_W = chosen_W.sort().values
-        first = 1 + (level - 1) * width
+        chosen_W = _ranked(values, opened)[:width].sort().values
         rows_C[-1] = rows_C[-1].scatter(0, chosen_W, first + torch.arange(width, device=device))
         own_WW = torch.eye(width, dtype=torch.bool, device=device)
-        seen_WR = torch.cat([seen_WR[chosen_W // width], own_WW], 1)
-        above_W, value_W, count = count + chosen_W, values[chosen_W], count + len(tokens)
-        logits_WV = expand(tokens[chosen_W], level, seen_WR)
-    value_C = torch.cat(values_C)
-    best_M = value_C[1:].sort(descending=True, stable=True).indices[:nodes] + 1
-    kept_M = torch.cat([best_M.new_zeros(1), best_M.sort().values])
-    parents_M = torch.searchsorted(kept_M, torch.cat(parents_C)[kept_M])
+        seen_WR = torch.cat([seen_WR[chosen_W // columns], own_WW], 1)
+        above_W, open_W, value_W = count + chosen_W, opened[chosen_W], values[chosen_W]
+        count, first = count + len(tokens), first + width
+        logits_WV = expand(tokens[chosen_W], level + 1, seen_WR)
+    candidates_C = (torch.cat(parts) for parts in (tokens_C, values_C, parents_C, rows_C, inner_C))
+    return _cut(growth, _confidence(logits_1V, growth.top), *candidates_C)
+
+
+def _ranked(values: Tensor, before: Tensor) -> Tensor:
+    """Numbers, those `before` first, the highest values first, then the lowest numbers."""
+    order = values.sort(descending=True, stable=True).indices
+    return order[before[order].to(torch.int8).sort(descending=True, stable=True).indices]
+
+
+def _cut(
+    growth: Growth, confidence_1: Tensor, tokens_C: Tensor, values_C: Tensor, parents_C: Tensor, rows_C: Tensor, inner_C: Tensor
+) -> Grown:
+    """The root, the best inner nodes, and as many of the others as fill up the last step."""
+    last, most = len(tokens_C) - 1, min(growth.nodes, len(tokens_C) - 1)
+    steps_1 = (inner_C.sum(0, keepdim=True).clamp(max=most + 1) + growth.step - 1) // growth.step
+    count_1 = (steps_1 * growth.step).clamp(max=most + 1)
+    best = _ranked(values_C[1:], inner_C[1:])[:most] + 1
+    best = torch.where(torch.arange(1, most + 1, device=best.device) < count_1, best, last + 1)  # past the end, and sorted last
+    kept_M = torch.cat([best.new_zeros(1), best.sort().values])
+    at_M = kept_M.clamp(max=last)
+    parents_M = torch.searchsorted(kept_M, parents_C[at_M])
     parents_M = torch.where(kept_M > 0, parents_M, -1)
-    return Grown(torch.cat(tokens_C)[kept_M], parents_M, torch.cat(rows_C)[kept_M])
+    return Grown(tokens_C[at_M], parents_M, rows_C[at_M], count_1, confidence_1)
+
+
+def _confidence(logits_1V: Tensor, top: int) -> Tensor:
+    """(1,) 1 - H / log k, H the entropy of the k best tokens' probabilities, which are made to add up to 1."""
+    count = min(top, logits_1V.shape[-1])
+    if count < 2:
+        return logits_1V.new_ones(1, dtype=torch.float64)
+    p_1K = logits_1V.topk(count).values.double().softmax(-1)
+    return 1 - torch.special.entr(p_1K).sum(-1) / math.log(count)
 
 
 class GrownSession(PrunedSession):
@@ -167,20 +257,21 @@ class GrownSession(PrunedSession):
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)
-        self.drafter = drafter
+        self.drafter, self.pace = drafter, drafter.pace()
         self.tokens = torch.zeros(1, dtype=torch.int64)
         self.row_of: dict[int, int] = {}
+        self.confidence = 0.0
 
     def propose(self, last: Verdict | None) -> DraftTree:
         if last is not None:
+            self.pace.went(last.accepted, self.confidence)
             self._settle(last, self.tokens, self.row_of)
         root_1 = torch.tensor(self.pending[-1:], device=self.model.head_device)
-        logits_1V = self._root()
-        depth, width = self.drafter.extent(logits_1V)
-        self.tokens, *shape = grow(root_1, logits_1V, depth, width, self.drafter.nodes, self._expand)
-        parents, rows = torch.stack(shape).tolist()
+        grown = grow(root_1, self._root(), self.drafter.growth(*self.pace.extent), self._expand)
+        tokens, parents, rows, self.confidence = unpacked(grown.packed().tolist())
+        self.tokens = grown.tokens_M[: len(tokens)]
         self.row_of = {node: row for node, row in enumerate(rows) if row >= 0}
-        return DraftTree(self.tokens, tuple(parents), varies=True)
+        return DraftTree(self.tokens, parents, varies=True)
 
     def _expand(self, tokens_W: Tensor, depth: int, seen_WR: Tensor) -> Tensor:
         logits = self.model.append(tokens_W, [depth] * len(tokens_W), seen_WR, self.cache, self.base)

@@ -23,8 +23,13 @@ class PromptLookupDrafter(Drafter):
     text goes on with its own beginning, so a loop of any period is proposed in full. Without a match the tree is the
     root alone, and the round is an autoregressive step.
 
-    Placeholders of videos and images are never proposed, n-grams do not span them and chains end before them.
-    Prompt look-up decoding: Saxena (2023), github.com/apoorvumang/prompt-lookup-decoding; LLMA (arXiv 2304.04487).
+    With x the text of n tokens and s the size of the n-gram, j is the largest index below n with x[j - s : j] = x[n - s :], and
+    the guesses are x[j], x[j + 1], ...
+
+    Prompt look-up decoding: Saxena (2023), github.com/apoorvumang/prompt-lookup-decoding; LLMA (arXiv 2304.04487) copies from
+    reference texts in the same way. Deviations: the latest occurrence in the place of the first, and chains that go on past
+    the end of the text (both find more in answers that repeat themselves); 5 guesses, as deep as the paper's tree, for 10;
+    placeholders of videos and images are never proposed, n-grams do not span them and chains end before them.
 
     Cost: no forward pass; max_ngram table entries a token, a run of placeholders counting as one token without any.
     Limits: pays where the answer repeats itself or words of the prompt, which a caption seldom does; trees differ in
@@ -32,6 +37,8 @@ class PromptLookupDrafter(Drafter):
     """
 
     name = "prompt_lookup"
+    paper = "prompt look-up decoding (Saxena, 2023; LLMA, arXiv 2304.04487)"
+    fidelity = "adapted"
     model = None
 
     max_ngram: Annotated[int, Within(1, 64)] = 3

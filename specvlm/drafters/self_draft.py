@@ -11,8 +11,13 @@ from specvlm.drafters.tree import TreeDrafter
 class SelfDrafter(TreeDrafter):
     """As `tree`, with the target as draft model: video features are shared, only a second, pruned cache is added.
 
-    At batch 1 a draft pass reads the same weights as a target pass, so this seldom pays; it needs no second checkpoint.
+    SpecVLM (arXiv 2508.16201), its Self-SD setting. Deviations: none.
+
+    Cost: as `tree`, each pass one of the target's own weights; a prefill of the pruned prompt. At batch 1 a draft pass reads
+    the same weights as a target pass, so this seldom pays; it needs no second checkpoint.
     """
 
     name = "self"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
     model = "target"

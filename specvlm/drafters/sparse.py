@@ -28,17 +28,19 @@ class SparseDrafter(Drafter):
     and there is no second prefill. The output's own rows come from the dense checks. With K = N a round is the target's own,
     and is accepted in full.
 
-    Sparse-to-Dense (arXiv 2505.19155): entries 1024 = K + text and length 9 are the paper's. Tokens of images count as text and
-    all stay, our choice: the paper has none. A prompt whose text alone takes `entries` leaves K = 0. The pruner has no say.
+    Sparse-to-Dense (arXiv 2505.19155): scores, one choice a request, entries 1024 = K + text and length 9. Deviations: none.
+    Cases that it does not have: tokens of images count as text and all stay; a prompt whose text alone takes `entries` leaves
+    K = 0; where the verifier samples, guesses are drawn from the draft's distribution. The pruner has no say.
 
     Signal: `verifier_attention_per_kv_head`, (L, J, N) floats while the request starts. Cost: a copy of entries rows of the
     cache per request, `length` passes of the target a round, which read all its weights and `entries` of its keys. Limits: so
     it pays only where reading keys is what takes the time, for batches or very long prompts, and at batch 1 over short ones it
-    is slower than the target alone. Passes are not captured. Where the verifier samples, guesses are drawn. ValueError for
-    entries or length below 1.
+    is slower than the target alone. Passes are not captured. ValueError for entries or length below 1.
     """
 
     name = "sparse"
+    paper = "Sparse-to-Dense (arXiv 2505.19155)"
+    fidelity = "exact"
     model = "target"
     needs = frozenset({"verifier_attention_per_kv_head"})
 

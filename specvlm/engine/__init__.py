@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Request:
     """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran.
 
-    video_ND: the video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
+    video_ND: the video tokens' last hidden states, to unit length, for a verifier that reads hidden states. lossless: does the
+    verifier claim to be? Of one that does not, the loop itself decides where an answer ends (`strict_ends`).
     """
 
     target: VideoLM
@@ -41,6 +42,7 @@ class Request:
     generator: torch.Generator
     mark: Callable[[str], None] = lambda part: None
     video_ND: Tensor | None = None
+    lossless: bool = True
 
 
 class Engine:
@@ -68,6 +70,8 @@ class Engine:
             context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
         with inside(request.verifier):
             verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
+        if not request.lossless:
+            verdict = strict_ends(request, verdict, tree, logits_MV)
         verdict = agreed(request.target, request.verifier, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
@@ -118,11 +122,45 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 
 def first_token(request: Request, logits_1V: Tensor) -> int:
     """The next token where nothing was guessed, by the request's rule."""
+    logits_1V = request.penalty(logits_1V)
+    verdict = Verdict((0,), _first(request, logits_1V[0]))
+    if not request.lossless:
+        verdict = strict_ends(request, verdict, _root(), logits_1V)
+    return agreed(request.target, request.verifier, verdict.bonus)
+
+
+def _first(request: Request, logits_V: Tensor) -> int:
     with inside(request.verifier):
-        token = request.verifier.first(request.penalty(logits_1V)[0], request.generator)
-        root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
-        checked = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
-    return agreed(request.target, request.verifier, checked.bonus)
+        token = request.verifier.first(logits_V, request.generator)
+        return checked_verdict(request.verifier, Verdict((0,), token), _root(), len(logits_V)).bonus
+
+
+def _root() -> DraftTree:
+    return DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
+
+
+def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
+    """A lossy rule's verdict, cut so that no guess ends or lengthens the answer.
+
+    Below each node of its path the target's own choice is its argmax, or the rule's own draw where that samples (`first`).
+    Where either that choice or the token that the verdict has there is a stop id, and they differ, the path ends and the choice
+    is the next token. So whether an answer ends below its last token is decided as if nothing had been guessed.
+    """
+    path, stops = verdict.path, request.target.stop_ids
+    if not stops:
+        return verdict
+    tokens, chosen = tree.tokens[list(path[1:])].tolist(), own_choices(request, logits_MV[list(path)])
+    for at, (token, own) in enumerate(zip([*tokens, verdict.bonus], chosen, strict=True)):
+        if token != own and not stops.isdisjoint((token, own)):
+            return Verdict(path[: at + 1], own)
+    return verdict
+
+
+def own_choices(request: Request, logits_QV: Tensor) -> list[int]:
+    """What the rule writes behind each row where nothing is guessed."""
+    if request.verifier.sampling.temperature > 0:
+        return [_first(request, logits_V) for logits_V in logits_QV]
+    return list(map(int, logits_QV.argmax(-1).tolist()))
 
 
 def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:

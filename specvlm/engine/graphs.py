@@ -63,7 +63,8 @@ class GraphsEngine(Engine):
     def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
-        if lean is None or not _captured(lean, tree, verifier):
+        # Where an answer ends under a lossy rule is read off its logits, and they stay in a captured step.
+        if lean is None or not request.lossless or not _captured(lean, tree, verifier):
             return super().check(request, tree)
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
@@ -142,18 +143,23 @@ class GraphsEngine(Engine):
         return CapturedTree(ctx, model, shape, sample, lean, self)
 
     def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
-        lean, extents = self.lean(model), drafter.extents()
-        # One extent: all passes are known ahead. With several the first pass decides about the others, on the host.
-        if lean is None or len(lean.stages) > 1 or len(extents) > 1 or extents[0][1] > ROWS:
+        lean = self.lean(model)
+        widest = max(max((1, *drafter.growth(*extent).rows)) for extent in drafter.extents())
+        if lean is None or len(lean.stages) > 1 or widest > ROWS:
             return super().grown_session(ctx, model, drafter)
         return CapturedGrowth(ctx, model, drafter, lean, self)
 
     def drafting(
-        self, ctx: DraftContext, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]
+        self,
+        ctx: DraftContext,
+        key: tuple[Hashable, ...],
+        cache: KVCache,
+        build: Callable[[str], Program],
+        part: str = "draft_prefill",
     ) -> Program:
-        """The `program` of a session that starts. Capturing it is no time of the draft's prefill."""
+        """The `program` of a session. Capturing it is no time of the part of the request that asks for it."""
         captured = self.capture_s
-        ctx.mark("draft_prefill")
+        ctx.mark(part)
         program = self.program(key, cache, build)
         if self.capture_s > captured:
             ctx.mark("capture")

@@ -29,8 +29,8 @@ class DraftContext:
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
     the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
-    output so far but its last token. mark: told "draft_prefill" before a step is captured while the drafter starts, and
-    "capture" behind it.
+    output so far but its last token. mark: told "draft_prefill" before a step is captured while the drafter starts, "draft"
+    in a later round, and "capture" behind it.
     """
 
     prompt: VideoPrompt

@@ -73,6 +73,10 @@ class Verifier(Strategy, ABC):
     """The rule that accepts guesses: a pure function of its context.
 
     Write `decide`, on the device alone, and the rule runs inside a captured step; or `verify`, free to read on the host.
+
+    Of a rule that is not `lossless` the loop cuts the path where it would end the answer, or lengthen it, by a guess: a stop id
+    stands where the target's argmax is one (where the rule samples: where its own `first` draws one), and nowhere else. Its
+    checks are not captured.
     """
 
     kind = "verifier"

@@ -22,6 +22,7 @@ class GreedyVerifier(Verifier):
     Node i stands when tokens[j] = argmax logits[parents[j]] for every j on the way from the root to i, i included. The
     deepest standing node wins, and the lowest number among equally deep ones, which needs siblings with one token.
     Exact match of a tree is SpecInfer's greedy verification (arXiv 2305.09781); of a chain, Stern et al. (1811.03115).
+    Deviations: none.
 
     Equal logits go to the lowest id, in a tree as in the tree of one node that `first` is, so both decide alike where a
     model (bf16!) gives exact ties.
@@ -32,6 +33,8 @@ class GreedyVerifier(Verifier):
     """
 
     name = "greedy"
+    paper = "SpecInfer (arXiv 2305.09781)"
+    fidelity = "exact"
 
     def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...]:
         return _layout.__wrapped__(parents, torch.device("cpu"))

@@ -22,6 +22,9 @@ ROWS = 4096  # of the video's states widened to float32 at once
 class LooseVerifier(Verifier):
     """Visual anchors must match the target's argmax; other guesses pass as they are. The output is NOT the target's own.
 
+    As under every lossy rule, the loop decides where an answer ends: a guess that is a stop id passes only where the target
+    would have written it, and no other guess passes where the target would have written a stop id.
+
     From the root on: the child that equals the target's argmax, if there is one; otherwise the first child (the drafter's
     best), if it is no anchor, or if its token is among the target's argmaxes within `window` positions of its own on its way;
     else the end, and the bonus is the argmax. A guess's score A is the mean of the `nearest` largest cosines between its last
@@ -29,10 +32,11 @@ class LooseVerifier(Verifier):
     with the lowest A (rounded down; equal ones: the earlier) is relaxed, the others are anchors. relaxed = 0 and window = 0
     are strict.
 
-    LVSpec (arXiv 2604.05650): anchors, relaxed = 0.7 (its λ) and nearest = 10 (its N) are the paper's, as is the
-    position-shift tolerance. Not found in it, and ours: that λ is the share of the guesses of one round (a running quantile
-    would be state, and a verdict is a pure function of its context), which layer (the last), which row (the guess's own),
-    window = 2, and what holds on trees (the paper drafts chains of 10: use drafter.shape=chain:10).
+    LVSpec (arXiv 2604.05650): anchors by A, relaxed = 0.7 (its λ), nearest = 10 (its N), the position-shift tolerance.
+    Deviations: strict stop ids, since a stop id passes for a filler else and answers are cut off. Where we found no word on it,
+    ours are: that λ is the share of the guesses of one round (a running quantile would be state, and a verdict is a pure
+    function of its context), which layer (the last), which row (the guess's own), window = 2, and what holds on trees (the
+    paper drafts chains of 10: use drafter.shape=chain:10).
 
     `lossless = False`: a run's verdict is `lossy`, and its figures belong in no table with those of lossless rules. Negations
     and words of logic score as irrelevant to the video, and pass: do not use it where they matter. Under prompts without a
@@ -41,6 +45,8 @@ class LooseVerifier(Verifier):
     """
 
     name = "loose"
+    paper = "LVSpec (arXiv 2604.05650)"
+    fidelity = "adapted"
     lossless = False
     reads_hidden = True
 

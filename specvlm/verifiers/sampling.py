@@ -35,8 +35,9 @@ class SamplingVerifier(Verifier):
     the draw. A drafter whose q has fewer tokens than the node has children may fill up with any. Siblings with one token are
     legal: the second is never accepted. Ids that only one side knows have probability zero on the other.
 
-    Sources: Leviathan et al. (arXiv 2211.17192) and Chen et al. (2302.01318) for one guess; SpecInfer's multi-step
-    speculative sampling (2305.09781) for several; without replacement, Sequoia (2402.12374).
+    Sources: Leviathan et al. (arXiv 2211.17192, section 2.3) and Chen et al. (2302.01318) for one guess; SpecInfer's
+    multi-step speculative sampling (2305.09781) for several; without replacement, Sequoia (2402.12374), whose rule this is.
+    Deviations: none.
 
     temperature: above 0. top_k: 0 is off. top_p: within (0, 1], 1 is off. ValueError for other values, for a q of other
     length than the tree, and for logits that give no distribution (NaN, +inf).
@@ -47,6 +48,8 @@ class SamplingVerifier(Verifier):
     """
 
     name = "sampling"
+    paper = "Sequoia (arXiv 2402.12374)"
+    fidelity = "exact"
 
     temperature: Annotated[float, Within(0.001, 100, "a number")] = 1.0
     top_k: Annotated[int, Within(0, 2**24)] = 0

@@ -143,7 +143,7 @@ def drawn_drafter(chance: random.Random) -> Drafter:
     drafters = [
         TreeDrafter(chance.choice(SHAPES)),
         DynamicTreeDrafter(nodes, depth, width),
-        EntropyTreeDrafter(chance.randint(1, 20), sure=chance.choice((0.0, 0.5, 2.0))),
+        EntropyTreeDrafter(chance.randint(1, 63), chance.randint(3, 8), shallow=chance.randint(1, 3)),
         SelfDrafter(chance.choice(SHAPES)),
         SparseDrafter(chance.randint(1, 120), chance.randint(1, 9)),
         PromptLookupDrafter(longest, chance.randint(1, longest), chance.randint(1, 9)),

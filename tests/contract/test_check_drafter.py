@@ -23,7 +23,7 @@ INSTANCES = [
     TreeDrafter(),
     TreeDrafter("3x1", "sample"),
     DynamicTreeDrafter(nodes=9, depth=3, width=3),
-    EntropyTreeDrafter(),
+    EntropyTreeDrafter(15, 5, 1, 2, 4),
     SelfDrafter("chain:2"),
     SparseDrafter(24, 4),
     PromptLookupDrafter(),

@@ -1,0 +1,50 @@
+"""Static trees: every guess is what a pristine Hugging Face model ranks there, read anew behind the whole way to it."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tiny
+import torch
+from transformers import DynamicCache
+
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.graph import DecodingGraph
+from specvlm.pruners.none import NonePruner
+from specvlm.types import TreeShape
+from specvlm.verifiers.greedy import GreedyVerifier
+
+
+@torch.inference_mode()
+def ranked(hf, prompt, words):
+    """Tokens from the best to the worst behind a prompt and some words: two causal passes, without a tree."""
+    past = DynamicCache(config=hf.config.get_text_config())
+    hf(**reference.inputs_of(hf, prompt), past_key_values=past, use_cache=True)
+    out = hf(input_ids=torch.tensor([words]), past_key_values=past, use_cache=True)
+    return out.logits[0, -1].argsort(descending=True).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("kind", [TreeDrafter, SelfDrafter])
+@pytest.mark.parametrize("shape", ["paper", "3x1x2", "chain:4", "[[0],[2],[2,1]]"])
+def test_every_guess_is_the_models_own_of_that_rank(family, kind, shape):
+    target, draft = tiny.model(family), tiny.draft_of(family)
+    guessing = reference.pristine(draft.hf if kind is TreeDrafter else target.hf)
+    prompt, places = tiny.prompt(family), TreeShape.parse(shape)
+    graph = DecodingGraph(target, draft, NonePruner(), kind(shape), GreedyVerifier())
+    answer: list[int] = []
+    steps = list(graph.decode(prompt, 12))
+    for step in steps:
+        if step.tree is not None:
+            tokens, ways = step.tree.tokens.tolist(), {0: []}
+            assert step.tree.parents == places.parents and tokens[0] == answer[-1]
+            known = {}
+            for node, parent in enumerate(places.parents[1:], start=1):
+                if parent not in known:
+                    known[parent] = ranked(guessing, prompt, answer + ways[parent])
+                assert tokens[node] == known[parent][places.ranks[node]]
+                ways[node] = [*ways[parent], tokens[node]]
+        answer += step.tokens
+    assert len(steps) > 2
