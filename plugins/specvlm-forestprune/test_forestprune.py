@@ -5,7 +5,8 @@ import math
 import pytest
 import specvlm_forestprune
 import torch
-from specvlm_forestprune import ForestPrunePruner, apart, distance
+from rounding import assert_same_sums
+from specvlm_forestprune import ForestPrunePruner, apart, centrality, distance
 from torch.nn.functional import normalize, one_hot
 
 from specvlm.errors import UserError
@@ -50,6 +51,7 @@ def naive_centrality(frame):
 def naive(video, grid, budget, central, similarity=0.9, spatial=0.8, intra=0.5):
     """Trees as lists of nodes with parents, the newest node of each as its tail."""
     count = max(1, round(grid.per_frame * intra), math.ceil(budget / grid.frames))
+    units = [[unit(token) for token in tokens] for tokens in video]
     nodes, parent, trees = [], [], []  # a node: (frame, cell)
     for frame, tokens in enumerate(video):
         chosen = sorted(sorted(range(len(tokens)), key=lambda cell: (-central[frame][cell], cell))[:count])
@@ -59,7 +61,7 @@ def naive(video, grid, budget, central, similarity=0.9, spatial=0.8, intra=0.5):
             for number, tree in enumerate(trees):
                 for node in tree:
                     _, other = nodes[node]
-                    cosine = dot(unit(tokens[cell]), unit(video[nodes[node][0]][other]))
+                    cosine = dot(units[frame][cell], units[nodes[node][0]][other])
                     down = abs(cell // grid.width - other // grid.width) / max(grid.height - 1, 1)
                     across = abs(cell % grid.width - other % grid.width) / max(grid.width - 1, 1)
                     if cosine >= similarity and max(down, across) <= 1 - spatial + 1e-9:
@@ -74,9 +76,9 @@ def naive(video, grid, budget, central, similarity=0.9, spatial=0.8, intra=0.5):
             else:
                 trees[number].append(len(nodes) - 1)
     roots = [node for node, above in enumerate(parent) if above is None]
-    units = {node: unit(video[nodes[node][0]][nodes[node][1]]) for node in roots}
+    cosines = {(a, b): dot(*(units[nodes[node][0]][nodes[node][1]] for node in (a, b))) for a in roots for b in roots if a < b}
     while len(roots) > budget:
-        _, child, above = min((-dot(units[a], units[b]), b, a) for b in roots for a in roots if a < b)
+        _, child, above = min((-cosines[a, b], b, a) for b in roots for a in roots if a < b)
         parent[child] = above
         roots.remove(child)
     depth = []
@@ -110,19 +112,43 @@ def videos():
 def test_it_equals_the_method_in_plain_loops(x_FPD, grid):
     video = x_FPD.tolist()
     central = [naive_centrality(frame) for frame in video]
-    for budget in {*range(1, grid.cells, 4), grid.cells - 1}:
+    for budget in {1, 2, *range(3, grid.cells, 7), grid.cells - 1}:
         for fields in ({}, {"similarity": 0.5, "spatial": 0.4, "intra": 0.8}):
             assert select(x_FPD, grid, budget, **fields) == naive(video, grid, budget, central, **fields), (budget, fields)
+
+
+def test_the_graph_of_a_frame_is_that_of_the_formula():
+    """Frames of much alike tokens, so that every step along the graph moves something."""
+    generator = torch.Generator().manual_seed(4)
+    x_FPD = 1 + 0.3 * torch.randn(5, 7, 5, generator=generator, dtype=torch.float64)
+    found = torch.tensor([naive_centrality(frame) for frame in x_FPD.tolist()], dtype=torch.float64)
+    # What a cosine is off by (an inner product and two lengths of width 5) counts 1 / 0.03 times in a weight, once a step.
+    assert_same_sums(centrality(x_FPD), found, 5 * (2 * 7 + round(3 * 5 / 0.03)), float(x_FPD.norm(dim=-1).sum(1).max()))
+    assert not torch.equal(centrality(x_FPD).argsort(1), x_FPD.norm(dim=-1).argsort(1))
+
+
+def test_of_equally_similar_trees_the_nearest_is_joined_and_of_these_the_oldest():
+    x_FCD = torch.eye(3)[torch.tensor([[0, 1, 0, 1, 0], [0, 2, 2, 2, 1]])]
+    grid = TokenGrid(2, 1, 5)
+    args = x_FCD[0], torch.arange(5), torch.tensor([10, 11, 12, 13, 14]), x_FCD[1], torch.tensor([4, 0, 1, 2, 2])
+    assert ForestPrunePruner(spatial=0.0).tree(*args, grid).tolist() == [14, -1, -1, -1, 11]
+
+
+def test_depth_grows_with_the_tree_and_not_with_the_nearest_node():
+    """A, then A far off, then A again at the first place: a grandchild, since the newest token of the tree is its parent."""
+    x_FCD = torch.eye(4)[torch.tensor([[0, 1], [2, 0], [0, 3]])]
+    depth = ForestPrunePruner(spatial=0.0).depths(x_FCD, torch.arange(2).expand(3, 2), TokenGrid(3, 1, 2))
+    assert depth.tolist() == [[0, 0], [0, 1], [2, 0]]
 
 
 @pytest.mark.parametrize("listed", [1, 2, 32])
 def test_slices_change_nothing(listed, monkeypatch):
     x_FPD = torch.randn(6, 6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    fields = {"similarity": 0.5, "spatial": 0.0, "intra": 1.0}
-    whole = [select(x_FPD, TokenGrid(6, 2, 3), budget, **fields) for budget in range(1, 36)]
+    fields, budgets = {"similarity": 0.5, "spatial": 0.0, "intra": 1.0}, range(1, 36, 5)
+    whole = [select(x_FPD, TokenGrid(6, 2, 3), budget, **fields) for budget in budgets]
     monkeypatch.setattr(specvlm_forestprune, "LISTED", listed)
     monkeypatch.setattr(specvlm_forestprune, "at_once", lambda device: 20)
-    assert [select(x_FPD, TokenGrid(6, 2, 3), budget, **fields) for budget in range(1, 36)] == whole
+    assert [select(x_FPD, TokenGrid(6, 2, 3), budget, **fields) for budget in budgets] == whole
 
 
 @pytest.mark.parametrize("listed", [1, 2, 32])

@@ -93,12 +93,13 @@ def test_it_equals_the_formula_in_plain_loops(x_FPD):
     video = x_FPD.tolist()
     turn, mean = turns(video), means(video)
     assert_same_sums(curvature(torch.tensor(mean, dtype=torch.float64)), torch.tensor(turn, dtype=torch.float64), TERMS, 3.0)
+    scores_F = [naive_scores(frame, mean[t]) for t, frame in enumerate(video)]
     for budget in range(1, frames * per_frame):
         keep = select(x_FPD, budget)
         share = naive_shares(turn, budget, per_frame)
         assert [sum(k // per_frame == t for k in keep) for t in range(frames)] == share
         for t, count in enumerate(share):
-            scores = naive_scores(video[t], mean[t])
+            scores = scores_F[t]
             mine = [scores[k % per_frame] for k in keep if k // per_frame == t]
             # Of scores that only rounding tells apart any may be kept; which of equal tokens is a test of its own.
             best, bound = sorted(scores, reverse=True)[:count], rounding(TERMS, 3.0)
