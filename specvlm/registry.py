@@ -127,6 +127,8 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
         if key not in there:
             has = ", ".join(there[1:]) or "no keys"
             raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
+        if plain[key] == MISSING:  # merged with a default it would be taken for that
+            raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(info.config), literal(plain))
         values = vars(OmegaConf.to_object(merged))

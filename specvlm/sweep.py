@@ -81,6 +81,8 @@ class Sweep:
         except END_IT:
             raise
         except Exception as error:
+            if isinstance(error, UserError) and not several:
+                raise  # a mistake, as of a run of one video: a line, and nothing is left behind
             self.failures[folder] = job.fail(error)
             code = self.tell(error)
             if cfg.fail_fast:
