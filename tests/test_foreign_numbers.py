@@ -16,6 +16,7 @@ from specvlm import outside, registry
 from specvlm.__main__ import main
 from specvlm.compose import compose, jobs
 from specvlm.errors import UserError
+from specvlm.rows import summary_of
 from specvlm.strategy import Pruner
 from specvlm.types import TreeShape, Within
 
@@ -189,6 +190,30 @@ def test_jobs_of_a_sweep_that_share_a_folder_are_refused_before_the_first_starts
     said = refused(lambda: main(["-m", *words, *FAST, "hydra.sweep.dir=sweep"]), capfd)
     assert "jobs 1 and 2" in said and "into sweep" not in said
     assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dataset=folder", "dataset.root=gone"],
+        ["dataset=mvbench", "dataset.root=gone"],
+        ["dataset=synthetic", "dataset.first=-1"],
+        ["dataset=synthetic", "dataset.scenes=???"],
+        ["dataset=synthetic", "pruner=two_stage", "pruner.mass=???"],
+        ["pruner=two_stage", "pruner.mass=???"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_of_one_job_leaves_nothing_behind(words, capfd):
+    refused(lambda: main([*words, *FAST, "hydra.run.dir=out"]), capfd)
+    assert not Path("out").exists()
+
+
+def test_a_mistake_of_one_job_of_several_stands_in_its_folder(capfd):
+    assert main(["-m", "dataset=folder", "dataset.root=gone,away", *FAST, "hydra.sweep.dir=sweep"]) == 2
+    found = [summary_of(path.parent) for path in Path("sweep").glob("*/summary.json")]
+    assert [summary["status"] for summary in found] == ["failed", "failed"]
+    assert all("questions.jsonl: no such file" in summary["reason"] for summary in found)
 
 
 @pytest.mark.parametrize("words", [["ratio=0.5,0.5"], ["shard=0/2,1/2", *SAMPLED], ["ratio=0.5,0.6", *SAMPLED]], ids=" ".join)
