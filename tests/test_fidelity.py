@@ -1,6 +1,7 @@
 """Every strategy says whose method it is, and where it differs."""
 
 import re
+from pathlib import Path
 
 import packages
 import pytest
@@ -34,3 +35,14 @@ def test_the_list_of_options_shows_it():
     text = manual.manual()
     for info in registry.collect()["pruner"].values():
         assert not info.cls.paper or f"[{info.plugin}; {info.cls.fidelity}: {info.cls.paper}]" in text
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("cls", [cls for cls in strategies() if cls.paper], ids=lambda cls: cls.name)
+def test_the_tables_of_the_readme_say_it(cls):
+    built_in = cls.__module__.startswith("specvlm.")
+    option = f"{cls.kind}={cls.name}" if built_in else cls.__module__.replace("_", "-")
+    (source,) = re.findall(rf"^\| `{option}` \| .* \| (.*?) \|$", README, re.M)
+    assert source.startswith(f"{cls.fidelity}: "), source
