@@ -39,6 +39,27 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "flashvid": [{"saliency": "verifier_attention"}, {"saliency": "vision_attention"}],
     "fastvid": [{"saliency": "verifier_attention"}, {"saliency": "vision_attention"}],
     "holitom": [{"saliency": "verifier_attention"}, {"saliency": "vision_attention"}],
+    "dart": [{"states": "raw"}],
+    "oneclip": [{"centres": "peaks", "shares": "length"}],
+    "streaming": [{"chunk": 1}],
+    "visionzip": [{"dominant": 0.864}],
+}
+# What a strategy did before it followed its paper this closely, by the name its rows bear.
+OURS: dict[str, tuple[str, dict[str, object]]] = {
+    "flashvid ours": (
+        "flashvid",
+        {"saliency": "verifier_attention", "relevance": False, "quota": "video", "mean": "token"},
+    ),
+    "memstream ours": (
+        "memstream",
+        {
+            "experts": ("verifier_attention", "verifier_attention_last_row", "features"),
+            "change": -1.0,
+            "fusion": "mean",
+            "detrend": True,
+            "unit": "token",
+        },
+    ),
 }
 MERGERS = (
     "fastvid saliency=verifier_attention", "flashvid saliency=verifier_attention", "holitom saliency=verifier_attention", "lvc",
@@ -76,6 +97,7 @@ def pruners() -> dict[str, Pruner]:
     for name, cls in registered().items():
         variants = {named(name, fields): cls(**fields) for fields in VARIANTS.get(name, [])}
         found |= variants if cls() in variants.values() else {name: cls()} | variants
+        found |= {ours: cls(**fields) for ours, (of, fields) in OURS.items() if of == name}
     return found | {f"{name} unmerged": Unmerged(found[name]) for name in MERGERS if name in found}
 
 
@@ -93,6 +115,7 @@ def drafters(family: str) -> dict[str, Drafter]:
         "dynamic_tree": DynamicTreeDrafter(),
         "dynamic_tree depth=8": DynamicTreeDrafter(depth=8),
         "entropy_tree": EntropyTreeDrafter(),
+        "dynamic_tree nodes=63 depth=8": DynamicTreeDrafter(nodes=63, depth=8),  # as many and as deep as SAGE's largest
         "self chain:5": SelfDrafter("chain:5"),
         "sparse": SparseDrafter(),
         KEPT_SPARSE: SparseDrafter(length=5),
