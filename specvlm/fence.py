@@ -29,6 +29,19 @@ def _label(cls: type) -> str:
     return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
 
 
+class Strangers:
+    """calls: how many calls into strategies of others this process made."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def met(self, strategy: object) -> None:
+        self.calls += not (isinstance(strategy, str) or _is_ours(strategy if isinstance(strategy, type) else type(strategy)))
+
+
+STRANGERS = Strangers()
+
+
 @contextmanager
 def inside(strategy: object) -> Iterator[None]:
     """Around a call into a strategy.
@@ -41,15 +54,15 @@ def inside(strategy: object) -> Iterator[None]:
         StrategyError: see above.
     """
     label, heard = label_of(strategy), INTERRUPTS.heard
+    STRANGERS.met(strategy)
     names = INTERRUPTS.names
     names.append(label)
+    modes = _modes()
     try:
         yield
     except BaseException as error:
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
-            interrupt = KeyboardInterrupt()  # which the strategy made something else of
-            interrupt.add_note(f"in {label}")
-            raise interrupt from error
+            raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
         plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
@@ -59,8 +72,35 @@ def inside(strategy: object) -> Iterator[None]:
         raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
     finally:
         names.pop()
+        left = _left(modes)  # now: what the loop makes under somebody else's mode may be kept
+    if left:
+        raise StrategyError(f"{label} left torch in {left} of its own")
     if INTERRUPTS.heard > heard:
-        raise KeyboardInterrupt
+        raise _interrupted(label)
+
+
+def _modes() -> tuple[int, int]:
+    """How many modes of torch are entered, of functions and of dispatch."""
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def _left(before: tuple[int, int]) -> str:
+    """Leave the modes that were entered since; returns what they are called."""
+    functions, dispatch = before
+    found = []
+    while torch._C._len_torch_function_stack() > functions:
+        torch._C._pop_torch_function_stack()
+        found.append("a function mode")
+    while torch._C._len_torch_dispatch_stack() > dispatch:
+        torch._C._pop_torch_dispatch_stack(None)
+        found.append("a dispatch mode")
+    return " and ".join(dict.fromkeys(found))
+
+
+def _interrupted(label: str) -> KeyboardInterrupt:
+    error = KeyboardInterrupt()
+    error.add_note(f"in {label}")
+    return error
 
 
 @contextmanager
@@ -134,10 +174,12 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 def is_ours(value: object) -> bool:
     """Is its class defined in specvlm, and found there?"""
-    cls = type(value)
-    module = sys.modules.get(cls.__module__)
     changed = "propose" in getattr(value, "__dict__", {})
-    return not changed and cls.__module__.startswith("specvlm.") and getattr(module, cls.__name__, None) is cls
+    return not changed and _is_ours(type(value))
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("specvlm.") and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:

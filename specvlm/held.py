@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +15,16 @@ from specvlm.cache import CachePool
 from specvlm.config import model_folder
 from specvlm.engine import Engine, engine_for
 from specvlm.errors import StrategyError, UserError, one_line
-from specvlm.fence import is_ours, label_of
+from specvlm.fence import STRANGERS, is_ours, label_of
 from specvlm.graph import DecodingGraph
 from specvlm.integrity import CODE, Snapshot, structure, weights_of
+from specvlm.kept import restored
 from specvlm.models.generation import penalty_of
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import Prepared, Reading, Setup, plan
 from specvlm.ranks import ALONE, Ranks
+from specvlm.strategy import Strategy
 
 PENALTY = "the model's repetition_penalty"  # of a structure: what each request sets
 
@@ -38,6 +41,7 @@ class Held:
         self.weights: dict[VideoLM, int] = {}  # their checksums, when they were loaded
         self.structures: dict[VideoLM, dict[str, Any]] = {}  # and what they were beside
         self.layers: list[int] = []
+        self.calls = STRANGERS.calls  # up to which the models are known to be what was loaded
         self.shed()
 
     def shed(self) -> None:
@@ -105,8 +109,13 @@ class Held:
         if CODE.watched:
             CODE.look()
             CODE.undo()
-        if any(_lasting(model) != found for model, found in self.structures.items()):
+        changed = any(_lasting(model) != found for model, found in self.structures.items())
+        if not changed and STRANGERS.calls > self.calls:  # reading the weights takes a while: only where somebody was there
+            changed = any(weights_of(model) != found for model, found in self.weights.items())
+        if changed:
             self.clear()
+        restored()
+        self.calls = STRANGERS.calls
 
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
         if key not in self.models:
@@ -126,6 +135,7 @@ class Held:
         # Compared with the models' own in `graph`, but for what a request sets.
         structures = [{**self.structures[model], PENALTY: model.repetition_penalty} for model in models]
         snapshot = Snapshot(CODE, models, weights, structures, graph.caches, graph.engine)
+        threads, foreign = set(threading.enumerate()), any(not is_ours(one) for one in _strategies(graph))
         failed = True
         try:
             yield
@@ -135,8 +145,9 @@ class Held:
                 undone, spoilt = snapshot.undo()
             except Exception as error:  # what is looked at may be a plugin's own by now
                 undone, spoilt = [], [f"what cannot be looked at any more ({one_line(error)})"]
-            if spoilt:
-                self.clear()
+            if spoilt or (foreign and not set(threading.enumerate()) <= threads):
+                self.clear()  # a thread that goes on may hold any of it
+            self.calls = STRANGERS.calls
             if (undone or spoilt) and not failed:
                 raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
 
@@ -148,9 +159,12 @@ def _lasting(model: VideoLM) -> dict[str, Any]:
 
 def _strangers(graph: DecodingGraph) -> str:
     """The strategies that are not specvlm's own; all three where all are."""
-    strategies = (graph.pruner, graph.drafter, graph.verifier)
-    foreign = [one for one in strategies if not is_ours(one)]
-    return " or ".join(map(label_of, foreign or strategies))
+    foreign = [one for one in _strategies(graph) if not is_ours(one)]
+    return " or ".join(map(label_of, foreign or _strategies(graph)))
+
+
+def _strategies(graph: DecodingGraph) -> tuple[Strategy, ...]:
+    return graph.pruner, graph.drafter, graph.verifier
 
 
 def _listed(names: list[str]) -> str:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.cache import CachePool, KVCache
+from specvlm.kept import restored
 from specvlm.ranks import own
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ WORDS = 65_537  # of 8 bytes: words so far apart are summed before they are weig
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
 SMALL = 2**16  # bytes
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+GLOBAL_HOOKS = tuple(
+    name for name, value in vars(torch.nn.modules.module).items() if name[:8] == "_global_" and isinstance(value, dict)
+)
 SPECIAL = (
     "__call__",
     "__init__",
@@ -111,9 +114,6 @@ def structure(model: VideoLM) -> dict[str, Any]:
     found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
     for name, module in model.hf.named_modules():
         found[f"its module {name or 'root'}"] = _module(module)
-    found["torch's hooks of every module"] = [
-        tuple(map(id, vars(torch.nn.modules.module)[name].values())) for name in GLOBAL_HOOKS
-    ]
     for name, config in (("configuration", model.hf.config), ("generation settings", model.hf.generation_config)):
         found[f"its {name}"] = _config(config)
     return found
@@ -261,9 +261,15 @@ class Setting:
     blamed: bool = True  # else it is put back without a word: a video may be read meanwhile, which uses it too
 
 
-def _pop_modes(count: int) -> None:
-    while torch._C._len_torch_function_stack() > count:
-        torch._C._pop_torch_function_stack()
+def _module_hooks() -> list[dict[int, Any]]:
+    return [dict(vars(torch.nn.modules.module)[name]) for name in GLOBAL_HOOKS]
+
+
+def _set_module_hooks(before: list[dict[int, Any]]) -> None:
+    for name, hooks in zip(GLOBAL_HOOKS, before, strict=True):
+        table = vars(torch.nn.modules.module)[name]
+        table.clear()
+        table.update(hooks)
 
 
 def _set_device(device: torch.device) -> None:
@@ -312,7 +318,7 @@ SETTINGS = (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    Setting("torch's function modes", torch._C._len_torch_function_stack, _pop_modes),
+    Setting("torch's hooks of every module", _module_hooks, _set_module_hooks),
     Setting("the working directory", os.getcwd, os.chdir, blamed=False),
     Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),
     *map(_stream, ("stdin", "stdout", "stderr")),
@@ -341,6 +347,16 @@ def set_again(before: Sequence[Any]) -> list[str]:
         if was is not None:
             setting.write(was)
     return changed
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Around calls into strategies outside of a request: the settings are the same behind them."""
+    before = settings()
+    try:
+        yield
+    finally:
+        set_again(before)
 
 
 CODE = Code()  # of this process
@@ -380,7 +396,7 @@ class Snapshot:
         must not be used again.
         """
         undo_code, set_again, structure, weights_of = self._parts
-        undone = [*undo_code(), *set_again(self.settings)]
+        undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]
         spoilt = ["caches or engine"] if self._running() != self.running else []
         for model, before, weights in zip(self.models, self.structures, self.weights, strict=True):
             after = structure(model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specvlm.kept import kept
 from specvlm.types import DraftTree, VideoPrompt, ancestor_mask
 
 if TYPE_CHECKING:
@@ -60,4 +61,4 @@ class RepetitionPenalty:
 @cache  # never let go: captured steps know the addresses
 def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
     """(M, M) a tree's ancestors in float32, on the device, since shapes recur in every round."""
-    return ancestor_mask(parents).to(device, torch.float32)
+    return kept(ancestor_mask(parents).to(device, torch.float32))

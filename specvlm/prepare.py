@@ -19,6 +19,7 @@ from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.fence import inside
 from specvlm.graph import DecodingGraph
+from specvlm.integrity import settled
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.models.video_lm import VideoLM
@@ -99,10 +100,10 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     }
     check_pristine(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
-    with inside(verifier):
+    with settled(), inside(verifier):
         setup.graph()
     for strategy in (pruner, drafter):
-        with inside(strategy):  # a property may read files of its own
+        with settled(), inside(strategy):  # a property may read files of its own
             _ = strategy.needs
     return setup
 

@@ -22,6 +22,7 @@ from specvlm import config, plugins
 from specvlm.bounds import check
 from specvlm.errors import UserError, did_you_mean
 from specvlm.fence import inside
+from specvlm.integrity import settled
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
@@ -139,7 +140,7 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
-        with inside(info.cls):
+        with settled(), inside(info.cls):
             return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err

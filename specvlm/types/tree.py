@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
+from specvlm.kept import kept
 from specvlm.outside import json_of, read_bytes
 
 T = TypeVar("T")
@@ -224,7 +225,7 @@ def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
     for node, parent in enumerate(parents):
         if parent >= 0:
             mask[node] |= mask[parent]
-    return mask
+    return kept(mask)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from specvlm.kept import kept
 from specvlm.strategy import Verifier, VerifyContext
 from specvlm.types import DraftTree, ancestor_mask
 
@@ -59,9 +60,10 @@ def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     count = len(parents)
     depths = DraftTree(torch.empty(0), parents).depths
     order = [depth * count + count - 1 - node for node, depth in enumerate(depths)]
-    return (
+    layout = (
         torch.tensor(parents, device=device).clamp(min=0),
         torch.tensor([parent < 0 for parent in parents], device=device),
         ~ancestor_mask(parents).to(device),
         torch.tensor(order, device=device),
     )
+    return kept(layout)

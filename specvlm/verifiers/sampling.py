@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specvlm.kept import kept
 from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, Within
 
@@ -162,4 +163,4 @@ def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor
             turns.append([])
         turns[seen[parent]].append((parent, node))
         seen[parent] += 1
-    return tuple((pairs[:, 0], pairs[:, 1]) for pairs in (torch.tensor(turn, device=device) for turn in turns))
+    return tuple(kept((pairs[:, 0], pairs[:, 1])) for pairs in (torch.tensor(turn, device=device) for turn in turns))
