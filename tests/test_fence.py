@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm import integrity, lossless, metrics
 from specvlm.__main__ import main
@@ -25,13 +26,13 @@ from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.fence import checked_tree, checked_verdict, inside, label_of
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.held import Held
+from specvlm.held import Held, _lasting
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.rows import CannotWrite, rows_of
 from specvlm.strategy import Drafter, DraftSession, Pruner
-from specvlm.types import DraftTree, Verdict
-from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.types import DraftTree, Verdict, ancestor_mask
+from specvlm.verifiers.greedy import GreedyVerifier, _layout
 
 FAMILY = "qwen2_5_vl"
 TREE = DraftTree(torch.tensor([5, 6, 7, 8]), (-1, 0, 0, 1))
@@ -249,7 +250,7 @@ def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(
 def held_graph() -> tuple[Held, DecodingGraph]:
     held, target = Held(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
     held.models, held.weights = {"target": target}, {target: integrity.weights_of(target)}
-    held.structures = {target: integrity.structure(target)}
+    held.structures = {target: _lasting(target)}
     return held, DecodingGraph(target, None, UniformPruner(), Idle(), GreedyVerifier(), 0.5, caches=held.caches)
 
 
@@ -317,7 +318,8 @@ CHANGES = {
     "a method of ours": (patch_class, "DecodingGraph.decode"),
     "the default dtype": (lambda graph: torch.set_default_dtype(torch.float64), "default dtype"),
     "the threads": (lambda graph: torch.set_num_threads(3), "threads"),
-    "a mode of torch": (lambda graph: Doubled().__enter__(), "function modes"),
+    "a kept tensor": (lambda graph: ancestor_mask((-1, 0, 0)).fill_(True), "tensors that specvlm keeps"),
+    "another kept tensor": (lambda graph: _layout((-1, 0, 0), torch.device("cpu"))[3].zero_(), "tensors that specvlm keeps"),
     "a hook": (hook, "module lm_head"),
     "a global hook": (
         lambda graph: torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None),
@@ -332,7 +334,7 @@ CHANGES = {
 }
 
 
-SPOILT = ("a hook", "a global hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine")
+SPOILT = ("a hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -342,18 +344,56 @@ def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch)
     held, graph = held_graph()
     target, request = graph.target, tiny.prompt(FAMILY)
     before = tokens_of(list(autoregressive(target, request, 6, GreedyVerifier())))
-    hooks = dict(torch.nn.modules.module._global_forward_hooks)
-    try:
-        with pytest.raises(StrategyError, match="drafter=idle changed ") as caught, held.guard(graph):
-            change(graph)
-        assert said in str(caught.value)
-    finally:
-        torch.nn.modules.module._global_forward_hooks.clear()
-        torch.nn.modules.module._global_forward_hooks.update(hooks)
+    mask = ancestor_mask((-1, 0, 0)).clone()
+    with pytest.raises(StrategyError, match="drafter=idle changed ") as caught, held.guard(graph):
+        change(graph)
+    assert said in str(caught.value)
+    assert not torch.nn.modules.module._global_forward_hooks and torch.equal(ancestor_mask((-1, 0, 0)), mask)
     assert lossless.compare(target, request, [1], [1]).verdict == "identical" and torch.argmax(torch.arange(3)) == 2
     assert bool(held.models) != (name in SPOILT)
     after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
     assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
+
+
+class Tripled(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "said"), [(Doubled, "a function mode"), (Tripled, "a dispatch mode")])
+def test_a_mode_of_torch_is_left_before_the_loop_goes_on(mode, said):
+    with pytest.raises(StrategyError, match=f"drafter=idle left torch in {said}"), inside(Idle()):
+        mode().__enter__()
+    with inside(Idle()), mode():
+        pass  # one that is left again is no harm
+    assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_weights_that_were_written_to_between_two_requests_are_loaded_again():
+    held, graph = held_graph()
+    held._put_right()
+    write(graph)
+    held._put_right()
+    assert held.models, "nobody was there: they are not read again"
+    with inside(Idle()):
+        pass
+    held._put_right()
+    assert not held.models
+
+
+def test_what_a_thread_that_goes_on_may_hold_is_let_go():
+    held, graph = held_graph()
+    end = threading.Event()
+    with held.guard(graph):
+        (thread := threading.Thread(target=end.wait)).start()
+    end.set()
+    thread.join()
+    assert not held.models
+    held, graph = held_graph()
+    with held.guard(graph):
+        (thread := threading.Thread(target=int)).start()
+        thread.join()
+    assert held.models, "this one has ended"
 
 
 def test_what_reading_ahead_may_change_too_is_put_back_without_a_word(tmp_path, monkeypatch):
