@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,8 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
 from specvlm.prepare import SMALLER, Prepared
 from specvlm.registry import described
-from specvlm.strategy import Sampling, Verifier
 from specvlm.types import Step
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
+from specvlm.verifiers.sampling import own_rule
 
 
 @dataclass
@@ -83,11 +81,6 @@ def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
     """Under specvlm's own rule, whatever the one that is tried says."""
     limit, rule = request.cfg.max_new_tokens, own_rule(graph.sampling)
     return autoregressive(graph.target, request.prompt, limit, rule, graph.seed, graph.caches, graph.engine)
-
-
-def own_rule(sampling: Sampling) -> Verifier:
-    """Plain argmax; for a rule that samples, our own sampling from its distribution."""
-    return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
 
 
 def row(number: int, step: Step) -> dict[str, Any]:

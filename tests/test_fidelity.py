@@ -46,3 +46,31 @@ def test_the_tables_of_the_readme_say_it(cls):
     option = f"{cls.kind}={cls.name}" if built_in else cls.__module__.replace("_", "-")
     source = re.findall(rf"^\| `{option}` \| .* \| (.*?) \|$", README, re.M)[0]  # in the table of strategies, the first
     assert source.startswith(f"{cls.fidelity}: "), source
+
+
+DEFAULTS = {  # of the papers and their code, written down once more: no comparison with loops notices a wrong one
+    "two_stage": {"mass": 0.4},
+    "fastv": {"layer": 2},
+    "entropy_tree": {"nodes": 63, "shallow": 3, "deep": 8, "narrow": 2, "wide": 10},
+    "loose": {"relaxed": 0.7, "nearest": 10},
+    "memstream": {"c": 60.0, "experts": ("verifier_attention", "text_similarity"), "fusion": "reciprocal", "detrend": False},
+    "holitom": {"tau": 0.8, "own": 0.6},
+    "prunevid": {"tau": 0.8, "scenes": 0.25, "merge": 0.5},
+    "sparsevlm": {"layers": (2, 6, 15), "schedule": (300.0, 200.0, 110.0)},
+    "dart": {"layer": 2, "video_pivots": 4, "text_pivots": 4, "states": "normed"},
+    "oneclip": {"clip": 10, "clips": 16, "centres": "all", "shares": "clips"},
+    "flashvid": {"alpha": 0.7, "merge": 0.8, "segment": 0.9, "segments": 8, "quota": "segment", "mean": "tree"},
+    "fastvid": {"segments": 8, "segment": 0.9, "d": 0.4, "p": 4, "beta": 0.6, "gather_anchors": False},
+    "streaming": {"chunk": 16},
+    "visionzip": {"dominant": 54 / 64},
+    "metok": {"events": 5, "key_events": 3, "top_frames": 6},
+    "storm": {"pool": 4},
+    "vcast": {"temperature": 0.7, "least": 1},
+    "forestprune": {"similarity": 0.9, "spatial": 0.8, "intra": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_its_defaults_are_the_papers(name):
+    (cls,) = [cls for cls in strategies() if cls.name == name]
+    assert {field: getattr(cls(), field) for field in DEFAULTS[name]} == DEFAULTS[name]

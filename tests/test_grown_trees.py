@@ -350,3 +350,11 @@ def test_extents_without_enough_guesses_are_refused(fields):
 def test_extents_in_the_wrong_order_are_refused(fields):
     with pytest.raises(ValueError, match="1 <= shallow <= deep and 1 <= narrow <= wide, got "):
         EntropyTreeDrafter(**fields)
+
+
+def test_a_draft_without_a_distribution_is_unsure():
+    pace = EntropyTreeDrafter().pace()
+    for logits_1V in (torch.full((1, 40), math.nan), torch.full((1, 40), -math.inf)):
+        confidence_1 = _confidence(logits_1V, 10)
+        pace.went(0, float(confidence_1))
+        assert confidence_1.tolist() == [0.0] and pace.extent == (3, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,11 @@ from rounding import rounding
 from test_verifiers import naive_greedy, random_parents
 
 from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, Request, strict_ends
+from specvlm.engine import Engine, Request, first_token, strict_ends
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.penalty import RepetitionPenalty
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, Verdict
@@ -77,6 +79,14 @@ def test_a_token_wanted_outside_of_the_window_does_not_pass():
     assert verdict(LooseVerifier(relaxed=0.0, window=3), [0, 1, 2, 3, 4], CHAIN, [9, 8, 8, 1, 9]).path == (0, 1)
 
 
+@pytest.mark.parametrize(("relaxed", "guesses", "count"), [(0.7, 90, 63), (0.29, 100, 29), (0.07, 100, 7), (0.57, 100, 57)])
+def test_the_share_of_relaxed_guesses_is_that_of_the_number_as_written(relaxed, guesses, count):
+    """A chain of fillers that get ever more relevant, and a target that wants something else."""
+    tokens, scores = [0] + [1] * guesses, [0.0, *(at / guesses for at in range(guesses))]
+    rule = LooseVerifier(relaxed=relaxed, nearest=1, window=0)
+    assert len(verdict(rule, tokens, tuple(range(-1, guesses)), [9] * (guesses + 1), scores).path) == 1 + count
+
+
 def test_scores_are_the_mean_of_the_nearest_cosines():
     hidden, video = torch.randn(4, 8), torch.nn.functional.normalize(torch.randn(30, 8), dim=-1)
     for row, score in zip(hidden, visual_scores(hidden, video, 10), strict=True):
@@ -116,7 +126,7 @@ def lvspec(tokens, parents, best, hidden, video, relaxed, nearest, window):
     for node in range(1, len(tokens)):
         near = sorted((cosine(hidden[node], state) for state in video), reverse=True)[:nearest]
         scores[node] = sum(near) / len(near)
-    fillers = sorted(scores, key=lambda node: (scores[node], node))[: int(relaxed * len(scores))]
+    fillers = sorted(scores, key=lambda node: (scores[node], node))[: math.floor(Fraction(str(relaxed)) * len(scores))]
     path = [0]
     while below := [node for node, parent in enumerate(parents) if parent == path[-1]]:
         wanted = [node for node in below if tokens[node] == best[path[-1]]]
@@ -224,7 +234,8 @@ def test_a_next_token_that_would_end_the_answer_is_the_targets():
     assert checked_by(Everything(bonus=9), [0, 1], [5, 5], frozenset({9})) == Verdict((0, 1), 5)
 
 
-def test_where_the_rule_samples_answers_end_as_often_as_its_own_draws_do():
+@pytest.mark.slow
+def test_where_the_rule_samples_answers_end_as_often_as_the_targets_own_draws_do():
     """Of a chain that guesses a stop id: at each node the answer ends with the probability that the target gives it."""
     generator, ends, runs = torch.Generator().manual_seed(0), [0, 0, 0], 1500
     tokens, best, stops = [0, 1, 9, 4], [2, 2, 8, 2], frozenset({8, 9})
@@ -237,6 +248,47 @@ def test_where_the_rule_samples_answers_end_as_often_as_its_own_draws_do():
     likely = 2 / (math.exp(2) + V - 1)  # of either stop id behind the first two nodes
     for count, chance in zip(ends[:2], (likely, (1 - likely) * likely), strict=True):
         assert abs(count - runs * chance) < 6 * math.sqrt(runs * chance)
+
+
+@dataclass(frozen=True)
+class Sloppy(Everything):
+    """Never takes a stop id where nothing is guessed, and writes into all it is shown."""
+
+    stops: frozenset[int] = frozenset()
+    bonus: int = 3
+
+    def first(self, logits_V, generator):
+        logits_V[list(self.stops)] = float("-inf")
+        return int(logits_V.argmax())
+
+    def verify(self, ctx):
+        ctx.logits_MV[:, list(self.stops)] = float("-inf")
+        ctx.tree.tokens.fill_(self.bonus)
+        return super().verify(ctx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_a_rule_writes_into_its_context_moves_no_end(family, monkeypatch):
+    target, stops = tiny.model(family), frozenset(range(0, 97, 3))
+    monkeypatch.setattr(target, "stop_ids", stops)
+    for seed in range(6):
+        found = answer(family, Sloppy(stops=stops), Engine(), seed)
+        assert not lossy_stops.faults_of(target, tiny.prompt(family, seed), found)
+
+
+@pytest.mark.slow
+def test_a_rule_that_samples_has_no_word_of_its_own_on_where_answers_end():
+    """Its `first` never stops; each of two stop ids still comes as often as the target gives it, and no other."""
+    request = Request(SimpleNamespace(stop_ids=frozenset({8, 9}), ranks=SimpleNamespace(share=lambda decided: decided())),
+                      None, Sloppy(1.0, stops=frozenset({8, 9})), RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool)),
+                      torch.Generator().manual_seed(0), lossless=False)  # fmt: skip
+    logits_1V, runs = torch.zeros(1, V).index_fill_(1, torch.tensor([2, 8]), 2.0), 1500
+    drawn = [first_token(request, logits_1V) for _ in range(runs)]
+    for stop, weight in ((8, math.exp(2)), (9, 1.0)):
+        chance = weight / (2 * math.exp(2) + V - 2)
+        assert abs(drawn.count(stop) - runs * chance) < 6 * math.sqrt(runs * chance)
+    assert drawn.count(2) == runs - drawn.count(8) - drawn.count(9)  # the rule's own, where neither stops
 
 
 def test_every_choice_is_drawn_among_lossy_answers():

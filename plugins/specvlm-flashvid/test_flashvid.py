@@ -150,3 +150,15 @@ def test_it_equals_plain_loops_after_the_papers_text(fields):
         index, pool = brute_force(x_FPD, saliency, budget, segments, **fields)
         assert keep.index.tolist() == index, kind
         assert_same_sums(keep.pool.to_dense(), pool, len(x_FPD) + 16, 1.0)
+
+
+def test_a_token_of_just_the_threshold_is_not_linked():
+    unit_FPD = torch.tensor([[[1.0, 1, 1, 1]], [[1, 1, 1, -1]]]) / 2  # of cosine 0.5, exact in float32
+    args = (
+        unit_FPD,
+        torch.zeros(2, 1, dtype=torch.bool),
+        torch.tensor([False]),
+        torch.zeros(2, dtype=torch.int64),
+        torch.ones(1),
+    )
+    assert [bool(FlashVidPruner(merge=merge).links(*args)[0]) for merge in (0.5, 0.49)] == [False, True]

@@ -204,3 +204,21 @@ def test_the_budget_is_met_exactly(intra):
 def test_fields_out_of_range_are_refused(field):
     with pytest.raises(UserError, match=field):
         ForestPrunePruner(**{field: 1.1})
+
+
+def test_a_token_of_just_the_similarity_joins():
+    unit_FCD = torch.tensor([[[1.0, 1, 1, 1]], [[1, 1, 1, -1]]]) / 2  # of cosine 0.5, exact in float32
+    cells, grid = torch.zeros(2, 1, dtype=torch.int64), TokenGrid(2, 1, 1)
+    depths = [ForestPrunePruner(similarity=least).depths(unit_FCD, cells, grid).tolist() for least in (0.5, 0.51)]
+    assert depths == [[[0], [1]], [[0], [0]]]
+
+
+def test_by_default_a_token_may_move_by_a_fifth_of_the_frame():
+    unit_FCD, cells = torch.ones(2, 1, 1), torch.tensor([[0], [1]])
+    assert [ForestPrunePruner().depths(unit_FCD, cells, TokenGrid(2, 1, width))[1].item() for width in (6, 5)] == [1, 0]
+
+
+def test_the_share_of_a_frame_is_that_of_the_number_as_written():
+    """0.575 of 100 are 57.5, and round to 58; in floats they are less."""
+    x_FPD = torch.eye(100)[None].expand(2, 100, 100)
+    assert max(select(x_FPD, TokenGrid(2, 10, 10), 58, intra=0.575)) < 100

@@ -127,3 +127,11 @@ def test_the_budget_is_met_exactly():
             context(TokenGrid(6, 2, 2), budget, scene().flatten(0, 1), torch.rand(24, generator=generator))
         )
         assert len(keep) == budget
+
+
+def test_a_cell_of_just_tau_moves():
+    """Cosines 0.5, exact in float32, and 1; what moves stays twice, what stands still once."""
+    x_FPD = torch.tensor([[[1.0, 1, 1, 1]] * 2, [[1, 1, 1, -1], [1, 1, 1, 1]]])
+    signals = {"features": x_FPD.flatten(0, 1), "vision_attention": torch.ones(4)}
+    for tau, index in ((0.5, [0, 1, 2]), (0.49, [0, 1])):
+        assert HoliTomPruner(tau=tau).select(PruneContext((TokenGrid(2, 1, 2),), 3, signals)).index.tolist() == index

@@ -126,3 +126,9 @@ def test_other_experts_are_refused_with_a_suggestion():
         MemStreamPruner(experts=("feature",))
     with pytest.raises(UserError, match="got none"):
         MemStreamPruner(experts=())
+
+
+def test_a_token_that_changed_by_just_the_threshold_is_no_key():
+    x_ND = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, -1]])  # of cosine 0.5, exact in float32
+    context = PruneContext((TokenGrid(2, 1, 1),), 1, {"features": x_ND})
+    assert [MemStreamPruner(change=change).keys(context).tolist() for change in (0.5, 0.49)] == [[True, False], [True, True]]

@@ -92,8 +92,9 @@ class PruneVidPruner(Pruner):
 
     def counts(self, size_R: Tensor, budget: int) -> Tensor:
         """Clusters of each set: the paper's share, or all that fit the budget where that is more."""
-        merge = Fraction(str(self.merge)).limit_denominator(10**6)
-        count_R = torch.where(size_R > SMALL, -(-size_R * merge.numerator // merge.denominator), size_R)
+        merge = Fraction(str(self.merge))
+        merged = [math.ceil(merge * size) for size in size_R.tolist()]
+        count_R = torch.where(size_R > SMALL, torch.tensor(merged, device=size_R.device), size_R)
         if int(count_R.sum()) >= budget:
             return count_R
         return count_R + apportion(min(budget, int(size_R.sum())) - int(count_R.sum()), size_R - count_R)

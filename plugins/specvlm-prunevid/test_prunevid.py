@@ -127,3 +127,13 @@ def test_the_budget_is_met():
     for budget in range(1, 120, 7):
         x_ND, attention = torch.randn(120, 8, generator=generator), torch.rand(120, generator=generator)
         assert len(PruneVidPruner(tau=2.0).select(context(grid, budget, x_ND, attention))) == budget
+
+
+def test_a_cell_of_just_tau_is_not_static():
+    x_FPD = torch.tensor([[[1.0, 1, 1, 1]], [[1, 1, 1, -1]]])  # of cosine 0.5, exact in float32
+    assert [still(x_FPD, torch.tensor([2]), tau)[1].tolist() for tau in (0.5, 0.49)] == [[[False]], [[True]]]
+
+
+def test_sets_of_more_than_14_are_halved_and_halves_are_rounded_up():
+    assert PruneVidPruner().counts(torch.tensor([13, 14, 15, 16, 17]), 1).tolist() == [13, 14, 8, 8, 9]
+    assert PruneVidPruner(merge=1e-7).counts(torch.tensor([100]), 1).tolist() == [1]

@@ -244,12 +244,14 @@ def _cut(
 
 
 def _confidence(logits_1V: Tensor, top: int) -> Tensor:
-    """(1,) 1 - H / log k, H the entropy of the k best tokens' probabilities, which are made to add up to 1."""
+    """(1,) 1 - H / log k, H the entropy of the k best tokens' probabilities, which are made to add up to 1. 0 of logits that
+    give no distribution: what a draft guesses, however wrong, stops no request.
+    """
     count = min(top, logits_1V.shape[-1])
     if count < 2:
         return logits_1V.new_ones(1, dtype=torch.float64)
     p_1K = logits_1V.topk(count).values.double().softmax(-1)
-    return 1 - torch.special.entr(p_1K).sum(-1) / math.log(count)
+    return (1 - torch.special.entr(p_1K).sum(-1) / math.log(count)).nan_to_num(nan=0.0)
 
 
 class GrownSession(PrunedSession):

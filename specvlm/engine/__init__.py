@@ -18,6 +18,7 @@ from specvlm.fence import checked_verdict, inside
 from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, TreeShape, Verdict
+from specvlm.verifiers.sampling import own_rule
 
 if TYPE_CHECKING:
     from specvlm.drafters.dynamic_tree import GrownTreeDrafter
@@ -66,6 +67,8 @@ class Engine:
         logits_MV = request.penalty(request.target.head(hidden_MD), tree)
         tree = tree.to(logits_MV.device)
         context = VerifyContext(tree, logits_MV, request.generator)
+        if not request.lossless:  # a rule that writes into what it is shown changes nothing of what decides where answers end
+            context = replace(context, tree=replace(tree, tokens=tree.tokens.clone()), logits_MV=logits_MV.clone())
         if request.verifier.reads_hidden:
             context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
         with inside(request.verifier):
@@ -123,26 +126,19 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 def first_token(request: Request, logits_1V: Tensor) -> int:
     """The next token where nothing was guessed, by the request's rule."""
     logits_1V = request.penalty(logits_1V)
-    verdict = Verdict((0,), _first(request, logits_1V[0]))
-    if not request.lossless:
-        verdict = strict_ends(request, verdict, _root(), logits_1V)
-    return agreed(request.target, request.verifier, verdict.bonus)
-
-
-def _first(request: Request, logits_V: Tensor) -> int:
+    root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
     with inside(request.verifier):
-        token = request.verifier.first(logits_V, request.generator)
-        return checked_verdict(request.verifier, Verdict((0,), token), _root(), len(logits_V)).bonus
-
-
-def _root() -> DraftTree:
-    return DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
+        token = request.verifier.first((logits_1V if request.lossless else logits_1V.clone())[0], request.generator)
+        verdict = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
+    if not request.lossless:
+        verdict = strict_ends(request, verdict, root, logits_1V)
+    return agreed(request.target, request.verifier, verdict.bonus)
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
     """A lossy rule's verdict, cut so that no guess ends or lengthens the answer.
 
-    Below each node of its path the target's own choice is its argmax, or the rule's own draw where that samples (`first`).
+    Below each node of its path the target's own choice is its argmax, or a draw from its distribution where the rule samples.
     Where either that choice or the token that the verdict has there is a stop id, and they differ, the path ends and the choice
     is the next token. So whether an answer ends below its last token is decided as if nothing had been guessed.
     """
@@ -157,10 +153,9 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
 
 
 def own_choices(request: Request, logits_QV: Tensor) -> list[int]:
-    """What the rule writes behind each row where nothing is guessed."""
-    if request.verifier.sampling.temperature > 0:
-        return [_first(request, logits_V) for logits_V in logits_QV]
-    return list(map(int, logits_QV.argmax(-1).tolist()))
+    """What the target writes behind each row by itself. No word of the rule's own, whose `first` may be lossy as well."""
+    rule = own_rule(request.verifier.sampling)
+    return [rule.first(logits_V, request.generator) for logits_V in logits_QV]
 
 
 def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:

@@ -75,7 +75,7 @@ class Verifier(Strategy, ABC):
     Write `decide`, on the device alone, and the rule runs inside a captured step; or `verify`, free to read on the host.
 
     Of a rule that is not `lossless` the loop cuts the path where it would end the answer, or lengthen it, by a guess: a stop id
-    stands where the target's argmax is one (where the rule samples: where its own `first` draws one), and nowhere else. Its
+    stands where the target's argmax is one (where the rule samples: where a draw from `sampling` is), and nowhere else. Its
     checks are not captured.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from specvlm.kept import kept
 from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, Within
+from specvlm.verifiers.greedy import GreedyVerifier
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class SamplingVerifier(Verifier):
             further_1 = next_M[last_1]
             last_1 = torch.where(further_1 > 0, further_1, last_1)
         return torch.cat([last_1, bonus_M[last_1]])
+
+
+def own_rule(sampling: Sampling) -> Verifier:
+    """Plain argmax; for a rule that samples, our own sampling from its distribution."""
+    return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
 
 
 def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
