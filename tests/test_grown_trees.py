@@ -358,3 +358,12 @@ def test_a_draft_without_a_distribution_is_unsure():
         confidence_1 = _confidence(logits_1V, 10)
         pace.went(0, float(confidence_1))
         assert confidence_1.tolist() == [0.0] and pace.extent == (3, 10)
+
+
+def test_a_mean_acceptance_of_just_two_or_three_moves_nothing():
+    drafter = EntropyTreeDrafter()
+    for accepted, then in ((2, 6), (3, 6), (1, 5), (4, 7)):
+        pace = drafter.pace()
+        pace.deepest = 6
+        pace.went(accepted, 1.0)
+        assert pace.extent == (then, 2)
