@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound=Tensor | tuple[Tensor, ...])
+F = TypeVar("F", bound=Callable[..., Any])
 
 _COPIES: list[tuple[ref[Tensor], Tensor]] = []
 
 
-def kept(made: T) -> T:
-    """The same, copied on the side. For what is never written to once it is made."""
-    if not torch.compiler.is_compiling():
-        _COPIES.extend((ref(tensor), tensor.clone()) for tensor in ((made,) if isinstance(made, Tensor) else made))
-    return made
+def remembered(most: int | None = None) -> Callable[[F], F]:
+    """A cached function of shapes, whose tensors are never to be written to. `__wrapped__` makes them anew.
+
+    Args:
+        most: how many results are kept; None for all, as captured steps need that know the addresses.
+    """
+
+    def decorated(made: F) -> F:
+        @lru_cache(most)
+        @wraps(made)
+        def remembering(*shape: Any) -> Any:
+            found = made(*shape)
+            _COPIES.extend((ref(tensor), tensor.clone()) for tensor in _tensors(found))
+            return found
+
+        remembering.__wrapped__ = made  # what varies is made without a copy; torch.compile looks through a cache, too
+        return remembering  # type: ignore[return-value]
+
+    return decorated
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    else:
+        for part in found:
+            yield from _tensors(part)
 
 
 def restored() -> bool:

@@ -5,13 +5,12 @@ Released Qwen2.5-VL checkpoints ask for 1.05, so without it the output would not
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specvlm.kept import kept
+from specvlm.kept import remembered
 from specvlm.types import DraftTree, VideoPrompt, ancestor_mask
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class RepetitionPenalty:
         return torch.where(seen_MV, penalised_MV, logits_MV)
 
 
-@cache  # never let go: captured steps know the addresses
+@remembered()  # never let go: captured steps know the addresses
 def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
     """(M, M) a tree's ancestors in float32, on the device, since shapes recur in every round."""
-    return kept(ancestor_mask(parents).to(device, torch.float32))
+    return ancestor_mask(parents).to(device, torch.float32)

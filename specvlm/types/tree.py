@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.kept import kept
+from specvlm.kept import remembered
 from specvlm.outside import json_of, read_bytes
 
 T = TypeVar("T")
@@ -218,14 +218,14 @@ class DraftTree:
         return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
     """(M, M) bool, not to be written to: which nodes, itself among them, lie above a node."""
     mask = torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
             mask[node] |= mask[parent]
-    return kept(mask)
+    return mask
 
 
 @dataclass(frozen=True)

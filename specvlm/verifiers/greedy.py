@@ -6,12 +6,11 @@ Shape suffixes: M tree nodes, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from specvlm.kept import kept
+from specvlm.kept import remembered
 from specvlm.strategy import Verifier, VerifyContext
 from specvlm.types import DraftTree, ancestor_mask
 
@@ -38,7 +37,7 @@ class GreedyVerifier(Verifier):
     fidelity = "exact"
 
     def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return _layout.__wrapped__(parents, torch.device("cpu"))
+        return _layout.__wrapped__(parents, torch.device("cpu"))  # type: ignore[attr-defined]
 
     def decide(self, ctx: VerifyContext) -> Tensor:
         layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
@@ -50,7 +49,7 @@ class GreedyVerifier(Verifier):
         return torch.cat([last_1, best_M[last_1]])
 
 
-@cache  # never let go: captured steps know the addresses
+@remembered()  # never let go: captured steps know the addresses
 def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the shape of a tree alone decides, kept on the device: shapes recur in every round.
 
@@ -60,10 +59,9 @@ def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     count = len(parents)
     depths = DraftTree(torch.empty(0), parents).depths
     order = [depth * count + count - 1 - node for node, depth in enumerate(depths)]
-    layout = (
+    return (
         torch.tensor(parents, device=device).clamp(min=0),
         torch.tensor([parent < 0 for parent in parents], device=device),
         ~ancestor_mask(parents).to(device),
         torch.tensor(order, device=device),
     )
-    return kept(layout)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import astuple, dataclass
-from functools import cache
 from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specvlm.kept import kept
+from specvlm.kept import remembered
 from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, Within
 from specvlm.verifiers.greedy import GreedyVerifier
@@ -157,7 +156,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
     return token_n.where(total_n1[:, 0].isfinite(), -1)
 
 
-@cache  # never let go: captured steps know the addresses
+@remembered()  # never let go: captured steps know the addresses
 def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Turn r: the nodes with more than r children, and the r-th child of each; on the device, since shapes recur."""
     seen: dict[int, int] = defaultdict(int)
@@ -169,4 +168,4 @@ def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor
             turns.append([])
         turns[seen[parent]].append((parent, node))
         seen[parent] += 1
-    return tuple(kept((pairs[:, 0], pairs[:, 1])) for pairs in (torch.tensor(turn, device=device) for turn in turns))
+    return tuple((pairs[:, 0], pairs[:, 1]) for pairs in (torch.tensor(turn, device=device) for turn in turns))
