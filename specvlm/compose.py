@@ -179,7 +179,14 @@ def _checked(words: list[str], sweep: bool) -> Job:
         _refuse_own_sample(words, cfg.dataset.name)
     for kind in registry.KINDS:
         if kind != "dataset" or cfg.dataset is not None:
-            registry.build(kind, cfg[kind])
+            try:
+                registry.build(kind, cfg[kind])
+            except UserError:
+                raise
+            except Exception:
+                if not sweep:
+                    raise
+                # A strategy that fails when it is made costs its own job, which says so.
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -57,7 +59,7 @@ def inside(strategy: object) -> Iterator[None]:
     STRANGERS.met(strategy)
     names = INTERRUPTS.names
     names.append(label)
-    modes = _modes()
+    modes, handler = _modes(), signal.getsignal(signal.SIGINT)
     try:
         yield
     except BaseException as error:
@@ -72,6 +74,8 @@ def inside(strategy: object) -> Iterator[None]:
         raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
     finally:
         names.pop()
+        if signal.getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # now: the next call may hang
         left = _left(modes)  # now: what the loop makes under somebody else's mode may be kept
     if left:
         raise StrategyError(f"{label} left torch in {left} of its own")

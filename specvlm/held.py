@@ -33,10 +33,10 @@ class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
 
     def __init__(self) -> None:
-        self.caches = CachePool()
         self.clear()
 
     def clear(self) -> None:
+        self.caches = CachePool()
         self.models: dict[Hashable, VideoLM] = {}
         self.weights: dict[VideoLM, int] = {}  # their checksums, when they were loaded
         self.structures: dict[VideoLM, dict[str, Any]] = {}  # and what they were beside

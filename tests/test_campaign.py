@@ -144,9 +144,9 @@ def test_every_choice_is_drawn_among_the_crossings_and_the_same_for_the_same_num
 
 @pytest.mark.slow
 def test_a_crossing_that_differs_is_found_with_what_regenerates_it(monkeypatch):
-    assert not crossings.run(6, 0)
+    assert not crossings.run(12, 0)
     monkeypatch.setattr(RepetitionPenalty, "__call__", lambda self, logits_MV, *tree: logits_MV)
-    found = crossings.run(6, 0)
+    found = crossings.run(12, 0)
     assert found
     seed, case = map(int, re.match(r"seed (\d+), case (\d+), family ", found[0]).groups())
     fault = crossings.fault_of(crossings.drawn(seed, case))

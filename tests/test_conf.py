@@ -366,7 +366,8 @@ def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plu
     for kind, infos in registry.collect().items():
         assert f"{kind}=NAME" in text
         for name, info in infos.items():
-            assert name in text and f"{info.summary} [{info.plugin}]" in text
+            source = "; ".join(filter(None, [info.plugin, info.source]))
+            assert name in text and f"{info.summary} [{source}]" in text
             assert all(f"{kind}.{field.name}=" in text for field in info.fields)
     assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
     assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline", "target.weights")) and "[preset]" in text

@@ -331,10 +331,11 @@ CHANGES = {
     "the penalty": (lambda graph: setattr(graph.target, "repetition_penalty", 1.5), "repetition_penalty"),
     "a configuration": (lambda graph: setattr(graph.target.hf.config.get_text_config(), "rms_norm_eps", 1.0), "configuration"),
     "the engine": (lambda graph: setattr(graph.engine, "check", lambda *args: None), "engine"),
+    "the pool of caches": (lambda graph: setattr(graph.caches, "take", lambda *args: None), "caches"),
 }
 
 
-SPOILT = ("a hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine")
+SPOILT = ("a hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine", "the pool of caches")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -350,7 +351,7 @@ def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch)
     assert said in str(caught.value)
     assert not torch.nn.modules.module._global_forward_hooks and torch.equal(ancestor_mask((-1, 0, 0)), mask)
     assert lossless.compare(target, request, [1], [1]).verdict == "identical" and torch.argmax(torch.arange(3)) == 2
-    assert bool(held.models) != (name in SPOILT)
+    assert bool(held.models) != (name in SPOILT) and "take" not in vars(held.caches)
     after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
     assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
 
@@ -367,6 +368,13 @@ def test_a_mode_of_torch_is_left_before_the_loop_goes_on(mode, said):
     with inside(Idle()), mode():
         pass  # one that is left again is no harm
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_handler_of_ctrl_c_is_put_back_before_the_next_call():
+    before = signal.getsignal(signal.SIGINT)
+    with inside(Idle()):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_weights_that_were_written_to_between_two_requests_are_loaded_again():

@@ -15,7 +15,7 @@ from foreign import FAST, empty_folder, refused  # noqa: F401
 from specvlm import outside, registry
 from specvlm.__main__ import main
 from specvlm.compose import compose, jobs
-from specvlm.errors import UserError
+from specvlm.errors import StrategyError, UserError
 from specvlm.rows import summary_of
 from specvlm.strategy import Pruner
 from specvlm.types import TreeShape, Within
@@ -68,6 +68,16 @@ def test_a_number_out_of_bounds_is_refused_with_its_bounds(words, bound):
 def test_a_sweep_of_too_many_jobs_is_refused_before_they_are_made(words):
     with pytest.raises(UserError, match="1000"):
         jobs(words, sweep=True)
+
+
+def test_a_strategy_that_fails_when_it_is_made_costs_its_own_job_of_a_sweep(monkeypatch):
+    def build(kind, node):
+        raise StrategyError("pruner=odd raised SystemExit: 0")
+
+    monkeypatch.setattr(registry, "build", build)
+    assert len(jobs(["seed=1,2"], sweep=True)) == 2
+    with pytest.raises(StrategyError):
+        jobs(["seed=1"], sweep=False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import tiny
@@ -265,7 +266,10 @@ def test_what_rounding_does_is_a_tie_and_never_a_mismatch(rounded):
 )
 def test_an_output_that_a_fault_changed_is_no_tie(fault):
     changed = 0
-    for case in cases("qwen2_5_vl", range(4)) + cases("llava_onevision", range(2)):
+    for number, family in product(range(16), tiny.FAMILIES):
+        if number >= 2 and changed:  # what changes an output is another prompt on another processor
+            break
+        (case,) = cases(family, [number])
         right, _ = planted_faults.decoded(case)
         with planted(fault):
             wrong, said = planted_faults.decoded(case)
