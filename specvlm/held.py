@@ -132,8 +132,7 @@ class Held:
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
         weights = [self.weights[model] for model in models]
-        # Compared with the models' own in `graph`, but for what a request sets.
-        structures = [{**self.structures[model], PENALTY: model.repetition_penalty} for model in models]
+        structures = [structure(model) for model in models]  # now: with ranks, modules differ from what was loaded
         snapshot = Snapshot(CODE, models, weights, structures, graph.caches, graph.engine)
         threads, foreign = set(threading.enumerate()), any(not is_ours(one) for one in _strategies(graph))
         failed = True
