@@ -181,12 +181,9 @@ def _checked(words: list[str], sweep: bool) -> Job:
         if kind != "dataset" or cfg.dataset is not None:
             try:
                 registry.build(kind, cfg[kind])
-            except UserError:
-                raise
-            except Exception:
-                if not sweep:
+            except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
+                if isinstance(error, UserError) or not sweep:
                     raise
-                # A strategy that fails when it is made costs its own job, which says so.
     return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
 
 

@@ -26,8 +26,6 @@ from specvlm.prepare import Prepared, Reading, Setup, plan
 from specvlm.ranks import ALONE, Ranks
 from specvlm.strategy import Strategy
 
-PENALTY = "the model's repetition_penalty"  # of a structure: what each request sets
-
 
 class Held:
     """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
@@ -131,9 +129,7 @@ class Held:
         Raises StrategyError where it is not, unless the request has failed anyway.
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
-        weights = [self.weights[model] for model in models]
-        structures = [structure(model) for model in models]  # now: with ranks, modules differ from what was loaded
-        snapshot = Snapshot(CODE, models, weights, structures, graph.caches, graph.engine)
+        snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
         threads, foreign = set(threading.enumerate()), any(not is_ours(one) for one in _strategies(graph))
         failed = True
         try:
@@ -153,7 +149,7 @@ class Held:
 
 def _lasting(model: VideoLM) -> dict[str, Any]:
     """Its structure, without what each request sets."""
-    return {key: value for key, value in structure(model).items() if key != PENALTY}
+    return {key: value for key, value in structure(model).items() if key != "the model's repetition_penalty"}
 
 
 def _strangers(graph: DecodingGraph) -> str:

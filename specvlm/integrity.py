@@ -363,23 +363,14 @@ CODE = Code()  # of this process
 
 
 class Snapshot:
-    """Of all that is looked at, before strategies run.
-
-    weights, structures: the checksum and the structure that each of `models` has to have.
-    """
+    """Of all that is looked at, before strategies run. weights: the checksum of each of `models`, as it was loaded."""
 
     def __init__(
-        self,
-        code: Code,
-        models: Sequence[VideoLM],
-        weights: Sequence[int],
-        structures: Sequence[dict[str, Any]],
-        caches: CachePool,
-        engine: object,
+        self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
     ) -> None:
-        self.models, self.weights, self.structures = models, weights, structures
-        self.caches, self.engine = caches, engine
-        self.running = self._running()
+        self.models, self.weights, self.caches, self.engine = models, weights, caches, engine
+        # Not those of `Held`: with ranks, modules differ from what was loaded.
+        self.structures, self.running = [structure(model) for model in models], self._running()
         code.look({cls for model in models for cls in classes_of(model)})
         self.settings = settings()
         # Held here, so that a patch of this module changes nothing of a snapshot that was taken before it.

@@ -219,6 +219,7 @@ def test_a_mistake_of_one_job_leaves_nothing_behind(words, capfd):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_job_of_several_stands_in_its_folder(capfd):
     assert main(["-m", "dataset=folder", "dataset.root=gone,away", *FAST, "hydra.sweep.dir=sweep"]) == 2
     found = [summary_of(path.parent) for path in Path("sweep").glob("*/summary.json")]
