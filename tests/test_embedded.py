@@ -11,6 +11,7 @@ import reference
 import tiny
 import torch
 from test_lossless import PRUNERS
+from towers import remember_features
 from transformers import AutoModelForImageTextToText
 
 from specvlm import registry
@@ -42,19 +43,7 @@ FEW = 8  # frames, where every strategy meets every other: half of what the mode
 
 @cache
 def model(family: str, name: str) -> VideoLM:
-    lm = load(model_folder(f"embedded:{family}/{name}"), "float32")
-    known = {}
-
-    def features(prompt, keep=None, sight=None, compute=lm.features):
-        """A clip goes through a tower once: hundreds of decodes below look at the same one."""
-        if sight is not None:
-            return compute(prompt, sight=sight)
-        if id(prompt) not in known:
-            known[id(prompt)] = compute(prompt)
-        return known[id(prompt)]
-
-    lm.features = features
-    return lm
+    return remember_features(load(model_folder(f"embedded:{family}/{name}"), "float32"))
 
 
 @cache

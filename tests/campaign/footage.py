@@ -7,6 +7,8 @@ import random
 from functools import cache
 from pathlib import Path
 
+from towers import remember_features
+
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
@@ -28,17 +30,7 @@ QUESTIONS = (
 @cache
 def model(family: str, name: str, dtype: str, device: str = "cpu") -> VideoLM:
     """One of an embedded pair, which looks at a prompt's video once: campaigns decode the same one many times."""
-    lm, known = load(model_folder(f"embedded:{family}/{name}"), dtype, device), {}
-
-    def features(prompt, keep=None, sight=None, compute=lm.features):
-        if keep is not None or sight is not None:
-            return compute(prompt, keep, sight)
-        if id(prompt) not in known:
-            known[id(prompt)] = prompt, compute(prompt)
-        return known[id(prompt)][1]
-
-    lm.features = features
-    return lm
+    return remember_features(load(model_folder(f"embedded:{family}/{name}"), dtype, device))
 
 
 def films() -> list[Path]:
