@@ -44,7 +44,7 @@ def begin(request: Prepared, graph: DecodingGraph, record: Record) -> None:
     """
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + graph.drafter.max_nodes
-    graph.caches.take("target", graph.target, len(request.prompt) + most)
+    graph.caches.reserve("target", graph.target, len(request.prompt) + most)
     for device in request.places.devices:
         memory.reset_peak(device)
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
-
-
-T = TypeVar("T")
 
 
 def pooled(slots: int) -> int:
@@ -125,6 +122,11 @@ class KVCache:
                     tensor[:, :, :, base:end] = tensor.index_select(3, rows)
         self.length = end
 
+    def move(self, base_1: Tensor, path_D: Tensor) -> None:
+        """As `keep`, with nothing the host must know: `length` is left to the caller."""
+        for store in self.stores:
+            store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
+
     def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
         """Fill an empty cache with rows of another of the same model, for every layer and KV head its own; ascending slots."""
         for number, slots_HK in enumerate(slots_LHK):
@@ -147,60 +149,102 @@ class KVCache:
 
 
 class CachePool:
-    """Caches kept across requests: one per role, grown when a request needs more slots.
+    """Caches kept across requests. A request leases those it needs, and no other has them until it ends.
 
-    A role's cache belongs to the request that asked last: an older, half-read one finds its `lease` outdated. changes: how
-    often a cache was made or given up so far, with which goes what an engine captured for the one before.
+    Free ones are kept by role and handed out again, the last one given back first: what an engine captured for a cache serves
+    the next request that gets it. changes: how often a cache was made or given up so far.
     """
 
     def __init__(self) -> None:
-        self._caches: dict[str, KVCache] = {}
-        self._leases: dict[str, int] = {}
+        self._free: dict[str, list[KVCache]] = {}
+        self._leased: list[tuple[str, KVCache]] = []
         self.changes = 0
         self._lock = Lock()
 
-    def one_at_a_time(self, steps: Iterator[T]) -> Iterator[T]:
-        """The steps of a request. Raises RuntimeError, at once, where another thread is in the middle of one with this pool."""
-        try:
-            while True:
-                if not self._lock.acquire(blocking=False):
-                    raise RuntimeError("another thread is decoding with these caches: one request at a time")
-                try:
-                    step = next(steps, None)
-                finally:
-                    self._lock.release()
-                if step is None:
-                    return
-                yield step
-        finally:
-            if isinstance(steps, Generator):
-                steps.close()
+    def lease(self) -> CacheLease:
+        """For one request; release it when the request ends."""
+        return CacheLease(self)
+
+    def reserve(self, role: str, model: VideoLM, capacity: int) -> None:
+        """Make room for a request to come, so that a longer one behind it finds the same cache."""
+        self.give_back(role, self.take(role, model, capacity))
 
     def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
-        cache = self._caches.get(role)
-        if cache is None or not cache.fits(model, capacity):
-            self._caches.pop(role, None)  # free the old one before the new one is there
-            cache = self._caches[role] = model.new_cache(pooled(capacity))
+        """An empty cache that nobody else has until it is given back. Called by leases."""
+        with self._lock:
+            free = self._free.setdefault(role, [])
+            cache = next((cache for cache in reversed(free) if cache.fits(model, capacity)), None)
+            if cache is not None:
+                _remove(free, cache)
+            elif free:
+                free.pop()  # of another shape, or too small: before the new one is there
+                self.changes += 1
+        if cache is None:
+            cache = model.new_cache(pooled(capacity))
             self.changes += 1
         cache.clear()
-        self._leases[role] = self._leases.get(role, 0) + 1
+        with self._lock:
+            self._leased.append((role, cache))
         return cache
 
-    def empty(self) -> None:
-        self._caches.clear()
-        self.changes += 1
+    def give_back(self, role: str, cache: KVCache) -> None:
+        with self._lock:
+            for number, (_, leased) in enumerate(self._leased):
+                if leased is cache:
+                    del self._leased[number]
+                    self._free.setdefault(role, []).append(cache)
+                    return
 
-    def lease(self, role: str) -> int:
-        return self._leases.get(role, 0)
+    def empty(self) -> None:
+        """Forget all; what is leased is not kept when it comes back."""
+        with self._lock:
+            self._free.clear()
+            self._leased.clear()
+            self.changes += 1
 
     @property
     def held(self) -> list[KVCache]:
-        return list(self._caches.values())
+        """All, free and leased."""
+        with self._lock:
+            return [*(cache for free in self._free.values() for cache in free), *(cache for _, cache in self._leased)]
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self._caches.values())
+        return sum(cache.nbytes for cache in self.held)
 
     def bytes_on(self, device: torch.device) -> int:
-        tensors = [t for cache in self._caches.values() for store in cache.stores for t in store]
+        tensors = [t for cache in self.held for store in cache.stores for t in store]
         return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
+
+
+class CacheLease:
+    """The caches of one request, by role; given back to their pool when it ends."""
+
+    def __init__(self, pool: CachePool) -> None:
+        self._pool = pool
+        self._taken: dict[str, KVCache] = {}
+
+    def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
+        """An empty cache of at least `capacity` slots. Raises ValueError for a role that the request has one of already."""
+        if role in self._taken:
+            raise ValueError(f"this request has its cache for {role!r} already: take one under another name")
+        cache = self._taken[role] = self._pool.take(role, model, capacity)
+        return cache
+
+    def drafts_in(self, cache: object) -> bool:
+        """Was this cache taken by the request's drafter?"""
+        return any(taken is cache for role, taken in self._taken.items() if role != "target")
+
+    def release(self) -> None:
+        while self._taken:
+            self._pool.give_back(*self._taken.popitem())
+
+    def __enter__(self) -> CacheLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _remove(caches: list[KVCache], cache: KVCache) -> None:
+    caches[:] = [other for other in caches if other is not cache]

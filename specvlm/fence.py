@@ -12,8 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from specvlm.cache import CacheLease
 from specvlm.errors import MissingVideo, StrategyError, UserError, line, message, one_line
 from specvlm.interrupts import INTERRUPTS
+from specvlm.passes import Call, Pass
 from specvlm.strategy import Drafter, Verifier
 from specvlm.types import DraftTree, Verdict
 
@@ -121,6 +123,28 @@ def contained() -> Iterator[None]:
 def _ends_jobs(error: BaseException) -> bool:
     """Is it an exception of specvlm's own, with which a sweep ends?"""
     return type(error).__module__.partition(".")[0] == "specvlm"
+
+
+def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
+    """What a drafter yields, as the engine takes it. Raises StrategyError for anything but passes to caches of its own."""
+    label = label_of(drafter)
+    if not isinstance(item, (Pass, Call)):
+        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
+    cache = item.cache if isinstance(item, Pass) else item.routine.cache
+    if not lease.drafts_in(cache):
+        raise StrategyError(f"{label}: a pass to a cache that it did not take for itself: use ctx.caches.take")
+    if isinstance(item, Pass):
+        tokens, seen = item.tokens_Q, item.seen_QT
+        if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not len(tokens):
+            raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
+        wanted = (len(tokens), item.at + len(tokens))
+        if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
+            raise StrategyError(f"{label}: a pass at {item.at} of {len(tokens)} rows sees {wanted}, got {_told(seen)}")
+        if len(item.depths_Q) != len(tokens):
+            raise StrategyError(f"{label}: a pass of {len(tokens)} rows has so many depths, got {len(item.depths_Q)}")
+        if not isinstance(item.base, Tensor) and not 0 <= item.start <= cache.capacity - len(tokens):
+            raise StrategyError(f"{label}: a pass to slots from {item.start} on, its cache has {cache.capacity}")
+    return item
 
 
 def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:

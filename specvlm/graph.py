@@ -5,23 +5,28 @@ embed → prefill the target → select → start the drafter → (propose → s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specvlm.cache import CachePool, KVCache
+from specvlm.broadcast import BroadcastSession
+from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
 from specvlm.errors import UserError, line
-from specvlm.fence import checked_tree, inside, is_ours
+from specvlm.fence import checked_item, checked_tree, inside, is_ours
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
+from specvlm.passes import Pass, Passes, guarded
 from specvlm.penalty import RepetitionPenalty
+from specvlm.scheduler import alone
 from specvlm.signals import gathered, guidance_for, state_layer
-from specvlm.strategy import DraftContext, Drafter, PruneContext, Pruner, Sampling, Verifier
-from specvlm.types import KeepSet, Step, VideoPrompt
+from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Sampling, Verifier
+from specvlm.types import DraftTree, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
 
@@ -54,20 +59,6 @@ def verifier_generator(seed: int) -> torch.Generator:
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
-class Turn:
-    """A request's claim on the target's cache in a pool, which a newer request takes over."""
-
-    def __init__(self, caches: CachePool, target: VideoLM, slots: int) -> None:
-        self.caches = caches
-        self.cache = caches.take("target", target, slots)
-        self.lease = caches.lease("target")
-
-    def check(self) -> None:
-        """To be called whenever the consumer asks for the next step."""
-        if self.caches.lease("target") != self.lease:
-            raise RuntimeError("this request was overtaken by a newer one on the same caches; read one to its end first")
-
-
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, guidance: Guidance | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -92,12 +83,12 @@ def autoregressive(
     engine: Engine | None = None,
 ) -> Iterator[Step]:
     """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
-    caches = caches or CachePool()
-    return caches.one_at_a_time(_autoregressive(target, prompt, max_new_tokens, verifier, seed, caches, engine or Engine()))
+    engine = engine or Engine()
+    return alone(engine, autoregressive_work(target, prompt, max_new_tokens, verifier, seed, caches or CachePool(), engine))
 
 
 @torch.inference_mode()
-def _autoregressive(
+def autoregressive_work(
     target: VideoLM,
     prompt: VideoPrompt,
     max_new_tokens: int,
@@ -105,22 +96,24 @@ def _autoregressive(
     seed: int,
     caches: CachePool,
     engine: Engine,
-) -> Iterator[Step]:
+) -> Generator[Pass | Step, Any, None]:
+    """The same as a generator of passes and steps, for a `Scheduler`."""
     clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), verifier_generator(seed)
-    turn, penalty = Turn(caches, target, len(prompt) + max_new_tokens), RepetitionPenalty.of(target, prompt)
-    request = Request(target, turn.cache, verifier, penalty, generator, clock.mark)
-    _, logits_MV = prefill(target, prompt, turn.cache, clock)
-    token = first_token(request, logits_MV)
-    clock.mark("prefill")
-    while True:
-        yield Step(output.take([token]), times_s=clock.lap())
-        if output.done:
-            return
-        turn.check()
-        clock.resume()
-        penalty.add(torch.tensor([token]))
-        token = engine.next(request, token)
-        clock.mark("verify")
+    penalty = RepetitionPenalty.of(target, prompt)
+    with caches.lease() as lease:
+        cache = lease.take("target", target, len(prompt) + max_new_tokens)
+        request = Request(target, cache, verifier, penalty, generator, clock.mark)
+        _, logits_MV = prefill(target, prompt, cache, clock)
+        token = first_token(request, logits_MV)
+        clock.mark("prefill")
+        while True:
+            yield Step(output.take([token]), times_s=clock.lap())
+            if output.done:
+                return
+            clock.resume()
+            penalty.add(torch.tensor([token]))
+            token = yield from engine.next(request, token)
+            clock.mark("verify")
 
 
 @dataclass
@@ -130,8 +123,8 @@ class DecodingGraph:
     ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
     drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
     engine: how a step runs, see `specvlm.engine`. draft: a skeleton on ranks where it does not lie. vocabulary: token ids
-    known to both models. record: hand out the target's attention to the video too. Caches are kept between requests; one
-    request at a time.
+    known to both models. record: hand out the target's attention to the video too. Caches are kept between requests, of which
+    there may be several at once, in several threads, too.
     """
 
     target: VideoLM
@@ -154,9 +147,6 @@ class DecodingGraph:
             raise UserError(f"positions={self.positions!r} is none of original, reindexed")
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
-        lone = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < self.target.ranks.size
-        if lone and not self.drafter.tells:
-            raise UserError(f"drafter={self.drafter.name} cannot tell other ranks its trees: use draft.parallel=tensor")
         state_layer(self.pruner, self.target)
         # Read once: what a rule claims decides what its output is held to.
         self.lossless, self.sampling = bool(self.verifier.lossless), self.verifier.sampling
@@ -165,90 +155,100 @@ class DecodingGraph:
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
-        """The steps of a request, as they happen. Raises RuntimeError where another thread is in the middle of one."""
-        return self.caches.one_at_a_time(self._decode(prompt, max_new_tokens))
+        """The steps of a request, as they happen."""
+        return alone(self.engine, self.work(prompt, max_new_tokens))
 
     @torch.inference_mode()
-    def _decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
+    def work(self, prompt: VideoPrompt, max_new_tokens: int) -> Generator[Pass | Step, Any, None]:
+        """A request as a generator of passes and steps, for a `Scheduler`."""
         target, drafter, verifier = self.target, self.drafter, self.verifier
         clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
         with inside(drafter):
             most = int(drafter.max_nodes)
-        turn = Turn(self.caches, target, len(prompt) + max_new_tokens + most)
-        cache, penalty, guidance = turn.cache, RepetitionPenalty.of(target, prompt), self._guidance(prompt)
-        dice = verifier_generator(self.seed)
-        request = Request(target, cache, verifier, penalty, dice, clock.mark, lossless=self.lossless)
-        features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
-        copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
-        token = first_token(request, logits_MV)
-        clock.mark("prefill")
-        yield Step(output.take([token]), times_s=clock.lap())
-        if output.done:
-            return
-
-        turn.check()
-        recorded = gathered(RECORDED, prompt, guidance, features_ND) if self.record else {}
-        attention = recorded.get("verifier_attention")
-        clock.resume()
-        penalty.add(torch.tensor([token]))
-        keep = self._agreed(copy, guidance, features_ND, generator)
-        clock.mark("prune")
-
-        def started(part: str) -> None:
-            if self.draft is not None and drafter.model == "draft":
-                clock.wait(self.draft.device)
-            clock.mark(part)
-
-        context = DraftContext(
-            prompt=copy,
-            keep=keep,
-            bonus=token,
-            target=target,
-            draft=self.draft,
-            features_ND=features_ND,
-            positions=self.positions,
-            max_new_tokens=max_new_tokens,
-            vocabulary=self.vocabulary,
-            sampling=replace(self.sampling),
-            generator=generator,
-            caches=self.caches,
-            engine=self.engine,
-            signals=gathered(drafter.needs, copy, guidance, features_ND),
-            cache=cache,
-            mark=started,
-        )
-        with inside(drafter):
-            session = drafter.start(context)
-        started("draft_prefill")
-
-        ours = is_ours(session)
-        shown = keep if drafter.model and self._own_budget(prompt) is None else None
-        if guidance is not None and guidance.hidden:
-            request = replace(request, video_ND=guidance.video_hidden())
-        verdict = None
-        while True:
-            with inside(drafter):
-                tree = checked_tree(drafter, session.propose(verdict), token, most, target.vocabulary, ours)
-            tree = tree.to(target.device)
-            clock.mark("draft")
-            verdict, new = self.engine.check(request, tree)
-            clock.mark("verify")
-            tokens = output.take(new)
-            full, depth = len(tokens) == len(new), max(tree.depths)
-            # What a lossy rule accepts says nothing about the target's own choice.
-            ranks, widths = tree.ranks_on(verdict.path) if self.lossless else ((), ())
-            times = clock.lap()
-            refused = tree.refused(verdict.path) if full else ()  # read behind the lap: no time of the request's
-            seen = tree.on_host()
-            yield Step(
-                tokens, len(tree) - 1, depth, verdict.accepted, full, times, shown, ranks, widths, refused, attention, seen
-            )
+        with self.caches.lease() as lease:
+            cache = lease.take("target", target, len(prompt) + max_new_tokens + most)
+            penalty, guidance = RepetitionPenalty.of(target, prompt), self._guidance(prompt)
+            dice = verifier_generator(self.seed)
+            request = Request(target, cache, verifier, penalty, dice, clock.mark, lossless=self.lossless)
+            features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
+            copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
+            token = first_token(request, logits_MV)
+            clock.mark("prefill")
+            yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
             if output.done:
                 return
-            turn.check()
+
+            recorded = gathered(RECORDED, prompt, guidance, features_ND) if self.record else {}
+            attention = recorded.get("verifier_attention")
             clock.resume()
-            penalty.add(torch.tensor(new))
-            token, shown, attention = verdict.bonus, None, None
+            penalty.add(torch.tensor([token]))
+            keep = self._agreed(copy, guidance, features_ND, generator)
+            clock.mark("prune")
+            context = DraftContext(
+                prompt=copy,
+                keep=keep,
+                bonus=token,
+                target=target,
+                draft=self.draft,
+                features_ND=features_ND,
+                positions=self.positions,
+                max_new_tokens=max_new_tokens,
+                vocabulary=self.vocabulary,
+                sampling=replace(self.sampling),
+                generator=generator,
+                caches=lease,
+                signals=gathered(drafter.needs, copy, guidance, features_ND),
+                cache=cache,
+            )
+            session = self._session(context)
+            if self.draft is not None and drafter.model == "draft":
+                clock.wait(self.draft.device)
+            clock.mark("draft_prefill")
+
+            ours = is_ours(session)
+            shown = keep if drafter.model and self._own_budget(prompt) is None else None
+            if guidance is not None and guidance.hidden:
+                request = replace(request, video_ND=guidance.video_hidden())
+            verdict = None
+            while True:
+                tree = yield from self._proposed(session, verdict, lease, clock)
+                tree = checked_tree(drafter, tree, token, most, target.vocabulary, ours).to(target.device)
+                clock.mark("draft")
+                verdict, new = yield from self.engine.check(request, tree)
+                clock.mark("verify")
+                tokens, times = output.take(new), clock.lap()
+                yield Step(tokens, tree.on_host(), verdict, times, shown, attention, self.lossless)
+                if output.done:
+                    return
+                clock.resume()
+                penalty.add(torch.tensor(new))
+                token, shown, attention = verdict.bonus, None, None
+
+    def _session(self, context: DraftContext) -> DraftSession:
+        ranks = self.target.ranks
+        lone = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
+        with inside(self.drafter):
+            if not lone:
+                return self.drafter.start(context)
+            return BroadcastSession(self.drafter, self.drafter.start(context) if ranks.rank == 0 else None, context)
+
+    def _proposed(self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock) -> Passes[DraftTree]:
+        """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
+        guard = partial(inside, self.drafter)
+        with guard():
+            found = session.propose(last)
+        if not isinstance(found, Generator):
+            return found
+        asked, result = guarded(found, guard, partial(checked_item, self.drafter, lease)), None
+        while True:
+            try:
+                item = asked.send(result)
+            except StopIteration as end:
+                return end.value
+            if isinstance(item, Pass):
+                result = yield item
+            else:
+                result = yield from self.engine.call(replace(item, guard=guard), clock.mark)
 
     def budget(self, prompt: VideoPrompt) -> int:
         """Video tokens the drafter may see."""
@@ -315,6 +315,7 @@ class DecodingGraph:
         assert model is not None
         features = features_ND if model is self.target else model.features(prompt)
         guidance = Guidance(prompt.video_index.to(model.device), rows=False, last_row=True, depth=self.pruner.draft_layers)
-        cache = self.caches.take("draft", model, len(prompt))
-        model.prefill(model.embed(prompt, features), model.positions(prompt), cache, guidance=guidance)
+        with self.caches.lease() as lease:
+            cache = lease.take("draft", model, len(prompt))
+            model.prefill(model.embed(prompt, features), model.positions(prompt), cache, guidance=guidance)
         return guidance.last_rows()

@@ -39,7 +39,7 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
 def _tensors(found: Any) -> Iterator[Tensor]:
     if isinstance(found, Tensor):
         yield found
-    else:
+    elif isinstance(found, tuple):
         for part in found:
             yield from _tensors(part)
 

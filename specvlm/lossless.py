@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.cache import CachePool, KVCache
+from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.engine import Engine
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
@@ -107,8 +107,9 @@ def compare(
     ended = output[-1] in target.stop_ids
     if target.stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
         return Comparison("mismatch", first, reason="the output does not end where it should")
-    passes = _Passes(target, prompt, output, steps, caches or CachePool(), engine or Engine())
-    return passes.judge(baseline[first], first, verifier)
+    with (caches or CachePool()).lease() as lease:
+        passes = _Passes(target, prompt, output, steps, lease, engine or Engine())
+        return passes.judge(baseline[first], first, verifier)
 
 
 class _Wrong(Exception):
@@ -127,7 +128,7 @@ class _Passes:
         prompt: VideoPrompt,
         output: Sequence[int],
         steps: Sequence[Step],
-        caches: CachePool,
+        caches: CacheLease,
         engine: Engine,
     ) -> None:
         self.target, self.prompt, self.output, self.engine, self.steps = target, prompt, list(output), engine, steps

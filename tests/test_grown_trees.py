@@ -18,6 +18,7 @@ from specvlm.engine import Engine
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.passes import finished
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.verifiers import greedy
@@ -79,7 +80,7 @@ def brute_force(model: Model, depth: int, width: int, nodes: int) -> set[tuple[i
 def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
     model = Model(seed)
     growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
-    grown = grow(torch.tensor([3]), model.logits(())[None], growth, model.expand)
+    grown = finished(grow(torch.tensor([3]), model.logits(())[None], growth, model.expand), None)
     ways = ways_of(grown)
     assert grown.tokens_M[0] == 3 and grown.parents_M[0] == -1 and grown.rows_M[0] == 0
     assert all(parent < node for node, parent in enumerate(grown.parents_M.tolist()))
@@ -97,7 +98,7 @@ def test_where_nodes_tie_with_their_cousins_any_of_them_will_do(depth, width, no
     model = Model(0)
     model.logits = lambda way: Model.logits(model, ())
     growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
-    grown = grow(torch.tensor([3]), model.logits(())[None], growth, model.expand)
+    grown = finished(grow(torch.tensor([3]), model.logits(())[None], growth, model.expand), None)
     p = model.logits(()).softmax(-1).tolist()
 
     def worth(ways):
@@ -112,7 +113,7 @@ def test_equal_probabilities_keep_the_tree_connected():
     certain = torch.full((1, V), -1e9).double()
     certain[0, 2] = 0.0
     growth = Growth((2,) * 4, (2,) * 3, 9)
-    grown = grow(torch.tensor([0]), certain, growth, lambda tokens, *_: certain.expand(len(tokens), -1))
+    grown = finished(grow(torch.tensor([0]), certain, growth, lambda tokens, *_: certain.expand(len(tokens), -1)), None)
     assert all(0 <= parent < node for node, parent in enumerate(grown.parents_M.tolist()) if node)
     assert (2, 2, 2, 2) in ways_of(grown)
 
@@ -133,7 +134,7 @@ def test_a_draft_that_is_the_target_is_accepted_to_the_full_depth(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["direct", "aot_eager"])
+@pytest.mark.parametrize("backend", ["direct", "traced"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_graphs_is_eager(family, backend):
     drafter = DynamicTreeDrafter(nodes=12, depth=4, width=4)
@@ -147,7 +148,7 @@ def test_graphs_is_eager(family, backend):
 def test_one_capture_of_the_check_and_one_of_the_growth_serve_every_shape():
     engine = GraphsEngine("direct")
     steps = decode("qwen2_5_vl", DynamicTreeDrafter(), engine, ratio=0.9, limit=60)
-    assert len(steps) > 8 and sorted(key[0] for key in engine._programs) == ["check", "grown"]
+    assert len(steps) > 8 and sorted(key[0] for key in engine._programs) == ["check", "draft"]
     assert sum("capture" in step.times_s for step in steps[1:]) == 1
 
 
@@ -235,7 +236,9 @@ def test_an_entropy_tree_is_sages(kind, seed):
         growth = drafter.growth(depth, width)
         for step, nodes in ((1, 1000), (1, 63), (8, 63)):
             model = SageModel(seed, kind)
-            grown = grow(torch.tensor([3]), model.logits(())[None], replace(growth, step=step, nodes=nodes), model.expand)
+            grown = finished(
+                grow(torch.tensor([3]), model.logits(())[None], replace(growth, step=step, nodes=nodes), model.expand), None
+            )
             ways = ways_of(grown)[1:]
             assert len(set(ways)) == len(ways) <= nodes
             if nodes == 1000:
@@ -310,7 +313,7 @@ class WarmsUp(GraphsEngine):
     ("backend", "drafter", "family"),
     [
         *(("direct", EntropyTreeDrafter(20, 6, 1, 2, 5), family) for family in tiny.FAMILIES),
-        ("aot_eager", EntropyTreeDrafter(7, 2, 2, 2, 2), "qwen2_5_vl"),  # one extent: compiling takes long
+        ("traced", EntropyTreeDrafter(7, 2, 2, 2, 2), "qwen2_5_vl"),  # one extent: compiling takes long
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -28,6 +28,7 @@ from specvlm.config import model_folder
 from specvlm.data import synthetic
 from specvlm.data.video import Clip
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine
 from specvlm.graph import DecodingGraph, generator_for
 from specvlm.models.attention import Guidance
 from specvlm.models.load import load
@@ -44,6 +45,7 @@ from specvlm.types import DraftTree, Verdict, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 RESULTS = Path(__file__).parent / "results"
+ENGINE = Engine()
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
 DRAFTS = ("plain", "aware")
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -124,7 +126,7 @@ def replay(session: DraftSession, answer: list[int], cache: KVCache | None = Non
     while at + 1 < len(answer):
         if cache is not None:
             cache.length = start + at
-        tree = session.propose(verdict)
+        tree = ENGINE.finish(session.propose(verdict))
         path = longest_match(tree, answer[at + 1 :])
         end = at + len(path)  # the bonus token's place
         full = end < len(answer)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import UserError
+from specvlm.passes import Work, driven
 from specvlm.strategy import DraftContext, Drafter, DraftSession
 from specvlm.types import DraftTree, TreeShape, Verdict
 
@@ -70,10 +71,10 @@ class GivenSession(DraftSession):
         self.tables = {many: guesses(drafter.tree, self.known, many, ctx.vocabulary) for many in (low, low + 1)}
         self.guessed: Tensor | None = None
 
-    def propose(self, last: Verdict | None) -> DraftTree:
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
         if last is not None:
             self._follow(last)
-        tree = self.inner.propose(last)
+        tree = yield from driven(self.inner.propose(last))
         if self.position < len(self.known):
             many = int((self.rounds + 1) * self.accepted + 1e-9) - int(self.rounds * self.accepted + 1e-9)
             self.tables[many] = self.tables[many].to(tree.tokens.device)

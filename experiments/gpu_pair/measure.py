@@ -108,7 +108,7 @@ class Bench:
         self.depth = GivenDrafter(self.inner).tree.depth
         # Every request asks for as many tokens, and here for the slots of a tree: so the cache is not allocated twice.
         self.limit = (self.counts.rounds + self.counts.warmup) * (self.depth + 1) + 2
-        self.caches.take("target", self.target, len(self.unread) + self.limit + self.inner.max_nodes)
+        self.caches.reserve("target", self.target, len(self.unread) + self.limit + self.inner.max_nodes)
 
     @property
     def drafting(self) -> VideoLM:

@@ -12,6 +12,7 @@ from specvlm.contract import made, other_global_state, tiny
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
+from specvlm.passes import Work, driven
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import SIGNALS, DraftContext, Drafter, DraftSession, Verifier, VerifyContext
 from specvlm.types import DraftTree, Step, Verdict, VideoPrompt
@@ -107,9 +108,9 @@ class _WatchedSession(DraftSession):
         self.watched, self.ctx, self.session = watched, ctx, watched.inner.start(ctx)
         assert isinstance(self.session, DraftSession), f"{watched.inner!r}: start returned {type(self.session).__name__}"
 
-    def propose(self, last: Verdict | None) -> DraftTree:
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
         root = self.ctx.bonus if last is None else last.bonus
-        tree = self.session.propose(last)
+        tree = yield from driven(self.session.propose(last))
         _check_tree(self.watched.inner, tree, root, self.ctx, f"{self.watched.inner!r} on {self.watched.where}")
         self.watched.trees.append(replace(tree, tokens=tree.tokens.clone()))
         return tree

@@ -11,15 +11,17 @@ import struct
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specvlm.drafters.tree import PrunedSession
-from specvlm.engine import Engine
+from specvlm.cache import KVCache
+from specvlm.drafters.tree import PrunedSession, drafting_model
 from specvlm.errors import UserError
-from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.passes import Pass, Passes, Routine, Work, driven
+from specvlm.strategy import DraftContext, Drafter
 from specvlm.types import DEEPEST, MOST_GUESSES, DraftTree, Verdict, Within
 
 if TYPE_CHECKING:
@@ -70,7 +72,6 @@ class Growth:
 class GrownTreeDrafter(Drafter):
     """Any drafter whose tree is grown. What it goes by from round to round is in the session's `Pace`, never in itself."""
 
-    tells = True
     nodes: int
 
     @abstractmethod
@@ -92,16 +93,11 @@ class GrownTreeDrafter(Drafter):
     def max_rows(self) -> int:
         return max(self.max_nodes, *(1 + sum(self.growth(*extent).rows) for extent in self.extents()))
 
-    def start(self, ctx: DraftContext) -> DraftSession:
-        model = ctx.target if self.model == "target" else ctx.draft
-        assert model is not None
+    def start(self, ctx: DraftContext) -> GrownSession:
         widest = max(max(self.growth(*extent).columns) for extent in self.extents())
         if widest > ctx.vocabulary:
             raise UserError(f"drafter={self.name} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
-        engine, ranks = ctx.engine or Engine(), ctx.target.ranks
-        if model.ranks.size == ranks.size:
-            return engine.grown_session(ctx, model, self)
-        return ToldTree(engine.grown_session(ctx, model, self) if ranks.rank == 0 else None, ctx)
+        return GrownSession(ctx, drafting_model(ctx, self.model), self)
 
 
 @dataclass(frozen=True)
@@ -177,13 +173,35 @@ def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int]
     return tokens, tuple(parents), rows, struct.unpack("d", struct.pack("q", bits))[0]
 
 
-def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Tensor]) -> Grown:
+def round_of(vocabulary: int, growth: Growth, model: VideoLM, cache: KVCache, state: Tensor) -> Passes[tuple[Tensor]]:
+    """A round: what was accepted moves together, its last token and the new root are fed, a tree is grown and cut. Packed.
+
+    state: slot of the last root, slot of the accepted node, that node's token, the new root's, position minus slot, and the
+    rows on the way to the accepted node, counted from the last root's.
+    """
+    root, base, old, bonus, offset = state[:5].split(1)
+    cache.move(root, state[5:])
+    steps = torch.arange(len(growth.columns) + 1, device=bonus.device)
+
+    def expand(tokens_W: Tensor, level: int, seen_WR: Tensor) -> Passes[Tensor]:
+        fed_W2 = torch.ones(len(tokens_W), 2, dtype=torch.int8, device=bonus.device)
+        seen_WT, depths_W = torch.cat([fed_W2, seen_WR.to(torch.int8)], 1), steps[level + 1].expand(len(tokens_W))
+        rows = yield Pass(model, cache, tokens_W, depths_W, seen_WT, base, offset, 2 + sum(growth.rows[: level - 1]))
+        return rows.logits()[:, :vocabulary]
+
+    rows = yield Pass(model, cache, torch.cat([old, bonus]), steps[:2], None, base, offset)
+    grown = yield from grow(bonus, rows.logits(1)[:, :vocabulary], growth, expand)
+    return (grown.packed(),)
+
+
+def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Any]) -> Passes[Grown]:
     """A tree below the token `root`, with nothing the host must know. logits: below the root.
 
     Inner nodes are the children that `growth.shares` leaves of nodes that are open; the root is both. Places that they leave
     free, of rows as of nodes, go to the best of the others: numbers of rows are fixed, and unused ones would cost as much.
 
-    expand: (W, V) logits of tokens (W,) at a depth, given which of the rows below the root each sees, (W, R) with its own.
+    expand: (W, V) logits of tokens (W,) at a depth, given which of the rows below the root each sees, (W, R) with its own; a
+    generator of passes where it needs a model.
     """
     device, wide = logits_1V.device, torch.promote_types(logits_1V.dtype, torch.float32)
     tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=wide)]
@@ -216,7 +234,7 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
         seen_WR = torch.cat([seen_WR[chosen_W // columns], own_WW], 1)
         above_W, open_W, value_W = count + chosen_W, opened[chosen_W], values[chosen_W]
         count, first = count + len(tokens), first + width
-        logits_WV = expand(tokens[chosen_W], level + 1, seen_WR)
+        logits_WV = yield from driven(expand(tokens[chosen_W], level + 1, seen_WR))
     candidates_C = (torch.cat(parts) for parts in (tokens_C, values_C, parents_C, rows_C, inner_C))
     return _cut(growth, _confidence(logits_1V, growth.top), *candidates_C)
 
@@ -255,42 +273,38 @@ def _confidence(logits_1V: Tensor, top: int) -> Tensor:
 
 
 class GrownSession(PrunedSession):
-    """Grows a tree a round, and keeps the rows of what was accepted of it."""
+    """Grows a tree a round. The host reads its shape, and writes back the rows on the accepted way."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)
-        self.drafter, self.pace = drafter, drafter.pace()
-        self.tokens = torch.zeros(1, dtype=torch.int64)
-        self.row_of: dict[int, int] = {}
-        self.confidence = 0.0
+        self.drafter, self.pace, self.confidence = drafter, drafter.pace(), 0.0
+        self.deepest = max(depth for depth, _ in drafter.extents())
+        self.last = int(ctx.prompt.tokens[-1])
+        self.guesses: list[int] = []
+        self.rows: list[int] = []
 
-    def propose(self, last: Verdict | None) -> DraftTree:
+    def _round(self, growth: Growth) -> Routine:
+        return Routine(
+            partial(round_of, self.ctx.vocabulary, growth),
+            ("grown", growth, self.deepest, self.ctx.vocabulary),
+            self.model,
+            self.cache,
+            max(2, *growth.rows, 0),
+            (self.free, self.free, 0, 0, 0, *range(self.deepest + 1)),
+        )
+
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        path, bonus = ((0,), self.ctx.bonus) if last is None else (last.path, last.bonus)
         if last is not None:
             self.pace.went(last.accepted, self.confidence)
-            self._settle(last, self.tokens, self.row_of)
-        root_1 = torch.tensor(self.pending[-1:], device=self.model.head_device)
-        grown = grow(root_1, self._root(), self.drafter.growth(*self.pace.extent), self._expand)
-        tokens, parents, rows, self.confidence = unpacked(grown.packed().tolist())
-        self.tokens = grown.tokens_M[: len(tokens)]
-        self.row_of = {node: row for node, row in enumerate(rows) if row >= 0}
-        return DraftTree(self.tokens, parents, varies=True)
-
-    def _expand(self, tokens_W: Tensor, depth: int, seen_WR: Tensor) -> Tensor:
-        logits = self.model.append(tokens_W, [depth] * len(tokens_W), seen_WR, self.cache, self.base)
-        return logits[:, : self.ctx.vocabulary]
-
-
-class ToldTree(DraftSession):
-    """Of a draft that lies on the first rank alone: that one drafts, and tells the others tokens and shape."""
-
-    def __init__(self, session: DraftSession | None, ctx: DraftContext) -> None:
-        self.session, self.ranks, self.device = session, ctx.target.ranks, ctx.target.device
-
-    def propose(self, last: Verdict | None) -> DraftTree:
-        def told() -> tuple[list[int], tuple[int, ...]]:
-            assert self.session is not None
-            tree = self.session.propose(last)
-            return tree.tokens.tolist(), tree.parents
-
-        tokens, parents = self.ranks.share(told)
-        return DraftTree(torch.tensor(tokens, device=self.device), parents, varies=True)
+            self.last = self.guesses[path[-1]]
+        # What was never expanded is fed again, so any row will do; behind its end a way goes straight on.
+        way = [self.rows[node] if node and self.rows[node] >= 0 else at for at, node in enumerate(path)]
+        way += range(len(way), self.deepest + 1)
+        base = self.root + len(path) - 1
+        state = (self.root, base, self.last, bonus, self.cache.offset, *way)
+        (packed,) = yield self._round(self.drafter.growth(*self.pace.extent))(state)
+        # The one read of a round's draft.
+        self.guesses, parents, self.rows, self.confidence = unpacked(packed.tolist())
+        self.root = base + 1
+        return DraftTree(packed[: len(parents)], parents, varies=True)

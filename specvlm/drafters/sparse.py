@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specvlm.drafters.tree import draw
-from specvlm.engine import Engine
+from specvlm.passes import Pass, Work
 from specvlm.strategy import DraftContext, Drafter, DraftSession
 from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 
@@ -68,7 +68,7 @@ class SparseSession(DraftSession):
 
     def __init__(self, drafter: SparseDrafter, ctx: DraftContext) -> None:
         assert ctx.cache is not None
-        self.ctx, self.dense, self.engine = ctx, ctx.cache, ctx.engine or Engine()
+        self.ctx, self.dense = ctx, ctx.cache
         self.parents = tuple(range(-1, drafter.length))
         slots_LJC = self._slots(drafter.sees(ctx.prompt))
         room = slots_LJC.shape[2] + ctx.max_new_tokens + drafter.max_nodes
@@ -92,14 +92,16 @@ class SparseSession(DraftSession):
         video_LJK = prompt.video_index.to(best_LJK.device)[best_LJK]
         return torch.cat([video_LJK, slots_LJT.to(best_LJK.device)], -1).sort().values
 
-    def propose(self, last: Verdict | None) -> DraftTree:
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
         self.cache.length = self.base
         self.cache.follow(self.dense, self.known)
         self.base, self.known = self.cache.length, self.dense.length
-        token_1 = torch.tensor([self.ctx.bonus if last is None else last.bonus], device=self.ctx.target.head_device)
+        target, cache = self.ctx.target, self.cache
+        token_1 = torch.tensor([self.ctx.bonus if last is None else last.bonus], device=target.head_device)
         tokens, q = [token_1], []
-        for _ in self.parents[1:]:
-            logits_1V = self.engine.append(self.ctx.target, token_1, self.cache)[:, : self.ctx.vocabulary]
+        for row in range(len(self.parents) - 1):
+            rows = yield Pass(target, cache, token_1, (0,), None, self.base + row, cache.offset)
+            logits_1V = rows.logits()[:, : self.ctx.vocabulary]
             if self.sample:
                 q_1V = self.ctx.sampling.probabilities(logits_1V)
                 race = torch.empty(q_1V.shape, dtype=torch.float64, device=q_1V.device)

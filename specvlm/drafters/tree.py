@@ -1,18 +1,23 @@
-"""Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's)."""
+"""Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's).
+
+Shape suffixes: M tree nodes, Q rows of a pass, R rows below the two that are fed, C children, D nodes on the longest path, V
+vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specvlm.engine import Engine
+from specvlm.cache import KVCache
 from specvlm.errors import UserError
-from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.kept import remembered
+from specvlm.passes import Pass, Passes, Routine, Work
+from specvlm.strategy import DraftContext, Drafter, DraftSession, Sampling
 from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
 
 if TYPE_CHECKING:
@@ -32,15 +37,14 @@ class TreeDrafter(Drafter):
     shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file of one.
     children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
     distribution, warped as the verifier's; `auto` samples when the verifier does. Both are exact under every verifier.
-    Cost: depth passes a round (5 for the paper's tree); the KV of accepted nodes is kept, not recomputed. ValueError for a
-    shape or children of other forms.
+    Cost: depth passes a round (5 for the paper's tree); the KV of accepted nodes is kept, and the last one's is computed
+    again with the next root. ValueError for a shape or children of other forms.
     """
 
     name = "tree"
     paper = "SpecVLM (arXiv 2508.16201)"
     fidelity = "exact"
     model = "draft"
-    tells = True
     shape: str = "paper"
     children: str = "auto"
 
@@ -53,58 +57,19 @@ class TreeDrafter(Drafter):
     def max_nodes(self) -> int:
         return len(TreeShape.parse(self.shape))
 
-    def start(self, ctx: DraftContext) -> DraftSession:
-        model = ctx.target if self.model == "target" else ctx.draft
-        assert model is not None
-        shape = TreeShape.parse(self.shape)
+    @property
+    def fixed(self) -> TreeShape:
+        return TreeShape.parse(self.shape)
+
+    def start(self, ctx: DraftContext) -> TreeSession:
+        shape = self.fixed
         widest = max(shape.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        engine, ranks = ctx.engine or Engine(), ctx.target.ranks
-        if model.ranks.size == ranks.size:
-            return engine.tree_session(ctx, model, shape, sample)
-        session = engine.tree_session(ctx, model, shape, sample) if ranks.rank == 0 else None
-        return ToldSession(session, ctx, shape, sample)
-
-
-@dataclass(frozen=True)
-class Level:
-    """One pass: the nodes expanded in it, what each sees of the expanded rows so far, and where its children go."""
-
-    nodes: tuple[int, ...]
-    seen: Tensor | None
-    children: Tensor  # (C,) tree nodes filled from this pass
-    rows: Tensor  # (C,) which row of the pass is the parent
-    ranks: Tensor  # (C,) which of the parent's guesses
-    orders: Tensor  # (C,) place among the siblings
-
-
-class Plan:
-    """Everything about a shape that does not depend on tokens."""
-
-    def __init__(self, shape: TreeShape) -> None:
-        self.shape = shape
-        mask = ancestor_mask(shape.parents)
-        written: list[int] = []
-        self.levels: list[Level] = []
-        for depth, nodes in enumerate(shape.levels):
-            written += nodes if depth else []
-            below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
-            children, rows, orders = torch.tensor(below).unbind(1)
-            ranks = torch.tensor([shape.ranks[c] for c in children.tolist()])
-            seen = mask[list(nodes)][:, written] if depth else None
-            if seen is not None and bool(seen.all()):
-                seen = None  # a chain: the only row sees everything, and attention without a mask is faster
-            self.levels.append(Level(nodes, seen, children, rows, ranks, orders))
-        self.order = written  # tree node of each row behind the root's
-
-    @cached_property
-    def row_of(self) -> dict[int, int]:
-        """Slot of an expanded node, counted from the root's."""
-        return {0: 0} | {node: row for row, node in enumerate(self.order, start=1)}
+        return TreeSession(ctx, shape, sample, drafting_model(ctx, self.model))
 
 
 def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
@@ -112,95 +77,154 @@ def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
     return (race_QV / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
 
 
+def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
+    """Of a drafter whose `model` is `which`."""
+    model = ctx.target if which == "target" else ctx.draft
+    assert model is not None
+    return model
+
+
 class PrunedSession(DraftSession):
     """A draft model's own cache: pruned prompt, then accepted tokens; a tree's rows come and go behind them.
 
-    rows: most of them behind an accepted token that a round writes.
+    A round feeds the last accepted token and the new root, behind what is moved together of the rows before. The last accepted
+    token is always fed again: its row may be missing (a leaf is never expanded), and two rows cost what one does.
+
+    rows: most of them that a round writes behind an accepted token.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
-        self.ctx, self.model = ctx, model
-        self.pending = [ctx.bonus]  # committed tokens whose rows are not in the cache yet; the last is the next root
-        self.base = 0  # slot of the current root
+        self.ctx, self.model, self.device = ctx, model, model.head_device
         prompt, keep = ctx.prompt, ctx.keep
         features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
         embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
         self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
         model.prefill(embeds, positions, self.cache)
-
-    def _root(self) -> Tensor:
-        """(1, V) logits below the new root: a pass over what is pending, which it ends."""
-        rows = len(self.pending)
-        seen = torch.ones(rows, rows, dtype=torch.bool).tril() if rows > 1 else None
-        logits = self.model.append(torch.tensor(self.pending), range(rows), seen, self.cache)[-1:]
-        self.base = self.cache.length - 1
-        return logits[:, : self.ctx.vocabulary]
-
-    def _settle(self, last: Verdict, tokens: Tensor, row_of: Mapping[int, int]) -> None:
-        """Keep the rows of accepted nodes that were expanded; what else was accepted is fed with the next root."""
-        expanded = [node for node in last.path if node in row_of]
-        self.cache.keep(self.base, [row_of[node] for node in expanded])
-        left: Sequence[int] = last.path[len(expanded) :]
-        self.pending = [*tokens[list(left)].tolist(), last.bonus]
+        self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
+        self.free = self.cache.capacity - rows - 2  # a slot behind which a routine may write whenever it is tried
 
 
 class TreeSession(PrunedSession):
     """A static tree, level by level."""
 
-    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
-        self.sample = sample
-        self.plan = Plan(shape)
+    def __init__(self, ctx: DraftContext, shape: TreeShape, sample: bool, model: VideoLM) -> None:
         # Drawn where the logits are, seeded from the request's own generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
-        self.generator = torch.Generator(model.head_device).manual_seed(seed)
-        self.tokens = torch.zeros(len(shape), dtype=torch.int64)
         super().__init__(ctx, model, len(shape))
+        self.shape, self.sample = shape, sample
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
+        tables = tables_of(shape, sample, self.device)
+        races = (sum(len(level.nodes_Q) for level in tables.levels), ctx.vocabulary) if sample else (0,)
+        self.races = torch.ones(races, dtype=torch.float64, device=self.device)
+        self.round = Routine(
+            partial(expand, tables, ctx.vocabulary, ctx.sampling if sample else None),
+            ("tree", shape, ctx.vocabulary, ctx.sampling if sample else None),
+            model,
+            self.cache,
+            max(2, *(len(level.nodes_Q) for level in tables.levels)),
+            (self.free, self.free, 0, 0, 0),
+            (torch.zeros_like(self.tokens), self.races),
+        )
 
-    def propose(self, last: Verdict | None) -> DraftTree:
-        if last is not None:
-            self._settle(last, self.tokens, self.plan.row_of)
-        plan, cache, model = self.plan, self.cache, self.model
-        shape = plan.shape
-        q: Tensor | None = None
-        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=model.head_device)
-        self.tokens[0] = self.pending[-1]
-        for depth, level in enumerate(plan.levels):
-            if depth == 0:
-                logits = self._root()
-            else:
-                logits = model.append(self.tokens[list(level.nodes)], [depth] * len(level.nodes), level.seen, cache, self.base)
-                logits = logits[:, : self.ctx.vocabulary]
-            if not self.sample:
-                best = logits.topk(int(level.ranks.max()) + 1).indices
-                self.tokens[level.children] = best[level.rows, level.ranks]
-            else:
-                q_rows = self.ctx.sampling.probabilities(logits)
-                q = q_rows.new_zeros(len(shape), q_rows.shape[1]) if q is None else q
-                q[list(level.nodes)] = q_rows
-                race = torch.empty(q_rows.shape, dtype=torch.float64, device=q_rows.device)
-                best = draw(q_rows, race.exponential_(generator=self.generator), int(level.orders.max()) + 1)
-                self.tokens[level.children] = best[level.rows, level.orders]
-        return DraftTree(self.tokens, shape.parents, q, ranks=shape.ranks)
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        base = self.root + self.shape.depths[node]
+        races = self.races.exponential_(generator=self.generator) if self.sample else None
+        self.tokens, q_MV = yield self.round((self.root, base, node, bonus, self.cache.offset), self.tokens, races)
+        self.root = base + 1
+        return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
 
-class ToldSession(DraftSession):
-    """The session of a draft that lies on the first rank alone: that one drafts, and tells the others its tree."""
+class Level(NamedTuple):
+    """A pass: tree nodes, their positions above the last accepted token's, slot of the first, counted from its; what they see
+    (None: all); and for each child its tree node, its parent's row and which guess of that it is.
+    """
 
-    def __init__(self, session: DraftSession | None, ctx: DraftContext, shape: TreeShape, sample: bool) -> None:
-        self.session, self.ranks, self.device, self.shape = session, ctx.target.ranks, ctx.target.device, shape
-        if session is None and sample:
-            torch.randint(2**62, (), generator=ctx.generator)  # as the session seeds itself: the generators stay alike
-        wide = torch.promote_types(ctx.target.dtype, torch.float32)
-        self.tokens = torch.zeros(len(shape), dtype=torch.int64, device=self.device)
-        self.q = torch.zeros(len(shape), ctx.vocabulary, dtype=wide, device=self.device) if sample else None
+    nodes_Q: Tensor
+    depths_Q: Tensor
+    at: int
+    seen_QT: Tensor | None
+    widest: int
+    children_C: Tensor
+    parents_C: Tensor
+    guesses_C: Tensor
 
-    def propose(self, last: Verdict | None) -> DraftTree:
-        tree = DraftTree(self.tokens, self.shape.parents, self.q, ranks=self.shape.ranks)
-        if self.session is not None:
-            tree = self.session.propose(last).to(self.device)
-            if self.q is not None and tree.q is not None:  # the others do not know the draft's dtype
-                tree = replace(tree, q=tree.q.to(self.q.dtype))
-        for tensor in (tree.tokens, tree.q):
-            if tensor is not None:
-                self.ranks.first(tensor)
-        return tree
+
+class Tables(NamedTuple):
+    """What a shape says of a round. ways_MD: for each node the rows on its way from the root."""
+
+    ways_MD: Tensor
+    levels: tuple[Level, ...]
+
+
+@remembered(64)
+def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
+    """Rows are the two that are fed, then each level's expanded nodes."""
+    above_MM = ancestor_mask(shape.parents)
+    levels, written, row_of = list[Level](), list[int](), {0: 0}
+    for depth, nodes in enumerate(shape.levels):
+        at, seen = 2 + len(written), None
+        if depth:
+            written += nodes
+            row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}
+            own = above_MM[list(nodes)][:, written]
+            # A chain's only row sees everything, and attention without a mask is faster.
+            seen = None if bool(own.all()) else torch.cat([torch.ones(len(nodes), 2, dtype=torch.bool), own], 1)
+        below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
+        children, rows, orders = zip(*below, strict=True)
+        guesses = orders if sample else [shape.ranks[child] for child in children]
+        levels.append(
+            Level(
+                torch.tensor(nodes, device=device),
+                torch.full((len(nodes),), depth + 1, device=device),
+                at if depth else 0,
+                None if seen is None else seen.to(device, torch.int8),
+                max(guesses) + 1,
+                *(torch.tensor(numbers, device=device) for numbers in (children, rows, guesses)),
+            )
+        )
+    ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
+    # What was never expanded is fed again, so any row will do. Behind its end a way goes straight on: rows stay where they are.
+    rows_MD = [[*(row_of.get(n, at) for at, n in enumerate(way)), *range(len(way), length)] for way in ways]
+    return Tables(torch.tensor(rows_MD, device=device), tuple(levels))
+
+
+def expand(
+    tables: Tables,
+    vocabulary: int,
+    sampling: Sampling | None,
+    model: VideoLM,
+    cache: KVCache,
+    state_5: Tensor,
+    old_M: Tensor,
+    races_RV: Tensor,
+) -> Passes[tuple[Tensor, Tensor]]:
+    """A round. Returns tokens (M,), and q (M, V), or (0,) where nothing is drawn.
+
+    state: slot of the last root, slot of the accepted node, that node, the new root's token, position minus slot. old: tokens
+    of the tree before. races: exponential random numbers, a row a node that is expanded.
+    """
+    root, base, node, bonus, offset = state_5.split(1)
+    cache.move(root, tables.ways_MD.index_select(0, node)[0])
+    tokens_M = torch.zeros_like(old_M)
+    tokens_M[:1] = bonus
+    wide = torch.promote_types(model.dtype, torch.float32)
+    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sampling else (0,), dtype=wide)
+    done = 0
+    for level in tables.levels:
+        if level.at:
+            fed, depths, last = tokens_M[level.nodes_Q], level.depths_Q, 0
+        else:
+            fed, depths, last = torch.cat([old_M[node], bonus]), torch.arange(2, device=bonus.device), 1
+        rows = yield Pass(model, cache, fed, depths, level.seen_QT, base, offset, level.at)
+        logits_QV = rows.logits(last)[:, :vocabulary]
+        if sampling:
+            q_QV = sampling.probabilities(logits_QV)
+            q_MV.index_copy_(0, level.nodes_Q, q_QV)
+            best = draw(q_QV, races_RV[done : done + len(q_QV)], level.widest)
+            done += len(q_QV)
+        else:
+            best = rows.best(logits_QV, level.widest)
+        tokens_M.index_copy_(0, level.children_C, best[level.parents_C, level.guesses_C])
+    return tokens_M, q_MV

@@ -1,27 +1,29 @@
 """How a step of the decoding loop runs: `eager` anywhere, through Hugging Face's modules; `graphs` on a GPU.
 
-An engine is kept across requests. It holds no request's state: only what it captured, by shape and cache.
+An engine is kept across requests, and several requests at once may use it. It holds no request's state: only what it
+captured, by shape and cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from specvlm.cache import KVCache
+from specvlm.engine.joined import run_joined
 from specvlm.errors import UserError
 from specvlm.fence import checked_verdict, inside
+from specvlm.passes import Call, Pass, Passes, Rows, Work, driven, finished
 from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext
-from specvlm.types import DraftTree, TreeShape, Verdict
+from specvlm.strategy import Verifier, VerifyContext
+from specvlm.types import DraftTree, Verdict
 from specvlm.verifiers.sampling import own_rule
 
 if TYPE_CHECKING:
-    from specvlm.drafters.dynamic_tree import GrownTreeDrafter
     from specvlm.models.video_lm import VideoLM
 
 ENGINES = ("auto", "eager", "graphs")
@@ -47,30 +49,56 @@ class Request:
 
 
 class Engine:
-    """The eager one, and what an engine must do. A step ends with the host's read of a few integers."""
+    """The eager one, through Hugging Face's modules; and what an engine must do.
+
+    `run` is all that an engine needs. One that captures overrides `call`, `check` and `next` as well: each is a generator,
+    which yields the passes that it leaves to `run`.
+    """
 
     name: ClassVar[str] = "eager"
     capture_s = 0.0  # seconds spent so far on compiling and capturing
     note = ""  # what its user should know
 
-    def next(self, request: Request, token: int) -> int:
-        """A pass of the target over its last token; the token that follows."""
-        logits_1V = self.append(request.target, torch.tensor([token]), request.cache)
-        return first_token(request, logits_1V)
+    def run(self, passes: Sequence[Pass]) -> list[Rows]:
+        """The rows of each pass. Those of one model run as one, where that can be."""
+        results: list[Rows | None] = [None] * len(passes)
+        for model in {id(one.model): one.model for one in passes}.values():
+            mine = [number for number, one in enumerate(passes) if one.model is model]
+            for number, rows in zip(mine, run_joined(model, [passes[number] for number in mine]), strict=True):
+                results[number] = rows
+        return [rows for rows in results if rows is not None]
 
-    def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
+    def finish(self, work: Work[T] | T) -> T:
+        """What a generator of passes comes to, run to its end with nothing beside it; a plain value as it is."""
+
+        def run(item: Pass | Call) -> Any:
+            return self.run([item])[0] if isinstance(item, Pass) else finished(self.call(item, lambda part: None), run)
+
+        return finished(driven(work), run)
+
+    def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
+        """A drafter's routine. mark: told "capture" where it was captured before it ran."""
+        return (yield from call.work())
+
+    def next(self, request: Request, token: int) -> Passes[int]:
+        """A pass of the target over its last token; the token that follows."""
+        cache = request.cache
+        rows = yield Pass(request.target, cache, torch.tensor([token]), (0,), None, cache.length, cache.offset)
+        return first_token(request, rows.logits())
+
+    def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
         """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
         tokens: accepted ones and the bonus.
         """
         cache, base = request.cache, request.cache.length
-        hidden_MD = request.target.score_hidden(tree, cache)
-        logits_MV = request.penalty(request.target.head(hidden_MD), tree)
+        rows = yield Pass(request.target, cache, tree.tokens, tree.depths, tree.mask, base, cache.offset)
+        logits_MV = request.penalty(rows.logits(), tree)
         tree = tree.to(logits_MV.device)
         context = VerifyContext(tree, logits_MV, request.generator)
         if not request.lossless:  # a rule that writes into what it is shown changes nothing of what decides where answers end
             context = replace(context, tree=replace(tree, tokens=tree.tokens.clone()), logits_MV=logits_MV.clone())
         if request.verifier.reads_hidden:
-            context = replace(context, hidden_MD=hidden_MD, video_ND=request.video_ND)
+            context = replace(context, hidden_MD=rows.hidden_QD, video_ND=request.video_ND)
         with inside(request.verifier):
             verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
         if not request.lossless:
@@ -83,7 +111,9 @@ class Engine:
         """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's
         own steps.
         """
-        return target.append(tokens_Q, range(len(tokens_Q)), None, cache)
+        depths = range(len(tokens_Q))
+        (rows,) = self.run([Pass(target, cache, tokens_Q, depths, None, cache.length, cache.offset)])
+        return rows.logits()
 
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
         """(M, V) logits of a tree by the arithmetic of `check` under that rule; its rows stay behind the cache.
@@ -98,18 +128,6 @@ class Engine:
     def runs(self, model: VideoLM) -> str:
         """The name of the engine that a model's steps really take: one may have to fall back for one of two models."""
         return self.name
-
-    def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
-        """How a static tree is drafted, level by level."""
-        from specvlm.drafters.tree import TreeSession  # which asks for an engine
-
-        return TreeSession(ctx, model, shape, sample)
-
-    def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
-        """How a tree is drafted that another shape follows."""
-        from specvlm.drafters.dynamic_tree import GrownSession  # which asks for an engine
-
-        return GrownSession(ctx, model, drafter)
 
 
 def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The engine for a GPU: a tree's whole expansion is one CUDA graph, its check another, an autoregressive step a third.
+"""The engine for a GPU: a drafter's routine is one CUDA graph, a tree's check another, an autoregressive step a third.
 
 The host writes a few integers before a graph and reads one small tensor behind the check. Graphs are captured once for a
 shape and a cache, not for a request: the length of the context is read from the device. Prefills run as in the eager engine.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from threading import RLock
 from time import perf_counter
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,17 +22,15 @@ from torch import Tensor
 
 from specvlm.cache import KVCache, Store
 from specvlm.engine import Engine, Request, ops, placed, why_not_captured
-from specvlm.engine.expand import CapturedTree, ways
-from specvlm.engine.growth import CapturedGrowth
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
 from specvlm.fence import checked_verdict, inside
+from specvlm.passes import Call, Pass, Passes, Rows, finished
 from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import DraftContext, DraftSession, Verifier, VerifyContext, uniform
-from specvlm.types import DraftTree, TreeShape, Verdict
+from specvlm.strategy import Verifier, VerifyContext, uniform
+from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
-    from specvlm.drafters.dynamic_tree import GrownTreeDrafter
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
@@ -51,21 +50,23 @@ class GraphsEngine(Engine):
         # A cache is not kept alive by what was captured for it; the weights that it reads are.
         self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
         self.lanes: dict[torch.device, Lane] = {}
+        self._lock = RLock()  # around what is kept; requests of several threads may need it at once
 
     # ---- the target's steps -----------------------------------------------------------------------------------------
 
-    def next(self, request: Request, token: int) -> int:
+    def next(self, request: Request, token: int) -> Passes[int]:
         if type(request.verifier).first is not Verifier.first:  # a rule of its own where nothing was guessed
-            return super().next(request, token)
+            return (yield from super().next(request, token))
         root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
-        return self.check(request, root)[0].bonus
+        verdict, _ = yield from self.check(request, root)
+        return verdict.bonus
 
-    def check(self, request: Request, tree: DraftTree) -> tuple[Verdict, list[int]]:
+    def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
         # Where an answer ends under a lossy rule is read off its logits, and they stay in a captured step.
         if lean is None or not request.lossless or not _captured(lean, tree, verifier):
-            return super().check(request, tree)
+            return (yield from super().check(request, tree))
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
         # Not every verifier, tree or model needs all of these.
@@ -135,49 +136,38 @@ class GraphsEngine(Engine):
 
     # ---- the drafter's ----------------------------------------------------------------------------------------------
 
-    def tree_session(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> DraftSession:
-        lean = self.lean(model)
-        # A tree's expansion is one program, so a model that drafts stands on one device; a split target drafts eagerly.
-        if lean is None or len(lean.stages) > 1 or max(map(len, shape.levels)) > ROWS:
-            return super().tree_session(ctx, model, shape, sample)
-        return CapturedTree(ctx, model, shape, sample, lean, self)
-
-    def grown_session(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> DraftSession:
-        lean = self.lean(model)
-        widest = max(max((1, *drafter.growth(*extent).rows)) for extent in drafter.extents())
-        if lean is None or len(lean.stages) > 1 or widest > ROWS:
-            return super().grown_session(ctx, model, drafter)
-        return CapturedGrowth(ctx, model, drafter, lean, self)
-
-    def drafting(
-        self,
-        ctx: DraftContext,
-        key: tuple[Hashable, ...],
-        cache: KVCache,
-        build: Callable[[str], Program],
-        part: str = "draft_prefill",
-    ) -> Program:
-        """The `program` of a session. Capturing it is no time of the part of the request that asks for it."""
+    def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
+        routine, lean = call.routine, self.lean(call.routine.model)
+        # A routine is one program, so a model that drafts stands on one device; a split target drafts eagerly.
+        if lean is None or len(lean.stages) > 1 or routine.widest > ROWS:
+            return (yield from super().call(call, mark))
         captured = self.capture_s
-        ctx.mark(part)
-        program = self.program(key, cache, build)
+
+        def build(backend: str) -> Program:
+            inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
+            return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
+
+        # By the function, too: no plugin can pass its own for another's by calling it the same.
+        made = routine.work.func if isinstance(routine.work, partial) else routine.work
+        program = self.program(("draft", lean, made, *routine.key), routine.cache, build)
         if self.capture_s > captured:
-            ctx.mark("capture")
-        return program
+            mark("capture")
+        return program(call.state, *call.inputs)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
     def lean(self, model: VideoLM) -> LeanText | None:
         """The model's lean pass; None, said once, for one that needs its own modules."""
-        if model not in self._lean:
-            lean = None
-            if why := why_not(model) or self._misplaced(model):
-                log.warning("%s runs eager: %s", model, why)
-            else:
-                lean = LeanText(model)
-                lean.ops = kernels_for(model, lean)
-            self._lean[model] = lean
-        return self._lean[model]
+        with self._lock:
+            if model not in self._lean:
+                lean = None
+                if why := why_not(model) or self._misplaced(model):
+                    log.warning("%s runs eager: %s", model, why)
+                else:
+                    lean = LeanText(model)
+                    lean.ops = kernels_for(model, lean)
+                self._lean[model] = lean
+            return self._lean[model]
 
     def _misplaced(self, model: VideoLM) -> str | None:
         """A draft may lie on another device than the one the engine was made for."""
@@ -187,18 +177,24 @@ class GraphsEngine(Engine):
     def runs(self, model: VideoLM) -> str:
         return Engine.name if self.lean(model) is None else self.name
 
+    def run(self, passes: Sequence[Pass]) -> list[Rows]:
+        """One after another, by the lean pass. Those of a model that needs its own modules run through these."""
+        eager = [one for one in passes if self._eager(one)]
+        rows = dict(zip(map(id, eager), super().run(eager), strict=True))
+        return [rows.get(id(one)) or self._lean_run(one) for one in passes]
+
+    def _eager(self, one: Pass) -> bool:
+        return self.lean(one.model) is None or len(one) > ROWS
+
+    def _lean_run(self, one: Pass) -> Rows:
+        lean = self.lean(one.model)
+        assert lean is not None
+        one.cache.length = one.start + len(one)
+        return _rows(lean, one)
+
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
-        lean = self.lean(target)
-        if lean is None:
-            return super().append(target, tokens_Q, cache)
-        parts = []
-        for tokens in tokens_Q.to(target.device).split(ROWS):
-            rows = torch.arange(len(tokens), device=target.device)
-            seen = torch.ones(len(tokens), len(tokens), dtype=torch.int8, device=target.device).tril()
-            base, offset = torch.tensor([[cache.length], [cache.offset]], device=target.device)
-            parts.append(lean.logits(lean(tokens, rows, 0, seen, base, offset, cache)))
-            cache.advance(len(tokens))
-        return torch.cat(parts)
+        parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
+        return torch.cat([super(GraphsEngine, self).append(target, tokens, cache) for tokens in parts])
 
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
         lean = self.lean(target)
@@ -224,8 +220,10 @@ class GraphsEngine(Engine):
         """
         if self.backend == "cudagraph":  # the others hold their cache, so of those the last one alone is kept
             key = (*key, id(cache))
-        held = self._programs.get(key)
-        if held is None or held[0]() is not cache:
+        with self._lock:
+            held = self._programs.get(key)
+            if held is not None and held[0]() is cache:
+                return held[1]
             del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             there = {program.device for _, program in self._programs.values()}
@@ -233,9 +231,10 @@ class GraphsEngine(Engine):
             if sum(v[0]() is cache and k[0] == key[0] for k, v in self._programs.items()) >= MOST:
                 return build("direct")
             start = perf_counter()
-            held = self._programs[key] = (ref(cache), build(self.backend))
+            program = build(self.backend)
+            self._programs[key] = (ref(cache), program)
             self.capture_s += perf_counter() - start
-        return held[1]
+            return program
 
 
 def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
@@ -250,16 +249,42 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
     return ops if why else kernels
 
 
+def _rows(lean: LeanText, one: Pass) -> Rows:
+    """A pass by the model's lean pass. Where numbers of it lie on the device, nothing is read."""
+    device = lean.stages[0].device
+    seen_QT = one.seen_QT
+    if seen_QT is None:
+        seen_QT = torch.ones(len(one), one.at + len(one), dtype=torch.int8, device=device).tril(one.at)
+    base, offset = (n if isinstance(n, Tensor) else torch.tensor([n], device=device) for n in (one.base, one.offset))
+    depths_Q = torch.as_tensor(one.depths_Q, device=device)
+    seen_QT = seen_QT.to(device, torch.int8)
+    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, seen_QT, base, offset, one.cache)
+    return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """A drafter's routine as one function of device tensors."""
+    return finished(call.begin(*inputs), partial(_rows, lean))
+
+
 def _captured(lean: LeanText, tree: DraftTree, verifier: Verifier) -> bool:
     """Is a check of this tree under this rule a lean pass, or an eager one?"""
     return len(tree) <= ROWS and verifier.on_device and not (tree.varies and len(lean.stages) > 1)
+
+
+def ways(tree: DraftTree) -> list[list[int]]:
+    """For each node the nodes on its way from the root. Behind its end a way goes straight on, so that rows moved along it
+    stay where they are.
+    """
+    length = max(tree.depths) + 1
+    return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
 
 
 class _Paths:
     """A tree's ways from the root, as tables on the device."""
 
     def __init__(self, tree: DraftTree, device: torch.device) -> None:
-        self.nodes_MD = torch.tensor(ways(tree, lambda node, _: node), device=device)
+        self.nodes_MD = torch.tensor(ways(tree), device=device)
         self.depths_M = torch.tensor(tree.depths, device=device)
         self.seen_MM = tree.mask.to(device, torch.int8)
 
@@ -277,7 +302,7 @@ def _shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
     tables = verifier.tables(tree.parents) if tree.varies else None
     if tables is None:
         return ()
-    nodes = torch.tensor(ways(tree, lambda node, _: node))
+    nodes = torch.tensor(ways(tree))
     further = torch.arange(nodes.shape[1], len(tree)).expand(len(tree), -1)
     return (torch.cat([nodes, further], 1), torch.tensor(tree.depths), tree.mask.to(torch.int8), *tables)
 

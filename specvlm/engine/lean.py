@@ -89,7 +89,7 @@ class LeanText:
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
         """(Q, D) rows as they enter the first stage."""
-        return self.text.embed_tokens(tokens_Q.clamp(max=self.vocabulary - 1))
+        return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
     def run(
         self, number: int, x: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache

@@ -26,7 +26,8 @@ class Program:
     fn must not depend on anything the host could change: no sizes, no Python numbers, no reads. To be captured it is run on
     the `inputs` given here, so those must be harmless; every later call copies its values into the same buffers.
 
-    backend: "cudagraph"; "aot_eager", torch.compile without a code generator, for machines without a GPU; "direct".
+    backend: "cudagraph"; "traced", a list of torch operations with all that is Python's gone, as a graph has it, for machines
+    without a GPU; "direct".
     All is on the first input's device, which is made the current one here; values may come from another, in the order of both
     streams. lane: shared with other programs of that device. tables: what holds the tensors that fn reads beside its inputs and
     the models' weights: a graph knows their addresses, and keeps nothing alive.
@@ -48,7 +49,7 @@ class Program:
         self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
         self.outputs: list[Tensor] = []
         if backend != "cudagraph":
-            self._fn = torch.compile(fn, backend="aot_eager", dynamic=False) if backend == "aot_eager" else fn
+            self._fn = _traced(fn, self.inputs) if backend == "traced" else fn
             return
         with current(self.device):
             self._capture(fn, lane or Lane(self.device))
@@ -95,3 +96,10 @@ class Program:
         for at, integer in enumerate(value):
             staged[at] = integer
         return staged
+
+
+def _traced(fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """The operations that `fn` does on these inputs. Raises RuntimeError where it reads a tensor on the host."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)

@@ -234,7 +234,7 @@ class VideoLM(ABC):
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
         """(S, D). A target of larger padded vocabulary may utter ids unknown to its draft, which then sees its last one."""
-        return self.text.embed_tokens(tokens_S.to(self.device).clamp(max=self.vocabulary - 1))
+        return self.text.embed_tokens(tokens_S.to(self.device).clamp(0, self.vocabulary - 1))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
         """(S, D) rows that enter the language model; with `keep`, those of the kept slots only."""
@@ -334,7 +334,12 @@ class VideoLM(ABC):
         return self.head(self.append_hidden(tokens_Q, depths, seen_QT, cache, root))
 
     def append_hidden(
-        self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
+        self,
+        tokens_Q: Tensor,
+        depths: Sequence[int] | Tensor,
+        seen_QT: Tensor | None,
+        cache: KVCache,
+        root: int | None = None,
     ) -> Tensor:
         """(Q, D) last hidden states of text rows behind the cache: a token, a tree, a level of a tree.
 
@@ -342,12 +347,12 @@ class VideoLM(ABC):
         these rows included, each row may attend to; everything before is seen. None: one row, sees all.
         """
         start = (cache.length if root is None else root) + cache.offset
-        positions = torch.tensor(depths) + start
+        positions = torch.as_tensor(depths) + start
         mask = None
         if seen_QT is not None:
             before = cache.length + len(tokens_Q) - seen_QT.shape[1]
             prefix = torch.ones(len(tokens_Q), before, dtype=torch.bool, device=self.device)
-            mask = torch.cat([prefix, seen_QT.to(self.device)], 1)
+            mask = torch.cat([prefix, seen_QT.to(self.device, torch.bool)], 1)
         return self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask)
 
     def score(self, tree: DraftTree, cache: KVCache) -> Tensor:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from specvlm.cache import CachePool, KVCache
+from specvlm.cache import CacheLease, CachePool, KVCache
+from specvlm.passes import Work
 from specvlm.strategy.base import Strategy
 from specvlm.strategy.signals import signal_of
 from specvlm.strategy.verifier import Sampling
-from specvlm.types import DraftTree, KeepSet, Verdict, VideoPrompt
+from specvlm.types import DraftTree, KeepSet, TreeShape, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
-    from specvlm.engine import Engine
     from specvlm.models.video_lm import VideoLM
 
 
@@ -27,10 +26,9 @@ class DraftContext:
 
     prompt and signals are copies. Models must be left as they are: a request behind which they differ fails.
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
-    drafter that *is* the target shares. vocabulary: ids below it are known to both models. engine: how passes run; None is
-    the eager one. signals: those that the drafter `needs`. cache: the target's own, to be read and never written: all of the
-    output so far but its last token. mark: told "draft_prefill" before a step is captured while the drafter starts, "draft"
-    in a later round, and "capture" behind it.
+    drafter that *is* the target shares. vocabulary: ids below it are known to both models. caches: to take the session's own
+    from; they are given back when the request ends. signals: those that the drafter `needs`. cache: the target's own, to be
+    read and never written: all of the output so far but its last token.
     """
 
     prompt: VideoPrompt
@@ -44,11 +42,9 @@ class DraftContext:
     vocabulary: int
     sampling: Sampling
     generator: torch.Generator
-    caches: CachePool = field(default_factory=CachePool)
-    engine: Engine | None = None
+    caches: CacheLease = field(default_factory=lambda: CachePool().lease())
     signals: dict[str, Tensor] = field(default_factory=dict)
     cache: KVCache | None = None
-    mark: Callable[[str], None] = lambda part: None
 
     def signal(self, name: str) -> Tensor:
         return signal_of(self.signals, name, "drafter")
@@ -58,12 +54,17 @@ class DraftSession(ABC):
     """The drafter's side of one request."""
 
     @abstractmethod
-    def propose(self, last: Verdict | None) -> DraftTree:
+    def propose(self, last: Verdict | None) -> DraftTree | Work[DraftTree]:
         """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
 
         At most `max_nodes` nodes. The loop checks the tree, and writes the last accepted token to node 0 itself.
 
-        last: what became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+        One that needs a model is a generator. It yields a `Pass` and is sent the `Rows` that come out of it; or it yields a
+        call of a `Routine`, which may be captured, and is sent its tensors. It returns the tree. Passes go to the session's
+        own caches alone.
+
+        Args:
+            last: What became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
         """
 
 
@@ -78,7 +79,10 @@ class Drafter(Strategy, ABC):
     def max_nodes(self) -> int:
         """Most nodes of a tree, root included: the target's cache keeps room for them."""
 
-    tells: ClassVar[bool] = False  # do its sessions hand the first rank's tree to ranks that have no draft?
+    @property
+    def fixed(self) -> TreeShape | None:
+        """The shape of every tree; None where they vary. Ranks without a draft need only be told the tokens of a fixed one."""
+        return None
 
     @property
     def max_rows(self) -> int:

@@ -167,8 +167,9 @@ class DraftTree:
         )
 
     def on_host(self) -> DraftTree:
-        """A copy of tokens and shape, for the record."""
-        return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, varies=self.varies)
+        """A copy for the record. Of `q` only that there is one."""
+        q = None if self.q is None else torch.empty(len(self), 0)
+        return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, q, self.varies, self.ranks)
 
     @cached_property
     def depths(self) -> tuple[int, ...]:

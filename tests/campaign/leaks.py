@@ -107,26 +107,26 @@ class Requests:
         words = [f"{key}={chance.choice(values)}" for key, values in STRATEGIES.items()]
         request = asked.prepared(self.held, *words)
         graph = self.held.graph(request)
-        self._misuse(number, graph, request)
+        self._misuse(number, graph, request, asked)
         answer = tokens_of(list(graph.decode(request.prompt, asked.max_new_tokens)))
         wrong = ["a wrong answer"] * (answer != self.truth(asked))
         return [f"request {number} {asked} {words}: {what}" for what in wrong + self._gone_on()]
 
     def _gone_on(self) -> list[str]:
-        """A request that was given up may not go on behind another one: the caches are no longer its own."""
+        """A request that waited while others were answered goes on as if it had been alone."""
         found = []
-        for steps in self.half_read:
-            with suppress(RuntimeError, StopIteration):
-                next(steps)
-                found.append("an older request went on")
+        for asked, tokens, steps in self.half_read:
+            step = next(steps, None)
+            tokens += () if step is None else step.tokens
+            if tokens != self.truth(asked)[: len(tokens)]:
+                found.append("a request that had waited went on with other tokens")
         return found
 
-    def _misuse(self, number: int, graph: DecodingGraph, request: Prepared) -> None:
+    def _misuse(self, number: int, graph: DecodingGraph, request: Prepared, asked: Asked) -> None:
         limit = request.cfg.max_new_tokens
         if number % 6 == 1:
             steps = graph.decode(request.prompt, limit)
-            next(steps)
-            self.half_read = [*self.half_read, steps][-2:]  # two are kept for a while, the others let go
+            self.half_read = [*self.half_read, (asked, [*next(steps).tokens], steps)][-2:]  # the others are let go
         broken = {3: replace(graph, pruner=RaisingPruner()), 5: replace(graph, drafter=RaisingDrafter())}.get(number % 6)
         with suppress(RuntimeError):
             list(broken.decode(request.prompt, limit) if broken else ())

@@ -132,7 +132,7 @@ def test_a_drafter_that_writes_into_the_targets_cache_is_caught():
 
         def start(self, ctx):
             session = super().start(ctx)
-            ctx.caches._caches["target"].keys[..., 3:9, :] = 0.0
+            ctx.cache.keys[..., 3:9, :] = 0.0
             return session
 
     with pytest.raises(AssertionError, match="leaves the target's own at token"):

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
+
+import torch
+
+from specvlm.engine import Engine
+from specvlm.passes import Pass
+
 from .makers import proposes, starts
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
@@ -37,12 +45,29 @@ def takes_the_targets_lease(self, ctx):
 
 @starts("caches")
 def empties_the_pool(self, ctx):
-    ctx.caches.empty()
+    ctx.caches._pool.empty()
 
 
 @starts("caches")
-def replaces_the_pools_entry(self, ctx):
-    ctx.caches._caches["target"] = ctx.draft.new_cache(4096)
+def gives_all_caches_back(self, ctx):
+    ctx.caches.release()
+
+
+@starts("caches")
+def puts_a_cache_into_the_pool(self, ctx):
+    ctx.caches._pool._free["target"] = [ctx.draft.new_cache(4096)]
+
+
+@proposes("caches")
+def yields_a_pass_to_the_targets_cache(self, ctx, last, tree):
+    yield Pass(ctx.target, ctx.cache, torch.tensor([7]), (0,), None, 3, ctx.cache.offset)
+    return tree
+
+
+@proposes("caches")
+def yields_what_is_no_pass(self, ctx, last, tree):
+    yield "a pass"
+    return tree
 
 
 @starts("caches")
@@ -57,7 +82,7 @@ def patches_a_kept_cache(self, ctx):
 
 @starts("caches")
 def patches_the_pool(self, ctx):
-    before = ctx.caches.take
+    before = ctx.caches._pool.take
 
     def take(role, model, capacity):
         cache = before(role, model, capacity)
@@ -65,7 +90,7 @@ def patches_the_pool(self, ctx):
         cache.offset = 9
         return cache
 
-    ctx.caches.take = take
+    ctx.caches._pool.take = take
 
 
 @starts("caches")
@@ -80,35 +105,58 @@ def patches_the_class_of_caches(self, ctx):
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
+def engine_in_use():
+    """Drafters are not told of it."""
+    return next(found for found in gc.get_objects() if isinstance(found, Engine))
+
+
 @starts("engine")
 def patches_next(self, ctx):
     """The step of a target on its own: the baseline's."""
-    before = ctx.engine.next
-    ctx.engine.next = lambda request, token: before(request, token) + 1
+    engine = engine_in_use()
+    before = engine.next
+
+    def next(request, token):
+        return (yield from before(request, token)) + 1
+
+    engine.next = next
 
 
 @starts("engine")
 def patches_check(self, ctx):
-    before = ctx.engine.check
+    engine = engine_in_use()
+    before = engine.check
 
     def check(request, tree):
-        verdict, tokens = before(request, tree)
+        verdict, tokens = yield from before(request, tree)
         return verdict, [token + 1 for token in tokens]
 
-    ctx.engine.check = check
+    engine.check = check
 
 
 @starts("engine")
 def patches_append(self, ctx):
-    before = ctx.engine.append
-    ctx.engine.append = lambda *args: before(*args) * 0
+    engine = engine_in_use()
+    before = engine.append
+    engine.append = lambda *args: before(*args) * 0
 
 
 @starts("engine")
 def patches_the_engines_class(self, ctx):
-    kind = type(ctx.engine)
+    kind = type(engine_in_use())
     before = kind.next
-    kind.next = lambda engine, request, token: before(engine, request, token) + 1
+
+    def next(engine, request, token):
+        return (yield from before(engine, request, token)) + 1
+
+    kind.next = next
+
+
+@starts("engine")
+def patches_the_run_of_passes(self, ctx):
+    engine = engine_in_use()
+    before = engine.run
+    engine.run = lambda passes: [replace(rows, hidden_QD=rows.hidden_QD * 0.5) for rows in before(passes)]
 
 
 @starts("engine")

@@ -10,6 +10,7 @@ from typing import Any
 
 from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.passes import driven
 from specvlm.strategy import DraftSession, Pruner
 from specvlm.types import KeepSet
 from specvlm.verifiers.greedy import GreedyVerifier
@@ -53,7 +54,8 @@ class Session(DraftSession):
         self.drafter, self.inner, self.ctx = drafter, inner, ctx
 
     def propose(self, last):
-        return self.drafter.answer(self.ctx, last, self.inner.propose(last))
+        tree = yield from driven(self.inner.propose(last))
+        return (yield from driven(self.drafter.answer(self.ctx, last, tree)))
 
 
 class Rule(GreedyVerifier):

@@ -1,0 +1,97 @@
+"""Ranks without a draft have the first rank's trees, whatever drafter made them."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from specvlm.broadcast import BroadcastSession
+from specvlm.engine import Engine
+from specvlm.ranks import Ranks
+from specvlm.strategy import DraftSession
+from specvlm.types import DraftTree, TreeShape
+
+CPU, SHAPE = torch.device("cpu"), TreeShape.parse("2x2")
+
+
+class First(Ranks):
+    rank, size = 0, 2
+
+    def __init__(self, wire):
+        self.wire = wire
+
+    def share(self, make):
+        self.wire.append(copy.deepcopy(made := make()))
+        return made
+
+    def first(self, tensor):
+        self.wire.append(tensor.clone())
+        return tensor
+
+
+class Second(First):
+    rank = 1
+
+    def share(self, make):
+        return self.wire.popleft()
+
+    def first(self, tensor):
+        told = self.wire.popleft()
+        assert (told.shape, told.dtype) == (tensor.shape, tensor.dtype)
+        return tensor.copy_(told)
+
+
+class Given(DraftSession):
+    """Trees of a list."""
+
+    def __init__(self, trees):
+        self.trees = deque(trees)
+
+    def propose(self, last):
+        return self.trees.popleft()
+
+
+def fixed(seed, drawn):
+    chance = torch.Generator().manual_seed(seed)
+    q = torch.rand(len(SHAPE), 9, generator=chance).half() if drawn else None
+    return DraftTree(torch.randint(9, (len(SHAPE),), generator=chance), SHAPE.parents, q, ranks=SHAPE.ranks)
+
+
+def varied(seed, drawn):
+    parents = tuple(range(-1, seed))
+    return DraftTree(torch.arange(seed + 1), parents, torch.rand(seed + 1, 9) if drawn else None, varies=True)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("make", [fixed, varied])
+def test_every_rank_has_the_first_ones_tree(make, drawn):
+    trees, wire = [make(seed, drawn) for seed in (1, 2, 3)], deque()
+    drafter = SimpleNamespace(fixed=SHAPE if make is fixed else None)
+    sessions, generators = [], []
+    for ranks, inner in ((First(wire), Given(trees)), (Second(wire), None)):
+        generators.append(torch.Generator().manual_seed(7))
+        if inner is not None:
+            torch.rand(5, generator=generators[-1])  # a session may draw where others have none
+        target = SimpleNamespace(ranks=ranks, device=CPU, dtype=torch.float16)
+        context = SimpleNamespace(target=target, generator=generators[-1], vocabulary=9)
+        sessions.append(BroadcastSession(drafter, inner, context))
+    assert torch.equal(*(generator.get_state() for generator in generators))
+    for want in trees:
+        for session in sessions:
+            tree = Engine().finish(session.propose(None))
+            assert tree.tokens.tolist() == want.tokens.tolist() and tree.parents == want.parents and tree.ranks == want.ranks
+            assert (tree.q is None) == (want.q is None)
+            assert tree.q is None or torch.equal(tree.q.float(), want.q.float())
+    assert not wire
+
+
+def test_a_tree_of_another_shape_than_the_fixed_one_is_refused():
+    target = SimpleNamespace(ranks=First(deque()), device=CPU, dtype=torch.float32)
+    context = SimpleNamespace(target=target, generator=torch.Generator(), vocabulary=9)
+    session = BroadcastSession(SimpleNamespace(fixed=SHAPE), Given([varied(2, False)]), context)
+    with pytest.raises(ValueError, match="not of the shape that the drafter calls fixed"):
+        Engine().finish(session.propose(None))

@@ -1,0 +1,247 @@
+"""Requests that run joined, in turns or in threads have the tokens that each has alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny
+import torch
+
+from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.drafters.self_draft import SelfDrafter
+from specvlm.drafters.sparse import SparseDrafter
+from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine, engine_for
+from specvlm.engine.graphs import GraphsEngine
+from specvlm.errors import StrategyError
+from specvlm.graph import DecodingGraph, autoregressive_work
+from specvlm.metrics import tokens_of
+from specvlm.models.video_lm import VideoLM
+from specvlm.passes import Pass
+from specvlm.pruners.uniform import UniformPruner
+from specvlm.scheduler import Scheduler
+from specvlm.strategy import Drafter, DraftSession
+from specvlm.testing import check_drafter
+from specvlm.types import DraftTree
+from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.verifiers.loose import LooseVerifier
+from specvlm.verifiers.sampling import SamplingVerifier
+
+DRAFTERS = (
+    TreeDrafter(),
+    TreeDrafter("chain:3"),
+    DynamicTreeDrafter(),
+    EntropyTreeDrafter(),
+    SelfDrafter("chain:3"),
+    SparseDrafter(entries=64, length=3),
+    PromptLookupDrafter(),
+)
+VERIFIERS = (GreedyVerifier(), SamplingVerifier(0.8, top_k=20), LooseVerifier())
+LIMITS, FRAMES = (12, 6, 9, 15), (3, 5, 2, 4)
+
+
+@cache
+def pair(family: str, dtype: str) -> tuple[VideoLM, VideoLM]:
+    return tuple(make(family, dtype=getattr(torch, dtype)) for make in (tiny.model, tiny.draft_of))
+
+
+def graph_of(family, drafter, verifier, dtype="float64", engine=None, seed=0, caches=None) -> DecodingGraph:
+    target, draft = pair(family, dtype)
+    more = {} if caches is None else {"caches": caches}
+    return DecodingGraph(target, draft, UniformPruner(), drafter, verifier, 0.5, seed=seed, engine=engine or Engine(), **more)
+
+
+def request_of(family: str, number: int):
+    return tiny.prompt(family, seed=number, frames=FRAMES[number % 4]), LIMITS[number % 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("verifier", VERIFIERS, ids=repr)
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_four_unlike_requests_joined_have_the_tokens_of_each_alone(family, drafter, verifier, dtype):
+    graphs = [graph_of(family, drafter, verifier, dtype, seed=number) for number in range(4)]
+    want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
+    scheduler = Scheduler(Engine())
+    tickets = [scheduler.submit(graph.work(*request_of(family, number))) for number, graph in enumerate(graphs)]
+    assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == want
+    assert scheduler.run <= 0.6 * scheduler.asked
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_requests_of_unlike_drafters_and_rules_are_joined_too(family):
+    chosen = [(DRAFTERS[number], VERIFIERS[number % 2]) for number in (0, 2, 4, 6)]
+    graphs = [graph_of(family, *strategies, seed=number) for number, strategies in enumerate(chosen)]
+    want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
+    scheduler, engine = Scheduler(Engine()), Engine()
+    works = [graph.work(*request_of(family, number)) for number, graph in enumerate(graphs)]
+    prompt, limit = request_of(family, 3)
+    alone = autoregressive_work(graphs[0].target, prompt, limit, GreedyVerifier(), 0, graphs[0].caches, engine)
+    tickets = [scheduler.submit(work) for work in (*works, alone)]
+    found = [tokens_of(list(scheduler.steps(ticket))) for ticket in reversed(tickets)][::-1]
+    assert found == [*want, tiny.hf_greedy(graphs[0].target, prompt, limit)]
+
+
+def test_a_request_may_come_and_go_while_others_run():
+    graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
+    want = [tokens_of(list(graph.decode(*request_of("qwen2_5_vl", number)))) for number in range(3)]
+    scheduler = Scheduler(graph.engine)
+    first = scheduler.submit(graph.work(*request_of("qwen2_5_vl", 0)))
+    steps = scheduler.steps(first)
+    begun = [next(steps), next(steps)]
+    given_up = scheduler.submit(graph.work(*request_of("qwen2_5_vl", 1)))
+    next(scheduler.steps(given_up))  # whose reader is closed at once
+    assert given_up.done and len(scheduler.live) == 1
+    late = scheduler.submit(graph.work(*request_of("qwen2_5_vl", 2)))
+    assert tokens_of(list(scheduler.steps(late))) == want[2]
+    assert tokens_of([*begun, *steps]) == want[0]
+    assert len(graph.caches._leased) == 0 and len(graph.caches.held) == 4  # the third has those of the second
+
+
+@dataclass(frozen=True)
+class Failing(Drafter):
+    """fault: what it yields in the second round."""
+
+    name = "failing"
+    model = "draft"
+    fault: str = "raises"
+
+    @property
+    def max_nodes(self):
+        return 2
+
+    def start(self, ctx):
+        return FailingSession(self, ctx)
+
+
+class FailingSession(DraftSession):
+    def __init__(self, drafter, ctx):
+        self.drafter, self.ctx, self.rounds = drafter, ctx, 0
+        self.cache = ctx.caches.take("draft", ctx.draft, 64)
+
+    def propose(self, last):
+        self.rounds += 1
+        if self.rounds == 2:
+            if self.drafter.fault == "raises":
+                raise OSError("no")
+            cache, tokens, seen, base = self.cache, torch.tensor([5, 6]), None, 0
+            if self.drafter.fault == "target":
+                cache = self.ctx.cache
+            elif self.drafter.fault == "seen":
+                seen = torch.ones(2, 5, dtype=torch.bool)
+            elif self.drafter.fault == "slots":
+                base = 10_000
+            elif self.drafter.fault == "tokens":
+                tokens = torch.tensor([5.0, 6.0])
+            elif self.drafter.fault == "vocabulary":
+                tokens = torch.tensor([500, -6])
+            elif self.drafter.fault == "depths":
+                yield Pass(self.ctx.draft, cache, tokens, (0,), seen, base, 0)
+            yield "no pass" if self.drafter.fault == "item" else Pass(self.ctx.draft, cache, tokens, (0, 1), seen, base, 0)
+        root = self.ctx.bonus if last is None else last.bonus
+        return DraftTree(torch.tensor([root, 5]), (-1, 0))
+
+
+FAULTS = {
+    "raises": "no",
+    "target": "a cache that it did not take for itself",
+    "seen": r"sees \(2, 2\)",
+    "slots": "its cache has 256",
+    "tokens": r"\(Q,\) int64",
+    "depths": "2 rows has so many depths, got 1",
+    "item": "wanted a Pass or a call of a Routine",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_drafter_yields_costs_its_own_request_alone(fault):
+    family = "qwen2_5_vl"
+    good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing(fault), GreedyVerifier())
+    want = tokens_of(list(good.decode(*request_of(family, 0))))
+    scheduler = Scheduler(good.engine)
+    tickets = [scheduler.submit(graph.work(*request_of(family, 0))) for graph in (good, bad, good)]
+    assert tokens_of(list(scheduler.steps(tickets[0]))) == tokens_of(list(scheduler.steps(tickets[2]))) == want
+    with pytest.raises(StrategyError, match=FAULTS[fault]) as caught:
+        list(scheduler.steps(tickets[1]))
+    assert "drafter=failing" in str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+
+
+def test_tokens_that_do_not_exist_are_guessed_about_in_vain():
+    prompt, limit = request_of("qwen2_5_vl", 0)
+    graph = graph_of("qwen2_5_vl", Failing("vocabulary"), GreedyVerifier())
+    assert tokens_of(list(graph.decode(prompt, limit))) == tiny.hf_greedy(graph.target, prompt, limit)
+
+
+def test_a_failure_in_a_joined_pass_is_tried_apart():
+    class Fragile(Engine):
+        def run(self, passes):
+            if len(passes) > 1:
+                raise torch.OutOfMemoryError("too many")
+            return super().run(passes)
+
+    graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
+    want = tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 0))))
+    scheduler = Scheduler(Fragile())
+    tickets = [scheduler.submit(graph.work(*request_of("qwen2_5_vl", 0))) for _ in range(2)]
+    assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == [want, want]
+
+
+# ---- a drafter as an outside package writes it -----------------------------------------------------------------------
+
+
+@cache
+def outside() -> type[Drafter]:
+    """That of docs/drafters.md, which imports none of specvlm's drafters and no engine."""
+    text = Path(__file__).parents[1].joinpath("docs/drafters.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "engine" not in code and "specvlm.drafters" not in code
+    module = ModuleType("specvlm_best_chain")
+    sys.modules[module.__name__] = module
+    exec(compile(code, "docs/drafters.md", "exec"), module.__dict__)
+    return module.BestChainDrafter
+
+
+@pytest.mark.slow
+def test_it_keeps_the_contract():
+    check_drafter(outside())
+
+
+@pytest.mark.parametrize("backend", [None, "direct", "traced"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_it_runs_captured_without_a_line_for_it(family, backend):
+    if (family, backend) == ("llava_onevision", "traced"):
+        pytest.skip("tracing takes long, and the drafter knows no family")
+    engine = Engine() if backend is None else GraphsEngine(backend)
+    prompt, limit = request_of(family, 3)
+    graph = graph_of(family, outside()(), GreedyVerifier(), engine=engine)
+    target = graph.target
+    assert tokens_of(list(graph.decode(prompt, limit))) == tiny.hf_greedy(target, prompt, limit)
+    same = DecodingGraph(target, target, UniformPruner(), outside()(), GreedyVerifier(), 0.0, engine=engine)
+    assert all(step.accepted == 4 for step in list(same.decode(prompt, limit))[1:-1])
+    if backend:
+        assert {key[0] for key in engine._programs} == {"check", "draft"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_it_is_one_cuda_graph_on_a_gpu(family):
+    from test_engine_gpu import on_gpu
+
+    target, draft = on_gpu(family, torch.float32)
+    prompt, limit = request_of(family, 3)
+    engine = engine_for("graphs", "cuda")
+    steps = [
+        list(DecodingGraph(target, draft, UniformPruner(), outside()(), GreedyVerifier(), 0.5, engine=e).decode(prompt, limit))
+        for e in (Engine(), engine)
+    ]
+    assert tokens_of(steps[0]) == tokens_of(steps[1])
+    assert {key[0] for key in engine._programs} == {"check", "draft"}
