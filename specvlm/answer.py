@@ -56,7 +56,7 @@ def warm_up(steps: Iterator[Step], record: Record) -> None:
 
 
 def drafted(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    return graph.decode(request.prompt, request.cfg.max_new_tokens)
+    return graph.decode(request.prompt)
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
@@ -79,8 +79,7 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: Record, advanc
 
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
     """Under specvlm's own rule, whatever the one that is tried says."""
-    limit, rule = request.cfg.max_new_tokens, own_rule(graph.sampling)
-    return autoregressive(graph.target, request.prompt, limit, rule, graph.seed, graph.caches, graph.engine)
+    return autoregressive(graph.target, request.prompt, graph.options, own_rule(graph.sampling), graph.caches, graph.engine)
 
 
 def row(number: int, step: Step) -> dict[str, Any]:
@@ -157,8 +156,9 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     record.stage = "checking"
     tokens = metrics.tokens_of(record.steps)
     found = lossless.compare(
-        graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine, record.steps, graph.verifier
-    )
+        graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine, record.steps, graph.verifier,
+        graph.options,
+    )  # fmt: skip
     if found.token is None:
         return found.verdict, str(found), None
     texts = [request.target.tokenizer.decode([token]) for token in found.candidates or ()]

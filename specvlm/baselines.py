@@ -138,12 +138,12 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
         "engine": graph.engine.runs(target),
         "code": revision(),
         "mrope": target.mrope,
-        "repetition_penalty": target.repetition_penalty,
+        "repetition_penalty": graph.options.repetition_penalty or target.repetition_penalty,
         "stop_ids": sorted(target.stop_ids),
         "prompt": digest(request.prompt),
         "max_new_tokens": request.cfg.max_new_tokens,
         "sampling": repr(graph.sampling),
-        "seed": graph.seed if sampled else None,
+        "seed": graph.options.seed if sampled else None,
         "parallel": places.parallel,
         "devices": [machine(device) for device in places.target] * places.ranks,
         "threads": torch.get_num_threads() if places.first.type == "cpu" else None,
@@ -156,7 +156,18 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 def revision() -> str:
     """Of the source code that the target's own answer comes from, kernels included."""
     home, found = Path(__file__).parent, sha256()
-    parts = ("engine", "models", "verifiers", "graph.py", "cache.py", "penalty.py", "ranks.py", "strategy/verifier.py")
+    parts = (
+        "engine",
+        "models",
+        "verifiers",
+        "graph.py",
+        "passes.py",
+        "scheduler.py",
+        "cache.py",
+        "penalty.py",
+        "ranks.py",
+        "strategy/verifier.py",
+    )
     for part in parts:
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

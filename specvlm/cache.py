@@ -152,7 +152,8 @@ class CachePool:
     """Caches kept across requests. A request leases those it needs, and no other has them until it ends.
 
     Free ones are kept by role and handed out again, the last one given back first: what an engine captured for a cache serves
-    the next request that gets it. changes: how often a cache was made or given up so far.
+    the next request that gets it. changes: how often one was made so far, or all
+    were given up: with a cache goes what an engine captured for it.
     """
 
     def __init__(self) -> None:
@@ -178,7 +179,6 @@ class CachePool:
                 _remove(free, cache)
             elif free:
                 free.pop()  # of another shape, or too small: before the new one is there
-                self.changes += 1
         if cache is None:
             cache = model.new_cache(pooled(capacity))
             self.changes += 1

@@ -26,7 +26,7 @@ from specvlm.penalty import RepetitionPenalty
 from specvlm.scheduler import alone
 from specvlm.signals import gathered, guidance_for, state_layer
 from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Sampling, Verifier
-from specvlm.types import DraftTree, KeepSet, Step, Verdict, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
 
@@ -35,8 +35,6 @@ class Output:
     """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
 
     def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
-        if limit < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {limit}")
         self.room, self.stop_ids = limit, stop_ids
 
     @property
@@ -76,33 +74,36 @@ def prefill(
 def autoregressive(
     target: VideoLM,
     prompt: VideoPrompt,
-    max_new_tokens: int,
+    options: GenerationOptions | int,
     verifier: Verifier,
-    seed: int = 0,
     caches: CachePool | None = None,
     engine: Engine | None = None,
 ) -> Iterator[Step]:
-    """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`."""
+    """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`.
+
+    options: or how many new tokens, of a request that asks for nothing else.
+    """
     engine = engine or Engine()
-    return alone(engine, autoregressive_work(target, prompt, max_new_tokens, verifier, seed, caches or CachePool(), engine))
+    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
 
 
 @torch.inference_mode()
 def autoregressive_work(
     target: VideoLM,
     prompt: VideoPrompt,
-    max_new_tokens: int,
+    options: GenerationOptions | int,
     verifier: Verifier,
-    seed: int,
     caches: CachePool,
     engine: Engine,
 ) -> Generator[Pass | Step, Any, None]:
     """The same as a generator of passes and steps, for a `Scheduler`."""
-    clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), verifier_generator(seed)
-    penalty = RepetitionPenalty.of(target, prompt)
+    asked = GenerationOptions().asked(options)
+    clock, stop_ids = Clock(target.device), asked.stop_ids_of(target)
+    output, generator = Output(asked.max_new_tokens, stop_ids), verifier_generator(asked.seed)
+    penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
     with caches.lease() as lease:
-        cache = lease.take("target", target, len(prompt) + max_new_tokens)
-        request = Request(target, cache, verifier, penalty, generator, clock.mark)
+        cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
+        request = Request(target, cache, verifier, penalty, generator, stop_ids, clock.mark)
         _, logits_MV = prefill(target, prompt, cache, clock)
         token = first_token(request, logits_MV)
         clock.mark("prefill")
@@ -120,11 +121,14 @@ def autoregressive_work(
 class DecodingGraph:
     """A target, a draft and three strategies. `decode` yields a request's steps as they happen.
 
-    ratio: share of video tokens dropped from the drafter's view, 0..1; 1 leaves it the text alone. positions: the
-    drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's code does).
-    engine: how a step runs, see `specvlm.engine`. draft: a skeleton on ranks where it does not lie. vocabulary: token ids
-    known to both models. record: hand out the target's attention to the video too. Caches are kept between requests, of which
-    there may be several at once, in several threads, too.
+    Nothing of a request lives here: there may be several at once, in several threads, too.
+
+    Attributes:
+        draft: A skeleton on ranks where it does not lie.
+        options: What a request asks for that does not say otherwise.
+        vocabulary: Token ids known to both models.
+        caches: Kept between requests.
+        engine: How passes run, see `specvlm.engine`.
     """
 
     target: VideoLM
@@ -132,19 +136,12 @@ class DecodingGraph:
     pruner: Pruner
     drafter: Drafter
     verifier: Verifier
-    ratio: float = 0.9
-    positions: str = "original"
-    seed: int = 0
+    options: GenerationOptions = field(default_factory=GenerationOptions)
     vocabulary: int = 0
     caches: CachePool = field(default_factory=CachePool)
     engine: Engine = field(default_factory=Engine)
-    record: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise UserError(f"ratio={self.ratio} is not between 0 and 1: it is the share of video tokens dropped")
-        if self.positions not in ("original", "reindexed"):
-            raise UserError(f"positions={self.positions!r} is none of original, reindexed")
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
         state_layer(self.pruner, self.target)
@@ -154,22 +151,24 @@ class DecodingGraph:
             raise UserError(f"verifier={self.verifier.name}: sampling must be a Sampling, got {type(self.sampling).__name__}")
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
-    def decode(self, prompt: VideoPrompt, max_new_tokens: int) -> Iterator[Step]:
-        """The steps of a request, as they happen."""
-        return alone(self.engine, self.work(prompt, max_new_tokens))
+    def decode(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Iterator[Step]:
+        """The steps of a request, as they happen. options: or how many new tokens; all else as `options` of the graph."""
+        return alone(self.engine, self.work(prompt, options))
 
     @torch.inference_mode()
-    def work(self, prompt: VideoPrompt, max_new_tokens: int) -> Generator[Pass | Step, Any, None]:
+    def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
         """A request as a generator of passes and steps, for a `Scheduler`."""
         target, drafter, verifier = self.target, self.drafter, self.verifier
-        clock, output, generator = Clock(target.device), Output(max_new_tokens, target.stop_ids), generator_for(self.seed)
+        asked, clock = self.options.asked(options), Clock(target.device)
+        stop_ids, generator = asked.stop_ids_of(target), generator_for(asked.seed)
+        output = Output(asked.max_new_tokens, stop_ids)
         with inside(drafter):
             most = int(drafter.max_nodes)
         with self.caches.lease() as lease:
-            cache = lease.take("target", target, len(prompt) + max_new_tokens + most)
-            penalty, guidance = RepetitionPenalty.of(target, prompt), self._guidance(prompt)
-            dice = verifier_generator(self.seed)
-            request = Request(target, cache, verifier, penalty, dice, clock.mark, lossless=self.lossless)
+            cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
+            penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
+            guidance, dice = self._guidance(prompt, asked), verifier_generator(asked.seed)
+            request = Request(target, cache, verifier, penalty, dice, stop_ids, clock.mark, lossless=self.lossless)
             features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
             copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
             token = first_token(request, logits_MV)
@@ -178,11 +177,11 @@ class DecodingGraph:
             if output.done:
                 return
 
-            recorded = gathered(RECORDED, prompt, guidance, features_ND) if self.record else {}
+            recorded = gathered(RECORDED, prompt, guidance, features_ND) if asked.record else {}
             attention = recorded.get("verifier_attention")
             clock.resume()
             penalty.add(torch.tensor([token]))
-            keep = self._agreed(copy, guidance, features_ND, generator)
+            keep = self._agreed(copy, asked.ratio, guidance, features_ND, generator)
             clock.mark("prune")
             context = DraftContext(
                 prompt=copy,
@@ -191,8 +190,8 @@ class DecodingGraph:
                 target=target,
                 draft=self.draft,
                 features_ND=features_ND,
-                positions=self.positions,
-                max_new_tokens=max_new_tokens,
+                positions=asked.positions,
+                max_new_tokens=asked.max_new_tokens,
                 vocabulary=self.vocabulary,
                 sampling=replace(self.sampling),
                 generator=generator,
@@ -250,37 +249,42 @@ class DecodingGraph:
             else:
                 result = yield from self.engine.call(replace(item, guard=guard), clock.mark)
 
-    def budget(self, prompt: VideoPrompt) -> int:
-        """Video tokens the drafter may see."""
+    def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
+        """Video tokens the drafter may see. ratio: None for that of the graph's options."""
         total, own = len(prompt.video_index), self._own_budget(prompt)
         if own is not None:
             return own
-        return total if self.pruner.keeps_all else KeepSet.budget(total, self.ratio)
+        return total if self.pruner.keeps_all else KeepSet.budget(total, self.options.ratio if ratio is None else ratio)
 
     def _own_budget(self, prompt: VideoPrompt) -> int | None:
         """What the drafter sees by a choice of its own; None where that is the pruner's."""
         with inside(self.drafter):
             return self.drafter.sees(prompt.copy(pixels=False))
 
-    def _prunes(self, prompt: VideoPrompt) -> bool:
+    def _prunes(self, prompt: VideoPrompt, ratio: float) -> bool:
         """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
         chosen = self.drafter.model is not None and self._own_budget(prompt) is None
-        return chosen and 0 < self.budget(prompt) < len(prompt.video_index)
+        return chosen and 0 < self.budget(prompt, ratio) < len(prompt.video_index)
 
-    def _guidance(self, prompt: VideoPrompt) -> Guidance | None:
+    def _guidance(self, prompt: VideoPrompt, asked: GenerationOptions) -> Guidance | None:
         """The collector for what the strategies read of the target on the way; None when they read nothing."""
         if not len(prompt.video_index):
             return None
-        pruner = self.pruner if self._prunes(prompt) else None
-        more = self.drafter.needs | (RECORDED if self.record else frozenset())
+        pruner = self.pruner if self._prunes(prompt, asked.ratio) else None
+        more = self.drafter.needs | (RECORDED if asked.record else frozenset())
         return guidance_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
 
     def _agreed(
-        self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
+        self,
+        prompt: VideoPrompt,
+        ratio: float,
+        guidance: Guidance | None,
+        features_ND: Tensor,
+        generator: torch.Generator,
     ) -> KeepSet:
         """`select`, and where several ranks run this loop the first one's word for all: it may be the only one with a draft."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
-        keep = self.select(prompt, guidance, features_ND, generator) if here else None
+        keep = self.select(prompt, guidance, features_ND, generator, ratio) if here else None
         if ranks.size > 1:
             keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
             generator.set_state(state)
@@ -288,11 +292,17 @@ class DecodingGraph:
         return keep
 
     def select(
-        self, prompt: VideoPrompt, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
+        self,
+        prompt: VideoPrompt,
+        guidance: Guidance | None,
+        features_ND: Tensor,
+        generator: torch.Generator,
+        ratio: float | None = None,
     ) -> KeepSet:
         """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much."""
-        total, budget = len(prompt.video_index), self.budget(prompt)
-        if not self._prunes(prompt):
+        ratio = self.options.ratio if ratio is None else ratio
+        total, budget = len(prompt.video_index), self.budget(prompt, ratio)
+        if not self._prunes(prompt, ratio):
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
         signals = gathered(self.pruner.needs, prompt, guidance, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:

@@ -19,7 +19,6 @@ from specvlm.fence import STRANGERS, is_ours, label_of
 from specvlm.graph import DecodingGraph
 from specvlm.integrity import CODE, Snapshot, structure, weights_of
 from specvlm.kept import restored
-from specvlm.models.generation import penalty_of
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import Prepared, Reading, Setup, plan
@@ -92,22 +91,19 @@ class Held:
 
         target = self._model(_key(request, "target"), load_target)
         self.layers = request.layers
-        own = penalty_of(target.hf.generation_config)
-        target.repetition_penalty = own if cfg.repetition_penalty is None else cfg.repetition_penalty
         draft = self._model(_key(request, "draft"), load_draft) if request.drafter.model == "draft" else None
         if places.first.type == "cuda":
             torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
         engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
         strategies = (request.pruner, request.drafter, request.verifier)
-        limits = (cfg.ratio, cfg.positions, cfg.seed, request.vocabulary)
-        return DecodingGraph(target, draft, *strategies, *limits, self.caches, engine, cfg.record)
+        return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
 
     def _put_right(self) -> None:
         """What strategies changed outside of a request, such as when they were made, before the next one begins."""
         if CODE.watched:
             CODE.look()
             CODE.undo()
-        changed = any(_lasting(model) != found for model, found in self.structures.items())
+        changed = any(structure(model) != found for model, found in self.structures.items())
         if not changed and STRANGERS.calls > self.calls:  # reading the weights takes a while: only where somebody was there
             changed = any(weights_of(model) != found for model, found in self.weights.items())
         if changed:
@@ -118,7 +114,7 @@ class Held:
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
         if key not in self.models:
             model = make()
-            self.weights[model], self.structures[model] = weights_of(model), _lasting(model)
+            self.weights[model], self.structures[model] = weights_of(model), structure(model)
             self.models[key] = model
         return self.models[key]
 
@@ -145,11 +141,6 @@ class Held:
             self.calls = STRANGERS.calls
             if (undone or spoilt) and not failed:
                 raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
-
-
-def _lasting(model: VideoLM) -> dict[str, Any]:
-    """Its structure, without what each request sets."""
-    return {key: value for key, value in structure(model).items() if key != "the model's repetition_penalty"}
 
 
 def _strangers(graph: DecodingGraph) -> str:

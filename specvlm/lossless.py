@@ -28,7 +28,7 @@ from specvlm.engine import Engine
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
 from specvlm.strategy import Verifier
-from specvlm.types import DraftTree, Step, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 GREEDY = GreedyVerifier()
@@ -83,6 +83,7 @@ def compare(
     engine: Engine | None = None,
     steps: Sequence[Step] = (),
     verifier: Verifier = GREEDY,
+    options: GenerationOptions = GenerationOptions(),  # noqa: B008
 ) -> Comparison:
     """Tie: a right decoding of the same draft trees gives this very output, and rounding explains where it differs.
 
@@ -96,6 +97,7 @@ def compare(
         steps: the run's, whose tokens are the output. Without them a pass over the answer stands for those of the run: a
             fault that moves logits no further than rounding does is then taken for a tie.
         verifier: the run's.
+        options: what the run asked for.
     """
     first = next((i for i, (a, b) in enumerate(zip(output, baseline, strict=False)) if a != b), min(len(output), len(baseline)))
     if first == len(output) == len(baseline):
@@ -104,11 +106,12 @@ def compare(
         return Comparison("mismatch", first, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
     if steps and [token for step in steps for token in step.tokens] != list(output):
         return Comparison("mismatch", first, reason="the rounds do not add up to the output")
-    ended = output[-1] in target.stop_ids
-    if target.stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
+    stop_ids = options.stop_ids_of(target)
+    ended = output[-1] in stop_ids
+    if stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
         return Comparison("mismatch", first, reason="the output does not end where it should")
     with (caches or CachePool()).lease() as lease:
-        passes = _Passes(target, prompt, output, steps, lease, engine or Engine())
+        passes = _Passes(target, prompt, output, steps, lease, engine or Engine(), options.repetition_penalty)
         return passes.judge(baseline[first], first, verifier)
 
 
@@ -130,8 +133,10 @@ class _Passes:
         steps: Sequence[Step],
         caches: CacheLease,
         engine: Engine,
+        penalty: float | None,
     ) -> None:
         self.target, self.prompt, self.output, self.engine, self.steps = target, prompt, list(output), engine, steps
+        self.penalty = penalty
         widest = max((len(step.tree) for step in steps if step.tree is not None), default=0)
         self.cache = caches.take("target", target, len(prompt) + len(output) + widest)
         self.inputs = target.embed(prompt, target.features(prompt)), target.positions(prompt)
@@ -163,7 +168,7 @@ class _Passes:
 
     def _penalised(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         """(V,) a token, which have seen the prompt and the output before it."""
-        penalty = RepetitionPenalty.of(self.target, self.prompt)
+        penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
         for row_V, token in zip(rows, self.output, strict=True):
             yield penalty(row_V[None])[0]
             penalty.add(torch.tensor([token]))
@@ -186,7 +191,7 @@ class _Passes:
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
         """The rows that a right decoding of the same trees goes by. Raises _Wrong behind one that says another token."""
-        penalty = RepetitionPenalty.of(self.target, self.prompt)
+        penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
         def said(logits_V: Tensor) -> Iterator[Tensor]:
             row_V = penalty(logits_V[None])[0]

@@ -28,9 +28,12 @@ class RepetitionPenalty:
         self.factor, self.seen_V = factor, seen_V
 
     @classmethod
-    def of(cls, target: VideoLM, prompt: VideoPrompt) -> RepetitionPenalty:
-        """What `target` asks for, its prompt seen."""
-        made = cls(target.repetition_penalty, torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device))
+    def of(cls, target: VideoLM, prompt: VideoPrompt, factor: float | None = None) -> RepetitionPenalty:
+        """With the prompt seen. factor: None for what `target` asks for."""
+        made = cls(
+            target.repetition_penalty if factor is None else factor,
+            torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device),
+        )
         made.add(prompt.tokens)
         return made
 

@@ -26,7 +26,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.places import Places
 from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
-from specvlm.types import VideoPrompt
+from specvlm.types import GenerationOptions, VideoPrompt
 
 LONGEST_QUESTION = 100_000  # characters
 SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
@@ -49,8 +49,13 @@ class Setup:
 
     def graph(self) -> DecodingGraph:
         """Of skeletons: it cannot decode, and knows its budget. Raises UserError where parts do not go together."""
-        strategies = (self.pruner, self.drafter, self.verifier)
-        return DecodingGraph(self.target, self.draft, *strategies, self.cfg.ratio, self.cfg.positions)
+        return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
+
+    @property
+    def options(self) -> GenerationOptions:
+        cfg = self.cfg
+        own = (cfg.max_new_tokens, cfg.ratio, cfg.positions, cfg.seed, cfg.repetition_penalty)
+        return GenerationOptions(*own, record=cfg.record)
 
 
 @dataclass(frozen=True)

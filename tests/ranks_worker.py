@@ -33,7 +33,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.random import RandomPruner
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.ranks import ALONE, Ranks, joined
-from specvlm.types import DraftTree, TreeShape, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, TreeShape, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -86,7 +86,7 @@ def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
                 and (engine.name == "eager" or family != FAMILIES[0])
             ):
                 continue  # the same passes of the same target
-            graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, 0.9, engine=engine)
+            graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, GenerationOptions(ratio=0.9), engine=engine)
             steps = list(graph.decode(prompt, LIMIT))
             found[f"{case} {name}"] = [*tokens_of(steps), *(-1 - step.accepted for step in steps)]
     alone = found["autoregressive eager"]
@@ -109,7 +109,15 @@ def quantised(ranks: Ranks) -> dict[str, list[int]]:
     prompt = prompt_for(target)
     for name, engine in engines(lone=False).items():
         found[f"alone {name}"] = tokens_of(list(autoregressive(target, prompt, 12, GreedyVerifier(), engine=engine)))
-        graph = DecodingGraph(target, None, TwoStagePruner(), SelfDrafter("chain:3"), GreedyVerifier(), 0.9, engine=engine)
+        graph = DecodingGraph(
+            target,
+            None,
+            TwoStagePruner(),
+            SelfDrafter("chain:3"),
+            GreedyVerifier(),
+            GenerationOptions(ratio=0.9),
+            engine=engine,
+        )
         found[f"drafted {name}"] = tokens_of(list(graph.decode(prompt, 12)))
     return found
 

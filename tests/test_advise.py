@@ -24,7 +24,7 @@ from specvlm.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.drafters.tree import TreeDrafter
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.types import TreeShape
+from specvlm.types import GenerationOptions, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 
 TEXT, VIDEO = 100, 1000
@@ -117,7 +117,12 @@ def test_replay_is_what_decoding_accepts(shape, ratio):
     request = tiny.prompt("qwen2_5_vl")
     drafter = TreeDrafter(shape)
     graph = DecodingGraph(
-        tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl", 0.05), UniformPruner(), drafter, GreedyVerifier(), ratio
+        tiny.model("qwen2_5_vl"),
+        tiny.draft_of("qwen2_5_vl", 0.05),
+        UniformPruner(),
+        drafter,
+        GreedyVerifier(),
+        GenerationOptions(ratio=ratio),
     )
     answer = metrics.tokens_of(list(autoregressive(graph.target, request, 40, graph.verifier)))
     steps = list(graph.decode(request, 40))

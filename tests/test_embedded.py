@@ -33,7 +33,7 @@ from specvlm.pruners.none import NonePruner
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import Drafter, Pruner, Verifier
-from specvlm.types import KeepSet
+from specvlm.types import GenerationOptions, KeepSet
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -62,7 +62,9 @@ def answer_of_generate(family: str, **fields) -> tuple[int, ...]:
 
 
 def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit=200, **fields):
-    graph = DecodingGraph(model(family, "target"), model(family, draft), pruner, drafter, verifier, ratio)
+    graph = DecodingGraph(
+        model(family, "target"), model(family, draft), pruner, drafter, verifier, GenerationOptions(ratio=ratio)
+    )
     return list(graph.decode(request_of(family, **fields), limit))
 
 

@@ -25,7 +25,7 @@ from specvlm.models.quantize import quantize_text
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.types import DraftTree, TreeShape
+from specvlm.types import DraftTree, GenerationOptions, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -48,7 +48,7 @@ def graph_of(family: str, drafter: str, engine: Engine, pruner=None, ratio: floa
         pruner or UniformPruner(),
         DRAFTERS[drafter],
         verifier or GreedyVerifier(),
-        ratio,
+        GenerationOptions(ratio=ratio),
         engine=engine,
     )
 
@@ -182,7 +182,13 @@ def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
     monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
     lm = tiny.model("qwen2_5_vl")
     graph = DecodingGraph(
-        lm, lm, NonePruner(), TreeDrafter(shape="chain:12"), GreedyVerifier(), 0.0, engine=GraphsEngine("direct")
+        lm,
+        lm,
+        NonePruner(),
+        TreeDrafter(shape="chain:12"),
+        GreedyVerifier(),
+        GenerationOptions(ratio=0.0),
+        engine=GraphsEngine("direct"),
     )
     assert [step.accepted for step in graph.decode(tiny.prompt("qwen2_5_vl"), 6)] == [0, 12]
 
@@ -240,7 +246,9 @@ def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, m
 
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     draft = tiny.draft_of("qwen2_5_vl")
-    graph = DecodingGraph(lm, draft, UniformPruner(), drafter, GreedyVerifier(), 0.5, engine=GraphsEngine("direct"))
+    graph = DecodingGraph(
+        lm, draft, UniformPruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5), engine=GraphsEngine("direct")
+    )
     list(graph.decode(request, 8))
     changes = graph.caches.changes
     list(graph.decode(request, 8))

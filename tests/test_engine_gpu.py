@@ -16,7 +16,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.quantize import quantize
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.types import ancestor_mask
+from specvlm.types import GenerationOptions, ancestor_mask
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -133,7 +133,9 @@ def test_captured_is_eager_is_generate(family, drafter, dtype):
     for pruner, ratio in ((UniformPruner(), 0.5), (TwoStagePruner(), 0.9)):
         outs = []
         for engine in (Engine(), engine_for("graphs", "cuda")):
-            graph = DecodingGraph(target, draft, pruner, chosen, GreedyVerifier(), ratio, engine=engine)
+            graph = DecodingGraph(
+                target, draft, pruner, chosen, GreedyVerifier(), GenerationOptions(ratio=ratio), engine=engine
+            )
             for seed in range(3):
                 request = tiny.prompt(family, seed=seed, frames=3 + seed)
                 outs.append(tokens_of(list(graph.decode(request, 24))))
@@ -152,7 +154,9 @@ def test_sampling_runs_captured():
     alone = [tokens_of(list(autoregressive(target, request, 24, verifier, engine=e))) for e in engines]
     assert alone[0] == alone[1]
     steps = list(
-        DecodingGraph(target, draft, UniformPruner(), TreeDrafter(), verifier, 0.5, engine=engines[1]).decode(request, 40)
+        DecodingGraph(
+            target, draft, UniformPruner(), TreeDrafter(), verifier, GenerationOptions(ratio=0.5), engine=engines[1]
+        ).decode(request, 40)
     )
     assert len(tokens_of(steps)) == 40 and sum(s.accepted for s in steps) > 10
 
@@ -163,7 +167,13 @@ def test_no_memory_grows_over_fifty_requests():
 
     target, draft = on_gpu("qwen2_5_vl", torch.float32)
     graph = DecodingGraph(
-        target, draft, UniformPruner(), TreeDrafter(), GreedyVerifier(), 0.5, engine=engine_for("graphs", "cuda")
+        target,
+        draft,
+        UniformPruner(),
+        TreeDrafter(),
+        GreedyVerifier(),
+        GenerationOptions(ratio=0.5),
+        engine=engine_for("graphs", "cuda"),
     )
     requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=2 + s % 7) for s in range(7)]
     want = [tokens_of(list(graph.decode(r, 16))) for r in requests]
@@ -199,7 +209,13 @@ def test_a_request_after_one_that_failed_midway():
 
     target, draft = on_gpu("qwen2_5_vl", torch.float32)
     graph = DecodingGraph(
-        target, draft, UniformPruner(), TreeDrafter(), GreedyVerifier(), 0.5, engine=engine_for("graphs", "cuda")
+        target,
+        draft,
+        UniformPruner(),
+        TreeDrafter(),
+        GreedyVerifier(),
+        GenerationOptions(ratio=0.5),
+        engine=engine_for("graphs", "cuda"),
     )
     requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
     outlives_a_failure(graph, requests, [tiny.hf_greedy(target, r, 16) for r in requests])

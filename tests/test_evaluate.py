@@ -12,6 +12,7 @@ from specvlm.graph import DecodingGraph, generator_for
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import DraftContext, Sampling
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 
 
@@ -21,7 +22,7 @@ from specvlm.verifiers.greedy import GreedyVerifier
 @torch.inference_mode()
 def test_replay_accepts_what_a_decode_accepts(family, shape):
     target, draft, request, drafter = tiny.model(family), tiny.draft_of(family), tiny.prompt(family), TreeDrafter(shape)
-    graph = DecodingGraph(target, draft, UniformPruner(), drafter, GreedyVerifier(), 0.5)
+    graph = DecodingGraph(target, draft, UniformPruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5))
     steps = list(graph.decode(request, 40))
     answer = tokens_of(steps)
     keep = graph.select(request, None, target.features(request), generator_for(0))

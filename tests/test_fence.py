@@ -26,12 +26,12 @@ from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.fence import checked_tree, checked_verdict, inside, label_of
 from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.held import Held, _lasting
+from specvlm.held import Held
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.rows import CannotWrite, rows_of
 from specvlm.strategy import Drafter, DraftSession, Pruner
-from specvlm.types import DraftTree, Verdict, ancestor_mask
+from specvlm.types import DraftTree, GenerationOptions, Verdict, ancestor_mask
 from specvlm.verifiers.greedy import GreedyVerifier, _layout
 
 FAMILY = "qwen2_5_vl"
@@ -206,7 +206,7 @@ class EditsThePrompt(TreeDrafter):
 def test_a_strategy_gets_copies(strategies):
     target, request = tiny.model(FAMILY), tiny.prompt(FAMILY)
     alone = tokens_of(list(autoregressive(target, request, 16, GreedyVerifier())))
-    graph = DecodingGraph(target, tiny.draft_of(FAMILY), *strategies, GreedyVerifier(), 0.5)
+    graph = DecodingGraph(target, tiny.draft_of(FAMILY), *strategies, GreedyVerifier(), GenerationOptions(ratio=0.5))
     for _ in "ab":
         assert tokens_of(list(graph.decode(request, 16))) == alone
 
@@ -250,8 +250,10 @@ def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(
 def held_graph() -> tuple[Held, DecodingGraph]:
     held, target = Held(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
     held.models, held.weights = {"target": target}, {target: integrity.weights_of(target)}
-    held.structures = {target: _lasting(target)}
-    return held, DecodingGraph(target, None, UniformPruner(), Idle(), GreedyVerifier(), 0.5, caches=held.caches)
+    held.structures = {target: integrity.structure(target)}
+    return held, DecodingGraph(
+        target, None, UniformPruner(), Idle(), GreedyVerifier(), GenerationOptions(ratio=0.5), caches=held.caches
+    )
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,7 @@ def test_a_strategy_may_compile():
 def test_a_guard_lets_through_what_changes_nothing_and_what_fails_anyway():
     held, graph = held_graph()
     with held.guard(graph):
-        list(autoregressive(graph.target, tiny.prompt(FAMILY), 4, GreedyVerifier(), 0, graph.caches))
+        list(autoregressive(graph.target, tiny.prompt(FAMILY), 4, GreedyVerifier(), graph.caches))
     assert held.models
     with pytest.raises(ZeroDivisionError), held.guard(graph):
         write(graph)
@@ -480,14 +482,16 @@ def test_a_tampered_baseline_is_decoded_again_and_said_so(tmp_path, monkeypatch,
 
 
 def test_a_thread_that_waits_in_a_strategy_keeps_no_other_from_the_graph():
-    graph = DecodingGraph(tiny.model(FAMILY), tiny.draft_of(FAMILY), Waiting(), TreeDrafter(), GreedyVerifier(), 0.5)
+    graph = DecodingGraph(
+        tiny.model(FAMILY), tiny.draft_of(FAMILY), Waiting(), TreeDrafter(), GreedyVerifier(), GenerationOptions(ratio=0.5)
+    )
     request, found = tiny.prompt(FAMILY), []
     alone = tokens_of(list(autoregressive(tiny.model(FAMILY), request, 8, GreedyVerifier())))
     thread = threading.Thread(target=lambda: found.extend(tokens_of(list(graph.decode(request, 8)))))
     thread.start()
     assert STARTED.wait(60)
     quick = replace(graph, pruner=UniformPruner())
-    for steps in (quick.decode(request, 8), autoregressive(graph.target, request, 8, GreedyVerifier(), 0, graph.caches)):
+    for steps in (quick.decode(request, 8), autoregressive(graph.target, request, 8, GreedyVerifier(), graph.caches)):
         assert tokens_of(list(steps)) == alone and not found
     GO_ON.set()
     thread.join(60)

@@ -18,7 +18,7 @@ from specvlm.fit_tree import Round, best_tree, expected, fit_ranks, main
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.types import PAPER_TREE, DraftTree, TreeShape
+from specvlm.types import PAPER_TREE, DraftTree, GenerationOptions, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.loose import LooseVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
@@ -29,9 +29,14 @@ CHANCES = [[0.5, 0.2, 0.1], [0.6, 0.05, 0.3], [0.4, 0.35]]
 def steps_of(drafter, verifier=None, engine=None, limit=40):
     family = "qwen2_5_vl"
     graph = DecodingGraph(
-        tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, verifier or GreedyVerifier(), 0.5,
+        tiny.model(family),
+        tiny.draft_of(family),
+        UniformPruner(),
+        drafter,
+        verifier or GreedyVerifier(),
+        GenerationOptions(ratio=0.5),
         engine=engine or Engine(),
-    )  # fmt: skip
+    )
     return list(graph.decode(tiny.prompt(family), limit))
 
 

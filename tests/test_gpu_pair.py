@@ -22,7 +22,7 @@ from specvlm.engine.graphs import GraphsEngine
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.types import TreeShape
+from specvlm.types import GenerationOptions, TreeShape
 from specvlm.verifiers.greedy import GreedyVerifier
 
 SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
@@ -37,7 +37,11 @@ def test_given_acceptance_is_met_in_every_round(family, shape, accepted):
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
     known = [step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier())]
     drafter = GivenDrafter(TreeDrafter(shape), tuple(known), accepted)
-    steps = list(DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5).decode(request, 48))
+    steps = list(
+        DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5)).decode(
+            request, 48
+        )
+    )
     assert [token for step in steps for token in step.tokens] == known
     found = [step.accepted for step in steps[1:] if step.full]
     assert found[:8:2] == [int(accepted)] * len(found[:8:2])
@@ -49,7 +53,9 @@ def test_given_acceptance_is_met_by_the_graphs_engine(family):
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
     known = tuple(step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier()))
     drafter, engine = GivenDrafter(TreeDrafter("paper"), known, 3.5), GraphsEngine("direct")
-    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), 0.5, engine=engine)
+    graph = DecodingGraph(
+        target, draft, TwoStagePruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5), engine=engine
+    )
     for _ in range(2):  # the second request runs what the first has captured
         steps = list(graph.decode(request, 48))
         assert tuple(token for step in steps for token in step.tokens) == known

@@ -21,6 +21,7 @@ from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.passes import finished
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers import greedy
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
@@ -30,9 +31,14 @@ V = 6
 
 def decode(family, drafter, engine=None, verifier=None, ratio=0.5, pruner=None, limit=30, draft=None):
     graph = DecodingGraph(
-        tiny.model(family), draft or tiny.draft_of(family), pruner or UniformPruner(), drafter, verifier or GreedyVerifier(),
-        ratio, engine=engine or Engine(),
-    )  # fmt: skip
+        tiny.model(family),
+        draft or tiny.draft_of(family),
+        pruner or UniformPruner(),
+        drafter,
+        verifier or GreedyVerifier(),
+        GenerationOptions(ratio=ratio),
+        engine=engine or Engine(),
+    )
     return list(graph.decode(tiny.prompt(family), limit))
 
 

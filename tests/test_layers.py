@@ -21,6 +21,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.load import load
 from specvlm.models.spread import Stage, device_map, split
 from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -51,8 +52,23 @@ CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1,
 def test_a_split_target_gives_the_whole_ones_output(family, drafter, engine, ends):
     lm = in_stages(family, *ends)
     made = ENGINES[engine]()
-    graph = DecodingGraph(lm, tiny.draft_of(family), TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), 0.5, engine=made)
-    whole = DecodingGraph(tiny.model(family), tiny.draft_of(family), TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), 0.5)
+    graph = DecodingGraph(
+        lm,
+        tiny.draft_of(family),
+        TwoStagePruner(),
+        DRAFTERS[drafter],
+        GreedyVerifier(),
+        GenerationOptions(ratio=0.5),
+        engine=made,
+    )
+    whole = DecodingGraph(
+        tiny.model(family),
+        tiny.draft_of(family),
+        TwoStagePruner(),
+        DRAFTERS[drafter],
+        GreedyVerifier(),
+        GenerationOptions(ratio=0.5),
+    )
     for seed in (0, 1):  # the second request runs what the first has captured
         request = tiny.prompt(family, seed=seed)
         want = list(whole.decode(request, 20))
@@ -72,7 +88,7 @@ def test_repetition_penalty_and_sampling(monkeypatch):
         monkeypatch.setattr(lm, "repetition_penalty", 1.3)
         for verifier in (GreedyVerifier(), SamplingVerifier(temperature=0.8)):
             drafter = PromptLookupDrafter()
-            graph = DecodingGraph(lm, None, TwoStagePruner(), drafter, verifier, 0.5, engine=engine)
+            graph = DecodingGraph(lm, None, TwoStagePruner(), drafter, verifier, GenerationOptions(ratio=0.5), engine=engine)
             outs.append(tokens_of(list(graph.decode(request, 20))))
     assert outs[:2] == outs[2:]
 

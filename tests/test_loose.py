@@ -23,7 +23,7 @@ from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.penalty import RepetitionPenalty
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import Sampling, Verifier, VerifyContext
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import DraftTree, GenerationOptions, Verdict
 from specvlm.verifiers.loose import LooseVerifier, visual_scores
 
 V = 12
@@ -103,7 +103,15 @@ def test_a_run_is_relaxed_by_what_the_models_hidden_states_say(family, engine):
 
     def steps(verifier):
         drafter = TreeDrafter("chain:10")
-        graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, verifier, 0.9, engine=engine)
+        graph = DecodingGraph(
+            tiny.model(family),
+            tiny.draft_of(family),
+            UniformPruner(),
+            drafter,
+            verifier,
+            GenerationOptions(ratio=0.9),
+            engine=engine,
+        )
         return list(graph.decode(request, 40))
 
     strict, loose, all_of_it = steps(LooseVerifier(0.0, window=0)), steps(LooseVerifier()), steps(LooseVerifier(1.0))
@@ -316,7 +324,7 @@ def test_no_answer_of_a_lossy_rule_ends_or_goes_on_by_a_guess(family, engine, mo
 
 def answer(family, rule, engine, seed=0):
     pair = tiny.model(family), tiny.draft_of(family, 0.1)
-    graph = DecodingGraph(*pair, UniformPruner(), TreeDrafter("chain:10"), rule, 0.9, engine=engine)
+    graph = DecodingGraph(*pair, UniformPruner(), TreeDrafter("chain:10"), rule, engine=engine)
     return tokens_of(list(graph.decode(tiny.prompt(family, seed), 20)))
 
 

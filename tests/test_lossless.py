@@ -33,7 +33,7 @@ from specvlm.pruners.uniform import UniformPruner
 from specvlm.pruners.verifier_attention import VerifierAttentionPruner
 from specvlm.pruners.window import WindowPruner
 from specvlm.show import too_many_ties
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 
 PRUNERS = [
@@ -72,10 +72,8 @@ def decode(family, pruner=None, drafter=None, ratio=0.5, limit=30, request=None,
         pruner or NonePruner(),
         drafter or TreeDrafter(),
         GREEDY,
-        ratio,
-        **fields,
     )
-    return list(graph.decode(request or tiny.prompt(family), limit))
+    return list(graph.decode(request or tiny.prompt(family), GenerationOptions(limit, ratio, **fields)))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -169,14 +167,16 @@ def test_padded_vocabularies_may_differ(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_requests_of_different_length_share_caches_without_a_trace(family):
-    graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), TwoStagePruner(), TreeDrafter(), GREEDY, 0.5)
+    graph = DecodingGraph(
+        tiny.model(family), tiny.draft_of(family), TwoStagePruner(), TreeDrafter(), GREEDY, GenerationOptions(ratio=0.5)
+    )
     requests = [tiny.prompt(family, seed, frames=frames) for seed, frames in ((0, 4), (1, 9), (2, 3), (0, 4))]
     for request in requests:
         assert tokens_of(list(graph.decode(request, 20))) == tiny.hf_greedy(tiny.model(family), request, 20)
     for read in (1, 2):
         for half_read in (
             graph.decode(requests[0], 20),
-            autoregressive(graph.target, requests[0], 20, GREEDY, 0, graph.caches),
+            autoregressive(graph.target, requests[0], 20, GREEDY, graph.caches),
         ):
             first = [next(half_read) for _ in range(read)]
             assert tokens_of(list(graph.decode(requests[1], 20))) == tiny.hf_greedy(graph.target, requests[1], 20)
@@ -189,7 +189,7 @@ def test_float32_equals_generate_too():
         target, draft = tiny.model(family, dtype=torch.float32), tiny.draft_of(family, dtype=torch.float32)
         request = tiny.prompt(family)
         for drafter in (TreeDrafter(), DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(24)):
-            graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, 0.5)
+            graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, GenerationOptions(ratio=0.5))
             assert tokens_of(list(graph.decode(request, 40))) == tiny.hf_greedy(target, request, 40)
 
 
@@ -338,7 +338,7 @@ def test_the_checkpoints_repetition_penalty_is_applied_as_generate_does(family, 
     expected = tiny.hf_greedy(target, request, 40)
     assert expected != plain
     assert tokens_of(list(autoregressive(target, request, 40, GREEDY))) == expected
-    graph = DecodingGraph(target, draft, UniformPruner(), drafter, GREEDY, 0.5)
+    graph = DecodingGraph(target, draft, UniformPruner(), drafter, GREEDY, GenerationOptions(ratio=0.5))
     assert tokens_of(list(graph.decode(request, 40))) == expected
     assert lossless.compare(target, request, expected, expected).verdict == "identical"
 
@@ -349,7 +349,14 @@ def test_the_checkpoints_repetition_penalty_is_applied_as_generate_does(family, 
 )
 def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
     family, request, limit = "qwen2_5_vl", tiny.prompt("qwen2_5_vl"), 20
-    graph = DecodingGraph(tiny.model(family), tiny.draft_of(family), UniformPruner(), drafter, GREEDY, 0.9, positions)
+    graph = DecodingGraph(
+        tiny.model(family),
+        tiny.draft_of(family),
+        UniformPruner(),
+        drafter,
+        GREEDY,
+        GenerationOptions(ratio=0.9, positions=positions),
+    )
     list(graph.decode(request, limit))
     kept = len(request) - len(request.video_index) + graph.budget(request)
     slots = pooled(len(request) + limit + drafter.max_nodes)

@@ -18,6 +18,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.spread import device_map
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.ranks import ALONE
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -54,7 +55,9 @@ def test_a_split_target_gives_the_whole_ones_output(family, drafter, draft_devic
     whole = tiny.wrap(copy.deepcopy(tiny.model(family, dtype=torch.float32).hf).cuda())
     lm, draft = split_over_two(family, torch.float32), draft_on(family, torch.float32, draft_device)
     for engine in (Engine(), engine_for("graphs", "cuda:0")):
-        graph = DecodingGraph(lm, draft, TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), 0.5, engine=engine)
+        graph = DecodingGraph(
+            lm, draft, TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier(), GenerationOptions(ratio=0.5), engine=engine
+        )
         for seed in range(3):
             request = tiny.prompt(family, seed=seed, frames=3 + seed)
             want = tiny.hf_greedy(whole, request, 24)
@@ -72,7 +75,13 @@ def test_a_split_target_samples_and_penalises_as_a_whole_one(monkeypatch):
         monkeypatch.setattr(lm, "repetition_penalty", 1.3)
         verifier = SamplingVerifier(temperature=0.8, top_k=20)
         graph = DecodingGraph(
-            lm, None, TwoStagePruner(), DRAFTERS["prompt_lookup"], verifier, 0.5, engine=engine_for("graphs", "cuda:0")
+            lm,
+            None,
+            TwoStagePruner(),
+            DRAFTERS["prompt_lookup"],
+            verifier,
+            GenerationOptions(ratio=0.5),
+            engine=engine_for("graphs", "cuda:0"),
         )
         outs.append(tokens_of(list(graph.decode(tiny.prompt(family), 24))))
     assert outs[0] == outs[1]

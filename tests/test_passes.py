@@ -30,7 +30,7 @@ from specvlm.pruners.uniform import UniformPruner
 from specvlm.scheduler import Scheduler
 from specvlm.strategy import Drafter, DraftSession
 from specvlm.testing import check_drafter
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.loose import LooseVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
@@ -56,7 +56,8 @@ def pair(family: str, dtype: str) -> tuple[VideoLM, VideoLM]:
 def graph_of(family, drafter, verifier, dtype="float64", engine=None, seed=0, caches=None) -> DecodingGraph:
     target, draft = pair(family, dtype)
     more = {} if caches is None else {"caches": caches}
-    return DecodingGraph(target, draft, UniformPruner(), drafter, verifier, 0.5, seed=seed, engine=engine or Engine(), **more)
+    options = GenerationOptions(ratio=0.5, seed=seed)
+    return DecodingGraph(target, draft, UniformPruner(), drafter, verifier, options, engine=engine or Engine(), **more)
 
 
 def request_of(family: str, number: int):
@@ -85,7 +86,7 @@ def test_requests_of_unlike_drafters_and_rules_are_joined_too(family):
     scheduler, engine = Scheduler(Engine()), Engine()
     works = [graph.work(*request_of(family, number)) for number, graph in enumerate(graphs)]
     prompt, limit = request_of(family, 3)
-    alone = autoregressive_work(graphs[0].target, prompt, limit, GreedyVerifier(), 0, graphs[0].caches, engine)
+    alone = autoregressive_work(graphs[0].target, prompt, limit, GreedyVerifier(), graphs[0].caches, engine)
     tickets = [scheduler.submit(work) for work in (*works, alone)]
     found = [tokens_of(list(scheduler.steps(ticket))) for ticket in reversed(tickets)][::-1]
     assert found == [*want, tiny.hf_greedy(graphs[0].target, prompt, limit)]
@@ -225,7 +226,9 @@ def test_it_runs_captured_without_a_line_for_it(family, backend):
     graph = graph_of(family, outside()(), GreedyVerifier(), engine=engine)
     target = graph.target
     assert tokens_of(list(graph.decode(prompt, limit))) == tiny.hf_greedy(target, prompt, limit)
-    same = DecodingGraph(target, target, UniformPruner(), outside()(), GreedyVerifier(), 0.0, engine=engine)
+    same = DecodingGraph(
+        target, target, UniformPruner(), outside()(), GreedyVerifier(), GenerationOptions(ratio=0.0), engine=engine
+    )
     assert all(step.accepted == 4 for step in list(same.decode(prompt, limit))[1:-1])
     if backend:
         assert {key[0] for key in engine._programs} == {"check", "draft"}
@@ -240,7 +243,11 @@ def test_it_is_one_cuda_graph_on_a_gpu(family):
     prompt, limit = request_of(family, 3)
     engine = engine_for("graphs", "cuda")
     steps = [
-        list(DecodingGraph(target, draft, UniformPruner(), outside()(), GreedyVerifier(), 0.5, engine=e).decode(prompt, limit))
+        list(
+            DecodingGraph(
+                target, draft, UniformPruner(), outside()(), GreedyVerifier(), GenerationOptions(ratio=0.5), engine=e
+            ).decode(prompt, limit)
+        )
         for e in (Engine(), engine)
     ]
     assert tokens_of(steps[0]) == tokens_of(steps[1])

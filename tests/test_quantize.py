@@ -21,6 +21,7 @@ from specvlm.models import load
 from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, quantize, quantize_text, stored
 from specvlm.places import Places
 from specvlm.registry import build
+from specvlm.types import GenerationOptions
 
 SIZES = [(256, 40), (96, 5), (3584, 3), (12, BLOCK + 9)]  # (K, N)
 
@@ -222,7 +223,9 @@ def test_a_quantised_target_is_decoded_without_loss_by_a_quantised_draft(family,
     target, draft = quantized(tiny.model(family), kind), quantized(tiny.draft_of(family), "int4")
     prompt, verifier = tiny.prompt(family), build("verifier", "greedy")
     alone = tokens_of(autoregressive(target, prompt, 24, verifier))
-    graph = DecodingGraph(target, draft, build("pruner", "uniform"), build("drafter", "tree"), verifier, 0.5)
+    graph = DecodingGraph(
+        target, draft, build("pruner", "uniform"), build("drafter", "tree"), verifier, GenerationOptions(ratio=0.5)
+    )
     assert tokens_of(graph.decode(prompt, 24)) == alone == reference.generated(in_full(target.hf), prompt, 24)
 
 

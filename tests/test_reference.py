@@ -22,6 +22,7 @@ from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 
 GREEDY, LIMIT, SHORT = GreedyVerifier(), 20, 12
@@ -29,7 +30,7 @@ GREEDY, LIMIT, SHORT = GreedyVerifier(), 20, 12
 
 def decode(target, request, drafter=None, limit=LIMIT, **fields):
     draft, drafter = tiny.draft_of(target.family), drafter or TreeDrafter("3x2")
-    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, 0.5, **fields)
+    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, GenerationOptions(ratio=0.5, **fields))
     return tokens_of(list(graph.decode(request, limit)))
 
 

@@ -37,6 +37,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.penalty import RepetitionPenalty
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers import sampling
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -158,11 +159,12 @@ def each_pass_once(monkeypatch):
 
 def sampled(drafter, penalty, runs=RUNS, **warp):
     """Answers, how many guesses there were, and how many were accepted."""
-    graph = DecodingGraph(target(penalty), model(0.1), UniformPruner(), drafter, SamplingVerifier(**warp), 0.5)
+    graph = DecodingGraph(
+        target(penalty), model(0.1), UniformPruner(), drafter, SamplingVerifier(**warp), GenerationOptions(ratio=0.5)
+    )
     answers, guesses, accepted = [], 0, 0
     for seed in range(runs):
-        graph.seed = seed
-        steps = list(graph.decode(request(), LENGTH))
+        steps = list(graph.decode(request(), GenerationOptions(LENGTH, 0.5, seed=seed)))
         answers.append(tuple(tokens_of(steps)))
         guesses, accepted = guesses + sum(step.drafted for step in steps), accepted + sum(step.accepted for step in steps)
     return answers, guesses, accepted
@@ -180,7 +182,10 @@ def test_every_drafter_samples_as_the_target_does(drafter, how):
 @pytest.mark.slow
 def test_the_target_alone_samples_so_and_another_temperature_or_penalty_would_be_seen():
     lm, verifier = target(1.5), SamplingVerifier(temperature=0.4, top_k=3)
-    answers = [tuple(tokens_of(list(autoregressive(lm, request(), LENGTH, verifier, seed)))) for seed in range(RUNS)]
+    answers = [
+        tuple(tokens_of(list(autoregressive(lm, request(), GenerationOptions(LENGTH, seed=seed), verifier))))
+        for seed in range(RUNS)
+    ]
     assert p_value(answers, expected(1.5, temperature=0.4, top_k=3)) > CHANCE
     assert p_value(answers, expected(1.5, temperature=1.0, top_k=3)) < SURE
     assert p_value(answers, expected(1.0, temperature=0.4, top_k=3)) < SURE

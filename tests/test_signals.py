@@ -28,7 +28,7 @@ from specvlm.models.load import load
 from specvlm.models.sight import Sight, mean_cosine
 from specvlm.models.spread import Stage
 from specvlm.signals import codec, gathered, guidance_for, held_bytes, on_grid
-from specvlm.types import TokenGrid
+from specvlm.types import GenerationOptions, TokenGrid
 from specvlm.verifiers.greedy import GreedyVerifier
 
 
@@ -191,7 +191,7 @@ def test_gathering_leaves_the_logits_bit_equal(family, dtype):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_pruner_of_every_signal_decodes_the_targets_own_answer(family):
     lm, request = tiny.model(family), tiny.prompt(family)
-    graph = DecodingGraph(lm, tiny.draft_of(family), Curious(), TreeDrafter(), GreedyVerifier(), 0.5)
+    graph = DecodingGraph(lm, tiny.draft_of(family), Curious(), TreeDrafter(), GreedyVerifier(), GenerationOptions(ratio=0.5))
     assert tokens_of(list(graph.decode(request, 12))) == tiny.hf_greedy(lm, request, 12)
 
 

@@ -16,13 +16,20 @@ from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.models.attention import Guidance
 from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
 
 def graph_of(family, drafter, engine=None, verifier=None):
     return DecodingGraph(
-        tiny.model(family), None, TwoStagePruner(), drafter, verifier or GreedyVerifier(), 0.9, engine=engine or Engine()
+        tiny.model(family),
+        None,
+        TwoStagePruner(),
+        drafter,
+        verifier or GreedyVerifier(),
+        GenerationOptions(ratio=0.9),
+        engine=engine or Engine(),
     )
 
 

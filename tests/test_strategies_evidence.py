@@ -34,7 +34,7 @@ from specvlm.graph import DecodingGraph, prefill
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.signals import codec, gathered, guidance_for
 from specvlm.strategy import Pruner
-from specvlm.types import KeepSet, TokenGrid
+from specvlm.types import GenerationOptions, KeepSet, TokenGrid
 from specvlm.verifiers.greedy import GreedyVerifier
 
 GRID, WIDTH = TokenGrid(6, 4, 4), 8
@@ -111,7 +111,7 @@ def test_a_row_accepts_what_a_decode_accepts(family, setting, monkeypatch):
     guidance = guidance_for(Together({"": pruner}, target.layers), target, request, drafter.needs)
     scene = Scene(SimpleNamespace(family=family, target=target, draft=draft), 0, request, guidance)
     row = scene.row(setting)
-    graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), setting.ratio)
+    graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=setting.ratio))
     steps = list(graph.decode(request, 40))
     assert [token for step in steps for token in step.tokens] == scene.answer
     assert row["accepted"] == [step.accepted for step in steps[1:] if step.full] and row["rounds"] == len(steps) - 1

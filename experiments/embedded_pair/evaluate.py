@@ -41,7 +41,7 @@ from specvlm.pruners.uniform import UniformPruner
 from specvlm.pruners.verifier_attention import VerifierAttentionPruner
 from specvlm.pruners.window import WindowPruner
 from specvlm.strategy import DraftContext, DraftSession, Pruner, Sampling
-from specvlm.types import DraftTree, Verdict, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, Verdict, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,7 +171,9 @@ class Family:
             draft_features = draft.features(prompt)
             draft.features = lambda *_, known=draft_features: known  # the tower is not what is measured here
             for name, pruner, ratio, positions in settings():
-                graph = DecodingGraph(target, draft, pruner, self.drafter, GreedyVerifier(), ratio, positions)
+                graph = DecodingGraph(
+                    target, draft, pruner, self.drafter, GreedyVerifier(), GenerationOptions(ratio=ratio, positions=positions)
+                )
                 generator = generator_for(number)
                 keep = graph.select(prompt, guidance, features, generator)
                 session = self.drafter.start(

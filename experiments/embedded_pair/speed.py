@@ -30,7 +30,7 @@ from specvlm.models.load import load
 from specvlm.pruners.none import NonePruner
 from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.strategy import Drafter, Pruner
-from specvlm.types import Step, VideoPrompt
+from specvlm.types import GenerationOptions, Step, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 LIMIT = 200
@@ -56,7 +56,7 @@ class Bench:
         self.target = load(model_folder(f"embedded:{family}/target"), "float32")
         self.draft = load(model_folder(f"embedded:{family}/plain"), "float32")
         self.graphs = {
-            name: DecodingGraph(self.target, self.draft, pruner, drafter, GreedyVerifier(), 0.9)
+            name: DecodingGraph(self.target, self.draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=0.9))
             for name, (pruner, drafter) in GRAPHS.items()
         }
 
@@ -66,7 +66,7 @@ class Bench:
 
     def alone(self, prompt: VideoPrompt) -> dict:
         caches = next(iter(self.graphs.values())).caches
-        return timed(list(autoregressive(self.target, prompt, LIMIT, GreedyVerifier(), 0, caches)))
+        return timed(list(autoregressive(self.target, prompt, LIMIT, GreedyVerifier(), caches)))
 
     def hugging_face(self, prompt: VideoPrompt) -> dict:
         seconds = []

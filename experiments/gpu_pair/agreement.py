@@ -46,7 +46,7 @@ from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.none import NonePruner
 from specvlm.strategy import Drafter, Pruner
-from specvlm.types import VideoPrompt
+from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 DRAFTERS: dict[str, Drafter] = {
@@ -91,7 +91,9 @@ def scene(family: str, dtype: str, number: int, by: tuple[str, ...], share: int,
     request, _ = scene_request(target, family, "caption", number)
 
     def decoded(pruner: Pruner, drafter: Drafter, engine: Engine) -> list[int]:
-        graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), 0.9, caches=caches, engine=engine)
+        graph = DecodingGraph(
+            target, draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=0.9), caches=caches, engine=engine
+        )
         return tokens_of(list(graph.decode(request, LIMIT)))
 
     alone = tokens_of(list(autoregressive(target, request, LIMIT, GreedyVerifier(), caches=caches, engine=engine)))

@@ -26,7 +26,7 @@ from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.ranks import own
 from specvlm.strategy import Pruner
-from specvlm.types import Step, VideoPrompt
+from specvlm.types import GenerationOptions, Step, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 Figures = dict[str, Any]
@@ -125,7 +125,7 @@ class Bench:
             pruner or UniformPruner(),
             GivenDrafter(self.inner, self.known, accepted),
             GreedyVerifier(),
-            ratio,
+            GenerationOptions(ratio=ratio),
             caches=self.caches,
             engine=self.engine,
         )

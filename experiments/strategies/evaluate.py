@@ -38,7 +38,7 @@ from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.signals import gathered, guidance_for
 from specvlm.strategy import CODEC_SIGNALS, DraftContext, Sampling
-from specvlm.types import KeepSet, VideoPrompt
+from specvlm.types import GenerationOptions, KeepSet, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 FIRST, SCENES, LIMIT = 128, 64, 200  # scenes 0..127 are embedded_pair's own evaluation
@@ -94,7 +94,9 @@ class Scene:
     def row(self, setting: Setting) -> Row:
         pair, prompt = self.pair, self.prompt
         pruner, drafter = Timed(pruners()[setting.pruner]), drafter_for(pair.family, setting.drafter, prompt)
-        graph = DecodingGraph(pair.target, pair.draft, pruner, drafter, GreedyVerifier(), setting.ratio)
+        graph = DecodingGraph(
+            pair.target, pair.draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=setting.ratio)
+        )
         generator = generator_for(self.number)
         self.cache.length = len(prompt)
         with known_features(pair.draft, self.draft_features_ND):

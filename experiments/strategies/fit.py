@@ -24,7 +24,7 @@ from specvlm.drafters.tree import TreeDrafter
 from specvlm.fit_tree import Round, best_tree, expected, fit_ranks
 from specvlm.graph import DecodingGraph
 from specvlm.pruners.uniform import UniformPruner
-from specvlm.types import PAPER_TREE
+from specvlm.types import PAPER_TREE, GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 
 FIRST = 1000  # scene numbers, far from those of the evaluation
@@ -47,7 +47,9 @@ def recorded(job: tuple[int, str]) -> list[Round]:
     (number, wide), pair = job, _pair
     assert pair is not None
     prompt, _ = scene_request(pair.target, pair.family, "caption", number)
-    graph = DecodingGraph(pair.target, pair.draft, UniformPruner(), TreeDrafter(wide), GreedyVerifier(), RATIO)
+    graph = DecodingGraph(
+        pair.target, pair.draft, UniformPruner(), TreeDrafter(wide), GreedyVerifier(), GenerationOptions(ratio=RATIO)
+    )
     return [Round(step.ranks, step.widths) for step in graph.decode(prompt, LIMIT) if step.widths]
 
 

@@ -150,7 +150,8 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
         say(styled(("memory plan:", "dim"), f" {size(job.planned)} on {', '.join(map(str, job.places.devices))}"))
         say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
-            graph = replace(HELD.graph(job), ratio=cfg.ratio)  # the job's own is that of the largest plan
+            graph = HELD.graph(job)
+            graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # the job's own is that of the largest plan
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
@@ -210,7 +211,8 @@ def measure(
 
 
 def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
-    return autoregressive(graph.target, job.prompt, limit, graph.verifier, graph.seed, graph.caches, graph.engine)
+    options = graph.options.asked(limit)
+    return autoregressive(graph.target, job.prompt, options, graph.verifier, graph.caches, graph.engine)
 
 
 def shaped(name: str, shape: str = "") -> Drafter:
@@ -221,7 +223,8 @@ def shaped(name: str, shape: str = "") -> Drafter:
 
 def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:
     """The same pair, caches and engine with another drafter."""
-    return replace(graph, drafter=drafter, ratio=graph.ratio if ratio is None else ratio)
+    options = graph.options if ratio is None else replace(graph.options, ratio=ratio)
+    return replace(graph, drafter=drafter, options=options)
 
 
 def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
@@ -231,7 +234,7 @@ def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, 
     """
     graph = using(graph, drafter)
     pruned = drafter.model is not None and drafter.sees(job.prompt) is None
-    ratio = (0.0 if graph.pruner.keeps_all else graph.ratio) if pruned else None
+    ratio = (0.0 if graph.pruner.keeps_all else graph.options.ratio) if pruned else None
     steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a tree of each size
     draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)
     speed = metrics.speed_of(steps)

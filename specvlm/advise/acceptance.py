@@ -158,7 +158,7 @@ def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: 
     """One pass of the draft model over the pruned prompt and the target's own answer, whose tokens are then ranked."""
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
-    embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.positions)
+    embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.options.positions)
     rows = len(answer) - 1
     with graph.caches.lease() as lease:
         cache = lease.take("draft", model, len(embeds_KD) + len(answer))

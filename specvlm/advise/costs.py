@@ -243,7 +243,7 @@ def profile(
             raise UserError(f"the target's answer has {len(answer)} tokens, too few to measure on: ask another question")
         for drafter, shape, ratio in wanted:
             strategy = registry.build("drafter", {"name": drafter, "shape": shape})
-            again = rounds_of(replace(graph, drafter=strategy, ratio=ratio), prompt, limit)
+            again = rounds_of(replace(graph, drafter=strategy, options=replace(graph.options, ratio=ratio)), prompt, limit)
             decodes[drafter, shape, ratio].append(again)
             advance()
         found = _profile(graph, prompt, answer, plain, decodes)

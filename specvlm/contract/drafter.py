@@ -15,7 +15,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Work, driven
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import SIGNALS, DraftContext, Drafter, DraftSession, Verifier, VerifyContext
-from specvlm.types import DraftTree, Step, Verdict, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, Step, Verdict, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -153,7 +153,7 @@ def _decode(
     drafter: Drafter, family: str, draft: VideoLM | None, ratio: float, verifier: Verifier, where: str, limit: int = LIMIT
 ) -> tuple[list[Step], list[DraftTree]]:
     watched = _watched(drafter, where)
-    graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, verifier, ratio)
+    graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, verifier, GenerationOptions(ratio=ratio))
     try:
         return list(graph.decode(tiny.prompt(family), limit)), watched.trees
     except AssertionError:
@@ -196,8 +196,8 @@ def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
     """What changes during a request lives in its session: two of them, in turns, do not meet."""
     draft, where = _drafts(family, drafter)[0][1], f"a tiny {family}, two requests in turns"
     watched = _watched(drafter, where)
-    graphs = [DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), 0.5) for _ in "ab"]
-    first, second = (graph.decode(tiny.prompt(family, seed), LIMIT) for seed, graph in enumerate(graphs))
+    graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), GenerationOptions(ratio=0.5))
+    first, second = (graph.decode(tiny.prompt(family, seed), LIMIT) for seed in range(2))
     tokens: list[int] = []
     for step in first:
         tokens += step.tokens

@@ -69,7 +69,7 @@ class TreeDrafter(Drafter):
         sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        return TreeSession(ctx, shape, sample, drafting_model(ctx, self.model))
+        return TreeSession(ctx, drafting_model(ctx, self.model), shape, sample)
 
 
 def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
@@ -107,7 +107,7 @@ class PrunedSession(DraftSession):
 class TreeSession(PrunedSession):
     """A static tree, level by level."""
 
-    def __init__(self, ctx: DraftContext, shape: TreeShape, sample: bool, model: VideoLM) -> None:
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
         # Drawn where the logits are, seeded from the request's own generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
         super().__init__(ctx, model, len(shape))

@@ -32,10 +32,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a request's checks need. cache: the target's. mark: told "capture" when a step was captured before it ran.
+    """What a request's checks need.
 
-    video_ND: the video tokens' last hidden states, to unit length, for a verifier that reads hidden states. lossless: does the
-    verifier claim to be? Of one that does not, the loop itself decides where an answer ends (`strict_ends`).
+    Attributes:
+        cache: The target's.
+        stop_ids: Those that end this answer.
+        mark: Told "capture" when a step was captured before it ran.
+        video_ND: The video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
+        lossless: Does the verifier claim to be? Of one that does not, the loop itself decides where an answer ends
+            (`strict_ends`).
     """
 
     target: VideoLM
@@ -43,6 +48,7 @@ class Request:
     verifier: Verifier
     penalty: RepetitionPenalty
     generator: torch.Generator
+    stop_ids: frozenset[int]
     mark: Callable[[str], None] = lambda part: None
     video_ND: Tensor | None = None
     lossless: bool = True
@@ -160,7 +166,7 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
     Where either that choice or the token that the verdict has there is a stop id, and they differ, the path ends and the choice
     is the next token. So whether an answer ends below its last token is decided as if nothing had been guessed.
     """
-    path, stops = verdict.path, request.target.stop_ids
+    path, stops = verdict.path, request.stop_ids
     if not stops:
         return verdict
     tokens, chosen = tree.tokens[list(path[1:])].tolist(), own_choices(request, logits_MV[list(path)])

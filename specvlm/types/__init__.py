@@ -5,6 +5,7 @@ V vocabulary, F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 ot
 """
 
 from specvlm.bounds import Within
+from specvlm.types.options import GenerationOptions
 from specvlm.types.step import Step
 from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask
 from specvlm.types.video import KeepSet, TokenGrid, VideoPrompt
@@ -14,6 +15,7 @@ __all__ = [
     "MOST_GUESSES",
     "PAPER_TREE",
     "DraftTree",
+    "GenerationOptions",
     "KeepSet",
     "Step",
     "TokenGrid",

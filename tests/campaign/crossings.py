@@ -37,7 +37,7 @@ from specvlm.pruners.two_stage import TwoStagePruner
 from specvlm.pruners.window import WindowPruner
 from specvlm.registry import collect
 from specvlm.strategy import Drafter, Pruner, Strategy
-from specvlm.types import VideoPrompt
+from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 COUNT, SAMPLE = 500, 40
@@ -171,12 +171,11 @@ def outcome_of(case: Case) -> tuple[str, float, bool]:
     stop_ids = frozenset(case.ids) | {alone[index] for index in case.stops}
     expected = reference.ended(alone, case.limit, stop_ids)
     target, draft = fresh(tiny.model(case.family, case.weights), case), fresh(draft_of(case), case)
-    target.repetition_penalty, target.stop_ids = case.penalty, stop_ids
     engine = Engine() if case.engine == "eager" else GraphsEngine("direct")
-    rule = (case.ratio, case.positions)
-    graph = DecodingGraph(target, draft, case.pruner, case.drafter, GreedyVerifier(), *rule, engine=engine)
+    graph = DecodingGraph(target, draft, case.pruner, case.drafter, GreedyVerifier(), engine=engine)
+    asked = GenerationOptions(case.limit, case.ratio, case.positions, repetition_penalty=case.penalty, stop_ids=stop_ids)
     try:
-        steps = list(graph.decode(prompt, case.limit))
+        steps = list(graph.decode(prompt, asked))
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0, False
     accepted = acceptance_of(steps)["accepted_per_round"] or 0.0

@@ -32,7 +32,7 @@ from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import Drafter, Verifier, VerifyContext
-from specvlm.types import VideoPrompt
+from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.loose import LooseVerifier
 
@@ -105,7 +105,7 @@ def outcome_of(
     target, prompt = model(family, "target"), prompt_of(family, scene, question)
     engine = GraphsEngine("direct") if graphs else Engine()
     pair = (target, model(family, draft), UniformPruner(), drafter, rule)
-    tokens = tokens_of(list(DecodingGraph(*pair, ratio, seed=seed, engine=engine).decode(prompt, LIMIT)))
+    tokens = tokens_of(list(DecodingGraph(*pair, GenerationOptions(LIMIT, ratio, seed=seed), engine=engine).decode(prompt)))
     return tokens, faults_of(target, prompt, tokens)
 
 

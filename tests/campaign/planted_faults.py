@@ -25,7 +25,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.pruners.none import NonePruner
 from specvlm.strategy import Drafter, Pruner
-from specvlm.types import Step, VideoPrompt
+from specvlm.types import GenerationOptions, Step, VideoPrompt
 from specvlm.verifiers.greedy import GreedyVerifier
 
 PROMPTS, DTYPES, MOST = 40, ("bfloat16", "float32"), 50
@@ -50,7 +50,9 @@ class Case:
         return KnowingDrafter(SHAPES[self.number % len(SHAPES)], self.choices, self.number)
 
     def decode(self, drafter: Drafter, pruner: Pruner, engine: Engine) -> list[Step]:
-        graph = DecodingGraph(self.target, None, pruner, drafter, GREEDY, 0.5, caches=POOL, engine=engine)
+        graph = DecodingGraph(
+            self.target, None, pruner, drafter, GREEDY, GenerationOptions(ratio=0.5), caches=POOL, engine=engine
+        )
         return list(graph.decode(self.prompt, LIMIT))
 
     def judge(self, steps: Sequence[Step], engine: Engine) -> Comparison:
@@ -61,7 +63,7 @@ def case_of(number: int, family: str, prompt: VideoPrompt, lm: VideoLM) -> Case:
     """Half of them with a repetition penalty, a quarter with a stop id in the middle of the answer."""
     target, listening = copy.copy(lm), Listening()
     target.repetition_penalty = 1.1 if number % 4 >= 2 else 1.0
-    answer = tokens_of(list(autoregressive(target, prompt, LIMIT, listening, 0, POOL)))
+    answer = tokens_of(list(autoregressive(target, prompt, LIMIT, listening, POOL)))
     if number % 8 in (2, 5):
         late = (token for at, token in enumerate(answer) if at >= len(answer) // 2 and token not in answer[:at])
         if (stop := next(late, None)) is not None:

@@ -20,6 +20,7 @@ from specvlm.engine.graphs import GraphsEngine
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import tokens_of
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.types import GenerationOptions
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -59,8 +60,8 @@ def drawn(chance: random.Random) -> Case:
 def graph_of(case: Case, engine: Engine, caches: CachePool) -> DecodingGraph:
     family, drafter, seed, _, _, temperature = case
     rule = SamplingVerifier(temperature) if temperature else GreedyVerifier()
-    pair = tiny.model(family), tiny.draft_of(family)
-    return DecodingGraph(*pair, UniformPruner(), DRAFTERS[drafter], rule, 0.5, seed=seed, caches=caches, engine=engine)
+    pair, options = (tiny.model(family), tiny.draft_of(family)), GenerationOptions(ratio=0.5, seed=seed)
+    return DecodingGraph(*pair, UniformPruner(), DRAFTERS[drafter], rule, options, caches=caches, engine=engine)
 
 
 def answered(case: Case, engine: Engine, caches: CachePool) -> list[int] | str:
