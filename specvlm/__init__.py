@@ -2,7 +2,7 @@
 
     from specvlm import DecodingGraph, load, registry
     graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
-    for step in graph.decode(prompt, max_new_tokens=256): …
+    for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
 
 What needs transformers is imported at first use, so that plugins and the command line start fast.
 """
@@ -24,10 +24,11 @@ from specvlm.strategy import (
     Verifier,
     VerifyContext,
 )
-from specvlm.types import DraftTree, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
 
 _LATER = {
     "DecodingGraph": "specvlm.graph",
+    "Scheduler": "specvlm.scheduler",
     "autoregressive": "specvlm.graph",
     "check_pair": "specvlm.models.load",
     "load": "specvlm.models.load",
@@ -41,12 +42,14 @@ __all__ = [
     "DraftContext",
     "DraftSession",
     "DraftTree",
+    "GenerationOptions",
     "Drafter",
     "KeepSet",
     "PruneContext",
     "Pruner",
     "Sample",
     "Sampling",
+    "Scheduler",
     "Step",
     "TokenGrid",
     "TreeShape",
