@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,9 +87,10 @@ def start(words: Sequence[str], log: str = "log.txt") -> int:
     """The command in a process of its own, which has everything imported; its id. log: what it says goes to its end."""
     pid = os.fork()
     if pid == 0:
-        nowhere = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        kept = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(kept, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         code = 99
         try:
             code = main(list(words))
