@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra.core.config_store import ConfigStore
 
@@ -81,6 +84,19 @@ def jobs(folder: Path) -> dict[str, Path]:
 def table(folder: Path) -> dict[str, tuple]:
     """Rows and rounds of every job of a sweep, without times."""
     return {name: (untimed(rows_of(job)), untimed(steps_of(job))) for name, job in jobs(folder).items()}
+
+
+def finished(folder: str, *words: str) -> Path:
+    """What the command has left in the folder of a job, or with -m of a sweep; made once a process, and copied."""
+    return Path(shutil.copytree(Path(_finished(words).name, "out"), folder))
+
+
+@cache
+def _finished(words: tuple[str, ...]) -> TemporaryDirectory[str]:
+    made = TemporaryDirectory(prefix="specvlm-tests-")
+    key = "hydra.sweep.dir" if words[0] == "-m" else "hydra.run.dir"
+    assert main([*words, f"{key}={made.name}/out"]) == 0
+    return made
 
 
 def start(words: Sequence[str], log: str = "log.txt") -> int:
