@@ -29,6 +29,7 @@ from specvlm.outside import escaped, read_yaml
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
 UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # what Hydra reads as it stands
+SWEEPING = re.compile(r"experiment$|hydra($|[./](sweeper|searchpath))")  # what may bring a sweep of its own
 OWN_SAMPLE = ("video", "question")  # of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
 MOST_JOBS = 1000  # of a sweep
@@ -146,6 +147,8 @@ def _refuse_lists(words: Sequence[str]) -> None:
 def _presets_own(words: Sequence[str]) -> list[str]:
     """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
     parsed = _parsed(words)
+    if not any(SWEEPING.match(override.key_or_group) for override in parsed):
+        return []  # the usual configuration has none, and composing takes its time
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = _composed(fixed)
     return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]

@@ -50,6 +50,9 @@ class StrategyInfo:
         return _fields(self.cls)
 
 
+_stored: dict[str, dict[str, StrategyInfo]] | None = None  # the table that Hydra knows
+
+
 @cache
 def collect() -> dict[str, dict[str, StrategyInfo]]:
     """All usable strategies, `{kind: {name: info}}`, both sorted as registered. Cached: plugins load once a process.
@@ -88,12 +91,16 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 def store() -> None:
     """Make every strategy an option of its Hydra group, and the schema of the run known. Can be called again."""
-    options = ConfigStore.instance()
+    global _stored
+    options, table = ConfigStore.instance(), collect()
+    if _stored is table and "schema.yaml" in options.repo:  # making them anew takes as long as composing a quarter of a run
+        return
     options.store(name="schema", node=config.RunConfig, provider="specvlm")
     options.store(group="tracker", name="wandb", node=config.WandbConfig, provider="specvlm")
-    for kind, infos in collect().items():
+    for kind, infos in table.items():
         for name, info in infos.items():
             options.store(group=kind, name=name, node=info.config, provider=info.plugin)
+    _stored = table
 
 
 def find(kind: str, name: str) -> StrategyInfo:

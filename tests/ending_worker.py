@@ -1,6 +1,6 @@
-"""How ranks end in test_watch.py, started by torchrun: `ending_worker.py HOW FOLDER`. No model is loaded.
+"""How ranks end in test_watch.py: `ending_worker.py HOW FOLDER` under torchrun, `run` in forks. No model is loaded.
 
-`memory_of_a_run`, which loads models, is called in forks.
+`memory_of_a_run`, which loads models, is called in forks alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from time import sleep
+from typing import NoReturn
 
 import torch
 
@@ -98,5 +99,9 @@ def ends(how: str, folder: Path) -> int:
     return 0
 
 
+def run(how: str, folder: Path) -> NoReturn:
+    leave(lambda: guarded(lambda: ends(how, folder), full=False))
+
+
 if __name__ == "__main__":
-    leave(lambda: guarded(lambda: ends(sys.argv[1], Path(sys.argv[2])), full=False))
+    run(sys.argv[1], Path(sys.argv[2]))

@@ -1,7 +1,8 @@
 """Ranks for tests: forks of this process, which has everything imported, told by their environment what torchrun tells.
 
-A start of torchrun imports torch and Hugging Face once a process, which takes longer than what the ranks are asked here. What
-depends on torchrun itself (its command line, how it and its ranks end) is tested with the real one.
+A start of torchrun imports torch and Hugging Face once a process, which takes longer than what the ranks are asked here. Where
+it matters how torchrun ends ranks, `under_agent` has its own agent start them. What depends on the command itself is tested
+with the real one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 import torch
 from torch.distributed import TCPStore
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from specvlm.held import HELD
 
@@ -61,23 +63,58 @@ def ranks(action: Callable[[], int | None], folder: Path, seconds: float = 600, 
     return Ended(tuple(codes[pid] for pid in pids), out, err)
 
 
-def _fork(action: Callable[[], int | None], rank: int, size: int, port: int, logs: list[Path]) -> int:
+def under_agent(action: Callable[[], int | None], folder: Path, size: int = 2) -> Ended:
+    """Call `action` in so many ranks that torchrun's own agent starts and ends: both it and they are forks.
+
+    The code is the agent's, 0 where none of them failed; `folder` keeps what all of them print.
+    """
+    torch.set_num_threads(1)  # a fork has none of the other threads
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=folder.name, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+    )  # fmt: skip
+    logs = [folder / "agent.out", folder / "agent.err"]
+    sys.stdout.flush()
+    sys.stderr.flush()
     pid = os.fork()
     if not pid:
-        _live(action, rank, size, port, logs)
+        _live(lambda: elastic_launch(config, _rank)(action) and None, {}, logs)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return Ended((code,), *(log.read_text() for log in logs))
+
+
+def _rank(action: Callable[[], int | None]) -> None:
+    """A rank of the agent's, which takes one for done that returns."""
+    try:
+        code = action()
+    except SystemExit as end:
+        code = end.code
+    if code:
+        sys.exit(code)
+
+
+def _fork(action: Callable[[], int | None], rank: int, size: int, port: int, logs: list[Path]) -> int:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    pid = os.fork()
+    if not pid:
+        _live(
+            action,
+            {name: str(value) for name, value in told.items()}
+            | {
+                "MASTER_ADDR": "127.0.0.1",
+                "TORCHELASTIC_RUN_ID": "forked",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as it is torchrun's
+            },
+            logs,
+        )
     return pid
 
 
-def _live(action: Callable[[], int | None], rank: int, size: int, port: int, logs: list[Path]) -> NoReturn:
-    """The rank's own life: it never returns into the code that forked it."""
+def _live(action: Callable[[], int | None], told: dict[str, str], logs: list[Path]) -> NoReturn:
+    """The fork's own life: it never returns into the code that forked it. told: by the environment."""
     code = 1
     try:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in told.items()} | {
-            "MASTER_ADDR": "127.0.0.1",
-            "TORCHELASTIC_RUN_ID": "forked",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as it is torchrun's
-        }
+        os.environ |= told
         for path, number in zip(logs, (1, 2), strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))

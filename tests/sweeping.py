@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra.core.config_store import ConfigStore
 
@@ -82,13 +86,27 @@ def table(folder: Path) -> dict[str, tuple]:
     return {name: (untimed(rows_of(job)), untimed(steps_of(job))) for name, job in jobs(folder).items()}
 
 
+def finished(folder: str, *words: str) -> Path:
+    """What the command has left in the folder of a job, or with -m of a sweep; made once a process, and copied."""
+    return Path(shutil.copytree(Path(_finished(words).name, "out"), folder))
+
+
+@cache
+def _finished(words: tuple[str, ...]) -> TemporaryDirectory[str]:
+    made = TemporaryDirectory(prefix="specvlm-tests-")
+    key = "hydra.sweep.dir" if words[0] == "-m" else "hydra.run.dir"
+    assert main([*words, f"{key}={made.name}/out"]) == 0
+    return made
+
+
 def start(words: Sequence[str], log: str = "log.txt") -> int:
     """The command in a process of its own, which has everything imported; its id. log: what it says goes to its end."""
     pid = os.fork()
     if pid == 0:
-        nowhere = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        kept = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(kept, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         code = 99
         try:
             code = main(list(words))

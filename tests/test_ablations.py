@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from statistics import fmean
 
@@ -336,7 +337,7 @@ class Fork:
     """In place of `subprocess.Popen`: the same words in a fork, which has everything imported."""
 
     def __init__(self, command, stdout, stderr):
-        assert command[1:3] == ["-m", "specvlm"]
+        assert command[:3] == [sys.executable, "-m", "specvlm"]
         self.pid, self.returncode = sweeping.start(command[3:], stdout.name), None
 
     def poll(self):
@@ -353,6 +354,8 @@ def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_p
     monkeypatch.chdir(tmp_path)
     one = ("experiment=main_table", "drafter=tree", "pruner=none,uniform", "record=true")
     monkeypatch.setattr(small, "SWEEPS", (one,))
+    torch.set_num_threads(1)  # a fork has none of the other threads
+    monkeypatch.setattr(small.subprocess, "Popen", Fork)
     assert small.main(["--scenes", "2"]) == 0
     out = capfd.readouterr().out.splitlines()
     page = re.fullmatch(r"report: (.*)", out[-1])[1]
@@ -360,8 +363,6 @@ def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_p
     assert (tmp_path / page).stat().st_size > 100_000
     before = {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")}
     assert len(before) == 4
-    torch.set_num_threads(1)  # a fork has none of the other threads
-    monkeypatch.setattr(small.subprocess, "Popen", Fork)  # the first time the processes were real ones
     monkeypatch.setattr(small, "told", lambda folder: [])
     assert small.main(["--scenes", "2"]) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("samples*.jsonl")} == before

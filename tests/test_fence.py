@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,13 +15,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from sweeping import end, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm import integrity, lossless, metrics
 from specvlm.__main__ import main
 from specvlm.baselines import digest_of
 from specvlm.contract import tiny as contract_tiny
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.drafters.tree import TreeDrafter, TreeSession
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.fence import checked_tree, checked_verdict, inside, label_of
 from specvlm.graph import DecodingGraph, autoregressive
@@ -461,21 +461,25 @@ TAMPERED = {
 
 @pytest.mark.slow
 def test_a_tampered_baseline_is_decoded_again_and_said_so(tmp_path, monkeypatch, capsys):
+    """Of each sample the baseline is tampered with in another way."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    words = ["dataset=synthetic", "dataset.scenes=1", "frames=4", "max_new_tokens=5", "baselines=kept"]
-    assert main([*words, "hydra.run.dir=first"]) == 0
-    (row,), (path,) = rows_of(Path("first")), Path("kept").glob("*.json")
-    content = json.loads(path.read_text())
-    assert main([*words, "hydra.run.dir=again"]) == 0 and "decoded again" not in capsys.readouterr().out
-    for name, change in TAMPERED.items():
+    words = ["dataset=synthetic", "frames=4", "max_new_tokens=5", "baselines=kept"]
+    every = f"dataset.scenes={len(TAMPERED)}"
+    assert main([*words, every, "hydra.run.dir=first"]) == 0
+    rows = rows_of(Path("first"))
+    paths = [Path("kept", f"{row['baseline']}.json") for row in rows]
+    contents = [json.loads(path.read_text()) for path in paths]
+    assert main([*words, "dataset.scenes=1", "hydra.run.dir=again"]) == 0 and "decoded again" not in capsys.readouterr().out
+    for change, path, content in zip(TAMPERED.values(), paths, contents, strict=True):
         bad = change(content)
         path.write_text(bad if isinstance(bad, str) else json.dumps(bad))
-        assert main([*words, f"hydra.run.dir={name.replace(' ', '_')}"]) == 0, name
-        assert "is decoded again" in " ".join(capsys.readouterr().out.split()), name
-        (found,) = rows_of(Path(name.replace(" ", "_")))
+    assert main([*words, every, "hydra.run.dir=tampered"]) == 0
+    said = "".join(capsys.readouterr().out.split())  # a long path is broken anywhere
+    for name, row, found, path, content in zip(TAMPERED, rows, rows_of(Path("tampered")), paths, contents, strict=True):
+        assert f"{path.name}isdecodedagain" in said, name
         assert found["verdict"] == "identical" and found["baseline_token_ids"] == row["baseline_token_ids"], name
-        assert json.loads(path.read_text())["tokens"] == content["tokens"]
+        assert json.loads(path.read_text())["tokens"] == content["tokens"], name
 
 
 # ---- threads and Ctrl-C ----------------------------------------------------------------------------------------------
@@ -512,39 +516,30 @@ class Waiting(UniformPruner):
         return super().select(ctx)
 
 
-HANGING = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
-from specvlm.__main__ import main
-from specvlm.drafters.tree import TreeSession
-
-def propose(self, last):
-    print("proposing", flush=True)
-    while True:
-        try:
-            while True:
-                time.sleep(0.01)
-        except BaseException:
-            {caught}
-
-TreeSession.propose = propose
-sys.exit(main(["frames=4", "max_new_tokens=4", "baseline=false", "threads=1"]))
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("caught", "presses", "said"), [("raise", 1, ""), ("pass", 2, ", and ended at once")])
-def test_a_hang_is_broken_off_by_ctrl_c_and_names_its_strategy(caught, presses, said, tmp_path):
-    program = [sys.executable, "-c", HANGING.format(caught=caught)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    with subprocess.Popen(program, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **pipes) as child:
-        while "proposing" not in (line := child.stdout.readline()):
-            assert line, child.stderr.read()
-        for _ in range(presses):
-            time.sleep(0.5)  # until it hangs, and until it has caught the first
-            child.send_signal(signal.SIGINT)
-        try:
-            _, err = child.communicate(timeout=60)
-        finally:
-            child.kill()
-    assert child.returncode == 130 and f"specvlm: interrupted in drafter=tree{said}" in err and "Traceback" not in err, err
+@pytest.mark.parametrize(("catches", "presses", "said"), [(False, 1, ""), (True, 2, ", and ended at once")])
+def test_a_hang_is_broken_off_by_ctrl_c_and_names_its_strategy(catches, presses, said, tmp_path, monkeypatch):
+    def propose(self, last):
+        print("proposing", flush=True)
+        while True:
+            try:
+                while True:
+                    time.sleep(0.01)
+            except BaseException:
+                if not catches:
+                    raise
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TreeSession, "propose", propose)
+    torch.set_num_threads(1)  # a fork has none of the other threads
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    child = start(["frames=4", "max_new_tokens=4", "baseline=false", "threads=1"])
+    signal.signal(signal.SIGINT, before)
+    log, stop = Path("log.txt"), time.monotonic() + 60
+    while time.monotonic() < stop and not (log.exists() and "proposing" in log.read_text()):
+        time.sleep(0.05)
+    for _ in range(presses):
+        time.sleep(0.5)  # until it hangs, and until it has caught the first
+        os.kill(child, signal.SIGINT)
+    code, told = end(child, 60), log.read_text()
+    assert code == 130 and f"specvlm: interrupted in drafter=tree{said}" in told and "Traceback" not in told, told

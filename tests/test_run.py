@@ -34,7 +34,6 @@ FAST = ["frames=4", *SHORT]  # where the answer need not be true
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    HELD.clear()
 
 
 def runs(folder: Path = Path("out")) -> tuple[dict, list[dict]]:
@@ -354,6 +353,7 @@ def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    HELD.clear()
     monkeypatch.setattr("specvlm.held.load", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     error = capfd.readouterr().err

@@ -15,7 +15,7 @@ import forked
 import pytest
 import torch
 from filelock import FileLock
-from sweeping import ASK, end, install, jobs, start, table, uninstall, untimed, videos
+from sweeping import ASK, end, finished, install, jobs, start, table, uninstall, untimed, videos
 
 from specvlm import answer, load, metrics, registry
 from specvlm.__main__ import main
@@ -36,7 +36,10 @@ from specvlm.prepare import read, set_up
 from specvlm.rows import Rows, rows_of, steps_of, summary_of
 from specvlm.types import Step
 
-THREE = "pruner=two_stage,uniform,random"
+THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
+WHOLE = (TWO, "dataset.scenes=3")  # which several tests compare with, as `whole` leaves it
+TINY = [*ASK, "dataset.scenes=1", "max_new_tokens=3"]
+PLAIN = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +85,11 @@ def sweep(*words: str, folder: str = "sweep") -> int:
     return main(["-m", *ASK, *words, f"hydra.sweep.dir={folder}"])
 
 
+def whole(folder: str = "whole") -> Path:
+    """A sweep that nothing disturbed."""
+    return finished(folder, "-m", *ASK, *WHOLE)
+
+
 # What is written
 
 
@@ -117,19 +125,19 @@ def test_a_job_writes_a_row_a_sample_and_its_rounds_and_totals(capsys):
 
 @pytest.mark.slow
 def test_models_are_loaded_once_and_each_baseline_is_decoded_once(decodes, loads):
-    assert sweep(THREE, "dataset.scenes=2") == 0
+    assert sweep(TWO, "dataset.scenes=2") == 0
     assert loads == ["qwen2_5_vl/target", "qwen2_5_vl/plain"] and len(decodes) == 2
     assert sweep("ratio=0.5", "seed=3", "dataset.scenes=2", "baselines=sweep/baselines", folder="other") == 0
     assert len(decodes) == 2, "neither the ratio nor the seed is of any matter to a greedy baseline"
     found = [*jobs(Path("sweep")).values(), *jobs(Path("other")).values()]
-    assert len(found) == 4 and len({str([row["baseline"] for row in rows_of(job)]) for job in found}) == 1
+    assert len(found) == 3 and len({str([row["baseline"] for row in rows_of(job)]) for job in found}) == 1
 
 
 @pytest.mark.slow
 def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
     target = shutil.copytree(model_folder("embedded:qwen2_5_vl/target"), Path("target"))
-    first = [*ASK, "dataset.scenes=1", f"target.path={target}", "baselines=kept"]
-    changes = [["max_new_tokens=11"], ["dtype=bfloat16"], ["frames=6"], ["verifier=sampling", "verifier.temperature=0.7"],
+    first = [*ASK, "dataset.scenes=1", "max_new_tokens=4", f"target.path={target}", "baselines=kept"]
+    changes = [["max_new_tokens=3"], ["dtype=bfloat16"], ["frames=6"], ["verifier=sampling", "verifier.temperature=0.7"],
                ["verifier=sampling", "verifier.temperature=0.7", "seed=1"]]  # fmt: skip
     for number, change in enumerate([[], *changes]):
         assert main([*first, *change, f"hydra.run.dir={number}"]) == 0
@@ -176,7 +184,7 @@ def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
     """However often other jobs have the caches changed: warming up takes as long as half a sample."""
     warmed, real = [], answer.warm_up
     monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
-    assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
+    assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3", "max_new_tokens=4") == 0
     assert len(warmed) == 4, "each once with its drafter and, where it finds no baseline, once without"
 
 
@@ -215,7 +223,7 @@ def test_jobs_of_another_target_come_when_those_of_the_first_are_through(loads):
 
 @pytest.mark.slow
 def test_half_a_line_and_rounds_without_a_row_are_cut_off():
-    words = [*ASK, "dataset.scenes=3", "hydra.run.dir=out"]
+    words = [*ASK, "dataset.scenes=3", "max_new_tokens=8", "hydra.run.dir=out"]
     assert main(words) == 0
     folder, before = Path("out"), (untimed(rows_of(Path("out"))), untimed(steps_of(Path("out"))))
     samples, steps = folder / "samples.jsonl", folder / "steps.jsonl"
@@ -245,12 +253,11 @@ def test_rounds_of_a_shard_that_was_killed_do_not_count_where_another_answered()
 
 @pytest.mark.slow
 def test_a_damaged_line_in_the_middle_is_named(capsys):
-    words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
-    assert main(words) == 0
+    finished("out", *PLAIN)
     lines = Path("out/samples.jsonl").read_text().splitlines(keepends=True)
     Path("out/samples.jsonl").write_text(lines[0][:50] + "\n" + lines[1])
     capsys.readouterr()
-    assert main([*words, "resume=true"]) == 2
+    assert main([*PLAIN, "resume=true", "hydra.run.dir=out"]) == 2
     assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
 
 
@@ -268,22 +275,19 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_folder_is_one_line(case, capsys):
     name, text, why = DAMAGED[case]
-    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
-    assert main(words) == 0
+    finished("job", *TINY)
     Path("job", name).unlink()
     if text is not None:
         Path("job", name).write_text(text)
     capsys.readouterr()
-    assert main([*words, "resume=true"]) == 2
+    assert main([*TINY, "hydra.run.dir=job", "resume=true"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert why in line
 
 
 @pytest.mark.slow
 def test_a_folder_of_an_older_configuration_is_not_gone_on_with(capsys):
-    words = [*ASK, "dataset.scenes=1", "max_new_tokens=3", "hydra.run.dir=job"]
-    assert main(words) == 0
-    path = Path("job/config.yaml")
+    words, path = [*TINY, "hydra.run.dir=job"], finished("job", *TINY) / "config.yaml"
     path.write_text(path.read_text().replace("record: false\n", "recorded: true\n"))
     assert main([*words, "resume=true"]) == 2
     assert "was made with recorded=True, this is without recorded: take" in capsys.readouterr().err
@@ -301,8 +305,8 @@ def test_a_file_where_the_sweep_should_be_is_named(capsys):
 
 @pytest.mark.slow
 def test_results_are_not_overwritten_nor_mixed(capsys):
-    words = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2", "hydra.run.dir=out"]
-    assert main(words) == 0
+    words = [*PLAIN, "hydra.run.dir=out"]
+    finished("out", *PLAIN)
     before = Path("out/samples.jsonl").read_bytes()
     for more, why in (
         ([], "holds 2 samples already: go on with resume=true"),
@@ -316,7 +320,7 @@ def test_results_are_not_overwritten_nor_mixed(capsys):
     assert main(["hydra.run.dir=out", "max_new_tokens=2"]) == 2, "a single run does not take a job's folder"
     assert "holds the samples of a job" in capsys.readouterr().err
     assert Path("out/samples.jsonl").read_bytes() == before
-    assert main(["hydra.run.dir=run", "max_new_tokens=2"]) == 0 and main([*words[:-1], "hydra.run.dir=run"]) == 2
+    assert main(["hydra.run.dir=run", "max_new_tokens=2"]) == 0 and main([*PLAIN, "hydra.run.dir=run"]) == 2
     assert main([*words, "resume=true", "fail_fast=true", "turn=4"]) == 0, "these change no row"
 
 
@@ -329,12 +333,12 @@ def test_resume_wants_to_know_where(capsys):
 
 @pytest.mark.slow
 def test_a_sweep_that_grew_does_only_what_is_new(decodes):
-    few = ["dataset.scenes=2", "max_new_tokens=3"]
+    few = ["dataset.scenes=1", "max_new_tokens=3"]
     assert sweep("ratio=0.5,0.9", *few) == 0
     times = {name: rows_of(job) for name, job in jobs(Path("sweep")).items()}
     assert sweep("ratio=0.25,0.5,0.75,0.9", *few, "resume=true") == 0
     found = {name: rows_of(job) for name, job in jobs(Path("sweep")).items()}
-    assert len(found) == 4 and found | times == found and len(decodes) == 2
+    assert len(found) == 4 and found | times == found and len(decodes) == 1
 
 
 # Several processes
@@ -392,30 +396,27 @@ def test_what_a_baseline_depends_on_is_in_its_key():
 
 @pytest.mark.slow
 def test_a_second_process_is_refused_in_one_line(capsys):
-    few = ["dataset.scenes=1", "max_new_tokens=2", "baseline=false"]
-    assert sweep(THREE, *few) == 0
+    whole("sweep")
     job = next(iter(jobs(Path("sweep")).values()))
     with FileLock(job / ".samples.jsonl.lock"):
         for more in ([], ["shard=0/2"]):
             capsys.readouterr()
-            assert sweep(THREE, *few, "resume=true", *more) == 2
+            assert sweep(*WHOLE, "resume=true", *more) == 2
             captured = capsys.readouterr()
             assert "another process writes into" in captured.err and captured.err.count("\n") == 1
             assert "kept" not in captured.out, "there is no table of what is another's"
-    assert sweep(THREE, *few, "resume=true") == 0
+    assert sweep(*WHOLE, "resume=true") == 0
 
 
 @pytest.mark.slow
 def test_a_sample_that_is_answered_counts_wherever_it_failed_before():
-    few = ["dataset.scenes=2", "max_new_tokens=2", "baseline=false"]
-    assert sweep("pruner=uniform,random", *few) == 0
-    job = next(iter(jobs(Path("sweep")).values()))
+    job = next(iter(jobs(whole("sweep")).values()))
     lines = (job / "samples.jsonl").read_text().splitlines()
     failed = json.loads(lines[0]) | {"status": "failed", "reason": "a broken video"}
-    (job / "samples.jsonl").write_text("\n".join([json.dumps(failed), lines[1]]) + "\n")
+    (job / "samples.jsonl").write_text("\n".join([json.dumps(failed), *lines[1:]]) + "\n")
     (job / "steps.jsonl").write_text("")
-    assert sweep("pruner=uniform,random", *few, "resume=true", "shard=0/2") == 0
-    assert [row["status"] for row in rows_of(job)] == ["ok", "ok"] and rows_of(job)[0]["sample"] in steps_of(job)
+    assert sweep(*WHOLE, "resume=true", "shard=0/2") == 0
+    assert [row["status"] for row in rows_of(job)] == ["ok"] * 3 and rows_of(job)[0]["sample"] in steps_of(job)
 
 
 @pytest.mark.slow
@@ -433,28 +434,26 @@ def test_shards_of_two_configurations_are_not_mixed_before_there_are_rows(capsys
 
 @pytest.mark.slow
 def test_two_processes_at_once_leave_the_rows_of_one():
-    words = [*ASK, THREE, "dataset.scenes=2"]
-    assert main(["-m", *words, "hydra.sweep.dir=whole"]) == 0
-    both = [start(["-m", *words, "hydra.sweep.dir=sweep", "resume=true"]) for _ in range(2)]
+    both = [start(["-m", *ASK, *WHOLE, "hydra.sweep.dir=sweep", "resume=true"]) for _ in range(2)]
     codes = sorted(map(end, both))
     assert codes in ([0, 2], [2, 2]) or codes == [0, 0]
     if codes == [2, 2]:  # each had a folder first
-        assert sweep(THREE, "dataset.scenes=2", "resume=true") == 0
-    assert table(Path("sweep")) == table(Path("whole"))
+        assert sweep(*WHOLE, "resume=true") == 0
+    assert table(Path("sweep")) == table(whole())
 
 
 @pytest.mark.slow
 def test_shards_make_the_table_of_one_process(capsys):
-    words = [THREE, "dataset.scenes=3"]
-    assert sweep(*words, folder="whole") == 0
-    both = [start(["-m", *ASK, *words, "hydra.sweep.dir=shards", f"shard={number}/2"]) for number in (0, 1)]
+    alone = whole("alone")
+    undisturbed = table(alone)
+    both = [start(["-m", *ASK, *WHOLE, "hydra.sweep.dir=shards", f"shard={number}/2"]) for number in (0, 1)]
     assert [end(pid) for pid in both] == [0, 0], Path("log.txt").read_text()
-    assert table(Path("shards")) == table(Path("whole"))
-    assert sweep(*words, "shard=0/2,1/2", folder="swept") == 0 and table(Path("swept")) == table(Path("whole"))
-    for whole, parts in zip(jobs(Path("whole")).values(), jobs(Path("shards")).values(), strict=True):
+    assert table(Path("shards")) == undisturbed
+    assert sweep(*WHOLE, "shard=0/2,1/2", folder="swept") == 0 and table(Path("swept")) == undisturbed
+    for one, parts in zip(jobs(alone).values(), jobs(Path("shards")).values(), strict=True):
         assert len(list(parts.glob("samples.*-of-2.jsonl"))) == 2 and not (parts / "samples.jsonl").exists()
-        assert untimed(summary_of(parts)) == untimed(summary_of(whole)) and summary_of(parts)["status"] == "complete"
-    assert sweep(*words, "resume=true", folder="shards") == 0 and table(Path("shards")) == table(Path("whole"))
+        assert untimed(summary_of(parts)) == untimed(summary_of(one)) and summary_of(parts)["status"] == "complete"
+    assert sweep(*WHOLE, "resume=true", folder="shards") == 0 and table(Path("shards")) == undisturbed
 
 
 @pytest.mark.slow
@@ -470,9 +469,8 @@ def test_who_comes_while_a_baseline_is_decoded_waits_for_it(tmp_path, decodes):
 @pytest.mark.slow
 def test_two_workers_of_a_launcher_make_the_table_of_one_process():
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
-    words = ["pruner=two_stage,uniform", "dataset.scenes=3"]
-    assert sweep(*words, folder="whole") == 0
-    assert sweep(*words, "hydra/launcher=workers", "shard=0/2,1/2", folder="workers") == 0
+    whole()
+    assert sweep(*WHOLE, "hydra/launcher=workers", "shard=0/2,1/2", folder="workers") == 0
 
     def unordered(folder):  # a worker has one job at a time
         return {name: ([row | {"order": 0} for row in rows], steps) for name, (rows, steps) in table(Path(folder)).items()}
@@ -586,7 +584,7 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
 
     take = Output.take
     monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
-    assert sweep(THREE, "dataset.scenes=2") == 1
+    assert sweep(TWO, "dataset.scenes=2", "max_new_tokens=8") == 1
     assert "2 MISMATCH" in capsys.readouterr().out
     (row, *_) = rows_of(next(iter(jobs(Path("sweep")).values())))
     assert row["verdict"].startswith("MISMATCH at token") and row["difference"]["candidates"]
@@ -601,7 +599,7 @@ def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
     monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
     assert main(["dataset=broken", "frames=4", "max_new_tokens=8", "hydra.run.dir=job"]) == 1
     assert summary_of(Path("job"))["verdicts"] == {"MISMATCH": 2} and summary_of(Path("job"))["failed"] == 1
-    few = ["dataset.scenes=1", "pruner=uniform"]
+    few = ["dataset.scenes=1", "pruner=uniform", "max_new_tokens=8"]
     assert sweep("drafter=tree,prompt_lookup,self", "draft.path=nowhere", *few) == 1
     assert sweep("pruner=raising,uniform", "dataset.scenes=1", folder="faults") == 1
     assert sweep("pruner=raising", "dataset.scenes=1", folder="fails") == 5
@@ -676,9 +674,7 @@ def test_a_folder_that_is_read_only_is_one_line(capfd):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(monkeypatch, capfd):
-    words = [THREE, "dataset.scenes=2"]
-    assert sweep(*words, folder="whole") == 0
-    real, calls = os.fsync, []
+    undisturbed, real, calls = table(whole()), os.fsync, []
 
     def fsync(file):
         calls.append(1)
@@ -689,11 +685,11 @@ def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(monkeypatch, capf
     capfd.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        assert sweep(*words) == 2
+        assert sweep(*WHOLE) == 2
     error = capfd.readouterr().err
     assert "No space left on device" in error and error.count("\n") == 1
     assert sum(len(rows_of(job)) for job in jobs(Path("sweep")).values()) == 2
-    assert sweep(*words, "resume=true") == 0 and table(Path("sweep")) == table(Path("whole"))
+    assert sweep(*WHOLE, "resume=true") == 0 and table(Path("sweep")) == undisturbed
 
 
 @pytest.mark.slow

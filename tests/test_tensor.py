@@ -100,7 +100,8 @@ def test_the_command_line_runs_on_two_ranks(tmp_path):
     words = [
         "target.parallel=tensor",
         "pair=embedded_llava_onevision",
-        "max_new_tokens=24",
+        "frames=4",
+        "max_new_tokens=12",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     done = torchrun("-m", "specvlm", *words)

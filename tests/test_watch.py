@@ -23,9 +23,24 @@ HERE = Path(__file__).parent
 
 
 def said(how: str, folder: Path, ranks: int = 2) -> list[str]:
+    """By ranks of the command."""
     done = torchrun(HERE / "ending_worker.py", how, folder, ranks=ranks)
     assert done.returncode != 0
     return [line.removeprefix("specvlm: ") for line in done.stderr.splitlines() if line.startswith("specvlm:")]
+
+
+def said_by_forks(how: str, folder: Path, ranks: int = 2) -> list[str]:
+    """By ranks of the command's agent, which import nothing."""
+    done = forked.under_agent(partial(ending_worker.run, how, folder), folder, ranks)
+    assert done.codes == (1,) and "ChildFailedError" in done.err, done.err
+    return [line.removeprefix("specvlm: ") for line in done.lines()]
+
+
+KILLED = "rank 0 of {} died without a word: killed, out of the host's memory, or crashed; the run cannot go on"
+
+
+def test_ranks_of_the_command_end_with_one_line(tmp_path):
+    assert said("first_killed", tmp_path) == [KILLED.format(2)]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +54,7 @@ def said(how: str, folder: Path, ranks: int = 2) -> list[str]:
         ),
         (
             "first_killed",
-            ["rank 0 of 2 died without a word: killed, out of the host's memory, or crashed; the run cannot go on"],
+            [KILLED.format(2)],
         ),
         (
             "second_block",
@@ -48,13 +63,12 @@ def said(how: str, folder: Path, ranks: int = 2) -> list[str]:
     ],
 )
 def test_ranks_end_with_one_line(how, lines, tmp_path):
-    assert said(how, tmp_path) == lines
+    assert said_by_forks(how, tmp_path) == lines
     assert how != "second_block" or (tmp_path / "second").exists()
 
 
 def test_of_three_ranks_the_lowest_left_says_it(tmp_path):
-    lines = said("first_killed", tmp_path, 3)
-    assert lines == ["rank 0 of 3 died without a word: killed, out of the host's memory, or crashed; the run cannot go on"]
+    assert said_by_forks("first_killed", tmp_path, 3) == [KILLED.format(3)]
 
 
 def test_ranks_do_not_outlive_torchrun(tmp_path):

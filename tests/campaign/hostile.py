@@ -25,7 +25,7 @@ from typing import Any
 from campaign.fork import Child, Ended, preload, specvlm
 from campaign.judged import PLUGIN, Rows, answer_faults, ends_of, named, rows_faults, rows_of, summary_of
 
-COUNT, SAMPLE = 120, 6
+COUNT, SAMPLE = 120, 3
 
 SHORT = ("frames=4", "max_new_tokens=8")
 INNOCENT = {  # by kind: options, as they are chosen, and the names of their classes
