@@ -23,7 +23,7 @@ from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.sparse import SparseDrafter
 from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine
+from specvlm.engine import Engine, tree_pass
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.lossless import compare
@@ -165,7 +165,7 @@ def kernel_errors(ranks: Ranks) -> list[float]:
         (ours,) = program((base, offset), tokens.to(lm.device))
         ours = ours.double()
         cache.length = base
-        right = lm.score(DraftTree(tokens, tree.parents), cache).double()
+        right = Engine().run([tree_pass(lm, DraftTree(tokens, tree.parents), cache)])[0].logits().double()
         found.append(float((ours - right).norm() / right.norm()))
     return found
 

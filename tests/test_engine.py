@@ -15,7 +15,7 @@ from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.drafters.self_draft import SelfDrafter
 from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, Fallback, engine_for
+from specvlm.engine import Engine, Fallback, engine_for, tree_pass
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.engine.lean import LeanText, why_not
 from specvlm.errors import UserError
@@ -65,7 +65,7 @@ def test_the_lean_pass_is_the_models_own(family, shape):
     embeds = lm.embed(request, lm.features(request))
     for cache in (ours, theirs):
         lm.prefill(embeds, lm.positions(request), cache, request.cut)
-    want = lm.score(tree, theirs)
+    want = Engine().run([tree_pass(lm, tree, theirs)])[0].logits()
     lean = LeanText(lm)
     base, offset = torch.tensor([ours.length]), torch.tensor([ours.offset])
     hidden = lean(tree.tokens, torch.tensor(tree.depths), 0, tree.mask.to(torch.int8), base, offset, ours)

@@ -12,6 +12,7 @@ from rounding import additions, assert_same_sums
 
 from specvlm.cache import KVCache
 from specvlm.drafters.tree import TreeDrafter
+from specvlm.engine import Engine, tree_pass
 from specvlm.errors import UserError
 from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
@@ -43,6 +44,10 @@ def path_to(tree, node):
     return path
 
 
+def scored(lm, tree, cache):
+    return Engine().run([tree_pass(lm, tree, cache)])[0].logits()
+
+
 def sequential(lm, request, tokens):
     cache, _ = filled(lm, request)
     for token in tokens:
@@ -56,7 +61,7 @@ def test_tree_logits_equal_one_token_at_a_time(family, seed):
     lm, request, rng = tiny.model(family), tiny.prompt(family, seed), random.Random(seed)
     tree = random_tree(rng, 12)
     cache, _ = filled(lm, request)
-    logits = lm.score(tree, cache)
+    logits = scored(lm, tree, cache)
     for node in range(len(tree)):
         expected = sequential(lm, request, tree.tokens[path_to(tree, node)].tolist())
         assert_same_sums(logits[node], expected, additions(lm.hf, cache.length))
@@ -69,11 +74,11 @@ def test_kept_rows_go_on_as_if_they_had_come_one_by_one(family):
     path = path_to(tree, len(tree) - 1)
     cache, _ = filled(lm, request)
     base = cache.length
-    lm.score(tree, cache)
+    scored(lm, tree, cache)
     cache.keep(base, path)
     assert (cache.length, cache.position) == (base + len(path), base + len(path) + cache.offset)
     second = random_tree(rng, 9)
-    logits = lm.score(second, cache)
+    logits = scored(lm, second, cache)
     tokens = tree.tokens[path].tolist() + second.tokens[path_to(second, 8)].tolist()
     assert_same_sums(logits[8], sequential(lm, request, tokens), additions(lm.hf, cache.length))
 

@@ -97,7 +97,7 @@ class Engine:
         tokens: accepted ones and the bonus.
         """
         cache, base = request.cache, request.cache.length
-        rows = yield Pass(request.target, cache, tree.tokens, tree.depths, tree.mask, base, cache.offset)
+        rows = yield tree_pass(request.target, tree, cache)
         logits_MV = request.penalty(rows.logits(), tree)
         tree = tree.to(logits_MV.device)
         context = VerifyContext(tree, logits_MV, request.generator)
@@ -134,6 +134,11 @@ class Engine:
     def runs(self, model: VideoLM) -> str:
         """The name of the engine that a model's steps really take: one may have to fall back for one of two models."""
         return self.name
+
+
+def tree_pass(target: VideoLM, tree: DraftTree, cache: KVCache) -> Pass:
+    """Every node of a tree, behind all that the cache holds."""
+    return Pass(target, cache, tree.tokens, tree.depths, tree.mask, cache.length, cache.offset)
 
 
 def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.sight import Sight, States
 from specvlm.models.spread import Stage, stages_of, through
 from specvlm.ranks import ALONE, Ranks, own
-from specvlm.types import DraftTree, KeepSet, TokenGrid, VideoPrompt
+from specvlm.types import KeepSet, TokenGrid, VideoPrompt
 
 CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
 PATCHES = 16_384  # of one pass through a vision tower, or one frame's where that has more
@@ -354,14 +354,6 @@ class VideoLM(ABC):
             prefix = torch.ones(len(tokens_Q), before, dtype=torch.bool, device=self.device)
             mask = torch.cat([prefix, seen_QT.to(self.device, torch.bool)], 1)
         return self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask)
-
-    def score(self, tree: DraftTree, cache: KVCache) -> Tensor:
-        """(M, V) logits of every node in one pass; its rows stay behind the cache until `cache.keep`."""
-        return self.head(self.score_hidden(tree, cache))
-
-    def score_hidden(self, tree: DraftTree, cache: KVCache) -> Tensor:
-        """(M, D), the same before the head."""
-        return self.append_hidden(tree.tokens, tree.depths, tree.mask, cache)
 
 
 def _starts(start: int, end: int, most: int) -> list[int]:

@@ -23,6 +23,7 @@ from specvlm.engine import Engine
 from specvlm.graph import Output
 from specvlm.models import attention
 from specvlm.models.video_lm import VideoLM
+from specvlm.passes import Pass
 from specvlm.penalty import RepetitionPenalty
 from specvlm.types import DraftTree
 from specvlm.verifiers.greedy import GreedyVerifier
@@ -46,16 +47,17 @@ def planted(name: str) -> Iterator[None]:
 
 
 def scoring(changed: Callable[[DraftTree, list[int], Tensor], None], before: int = 1) -> Any:
-    """`score_hidden` with other depths, or another mask over the tree's rows and `before` slots in front of them."""
+    """The pass of a check with other depths, or another mask over the tree's rows and `before` slots in front of them."""
 
-    def score_hidden(self: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
+    def tree_pass(target: VideoLM, tree: DraftTree, cache: KVCache) -> Pass:
         depths = list(tree.depths)
         seen_MT = torch.cat([torch.ones(len(tree), before, dtype=torch.bool), tree.mask], 1)
         if len(tree) > 1:
             changed(tree, depths, seen_MT)
-        return self.append_hidden(tree.tokens, depths, seen_MT, cache)
+        depths, base = [depth + before for depth in depths], cache.length - before
+        return Pass(target, cache, tree.tokens, depths, seen_MT, base, cache.offset, before)
 
-    return patch.object(VideoLM, "score_hidden", score_hidden)
+    return patch("specvlm.engine.tree_pass", tree_pass)
 
 
 @fault
@@ -475,7 +477,7 @@ def checking(changed: Callable[[DraftTree, Any, list[int]], list[int]]) -> Any:
     real = Engine.check
 
     def check(self: Engine, request: Any, tree: DraftTree) -> Any:
-        verdict, new = real(self, request, tree)
+        verdict, new = yield from real(self, request, tree)
         return verdict, changed(tree, verdict, new)
 
     return patch.object(Engine, "check", check)
