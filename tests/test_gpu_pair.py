@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
+from math import ceil
 
 import pytest
 import tiny
@@ -29,21 +31,29 @@ SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
 FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
 
 
+@cache
+def known_of(family: str) -> tuple[int, ...]:
+    """The target's own answer, 48 tokens."""
+    steps = autoregressive(tiny.model(family), tiny.prompt(family), 48, GreedyVerifier())
+    return tuple(token for step in steps for token in step.tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", ["paper", "chain:4", "3x2x1x1", "[[1],[2],[1,0],[1,0,0],[1,0,0,3]]"])
 @pytest.mark.parametrize("accepted", [0, 1.5, 3, 4])
 def test_given_acceptance_is_met_in_every_round(family, shape, accepted):
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
-    known = [step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier())]
-    drafter = GivenDrafter(TreeDrafter(shape), tuple(known), accepted)
+    known, limit = known_of(family), 1 + 9 * (1 + ceil(accepted))  # of nine rounds or more
+    drafter = GivenDrafter(TreeDrafter(shape), known, accepted)
     steps = list(
         DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5)).decode(
-            request, 48
+            request, limit
         )
     )
-    assert [token for step in steps for token in step.tokens] == known
+    assert tuple(token for step in steps for token in step.tokens) == known[:limit]
     found = [step.accepted for step in steps[1:] if step.full]
+    assert len(found) >= 8
     assert found[:8:2] == [int(accepted)] * len(found[:8:2])
     assert found[1:8:2] == [int(accepted + 0.5)] * len(found[1:8:2])
 
@@ -51,7 +61,7 @@ def test_given_acceptance_is_met_in_every_round(family, shape, accepted):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_given_acceptance_is_met_by_the_graphs_engine(family):
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
-    known = tuple(step.tokens[0] for step in autoregressive(target, request, 48, GreedyVerifier()))
+    known = known_of(family)
     drafter, engine = GivenDrafter(TreeDrafter("paper"), known, 3.5), GraphsEngine("direct")
     graph = DecodingGraph(
         target, draft, TwoStagePruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.5), engine=engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 import pytest
@@ -21,7 +22,7 @@ from specvlm.metrics import tokens_of
 from specvlm.models.load import load
 from specvlm.models.spread import Stage, device_map, split
 from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.types import GenerationOptions
+from specvlm.types import GenerationOptions, Step
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -43,6 +44,12 @@ def in_stages(family: str, *ends: int):
     return type(whole)(whole.hf, whole.tokenizer, whole.folder, whole.mrope, stages)
 
 
+@cache
+def of_the_whole(family: str, drafter: str, seed: int) -> list[Step]:
+    pair, strategies = (tiny.model(family), tiny.draft_of(family)), (TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier())
+    return list(DecodingGraph(*pair, *strategies, 0.5).decode(tiny.prompt(family, seed=seed), 20))
+
+
 CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1, 2)), ("tree", "eager", (1, 2))]
 
 
@@ -61,17 +68,8 @@ def test_a_split_target_gives_the_whole_ones_output(family, drafter, engine, end
         GenerationOptions(ratio=0.5),
         engine=made,
     )
-    whole = DecodingGraph(
-        tiny.model(family),
-        tiny.draft_of(family),
-        TwoStagePruner(),
-        DRAFTERS[drafter],
-        GreedyVerifier(),
-        GenerationOptions(ratio=0.5),
-    )
     for seed in (0, 1):  # the second request runs what the first has captured
-        request = tiny.prompt(family, seed=seed)
-        want = list(whole.decode(request, 20))
+        request, want = tiny.prompt(family, seed=seed), of_the_whole(family, drafter, seed)
         steps = list(graph.decode(request, 20))
         assert tokens_of(steps) == tokens_of(want) == tiny.hf_greedy(tiny.model(family), request, 20)
         assert [step.accepted for step in steps] == [step.accepted for step in want]

@@ -17,12 +17,22 @@ from specvlm.verifiers.greedy import GreedyVerifier
 
 
 @torch.inference_mode()
-def ranked(hf, prompt, words):
-    """Tokens from the best to the worst behind a prompt and some words: two causal passes, without a tree."""
+def behind(hf, prompt):
+    """What ranks tokens from the best to the worst behind a prompt and some words, by causal passes, without a tree.
+
+    The prompt's own pass is made once: behind it the cache is cut each time.
+    """
     past = DynamicCache(config=hf.config.get_text_config())
     hf(**reference.inputs_of(hf, prompt), past_key_values=past, use_cache=True)
-    out = hf(input_ids=torch.tensor([words]), past_key_values=past, use_cache=True)
-    return out.logits[0, -1].argsort(descending=True).tolist()
+
+    @torch.inference_mode()
+    def ranked(words):
+        if words_before := past.get_seq_length() - len(prompt):
+            past.crop(-words_before)
+        out = hf(input_ids=torch.tensor([words]), past_key_values=past, use_cache=True)
+        return out.logits[0, -1].argsort(descending=True).tolist()
+
+    return ranked
 
 
 @pytest.mark.slow
@@ -31,8 +41,8 @@ def ranked(hf, prompt, words):
 @pytest.mark.parametrize("shape", ["paper", "3x1x2", "chain:4", "[[0],[2],[2,1]]"])
 def test_every_guess_is_the_models_own_of_that_rank(family, kind, shape):
     target, draft = tiny.model(family), tiny.draft_of(family)
-    guessing = reference.pristine(draft.hf if kind is TreeDrafter else target.hf)
     prompt, places = tiny.prompt(family), TreeShape.parse(shape)
+    ranked = behind(reference.pristine(draft.hf if kind is TreeDrafter else target.hf), prompt)
     graph = DecodingGraph(target, draft, NonePruner(), kind(shape), GreedyVerifier())
     answer: list[int] = []
     steps = list(graph.decode(prompt, 12))
@@ -43,7 +53,7 @@ def test_every_guess_is_the_models_own_of_that_rank(family, kind, shape):
             known = {}
             for node, parent in enumerate(places.parents[1:], start=1):
                 if parent not in known:
-                    known[parent] = ranked(guessing, prompt, answer + ways[parent])
+                    known[parent] = ranked(answer + ways[parent])
                 assert tokens[node] == known[parent][places.ranks[node]]
                 ways[node] = [*ways[parent], tokens[node]]
         answer += step.tokens

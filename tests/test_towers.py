@@ -1,0 +1,35 @@
+"""What tests keep of a model is what it gives anew, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from towers import remember_features, remember_passes
+
+from specvlm.types import DraftTree, TreeShape
+
+
+def passes(lm, request, root):
+    """Logits of a tree behind a prompt, and the cache behind both."""
+    parents, cache = TreeShape.parse("3x2").parents, lm.new_cache(len(request) + 16)
+    hidden_D = lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
+    logits_MV = lm.score(DraftTree(torch.arange(root, root + len(parents)), parents), cache)
+    return hidden_D, logits_MV, cache.keys, cache.values, torch.tensor([cache.length, cache.offset])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_a_pass_that_is_remembered_gives_and_writes_what_the_models_own_does(family):
+    """Of two prompts and two trees in turns: a cache of other contents, or other rows, are another pass."""
+    own, ran = tiny.model(family), []
+    kept = tiny.wrap(own.hf)
+    compute = kept.forward
+    kept.forward = lambda *pass_: ran.append(1) or compute(*pass_)
+    remember_passes(remember_features(kept))
+    for _ in "ab":
+        for seed, root in ((0, 10), (1, 10), (0, 20)):
+            request = tiny.prompt(family, seed)
+            for ours, theirs in zip(passes(kept, request, root), passes(own, request, root), strict=True):
+                assert torch.equal(ours, theirs)
+    assert len(ran) == 2 * 2 + 3, "two passes of each prompt, one of each tree"
