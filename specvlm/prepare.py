@@ -49,9 +49,7 @@ class Setup:
 
     def graph(self) -> DecodingGraph:
         """Of skeletons: it cannot decode, and knows its budget. Raises UserError where parts do not go together."""
-        return DecodingGraph(
-            self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options
-        )
+        return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
 
     @property
     def options(self) -> GenerationOptions:

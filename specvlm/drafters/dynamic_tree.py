@@ -189,7 +189,8 @@ def round_of(vocabulary: int, growth: Growth, model: VideoLM, cache: KVCache, st
         rows = yield Pass(model, cache, tokens_W, depths_W, seen_WT, base, offset, 2 + sum(growth.rows[: level - 1]))
         return rows.logits()[:, :vocabulary]
 
-    rows = yield Pass(model, cache, torch.cat([old, bonus]), steps[:2], None, base, offset)
+    fed_22 = torch.ones(2, 2, dtype=torch.int8, device=bonus.device).tril()
+    rows = yield Pass(model, cache, torch.cat([old, bonus]), steps[:2], fed_22, base, offset)
     grown = yield from grow(bonus, rows.logits(1)[:, :vocabulary], growth, expand)
     return (grown.packed(),)
 

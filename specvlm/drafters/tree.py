@@ -136,6 +136,9 @@ class TreeSession(PrunedSession):
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
 
+FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # what the last accepted token and the new root see of each other
+
+
 class Level(NamedTuple):
     """A pass: tree nodes, their positions above the last accepted token's, slot of the first, counted from its; what they see
     (None: all); and for each child its tree node, its parent's row and which guess of that it is.
@@ -164,7 +167,7 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
     above_MM = ancestor_mask(shape.parents)
     levels, written, row_of = list[Level](), list[int](), {0: 0}
     for depth, nodes in enumerate(shape.levels):
-        at, seen = 2 + len(written), None
+        at, seen = 2 + len(written), FED_22
         if depth:
             written += nodes
             row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}
