@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from specvlm.compose import Job
+    from specvlm.config import RunConfig
     from specvlm.sweep import Sweep
 
 AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
@@ -198,6 +199,7 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
     from hydra.errors import HydraException
 
     from specvlm import config
+    from specvlm.compose import frozen
     from specvlm.rows import CannotWrite
 
     home = os.getpid()
@@ -217,7 +219,9 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         if torchrun.rank_here():
             plan.tidy(folder)  # now, since a rank may be killed
         try:
-            code = sweep.add(cfg, folder, state) if sweep and sampled else guarded(lambda: one(cfg, folder, state), full)
+            code = (
+                sweep.add(frozen(cfg), folder, state) if sweep and sampled else guarded(lambda: one(cfg, folder, state), full)
+            )
         finally:
             plan.tidy(folder)
         if code and os.getpid() != home:
@@ -225,10 +229,9 @@ def launch(words: list[str], plan: Plan, full: bool) -> int:
         codes.append(code)
         return code
 
-    def one(cfg: DictConfig, folder: Path, state: HydraConf) -> int:
-        if not plan.jobs:
-            config.validate(cfg)  # of a configuration of the user's own
-        if cfg.get("dataset") is None:
+    def one(raw: DictConfig, folder: Path, state: HydraConf) -> int:
+        cfg = frozen(raw)
+        if cfg.dataset is None:
             return _run(cfg, folder)
         alone = over_samples(plan, full)
         return worst([alone.add(cfg, folder, state), alone.finish()])
@@ -263,7 +266,7 @@ def over_samples(plan: Plan, full: bool) -> Sweep:
     return Sweep(plan.folder, plan.labels, tracker, partial(tell, full=full))
 
 
-def _run(cfg: DictConfig, folder: Path) -> int:
+def _run(cfg: RunConfig, folder: Path) -> int:
     from specvlm.run import run
 
     return run(cfg, folder)

@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -23,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
-from specvlm.errors import UserError, did_you_mean, first_line
+from specvlm.config import RunConfig
+from specvlm.errors import UserError, did_you_mean, first_line, line
 from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
@@ -43,7 +45,7 @@ def register() -> None:
     names.register()
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of one run. Raises UserError."""
     return jobs(overrides, sweep=False)[0].cfg
 
@@ -54,7 +56,7 @@ class Job:
     job over samples, within that; place: of any job of a sweep, where it has no number in its name.
     """
 
-    cfg: DictConfig
+    cfg: RunConfig
     run_dir: Path
     sweep_dir: Path
     folder: Path | None = None
@@ -119,7 +121,7 @@ def explain(err: Exception) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         return _unknown_key(str(cause.full_key), cause.object_type)
     if isinstance(cause, ValidationError) and cause.full_key:
-        return _wrong_type(str(err), cause)
+        return _wrong_type(cause)
     ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(err))
     if ambiguous:
         return f"{ambiguous[1]}: several values are a sweep, which needs -m (one list is written key=[a,b])"
@@ -173,18 +175,41 @@ def _checked(words: list[str], sweep: bool) -> Job:
     for key, where in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
         if "\0" in where:
             raise UserError(f"{key}={where}: no folder has a null character in its name")
-    OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
-    config.validate(cfg)
-    if cfg.dataset is not None:
-        _refuse_own_sample(words, cfg.dataset.name)
+    run = frozen(cfg)
+    if run.dataset is not None:
+        _refuse_own_sample(words, run.dataset.name)
     for kind in registry.KINDS:
-        if kind != "dataset" or cfg.dataset is not None:
+        if kind != "dataset" or run.dataset is not None:
             try:
-                registry.build(kind, cfg[kind])
+                registry.build(kind, getattr(run, kind))
             except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
                 if isinstance(error, UserError) or not sweep:
                     raise
-    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
+    return Job(run, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
+
+
+def frozen(cfg: DictConfig) -> RunConfig:
+    """The checked values of what was composed, without Hydra's own part. Raises UserError."""
+    for key in map(str, cfg):
+        if key not in config.KEYS:
+            raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
+    for key in config.KEYS:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} has no value: give {key}=…")
+    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
+        if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
+            raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
+    for side in ("target", "draft"):
+        if OmegaConf.is_missing(cfg[side], "path"):
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+    kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
+    chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
+    if cfg.tracker is not None:
+        chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
+    values: Any = OmegaConf.to_object(cfg)
+    run: RunConfig = replace(values, **chosen)
+    config.validate(run)
+    return run
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
@@ -273,14 +298,17 @@ def _has(owner: Any, key: str) -> bool:
     return any(f.name == key for f in fields(owner))
 
 
-def _wrong_type(text: str, cause: ValidationError) -> str:
-    override = re.match(r"Error merging override (.*)", text)
-    seen = override[1] if override else str(cause.full_key)
+def _wrong_type(cause: ValidationError) -> str:
+    seen = f"{cause.full_key}={'null' if cause.value is None else cause.value}"
     reason = str(cause).splitlines()[0]
     owner: Any = cause.object_type
     hint = get_type_hints(owner).get(str(cause.key)) if is_dataclass(owner) else None
     if hint is None:
         return f"{seen}: {reason}"
+    choice, *null = [*get_args(hint), hint][:2] if get_args(hint) else [hint]
+    if isinstance(choice, type) and issubclass(choice, Enum):
+        names = list(choice.__members__)
+        return f"{seen}: expected one of {', '.join([*('null' for _ in null), *names])}.{did_you_mean(str(cause.value), names)}"
     return f"{seen}: expected {hint.__name__ if isinstance(hint, type) else str(hint)} ({reason})"
 
 

@@ -15,13 +15,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from specvlm import memory, metrics, registry
 from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.config import home
+from specvlm.config import RunConfig, home
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
 from specvlm.fence import contained, inside
 from specvlm.folder import write_attention, write_json, write_yaml
@@ -51,7 +50,7 @@ class Job:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: RunConfig,
         folder: Path | None,
         above: Path,
         held: Held,

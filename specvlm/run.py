@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from specvlm import memory, metrics
 from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline
+from specvlm.config import RunConfig
 from specvlm.errors import ExitCode
 from specvlm.fence import contained
 from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
@@ -23,7 +22,7 @@ from specvlm.rows import writable
 from specvlm.show import Screen, not_applied
 
 
-def run(cfg: DictConfig, folder: Path) -> int:
+def run(cfg: RunConfig, folder: Path) -> int:
     """Decode one video as `cfg` says and write the run's folder. Returns 1 on MISMATCH, else 0.
 
     Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
@@ -37,7 +36,7 @@ def run(cfg: DictConfig, folder: Path) -> int:
         return _run(cfg, folder if ranks.rank == 0 else None, places, ranks, Held(), record)
 
 
-def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, held: Held, record: Record) -> int:
+def _run(cfg: RunConfig, folder: Path | None, places: Places, ranks: Ranks, held: Held, record: Record) -> int:
     """folder: None for a rank that writes nothing."""
     screen, done = Screen(), ""
     with threads(cfg.threads):
@@ -107,7 +106,7 @@ def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen:
             show(step)
 
 
-def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
+def save(cfg: RunConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
     """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
     if folder is None:
         return ""

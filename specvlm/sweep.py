@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from specvlm import names
 from specvlm.compose import FOLDERS
+from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.fence import contained
 from specvlm.held import HELD, Held
@@ -53,7 +53,7 @@ class Sweep:
         self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
-    def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
+    def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
         if self.ended:
             return ExitCode.OK
@@ -65,7 +65,7 @@ class Sweep:
             self.ended = error  # said later: Hydra would say it in its own way
             return ExitCode.OK
 
-    def _add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
+    def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several and self.folder else folder
         if places_of(cfg).ranks > 1:
@@ -223,7 +223,7 @@ def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Call
         yield task, partial(read_next, at)
 
 
-def share_ranks(cfg: DictConfig, folder: Path) -> int:
+def share_ranks(cfg: RunConfig, folder: Path) -> int:
     """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
     with Readings() as readings, joined(places_of(cfg).first) as ranks:
         job = Job(cfg, folder if ranks.rank == 0 else None, folder, Held(), ranks)
