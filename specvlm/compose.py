@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
@@ -38,11 +39,17 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
 
 
+_registered: object = None  # the table of strategies that Hydra knows
+
+
 def register() -> None:
     """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
-    registry.store()
-    manual.store()
-    names.register()
+    global _registered
+    if _registered is not (table := registry.collect()):
+        registry.store()
+        manual.store()
+        names.register()
+        _registered = table
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -52,8 +59,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a
-    job over samples, within that; place: of any job of a sweep, where it has no number in its name.
+    """One run as it would start. run_dir: where it would write, sweep_dir: where a sweep would; folder: of a job over samples,
+    within that; place: of any job of a sweep, where it has no number in its name.
     """
 
     cfg: RunConfig
@@ -65,20 +72,57 @@ class Job:
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
-    """Every job that the words ask for, checked, so that none starts if one is wrong.
+    """Every job that the words ask for, checked; of a sweep those that Hydra's basic sweeper makes.
 
     folder: one more place for YAML files. Raises UserError.
     """
+    with hydra(folder):
+        if not sweep:
+            return [job_of(composed(overrides, RunMode.RUN, folder), sweep)]
+        master = composed(overrides, RunMode.MULTIRUN, folder)
+        (batch,) = BasicSweeper.split_arguments(_parsed(arguments_of(master)), None)
+        return jobs_of([_loader().load_sweep_config(master, words) for words in batch])
+
+
+@contextmanager
+def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
+    """Hydra, ready to compose. folder: one more place for YAML files, main: another one than conf/. Raises UserError."""
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
     register()
-    more = [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
     for path in folder.rglob("*.yaml") if folder else ():
         read_yaml(path)  # Hydra would follow aliases without end
-    with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
-        _refuse_lists(overrides)
-        each = _expand([*_presets_own([*overrides, *more]), *overrides]) if sweep else [list(overrides)]
-        found = [_checked([*words, *more], sweep) for words in each]
+    with explained(), initialize_config_dir(str(main or config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        yield
+
+
+def composed(words: Sequence[str], mode: RunMode, folder: Path | None = None, name: str = "config") -> DictConfig:
+    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have. folder: see `hydra`."""
+    _refuse_lists(words, mode)
+    more = [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+    try:
+        cfg = _loader().load_configuration(name, [*words, *more], mode, from_shell=False)
+        if mode == RunMode.MULTIRUN:
+            _refuse_too_many(cfg)
+        folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+        own = " ".join(word for word in words if "hydra." in word)
+        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+    for key, where in folders.items():
+        if "\0" in where:
+            raise UserError(f"{key}={where}: no folder has a null character in its name")
+    return cfg
+
+
+def arguments_of(master: DictConfig) -> list[str]:
+    """What a sweep is over: what its preset says by `hydra.sweeper.params`, then the words, which win."""
+    own = OmegaConf.select(master, "hydra.sweeper.params") or {}
+    return [*(f"{key}={value}" for key, value in own.items()), *master.hydra.overrides.task]
+
+
+def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
+    """All jobs of a sweep, checked, so that none starts if one is wrong. Raises UserError."""
+    found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
 
@@ -122,18 +166,19 @@ def explain(err: Exception) -> str:
         return _unknown_key(str(cause.full_key), cause.object_type)
     if isinstance(cause, ValidationError) and cause.full_key:
         return _wrong_type(cause)
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(err))
-    if ambiguous:
-        return f"{ambiguous[1]}: several values are a sweep, which needs -m (one list is written key=[a,b])"
     details = re.compile(r"\s*(full_key|object_type|reference_type)[:=]")
     return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
 
 
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
 def _parsed(words: Sequence[str]) -> list[Override]:
-    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    return OverridesParser.create(config_loader=_loader()).parse_overrides(list(words))
 
 
-def _refuse_lists(words: Sequence[str]) -> None:
+def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
     """Hydra takes several options of a group, one over the other; what they would come to is no strategy. Presets may be
     several.
     """
@@ -143,26 +188,37 @@ def _refuse_lists(words: Sequence[str]) -> None:
         one = override.is_sweep_override() or all(isinstance(name, str | dict | None) for name in names)
         if group in config.GROUPS and not one:
             raise UserError(f"{override.input_line}: expected one by name, as in {group}=NAME")
+        if mode == RunMode.RUN and override.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
+            why = "several values are a sweep, which needs -m (one list is written key=[a,b])"
+            raise UserError(f"{override.input_line}: {why}")
 
 
-def _presets_own(words: Sequence[str]) -> list[str]:
-    """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
-    parsed = _parsed(words)
-    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    cfg = _composed(fixed)
-    return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
+def _refuse_too_many(master: DictConfig) -> None:
+    """What Hydra's basic sweeper cannot do, or would do without end. Raises UserError."""
+    if not is_basic(master.hydra.sweeper):
+        return
+    count: dict[str, int] = {}
+    for override in _parsed(arguments_of(master)):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+        if _length(override) > MOST_JOBS:
+            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
+        values = len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+        if not values:
+            raise UserError(f"{override.input_line}: nothing matches")
+        count[override.get_key_element()] = values
+    if (jobs := math.prod(count.values())) > MOST_JOBS:
+        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: start several")
 
 
-def _composed(words: list[str]) -> DictConfig:
-    try:
-        return hydra_compose("config", words, return_hydra_config=True)
-    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
-        own = " ".join(word for word in words if "hydra." in word)
-        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+def is_basic(plugin: DictConfig) -> bool:
+    """Is it the launcher, or the sweeper, that comes with Hydra?"""
+    return str(plugin._target_).startswith("hydra._internal.")
 
 
-def _checked(words: list[str], sweep: bool) -> Job:
-    cfg = _composed(words)
+def job_of(cfg: DictConfig, sweep: bool) -> Job:
+    """What was composed as checked values. Raises UserError."""
+    words = list(cfg.hydra.overrides.task)
     sampled = OmegaConf.select(cfg, "dataset") is not None
     place = _subdir(cfg, sampled) if sweep else None
     folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
@@ -170,11 +226,6 @@ def _checked(words: list[str], sweep: bool) -> Job:
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
-    with flag_override(cfg, "struct", False):
-        hydra = cfg.pop("hydra")
-    for key, where in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
-        if "\0" in where:
-            raise UserError(f"{key}={where}: no folder has a null character in its name")
     run = frozen(cfg)
     if run.dataset is not None:
         _refuse_own_sample(words, run.dataset.name)
@@ -185,13 +236,13 @@ def _checked(words: list[str], sweep: bool) -> Job:
             except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
                 if isinstance(error, UserError) or not sweep:
                     raise
-    return Job(run, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
+    return Job(run, Path(cfg.hydra.run.dir), Path(cfg.hydra.sweep.dir), folder, names.label(words), place)
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """The checked values of what was composed, without Hydra's own part. Raises UserError."""
+    """The checked values of what was composed, but for Hydra's own part. Raises UserError."""
     for key in map(str, cfg):
-        if key not in config.KEYS:
+        if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
     for key in config.KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
@@ -206,8 +257,8 @@ def frozen(cfg: DictConfig) -> RunConfig:
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
     if cfg.tracker is not None:
         chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
-    values: Any = OmegaConf.to_object(cfg)
-    run: RunConfig = replace(values, **chosen)
+    values = {key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS}
+    run = RunConfig(**values | chosen)
     config.validate(run)
     return run
 
@@ -248,28 +299,6 @@ def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
 
 def _choice(cfg: DictConfig, group: str) -> str:
     return str(cfg.hydra.runtime.choices.get(group))
-
-
-def _expand(words: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep as Hydra's own sweeper makes them. With another sweeper, what is not swept."""
-    parsed = _parsed(words)
-    other = any(override.key_or_group == "hydra/sweeper" and override.value() != "basic" for override in parsed)
-    choices: dict[str, list[str]] = {}
-    for override in parsed:
-        key = override.get_key_element()
-        if not override.is_sweep_override():  # as the sweeper writes it, since folders are called after it
-            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep() and not other:
-            if _length(override) > MOST_JOBS:
-                raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            if not choices[key]:
-                raise UserError(f"{override.input_line}: nothing matches")
-        elif not other:
-            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
-    if (count := math.prod(map(len, choices.values()))) > MOST_JOBS:
-        raise UserError(f"this sweep has {count} jobs, at most {MOST_JOBS} are allowed: start several")
-    return [list(job) for job in itertools.product(*choices.values())]
 
 
 def _length(override: Override) -> float:

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 
 from specvlm import names
 from specvlm.compose import FOLDERS
-from specvlm.config import RunConfig
+from specvlm.config import RunConfig, WandbConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.fence import contained
 from specvlm.held import HELD, Held
@@ -34,24 +34,31 @@ END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single j
 
 
 class Sweep:
-    """Jobs as Hydra starts them. In this process they wait for each other, and take turns; in another, and under a sweeper that
-    wants to see what comes out, each is done at once.
+    """Jobs as Hydra starts them. Where they are `together` they wait for `finish`, and take turns; else each is done at once.
 
-    folder: of all of them; None where Hydra decides it. labels: by the folder of each job. tracker: the configuration's word on
-    it. tell: says what a job failed of, and returns its exit code.
+    folder: of all of them; None where Hydra decides it. tell: says what a job failed of, and returns its exit code.
     """
 
-    def __init__(self, folder: Path | None, labels: Mapping[Path, str], tracker: Any, tell: Callable[[Exception], int]) -> None:
-        self.folder, self.tracker, self.tell, self.home = folder, tracker, tell, os.getpid()
-        short, self.common = names.apart(list(labels.values())) if labels else ([], "")
-        self.labels = dict(zip(labels, short, strict=True))
-        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
-        self.name = " ".join([*presets, folder.name if folder else ""]).strip()
+    def __init__(self, folder: Path | None, tell: Callable[[Exception], int]) -> None:
+        self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
+        self.tracker: WandbConfig | None = None
+        self.words: dict[Path, str] = {}  # what tells each job from others, by its folder
+        self.labels: dict[Path, str] = {}  # the same without what all have
+        self.common = self.name = ""
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
         self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
         self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
+
+    def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
+        """Jobs are to be added. words: what tells each from others, by its folder."""
+        self.words |= words
+        self.tracker = tracker
+        short, self.common = names.apart(list(self.words.values())) if self.words else ([], "")
+        self.labels = dict(zip(self.words, short, strict=True))
+        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
+        self.name = " ".join([*presets, self.folder.name if self.folder else ""]).strip()
 
     def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
@@ -89,8 +96,7 @@ class Sweep:
                 raise JobFailed(code) from error
             return code
         self.begun.append((job, FOLDERS[several]))
-        plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
-        if several and all(plain) and self.labels and os.getpid() == self.home:
+        if self.together:
             self.jobs.append(job)
             return ExitCode.OK
         return take_turns([job], cfg.turn, self.tell)
@@ -104,7 +110,8 @@ class Sweep:
         """Do what waits; returns the worst exit code."""
         if self.ended:
             raise self.ended
-        return take_turns(self.jobs, self.jobs[0].cfg.turn, self.tell) if self.jobs else ExitCode.OK
+        jobs, self.jobs = self.jobs, []
+        return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
         """Its exit code where a job has one, of what is in their folders."""
