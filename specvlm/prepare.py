@@ -195,8 +195,7 @@ def plan(
     if drafts is not None:
         kind = setup.kinds.get("draft", setup.kinds["target"])
         needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))
-    free = {device: memory.free_bytes(device) for device in places.devices}
-    free = {device: have if have is None else have + (held or {}).get(device, 0) for device, have in free.items()}
+    free = {device: memory.free_bytes(device) + (held or {}).get(device, 0) for device in places.devices}
     plans, counts = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)
     if reads_ahead(cfg, places):
         host = torch.device("cpu")
@@ -205,7 +204,7 @@ def plan(
         free.setdefault(host, memory.free_bytes(host))
     for device, planned in plans.items():
         have = free[device]
-        if have is not None and planned.total > have:
+        if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
             raise UserError(
                 f"the run needs about {planned.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"
