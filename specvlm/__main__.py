@@ -9,13 +9,12 @@ HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -100,66 +99,29 @@ def command(argv: list[str], full: bool) -> int:
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
-    import hydra
-
-    from specvlm import compose, config
+    from specvlm import compose
     from specvlm.integrity import CODE  # and torch with it
-    from specvlm.launch import Call, start
+    from specvlm.launch import Call, answer, start
     from specvlm.plugins import BUILTINS
 
     args = parser.parse_intermixed_args(argv)
-    argv = options_first(argv, args.overrides)
+    if args.experimental_rerun:
+        refuse("--experimental-rerun: a run is started again by its words")
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once a job")
-    words = compose.quoted(argv, sweep)
-    if runs(args):  # all that is to stay as it is, before a plugin is imported
+    args.overrides = compose.quoted(args.overrides, sweep)
+    asks = any((args.help, args.hydra_help, args.cfg, args.info, args.shell_completion))
+    if not asks:  # all that is to stay as it is, before a plugin is imported
         for module in ("specvlm.sweep", "specvlm.run", *BUILTINS):
             importlib.import_module(module)
-    call_of = partial(Call, guarded=partial(guarded, full=full), tell=partial(tell, full=full))
-    with CODE.watching(), compose.explained():
-        if not runs(args):
-            compose.register()
-            with _hydra_raises(words):  # a question, which Hydra answers
-                hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(call_of(None, ""))()
-            return ExitCode.OK
-        extra = Path(args.config_dir) if args.config_dir else None
-        main_folder = Path(__file__).parent / args.config_path if args.config_path else None
-        with compose.hydra(extra, main_folder):
-            return start(compose.quoted(args.overrides, sweep), sweep, call_of, extra, args.config_name or "config")
-
-
-def options_first(argv: list[str], overrides: list[str]) -> list[str]:
-    """Hydra takes no word behind an option that stands behind other words."""
-    left, options = list(overrides), []
-    for word in argv:
-        if left and word == left[0]:
-            left.pop(0)
-        else:
-            options.append(word)
-    return [*options, *overrides]
-
-
-def runs(args: argparse.Namespace) -> bool:
-    """Is this no question about a configuration?"""
-    asks = (args.help, args.hydra_help, args.cfg, args.info, args.shell_completion, args.experimental_rerun)
-    return not any(asks)
-
-
-@contextmanager
-def _hydra_raises(words: list[str]) -> Iterator[None]:
-    """Let Hydra read `words`, and raise its errors instead of printing them and exiting with 1."""
-    argv, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *words]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+    more, main_folder = (Path(args.config_dir) if args.config_dir else None), Path(__file__).parent / (args.config_path or "")
+    with CODE.watching(), compose.hydra(more, main_folder if args.config_path else None):
+        args.overrides += compose.searchpath(more)
+        if asks:
+            return answer(args, parser)
+        call_of = partial(Call, guarded=partial(guarded, full=full), tell=partial(tell, full=full))
+        return start(args.overrides, sweep, call_of, args.config_name or "config")
 
 
 def refuse(message: str) -> NoReturn:

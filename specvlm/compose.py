@@ -59,13 +59,12 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. run_dir: where it would write, sweep_dir: where a sweep would; folder: of a job over samples,
-    within that; place: of any job of a sweep, where it has no number in its name.
+    """One run as it would start. run_dir: where it would write; folder: of a job over samples, in the sweep's; place: of any
+    job of a sweep, where it has no number in its name.
     """
 
     cfg: RunConfig
     run_dir: Path
-    sweep_dir: Path
     folder: Path | None = None
     label: str = ""
     place: str | None = None
@@ -78,8 +77,8 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     """
     with hydra(folder):
         if not sweep:
-            return [job_of(composed(overrides, RunMode.RUN, folder), sweep)]
-        master = composed(overrides, RunMode.MULTIRUN, folder)
+            return [job_of(composed([*overrides, *searchpath(folder)], RunMode.RUN), sweep)]
+        master = composed([*overrides, *searchpath(folder)], RunMode.MULTIRUN)
         (batch,) = BasicSweeper.split_arguments(_parsed(arguments_of(master)), None)
         return jobs_of([_loader().load_sweep_config(master, words) for words in batch])
 
@@ -89,19 +88,23 @@ def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None
     """Hydra, ready to compose. folder: one more place for YAML files, main: another one than conf/. Raises UserError."""
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
-    register()
     for path in folder.rglob("*.yaml") if folder else ():
         read_yaml(path)  # Hydra would follow aliases without end
     with explained(), initialize_config_dir(str(main or config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        register()
         yield
 
 
-def composed(words: Sequence[str], mode: RunMode, folder: Path | None = None, name: str = "config") -> DictConfig:
-    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have. folder: see `hydra`."""
+def searchpath(folder: Path | None) -> list[str]:
+    """The words that have Hydra look there, too."""
+    return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+
+
+def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
+    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have."""
     _refuse_lists(words, mode)
-    more = [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
     try:
-        cfg = _loader().load_configuration(name, [*words, *more], mode, from_shell=False)
+        cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
         if mode == RunMode.MULTIRUN:
             _refuse_too_many(cfg)
         folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}
@@ -236,7 +239,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
             except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
                 if isinstance(error, UserError) or not sweep:
                     raise
-    return Job(run, Path(cfg.hydra.run.dir), Path(cfg.hydra.sweep.dir), folder, names.label(words), place)
+    return Job(run, Path(cfg.hydra.run.dir), folder, names.label(words), place)
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
@@ -257,7 +260,9 @@ def frozen(cfg: DictConfig) -> RunConfig:
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
     if cfg.tracker is not None:
         chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
-    values = {key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS}
+    values: dict[str, Any] = {
+        key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS
+    }
     run = RunConfig(**values | chosen)
     config.validate(run)
     return run

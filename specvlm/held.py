@@ -99,7 +99,7 @@ class Held:
             torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
         engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
         strategies = (request.pruner, request.drafter, request.verifier)
-        limits: tuple[Any, ...] = (cfg.ratio, cfg.positions, cfg.seed, request.vocabulary)
+        limits: tuple[Any, Any, Any, Any] = (cfg.ratio, cfg.positions, cfg.seed, request.vocabulary)
         return DecodingGraph(target, draft, *strategies, *limits, self.caches, engine, cfg.record)
 
     def _put_right(self) -> None:

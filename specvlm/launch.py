@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -29,20 +31,19 @@ TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"
 class Call:
     """The jobs of one command line, and Hydra's task function: launchers call it in other processes, too.
 
-    folder: of the run or the sweep, None where Hydra decides that; key: what would name it, empty where it is named. guarded:
-    calls, and turns mistakes into exit codes; tell: says what a job failed of, and returns its exit code.
+    folder: of the run or the sweep; key: what would name it, empty where it is named. guarded: calls, and turns mistakes into
+    exit codes; tell: says what a job failed of, and returns its exit code.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: Path,
         key: str,
         guarded: Callable[[Callable[[], int]], int],
         tell: Callable[[Exception], int],
     ) -> None:
-        self.folder = Path(os.path.abspath(folder)) if folder else None
-        places = [self.folder, *self.folder.parents] if self.folder else []
-        self.there_before = next((place for place in places if place.exists()), None)
+        self.folder = Path(os.path.abspath(folder))
+        self.there_before = next(place for place in (self.folder, *self.folder.parents) if place.exists())
         self.key, self.guarded, self.tell, self.home = key, guarded, tell, os.getpid()
         self.codes: list[int] = []
         self.jobs = 0
@@ -53,9 +54,8 @@ class Call:
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
             raise UserError(f"resume=true goes on in a folder that is there: give {self.key}=FOLDER")
         self.jobs += len(jobs)
-        if self.folder:
-            inner = {Path(os.path.abspath(self.folder / job.folder)): job.label for job in jobs if job.folder is not None}
-            self.sweep.expect(inner, jobs[0].cfg.tracker)
+        inner = {Path(os.path.abspath(self.folder / job.folder)): job.label for job in jobs if job.folder is not None}
+        self.sweep.expect(inner, jobs[0].cfg.tracker)
 
     def take_turns(self, jobs: Sequence[tuple[Job, DictConfig]], context: HydraContext) -> list[JobReturn]:
         """Jobs of a sweep, all in this process."""
@@ -104,8 +104,6 @@ class Call:
 
     def tidy_sweep(self) -> None:
         """Hydra writes multirun.yaml before the first job; without a job's folder beside it, it says nothing."""
-        if self.folder is None:
-            return
         ours = self.folder != self.there_before and self.folder.is_dir()
         if ours and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
             (self.folder / "multirun.yaml").unlink()
@@ -131,19 +129,33 @@ class Call:
         return worst(self.codes)
 
 
-def start(
-    words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call], extra: Path | None = None, name: str = "config"
-) -> int:
+def answer(args: Namespace, parser: ArgumentParser) -> int:
+    """Have Hydra answer a question about a configuration, in `compose.hydra`; returns the exit code."""
+    hydra, name, words = cast("Any", GlobalHydra.instance().hydra), args.config_name or "config", args.overrides
+    if args.help:
+        hydra.app_help(name, parser, args)
+    elif args.hydra_help:
+        hydra.hydra_help(name, parser, args)
+    elif args.cfg:
+        hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
+    elif args.shell_completion:
+        hydra.shell_completion(name, words)
+    else:
+        hydra.show_info(args.info, name, words)
+    return ExitCode.OK
+
+
+def start(words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call], name: str = "config") -> int:
     """Compose, check and run what `words` ask for, in `compose.hydra`; returns the exit code. Raises UserError.
 
-    call_of: makes a Call of its first two arguments. extra: one more place for YAML files; name: of the first.
+    call_of: makes a Call of its first two arguments; name: of the YAML file that comes first.
     """
     key, other = FOLDERS[sweep], FOLDERS[not sweep]
     if any(word.startswith(f"{other}=") for word in words):
         whose = "of a run, and -m starts a sweep" if sweep else "of a sweep, which -m starts"
         raise UserError(f"{other} is the folder {whose}: give {key}=FOLDER")
     mode, loader = RunMode.MULTIRUN if sweep else RunMode.RUN, GlobalHydra.instance().config_loader()
-    cfg = compose.composed([*words, f"hydra.mode={mode.name}"], mode, extra, name)
+    cfg = compose.composed([*words, f"hydra.mode={mode.name}"], mode, name)
     context = HydraContext(loader, Callbacks(cfg))
     unnamed = "" if any(word.startswith(f"{key}=") for word in words) else key
     if sweep:

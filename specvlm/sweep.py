@@ -36,10 +36,10 @@ END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single j
 class Sweep:
     """Jobs as Hydra starts them. Where they are `together` they wait for `finish`, and take turns; else each is done at once.
 
-    folder: of all of them; None where Hydra decides it. tell: says what a job failed of, and returns its exit code.
+    folder: of all of them. tell: says what a job failed of, and returns its exit code.
     """
 
-    def __init__(self, folder: Path | None, tell: Callable[[Exception], int]) -> None:
+    def __init__(self, folder: Path, tell: Callable[[Exception], int]) -> None:
         self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
         self.tracker: WandbConfig | None = None
         self.words: dict[Path, str] = {}  # what tells each job from others, by its folder
@@ -58,7 +58,7 @@ class Sweep:
         short, self.common = names.apart(list(self.words.values())) if self.words else ([], "")
         self.labels = dict(zip(self.words, short, strict=True))
         presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
-        self.name = " ".join([*presets, self.folder.name if self.folder else ""]).strip()
+        self.name = " ".join([*presets, self.folder.name]).strip()
 
     def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
@@ -74,7 +74,7 @@ class Sweep:
 
     def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
-        above = self.folder if several and self.folder else folder
+        above = self.folder if several else folder
         if places_of(cfg).ranks > 1:
             try:
                 return share_ranks(cfg, folder)
@@ -135,9 +135,9 @@ class Sweep:
             return
         told = [(label, found[folder] or never) for folder, label in self.labels.items()]
         unfinished = [option for job, option in self.begun if job.todo or unchecked(job)]
-        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished and self.folder else ""
+        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished else ""
         screen.jobs(told, self.common, self.folder, go_on)
-        if self.tracker is not None and self.folder:
+        if self.tracker is not None:
             if len(found) > 1:
                 tracker = Tracker(self._wandb())
                 tracker.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
