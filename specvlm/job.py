@@ -7,7 +7,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,8 @@ class Job:
     as weights that cannot be loaded, is raised.
     """
 
+    quiet = True  # several of them take turns on the screen
+
     def __init__(
         self,
         cfg: RunConfig,
@@ -62,7 +64,7 @@ class Job:
         self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
         self.label, self.group = label, group
         kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
-        self.screen, self.failure = Screen(), ""
+        self.screen, self.failure = Screen(quiet=self.quiet), ""
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
@@ -275,12 +277,6 @@ class Job:
             if step.keep is not None:
                 self._note(step.keep.note)
 
-    def _waiting(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def _progress(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        return nullcontext(lambda: None)
-
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: Record) -> None:
         """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
         outputs, may have had them changed, which only matters to what is captured. On all ranks if on one, whose draft's cache
@@ -290,13 +286,13 @@ class Job:
         warm, changes = self._warm.get(way, (0, 0))
         eager = graph.engine.runs(graph.target) == "eager"
         if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
-            with self._waiting("warming up"):
+            with self.screen.waiting("warming up"):
                 warm_up(steps, record)
             self._warm[way] = (slots, graph.caches.changes)
 
     def _alone(self, request: Prepared, graph: DecodingGraph, record: Record) -> list[Step]:
         self._warm_up("alone", alone(request, graph), request, graph, record)
-        with self._progress("the target on its own", self.cfg.max_new_tokens) as advance:
+        with self.screen.progress("the target on its own", self.cfg.max_new_tokens) as advance:
             return decode_alone(request, graph, record, advance)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:

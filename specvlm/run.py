@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,8 @@ def run(cfg: RunConfig, folder: Path) -> int:
 
 class Run(Job):
     """A job of one sample, the configuration's own. What goes wrong is raised; its figures stand in summary.json."""
+
+    quiet = False
 
     def answer(self, record: Record) -> int:
         """Decode, write and show; returns the exit code."""
@@ -79,7 +79,7 @@ class Run(Job):
 
     def _check(self, request: Prepared, summary: dict[str, Any], folder: Path) -> None:
         """The models that answered are let go: they make room."""
-        with self._waiting(f"check={self.cfg.check}"):
+        with self.screen.waiting(f"check={self.cfg.check}"):
             summary |= check_run(self.held, request, summary["token_ids"])
         with writable(folder):
             write_json(folder / "summary.json", summary)
@@ -98,12 +98,6 @@ class Run(Job):
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
         return Baseline.of(self._alone(request, graph, record))
-
-    def _waiting(self, what: str) -> AbstractContextManager[None]:
-        return self.screen.waiting(what)
-
-    def _progress(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        return self.screen.progress(what, total)
 
     def _save(self, request: Prepared, graph: DecodingGraph, record: Record) -> str:
         """Write what was done before memory ran out, here or on another rank; returns where. Computes nothing on a GPU."""
