@@ -176,11 +176,13 @@ def _once(cfg: DictConfig, task: Callable[[DictConfig], int], context: HydraCont
 
 
 def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
-    written = Path(cfg.hydra.sweep.dir, "multirun.yaml")
+    written = call.folder / "multirun.yaml"
     if written.exists() and not written.is_file():  # Hydra would wait for a pipe's reader
         raise UserError(f"{written} is no file: move it away, or give another folder")
     over = None if compose.is_basic(cfg.hydra.launcher) else cfg.hydra.launcher
     with open_dict(cfg):
+        cfg.hydra.sweep.dir = str(call.folder)  # one for all, whatever ${now} is where a job is composed
+        cfg.hydra.overrides.hydra += compose.quoted([f"{FOLDERS[True]}={call.folder}"], sweep=False)
         cfg.hydra.launcher = OmegaConf.create({"_target_": TURNS, "_recursive_": False, "over": over})
     context.callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=call, config=cfg)
