@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from specvlm import lossless, memory, metrics
 from specvlm.baselines import Baseline
+from specvlm.config import RunConfig
 from specvlm.errors import OutOfMemory
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.models.load import name_of
@@ -168,7 +168,7 @@ def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str,
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
 
 
-def hf_check_of(cfg: DictConfig, graph: DecodingGraph) -> str | None:
+def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
     """What is known of `hf_check` before anything is checked; None where that is to come, see `pristine`."""
     if cfg.check is None:
         return "not checked"

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from specvlm import config, manual, names, registry
-from specvlm.errors import UserError, did_you_mean, first_line
+from specvlm.config import RunConfig
+from specvlm.errors import UserError, did_you_mean, first_line, line
 from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
 UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # what Hydra reads as it stands
-SWEEPING = re.compile(r"experiment$|hydra($|[./](sweeper|searchpath))")  # what may bring a sweep of its own
 OWN_SAMPLE = ("video", "question")  # of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
 MOST_JOBS = 1000  # of a sweep
@@ -37,47 +39,93 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
 
 
+_registered: object = None  # the table of strategies that Hydra knows
+
+
 def register() -> None:
     """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
-    registry.store()
-    manual.store()
-    names.register()
+    global _registered
+    if _registered is not (table := registry.collect()):
+        registry.store()
+        manual.store()
+        names.register()
+        _registered = table
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of one run. Raises UserError."""
     return jobs(overrides, sweep=False)[0].cfg
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. cfg: checked, without Hydra's own part; run_dir, sweep_dir: where it would write; folder: of a
-    job over samples, within that; place: of any job of a sweep, where it has no number in its name.
+    """One run as it would start. run_dir: where it would write; folder: of a job over samples, in the sweep's; place: of any
+    job of a sweep, where it has no number in its name.
     """
 
-    cfg: DictConfig
+    cfg: RunConfig
     run_dir: Path
-    sweep_dir: Path
     folder: Path | None = None
     label: str = ""
     place: str | None = None
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
-    """Every job that the words ask for, checked, so that none starts if one is wrong.
+    """Every job that the words ask for, checked; of a sweep those that Hydra's basic sweeper makes.
 
     folder: one more place for YAML files. Raises UserError.
     """
+    with hydra(folder):
+        if not sweep:
+            return [job_of(composed([*overrides, *searchpath(folder)], RunMode.RUN), sweep)]
+        master = composed([*overrides, *searchpath(folder)], RunMode.MULTIRUN)
+        (batch,) = BasicSweeper.split_arguments(_parsed(arguments_of(master)), None)
+        return jobs_of([_loader().load_sweep_config(master, words) for words in batch])
+
+
+@contextmanager
+def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
+    """Hydra, ready to compose. folder: one more place for YAML files, main: another one than conf/. Raises UserError."""
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
-    register()
-    more = [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
     for path in folder.rglob("*.yaml") if folder else ():
         read_yaml(path)  # Hydra would follow aliases without end
-    with explained(), initialize_config_dir(str(config.conf_dir()), job_name="specvlm", version_base="1.3"):
-        _refuse_lists(overrides)
-        each = _expand([*_presets_own([*overrides, *more]), *overrides]) if sweep else [list(overrides)]
-        found = [_checked([*words, *more], sweep) for words in each]
+    with explained(), initialize_config_dir(str(main or config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        register()
+        yield
+
+
+def searchpath(folder: Path | None) -> list[str]:
+    """The words that have Hydra look there, too."""
+    return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+
+
+def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
+    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have."""
+    _refuse_lists(words, mode)
+    try:
+        cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
+        if mode == RunMode.MULTIRUN:
+            _refuse_too_many(cfg)
+        folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+        own = " ".join(word for word in words if "hydra." in word)
+        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+    for key, where in folders.items():
+        if "\0" in where:
+            raise UserError(f"{key}={where}: no folder has a null character in its name")
+    return cfg
+
+
+def arguments_of(master: DictConfig) -> list[str]:
+    """What a sweep is over: what its preset says by `hydra.sweeper.params`, then the words, which win."""
+    own = OmegaConf.select(master, "hydra.sweeper.params") or {}
+    return [*(f"{key}={value}" for key, value in own.items()), *master.hydra.overrides.task]
+
+
+def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
+    """All jobs of a sweep, checked, so that none starts if one is wrong. Raises UserError."""
+    found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
 
@@ -120,19 +168,20 @@ def explain(err: Exception) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         return _unknown_key(str(cause.full_key), cause.object_type)
     if isinstance(cause, ValidationError) and cause.full_key:
-        return _wrong_type(str(err), cause)
-    ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(err))
-    if ambiguous:
-        return f"{ambiguous[1]}: several values are a sweep, which needs -m (one list is written key=[a,b])"
+        return _wrong_type(cause)
     details = re.compile(r"\s*(full_key|object_type|reference_type)[:=]")
     return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
 
 
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
 def _parsed(words: Sequence[str]) -> list[Override]:
-    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    return OverridesParser.create(config_loader=_loader()).parse_overrides(list(words))
 
 
-def _refuse_lists(words: Sequence[str]) -> None:
+def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
     """Hydra takes several options of a group, one over the other; what they would come to is no strategy. Presets may be
     several.
     """
@@ -142,28 +191,37 @@ def _refuse_lists(words: Sequence[str]) -> None:
         one = override.is_sweep_override() or all(isinstance(name, str | dict | None) for name in names)
         if group in config.GROUPS and not one:
             raise UserError(f"{override.input_line}: expected one by name, as in {group}=NAME")
+        if mode == RunMode.RUN and override.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
+            why = "several values are a sweep, which needs -m (one list is written key=[a,b])"
+            raise UserError(f"{override.input_line}: {why}")
 
 
-def _presets_own(words: Sequence[str]) -> list[str]:
-    """What a preset sweeps over, by `hydra.sweeper.params`; words of the command line stand behind it and win."""
-    parsed = _parsed(words)
-    if not any(SWEEPING.match(override.key_or_group) for override in parsed):
-        return []  # the usual configuration has none, and composing takes its time
-    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    cfg = _composed(fixed)
-    return [f"{key}={value}" for key, value in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items()]
+def _refuse_too_many(master: DictConfig) -> None:
+    """What Hydra's basic sweeper cannot do, or would do without end. Raises UserError."""
+    if not is_basic(master.hydra.sweeper):
+        return
+    count: dict[str, int] = {}
+    for override in _parsed(arguments_of(master)):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+        if _length(override) > MOST_JOBS:
+            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
+        values = len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+        if not values:
+            raise UserError(f"{override.input_line}: nothing matches")
+        count[override.get_key_element()] = values
+    if (jobs := math.prod(count.values())) > MOST_JOBS:
+        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: start several")
 
 
-def _composed(words: list[str]) -> DictConfig:
-    try:
-        return hydra_compose("config", words, return_hydra_config=True)
-    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
-        own = " ".join(word for word in words if "hydra." in word)
-        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+def is_basic(plugin: DictConfig) -> bool:
+    """Is it the launcher, or the sweeper, that comes with Hydra?"""
+    return str(plugin._target_).startswith("hydra._internal.")
 
 
-def _checked(words: list[str], sweep: bool) -> Job:
-    cfg = _composed(words)
+def job_of(cfg: DictConfig, sweep: bool) -> Job:
+    """What was composed as checked values. Raises UserError."""
+    words = list(cfg.hydra.overrides.task)
     sampled = OmegaConf.select(cfg, "dataset") is not None
     place = _subdir(cfg, sampled) if sweep else None
     folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
@@ -171,23 +229,43 @@ def _checked(words: list[str], sweep: bool) -> Job:
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
         raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
-    with flag_override(cfg, "struct", False):
-        hydra = cfg.pop("hydra")
-    for key, where in zip(FOLDERS, (hydra.run.dir, hydra.sweep.dir), strict=True):
-        if "\0" in where:
-            raise UserError(f"{key}={where}: no folder has a null character in its name")
-    OmegaConf.to_container(cfg, resolve=True)  # an unknown ${…} is found now, not when it is read
-    config.validate(cfg)
-    if cfg.dataset is not None:
-        _refuse_own_sample(words, cfg.dataset.name)
+    run = frozen(cfg)
+    if run.dataset is not None:
+        _refuse_own_sample(words, run.dataset.name)
     for kind in registry.KINDS:
-        if kind != "dataset" or cfg.dataset is not None:
+        if kind != "dataset" or run.dataset is not None:
             try:
-                registry.build(kind, cfg[kind])
+                registry.build(kind, getattr(run, kind))
             except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
                 if isinstance(error, UserError) or not sweep:
                     raise
-    return Job(cfg, Path(hydra.run.dir), Path(hydra.sweep.dir), folder, names.label(list(hydra.overrides.task)), place)
+    return Job(run, Path(cfg.hydra.run.dir), folder, names.label(words), place)
+
+
+def frozen(cfg: DictConfig) -> RunConfig:
+    """The checked values of what was composed, but for Hydra's own part. Raises UserError."""
+    for key in map(str, cfg):
+        if key not in (*config.KEYS, "hydra"):
+            raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
+    for key in config.KEYS:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} has no value: give {key}=…")
+    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
+        if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
+            raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
+    for side in ("target", "draft"):
+        if OmegaConf.is_missing(cfg[side], "path"):
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+    kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
+    chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
+    if cfg.tracker is not None:
+        chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
+    values: dict[str, Any] = {
+        key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS
+    }
+    run = RunConfig(**values | chosen)
+    config.validate(run)
+    return run
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
@@ -228,28 +306,6 @@ def _choice(cfg: DictConfig, group: str) -> str:
     return str(cfg.hydra.runtime.choices.get(group))
 
 
-def _expand(words: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep as Hydra's own sweeper makes them. With another sweeper, what is not swept."""
-    parsed = _parsed(words)
-    other = any(override.key_or_group == "hydra/sweeper" and override.value() != "basic" for override in parsed)
-    choices: dict[str, list[str]] = {}
-    for override in parsed:
-        key = override.get_key_element()
-        if not override.is_sweep_override():  # as the sweeper writes it, since folders are called after it
-            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep() and not other:
-            if _length(override) > MOST_JOBS:
-                raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            if not choices[key]:
-                raise UserError(f"{override.input_line}: nothing matches")
-        elif not other:
-            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
-    if (count := math.prod(map(len, choices.values()))) > MOST_JOBS:
-        raise UserError(f"this sweep has {count} jobs, at most {MOST_JOBS} are allowed: start several")
-    return [list(job) for job in itertools.product(*choices.values())]
-
-
 def _length(override: Override) -> float:
     """How many values a sweep over one key has, without making them."""
     sweep = override.value()
@@ -276,14 +332,17 @@ def _has(owner: Any, key: str) -> bool:
     return any(f.name == key for f in fields(owner))
 
 
-def _wrong_type(text: str, cause: ValidationError) -> str:
-    override = re.match(r"Error merging override (.*)", text)
-    seen = override[1] if override else str(cause.full_key)
+def _wrong_type(cause: ValidationError) -> str:
+    seen = f"{cause.full_key}={'null' if cause.value is None else cause.value}"
     reason = str(cause).splitlines()[0]
     owner: Any = cause.object_type
     hint = get_type_hints(owner).get(str(cause.key)) if is_dataclass(owner) else None
     if hint is None:
         return f"{seen}: {reason}"
+    choice, *null = [*get_args(hint), hint][:2] if get_args(hint) else [hint]
+    if isinstance(choice, type) and issubclass(choice, Enum):
+        names = list(choice.__members__)
+        return f"{seen}: expected one of {', '.join([*('null' for _ in null), *names])}.{did_you_mean(str(cause.value), names)}"
     return f"{seen}: expected {hint.__name__ if isinstance(hint, type) else str(hint)} ({reason})"
 
 

@@ -7,83 +7,95 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from specvlm.bounds import KEY, Within, check
-from specvlm.errors import UserError, did_you_mean, line
+from specvlm.errors import UserError, line
 
 EMBEDDED = "embedded:"
-CHOICES = {
-    "positions": ("original", "reindexed"),
-    "mrope": ("hf", "reference"),
-    "reader": ("auto", "pyav", "decord"),
-    "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
-    "engine": ("auto", "eager", "graphs"),
-}
-PARALLEL = {"target": ("layers", "tensor"), "draft": ("tensor",)}
-WEIGHTS = ("bf16", "fp8", "int8", "int4")  # of one side of the pair; null is as dtype has it
 CHECKS = ("hf", "generate")  # by a model of Hugging Face's own: one pass over the answer, or its own `generate`
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; many more end the process
 SHARDS = 4096
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
+# A choice is read and written by its name, which is its value.
+Positions = StrEnum("Positions", "original reindexed")
+Mrope = StrEnum("Mrope", "hf reference")
+Reader = StrEnum("Reader", "auto pyav decord")
+Dtype = StrEnum("Dtype", "auto float32 float64 bfloat16 float16")
+EngineKind = StrEnum("EngineKind", "auto eager graphs")
+Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # of one side of the pair
+TargetParallel = StrEnum("TargetParallel", "layers tensor")
+DraftParallel = StrEnum("DraftParallel", "tensor")
+TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 
-@dataclass
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one inside the package."""
 
     path: str = MISSING
-    weights: str | None = None
-    parallel: str | None = None
+    weights: Weights | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class TargetConfig(ModelConfig):
+    parallel: TargetParallel | None = None
+
+
+@dataclass(frozen=True)
 class DraftConfig(ModelConfig):
     """device: a GPU for the draft alone."""
 
+    parallel: DraftParallel | None = None
     device: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class WandbConfig:
     """`tracker=wandb`. mode: online, offline or disabled; project, entity: W&B's own."""
 
     name: str = "wandb"
-    mode: str = "online"
+    mode: TrackerMode = TrackerMode.online
     project: str = "specvlm"
     entity: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
-    """The schema that Hydra checks every run against."""
+    """All keys of a run: the schema that Hydra checks it against, and the checked values that everything else gets.
+
+    pruner, drafter, verifier, dataset: the settings of each, see `registry.settings`.
+    """
 
     pruner: Any = MISSING
     drafter: Any = MISSING
     verifier: Any = MISSING
     dataset: Any = None
     tracker: Any = None
-    target: ModelConfig = field(default_factory=ModelConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     ratio: Annotated[float, Within(0, 1, "a share of the video tokens to drop")] = MISSING
-    positions: str = MISSING
-    mrope: str = MISSING
+    positions: Positions = MISSING
+    mrope: Mrope = MISSING
     video: str = MISSING
     question: str | None = MISSING
     frames: Annotated[int | None, Within(1, 16_384)] = MISSING
     fps: Annotated[float | None, Within(0, 1000, above=True)] = MISSING
     max_pixels: Annotated[int | None, Within(1, 2**26)] = MISSING
-    reader: str = MISSING
+    reader: Reader = MISSING
     max_new_tokens: Annotated[int, Within(1, 131_072)] = MISSING
     repetition_penalty: Annotated[float | None, Within(0.01, 100)] = MISSING
     seed: Annotated[int, Within(0, 2**63 - 1)] = MISSING
     device: str = MISSING
-    dtype: str = MISSING
-    engine: str = MISSING
+    dtype: Dtype = MISSING
+    engine: EngineKind = MISSING
     threads: Annotated[int | None, Within(1, THREADS)] = MISSING
     check: str | None = MISSING
     baseline: bool = MISSING
@@ -100,21 +112,34 @@ KEYS = tuple(f.name for f in fields(RunConfig))
 NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # what may stand before "=" on the command line
 
 
-def validate(cfg: DictConfig) -> None:
+def schema(frozen: type) -> Any:
+    """A frozen dataclass as OmegaConf takes values for it; it would make read-only nodes of one."""
+
+    def thaw(node: DictConfig) -> None:
+        OmegaConf.set_readonly(node, None)
+        for key in node:
+            if isinstance(part := node._get_node(key), DictConfig):
+                thaw(part)
+
+    node: DictConfig = OmegaConf.structured(frozen)
+    thaw(node)
+    return node
+
+
+def plain(value: Any) -> Any:
+    """A configuration, or a part of it, as it is written: dicts, lists, names of choices, numbers and texts."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {plain(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def validate(cfg: RunConfig) -> None:
     """Check what a type cannot say. Raises UserError with the value seen and the values allowed."""
-    for key in map(str, cfg):
-        if key not in KEYS:
-            raise UserError(f'there is no key "{key}"; there is {", ".join(NAMES)}.{did_you_mean(key, NAMES)}')
-    for key in KEYS:
-        if key not in cfg or OmegaConf.is_missing(cfg, key):
-            raise UserError(f"{key} has no value: give {key}=…")
-    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
-        if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
-            raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
-    for key, allowed in CHOICES.items():
-        if cfg[key] not in allowed:
-            raise UserError(f"{key}={cfg[key]}: expected one of {', '.join(allowed)}.{did_you_mean(cfg[key], allowed)}")
-    check(RunConfig, cfg, KEY)
+    check(RunConfig, vars(cfg), KEY)
     _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
@@ -127,25 +152,12 @@ def validate(cfg: DictConfig) -> None:
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder, in whose name no null character can be")
-    if cfg.tracker is not None:
-        mode, allowed = cfg.tracker.mode, ("online", "offline", "disabled")
-        if mode not in allowed:
-            raise UserError(f"tracker.mode={mode}: expected one of {', '.join(allowed)}.{did_you_mean(mode, allowed)}")
-        if cfg.dataset is None:
-            raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
-    for side in ("target", "draft"):
-        if OmegaConf.is_missing(cfg[side], "path"):
-            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
-        weights = cfg[side].weights
-        if weights not in (None, *WEIGHTS):
-            hint = did_you_mean(weights, WEIGHTS)
-            raise UserError(f"{side}.weights={weights}: expected one of null, {', '.join(WEIGHTS)}.{hint}")
-        parallel, allowed = cfg[side].parallel, PARALLEL[side]
-        if parallel not in (None, *allowed):
-            hint = did_you_mean(parallel, allowed)
-            raise UserError(f"{side}.parallel={parallel}: expected one of null, {', '.join(allowed)}.{hint}")
-        if parallel == "layers" and weights not in (None, "bf16"):
-            raise UserError(f"{side}.parallel=layers does not go with {side}.weights={weights}: use tensor, or one device")
+    if cfg.tracker is not None and cfg.dataset is None:
+        raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
+    if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
+        raise UserError(
+            f"target.parallel=layers does not go with target.weights={cfg.target.weights}: use tensor, or one device"
+        )
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
     own = cfg.draft.device
@@ -174,6 +186,6 @@ def conf_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml in {here} or beside it: specvlm is not installed completely")
 
 
-def _expect(cfg: DictConfig, key: str, holds: bool, allowed: str) -> None:
+def _expect(cfg: RunConfig, key: str, holds: bool, allowed: str) -> None:
     if not holds:
-        raise UserError(f"{key}={line(str(cfg[key]))}: expected {allowed}")
+        raise UserError(f"{key}={line(str(getattr(cfg, key)))}: expected {allowed}")

@@ -13,10 +13,10 @@ from typing import IO, Any, TextIO
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specvlm.config import RunConfig, plain
 from specvlm.errors import UserError
 
 FILES = ("config.yaml", "steps.jsonl", "summary.json")
@@ -66,9 +66,9 @@ def check_there(file: IO[Any]) -> None:
         raise FileNotFoundError(errno.ENOENT, "it was removed, or put elsewhere, while this wrote into it", file.name)
 
 
-def write_config(cfg: DictConfig, folder: Path | None) -> None:
+def write_config(cfg: RunConfig, folder: Path | None) -> None:
     if folder:
-        write_yaml(folder / "config.yaml", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+        write_yaml(folder / "config.yaml", plain(cfg))
 
 
 def write_yaml(path: Path, content: Any) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import psutil
 
 
-def free_bytes() -> int | None:
-    """What the operating system would give without swapping; None where it does not say."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    line = next((line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-    return int(line.split()[1]) * 1024 if line else None
+def free_bytes() -> int:
+    """What the operating system would give without swapping."""
+    return int(psutil.virtual_memory().available)

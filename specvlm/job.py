@@ -15,13 +15,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from specvlm import memory, metrics, registry
 from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
-from specvlm.config import home
+from specvlm.config import RunConfig, home
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
 from specvlm.fence import contained, inside
 from specvlm.folder import write_attention, write_json, write_yaml
@@ -49,9 +48,11 @@ class Job:
     as weights that cannot be loaded, is raised.
     """
 
+    quiet = True  # several of them take turns on the screen
+
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: RunConfig,
         folder: Path | None,
         above: Path,
         held: Held,
@@ -63,7 +64,7 @@ class Job:
         self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
         self.label, self.group = label, group
         kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
-        self.screen, self.failure = Screen(), ""
+        self.screen, self.failure = Screen(quiet=self.quiet), ""
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
@@ -197,10 +198,7 @@ class Job:
             reason = self._reason(error, sample)
         if not self._all(request is not None) or request is None:
             return self._row(index, status, reason)
-        graph = self.held.graph(request, self.ranks)  # what goes wrong here goes wrong with every sample
-        self._note(not_applied(graph.target.ignored_settings))
-        self._note(graph.target.left_full)
-        self._note(graph.engine.note)
+        graph = self._graph(request, record)  # what goes wrong here goes wrong with every sample
         try:
             with contained():
                 figures = self._answer(index, request, graph, record)
@@ -239,29 +237,45 @@ class Job:
             self._told.add(line)
             self.screen.note(line)
 
-    def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
-        assert self.rows is not None
+    def _graph(self, request: Prepared, record: Record) -> DecodingGraph:
+        """What the request is answered with, and what is to be noted of it."""
+        graph = self.held.graph(request, self.ranks)
+        self._note(not_applied(graph.target.ignored_settings))
+        self._note(graph.target.left_full)
+        self._note(graph.engine.note)
         record.captured_s = graph.engine.capture_s
-        begin(request, graph, record)
-        if self.cfg.baseline:  # before any strategy has run
-            record.baseline = self._baseline(request, graph, record)
-        kept, self._rounds = None, []
-        with self.held.guard(graph):
-            self._warm_up("drafted", drafted(request, graph), request, graph, record)
-            for number, step in enumerate(speculate(request, graph, record)):
-                self._rounds.append({"sample": self.samples[index].id} | row(number, step))
-                self.rows.step(self._rounds[-1])
-                if step.attention is not None and self.folder:
-                    with writable(self.folder):
-                        write_attention(self.folder, index, step.attention)
-                if step.keep is not None:
-                    kept = step.keep.index.tolist()
-                    self._note(step.keep.note)
+        return graph
+
+    def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> dict[str, Any]:
+        self._decode(index, request, graph, record)
         record.peak_bytes = max(map(memory.peak_bytes, request.places.devices))
         summary, _ = summarize(request, graph, record)
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
         grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
+        kept = next((step.keep.index.tolist() for step in reversed(record.steps) if step.keep is not None), None)
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
+
+    def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+        """Without a drafter, before any strategy has run; then with one. Each behind its warm-up."""
+        begin(request, graph, record)
+        if self.cfg.baseline:
+            record.baseline = self._baseline(request, graph, record)
+        with self.held.guard(graph):
+            self._warm_up("drafted", drafted(request, graph), request, graph, record)
+            self._stream(index, request, graph, record)
+
+    def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+        """The rounds, written as they come."""
+        assert self.rows is not None
+        self._rounds = []
+        for number, step in enumerate(speculate(request, graph, record)):
+            self._rounds.append({"sample": self.samples[index].id} | row(number, step))
+            self.rows.step(self._rounds[-1])
+            if step.attention is not None and self.folder:
+                with writable(self.folder):
+                    write_attention(self.folder, index, step.attention)
+            if step.keep is not None:
+                self._note(step.keep.note)
 
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: Record) -> None:
         """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
@@ -272,16 +286,19 @@ class Job:
         warm, changes = self._warm.get(way, (0, 0))
         eager = graph.engine.runs(graph.target) == "eager"
         if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
-            warm_up(steps, record)
+            with self.screen.waiting("warming up"):
+                warm_up(steps, record)
             self._warm[way] = (slots, graph.caches.changes)
 
-    def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
-        def decode() -> list[Step]:
-            self._warm_up("alone", alone(request, graph), request, graph, record)
-            return decode_alone(request, graph, record, lambda: None)
+    def _alone(self, request: Prepared, graph: DecodingGraph, record: Record) -> list[Step]:
+        self._warm_up("alone", alone(request, graph), request, graph, record)
+        with self.screen.progress("the target on its own", self.cfg.max_new_tokens) as advance:
+            return decode_alone(request, graph, record, advance)
 
+    def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
+        weights = self.held.weights[graph.target]
         try:
-            return self.baselines.get(request, graph, self.held.weights[graph.target], decode)
+            return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
         except OSError as error:
             raise CannotWrite(f"cannot write into {self.baselines.folder}: {error.strerror or error}") from error
 

@@ -147,8 +147,8 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
     return 2 * model.layers * model.kv_heads * model.head_dim * slots * dtype.itemsize
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had, None where the system does not say."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
         return torch.cuda.mem_get_info(device)[0] + unused

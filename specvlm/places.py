@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
 
 from specvlm import registry, torchrun
+from specvlm.config import RunConfig
 from specvlm.errors import UserError
 
 
@@ -48,7 +48,7 @@ def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or de
     return device
 
 
-def places_of(cfg: DictConfig) -> Places:
+def places_of(cfg: RunConfig) -> Places:
     """Raises UserError for what cannot be had here, in one line."""
     parallel, named = cfg.target.parallel, cfg.device not in ("auto", "cpu", "cuda")
     if named and parallel:

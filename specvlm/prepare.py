@@ -10,10 +10,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from specvlm import memory, registry
-from specvlm.config import model_folder
+from specvlm.config import RunConfig, model_folder
 from specvlm.data.clips import find_clip
 from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
@@ -36,7 +35,7 @@ SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…)
 class Setup:
     """A configuration, checked; of the models their skeletons. draft: None where the drafter needs none."""
 
-    cfg: DictConfig
+    cfg: RunConfig
     places: Places
     pruner: Any
     drafter: Any
@@ -88,9 +87,9 @@ class Prepared(Setup, Reading):
         return sum(plan.total for plan in self.plans.values())
 
 
-def set_up(cfg: DictConfig, places: Places) -> Setup:
+def set_up(cfg: RunConfig, places: Places) -> Setup:
     """Check what can be checked without a video. Raises UserError."""
-    pruner, drafter, verifier = (registry.build(kind, cfg[kind]) for kind in ("pruner", "drafter", "verifier"))
+    pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     target.check_template()
     draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
@@ -100,9 +99,8 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
         if draft and places.draft_shared:
             check_shares(draft.hf.config, places.ranks, "draft.parallel=tensor", "leave draft.parallel out")
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
-    kinds = {
-        s: kind_of(cfg[s].weights, dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()
-    }
+    asked = {"target": cfg.target.weights, "draft": cfg.draft.weights}
+    kinds = {s: kind_of(asked[s], dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()}
     check_pristine(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     with settled(), inside(verifier):
@@ -113,7 +111,7 @@ def set_up(cfg: DictConfig, places: Places) -> Setup:
     return setup
 
 
-def check_pristine(cfg: DictConfig, target: VideoLM, kind: str | None) -> None:
+def check_pristine(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
     """Raises UserError where Hugging Face's own model is another one than the target."""
     if cfg.check is None:
         return
@@ -128,7 +126,7 @@ def check_pristine(cfg: DictConfig, target: VideoLM, kind: str | None) -> None:
         raise UserError(f"{wanted}, whose positions are other ones than mrope={cfg.mrope}: take mrope=hf, or leave check out")
 
 
-def own_sample(cfg: DictConfig) -> Sample:
+def own_sample(cfg: RunConfig) -> Sample:
     """The configuration's own video and question, where it names no data set."""
     return Sample("", find_clip(cfg.video), cfg.question or "describe the video.")
 
@@ -144,7 +142,7 @@ def read(setup: Setup, sample: Sample) -> Reading:
     return Reading(prompt, name, sample.question, perf_counter() - start, clip.frames.nbytes + pixels, clip.reader)
 
 
-def reads_ahead(cfg: DictConfig, places: Places) -> bool:
+def reads_ahead(cfg: RunConfig, places: Places) -> bool:
     """Is the next sample's video read while one is decoded? On a CPU it would take its time from the decoding."""
     if cfg.dataset is None:
         return False
@@ -169,9 +167,9 @@ def check_name(path: Path) -> None:
         raise MissingVideo(f"no such file: {path} ({getattr(error, 'strerror', None) or 'not a name'})") from None
 
 
-def frames_of(cfg: DictConfig, target: VideoLM, sample: Sample) -> Clip:
+def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
     """Those of its video that the target is shown. Raises UserError."""
-    with inside(f"dataset={cfg.dataset['name']}" if cfg.dataset else "video"):
+    with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
         check_name(source)
@@ -202,8 +200,7 @@ def plan(
     if drafts is not None:
         kind = setup.kinds.get("draft", setup.kinds["target"])
         needs.append(memory.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))
-    free = {device: memory.free_bytes(device) for device in places.devices}
-    free = {device: have if have is None else have + (held or {}).get(device, 0) for device, have in free.items()}
+    free = {device: memory.free_bytes(device) + (held or {}).get(device, 0) for device in places.devices}
     plans, counts = memory.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)
     if reads_ahead(cfg, places):
         host = torch.device("cpu")
@@ -212,7 +209,7 @@ def plan(
         free.setdefault(host, memory.free_bytes(host))
     for device, planned in plans.items():
         have = free[device]
-        if have is not None and planned.total > have:
+        if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
             raise UserError(
                 f"the run needs about {planned.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"

@@ -50,9 +50,6 @@ class StrategyInfo:
         return _fields(self.cls)
 
 
-_stored: dict[str, dict[str, StrategyInfo]] | None = None  # the table that Hydra knows
-
-
 @cache
 def collect() -> dict[str, dict[str, StrategyInfo]]:
     """All usable strategies, `{kind: {name: info}}`, both sorted as registered. Cached: plugins load once a process.
@@ -91,16 +88,12 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 def store() -> None:
     """Make every strategy an option of its Hydra group, and the schema of the run known. Can be called again."""
-    global _stored
-    options, table = ConfigStore.instance(), collect()
-    if _stored is table and "schema.yaml" in options.repo:  # making them anew takes as long as composing a quarter of a run
-        return
-    options.store(name="schema", node=config.RunConfig, provider="specvlm")
-    options.store(group="tracker", name="wandb", node=config.WandbConfig, provider="specvlm")
-    for kind, infos in table.items():
+    options = ConfigStore.instance()
+    options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
+    options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
+    for kind, infos in collect().items():
         for name, info in infos.items():
-            options.store(group=kind, name=name, node=info.config, provider=info.plugin)
-    _stored = table
+            options.store(group=kind, name=name, node=config.schema(info.config), provider=info.plugin)
 
 
 def find(kind: str, name: str) -> StrategyInfo:
@@ -118,14 +111,11 @@ def unknown(kind: str, name: str, names: list[str]) -> str:
     return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
 
 
-def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
-    """The strategy that `node` describes: a name, or its fields with the key `name`, as `cfg.pruner` has them.
+def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
+    """What `node` says of a strategy, as a `StrategyInfo.config`: its name and a value of each field, of the field's type.
 
-    Raises UserError for an unknown name or field, a wrong type, a number out of bounds, a missing value, and where the class
-    refuses a value.
+    Raises UserError for an unknown name or field, a wrong type and a missing value.
     """
-    if isinstance(node, str):
-        node = {"name": node}
     if not isinstance(node, Mapping) or "name" not in node:
         raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
     info = find(kind, str(node["name"]))
@@ -138,12 +128,22 @@ def build(kind: str, node: Mapping[str, Any] | DictConfig | str) -> Any:
         if plain[key] == MISSING:  # merged with a default it would be taken for that
             raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(info.config), literal(plain))
-        values = vars(OmegaConf.to_object(merged))
+        merged = OmegaConf.merge(config.schema(info.config), literal(plain))
+        return OmegaConf.to_object(merged)
     except MissingMandatoryValue as err:
         raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
     except OmegaConfBaseException as err:
         raise UserError(f"{kind}={info.cls.name}: {str(err).splitlines()[0]}") from err
+
+
+def build(kind: str, chosen: Any) -> Any:
+    """The strategy that `chosen` describes: a name, its fields with the key `name`, or its `settings`.
+
+    Raises UserError as `settings` does, for a number out of bounds, and where the class refuses a value.
+    """
+    if not dataclasses.is_dataclass(chosen):
+        chosen = settings(kind, {"name": chosen} if isinstance(chosen, str) else chosen)
+    info, values = find(kind, chosen.name), vars(chosen)
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
@@ -184,7 +184,7 @@ def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | Non
 
 
 def _config_class(cls: type[Strategy]) -> type:
-    """A copy of the dataclass for Hydra: OmegaConf makes nodes of frozen ones read-only, and the name has to be in it."""
+    """A copy of the dataclass for Hydra, with the name in it."""
     try:
         hints = get_type_hints(cls)
     except NameError as err:
@@ -202,7 +202,7 @@ def _config_class(cls: type[Strategy]) -> type:
                 "use int, float, bool, str, an Enum, or lists, tuples, dicts and dataclasses of these"
             ) from err
         columns.append(column)
-    return dataclasses.make_dataclass(f"{cls.__name__}Config", columns)
+    return dataclasses.make_dataclass(f"{cls.__name__}Config", columns, frozen=True)
 
 
 def described(strategy: object) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 
+from specvlm import config
 from specvlm.bounds import parse
+from specvlm.config import RunConfig
 from specvlm.errors import UserError
 from specvlm.folder import check_there, write_yaml
 from specvlm.outside import MOST_BYTES, json_of, read_text, read_yaml
@@ -130,7 +131,7 @@ class Rows:
     or rows of another configuration; CannotWrite where nothing can be written.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
+    def __init__(self, cfg: RunConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
         self.folder, self.done = folder, set[str]()
         self._files: list[BinaryIO] = []
         self._lock: BaseFileLock | None = None
@@ -148,12 +149,12 @@ class Rows:
             self.close()
             raise
 
-    def _open(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+    def _open(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
             self._claim(cfg, folder, shard)
 
-    def _claim(self, cfg: DictConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+    def _claim(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         if not is_job(folder) and (folder / "steps.jsonl").exists():
             raise Taken(f"{folder} holds a run without a data set: take another folder")
         part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
@@ -226,10 +227,9 @@ class Rows:
             self._lock.release()
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def plain(cfg: RunConfig) -> dict[str, Any]:
     """A configuration as it is written: without what does not matter to its rows."""
-    found: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    return {key: value for key, value in found.items() if key not in NO_MATTER}
+    return {key: value for key, value in config.plain(cfg).items() if key not in NO_MATTER}
 
 
 def _lock_of(samples: Path) -> BaseFileLock:

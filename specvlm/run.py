@@ -1,29 +1,28 @@
-"""One run: read the video, plan the memory, load the pair, decode, prove, report, write."""
+"""One run: a job of one sample, whose answer is shown as it comes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from specvlm import memory, metrics
-from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.answer import Record, ran_out, row, speculate, summarize, threads
 from specvlm.baselines import Baseline
-from specvlm.errors import ExitCode
+from specvlm.config import RunConfig
 from specvlm.fence import contained
 from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
-from specvlm.places import Places, places_of
+from specvlm.job import Job
+from specvlm.places import places_of
 from specvlm.prepare import Prepared, own_sample, read, set_up
 from specvlm.pristine import check_run
-from specvlm.ranks import ALONE, Ranks, joined
+from specvlm.ranks import joined
 from specvlm.rows import writable
-from specvlm.show import Screen, not_applied
 
 
-def run(cfg: DictConfig, folder: Path) -> int:
+def run(cfg: RunConfig, folder: Path) -> int:
     """Decode one video as `cfg` says and write the run's folder. Returns 1 on MISMATCH, else 0.
 
     Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
@@ -32,86 +31,79 @@ def run(cfg: DictConfig, folder: Path) -> int:
     places, record = places_of(cfg), Record()
     if places.ranks == 1:
         with contained():
-            return _run(cfg, folder, places, ALONE, HELD, record)
+            return Run(cfg, folder, folder, HELD).answer(record)
     with joined(places.first, lambda: record.save()) as ranks:
-        return _run(cfg, folder if ranks.rank == 0 else None, places, ranks, Held(), record)
+        return Run(cfg, folder if ranks.rank == 0 else None, folder, Held(), ranks).answer(record)
 
 
-def _run(cfg: DictConfig, folder: Path | None, places: Places, ranks: Ranks, held: Held, record: Record) -> int:
-    """folder: None for a rank that writes nothing."""
-    screen, done = Screen(), ""
-    with threads(cfg.threads):
-        setup = set_up(cfg, places)
-        request = held.plan(setup, read(setup, own_sample(cfg)))
-        screen.plan(request)
+class Run(Job):
+    """A job of one sample, the configuration's own. What goes wrong is raised; its figures stand in summary.json."""
+
+    quiet = False
+
+    def answer(self, record: Record) -> int:
+        """Decode, write and show; returns the exit code."""
+        with threads(self.cfg.threads):
+            self.setup = set_up(self.cfg, places_of(self.cfg))
+            request = self.held.plan(self.setup, read(self.setup, own_sample(self.cfg)))
+            self.screen.plan(request)
+            summary = self._written(request, record)
+        if self.folder:
+            self.screen.summary(summary, self.folder)
+            if summary["hf_check"] is None:
+                self._check(request, summary, self.folder)
+        return self.code_of([{"status": "ok"} | summary])
+
+    def _written(self, request: Prepared, record: Record) -> dict[str, Any]:
+        """The summary, on the disk too. Where memory runs out, what was done until then."""
+        done = ""
         try:
-            graph = held.graph(request, ranks)
-            screen.note(not_applied(graph.target.ignored_settings))
-            screen.note(graph.target.left_full)
-            screen.note(graph.engine.note)
-            record.captured_s = graph.engine.capture_s
-            with files_of(folder):
-                record.save = lambda: save(cfg, request, graph, folder, record)
+            graph = self._graph(request, record)
+            with files_of(self.folder):
+                record.save = lambda: self._save(request, graph, record)
                 try:
-                    decode(request, graph, folder, screen, record, held)
-                    summary, verdict = summarize(request, graph, record)
+                    self._decode(0, request, graph, record)
+                    self._note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
+                    summary = summarize(request, graph, record)[0]
                 except RuntimeError as error:
                     done = record.save() if memory.ran_out(error) else ""
                     raise
-                if folder:
-                    write_json(folder / "summary.json", summary)
+                if self.folder:
+                    write_json(self.folder / "summary.json", summary)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             raise ran_out(request, record, done) from error
-    if folder:
-        screen.summary(summary, folder)
-        if summary["hf_check"] is None:
-            record.save = str
-            del graph  # the pair makes room
-            with screen.waiting(f"check={cfg.check}"):
-                summary |= check_run(held, request, summary["token_ids"])
-            with writable(folder):
-                write_json(folder / "summary.json", summary)
-            screen.checked(summary)
-    wrong = verdict == "mismatch" or (summary["hf_check"] or "").startswith("MISMATCH")
-    return ExitCode.MISMATCH if wrong else ExitCode.OK
+        record.save = str
+        return summary
 
+    def _check(self, request: Prepared, summary: dict[str, Any], folder: Path) -> None:
+        """The models that answered are let go: they make room."""
+        with self.screen.waiting(f"check={self.cfg.check}"):
+            summary |= check_run(self.held, request, summary["token_ids"])
+        with writable(folder):
+            write_json(folder / "summary.json", summary)
+        self.screen.checked(summary)
 
-def decode(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record, held: Held) -> None:
-    """The baseline's steps, before any strategy has run; then the speculative ones, streamed and logged as they come. Both
-    behind a warm-up of each.
-    """
-    begin(request, graph, record)
-    if request.cfg.baseline:
-        with screen.waiting("warming up"):
-            warm_up(alone(request, graph), record)
-        with screen.progress("the target on its own", request.cfg.max_new_tokens) as advance:
-            record.baseline = Baseline.of(decode_alone(request, graph, record, advance))
-    with held.guard(graph):
-        with screen.waiting("warming up"):
-            warm_up(drafted(request, graph), record)
-        write_config(request.cfg, folder)  # now: what cannot run has failed, and left nothing
-        stream(request, graph, folder, screen, record)
-    screen.note(next((step.keep.note for step in record.steps if step.keep is not None), ""))
+    def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:
+        write_config(self.cfg, self.folder)  # now: what cannot run has failed, and left nothing
+        with steps_file(self.folder) as log, self.screen.answer(request.target.tokenizer) as show:
+            for number, step in enumerate(speculate(request, graph, record)):
+                log.write(json.dumps(row(number, step)) + "\n")
+                log.flush()
+                check_there(log)
+                if step.attention is not None:
+                    write_attention(self.folder, index, step.attention)
+                show(step)
 
+    def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
+        return Baseline.of(self._alone(request, graph, record))
 
-def stream(request: Prepared, graph: DecodingGraph, folder: Path | None, screen: Screen, record: Record) -> None:
-    with steps_file(folder) as log, screen.answer(request.target.tokenizer) as show:
-        for number, step in enumerate(speculate(request, graph, record)):
-            log.write(json.dumps(row(number, step)) + "\n")
-            log.flush()
-            check_there(log)
-            if step.attention is not None:
-                write_attention(folder, 0, step.attention)
-            show(step)
-
-
-def save(cfg: DictConfig, request: Prepared, graph: DecodingGraph, folder: Path | None, record: Record) -> str:
-    """Write what was done before memory ran out, here or on another rank; returns where it is. Computes nothing on a GPU."""
-    if folder is None:
-        return ""
-    record.out_of_memory = record.stage
-    write_config(cfg, folder)
-    write_json(folder / "summary.json", summarize(request, graph, record)[0])
-    return f"; {len(metrics.tokens_of(record.steps))} tokens are in {folder}"
+    def _save(self, request: Prepared, graph: DecodingGraph, record: Record) -> str:
+        """Write what was done before memory ran out, here or on another rank; returns where. Computes nothing on a GPU."""
+        if self.folder is None:
+            return ""
+        record.out_of_memory = record.stage
+        write_config(self.cfg, self.folder)
+        write_json(self.folder / "summary.json", summarize(request, graph, record)[0])
+        return f"; {len(metrics.tokens_of(record.steps))} tokens are in {self.folder}"

@@ -47,10 +47,11 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 
 
 class Screen:
-    """Plain text where the output is no terminal: no colours, no bars, no control characters."""
+    """Plain text where the output is no terminal: no colours, no bars, no control characters. quiet: no bars in any case."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Terminal()
+        self.live = self.console.is_terminal and not quiet
         set_verbosity_error()  # what goes wrong in Hugging Face's code is said in one line of ours
         if not self.console.is_terminal:
             self.console.width = 120
@@ -81,7 +82,7 @@ class Screen:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        if self.console.is_terminal:
+        if self.live:
             with self.console.status(what):
                 yield
         else:
@@ -96,7 +97,7 @@ class Screen:
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.live) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
 

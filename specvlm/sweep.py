@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from specvlm import names
 from specvlm.compose import FOLDERS
+from specvlm.config import RunConfig, WandbConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.fence import contained
 from specvlm.held import HELD, Held
@@ -34,26 +34,33 @@ END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single j
 
 
 class Sweep:
-    """Jobs as Hydra starts them. In this process they wait for each other, and take turns; in another, and under a sweeper that
-    wants to see what comes out, each is done at once.
+    """Jobs as Hydra starts them. Where they are `together` they wait for `finish`, and take turns; else each is done at once.
 
-    folder: of all of them; None where Hydra decides it. labels: by the folder of each job. tracker: the configuration's word on
-    it. tell: says what a job failed of, and returns its exit code.
+    folder: of all of them. tell: says what a job failed of, and returns its exit code.
     """
 
-    def __init__(self, folder: Path | None, labels: Mapping[Path, str], tracker: Any, tell: Callable[[Exception], int]) -> None:
-        self.folder, self.tracker, self.tell, self.home = folder, tracker, tell, os.getpid()
-        short, self.common = names.apart(list(labels.values())) if labels else ([], "")
-        self.labels = dict(zip(labels, short, strict=True))
-        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
-        self.name = " ".join([*presets, folder.name if folder else ""]).strip()
+    def __init__(self, folder: Path, tell: Callable[[Exception], int]) -> None:
+        self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
+        self.tracker: WandbConfig | None = None
+        self.words: dict[Path, str] = {}  # what tells each job from others, by its folder
+        self.labels: dict[Path, str] = {}  # the same without what all have
+        self.common = self.name = ""
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
         self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
         self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
         self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
 
-    def add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
+    def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
+        """Jobs are to be added. words: what tells each from others, by its folder."""
+        self.words |= words
+        self.tracker = tracker
+        short, self.common = names.apart(list(self.words.values())) if self.words else ([], "")
+        self.labels = dict(zip(self.words, short, strict=True))
+        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
+        self.name = " ".join([*presets, self.folder.name]).strip()
+
+    def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
         if self.ended:
             return ExitCode.OK
@@ -65,9 +72,9 @@ class Sweep:
             self.ended = error  # said later: Hydra would say it in its own way
             return ExitCode.OK
 
-    def _add(self, cfg: DictConfig, folder: Path, hydra: Any) -> int:
+    def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
-        above = self.folder if several and self.folder else folder
+        above = self.folder if several else folder
         if places_of(cfg).ranks > 1:
             try:
                 return share_ranks(cfg, folder)
@@ -89,8 +96,7 @@ class Sweep:
                 raise JobFailed(code) from error
             return code
         self.begun.append((job, FOLDERS[several]))
-        plain = (hydra.launcher._target_.endswith(".BasicLauncher"), hydra.sweeper._target_.endswith(".BasicSweeper"))
-        if several and all(plain) and self.labels and os.getpid() == self.home:
+        if self.together:
             self.jobs.append(job)
             return ExitCode.OK
         return take_turns([job], cfg.turn, self.tell)
@@ -104,7 +110,8 @@ class Sweep:
         """Do what waits; returns the worst exit code."""
         if self.ended:
             raise self.ended
-        return take_turns(self.jobs, self.jobs[0].cfg.turn, self.tell) if self.jobs else ExitCode.OK
+        jobs, self.jobs = self.jobs, []
+        return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
         """Its exit code where a job has one, of what is in their folders."""
@@ -128,9 +135,9 @@ class Sweep:
             return
         told = [(label, found[folder] or never) for folder, label in self.labels.items()]
         unfinished = [option for job, option in self.begun if job.todo or unchecked(job)]
-        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished and self.folder else ""
+        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished else ""
         screen.jobs(told, self.common, self.folder, go_on)
-        if self.tracker is not None and self.folder:
+        if self.tracker is not None:
             if len(found) > 1:
                 tracker = Tracker(self._wandb())
                 tracker.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
@@ -223,7 +230,7 @@ def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Call
         yield task, partial(read_next, at)
 
 
-def share_ranks(cfg: DictConfig, folder: Path) -> int:
+def share_ranks(cfg: RunConfig, folder: Path) -> int:
     """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
     with Readings() as readings, joined(places_of(cfg).first) as ranks:
         job = Job(cfg, folder if ranks.rank == 0 else None, folder, Held(), ranks)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from specvlm.config import WandbConfig
 from specvlm.errors import one_line
 from specvlm.metrics import LATER
 
@@ -39,15 +40,15 @@ class Wandb:
     wish: `tracker=…` of the configuration; note: where to say what goes wrong.
     """
 
-    def __init__(self, wish: Mapping[str, Any], note: Callable[[str], None]) -> None:
-        self.wish, self.note, self.mode = wish, note, str(wish["mode"])
+    def __init__(self, wish: WandbConfig, note: Callable[[str], None]) -> None:
+        self.wish, self.note, self.mode = wish, note, str(wish.mode)
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str) -> Any:
         """A run of W&B's. name, group: final, since it cannot rename what it holds offline; folder: where it keeps that."""
         import wandb
 
         tags = {str(config[part]["name"]) for part in ("pruner", "drafter", "verifier", "dataset") if config.get(part)}
-        named: dict[str, Any] = {"project": self.wish["project"], "entity": self.wish["entity"], "name": name, "group": group}
+        named: dict[str, Any] = {"project": self.wish.project, "entity": self.wish.entity, "name": name, "group": group}
         named |= {"job_type": kind, "dir": str(folder), "config": dict(config), "tags": sorted(tags), "reinit": "create_new"}
         if self.mode == "online" and not reachable(wandb.Settings().base_url):
             self._offline("there is no way to its server")

@@ -267,4 +267,4 @@ def test_bf16_weights_are_those_of_the_dtype_and_it_must_be_bfloat16():
 
 
 def test_the_configuration_knows_the_kinds_there_are():
-    assert config.WEIGHTS[1:] == KINDS
+    assert tuple(config.Weights)[1:] == KINDS

@@ -24,7 +24,7 @@ def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, .
     room = [1.0, 1.0]
     if device.type == "cuda":
         devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-        room = [float(memory.free_bytes(d) or 0) for d in devices]
+        room = [float(memory.free_bytes(d)) for d in devices]
         room[0] -= beside
     stages, start = [], 0
     for where, count in zip(devices, split(layers, room), strict=True):

@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from omegaconf import DictConfig
-
 from specvlm import compose, memory, metrics, registry, torchrun
 from specvlm.__main__ import guarded
 from specvlm.advise import acceptance, table
@@ -23,6 +21,7 @@ from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.answer import threads
+from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
@@ -84,21 +83,21 @@ class Wishes:
                 raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} says something about")
         return cls(tuple(names), known, int(tokens), check == "true", costs)
 
-    def trees(self, cfg: DictConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
+    def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
         """The shapes and the ratios to predict, by drafter; those of the run itself are among them."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
         if self.known:  # a drafter without video cannot be assumed to guess as well as one with it
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
         if registry.build("pruner", cfg.pruner).keeps_all:
             ratios = [0.0]
-        own = cfg.drafter.get("shape")
+        own = getattr(cfg.drafter, "shape", None)
         every = {
             "tree": (tuple(dict.fromkeys([*SHAPES, own or SHAPES[0]])), tuple(ratios)),
             "self": (CHAINS[:4], RATIOS_OF_SELF if len(ratios) > 1 else (0.0,)),
         }
         return {name: every[name] for name in self.drafters if name in TREES}
 
-    def others(self, cfg: DictConfig) -> list[Drafter]:
+    def others(self, cfg: RunConfig) -> list[Drafter]:
         """The drafters to measure: the run's own as it is configured, the rest with their defaults."""
         names = [name for name in self.drafters if name not in TREES]
         return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
@@ -134,7 +133,7 @@ def command(words: Sequence[str]) -> int:
     return ExitCode.OK
 
 
-def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
+def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
     """Profile, predict, print, and write costs.json and advice.json into `folder`. words: of the run, to be repeated."""
     screen = Screen()
     say = screen.console.print
@@ -172,12 +171,12 @@ def advise(cfg: DictConfig, folder: Path, words: Sequence[str], wishes: Wishes) 
     screen.written(folder)
 
 
-def plan(cfg: DictConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
+def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
     """The input, checked; memory is planned for the configuration that needs the most: one with a draft model, if any has."""
-    widest = cfg.copy()
     every = [*(registry.build("drafter", name) for name in trees), *others]
-    widest.drafter = {"name": min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name}
-    widest.ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
+    largest = min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name
+    ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
+    widest = replace(cfg, drafter=largest, ratio=ratio)
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
         raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
     setup = set_up(widest, places_of(widest))

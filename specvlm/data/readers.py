@@ -346,7 +346,7 @@ class Pictures:
     def _room(self, height: int, width: int) -> Tensor:
         needed, free = self._count * 3 * height * width, free_bytes()
         frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
-        if free is not None and needed > free:
+        if needed > free:
             raise UserError(f"{self._path}: {frames}, and {free / 2**30:.1f} GiB are free: take fewer (frames=…)")
         try:
             return torch.empty(self._count, 3, height, width, dtype=torch.uint8)

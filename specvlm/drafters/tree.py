@@ -167,7 +167,7 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
     above_MM = ancestor_mask(shape.parents)
     levels, written, row_of = list[Level](), list[int](), {0: 0}
     for depth, nodes in enumerate(shape.levels):
-        at, seen = 2 + len(written), FED_22
+        at, seen = 2 + len(written), None if depth else FED_22
         if depth:
             written += nodes
             row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}

@@ -8,9 +8,10 @@ import select
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from time import monotonic
+
+import psutil
 
 SECONDS = 5  # of the processor: a busy machine takes longer
 PATIENCE = 60.0  # seconds on the clock, for what waits instead of working
@@ -73,10 +74,9 @@ def _limit() -> None:
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # where there is no /proc there is no limit
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with suppress(OSError, ValueError):  # not every system has this limit
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, hard))
 
 
 def _read(source: int) -> bytes:

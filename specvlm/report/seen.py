@@ -113,6 +113,8 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         raise UserError(f"{'; '.join(job.label for job in jobs)}: no sample {sample} is done")
     first = next(iter(did))
     cfg: Any = SimpleNamespace(**first.config)  # as it stands there: nothing in it is resolved
+    if cfg.dataset:
+        cfg.dataset = SimpleNamespace(**cfg.dataset)
     try:
         target, asked = target_of(cfg.target["path"], cfg.mrope), sample_of(cfg, sample)
         clip = frames_of(cfg, target, asked)
@@ -164,9 +166,9 @@ def sample_of(cfg: Any, name: str) -> Sample:
     """The sample itself, from its data set. Raises UserError where that has no such one, or cannot be read here."""
     if not cfg.dataset:
         return own_sample(cfg)
-    found = next((sample for sample in samples_of(json.dumps(cfg.dataset)) if sample.id == name), None)
+    found = next((sample for sample in samples_of(json.dumps(vars(cfg.dataset))) if sample.id == name), None)
     if found is None:
-        raise UserError(f"the data set {cfg.dataset['name']} has no sample {name} here: is it another version?")
+        raise UserError(f"the data set {cfg.dataset.name} has no sample {name} here: is it another version?")
     return found
 
 

@@ -1,0 +1,48 @@
+"""specvlm's launcher, where Hydra looks for plugins: jobs that take turns, or another launcher's behind the same checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+if TYPE_CHECKING:
+    from specvlm.launch import Call
+
+
+class TurnsLauncher(Launcher):
+    """Composes each job once, checks all before the first starts, and lets them take turns.
+
+    over: another launcher, as it is configured: it starts them instead, each on its own.
+    """
+
+    def __init__(self, over: DictConfig | None = None) -> None:
+        self.over = over
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.call: Call = task_function  # type: ignore[assignment]
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from specvlm import compose
+
+        configs = [self.context.config_loader.load_sweep_config(self.config, list(words)) for words in job_overrides]
+        jobs = compose.jobs_of(configs)
+        self.call.expect(jobs)
+        if self.over is not None:
+            return self._other().launch(job_overrides, initial_job_idx=initial_job_idx)
+        for number, config in enumerate(configs, start=initial_job_idx):
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+        return self.call.take_turns(list(zip(jobs, configs, strict=True)), self.context)
+
+    def _other(self) -> Any:
+        config = self.config.copy()
+        with open_dict(config):
+            config.hydra.launcher = self.over
+        return Plugins.instance().instantiate_launcher(self.context, self.call, config)
