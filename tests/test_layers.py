@@ -104,7 +104,7 @@ def test_all_that_crosses_goes_through_one_function(monkeypatch):
     cache = lm.new_cache(200)
     with torch.inference_mode():
         lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
-        lm.append(torch.tensor([5]), [0], None, cache)
+        Engine().append(lm, torch.tensor([5]), cache)
     passes, width = 2 + 1, tiny.TEXT["hidden_size"]
     assert len(seen) == passes * 2
     assert all(shapes[0][-1] == width and shapes[1] is None and len(shapes) == 4 for shapes in seen)

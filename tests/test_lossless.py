@@ -341,8 +341,7 @@ def test_a_job_with_more_ties_than_rounding_explains_says_so():
 def follow(lm, request, tokens):
     cache = lm.new_cache(len(request) + len(tokens))
     lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
-    seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    return int(lm.append(torch.tensor(tokens), range(len(tokens)), seen, cache)[-1].argmax())
+    return int(Engine().append(lm, torch.tensor(tokens), cache)[-1].argmax())
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def scored(lm, tree, cache):
 def sequential(lm, request, tokens):
     cache, _ = filled(lm, request)
     for token in tokens:
-        logits = lm.append(torch.tensor([token]), [0], None, cache)
+        logits = Engine().append(lm, torch.tensor([token]), cache)
     return logits[0]
 
 

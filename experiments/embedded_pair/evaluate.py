@@ -106,7 +106,7 @@ def answered(
     hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
     answer = [int(target.head(hidden_D).argmax())]
     while answer[-1] not in target.stop_ids and len(answer) < limit:
-        answer.append(int(target.append(torch.tensor(answer[-1:]), [0], None, cache)[0].argmax()))
+        answer.append(int(ENGINE.append(target, torch.tensor(answer[-1:]), cache)[0].argmax()))
     return answer, cache
 
 

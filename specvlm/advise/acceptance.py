@@ -159,11 +159,10 @@ def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: 
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
     embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.options.positions)
-    rows = len(answer) - 1
     with graph.caches.lease() as lease:
         cache = lease.take("draft", model, len(embeds_KD) + len(answer))
         model.prefill(embeds_KD, positions_AK, cache)
-        logits_QV = model.append(torch.tensor(answer[:-1]), range(rows), None, cache)[:, : graph.vocabulary]
+        logits_QV = graph.engine.append(model, torch.tensor(answer[:-1]), cache)[:, : graph.vocabulary]
     wanted_Q = torch.tensor(answer[1:], device=logits_QV.device)
     own_Q1 = logits_QV.gather(1, wanted_Q.clamp(max=graph.vocabulary - 1)[:, None])
     rank_Q = (logits_QV > own_Q1).sum(1).masked_fill(wanted_Q >= graph.vocabulary, graph.vocabulary)

@@ -14,27 +14,26 @@ from functools import partial
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache, Store
+from specvlm.cache import KVCache
 from specvlm.engine import Engine, Request, ops, placed, why_not_captured
+from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
 from specvlm.fence import checked_verdict, inside
 from specvlm.passes import Call, Pass, Passes, Rows, finished
-from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import Verifier, VerifyContext, uniform
+from specvlm.strategy import Verifier, uniform
 from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
-_NOBODY = torch.Generator()  # in a captured step random numbers are inputs
 MOST = 48  # programs of a kind captured for one cache: a drafter whose trees never repeat would capture every round
 
 
@@ -75,7 +74,7 @@ class GraphsEngine(Engine):
         q = tree.q if tree.q is not None and dice else None
         state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
         captured, x = self.capture_s, tree.tokens
-        shape = _shape_of(tree, verifier)
+        shape = shape_of(tree, verifier)
         for number in earlier:
             (x,) = self._through(number, lean, tree, cache)(state, x)
 
@@ -89,8 +88,8 @@ class GraphsEngine(Engine):
                 torch.empty(0, device=device) if x is tree.tokens else torch.zeros_like(x, device=device),
                 *(table.to(device) for table in shape),
             ]
-            paths = _Paths(tree, device)
-            fn = partial(_check, lean, verifier, tree.parents, tree.varies, cache, penalty.factor, paths)
+            paths = Paths(tree, device)
+            fn = partial(check_of, lean, verifier, tree.parents, tree.varies, cache, penalty.factor, paths)
             return self.capture(fn, inputs, backend, paths)
 
         rule = (type(verifier), repr(verifier))
@@ -118,8 +117,8 @@ class GraphsEngine(Engine):
             state, rows = torch.tensor([cache.capacity - count, 0], device=device), torch.zeros(count, dtype=torch.int64)
             if number:
                 rows = torch.zeros(count, lean.hidden, dtype=lean.dtype)
-            paths = _Paths(tree, device)
-            return self.capture(partial(_pass, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
+            paths = Paths(tree, device)
+            return self.capture(partial(pass_of, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
 
         return self.program((f"through {number}", lean, tree.parents), cache, build)
 
@@ -129,8 +128,8 @@ class GraphsEngine(Engine):
 
         def build(backend: str) -> Program:
             state = torch.tensor([cache.capacity - len(tree), 0], device=device)
-            last, paths = torch.zeros(1, dtype=torch.int64, device=device), _Paths(tree, device)
-            return self.capture(partial(_move, cache.stores[number], paths), [state, last], backend, paths)
+            last, paths = torch.zeros(1, dtype=torch.int64, device=device), Paths(tree, device)
+            return self.capture(partial(move_of, cache.stores[number], paths), [state, last], backend, paths)
 
         return self.program((f"follow {number}", lean, tree.parents), cache, build)
 
@@ -270,86 +269,3 @@ def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
 def _captured(lean: LeanText, tree: DraftTree, verifier: Verifier) -> bool:
     """Is a check of this tree under this rule a lean pass, or an eager one?"""
     return len(tree) <= ROWS and verifier.on_device and not (tree.varies and len(lean.stages) > 1)
-
-
-def ways(tree: DraftTree) -> list[list[int]]:
-    """For each node the nodes on its way from the root. Behind its end a way goes straight on, so that rows moved along it
-    stay where they are.
-    """
-    length = max(tree.depths) + 1
-    return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
-
-
-class _Paths:
-    """A tree's ways from the root, as tables on the device."""
-
-    def __init__(self, tree: DraftTree, device: torch.device) -> None:
-        self.nodes_MD = torch.tensor(ways(tree), device=device)
-        self.depths_M = torch.tensor(tree.depths, device=device)
-        self.seen_MM = tree.mask.to(device, torch.int8)
-
-
-class _Shape(NamedTuple):
-    """The same tables where they are a step's inputs. Ways are as long as a chain of all nodes would be, so sizes are fixed."""
-
-    nodes_MD: Tensor
-    depths_M: Tensor
-    seen_MM: Tensor
-
-
-def _shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
-    """A varying tree's shape as the inputs of a step captured by size; empty where the step is of one shape, or the rule is."""
-    tables = verifier.tables(tree.parents) if tree.varies else None
-    if tables is None:
-        return ()
-    nodes = torch.tensor(ways(tree))
-    further = torch.arange(nodes.shape[1], len(tree)).expand(len(tree), -1)
-    return (torch.cat([nodes, further], 1), torch.tensor(tree.depths), tree.mask.to(torch.int8), *tables)
-
-
-def _check(
-    lean: LeanText,
-    verifier: Verifier,
-    parents: tuple[int, ...],
-    varies: bool,
-    cache: KVCache,
-    factor: float,
-    paths: _Paths | _Shape,
-    state_2: Tensor,
-    tokens_M: Tensor,
-    seen_V: Tensor,
-    dice: Tensor,
-    q_MV: Tensor,
-    x_MD: Tensor,
-    *shape: Tensor,
-) -> tuple[Tensor]:
-    """Pass, penalty, verdict and cache move, on the last stage's device. state: slot of the root, position - slot. x: rows as
-    they left the stage before; empty where there is none. shape: of this very tree (see `_shape_of`), in the place of
-    `parents`, which then are of some tree of its size; empty where `parents` are its own.
-    """
-    tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
-    if shape:
-        paths, tables = _Shape(*shape[:3]), shape[3:]
-        above_MM = paths.seen_MM.float()
-    (hidden_MD,) = _pass(lean, len(lean.stages) - 1, cache, paths, state_2, x_MD if len(x_MD) else tokens_M)
-    logits_MV = lean.logits(hidden_MD)
-    if factor != 1:
-        logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
-    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables))
-    if len(dice):  # a sum over a vocabulary may round otherwise on another GPU, and then the caches would part
-        decision_2 = lean.ranks.first(decision_2)
-    if len(parents) > 1:
-        _move(cache.stores[-1], paths, state_2, decision_2[:1])
-    return (torch.cat([decision_2, tokens_M]),)
-
-
-def _pass(lean: LeanText, number: int, cache: KVCache, paths: _Paths | _Shape, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
-    """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
-    x = lean.enter(rows) if number == 0 else rows
-    return (lean.run(number, x, paths.depths_M, 0, paths.seen_MM, state_2[:1], state_2[1:], cache),)
-
-
-def _move(store: Store, paths: _Paths | _Shape, state_2: Tensor, last_1: Tensor) -> tuple[()]:
-    """The rows on the way to node `last` move together behind the root's."""
-    store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
-    return ()

@@ -327,12 +327,6 @@ class VideoLM(ABC):
             guidance.gather(self.ranks)
         return hidden_QD[-1]
 
-    def append(
-        self, tokens_Q: Tensor, depths: Sequence[int], seen_QT: Tensor | None, cache: KVCache, root: int | None = None
-    ) -> Tensor:
-        """(Q, V) logits: `append_hidden`, and the head."""
-        return self.head(self.append_hidden(tokens_Q, depths, seen_QT, cache, root))
-
     def append_hidden(
         self,
         tokens_Q: Tensor,

@@ -1,0 +1,102 @@
+"""A tree's check as functions of device tensors, to be captured: the target's pass, the rule, and the cache's move.
+
+Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specvlm.cache import KVCache, Store
+from specvlm.engine.lean import LeanText
+from specvlm.penalty import RepetitionPenalty
+from specvlm.strategy import Verifier, VerifyContext
+from specvlm.types import DraftTree
+
+_NOBODY = torch.Generator()  # in a captured step random numbers are inputs
+
+
+def ways(tree: DraftTree) -> list[list[int]]:
+    """For each node the nodes on its way from the root. Behind its end a way goes straight on, so that rows moved along it
+    stay where they are.
+    """
+    length = max(tree.depths) + 1
+    return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
+
+
+class Paths:
+    """A tree's ways from the root, as tables on the device."""
+
+    def __init__(self, tree: DraftTree, device: torch.device) -> None:
+        self.nodes_MD = torch.tensor(ways(tree), device=device)
+        self.depths_M = torch.tensor(tree.depths, device=device)
+        self.seen_MM = tree.mask.to(device, torch.int8)
+
+
+class Shape(NamedTuple):
+    """The same tables where they are a step's inputs. Ways are as long as a chain of all nodes would be, so sizes are fixed."""
+
+    nodes_MD: Tensor
+    depths_M: Tensor
+    seen_MM: Tensor
+
+
+def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
+    """A varying tree's shape as the inputs of a step captured by size; empty where the step is of one shape, or the rule is."""
+    tables = verifier.tables(tree.parents) if tree.varies else None
+    if tables is None:
+        return ()
+    nodes = torch.tensor(ways(tree))
+    further = torch.arange(nodes.shape[1], len(tree)).expand(len(tree), -1)
+    return (torch.cat([nodes, further], 1), torch.tensor(tree.depths), tree.mask.to(torch.int8), *tables)
+
+
+def check_of(
+    lean: LeanText,
+    verifier: Verifier,
+    parents: tuple[int, ...],
+    varies: bool,
+    cache: KVCache,
+    factor: float,
+    paths: Paths | Shape,
+    state_2: Tensor,
+    tokens_M: Tensor,
+    seen_V: Tensor,
+    dice: Tensor,
+    q_MV: Tensor,
+    x_MD: Tensor,
+    *shape: Tensor,
+) -> tuple[Tensor]:
+    """Pass, penalty, verdict and cache move, on the last stage's device. state: slot of the root, position - slot. x: rows as
+    they left the stage before; empty where there is none. shape: of this very tree (see `shape_of`), in the place of
+    `parents`, which then are of some tree of its size; empty where `parents` are its own.
+    """
+    tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
+    if shape:
+        paths, tables = Shape(*shape[:3]), shape[3:]
+        above_MM = paths.seen_MM.float()
+    (hidden_MD,) = pass_of(lean, len(lean.stages) - 1, cache, paths, state_2, x_MD if len(x_MD) else tokens_M)
+    logits_MV = lean.logits(hidden_MD)
+    if factor != 1:
+        logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
+    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables))
+    if len(dice):  # a sum over a vocabulary may round otherwise on another GPU, and then the caches would part
+        decision_2 = lean.ranks.first(decision_2)
+    if len(parents) > 1:
+        move_of(cache.stores[-1], paths, state_2, decision_2[:1])
+    return (torch.cat([decision_2, tokens_M]),)
+
+
+def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths | Shape, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
+    """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
+    x = lean.enter(rows) if number == 0 else rows
+    return (lean.run(number, x, paths.depths_M, 0, paths.seen_MM, state_2[:1], state_2[1:], cache),)
+
+
+def move_of(store: Store, paths: Paths | Shape, state_2: Tensor, last_1: Tensor) -> tuple[()]:
+    """The rows on the way to node `last` move together behind the root's."""
+    store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
+    return ()
