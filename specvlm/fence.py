@@ -7,7 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from specvlm.cache import CacheLease
 from specvlm.errors import MissingVideo, StrategyError, UserError, line, message, one_line
 from specvlm.interrupts import INTERRUPTS
 from specvlm.passes import Call, Pass
-from specvlm.strategy import Drafter, Verifier
+from specvlm.strategy import Drafter, Sampling, Verifier
 from specvlm.types import DraftTree, Verdict
 
 
@@ -123,6 +125,19 @@ def contained() -> Iterator[None]:
 def _ends_jobs(error: BaseException) -> bool:
     """Is it an exception of specvlm's own, with which a sweep ends?"""
     return type(error).__module__.partition(".")[0] == "specvlm"
+
+
+def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
+    """Does a rule claim to be lossless, and of which distribution? Raises StrategyError for what is none."""
+    with inside(verifier):
+        lossless, sampling = bool(verifier.lossless), verifier.sampling
+        if type(sampling) is not Sampling:
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        for field in fields(sampling):
+            value = getattr(sampling, field.name)
+            if type(value) not in (int, float) or not 0 <= value < inf:
+                raise ValueError(f"sampling.{field.name} must be a number from 0 on, got {value!r:.50}")
+        return lossless, sampling
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:

@@ -18,14 +18,14 @@ from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
 from specvlm.errors import UserError, line
-from specvlm.fence import checked_item, checked_tree, inside, is_ours
+from specvlm.fence import checked_item, checked_tree, claims_of, inside, is_ours
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Pass, Passes, guarded
 from specvlm.penalty import RepetitionPenalty
 from specvlm.scheduler import alone
 from specvlm.signals import gathered, guidance_for, state_layer
-from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Sampling, Verifier
+from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
@@ -103,7 +103,8 @@ def autoregressive_work(
     penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
     with caches.lease() as lease:
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
-        request = Request(target, cache, verifier, penalty, generator, stop_ids, clock.mark)
+        _, sampling = claims_of(verifier)
+        request = Request(target, cache, verifier, sampling, penalty, generator, stop_ids, clock.mark)
         _, logits_MV = prefill(target, prompt, cache, clock)
         token = first_token(request, logits_MV)
         clock.mark("prefill")
@@ -146,9 +147,7 @@ class DecodingGraph:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
         state_layer(self.pruner, self.target)
         # Read once: what a rule claims decides what its output is held to.
-        self.lossless, self.sampling = bool(self.verifier.lossless), self.verifier.sampling
-        if type(self.sampling) is not Sampling:
-            raise UserError(f"verifier={self.verifier.name}: sampling must be a Sampling, got {type(self.sampling).__name__}")
+        self.lossless, self.sampling = claims_of(self.verifier)
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     def decode(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Iterator[Step]:
@@ -168,7 +167,8 @@ class DecodingGraph:
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
             penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
             guidance, dice = self._guidance(prompt, asked), verifier_generator(asked.seed)
-            request = Request(target, cache, verifier, penalty, dice, stop_ids, clock.mark, lossless=self.lossless)
+            rule = (verifier, self.sampling, penalty, dice, stop_ids)
+            request = Request(target, cache, *rule, clock.mark, lossless=self.lossless)
             features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
             copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
             token = first_token(request, logits_MV)

@@ -75,16 +75,13 @@ class Sweep:
     def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several else folder
-        if places_of(cfg).ranks > 1:
-            try:
-                return share_ranks(cfg, folder)
-            except Exception as error:
-                return self.tell(error)
         label = self.labels.get(folder, "") if self.labels else names.label(hydra.overrides.task)
         job = Job(cfg, folder, above, HELD, label=label, group=self.name, wandb=self._wandb())
         try:
             with contained():
-                job.start()
+                ranks = places_of(cfg).ranks  # which makes the drafter, and that may fail
+                if ranks == 1:
+                    job.start()
         except END_IT:
             raise
         except Exception as error:
@@ -95,6 +92,11 @@ class Sweep:
             if cfg.fail_fast:
                 raise JobFailed(code) from error
             return code
+        if ranks > 1:
+            try:
+                return share_ranks(cfg, folder)
+            except Exception as error:
+                return self.tell(error)
         self.begun.append((job, FOLDERS[several]))
         if self.together:
             self.jobs.append(job)

@@ -19,7 +19,7 @@ from specvlm.errors import UserError
 from specvlm.fence import checked_verdict, inside
 from specvlm.passes import Call, Pass, Passes, Rows, Work, driven, finished
 from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import Verifier, VerifyContext
+from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, Verdict
 from specvlm.verifiers.sampling import own_rule
 
@@ -36,6 +36,7 @@ class Request:
 
     Attributes:
         cache: The target's.
+        sampling: The distribution that the rule claims to be exact for, as it was when the request began.
         stop_ids: Those that end this answer.
         mark: Told "capture" when a step was captured before it ran.
         video_ND: The video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
@@ -46,6 +47,7 @@ class Request:
     target: VideoLM
     cache: KVCache
     verifier: Verifier
+    sampling: Sampling
     penalty: RepetitionPenalty
     generator: torch.Generator
     stop_ids: frozenset[int]
@@ -109,7 +111,7 @@ class Engine:
             verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
         if not request.lossless:
             verdict = strict_ends(request, verdict, tree, logits_MV)
-        verdict = agreed(request.target, request.verifier, verdict)
+        verdict = agreed(request, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
@@ -161,7 +163,7 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
         verdict = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
     if not request.lossless:
         verdict = strict_ends(request, verdict, root, logits_1V)
-    return agreed(request.target, request.verifier, verdict.bonus)
+    return agreed(request, verdict.bonus)
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
@@ -183,15 +185,15 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
 
 def own_choices(request: Request, logits_QV: Tensor) -> list[int]:
     """What the target writes behind each row by itself. No word of the rule's own, whose `first` may be lossy as well."""
-    rule = own_rule(request.verifier.sampling)
+    rule = own_rule(request.sampling)
     return [rule.first(logits_V, request.generator) for logits_V in logits_QV]
 
 
-def agreed(target: VideoLM, verifier: Verifier, decided: T) -> T:
+def agreed(request: Request, decided: T) -> T:
     """What a rule decided, where ranks share the target: the first one's word, if it samples. Sums over a vocabulary need not
     round alike on two GPUs, and then the ranks' caches would part.
     """
-    return target.ranks.share(lambda: decided) if verifier.sampling.temperature > 0 else decided
+    return request.target.ranks.share(lambda: decided) if request.sampling.temperature > 0 else decided
 
 
 def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
