@@ -47,7 +47,7 @@ def in_stages(family: str, *ends: int):
 @cache
 def of_the_whole(family: str, drafter: str, seed: int) -> list[Step]:
     pair, strategies = (tiny.model(family), tiny.draft_of(family)), (TwoStagePruner(), DRAFTERS[drafter], GreedyVerifier())
-    return list(DecodingGraph(*pair, *strategies, 0.5).decode(tiny.prompt(family, seed=seed), 20))
+    return list(DecodingGraph(*pair, *strategies, GenerationOptions(ratio=0.5)).decode(tiny.prompt(family, seed=seed), 20))
 
 
 CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1, 2)), ("tree", "eager", (1, 2))]

@@ -22,6 +22,7 @@ from specvlm.graph import DecodingGraph
 from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.penalty import RepetitionPenalty
 from specvlm.pruners.uniform import UniformPruner
+from specvlm.ranks import ALONE
 from specvlm.strategy import Sampling, Verifier, VerifyContext
 from specvlm.types import DraftTree, GenerationOptions, Verdict
 from specvlm.verifiers.loose import LooseVerifier, visual_scores
@@ -217,7 +218,7 @@ def checked_by(verifier, tokens, best, stops, scale=1.0, generator=None):
     tree = DraftTree(torch.tensor(tokens), tuple(range(-1, len(tokens) - 1)))
     logits = torch.zeros(len(tokens), V).scatter(1, torch.tensor(best)[:, None], scale)
     generator = generator or torch.Generator().manual_seed(0)
-    request = Request(SimpleNamespace(stop_ids=stops), None, verifier, None, generator, lossless=False)
+    request = Request(None, None, verifier, verifier.sampling, None, generator, stops, lossless=False)
     return strict_ends(request, verifier.verify(VerifyContext(tree, logits, generator)), tree, logits)
 
 
@@ -288,9 +289,10 @@ def test_what_a_rule_writes_into_its_context_moves_no_end(family, monkeypatch):
 @pytest.mark.slow
 def test_a_rule_that_samples_has_no_word_of_its_own_on_where_answers_end():
     """Its `first` never stops; each of two stop ids still comes as often as the target gives it, and no other."""
-    request = Request(SimpleNamespace(stop_ids=frozenset({8, 9}), ranks=SimpleNamespace(share=lambda decided: decided())),
-                      None, Sloppy(1.0, stops=frozenset({8, 9})), RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool)),
-                      torch.Generator().manual_seed(0), lossless=False)  # fmt: skip
+    target, rule = SimpleNamespace(ranks=ALONE), Sloppy(1.0, stops=frozenset({8, 9}))
+    penalty = RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    request = Request(target, None, rule, rule.sampling, penalty, generator, frozenset({8, 9}), lossless=False)
     logits_1V, runs = torch.zeros(1, V).index_fill_(1, torch.tensor([2, 8]), 2.0), 1500
     drawn = [first_token(request, logits_1V) for _ in range(runs)]
     for stop, weight in ((8, math.exp(2)), (9, 1.0)):

@@ -28,10 +28,10 @@ from specvlm.verifiers.greedy import GreedyVerifier
 GREEDY, LIMIT, SHORT = GreedyVerifier(), 20, 12
 
 
-def decode(target, request, drafter=None, limit=LIMIT, **fields):
+def decode(target, request, drafter=None, limit=LIMIT, engine=None, **asked):
     draft, drafter = tiny.draft_of(target.family), drafter or TreeDrafter("3x2")
-    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, GenerationOptions(ratio=0.5, **fields))
-    return tokens_of(list(graph.decode(request, limit)))
+    graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GREEDY, engine=engine or Engine())
+    return tokens_of(list(graph.decode(request, GenerationOptions(limit, 0.5, **asked))))
 
 
 def alone(target, request, limit=LIMIT):
