@@ -209,7 +209,7 @@ class _Passes:
             way = max((w for w in ways if [tokens[node] for node in w] == spelled[: len(w)]), key=len, default=())
             if not way:
                 raise _Wrong(at + 1, "its round did not begin with the last token")
-            logits_MV = self.engine.rescore(self.target, tree.to(self.target.device), cache, verifier)
+            logits_MV = self.engine.rescore(self.target, tree.to(self.target.device), cache)
             for node in way:
                 at += 1
                 yield from said(logits_MV[node])

@@ -123,8 +123,8 @@ class Engine:
         (rows,) = self.run([Pass(target, cache, tokens_Q, depths, None, cache.length, cache.offset)])
         return rows.logits()
 
-    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
-        """(M, V) logits of a tree by the arithmetic of `check` under that rule; its rows stay behind the cache.
+    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
+        """(M, V) logits of a tree by the arithmetic of `check`; its rows stay behind the cache.
 
         Positions and mask are made anew, since a judge that shared the slips of what it judges would not see them.
         """

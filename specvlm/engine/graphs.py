@@ -195,10 +195,10 @@ class GraphsEngine(Engine):
         parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
         return torch.cat([super(GraphsEngine, self).append(target, tokens, cache) for tokens in parts])
 
-    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache, verifier: Verifier) -> Tensor:
+    def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
         lean = self.lean(target)
-        if lean is None or not _captured(lean, tree, verifier):
-            return super().rescore(target, tree, cache, verifier)
+        if lean is None or len(tree) > ROWS:
+            return super().rescore(target, tree, cache)
         (depths_M, seen_MM), device = placed(tree), target.device
         base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
         tables = depths_M.to(device), 0, seen_MM.to(device, torch.int8)
@@ -254,11 +254,20 @@ def _rows(lean: LeanText, one: Pass) -> Rows:
     seen_QT = one.seen_QT
     if seen_QT is None:
         seen_QT = torch.ones(len(one), one.at + len(one), dtype=torch.int8, device=device).tril(one.at)
-    base, offset = (n if isinstance(n, Tensor) else torch.tensor([n], device=device) for n in (one.base, one.offset))
-    depths_Q = torch.as_tensor(one.depths_Q, device=device)
+    base, offset, depths_Q = (_there(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
     seen_QT = seen_QT.to(device, torch.int8)
     hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, seen_QT, base, offset, one.cache)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """On the device, without a copy from the host: that would wait, which no captured step may."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+    each = [numbers] if isinstance(numbers, int) else numbers
+    return torch.cat([torch.full((1,), number, device=device) for number in each])
 
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
