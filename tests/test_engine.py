@@ -320,6 +320,26 @@ def test_a_comparison_judges_by_the_engines_own_arithmetic(monkeypatch):
     assert lossless.compare(lm, request, [*shifted[:3], 5, *shifted[4:]], shifted, engine=engine).gap == 0.0
 
 
+@pytest.mark.slow
+def test_a_rule_of_the_host_is_judged_by_the_pass_that_it_read(monkeypatch):
+    """Its checks are not captured, and run by the lean pass all the same; so does what replays them."""
+
+    class OnHost(GreedyVerifier):
+        name = "on_host"
+
+        def verify(self, ctx):
+            return super().verify(ctx)
+
+    lm, request, exact = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), LeanText.logits
+    want = tokens_of(list(autoregressive(lm, request, 12, GreedyVerifier())))
+    monkeypatch.setattr(LeanText, "logits", lambda self, hidden: exact(self, hidden).roll(1, -1))
+    engine = GraphsEngine("direct")
+    steps = list(graph_of("qwen2_5_vl", "tree", engine, verifier=OnHost()).decode(request, 12))
+    assert (shifted := tokens_of(steps)) != want
+    found = lossless.compare(lm, request, want, shifted, engine=engine, steps=steps, verifier=OnHost())
+    assert "done again" not in found.reason and found.token == 1
+
+
 def test_a_draft_that_lies_on_a_cpu_is_not_captured():
     """A graph of nothing would draft the same tokens for ever, and the output would not show it."""
     engine = GraphsEngine("direct")
