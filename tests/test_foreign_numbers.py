@@ -191,7 +191,7 @@ SAMPLED = ["dataset=synthetic", "dataset.scenes=1"]
         ["ratio=0.5,0.5", *SAMPLED],
         ["resume=true,false", *SAMPLED],
         ["shard=0/2,0/2", *SAMPLED],
-        ["hydra.sweep.subdir=a/../x,x", *SAMPLED],
+        ["hydra.sweep.subdir=${seed}/../x", "seed=1,2", *SAMPLED],
         ["hydra.sweep.subdir=", "seed=1,2"],
     ],
     ids=" ".join,
@@ -199,6 +199,12 @@ SAMPLED = ["dataset=synthetic", "dataset.scenes=1"]
 def test_jobs_of_a_sweep_that_share_a_folder_are_refused_before_the_first_starts(words, capfd):
     said = refused(lambda: main(["-m", *words, *FAST, "hydra.sweep.dir=sweep"]), capfd)
     assert "jobs 1 and 2" in said and "into sweep" not in said
+    assert not Path("sweep").exists()
+
+
+def test_hydras_own_keys_are_not_swept(capfd):
+    said = refused(lambda: main(["-m", "hydra.sweep.subdir=a/../x,x", *SAMPLED, *FAST, "hydra.sweep.dir=sweep"]), capfd)
+    assert "hydra.sweep.subdir" in said and "not supported" in said
     assert not Path("sweep").exists()
 
 
