@@ -18,11 +18,11 @@ from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.fence import inside
 from specvlm.graph import DecodingGraph
-from specvlm.integrity import settled
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import Places
+from specvlm.process_settings import settled
 from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
 from specvlm.types import GenerationOptions, VideoPrompt

@@ -22,9 +22,9 @@ from specvlm import config, plugins
 from specvlm.bounds import check
 from specvlm.errors import UserError, did_you_mean
 from specvlm.fence import inside
-from specvlm.integrity import settled
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
+from specvlm.process_settings import settled
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
 
 KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}

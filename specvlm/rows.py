@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -33,6 +35,7 @@ from specvlm.records import Answered, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
+A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 UNCHECKED = (None, "not checked")  # values of hf_check that a later line may better
 
 
@@ -54,6 +57,19 @@ def writable(folder: Path) -> Iterator[None]:
 
 def _cannot(folder: Path, error: OSError) -> CannotWrite:
     return CannotWrite(f"cannot write into {folder}: {error.strerror or error}")
+
+
+def room(folder: Path, samples: int, tokens: int) -> None:
+    """Is there a disk to write to, before hours are spent? Raises CannotWrite."""
+    needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:  # of no name: other shards look at this folder, too
+            probe.write(b"\0" * 4096)
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
+        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
