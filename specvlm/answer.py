@@ -55,14 +55,10 @@ def warm_up(steps: Iterator[Step], record: Record) -> None:
     list(islice(steps, 3))
 
 
-def drafted(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    return graph.decode(request.prompt)
-
-
 def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
     """The steps, as they come."""
     record.stage = "decoding"
-    for step in drafted(request, graph):
+    for step in graph.decode(request.prompt):
         record.steps.append(step)
         yield step
 

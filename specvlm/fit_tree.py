@@ -22,9 +22,11 @@ import argparse
 import heapq
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 from pathlib import Path
 
 from specvlm.__main__ import guarded, refuse
@@ -63,25 +65,18 @@ def read(folder: Path) -> list[Round]:
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
     """p[depth][rank]: the chance that the target takes that guess once all above is accepted. Zero where nobody tried."""
-    tried: list[list[int]] = []
-    taken: list[list[int]] = []
+    tried, taken = defaultdict[int, Counter[int]](Counter), defaultdict[int, Counter[int]](Counter)
     for one in rounds:
         for depth, width in enumerate(one.widths):
             rank = one.ranks[depth] if depth < len(one.ranks) and one.ranks[depth] < width else None
-            seen = width if rank is None else rank + 1
-            while len(tried) <= depth:
-                tried.append([])
-                taken.append([])
-            for table in (tried[depth], taken[depth]):
-                table += [0] * (seen - len(table))
-            for r in range(seen):
-                tried[depth][r] += 1
+            tried[depth].update(range(width if rank is None else rank + 1))
             if rank is not None:
                 taken[depth][rank] += 1
     chances = []
-    for tried_R, taken_R in zip(tried, taken, strict=True):
+    for depth in range(len(tried)):
         left, chances_R = 1.0, []
-        for at_risk, hits in zip(tried_R, taken_R, strict=True):
+        for rank in range(len(tried[depth])):
+            hits, at_risk = taken[depth][rank], tried[depth][rank]
             chances_R.append(left * hits / at_risk)
             left *= 1 - hits / at_risk
         chances.append(chances_R)
@@ -106,14 +101,8 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
     """Accepted guesses a round of a tree, in expectation."""
-    total = 0.0
-    for path in paths:
-        value = 1.0
-        for depth, rank in enumerate(path):
-            known = depth < len(chances) and rank < len(chances[depth])
-            value *= chances[depth][rank] if known else 0.0
-        total += value
-    return total
+    known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
+    return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
 
 def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:

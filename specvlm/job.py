@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specvlm import memory, metrics, registry
-from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.answer import Record, alone, begin, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.config import RunConfig, home
@@ -253,7 +253,7 @@ class Job:
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
         with self.held.guard(graph):
-            self._warm_up("drafted", drafted(request, graph), request, graph, record)
+            self._warm_up("drafted", graph.decode(request.prompt), request, graph, record)
             self._stream(index, request, graph, record)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:

@@ -71,16 +71,8 @@ KEYS = {
 }
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # that have a `baseline_…_s` and a `speedup_…`
-LATER = (
-    "file_to_first_token_s",
-    "file_to_last_token_s",
-    "baseline_file_to_first_token_s",
-    "baseline_file_to_last_token_s",
-    "speedup_file_to_last_token",
-    "reader",
-    "hf_check",
-    "hf_difference",
-)  # of KEYS what older rows and summaries lack
+# Of KEYS what older rows and summaries lack.
+LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "hf_check", "hf_difference")
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
 

@@ -26,6 +26,7 @@ from specvlm.answer import hf_check_of, threads
 from specvlm.config import model_folder
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.fence import inside
+from specvlm.lossless import alike
 from specvlm.models.checkpoint import folder_of
 from specvlm.prepare import Prepared, Setup, own_sample, read
 from specvlm.rows import UNCHECKED, rows_of
@@ -219,11 +220,6 @@ class PristineModel:
         """Typical change of a difference of two logits, over the whole answer: of most tokens, not of the worst one."""
         spreads = [float((a.double() - b.double()).std()) for a, b in zip(logits_TV, shaken_TV, strict=True)]
         return math.sqrt(2) * median(spreads)
-
-
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers begin with in common."""
-    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 @contextmanager

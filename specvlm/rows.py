@@ -183,7 +183,8 @@ class Rows:
             with _lock_of(path):
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
-        old, end = _lines(samples)
+        measured = list(_measured(samples))
+        old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
             raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
@@ -299,12 +300,6 @@ def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], 
 def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """All whole lines of a file; torn: and a last one that lacks its end alone. Raises UserError for one that is no JSON."""
     return [line for line, _ in _measured(path, torn)]
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """All whole lines, and where the last of them ends."""
-    found = list(_measured(path))
-    return [line for line, _ in found], found[-1][1] if found else 0
 
 
 def _cut(file: BinaryIO, end: int) -> None:

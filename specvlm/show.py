@@ -142,8 +142,6 @@ class Screen:
     def written(self, folder: Path) -> None:
         self.console.print(styled((f"written to {folder}", "dim")))
 
-    # ---- jobs over samples -------------------------------------------------------------------------------------------
-
     def job(self, job: Job) -> None:
         """What is about to be answered."""
         left, all_of_it = len(job.todo), len(job.mine)
@@ -250,12 +248,8 @@ def spread(job: Prepared) -> str:
     """How the target lies on its devices; nothing to say of one."""
     places = job.places
     if places.parallel == "tensor":
-        draft = "too" if places.draft_shared else "on the first alone"
-        return (
-            f"every layer shared by {places.ranks} ranks, the draft {draft}"
-            if job.drafter.model == "draft"
-            else (f"every layer shared by {places.ranks} ranks")
-        )
+        draft = f", the draft {'too' if places.draft_shared else 'on the first alone'}" if job.drafter.model == "draft" else ""
+        return f"every layer shared by {places.ranks} ranks{draft}"
     shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
     return ", ".join(shares)
 

@@ -62,7 +62,8 @@ class Chances:
         for node in range(1, len(shape)):
             first = self.first[min(shape.depths[node], len(self.first)) - 1]
             rank = shape.ranks[node]
-            chance = first if rank == 0 else (1 - first) * _share(rank)
+            # Of the misses of the best guess, those that guess number `rank` is right on.
+            chance = first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
             reach.append(reach[shape.parents[node]] * chance)
         return sum(reach[1:])
 
@@ -82,11 +83,6 @@ class Chances:
             middle = (low + high) / 2
             low, high = (middle, high) if cls((middle,)).accepted(shape) < accepted else (low, middle)
         return cls((low,), source)
-
-
-def _share(rank: int) -> float:
-    """Of the misses of the best guess, those that guess number `rank` (from 1) is right on."""
-    return float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
 class Tree(Named):

@@ -82,7 +82,7 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
 
     try:
         # An absolute path, since FFmpeg takes 12:30.mp4 for an address. It may open no other file and no address.
-        may = {"format_whitelist": ",".join(sorted(_formats())), "protocol_whitelist": "file"}
+        may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
             stream = _shown(container, path)
             together = threads > 1 and stream.codec_context.name in FRAME_THREADS
@@ -153,13 +153,6 @@ def _side_data_types() -> Any:
     kinds: Any = Type
     kinds._missing_ = classmethod(unknown)
     return kinds
-
-
-@lru_cache(maxsize=1)
-def _formats() -> frozenset[str]:
-    import av
-
-    return frozenset(av.formats_available) - LISTS
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

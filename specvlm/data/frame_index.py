@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from specvlm.data.av_file import Orientation, Undecodable, frames_of, opened
+from specvlm.data.av_file import Orientation, Undecodable, frames_of, opened, video_streams
 from specvlm.data.container import declared_size, truncated
-from specvlm.data.packets import Entries, Packets, count_streams
+from specvlm.data.packets import Entries, Packets
 from specvlm.errors import UserError
 
 STEP = (1e-5, 86_400.0)  # seconds between two frames, on average: shorter or longer ones are no times of a video
@@ -90,7 +90,7 @@ class Facts:
 
     @classmethod
     def of(cls, container: Any, stream: Any, orientation: Orientation) -> Facts:
-        codec, streams, fps = stream.codec_context, count_streams(container), _rate(container, stream)
+        codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
         made_up = container.format.flags & NO_CLOCK
         base = 0.0 if made_up else float(stream.time_base or 0)
         names = (container.format.name, codec.name, codec.pix_fmt or "")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specvlm.data.av_file import video_streams
 from specvlm.errors import UserError
 
 # Containers whose time stamps say when a frame is shown. AVI's say when it is decoded: the same without B-frames.
@@ -168,11 +167,6 @@ class Packets:
         step = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
         there = float((stamps[-1] + 2 * step - (stream.start_time or 0)) * float(stream.time_base))
         return there < container.duration / 1e6
-
-
-def count_streams(container: Any) -> int:
-    """Video streams, covers not counted."""
-    return len(video_streams(container))
 
 
 def _may_be_invisible(codec: str, packet: Any) -> bool:

@@ -81,14 +81,8 @@ class Guidance:
     @property
     def reads(self) -> bool:
         """Is there anything to gather at all?"""
-        return (
-            self.whole
-            or self.last_row
-            or self.hidden
-            or self.keys is not None
-            or self.states is not None
-            or self.sight is not None
-        )
+        others = any(part is not None for part in (self.keys, self.states, self.sight))
+        return self.whole or self.last_row or self.hidden or others
 
     def ahead(self) -> Guidance | None:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, check_choice
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid, Within
 
@@ -52,11 +52,7 @@ class TwoStagePruner(Pruner):
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
             raise UserError(f"two_stage: mass must be above 0 and at most 1, got {self.mass}")
-        if self.spread not in SPREADS:
-            allowed = " or ".join(SPREADS)
-            raise UserError(
-                f"two_stage: spread must be {allowed}, got {self.spread!r}.{did_you_mean(str(self.spread), SPREADS)}"
-            )
+        check_choice("two_stage: spread", self.spread, SPREADS)
 
     def select(self, ctx: PruneContext) -> KeepSet:
         scores_N = ctx.verifier_attention

@@ -151,9 +151,6 @@ def spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [place * count // most for place in range(most)]
 
 
-# ---- what the job was asked ------------------------------------------------------------------------------------------
-
-
 @cache
 def target_of(path: str, mrope: str) -> VideoLM:
     folder = model_folder(path)
@@ -176,9 +173,6 @@ def sample_of(cfg: Any, name: str) -> Sample:
 def samples_of(fields: str) -> Sequence[Sample]:
     dataset: Dataset = registry.build("dataset", json.loads(fields))
     return dataset.samples()
-
-
-# ---- what came of it -------------------------------------------------------------------------------------------------
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
@@ -236,9 +230,6 @@ def picture(frame: torch.Tensor) -> Image.Image:
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image
-
-
-# ---- as text, for the page -------------------------------------------------------------------------------------------
 
 
 def data_uri(image: Image.Image) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
 from specvlm.report.statistics import Interval, bases, difference, figure
+from specvlm.show import seconds
 
 FINE = ("identical", "numeric tie", "sampled")  # verdicts that leave no doubt
 
@@ -23,20 +24,7 @@ class Column:
     compared: bool = False
 
 
-def times_as_fast(value: float) -> str:
-    return f"{value:.2f} ×"
-
-
-def plain(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
-def duration(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+TWO_DIGITS, TIMES_AS_FAST = "{:.2f}".format, "{:.2f} ×".format
 
 
 def size(value: float) -> str:
@@ -48,14 +36,14 @@ def signed(value: float) -> str:
 
 
 COLUMNS = (
-    Column("accepted_per_round", "accepted", "per round", plain, True),
-    Column("speedup_decode", "decode", "vs target alone", times_as_fast, True),
-    Column("speedup_end_to_end", "end to end", "vs target alone", times_as_fast, True),
-    Column("tokens_per_second", "tokens", "per second", whole),
-    Column("speedup_file_to_last_token", "file to last token", "vs target alone", times_as_fast, True),
-    Column("time_to_first_token_s", "first token", "", duration),
-    Column("file_to_first_token_s", "file to first token", "", duration),
-    Column("file_to_last_token_s", "file to last token", "", duration),
+    Column("accepted_per_round", "accepted", "per round", TWO_DIGITS, True),
+    Column("speedup_decode", "decode", "vs target alone", TIMES_AS_FAST, True),
+    Column("speedup_end_to_end", "end to end", "vs target alone", TIMES_AS_FAST, True),
+    Column("tokens_per_second", "tokens", "per second", "{:.0f}".format),
+    Column("speedup_file_to_last_token", "file to last token", "vs target alone", TIMES_AS_FAST, True),
+    Column("time_to_first_token_s", "first token", "", seconds),
+    Column("file_to_first_token_s", "file to first token", "", seconds),
+    Column("file_to_last_token_s", "file to last token", "", seconds),
     Column("peak_memory_bytes", "peak memory", "", size),
 )
 
@@ -113,7 +101,7 @@ def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base
         found: Mapping[str, int] = job.totals["verdicts"]
         right = sum(found.get(kind, 0) for kind in FINE)
         lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
-    heads = [Column("job", "job", "", plain), *columns, Column("verdict", "output", "", plain)]
+    heads = [Column("job", "job", "", TWO_DIGITS), *columns, Column("verdict", "output", "", TWO_DIGITS)]
     return Group(name, title, *judged(jobs), problems(jobs), heads, lines, said_of(against), charts(jobs))
 
 
@@ -126,7 +114,7 @@ def cell(job: Job, base: Job | None, column: Column) -> Cell:
     found, other = figure(job, column.key), difference(job, base, column.key) if base else None
     against = f"{signed(other.value)} {bounds(other, signed)}".strip() if other else ""
     side = {1: "up", -1: "down"}.get(other.sure, "") if other else ""
-    return Cell(column.key, value, column.show(value), bounds(found, plain), against, side)
+    return Cell(column.key, value, column.show(value), bounds(found, TWO_DIGITS), against, side)
 
 
 def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
