@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action`; a mistake becomes one line on stderr and its exit code. full: with its traceback; None: as the
-    environment has it.
-    """
+    """Call `action`; a mistake becomes a line on stderr and an exit code. full: with a traceback; None: see `full_errors`."""
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it

@@ -39,9 +39,7 @@ class Record:
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: Record) -> None:
-    """Room for both ways to decode, so that the second does not move what was captured for the first. Memory is watched from
-    here on.
-    """
+    """Make room for both decodes, so that the second moves nothing captured for the first. Starts to watch memory."""
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + graph.drafter.max_nodes
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)

@@ -117,9 +117,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Alone with what the file stands for, among all processes, until it has been made: who waited finds it there, and so does
-    who comes when this file is gone.
-    """
+    """Be the only process with what the file stands for until it is made: who waited, or comes later, finds it."""
     with FileLock(path):
         yield
     with suppress(OSError):  # held by who waits, where a held file cannot go

@@ -146,9 +146,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
-    """Hydra takes several options of a group, one over the other; what they would come to is no strategy. Presets may be
-    several.
-    """
+    """Hydra would lay several options of a group over each other, which is no strategy. Presets may be several."""
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
         names = value if isinstance(value, list) and group == "experiment" else [value]

@@ -136,9 +136,7 @@ class Job:
         return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
-        """Write the totals, let go of the folder; a second time it does nothing. Returns the exit code: of all rows that are
-        this process's.
-        """
+        """Write the totals and let go of the folder, once. Returns the exit code over all rows of this process."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()

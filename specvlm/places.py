@@ -34,9 +34,7 @@ class Places:
 
 
 def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or device=auto") -> torch.device:
-    """What `key` names, with an index where it is a GPU's, so that one device has one name. otherwise: what to use instead of a
-    device that is not there. Raises UserError.
-    """
+    """What `key` names, a GPU with its index. otherwise: what to use instead of a missing one. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

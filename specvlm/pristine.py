@@ -182,9 +182,7 @@ class PristineModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """What a processor of Hugging Face's would hand its model. Not `generate_inputs`, since what that gets wrong our
-        own positions may get wrong too.
-        """
+        """As Hugging Face's processors make them. Not `generate_inputs`, which may share a fault with our positions."""
         if prompt.images:
             raise UserError("check reads prompts of videos and text: there are images in this one")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config

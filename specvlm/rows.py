@@ -73,9 +73,7 @@ def room(folder: Path, samples: int, tokens: int) -> None:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The line of each sample, of all shards, in the order of the data set; a dict as `records` types it. Raises UserError for
-    a damaged file.
-    """
+    """Each sample's line, of all shards, in the data set's order (see `records`). Raises UserError if damaged."""
     return [row for row, _ in _kept(folder)]
 
 

@@ -54,9 +54,7 @@ def check_entry(path: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """The checkpoint's configuration, its attention that which stands for ours until it is loaded. Raises UserError when it
-    cannot be used, or names files elsewhere.
-    """
+    """The configuration, its attention a stand-in for ours. Raises UserError if unusable, or of files elsewhere."""
     from transformers import AutoConfig
 
     check_numbers(folder, read_json(folder / "config.json"))
@@ -119,9 +117,7 @@ def _plain(folder: Path, name: Any, where: str) -> str:
 
 
 def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
-    """By name what a safetensors file says of its tensors: their dtype, as safetensors writes it, and their number of values.
-    Raises UserError for a file that is damaged or cut.
-    """
+    """By name each tensor's dtype, as safetensors writes it, and size. Raises UserError for a damaged file."""
     from safetensors import safe_open
 
     with explained(f"{path}: the weights cannot be loaded"), safe_open(path, framework="pt") as held:
@@ -130,9 +126,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
-    """What the weights will be held in. "auto": as config.json says, else that of the first floating-point tensor of the first
-    file, as Hugging Face has it.
-    """
+    """What weights are held in. "auto": as config.json says, else as the first tensor of floats, like Hugging Face."""
     if dtype != "auto":
         return DTYPES[dtype]
     if config.dtype is not None:
@@ -155,9 +149,7 @@ def method_of(config: Any) -> str | None:
 
 
 def quantizer_of(folder: Path, config: Any) -> Any:
-    """Hugging Face's reader of a checkpoint that is quantised, None for one that is not. Raises UserError where it cannot be
-    read here: the method is unknown, or a library or a GPU is missing.
-    """
+    """Hugging Face's reader of a quantised checkpoint, else None. Raises UserError if it cannot be read here."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = quantization_of(config)
@@ -180,9 +172,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
 
 
 def packed_bytes(folder: Path, config: Any) -> int | None:
-    """What the weights of a quantised checkpoint take in memory where they stay as they lie in its files; None where they do
-    not, being unpacked on the way in, and for any other checkpoint.
-    """
+    """Memory of a quantised checkpoint's weights, if they stay as in its files; None for any other checkpoint."""
     reader = quantizer_of(folder, config)
     if reader is None or getattr(reader.quantization_config, "dequantize", False):
         return None

@@ -68,9 +68,7 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
 
 
 def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
-    """The model without its weights: enough to make prompts, check a pair and plan memory. Raises UserError for all that can be
-    wrong with a folder before its weights are loaded.
-    """
+    """The model without weights: makes prompts, checks a pair, plans memory. Raises UserError for a bad folder."""
     found = opened(path, weights=False)
     with explained(f"{found.folder}: no model can be made of its config.json"):
         model = found.family(_bare(found), found.tokenizer, found.folder, mrope)
@@ -91,9 +89,7 @@ def _bare(found: Checkpoint) -> Any:
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
-    """Raise UserError where the model is far larger than what the files hold, before room is made for what is not there. A few
-    tensors that are missing are named when they are looked for.
-    """
+    """Raise UserError, before room is made, for a model far larger than its files. Few missing tensors come later."""
     held = sum(count for file in files for _, count in tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
     if wanted > 2 * held:
@@ -114,9 +110,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """What linear layers are quantised to, None for not at all. Raises UserError, naming `key`, if `dtype` gainsays "bf16", and
-    for a checkpoint whose files are `quantised` already.
-    """
+    """What linear layers are quantised to, if at all. Raises UserError, naming `key`, if dtype or files gainsay it."""
     if weights is not None and quantised:
         raise UserError(f"{key}={weights}, but the checkpoint is quantised already, by {quantised}: leave {key} out")
     if weights not in (None, "bf16", *KINDS):
@@ -201,9 +195,7 @@ def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tupl
 def spread_of(
     config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None, quantised_on: str | None = None
 ) -> dict[str, Any]:
-    """What `from_pretrained` wants to know of devices. quantised_on: where a checkpoint goes whose files are quantised, since
-    what reads it has to know. Raises UserError.
-    """
+    """What `from_pretrained` is told of devices. quantised_on: where quantised files go. Raises UserError."""
     if not split and ranks.size == 1 and not quantised_on:
         return {}
     if quantised_on and (split or ranks.size > 1):

@@ -169,9 +169,7 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
 
 
 def left_full(hf: Any, kind: str) -> str:
-    """A sentence on what `quantize_text` left as it was: weights of the layers that belong to no linear layer, such as experts
-    held as one tensor. Empty where there is nothing.
-    """
+    """A sentence on weights that `quantize_text` left in full, such as experts held as one tensor; empty if none."""
     layers = hf.model.language_model.layers
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
     if not left:

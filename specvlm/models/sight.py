@@ -160,9 +160,7 @@ class States:
 
 
 def mean_cosine(video_ND: Tensor, text_TD: Tensor) -> Tensor:
-    """(N,) mean over the text of cos(video token, text token), as one product with the mean of the normalised text. 0 for zero
-    rows. Costs N x D, a piece at a time.
-    """
+    """(N,) mean over the text of cos(video token, text token), by one product a piece; 0 for zero rows. Costs N x D."""
     wide = torch.promote_types(video_ND.dtype, torch.float32)
     mean_D = normalize(text_TD.to(wide), dim=-1).mean(0)
     return torch.cat([normalize(piece.to(wide), dim=-1) @ mean_D for piece in video_ND.split(ROWS)])

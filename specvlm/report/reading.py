@@ -85,9 +85,7 @@ class Job:
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
-    """The jobs in these folders and below them that did a sample. Raises UserError for a place without a job, and where
-    there is none that did.
-    """
+    """The jobs in and below these folders that did a sample. Raises UserError if a place has no job, or none did."""
     jobs = [job for job in map(read_job, folders_in(places)) if job.done]
     if not jobs:
         raise UserError(f"there is nothing to report: {'; '.join(failures(places))}")

@@ -43,9 +43,7 @@ CONTEXT = 8  # tokens that a word's spelling may depend on
 
 @dataclass(frozen=True)
 class Round:
-    """Texts of one round. accepted: guesses taken; refused: the drafter's next ones; own: the target's token behind the
-    accepted ones. Round 0, the prefill, has an own one alone.
-    """
+    """Texts of a round. accepted: guesses taken; refused: the next ones; own: the target's token, alone in round 0."""
 
     accepted: list[str]
     refused: list[str]
@@ -213,9 +211,7 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Each token's own text behind those before it. A character of several tokens belongs to its last one. skip: special
-    tokens have no text.
-    """
+    """Each token's own text. A character of several tokens belongs to the last. skip: special tokens have no text."""
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:
         known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")

@@ -89,9 +89,7 @@ class LooseVerifier(Verifier):
         return set((scores_M.sort(stable=True).indices[:count] + 1).tolist())
 
     def _around(self, path: list[int], child: int, below: list[list[int]], best: list[int]) -> set[int]:
-        """The target's choices for the positions within `window` of the child's: behind its way so far, and down its first
-        line.
-        """
+        """The target's choices within `window` of the child's position: behind its way so far, down its first line."""
         line = [*path, child]
         while len(line) < len(path) + self.window and below[line[-1]]:
             line.append(below[line[-1]][0])
