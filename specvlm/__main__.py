@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action`; a mistake becomes a line on stderr and an exit code. full: with a traceback; None: see `full_errors`."""
+    """Call `action`; a mistake becomes a line on stderr and an exit code. full: with its traceback; None: `full_errors`."""
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it
@@ -125,6 +126,18 @@ def command(argv: list[str], full: bool) -> int:
 def refuse(message: str) -> NoReturn:
     """What an ArgumentParser's `error` is replaced by: one line, without its usage. Raises UserError."""
     raise UserError(f"{message}; --help shows what there is")
+
+
+def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:
+    """The command line of a tool that prints what is `made` of its arguments; returns the exit code."""
+    parser.error = refuse  # type: ignore[method-assign]
+
+    def action() -> int:
+        for line in made(parser.parse_args(words)):
+            print(visible(line))
+        return ExitCode.OK
+
+    return guarded(action)
 
 
 def leave(action: Callable[[], int]) -> NoReturn:

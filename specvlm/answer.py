@@ -128,14 +128,9 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
 
 def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Baseline | None) -> dict[str, Any]:
     """What the whole took and its parts, with a drafter and, where there is a baseline, without."""
-    ours = metrics.speed(times_s, tokens)
-    ours |= metrics.from_file(video_s, ours)
-    alone: dict[str, Any] = {}
-    if baseline:
-        alone = metrics.speed(baseline.times_s, len(baseline.tokens))
-        alone |= metrics.from_file(video_s, alone)
+    alone = metrics.speed(baseline.times_s, len(baseline.tokens), video_s) if baseline else {}
     told = ("decode_s", "end_to_end_s", "file_to_first_token_s", "file_to_last_token_s")
-    return ours | {f"baseline_{key}": alone.get(key) for key in told}
+    return metrics.speed(times_s, tokens, video_s) | {f"baseline_{key}": alone.get(key) for key in told}
 
 
 def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str, str, dict[str, Any] | None]:

@@ -29,9 +29,9 @@ from itertools import count
 from math import prod
 from pathlib import Path
 
-from specvlm.__main__ import guarded, refuse
+from specvlm.__main__ import print_lines
 from specvlm.bounds import parse
-from specvlm.errors import ExitCode, UserError, visible
+from specvlm.errors import UserError
 from specvlm.records import Ranked
 from specvlm.rows import lines_of
 from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
@@ -154,14 +154,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
     parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
-    parser.error = refuse  # type: ignore[method-assign]
-    return guarded(lambda: _fit(parser.parse_args(words)))
-
-
-def _fit(asked: argparse.Namespace) -> int:
-    for line in fit(asked.folders, asked.out, asked.nodes, asked.depth):
-        print(visible(line))
-    return ExitCode.OK
+    return print_lines(parser, words, lambda asked: fit(asked.folders, asked.out, asked.nodes, asked.depth))
 
 
 if __name__ == "__main__":

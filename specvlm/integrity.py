@@ -97,7 +97,7 @@ class Code:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For a command: what is there now, before plugins are imported, has to stay; else what a request began with."""
+        """For a command: what is there now, before plugins are imported, has to stay; else what a request began on."""
         self.owners.clear()
         self.entries = []
         self.look()
@@ -213,7 +213,7 @@ class Snapshot:
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
-        """Undo changes of code and settings. Returns their names, and those of models and caches not to be used again."""
+        """Undo changes of code and settings. Returns their names, and those of models and caches that are spoilt."""
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]
         spoilt = ["caches or engine"] if self._running() != self.running else []

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
-from specvlm import host_memory
 from specvlm.cache import pooled
 from specvlm.models.checkpoint import packed_bytes
 from specvlm.models.quantize import stored
@@ -152,7 +152,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
         return torch.cuda.mem_get_info(device)[0] + unused
-    return host_memory.free_bytes()
+    return int(psutil.virtual_memory().available)
 
 
 def ran_out(error: BaseException) -> bool:

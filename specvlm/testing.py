@@ -7,16 +7,16 @@ AssertionError that says which and where.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specvlm.contract import check_class
+from specvlm.contract import made, other_global_state
 from specvlm.registry import RESERVED
 from specvlm.strategy import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
+from specvlm.strategy.signals import axes_of
 from specvlm.types import KeepSet, TokenGrid
 
 if TYPE_CHECKING:
@@ -63,12 +63,8 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
 
     It takes a second or two and needs no test framework: call it from a test, or from a line of Python.
     """
-    if isinstance(pruner, type):
-        _check_class(pruner)
-        pruner = pruner(**fields)
-    elif fields:
-        pruner = dataclasses.replace(pruner, **fields)  # type: ignore[type-var]  # Pruner is no dataclass, its classes are
-    _check_class(type(pruner))
+    pruner = made(pruner, Pruner, fields)  # type: ignore[type-abstract]
+    _check_fields(type(pruner))
     _check_needs(pruner)
     for ctx, where in _contexts(pruner):
         before = {name: signal.clone() for name, signal in ctx.signals.items()}
@@ -81,8 +77,7 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     _check_missing(pruner)
 
 
-def _check_class(cls: type[Pruner]) -> None:
-    check_class(cls, Pruner)
+def _check_fields(cls: type[Pruner]) -> None:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} would hide the run's own: read ctx.budget"
         assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: a run's config has that name, rename the field"
@@ -136,12 +131,9 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
     """An invented signal of the shape that its line in SIGNALS begins with."""
-    match = re.match(r"\(([\w, ]+?),?\)", SIGNALS[name])
-    assert match is not None, f"SIGNALS[{name!r}] does not begin with a shape"
     layers = pruner.draft_layers if name.startswith("draft_") else LAYERS
     sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6, "J": 4}
-    axes = [axis.strip() for axis in match[1].split(",") if axis.strip()]
-    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes]
+    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes_of(name)]
     if kind == "random":
         return torch.rand(shape, generator=_generator(total)).to(dtype)
     return torch.full(shape, 1.0 / total if kind == "equal" else 0.0, dtype=dtype)
@@ -183,14 +175,8 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
 
 def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
     """The same seed and signals once more, from another state of torch's global generator, which must stay untouched."""
-    before = torch.get_rng_state()
-    try:
-        state = _generator(1).get_state()
-        torch.set_rng_state(state)
+    with other_global_state(repr(pruner)):
         again = pruner.select(ctx)
-        assert torch.equal(state, torch.get_rng_state()), f"{pruner!r} draws from torch's global generator, not ctx.generator"
-    finally:
-        torch.set_rng_state(before)
     same = torch.equal(keep.index, again.index) and (keep.pool is None) == (again.pool is None)
     if same and keep.pool is not None and again.pool is not None:
         same = torch.equal(keep.pool.to_dense(), again.pool.to_dense())

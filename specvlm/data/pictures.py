@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from psutil import virtual_memory
 from torch import Tensor
 
 from specvlm.data.av_file import Orientation
 from specvlm.errors import UserError
-from specvlm.host_memory import free_bytes
 
 PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 
@@ -47,7 +47,7 @@ class Pictures:
         np.copyto(self.pixels[place].numpy().transpose(1, 2, 0), picture)
 
     def _room(self, height: int, width: int) -> Tensor:
-        needed, free = self._count * 3 * height * width, free_bytes()
+        needed, free = self._count * 3 * height * width, virtual_memory().available
         frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
         if needed > free:
             raise UserError(f"{self._path}: {frames}, and {free / 2**30:.1f} GiB are free: take fewer (frames=…)")

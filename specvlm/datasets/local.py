@@ -103,7 +103,7 @@ class LocalDataset(Dataset):
         raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
 
     def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
-        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or another content."""
+        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or other content."""
         try:
             found = json_of(_bytes(path, self.layout))
         except ValueError as error:

@@ -77,11 +77,9 @@ class Job:
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
         """By sample its rounds, the prefill first."""
-        return (
-            rows.steps_of(self.folder)
-            if rows.is_job(self.folder)
-            else {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
-        )
+        if rows.is_job(self.folder):
+            return rows.steps_of(self.folder)
+        return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from specvlm.segments import written
 from specvlm.strategy import Verifier, VerifyContext
 from specvlm.types import Verdict, Within
 
@@ -82,7 +82,7 @@ class LooseVerifier(Verifier):
 
     def _relaxed(self, ctx: VerifyContext) -> set[int]:
         """Guesses that need not match."""
-        count = math.floor(Fraction(str(self.relaxed)) * (len(ctx.tree) - 1))
+        count = math.floor(written(self.relaxed) * (len(ctx.tree) - 1))
         if not count or ctx.hidden_MD is None or ctx.video_ND is None:
             return set()
         scores_M = visual_scores(ctx.hidden_MD, ctx.video_ND, self.nearest)[1:]
