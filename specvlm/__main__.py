@@ -7,8 +7,6 @@ rank's: torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """One request answered: decoded with a drafter, decoded without, compared, and told in figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace

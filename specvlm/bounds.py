@@ -4,8 +4,6 @@ A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 1
 type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass

@@ -1,7 +1,5 @@
 """A checksum of tensors, on whatever device they lie, in one pass over their memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 

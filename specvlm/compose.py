@@ -1,7 +1,5 @@
 """From command-line words to checked configurations, with Hydra's errors turned into one line each."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -3,8 +3,6 @@
 The strategies' own keys come from their fields (see registry.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

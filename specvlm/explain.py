@@ -1,7 +1,5 @@
 """What Hydra, OmegaConf and YAML find wrong with a configuration, in one line of ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

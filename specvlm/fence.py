@@ -1,7 +1,5 @@
 """Calls into strategies: what one raises is its own affair, and what one returns is checked before the loop uses it."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -16,8 +16,6 @@ run, is held out, a tree is fitted to the rest, and both it and the paper's are 
 written is fitted to everything.
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import json

@@ -1,7 +1,5 @@
 """A run's own files: what it writes where, whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

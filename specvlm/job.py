@@ -1,7 +1,5 @@
 """A job: one configuration over the samples of a data set, a row a sample, appended as it is done."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence

@@ -15,8 +15,6 @@ of 977 were excused in bfloat16 and 0 of 920 in float32; of 130 genuine ties on 
 Limit: a fault that every pass of several rows shares, plain causal ones too, is seen from DRIFT on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

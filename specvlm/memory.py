@@ -1,7 +1,5 @@
 """What a run will need, worked out from configurations before any weight is loaded."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """From the steps of a request to the figures of its summary. Every key of summary.json is explained here."""
 
-from __future__ import annotations
-
 import math
 import platform
 import sys

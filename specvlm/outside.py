@@ -1,7 +1,5 @@
 """Read files that somebody else wrote: within bounds, as plain data, with nothing in them carried out or filled in."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

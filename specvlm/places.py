@@ -1,7 +1,5 @@
 """Which device holds what: worked out of the keys of a run and of what torchrun says, before anything is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Before any weight is loaded: what a configuration comes to, what a sample asks, and whether there is memory for it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The process's settings that requests share, such as torch's default dtype: read, compared and put back."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Samples as the target is asked them, read once for all jobs that ask the same; the next one while another is answered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Self

@@ -3,8 +3,6 @@
 A name is written once, in its class.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import sys

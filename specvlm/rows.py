@@ -10,8 +10,6 @@ cuts them off. A sample tried again has two lines, of which the one that is ok c
 its answer, of which the checked one counts.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The samples of a data set as results need them: ids of their own, and what is told of them as plain JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Shape suffixes: F frames, E = F - 1 neighbouring pairs of frames, G groups, D width.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import torch

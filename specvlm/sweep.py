@@ -1,7 +1,5 @@
 """The jobs over samples of one call: they take turns, a few samples each, over models that are loaded once."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Needs no video and no test framework; drafters are checked on tiny random models
 AssertionError that says which and where.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any

@@ -3,8 +3,6 @@
 Whatever goes wrong here is said once, and the mirror of that job is off.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import urllib.error

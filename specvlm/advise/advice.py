@@ -1,7 +1,5 @@
 """From costs and acceptance to configurations with predicted times, and to one recommendation or none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

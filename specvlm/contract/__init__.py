@@ -1,7 +1,5 @@
 """The contract suites behind `specvlm.testing`: one module a kind of strategy, beside what they share."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Shape suffixes: M tree nodes, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator

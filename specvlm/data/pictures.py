@@ -1,7 +1,5 @@
 """Decoded frames as the pixels of a clip: turned upright, in RGB, of one size, in memory that is there."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock, local

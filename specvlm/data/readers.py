@@ -3,8 +3,6 @@
 What frame n is, and when it is shown, both take from `frame_index`. Every fault of a file ends as one ``UserError``.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections import deque

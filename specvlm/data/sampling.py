@@ -1,7 +1,5 @@
 """How many frames a checkpoint's own settings ask for, as Hugging Face's video processors read them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self

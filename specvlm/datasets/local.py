@@ -3,8 +3,6 @@
 Nothing is fetched. Lists are read whole; a video is looked for when it is its turn, and a missing one is skipped then.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """MLVU: nine tasks on videos of three minutes to two hours, two of them with long answers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 do it. Those themselves need torchvision.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 whatever is wrong with it ends in one line, before any weight is read.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from sys import float_info

@@ -1,7 +1,5 @@
 """What a checkpoint's generation config sets: what is applied here, and what changes greedy output and is not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

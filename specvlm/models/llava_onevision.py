@@ -1,7 +1,5 @@
 """LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token behind each video."""
 
-from __future__ import annotations
-
 import math
 from functools import cached_property
 from typing import Any

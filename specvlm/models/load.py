@@ -1,7 +1,5 @@
 """How a checkpoint folder becomes a VideoLM, and when two of them make a pair."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with true M-RoPE."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from typing import Any

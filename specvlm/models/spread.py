@@ -5,8 +5,6 @@ norm and the head with the last. Only the rows of a pass go from stage to stage,
 captured stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 FOLDER: a run's, a job's, or one that holds some, however deep. record=true while running brings the attention's heat.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

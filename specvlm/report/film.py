@@ -3,8 +3,6 @@
 Letters are those of Pillow's own font: Latin ones, for others it draws boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path

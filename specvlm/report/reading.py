@@ -1,7 +1,5 @@
 """From folders to jobs: what each was, what came of each of its samples, and what tells it from the others."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

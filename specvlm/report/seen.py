@@ -4,8 +4,6 @@ Frames are read again from the sample's own video, as the job read them; that an
 configuration and tokenizer, no weights). What cannot be had is said instead, and the rest of the report goes on.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

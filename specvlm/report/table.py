@@ -1,7 +1,5 @@
 """The summary: a line a job, of figures with their intervals and what they differ by from a baseline job's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shape suffixes: M tree nodes, N video tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated
