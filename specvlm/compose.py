@@ -188,9 +188,8 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
-        raise UserError(
-            f"experiment={cfg.hydra.runtime.choices.get('experiment')} is a sweep, over {', '.join(sorted(left))}: {how}"
-        )
+        preset = cfg.hydra.runtime.choices.get("experiment")
+        raise UserError(f"experiment={preset} is a sweep, over {', '.join(sorted(left))}: {how}")
     run = frozen(cfg)
     if run.dataset is not None:
         _refuse_own_sample(words, run.dataset.name)

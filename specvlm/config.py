@@ -153,9 +153,8 @@ def validate(cfg: RunConfig) -> None:
     if cfg.tracker is not None and cfg.dataset is None:
         raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
-        raise UserError(
-            f"target.parallel=layers does not go with target.weights={cfg.target.weights}: use tensor, or one device"
-        )
+        wish = f"target.weights={cfg.target.weights}"
+        raise UserError(f"target.parallel=layers does not go with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
     own = cfg.draft.device

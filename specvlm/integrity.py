@@ -119,9 +119,8 @@ class Code:
                 fresh.add(owner)
                 known += [(owner, name) for name in list(vars(owner)) if _told(name)]
         self.entries = old + [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
-        closed = (
-            owner for owner in (fresh if self.watched else self.owners) if isinstance(owner, type) or _ours(owner.__name__)
-        )
+        looked_at = fresh if self.watched else self.owners
+        closed = (owner for owner in looked_at if isinstance(owner, type) or _ours(owner.__name__))
         self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
 
     def undo(self) -> list[str]:

@@ -99,9 +99,7 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
     parts = device_map(need.model.hf, [count for count, _ in stages], [device for _, device in stages])
     found, seen = {device: 0 for _, device in stages}, set()
     for weight in stored(need.model.hf, need.dtype, need.kind, ranks):
-        device = next(
-            (there for part, there in parts.items() if weight.name.startswith(f"{part}.") or weight.name == part), None
-        )
+        device = next((there for part, there in parts.items() if f"{weight.name}.".startswith(f"{part}.")), None)
         if device is not None and (weight.key, device) not in seen:
             seen.add((weight.key, device))
             found[device] += weight.nbytes

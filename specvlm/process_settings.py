@@ -28,15 +28,19 @@ class Setting:
     blamed: bool = True  # else it is put back without a word: a video may be read meanwhile, which uses it too
 
 
-def _module_hooks() -> list[dict[int, Any]]:
-    return [dict(vars(torch.nn.modules.module)[name]) for name in GLOBAL_HOOKS]
+def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
+    """Tables whose content is put back, whoever holds them."""
+
+    def write(before: list[dict[Any, Any]]) -> None:
+        for table, content in zip(found(), before, strict=False):
+            table.clear()
+            table.update(content)
+
+    return Setting(name, lambda: list(map(dict, found())), write)
 
 
-def _set_module_hooks(before: list[dict[int, Any]]) -> None:
-    for name, hooks in zip(GLOBAL_HOOKS, before, strict=True):
-        table = vars(torch.nn.modules.module)[name]
-        table.clear()
-        table.update(hooks)
+def _hooks() -> list[Any]:
+    return [vars(torch.nn.modules.module)[name] for name in GLOBAL_HOOKS]
 
 
 def _set_device(device: torch.device) -> None:
@@ -67,14 +71,8 @@ def _interfaces() -> list[Any]:
     return [vars(sys.modules[module])[name]._global_mapping for module, name in places if module in sys.modules]
 
 
-def _attention(functions: list[dict[str, Any]]) -> None:
-    for table, named in zip(_interfaces(), functions, strict=False):
-        table.clear()
-        table.update(named)
-
-
 SETTINGS = (
-    Setting("attention functions", lambda: list(map(dict, _interfaces())), _attention),
+    _tables("attention functions", _interfaces),
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device", torch.get_default_device, _set_device),
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
@@ -85,7 +83,7 @@ SETTINGS = (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    Setting("torch's hooks of every module", _module_hooks, _set_module_hooks),
+    _tables("torch's hooks of every module", _hooks),
     Setting("the working directory", os.getcwd, os.chdir, blamed=False),
     Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),
     *map(_stream, ("stdin", "stdout", "stderr")),

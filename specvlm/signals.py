@@ -79,8 +79,8 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
     if guidance.sight is not None:
         signals["vision_attention"], signals["vision_keys"] = guidance.sight.attention(), guidance.sight.keys()
     if (states := guidance.states) is not None:
-        made = {"hidden": states.video, "hidden_text": states.text, "final_norm": states.norm}
-        made["text_similarity"] = lambda: states.similarity(features_ND)
+        made = {"text_similarity": lambda: states.similarity(features_ND)}  # first: it joins the pieces of `hidden`
+        made |= {"hidden": states.video, "hidden_text": states.text, "final_norm": states.norm}
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 

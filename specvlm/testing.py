@@ -6,12 +6,13 @@ AssertionError that says which and where.
 
 import dataclasses
 from collections.abc import Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specvlm.contract import made, other_global_state
+from specvlm.contract import devices, made, other_global_state, seeded
 from specvlm.registry import RESERVED
 from specvlm.strategy import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
 from specvlm.strategy.signals import axes_of
@@ -40,14 +41,8 @@ LAYERS, WIDTH = 32, 8  # of the invented target
 
 def __getattr__(name: str) -> Any:
     """The other two suites, loaded when asked for: an author of a pruner does not wait for Hugging Face's models."""
-    if name == "check_drafter":
-        from specvlm.contract.drafter import check_drafter
-
-        return check_drafter
-    if name == "check_verifier":
-        from specvlm.contract.verifier import check_verifier
-
-        return check_verifier
+    if name in ("check_drafter", "check_verifier"):
+        return getattr(import_module(f"specvlm.contract.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -69,7 +64,7 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
         keep = _select(pruner, ctx, where)
         if keep is not None:
             _check_keep(pruner, ctx, keep, where)
-            _check_repeatable(pruner, dataclasses.replace(ctx, generator=_generator()), keep, where)
+            _check_repeatable(pruner, dataclasses.replace(ctx, generator=seeded()), keep, where)
         for name, signal in ctx.signals.items():
             assert torch.equal(signal, before[name]), f"{pruner!r} changed its input {name} on {where}"
     _check_missing(pruner)
@@ -102,15 +97,14 @@ def _check_needs(pruner: Pruner) -> None:
 def _check_row_weights(pruner: Pruner) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for rows, scale in ((1, 1.0), (6, 1.0), (6, 0.0)):
-            text_TD = scale * torch.randn(rows, WIDTH, generator=_generator()).to(dtype)
-            weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=_generator(1)).to(dtype))
+            text_TD = scale * torch.randn(rows, WIDTH, generator=seeded()).to(dtype)
+            weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=seeded(1)).to(dtype))
             good = weights_T.shape == (rows,) and bool((weights_T >= 0).all()) and 0 < float(weights_T.sum()) < float("inf")
             assert good, f"{pruner!r}: row_weights must be one a row, none negative, not all zero; got {weights_T} for {rows}"
 
 
 def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
-    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    for device in devices:
+    for device in devices():
         for grids in GRIDS:
             total = sum(map(len, grids))
             for kind in ("random", "equal", "zero"):
@@ -120,11 +114,7 @@ def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
                     step = 1 if kind == "random" and dtype == torch.float32 else max(1, total // 4)
                     for budget in sorted({*range(1, total + 1, step), total - 1, total} - {0}):
                         where = f"{grids}, budget {budget} of {total}, {kind} signals of {dtype} on {device}"
-                        yield PruneContext(grids, budget, signals, _generator(), device), where
-
-
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+                        yield PruneContext(grids, budget, signals, seeded(), device), where
 
 
 def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
@@ -133,7 +123,7 @@ def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner
     sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6, "J": 4}
     shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes_of(name)]
     if kind == "random":
-        return torch.rand(shape, generator=_generator(total)).to(dtype)
+        return torch.rand(shape, generator=seeded(total)).to(dtype)
     return torch.full(shape, 1.0 / total if kind == "equal" else 0.0, dtype=dtype)
 
 
@@ -189,7 +179,7 @@ def _check_missing(pruner: Pruner) -> None:
     for missing in pruner.needs:
         rest = {name: signal for name, signal in signals.items() if name != missing}
         try:
-            pruner.select(PruneContext(grids, total // 2, rest, _generator()))
+            pruner.select(PruneContext(grids, total // 2, rest, seeded()))
         except Exception as error:
             if isinstance(error, ValueError) and missing in str(error) and _is_sentence(error):
                 continue

@@ -1,11 +1,10 @@
 """How many guesses of a tree the target will accept: replayed where the ranks of its answer are known, else assumed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from typing_extensions import TypedDict
@@ -68,7 +67,7 @@ class Chances:
         return sum(reach[1:])
 
     @classmethod
-    def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Chances:
+    def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Self:
         """From the `acceptance_by_depth` of a run with `shape`. A chain says it depth by depth, a tree its mean alone."""
         if len(shape) > shape.depth + 1:
             return cls.of_mean(sum(by_depth), shape, source)
@@ -76,7 +75,7 @@ class Chances:
         return cls(tuple(now / before if before else 0.0 for before, now in zip(reached, by_depth, strict=False)), source)
 
     @classmethod
-    def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Chances:
+    def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Self:
         """The same chance at every depth, such that `shape` has `accepted` a round."""
         low, high = 0.0, 1.0
         for _ in range(50):

@@ -3,8 +3,6 @@
 Shapes are probed by whole rounds of the real loop, so that host work, cache moves and graph replays are all inside.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -126,10 +124,10 @@ class Costs:
     machine: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Costs:
+    def read(cls, path: Path) -> Self:
         """From the costs.json of an earlier profile. Raises UserError."""
         try:
-            found: Costs = parse(cls, json_of(read_text(path)), "it")
+            found: Self = parse(cls, json_of(read_text(path)), "it")
             found.check()
             return found
         except (OSError, ValueError) as error:

@@ -3,8 +3,6 @@
 FFmpeg's own tool is the standard for all three.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,7 +46,7 @@ class Orientation:
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 
     @classmethod
-    def of(cls, frame: Any, path: Path, before: Orientation | None = None) -> Orientation:
+    def of(cls, frame: Any, path: Path, before: Self | None = None) -> Self:
         """Of a decoded frame, from its display matrix; a frame without one is turned as those before it.
 
         Raises UserError for an angle that is no multiple of 90 degrees.

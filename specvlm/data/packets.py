@@ -3,12 +3,10 @@
 Shape suffixes: P packets in the order of storage, K key frames.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from specvlm.errors import UserError
 
@@ -87,7 +85,7 @@ class Packets:
     spliced: bool = False
 
     @classmethod
-    def read(cls, container: Any, stream: Any, file_size: int) -> Packets:
+    def read(cls, container: Any, stream: Any, file_size: int) -> Self:
         """Raises UserError for more packets than bytes, which a damaged table may promise."""
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False

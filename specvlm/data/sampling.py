@@ -22,11 +22,7 @@ class SamplingSettings:
 
     @classmethod
     def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
-        """Read a model folder, see `read_video_settings`.
-
-        Raises:
-            UserError: what that raises; both a rate and a number of frames.
-        """
+        """Read a model folder. Raises UserError as `read_video_settings`, and for both a rate and a number of frames."""
         found = read_video_settings(folder, families)
         if found.get("do_sample_frames") is False:
             return cls()

@@ -93,9 +93,8 @@ class Guidance:
         if self.weigh is None:
             return
         # Copies: these rows go on into the target.
-        weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(
-            embeds_QD.device, torch.promote_types(embeds_QD.dtype, torch.float32)
-        )
+        wide = torch.promote_types(embeds_QD.dtype, torch.float32)
+        weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(embeds_QD.device, wide)
         total = float(weights_Q.sum())
         if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
             raise ValueError(

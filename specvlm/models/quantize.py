@@ -8,11 +8,9 @@ could not be captured in a CUDA graph (vLLM pull request 15611); transformers' q
 Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of K, B rows of one block.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +85,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kind={self.kind}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to`, `.cuda` and the like: moves everything, but casts the bias alone.
 
         A float8 weight and its float32 scale are floating point to torch, so `.to(dtype)` would cast them; it leaves integers

@@ -157,9 +157,8 @@ def problems(jobs: Sequence[Job]) -> list[str]:
     lines = []
     for job in jobs:
         if job.summary.get("missing"):
-            lines.append(
-                f"{job.label}: incomplete, {job.summary['missing']} of {job.summary['samples']} samples are not done yet"
-            )
+            missing = f"{job.summary['missing']} of {job.summary['samples']} samples"
+            lines.append(f"{job.label}: incomplete, {missing} are not done yet")
         for row in job.rows:
             said = [row["verdict"], row.get("hf_check") or ""] if row["status"] == "ok" else []
             wrong = [text for text in said if "MISMATCH" in text] if said else [row.get("reason") or row["status"]]
@@ -174,6 +173,5 @@ def said_of(against: Mapping[Job, Job | None]) -> str:
         return ""
     series, labels = {base.series for base in others}, sorted(base.label for base in others)
     what = labels[0] if len(labels) == 1 else f"{series.pop()} at the same ratio" if len(series) == 1 else "; ".join(labels)
-    return (
-        f"Below each figure its difference to {what}, paired by sample, with its 95 % interval; coloured where that has no 0."
-    )
+    how = "paired by sample, with its 95 % interval; coloured where that has no 0."
+    return f"Below each figure its difference to {what}, {how}"
