@@ -78,10 +78,15 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
         signals["key_norm"], signals["key_norm_text"] = guidance.key_norms()
     if guidance.sight is not None:
         signals["vision_attention"], signals["vision_keys"] = guidance.sight.attention(), guidance.sight.keys()
-    if (states := guidance.states) is not None:
-        made = {"text_similarity": lambda: states.similarity(features_ND)}  # first: it joins the pieces of `hidden`
-        made |= {"hidden": states.video, "hidden_text": states.text, "final_norm": states.norm}
-        signals |= {name: make() for name, make in made.items() if name in needs}
+    if guidance.states is not None:
+        if "text_similarity" in needs:
+            signals["text_similarity"] = guidance.states.similarity(features_ND)
+        if "hidden" in needs:
+            signals["hidden"] = guidance.states.video()
+        if "hidden_text" in needs:
+            signals["hidden_text"] = guidance.states.text()
+        if "final_norm" in needs:
+            signals["final_norm"] = guidance.states.norm()
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
