@@ -59,7 +59,8 @@ def inside(strategy: object) -> Iterator[None]:
     STRANGERS.met(strategy)
     names = INTERRUPTS.names
     names.append(label)
-    modes, handler = _modes(), signal.getsignal(signal.SIGINT)
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except BaseException as error:
@@ -67,7 +68,8 @@ def inside(strategy: object) -> Iterator[None]:
             raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
-        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
+        ours = type(error).__module__.partition(".")[0] == "specvlm"  # such as that with which a sweep ends
+        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not ours
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             BaseException.add_note(error, f"in {label}")
             raise
@@ -83,13 +85,8 @@ def inside(strategy: object) -> Iterator[None]:
         raise _interrupted(label)
 
 
-def _modes() -> tuple[int, int]:
-    """How many modes of torch are entered, of functions and of dispatch."""
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-
-
 def _left(before: tuple[int, int]) -> str:
-    """Leave the modes that were entered since; returns what they are called."""
+    """Leave the modes entered since there were so many, of functions and of dispatch; returns what they are called."""
     functions, dispatch = before
     found = []
     while torch._C._len_torch_function_stack() > functions:
@@ -116,11 +113,6 @@ def contained() -> Iterator[None]:
         raise
     except BaseException as error:
         raise StrategyError(f"a strategy raised {one_line(error)}") from error
-
-
-def _ends_jobs(error: BaseException) -> bool:
-    """Is it an exception of specvlm's own, with which a sweep ends?"""
-    return type(error).__module__.partition(".")[0] == "specvlm"
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:

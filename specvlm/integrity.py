@@ -109,7 +109,8 @@ class Code:
 
     def look(self, classes: Iterable[type] = ()) -> None:
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
-        inner = (value for module in modules for value in vars(module).values() if _defined(value, module))
+        inside = ((value, module.__name__) for module in modules for value in vars(module).values())
+        inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
         old = self.entries if self.watched else []
         known = [] if self.watched else [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
         fresh = set[Any]()
@@ -152,11 +153,6 @@ class Code:
 
 def _ours(name: str) -> bool:
     return name == "specvlm" or name.startswith("specvlm.")
-
-
-def _defined(value: object, module: ModuleType) -> bool:
-    """Is it a class, and defined in this module?"""
-    return isinstance(value, type) and value.__module__ == module.__name__
 
 
 def _theirs(owner: Any, now: Any) -> bool:

@@ -15,7 +15,8 @@ from specvlm.strategy import Dataset, Sample
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Raises UserError for an id that is there twice, and for a data set without samples."""
     with inside(dataset):
-        samples = [_plainly(sample) for sample in dataset.samples()]
+        # An id is a str and no class of a plugin's, which would have a word in every comparison.
+        samples = [replace(s, id=str.__str__(s.id)) if isinstance(s.id, str) else s for s in dataset.samples()]
     seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
@@ -26,11 +27,6 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     if not samples:
         raise UserError(f"dataset={dataset.name}: there are no samples in it")
     return samples
-
-
-def _plainly(sample: Sample) -> Sample:
-    """With an id that is a str and no class of a plugin's, which has a word in every comparison."""
-    return replace(sample, id=str.__str__(sample.id)) if isinstance(sample.id, str) else sample
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:

@@ -7,10 +7,8 @@ Shape suffixes: H heads (of the keys, where G is there too), G query heads of on
 windows, K keys, N video tokens, D head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +82,9 @@ class Guidance:
         others = any(part is not None for part in (self.keys, self.states, self.sight))
         return self.whole or self.last_row or self.hidden or others
 
-    def ahead(self) -> Guidance | None:
+    def ahead(self) -> Self | None:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""
-        return None if self.depth is None else Guidance(self.video_index, rows=False, depth=self.depth)
+        return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
     def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: Ranks) -> None:
         """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
