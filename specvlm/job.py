@@ -118,16 +118,8 @@ class Job:
     def key(self, index: int) -> Hashable:
         """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
         cfg, target = self.cfg, self.setup.target
-        return (
-            registry.described(self.dataset),
-            index,
-            cfg.frames,
-            cfg.fps,
-            cfg.max_pixels,
-            cfg.reader,
-            type(target),
-            target.folder,
-        )
+        shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
+        return (registry.described(self.dataset), index, *shown, type(target), target.folder)
 
     def read(self, index: int) -> Read:
         """What reads the sample's video and makes the prompt."""

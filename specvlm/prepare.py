@@ -209,7 +209,6 @@ def plan(
         have = free[device]
         if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
-            raise UserError(
-                f"the run needs about {planned.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"
-            )
+            needed = f"{planned.total / 2**30:.1f} GiB on {device}"
+            raise UserError(f"the run needs about {needed}, {have / 2**30:.1f} GiB are free: {advice}")
     return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)

@@ -154,9 +154,8 @@ def build(kind: str, chosen: Any) -> Any:
 def _check_class(cls: type[Strategy]) -> None:
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        raise PluginError(
-            f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter, Verifier or Dataset"
-        )
+        how = "derive from Pruner, Drafter, Verifier or Dataset"
+        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: {how}")
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")

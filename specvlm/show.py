@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,8 @@ class Screen:
         if line:
             self.console.print(styled(("note:", "yellow"), f" {line}"))
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        if self.live:
-            with self.console.status(what):
-                yield
-        else:
-            yield
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        return self.console.status(what) if self.live else nullcontext()
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
@@ -161,18 +156,8 @@ class Screen:
         """
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("job", overflow="fold")
-        for name in (
-            "done",
-            "kept",
-            "accepted",
-            "decode",
-            "end to end",
-            "file to\nfirst",
-            "file to\nlast",
-            "verdicts",
-            "failed",
-            "skipped",
-        ):
+        figures = ("done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast")
+        for name in (*figures, "verdicts", "failed", "skipped"):
             table.add_column(name, justify="left" if name == "verdicts" else "right", no_wrap=True)
         reasons = []
         for label, found in jobs:

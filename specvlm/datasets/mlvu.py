@@ -27,23 +27,6 @@ TEST = ("test_multi_choice_tasks.json", "test_generation_tasks.json")
 ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ssc", "vs"))
 
 
-class Entry(TypedDict):
-    """Of a list of dev."""
-
-    video: str
-    question: str
-    duration: Any
-    candidates: NotRequired[list[str] | None]
-    answer: NotRequired[str | None]
-
-
-class Asked(Entry):
-    """Of a list of test."""
-
-    question_type: str
-    question_id: NotRequired[str | None]
-
-
 class Answer(TypedDict):
     """Of a list of test's answers."""
 
@@ -51,6 +34,19 @@ class Answer(TypedDict):
     question: str
     candidates: NotRequired[list[str] | None]
     answer: NotRequired[str | None]
+
+
+class Entry(Answer):
+    """Of a list of dev."""
+
+    duration: Any
+
+
+class Asked(Entry):
+    """Of a list of test."""
+
+    question_type: str
+    question_id: NotRequired[str | None]
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,8 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
     Padded vocabularies may differ in size; the tokenizers may not differ at all, since ids are what the two exchange.
     """
     if target.family != draft.family:
-        raise UserError(
-            f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}: a pair needs one family"
-        )
+        families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
+        raise UserError(f"{families}: a pair needs one family")
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
         token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))

@@ -33,12 +33,8 @@ class Qwen2_5_VL(VideoLM):
 
     def check_settings(self) -> None:
         vision, ours = self.hf.config.vision_config, self._video_config
-        cut = {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        }
-        for name, its in cut.items():
+        sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        for name, its in zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True):
             if getattr(ours, name) != its:
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 

@@ -116,9 +116,8 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         clip = frames_of(cfg, target, asked)
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
-            raise UserError(
-                f"the video makes {len(grid)} tokens now, the job had {did[first]['video_tokens']}: has it changed?"
-            )
+            had = did[first]["video_tokens"]
+            raise UserError(f"the video makes {len(grid)} tokens now, the job had {had}: has it changed?")
     except (UserError, OSError) as error:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
     # A job may have other frames, or another model: then its tokens are of another grid.
