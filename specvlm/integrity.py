@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-SPECIAL = (
+SPECIAL = [
     "__call__",
     "__init__",
     "__getattr__",
@@ -44,7 +44,7 @@ SPECIAL = (
     "__len__",
     "__iter__",
     "__next__",
-)
+]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 

@@ -27,7 +27,7 @@ from specvlm.config import model_folder
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.fence import inside
 from specvlm.lossless import alike
-from specvlm.models.checkpoint import folder_of
+from specvlm.models.checkpoint import SAFELY, folder_of
 from specvlm.prepare import Prepared, Setup, own_sample, read
 from specvlm.rows import UNCHECKED, rows_of
 from specvlm.types import VideoPrompt
@@ -97,15 +97,8 @@ class PristineModel:
 
         spread = {"device_map": "auto"} if device is None else {}
         with explained(f"{folder}: Hugging Face's own model cannot be loaded"):
-            hf: Any = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                **spread,
-            )
+            asked = {"dtype": dtype, "attn_implementation": ATTENTION} | spread
+            hf: Any = AutoModelForImageTextToText.from_pretrained(folder, **asked, **SAFELY)
         self.hf = (hf if spread else hf.to(device)).eval()
         stops = hf.generation_config.eos_token_id
         self.penalty = float(hf.generation_config.repetition_penalty or 1)

@@ -12,17 +12,8 @@ from specvlm.datasets.local import LocalDataset, multiple_choice
 from specvlm.errors import check_choice
 from specvlm.strategy import Sample
 
-DEV = {
-    "plotQA": "1_plotQA",
-    "needle": "2_needle",
-    "ego": "3_ego",
-    "count": "4_count",
-    "order": "5_order",
-    "anomaly_reco": "6_anomaly_reco",
-    "topic_reasoning": "7_topic_reasoning",
-    "sub_scene": "8_sub_scene",
-    "summary": "9_summary",
-}
+TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning", "sub_scene", "summary")
+DEV = {task: f"{number}_{task}" for number, task in enumerate(TASKS, start=1)}
 TEST = ("test_multi_choice_tasks.json", "test_generation_tasks.json")
 ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ssc", "vs"))
 

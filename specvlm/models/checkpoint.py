@@ -19,6 +19,7 @@ PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Python would loop over
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
 LARGEST = 2**31  # of any number in a config.json
+SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # how models are loaded
 PACKAGES = {"quark": "amd-quark"}  # of methods that are not called as what has to be installed for them
 
 

@@ -9,18 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from specvlm.errors import UserError, did_you_mean, explained
-from specvlm.models import attention
+from specvlm.models import attention, checkpoint
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.checkpoint import (
-    DTYPES,
-    config_of,
-    dtype_in,
-    folder_of,
-    method_of,
-    quantizer_of,
-    tensors_in,
-    weight_files,
-)
 from specvlm.models.generation import generation_of
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.quantize import KINDS, left_full, quantize_text
@@ -54,14 +44,17 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
     """Read all of a folder but its weights, which are fetched if they are wanted, or tell the dtype. Where they lie is checked
     even so, unless the folder is one without any, as a report needs it. Raises UserError.
     """
-    folder = folder_of(path, weights)
-    config = config_of(folder)
-    family, method = family_of(folder, config), method_of(config) if quantizer_of(folder, config) else None
+    folder = checkpoint.folder_of(path, weights)
+    config = checkpoint.config_of(folder)
+    family, method = (
+        family_of(folder, config),
+        checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None,
+    )
     if config.dtype is None and not Path(path).exists():
-        folder = folder_of(path, weights=True)
+        folder = checkpoint.folder_of(path, weights=True)
     if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
-        weight_files(folder, config)
-        config.dtype = dtype_in(folder, config, "auto")
+        checkpoint.weight_files(folder, config)
+        config.dtype = checkpoint.dtype_in(folder, config, "auto")
     return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
 
 
@@ -72,7 +65,7 @@ def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
         model = found.family(_bare(found), found.tokenizer, found.folder, mrope)
         model.check_settings()
     if not found.method and any(found.folder.glob("*.safetensors")):
-        check_size(model, weight_files(found.folder, found.config))
+        check_size(model, checkpoint.weight_files(found.folder, found.config))
     return model
 
 
@@ -88,7 +81,7 @@ def _bare(found: Checkpoint) -> Any:
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
     """Raise UserError, before room is made, for a model far larger than its files. Few missing tensors come later."""
-    held = sum(count for file in files for _, count in tensors_in(file).values())
+    held = sum(count for file in files for _, count in checkpoint.tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
     if wanted > 2 * held:
         raise UserError(
@@ -99,7 +92,7 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
-    return dtype_in(model.folder, model.hf.config, dtype)
+    return checkpoint.dtype_in(model.folder, model.hf.config, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -141,10 +134,10 @@ def load(
     quantised.
     Raises UserError when anything of it cannot be used.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}")
+    if dtype != "auto" and dtype not in checkpoint.DTYPES:
+        raise UserError(f"dtype={dtype} is none of auto, {', '.join(checkpoint.DTYPES)}")
     found = opened(path, weights=True)
-    held_in = dtype_in(found.folder, found.config, dtype)
+    held_in = checkpoint.dtype_in(found.folder, found.config, dtype)
     kind = kind_of(weights, held_in, quantised=found.method)
     attention.register()
     spread = spread_of(found.config, split, ranks, kind, device if found.method else None)
@@ -177,16 +170,9 @@ def load(
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForImageTextToText
 
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
-        found.folder,
-        config=found.config,
-        **spread,
-        output_loading_info=True,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    asked: dict[str, Any] = {"config": found.config, "dtype": dtype, "output_loading_info": True}
+    loaded: tuple[Any, dict[str, Any]]
+    loaded = AutoModelForImageTextToText.from_pretrained(found.folder, **asked, **spread, **checkpoint.SAFELY)
     return loaded
 
 

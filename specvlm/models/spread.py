@@ -18,8 +18,6 @@ from specvlm.cache import KVCache
 from specvlm.errors import UserError
 from specvlm.models.sight import States
 
-PARALLEL = ("layers", "tensor")
-
 
 @dataclass(frozen=True)
 class Stage:
