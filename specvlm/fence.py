@@ -68,8 +68,7 @@ def inside(strategy: object) -> Iterator[None]:
             raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
-        ours = type(error).__module__.partition(".")[0] == "specvlm"  # such as that with which a sweep ends
-        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not ours
+        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             BaseException.add_note(error, f"in {label}")
             raise
@@ -113,6 +112,11 @@ def contained() -> Iterator[None]:
         raise
     except BaseException as error:
         raise StrategyError(f"a strategy raised {one_line(error)}") from error
+
+
+def _ends_jobs(error: BaseException) -> bool:
+    """Is it an exception of specvlm's own, with which a sweep ends?"""
+    return type(error).__module__.partition(".")[0] == "specvlm"
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:

@@ -48,9 +48,14 @@ def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def _kept(before: dict[str, str], now: dict[str, str]) -> bool:
-    """Has every variable its value? New ones may come: libraries leave each other notes there."""
+def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Has every name its value? New ones may come: modules are imported late, libraries leave notes in the environment."""
     return all(now.get(name) == value for name, value in before.items())
+
+
+def _modules() -> dict[str, Any]:
+    """Those of specvlm that are imported: without their entries pickle, pydantic and late imports find others."""
+    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "specvlm"}
 
 
 def _signal(number: int) -> Setting:
@@ -84,6 +89,7 @@ SETTINGS = (
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     _tables("torch's hooks of every module", _hooks),
+    Setting("specvlm's modules", _modules, sys.modules.update, _kept),
     Setting("the working directory", os.getcwd, os.chdir, blamed=False),
     Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),
     *map(_stream, ("stdin", "stdout", "stderr")),
