@@ -386,9 +386,10 @@ def test_what_a_baseline_depends_on_is_in_its_key():
         assert inputs(request, graph, 0) != first
     loose, sampling = (replace(graph, verifier=registry.build("verifier", name)) for name in ("loose", "sampling"))
     assert inputs(request, loose, 0) == first, "it is plain decoding's, whatever rule it is compared with"
-    assert inputs(request, replace(graph, seed=5, ratio=0.1), 0) == first
+    seeded = replace(graph.options, seed=5)
+    assert inputs(request, replace(graph, options=replace(seeded, ratio=0.1)), 0) == first
     drawn = inputs(request, sampling, 0)
-    assert drawn != first and inputs(request, replace(sampling, seed=5), 0) != drawn
+    assert drawn != first and inputs(request, replace(sampling, options=seeded), 0) != drawn
     assert inputs(request, graph, 1) != first, "other weights"
     request.prompt.videos[0]["pixels"][0, 0] += 1
     assert inputs(request, graph, 0) != first
