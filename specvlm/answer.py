@@ -22,10 +22,7 @@ from specvlm.verifiers.sampling import own_rule
 
 @dataclass
 class Record:
-    """What a request has brought forth so far. Outlives one that fails.
-
-    captured_s: what the engine had spent on capturing before it.
-    """
+    """What a request has brought forth so far; outlives one that fails. captured_s: spent on capturing before it."""
 
     steps: list[Step] = field(default_factory=list)
     baseline: Baseline | None = None  # whole, or not there

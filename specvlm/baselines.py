@@ -49,10 +49,7 @@ class Baseline:
 
 
 class Baselines:
-    """A folder of them; None keeps nothing, and decodes each time. Several processes may use one folder.
-
-    note: is told, in a line, of a file that cannot be used.
-    """
+    """A folder of them, for several processes; None: each is decoded. note: is told of a file that cannot be used."""
 
     def __init__(self, folder: Path | None, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda line: None) -> None:
         self.folder, self.ranks, self.note = folder, ranks, note

@@ -67,10 +67,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All keys of a run: the schema that Hydra checks it against, and the checked values that everything else gets.
-
-    pruner, drafter, verifier, dataset: the settings of each, see `registry.settings`.
-    """
+    """All keys of a run: the schema that Hydra checks, and the checked values. Strategies: see `registry.settings`."""
 
     pruner: Any = MISSING
     drafter: Any = MISSING

@@ -150,10 +150,7 @@ class Screen:
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row)))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
-        """The table behind a sweep, why what failed did, and where it all lies.
-
-        jobs: what each is called, and its summary; common: to all. go_on: words for the rest of what was broken off.
-        """
+        """The table behind a sweep, and why what failed did. jobs: names and summaries; go_on: words for the rest."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("job", overflow="fold")
         figures = ("done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast")

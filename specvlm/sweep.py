@@ -155,10 +155,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Task:
-    """A sample that a job is to answer.
-
-    window: a number for the samples of a turn, whose readings are kept for all jobs; place: of the job among those jobs.
-    """
+    """A sample for a job. window: of samples whose readings are kept for all jobs; place: the job's among these."""
 
     window: int
     job: Job

@@ -33,10 +33,7 @@ CELL = 6  # pixels of a video token in the picture
 
 
 class Wandb:
-    """How this process reaches W&B: found out once, by the first run.
-
-    wish: `tracker=…` of the configuration; note: where to say what goes wrong.
-    """
+    """How this process reaches W&B, found out by the first run. wish: `tracker=…`; note: is told what goes wrong."""
 
     def __init__(self, wish: WandbConfig, note: Callable[[str], None]) -> None:
         self.wish, self.note, self.mode = wish, note, str(wish.mode)

@@ -39,10 +39,7 @@ Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds of one shape. context: slots of the drafter's pruned prompt.
-
-    check_ms: with what the host does beside a round's drafting and checking.
-    """
+    """Medians over a shape's rounds. context: slots of the drafter's prompt; check_ms: with what else the host does."""
 
     drafter: str
     shape: str
@@ -110,10 +107,7 @@ def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Costs:
-    """A profile: one prompt of `text` + `video` tokens on one machine.
-
-    alone_ms, alone_first_s: the target without a drafter, per token, and before the first one.
-    """
+    """A profile of a prompt of `text` + `video` tokens. alone_ms: the target's own a token; alone_first_s: its first."""
 
     text: Tokens
     video: Tokens

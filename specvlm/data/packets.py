@@ -44,10 +44,7 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """The last key frame that is stored before a frame, and shown before it: all it refers to lies behind.
-
-        Returns its number among the key frames; None where there is none.
-        """
+        """The number of the last key frame stored and shown before a frame, if any: all it refers to lies behind."""
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
         while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame refers to what was before the key frame
             entry -= 1
