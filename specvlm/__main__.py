@@ -7,12 +7,11 @@ rank's: torchrun itself ends with 1 for any of them but 0.
 HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -47,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action`; a mistake becomes one line on stderr and its exit code. full: with its traceback; None: as the
-    environment has it.
-    """
+    """Call `action`; a mistake becomes a line on stderr and an exit code. full: with its traceback; None: `full_errors`."""
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it
@@ -127,6 +124,18 @@ def command(argv: list[str], full: bool) -> int:
 def refuse(message: str) -> NoReturn:
     """What an ArgumentParser's `error` is replaced by: one line, without its usage. Raises UserError."""
     raise UserError(f"{message}; --help shows what there is")
+
+
+def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:
+    """The command line of a tool that prints what is `made` of its arguments; returns the exit code."""
+    parser.error = refuse  # type: ignore[method-assign]
+
+    def action() -> int:
+        for line in made(parser.parse_args(words)):
+            print(visible(line))
+        return ExitCode.OK
+
+    return guarded(action)
 
 
 def leave(action: Callable[[], int]) -> NoReturn:

@@ -1,7 +1,5 @@
 """One request answered: decoded with a drafter, decoded without, compared, and told in figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +22,7 @@ from specvlm.verifiers.sampling import own_rule
 
 @dataclass
 class Record:
-    """What a request has brought forth so far. Outlives one that fails.
-
-    captured_s: what the engine had spent on capturing before it.
-    """
+    """What a request has brought forth so far; outlives one that fails. captured_s: spent on capturing before it."""
 
     steps: list[Step] = field(default_factory=list)
     baseline: Baseline | None = None  # whole, or not there
@@ -39,9 +34,7 @@ class Record:
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: Record) -> None:
-    """Room for both ways to decode, so that the second does not move what was captured for the first. Memory is watched from
-    here on.
-    """
+    """Make room for both decodes, so that the second moves nothing captured for the first. Starts to watch memory."""
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + graph.drafter.max_nodes
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)
@@ -55,14 +48,10 @@ def warm_up(steps: Iterator[Step], record: Record) -> None:
     list(islice(steps, 3))
 
 
-def drafted(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    return graph.decode(request.prompt)
-
-
 def speculate(request: Prepared, graph: DecodingGraph, record: Record) -> Iterator[Step]:
     """The steps, as they come."""
     record.stage = "decoding"
-    for step in drafted(request, graph):
+    for step in graph.decode(request.prompt):
         record.steps.append(step)
         yield step
 
@@ -134,14 +123,9 @@ def summarize(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[
 
 def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Baseline | None) -> dict[str, Any]:
     """What the whole took and its parts, with a drafter and, where there is a baseline, without."""
-    ours = metrics.speed(times_s, tokens)
-    ours |= metrics.from_file(video_s, ours)
-    alone: dict[str, Any] = {}
-    if baseline:
-        alone = metrics.speed(baseline.times_s, len(baseline.tokens))
-        alone |= metrics.from_file(video_s, alone)
+    alone = metrics.speed(baseline.times_s, len(baseline.tokens), video_s) if baseline else {}
     told = ("decode_s", "end_to_end_s", "file_to_first_token_s", "file_to_last_token_s")
-    return ours | {f"baseline_{key}": alone.get(key) for key in told}
+    return metrics.speed(times_s, tokens, video_s) | {f"baseline_{key}": alone.get(key) for key in told}
 
 
 def judge(request: Prepared, graph: DecodingGraph, record: Record) -> tuple[str, str, dict[str, Any] | None]:

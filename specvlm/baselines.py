@@ -5,8 +5,6 @@ key too: a baseline of another GPU is no baseline. A file that is not as it was 
 was edited; it is no signature, and does not stop who computes it anew.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import platform
@@ -16,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from filelock import FileLock
@@ -46,15 +44,12 @@ class Baseline:
     key: str = ""
 
     @classmethod
-    def of(cls, steps: Sequence[Step], key: str = "") -> Baseline:
+    def of(cls, steps: Sequence[Step], key: str = "") -> Self:
         return cls(metrics.tokens_of(steps), metrics.times_of(steps), key)
 
 
 class Baselines:
-    """A folder of them; None keeps nothing, and decodes each time. Several processes may use one folder.
-
-    note: is told, in a line, of a file that cannot be used.
-    """
+    """A folder of them, for several processes; None: each is decoded. note: is told of a file that cannot be used."""
 
     def __init__(self, folder: Path | None, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda line: None) -> None:
         self.folder, self.ranks, self.note = folder, ranks, note
@@ -117,9 +112,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Alone with what the file stands for, among all processes, until it has been made: who waited finds it there, and so does
-    who comes when this file is gone.
-    """
+    """Be the only process with what the file stands for until it is made: who waited, or comes later, finds it."""
     with FileLock(path):
         yield
     with suppress(OSError):  # held by who waits, where a held file cannot go
@@ -156,19 +149,8 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 def revision() -> str:
     """Of the source code that the target's own answer comes from, kernels included."""
     home, found = Path(__file__).parent, sha256()
-    parts = (
-        "engine",
-        "models",
-        "verifiers",
-        "graph.py",
-        "passes.py",
-        "scheduler.py",
-        "cache.py",
-        "penalty.py",
-        "ranks.py",
-        "strategy/verifier.py",
-    )
-    for part in parts:
+    folders, files = ("engine", "models", "verifiers"), ("graph", "passes", "scheduler", "cache", "penalty", "ranks")
+    for part in (*folders, *(f"{name}.py" for name in files), "strategy/verifier.py"):
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             found.update(f"{path.relative_to(home)} ".encode() + path.read_bytes())

@@ -4,8 +4,6 @@ A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 1
 type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -123,9 +121,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
-    """All numbers in a value, each with the bounds of its type and of the types around it; those of a dataclass within it are
-    held against its own hints.
-    """
+    """All numbers in a value, with the bounds of its type and those around it; a dataclass in it checks its own."""
     if metadata := getattr(hint, "__metadata__", ()):
         around = (*around, *(part for part in metadata if isinstance(part, Within)))
         hint = hint.__origin__

@@ -1,7 +1,5 @@
 """What a request's time goes to."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from time import perf_counter
 from typing import Any

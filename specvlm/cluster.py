@@ -6,8 +6,6 @@ FastVID, HoliTom and PruneVid all pick centres by it.
 Shape suffixes: G groups (frames, segments), P tokens of a group, D width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,32 +1,28 @@
 """From command-line words to checked configurations, with Hydra's errors turned into one line each."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import yaml
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from specvlm import config, manual, names, registry
 from specvlm.config import RunConfig
 from specvlm.errors import UserError, did_you_mean, first_line, line
+from specvlm.explain import explained
 from specvlm.outside import escaped, read_yaml
 
 TEXT_KEYS = ("question",)
@@ -139,40 +135,6 @@ def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     return [_quoted(word, sweep) for word in words]
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into a UserError of one line. Hydra raises a bare ValueError for some words."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as err:
-        raise UserError(explain(err)) from err
-    except RecursionError:
-        raise UserError("a value is nested too deeply to be read") from None
-
-
-def explain(err: Exception) -> str:
-    """What was wrong, what exists, "did you mean", without Hydra's own vocabulary."""
-    cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
-    if isinstance(err, MissingConfigException) and err.missing_cfg_file:
-        group, _, name = err.missing_cfg_file.rpartition("/")
-        if group == "hydra/launcher" and name.partition("_")[0] in ("joblib", "submitit"):
-            return f'{group}={name} is not installed: pip install "specvlm[launchers]"'
-    if isinstance(err, MissingConfigException) and err.missing_cfg_file and err.options is not None:
-        return registry.unknown(group, name, list(err.options))
-    if isinstance(err, OverrideParseException):
-        reason = err.message.removeprefix(f"Error parsing override '{err.override}'").strip().splitlines()[0]
-        how = "write key=value, and quote special characters twice, as in \"key='a, b'\""
-        return f'cannot read "{err.override}" ({reason}): {how}'
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        return _unknown_key(str(cause.full_key), cause.object_type)
-    if isinstance(cause, ValidationError) and cause.full_key:
-        return _wrong_type(cause)
-    details = re.compile(r"\s*(full_key|object_type|reference_type)[:=]")
-    return " ".join(line.strip() for line in str(err).splitlines() if not details.match(line)).strip() or type(err).__name__
-
-
 def _loader() -> ConfigLoader:
     return GlobalHydra.instance().config_loader()
 
@@ -182,9 +144,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
-    """Hydra takes several options of a group, one over the other; what they would come to is no strategy. Presets may be
-    several.
-    """
+    """Hydra would lay several options of a group over each other, which is no strategy. Presets may be several."""
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
         names = value if isinstance(value, list) and group == "experiment" else [value]
@@ -228,7 +188,8 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
-        raise UserError(f"experiment={_choice(cfg, 'experiment')} is a sweep, over {', '.join(sorted(left))}: {how}")
+        preset = cfg.hydra.runtime.choices.get("experiment")
+        raise UserError(f"experiment={preset} is a sweep, over {', '.join(sorted(left))}: {how}")
     run = frozen(cfg)
     if run.dataset is not None:
         _refuse_own_sample(words, run.dataset.name)
@@ -302,10 +263,6 @@ def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
         raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
 
 
-def _choice(cfg: DictConfig, group: str) -> str:
-    return str(cfg.hydra.runtime.choices.get(group))
-
-
 def _length(override: Override) -> float:
     """How many values a sweep over one key has, without making them."""
     sweep = override.value()
@@ -313,37 +270,6 @@ def _length(override: Override) -> float:
         start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
         return (stop - start) / step if step else math.inf
     return len(sweep.list) if isinstance(sweep, ChoiceSweep) else 1
-
-
-def _unknown_key(full_key: str, owner: Any) -> str:
-    parent, _, key = full_key.rpartition(".")
-    if not parent:
-        deeper = [f"{kind}.{key}" for kind, infos in registry.collect().items() for i in infos.values() if _has(i.config, key)]
-        hint = did_you_mean(key, config.NAMES) or (f' Did you mean "{deeper[0]}"?' if deeper else "")
-        return f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{hint}'
-    names = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-    whose = f'{parent} "{owner.name}"' if parent in registry.KINDS and "name" in names else parent
-    there = [name for name in names if name != "name" or parent not in registry.KINDS]
-    hint = did_you_mean(full_key, [f"{parent}.{name}" for name in there])
-    return f'there is no key "{full_key}"; {whose} has {", ".join(there) or "no keys"}.{hint}'
-
-
-def _has(owner: Any, key: str) -> bool:
-    return any(f.name == key for f in fields(owner))
-
-
-def _wrong_type(cause: ValidationError) -> str:
-    seen = f"{cause.full_key}={'null' if cause.value is None else cause.value}"
-    reason = str(cause).splitlines()[0]
-    owner: Any = cause.object_type
-    hint = get_type_hints(owner).get(str(cause.key)) if is_dataclass(owner) else None
-    if hint is None:
-        return f"{seen}: {reason}"
-    choice, *null = [*get_args(hint), hint][:2] if get_args(hint) else [hint]
-    if isinstance(choice, type) and issubclass(choice, Enum):
-        names = list(choice.__members__)
-        return f"{seen}: expected one of {', '.join([*('null' for _ in null), *names])}.{did_you_mean(str(cause.value), names)}"
-    return f"{seen}: expected {hint.__name__ if isinstance(hint, type) else str(hint)} ({reason})"
 
 
 def _quoted(word: str, sweep: bool) -> str:
@@ -367,13 +293,9 @@ def _quoted(word: str, sweep: bool) -> str:
     there = os.path.exists(os.path.expanduser(value))
     if there or not sweep:
         return f"{key}={_text(value, filled=not there)}"
-    return f"{key}={','.join(part if UNQUOTED.fullmatch(part) else _path(part) for part in value.split(','))}"
-
-
-def _path(part: str) -> str:
-    """One of several in a sweep."""
-    own = not part or HYDRAS_OWN.fullmatch(part) or "${" in part
-    return part if own else _text(part)
+    parts = value.split(",")  # of a sweep
+    own = ("${" in part or not part or UNQUOTED.fullmatch(part) or HYDRAS_OWN.fullmatch(part) for part in parts)
+    return f"{key}={','.join(part if is_own else _text(part) for part, is_own in zip(parts, own, strict=True))}"
 
 
 def _text(value: str, filled: bool = False) -> str:

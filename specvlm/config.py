@@ -3,8 +3,6 @@
 The strategies' own keys come from their fields (see registry.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -69,10 +67,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All keys of a run: the schema that Hydra checks it against, and the checked values that everything else gets.
-
-    pruner, drafter, verifier, dataset: the settings of each, see `registry.settings`.
-    """
+    """All keys of a run: the schema that Hydra checks, and the checked values. Strategies: see `registry.settings`."""
 
     pruner: Any = MISSING
     drafter: Any = MISSING
@@ -155,9 +150,8 @@ def validate(cfg: RunConfig) -> None:
     if cfg.tracker is not None and cfg.dataset is None:
         raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
-        raise UserError(
-            f"target.parallel=layers does not go with target.weights={cfg.target.weights}: use tensor, or one device"
-        )
+        wish = f"target.weights={cfg.target.weights}"
+        raise UserError(f"target.parallel=layers does not go with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
     own = cfg.draft.device

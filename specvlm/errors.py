@@ -29,9 +29,7 @@ class ExitCode(IntEnum):
 
 
 def worst(codes: Iterable[int]) -> int:
-    """Of several jobs' exit codes the one to end with: MISMATCH whatever else there is, since it alone says that an output is
-    wrong, else the highest.
-    """
+    """The exit code of several jobs: MISMATCH if any, since it alone says that an output is wrong, else the highest."""
     codes = [ExitCode.OK, *codes]
     return ExitCode.MISMATCH if ExitCode.MISMATCH in codes else max(codes)
 

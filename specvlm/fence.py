@@ -1,7 +1,5 @@
 """Calls into strategies: what one raises is its own affair, and what one returns is checked before the loop uses it."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -63,7 +61,8 @@ def inside(strategy: object) -> Iterator[None]:
     STRANGERS.met(strategy)
     names = INTERRUPTS.names
     names.append(label)
-    modes, handler = _modes(), signal.getsignal(signal.SIGINT)
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except BaseException as error:
@@ -87,13 +86,8 @@ def inside(strategy: object) -> Iterator[None]:
         raise _interrupted(label)
 
 
-def _modes() -> tuple[int, int]:
-    """How many modes of torch are entered, of functions and of dispatch."""
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-
-
 def _left(before: tuple[int, int]) -> str:
-    """Leave the modes that were entered since; returns what they are called."""
+    """Leave the modes entered since there were so many, of functions and of dispatch; returns what they are called."""
     functions, dispatch = before
     found = []
     while torch._C._len_torch_function_stack() > functions:

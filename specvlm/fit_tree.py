@@ -16,20 +16,20 @@ run, is held out, a tree is fitted to the rest, and both it and the paper's are 
 written is fitted to everything.
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 from pathlib import Path
 
-from specvlm.__main__ import guarded, refuse
+from specvlm.__main__ import print_lines
 from specvlm.bounds import parse
-from specvlm.errors import ExitCode, UserError, visible
+from specvlm.errors import UserError
 from specvlm.records import Ranked
 from specvlm.rows import lines_of
 from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
@@ -63,25 +63,18 @@ def read(folder: Path) -> list[Round]:
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
     """p[depth][rank]: the chance that the target takes that guess once all above is accepted. Zero where nobody tried."""
-    tried: list[list[int]] = []
-    taken: list[list[int]] = []
+    tried, taken = defaultdict[int, Counter[int]](Counter), defaultdict[int, Counter[int]](Counter)
     for one in rounds:
         for depth, width in enumerate(one.widths):
             rank = one.ranks[depth] if depth < len(one.ranks) and one.ranks[depth] < width else None
-            seen = width if rank is None else rank + 1
-            while len(tried) <= depth:
-                tried.append([])
-                taken.append([])
-            for table in (tried[depth], taken[depth]):
-                table += [0] * (seen - len(table))
-            for r in range(seen):
-                tried[depth][r] += 1
+            tried[depth].update(range(width if rank is None else rank + 1))
             if rank is not None:
                 taken[depth][rank] += 1
     chances = []
-    for tried_R, taken_R in zip(tried, taken, strict=True):
+    for depth in range(len(tried)):
         left, chances_R = 1.0, []
-        for at_risk, hits in zip(tried_R, taken_R, strict=True):
+        for rank in range(len(tried[depth])):
+            hits, at_risk = taken[depth][rank], tried[depth][rank]
             chances_R.append(left * hits / at_risk)
             left *= 1 - hits / at_risk
         chances.append(chances_R)
@@ -106,14 +99,8 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
     """Accepted guesses a round of a tree, in expectation."""
-    total = 0.0
-    for path in paths:
-        value = 1.0
-        for depth, rank in enumerate(path):
-            known = depth < len(chances) and rank < len(chances[depth])
-            value *= chances[depth][rank] if known else 0.0
-        total += value
-    return total
+    known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
+    return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
 
 def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
@@ -165,14 +152,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
     parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
-    parser.error = refuse  # type: ignore[method-assign]
-    return guarded(lambda: _fit(parser.parse_args(words)))
-
-
-def _fit(asked: argparse.Namespace) -> int:
-    for line in fit(asked.folders, asked.out, asked.nodes, asked.depth):
-        print(visible(line))
-    return ExitCode.OK
+    return print_lines(parser, words, lambda asked: fit(asked.folders, asked.out, asked.nodes, asked.depth))
 
 
 if __name__ == "__main__":

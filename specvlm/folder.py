@@ -1,7 +1,5 @@
 """A run's own files: what it writes where, whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -25,10 +23,7 @@ ATTENTION = "attention"
 
 @contextmanager
 def files_of(folder: Path | None) -> Iterator[None]:
-    """The run's own files: none of an earlier run stay, none of this one when they cannot be written to the end.
-
-    folder: None, here and below, for a rank that writes nothing.
-    """
+    """The run's files: none of an earlier run stay, none of this one if cut short. folder: None writes nothing."""
     if folder is None:
         yield
         return

@@ -1,7 +1,5 @@
 """What a process keeps from one run to the next: the models, their caches, and the engine with what it captured."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator

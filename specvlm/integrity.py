@@ -13,36 +13,28 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from operator import eq, is_
+from operator import is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specvlm.cache import CachePool, KVCache
+from specvlm.checksum import checksum
 from specvlm.kept import restored
-from specvlm.ranks import own
+from specvlm.process_settings import set_again, settings
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-WORDS = 65_537  # of 8 bytes: words so far apart are summed before they are weighted; prime, as no width of a matrix is
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
-SMALL = 2**16  # bytes
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-GLOBAL_HOOKS = tuple(
-    name for name, value in vars(torch.nn.modules.module).items() if name[:8] == "_global_" and isinstance(value, dict)
-)
-SPECIAL = (
+SPECIAL = [
     "__call__",
     "__init__",
     "__getattr__",
@@ -52,61 +44,13 @@ SPECIAL = (
     "__len__",
     "__iter__",
     "__next__",
-)
+]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of every byte and its place, on any device.
-
-    Words of 8 bytes, weighted by their place modulo 65,537, summed modulo 2**64. It takes one pass over the memory, which is
-    what a token of plain decoding takes. It is no defence against somebody who computes a change that leaves it as it is.
-    """
-    small: dict[torch.device, list[Tensor]] = {}  # one after the other: a pass over each would take longer than reading it
-    parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    weights = cache(_weights)  # for this call alone: between calls they could be written to
-    for number, tensor in enumerate(tensors):
-        if tensor.device.type == "meta":
-            continue
-        flat = own(tensor).detach().contiguous().flatten().view(torch.uint8)
-        if len(flat) < SMALL:
-            small.setdefault(tensor.device, []).append(flat)
-        else:
-            parts.setdefault(tensor.device, []).extend((number + 1, part) for part in _sums(flat, weights))
-    for device, flats in small.items():
-        parts.setdefault(device, []).extend((0, part) for part in _sums(torch.cat(flats), weights))
-    total = 0
-    for found in parts.values():
-        values = torch.stack([part for _, part in found]).tolist()
-        total += sum((2 * number + 1) * value for (number, _), value in zip(found, values, strict=True))
-    return total % 2**64
-
-
-def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
-    """() int64 each, of bytes: of whole rows of words, of the words behind them, of the bytes behind those."""
-    flat = flat.clone() if flat.storage_offset() % 8 else flat  # else it is no row of words
-    count = len(flat) // 8
-    words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
-    rows = count // WORDS
-    if rows:
-        yield (words[: rows * WORDS].view(rows, WORDS).sum(0) * weights(WORDS, flat.device)).sum()
-    if count % WORDS:
-        yield (words[rows * WORDS :] * weights(count % WORDS, flat.device)).sum()
-    if len(rest):
-        yield (rest * weights(len(rest), flat.device)).sum()
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd numbers, all different; their products wrap around."""
-    return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D
 
 
 def weights_of(model: VideoLM) -> int:
     """The checksum of a model's parameters and buffers."""
     return checksum(tensor for _, tensor in sorted((*model.hf.named_parameters(), *model.hf.named_buffers())))
-
-
-# ---- what a model is beside its weights ------------------------------------------------------------------------------
 
 
 def structure(model: VideoLM) -> dict[str, Any]:
@@ -138,9 +82,6 @@ def _plain(value: object) -> object:
     return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
 
 
-# ---- code and settings -----------------------------------------------------------------------------------------------
-
-
 class Code:
     """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
 
@@ -156,9 +97,7 @@ class Code:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For a command: what is there now, before plugins are imported, is what has to stay. Else it is what was there when
-        the request began.
-        """
+        """For a command: what is there now, before plugins are imported, has to stay; else what a request began on."""
         self.owners.clear()
         self.entries = []
         self.look()
@@ -170,7 +109,8 @@ class Code:
 
     def look(self, classes: Iterable[type] = ()) -> None:
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
-        inner = (value for module in modules for value in vars(module).values() if _defined(value, module))
+        inside = ((value, module.__name__) for module in modules for value in vars(module).values())
+        inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
         old = self.entries if self.watched else []
         known = [] if self.watched else [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
         fresh = set[Any]()
@@ -180,9 +120,8 @@ class Code:
                 fresh.add(owner)
                 known += [(owner, name) for name in list(vars(owner)) if _told(name)]
         self.entries = old + [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
-        closed = (
-            owner for owner in (fresh if self.watched else self.owners) if isinstance(owner, type) or _ours(owner.__name__)
-        )
+        looked_at = fresh if self.watched else self.owners
+        closed = (owner for owner in looked_at if isinstance(owner, type) or _ours(owner.__name__))
         self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
 
     def undo(self) -> list[str]:
@@ -216,11 +155,6 @@ def _ours(name: str) -> bool:
     return name == "specvlm" or name.startswith("specvlm.")
 
 
-def _defined(value: object, module: ModuleType) -> bool:
-    """Is it a class, and defined in this module?"""
-    return isinstance(value, type) and value.__module__ == module.__name__
-
-
 def _theirs(owner: Any, now: Any) -> bool:
     """torch replaces some of its functions itself, such as where it first compiles one, and transformers adds to torch's."""
     if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
@@ -250,121 +184,6 @@ def classes_of(model: VideoLM) -> set[type]:
     return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One of the process's: how it is read, how it is set again, and whether two values of it are the same."""
-
-    name: str
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-    same: Callable[[Any, Any], bool] = eq
-    blamed: bool = True  # else it is put back without a word: a video may be read meanwhile, which uses it too
-
-
-def _module_hooks() -> list[dict[int, Any]]:
-    return [dict(vars(torch.nn.modules.module)[name]) for name in GLOBAL_HOOKS]
-
-
-def _set_module_hooks(before: list[dict[int, Any]]) -> None:
-    for name, hooks in zip(GLOBAL_HOOKS, before, strict=True):
-        table = vars(torch.nn.modules.module)[name]
-        table.clear()
-        table.update(hooks)
-
-
-def _set_device(device: torch.device) -> None:
-    """The CPU is what there is without a default, which is a mode that stays."""
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Has every name its value? New ones may come: modules are imported late, libraries leave notes in the environment."""
-    return all(now.get(name) == value for name, value in before.items())
-
-
-def _modules() -> dict[str, Any]:
-    """Those of specvlm that are imported: without their entries pickle, pydantic and late imports find others."""
-    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "specvlm"}
-
-
-def _signal(number: int) -> Setting:
-    def write(handler: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(number, handler)
-
-    return Setting(f"the handler of {signal.Signals(number).name}", lambda: signal.getsignal(number), write, blamed=False)
-
-
-def _stream(name: str) -> Setting:
-    return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream), blamed=False)
-
-
-def _interfaces() -> list[Any]:
-    """Hugging Face's tables of attention functions, where they have been imported."""
-    places = (("transformers.modeling_utils", "AttentionInterface"), ("transformers.masking_utils", "AttentionMaskInterface"))
-    return [vars(sys.modules[module])[name]._global_mapping for module, name in places if module in sys.modules]
-
-
-def _attention(functions: list[dict[str, Any]]) -> None:
-    for table, named in zip(_interfaces(), functions, strict=False):
-        table.clear()
-        table.update(named)
-
-
-SETTINGS = (
-    Setting("attention functions", lambda: list(map(dict, _interfaces())), _attention),
-    Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    Setting("torch's default device", torch.get_default_device, _set_device),
-    Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
-    Setting("torch's threads", torch.get_num_threads, torch.set_num_threads),
-    Setting("torch's float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    Setting(
-        "torch's deterministic algorithms",
-        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
-    ),
-    Setting("torch's hooks of every module", _module_hooks, _set_module_hooks),
-    Setting("specvlm's modules", _modules, sys.modules.update, _kept),
-    Setting("the working directory", os.getcwd, os.chdir, blamed=False),
-    Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),
-    *map(_stream, ("stdin", "stdout", "stderr")),
-    *map(_signal, (signal.SIGINT, signal.SIGTERM)),
-)
-
-
-def settings() -> list[Any]:
-    return [_read(setting) for setting in SETTINGS]
-
-
-def _read(setting: Setting) -> Any:
-    try:
-        return setting.read()
-    except (OSError, RuntimeError):  # the working directory was removed; torch's older and newer settings are mixed
-        return None
-
-
-def set_again(before: Sequence[Any]) -> list[str]:
-    """Undo what differs; returns its names."""
-    changed = []
-    for setting, was in zip(SETTINGS, before, strict=True):
-        if (now := _read(setting)) is was or setting.same(was, now):
-            continue
-        changed += [setting.name] * setting.blamed
-        if was is not None:
-            setting.write(was)
-    return changed
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """Around calls into strategies outside of a request: the settings are the same behind them."""
-    before = settings()
-    try:
-        yield
-    finally:
-        set_again(before)
-
-
 CODE = Code()  # of this process
 
 
@@ -389,9 +208,7 @@ class Snapshot:
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
-        """Undo what was changed of code and settings. Returns their names; and what was changed of models and caches, which
-        must not be used again.
-        """
+        """Undo changes of code and settings. Returns their names, and those of models and caches that are spoilt."""
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]
         spoilt = ["caches or engine"] if self._running() != self.running else []

@@ -1,7 +1,5 @@
 """Ctrl-C: told from a KeyboardInterrupt that a strategy raises itself, and heard although a strategy catches it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,23 +1,17 @@
 """A job: one configuration over the samples of a data set, a row a sample, appended as it is done."""
 
-from __future__ import annotations
-
-import json
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from specvlm import memory, metrics, registry
-from specvlm.answer import Record, alone, begin, decode_alone, drafted, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.answer import Record, alone, begin, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.baselines import Baseline, Baselines
 from specvlm.cache import pooled
 from specvlm.config import RunConfig, home
@@ -26,18 +20,16 @@ from specvlm.fence import contained, inside
 from specvlm.folder import write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import Held
-from specvlm.outside import nested
 from specvlm.places import places_of
 from specvlm.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.ranks import ALONE, Ranks
 from specvlm.readings import Read, Readings
-from specvlm.rows import CannotWrite, Rows, is_job, plain, rows_of, steps_of, writable
+from specvlm.rows import CannotWrite, Rows, is_job, plain, room, rows_of, steps_of, writable
+from specvlm.samples import unique, writable_meta
 from specvlm.show import Screen, not_applied, too_many_ties
 from specvlm.strategy import Dataset, Sample
 from specvlm.tracker import Tracker, Wandb
 from specvlm.types import Step
-
-A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 
 
 class Job:
@@ -126,25 +118,15 @@ class Job:
     def key(self, index: int) -> Hashable:
         """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
         cfg, target = self.cfg, self.setup.target
-        return (
-            registry.described(self.dataset),
-            index,
-            cfg.frames,
-            cfg.fps,
-            cfg.max_pixels,
-            cfg.reader,
-            type(target),
-            target.folder,
-        )
+        shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
+        return (registry.described(self.dataset), index, *shown, type(target), target.folder)
 
     def read(self, index: int) -> Read:
         """What reads the sample's video and makes the prompt."""
         return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
-        """Write the totals, let go of the folder; a second time it does nothing. Returns the exit code: of all rows that are
-        this process's.
-        """
+        """Write the totals and let go of the folder, once. Returns the exit code over all rows of this process."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -177,8 +159,6 @@ class Job:
             return ExitCode.MISMATCH if wrong else ExitCode.OK
 
         return worst(map(of, rows))
-
-    # ---- one sample --------------------------------------------------------------------------------------------------
 
     def _sample(self, index: int, readings: Readings, read_next: Callable[[], None]) -> dict[str, Any]:
         """Its row, all but the order. Rounds are written on the way."""
@@ -261,7 +241,7 @@ class Job:
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
         with self.held.guard(graph):
-            self._warm_up("drafted", drafted(request, graph), request, graph, record)
+            self._warm_up("drafted", graph.decode(request.prompt), request, graph, record)
             self._stream(index, request, graph, record)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:
@@ -342,52 +322,7 @@ class Job:
         return found
 
 
-def unique(dataset: Dataset) -> Sequence[Sample]:
-    """Raises UserError for an id that is there twice, and for a data set without samples."""
-    with inside(dataset):
-        samples = [_plainly(sample) for sample in dataset.samples()]
-    seen = set[str]()
-    for sample in samples:
-        if not isinstance(sample.id, str):
-            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
-        if sample.id in seen:
-            raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
-        seen.add(sample.id)
-    if not samples:
-        raise UserError(f"dataset={dataset.name}: there are no samples in it")
-    return samples
-
-
-def _plainly(sample: Sample) -> Sample:
-    """With an id that is a str and no class of a plugin's, which has a word in every comparison."""
-    return replace(sample, id=str.__str__(sample.id)) if isinstance(sample.id, str) else sample
-
-
-def writable_meta(sample: Sample) -> dict[str, Any]:
-    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
-    try:
-        json.dumps(sample.meta)
-        if not nested(sample.meta):
-            return sample.meta
-    except (TypeError, ValueError, RecursionError):
-        pass
-    return {str(key): line(registry.described(value)) for key, value in sample.meta.items()}
-
-
 def shard_of(word: str | None) -> tuple[int, int] | None:
     """`0/4`, which config.validate has checked."""
     which, _, of = (word or "").partition("/")
     return (int(which), int(of)) if word else None
-
-
-def room(folder: Path, samples: int, tokens: int) -> None:
-    """Is there a disk to write to, before hours are spent? Raises CannotWrite."""
-    needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as probe:  # of no name: other shards look at this folder, too
-            probe.write(b"\0" * 4096)
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
-        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")

@@ -1,7 +1,5 @@
 """Tensors that are made once a shape and kept from request to request, with copies that tell whether they were written to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
 from typing import Any, TypeVar

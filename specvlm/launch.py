@@ -1,7 +1,5 @@
 """From words to exit code: each job is composed once, checked before any starts, and run by Hydra."""
 
-from __future__ import annotations
-
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence

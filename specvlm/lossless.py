@@ -15,8 +15,6 @@ of 977 were excused in bfloat16 and 0 of 920 in float32; of 130 genuine ties on 
 Limit: a fault that every pass of several rows shares, plain causal ones too, is seen from DRIFT on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +97,7 @@ def compare(
         verifier: the run's.
         options: what the run asked for.
     """
-    first = next((i for i, (a, b) in enumerate(zip(output, baseline, strict=False)) if a != b), min(len(output), len(baseline)))
+    first = alike(output, baseline)
     if first == len(output) == len(baseline):
         return Comparison("identical")
     if first == min(len(output), len(baseline)):
@@ -113,6 +111,11 @@ def compare(
     with (caches or CachePool()).lease() as lease:
         passes = _Passes(target, prompt, output, steps, lease, engine or Engine(), options.repetition_penalty)
         return passes.judge(baseline[first], first, verifier)
+
+
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two answers begin with in common."""
+    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 class _Wrong(Exception):

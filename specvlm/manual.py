@@ -1,7 +1,5 @@
 """The text of `python -m specvlm --help`, made from what is registered and from conf/config.yaml."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """What a run will need, worked out from configurations before any weight is loaded."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
-from specvlm import host_memory
 from specvlm.cache import pooled
 from specvlm.models.checkpoint import packed_bytes
 from specvlm.models.quantize import stored
@@ -101,9 +99,7 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
     parts = device_map(need.model.hf, [count for count, _ in stages], [device for _, device in stages])
     found, seen = {device: 0 for _, device in stages}, set()
     for weight in stored(need.model.hf, need.dtype, need.kind, ranks):
-        device = next(
-            (there for part, there in parts.items() if weight.name.startswith(f"{part}.") or weight.name == part), None
-        )
+        device = next((there for part, there in parts.items() if f"{weight.name}.".startswith(f"{part}.")), None)
         if device is not None and (weight.key, device) not in seen:
             seen.add((weight.key, device))
             found[device] += weight.nbytes
@@ -152,7 +148,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
         return torch.cuda.mem_get_info(device)[0] + unused
-    return host_memory.free_bytes()
+    return int(psutil.virtual_memory().available)
 
 
 def ran_out(error: BaseException) -> bool:

@@ -1,7 +1,5 @@
 """From the steps of a request to the figures of its summary. Every key of summary.json is explained here."""
 
-from __future__ import annotations
-
 import math
 import platform
 import sys
@@ -71,16 +69,8 @@ KEYS = {
 }
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # that have a `baseline_…_s` and a `speedup_…`
-LATER = (
-    "file_to_first_token_s",
-    "file_to_last_token_s",
-    "baseline_file_to_first_token_s",
-    "baseline_file_to_last_token_s",
-    "speedup_file_to_last_token",
-    "reader",
-    "hf_check",
-    "hf_difference",
-)  # of KEYS what older rows and summaries lack
+# Of KEYS what older rows and summaries lack.
+LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "hf_check", "hf_difference")
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
 
@@ -102,8 +92,8 @@ def speed_of(steps: Sequence[Step]) -> dict[str, float]:
     return speed(times_of(steps), len(tokens_of(steps)))
 
 
-def speed(times: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """The same, of seconds by part and the number of tokens."""
+def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict[str, float]:
+    """The same, of seconds by part and the number of tokens; behind so many seconds for the video, from the file on, too."""
     first, start = (sum(times.get(part, 0.0) for part in parts) for parts in (FIRST_TOKEN, DRAFTER_START))
     whole = sum(times.values()) - times.get("capture", 0.0)
     decode = whole - first - start
@@ -112,15 +102,9 @@ def speed(times: Mapping[str, float], tokens: int) -> dict[str, float]:
         "drafter_start_s": start,
         "decode_s": decode,
         "end_to_end_s": whole,
+        "file_to_first_token_s": video_s + first,
+        "file_to_last_token_s": video_s + whole,
         "tokens_per_second": (tokens - 1) / (start + decode) if decode > 0 else 0.0,
-    }
-
-
-def from_file(video_s: float, found: Mapping[str, float]) -> dict[str, float]:
-    """file_to_first_token_s and file_to_last_token_s, of what `speed` found."""
-    return {
-        "file_to_first_token_s": video_s + found["time_to_first_token_s"],
-        "file_to_last_token_s": video_s + found["end_to_end_s"],
     }
 
 

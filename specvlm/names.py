@@ -1,7 +1,5 @@
 """What the jobs of a sweep are called, on the screen and on the disk."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from hashlib import sha256

@@ -1,7 +1,5 @@
 """Read files that somebody else wrote: within bounds, as plain data, with nothing in them carried out or filled in."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat
@@ -20,9 +18,7 @@ MOST_NODES = 100_000  # of a YAML file, with what aliases stand for counted each
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A file's content. Raises UserError for what is no file, such as a pipe, and for more than `most` bytes; OSError for
-    what cannot be read.
-    """
+    """A file's content. Raises UserError for a pipe or the like, and if too long; OSError for what cannot be read."""
     try:
         opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     except ValueError as error:  # a name that no file can have
@@ -59,9 +55,7 @@ def nested(value: Any, most: int = DEEPEST) -> bool:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain data of a YAML file: interpolations stay text. Raises UserError where it has none, or where aliases make it
-    more than MOST_NODES values.
-    """
+    """A YAML file's plain data, interpolations as text. Raises UserError if none, or over MOST_NODES values."""
     text = read_text(path, MOST_YAML)
     try:
         _check_depth(text)

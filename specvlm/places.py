@@ -1,7 +1,5 @@
 """Which device holds what: worked out of the keys of a run and of what torchrun says, before anything is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +32,7 @@ class Places:
 
 
 def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or device=auto") -> torch.device:
-    """What `key` names, with an index where it is a GPU's, so that one device has one name. otherwise: what to use instead of a
-    device that is not there. Raises UserError.
-    """
+    """What `key` names, a GPU with its index. otherwise: what to use instead of a missing one. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -52,9 +48,8 @@ def places_of(cfg: RunConfig) -> Places:
     """Raises UserError for what cannot be had here, in one line."""
     parallel, named = cfg.target.parallel, cfg.device not in ("auto", "cpu", "cuda")
     if named and parallel:
-        raise UserError(
-            f"target.parallel={parallel} takes every GPU there is, not device={cfg.device}: set CUDA_VISIBLE_DEVICES"
-        )
+        how = "set CUDA_VISIBLE_DEVICES"
+        raise UserError(f"target.parallel={parallel} takes every GPU there is, not device={cfg.device}: {how}")
     if (count := torchrun.size_here()) > 1 and parallel != "tensor":
         raise UserError(f"torchrun started {count} ranks, which share a target: give target.parallel=tensor, or leave it out")
     device = device_of(cfg.device)
@@ -92,9 +87,8 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
             raise UserError(f"draft.device={draft} is the GPU of a rank: name one from cuda:{ranks} on, or leave it out")
         device = torch.device("cuda", local)
     elif torch.cuda.is_available():
-        raise UserError(
-            "target.parallel=tensor takes the GPUs where there are some: hide them with CUDA_VISIBLE_DEVICES= for the CPU"
-        )
+        how = "hide them with CUDA_VISIBLE_DEVICES= for the CPU"
+        raise UserError(f"target.parallel=tensor takes the GPUs where there are some: {how}")
     if torchrun.rank_here():  # not to be touched from here: looking at another GPU's memory takes some of it
         draft = None
     return Places("tensor", (device,), draft or device, ranks, draft_shared)

@@ -7,8 +7,6 @@ SPECVLM_STRICT_PLUGINS=1     a broken plugin is an error
 SPECVLM_PLUGIN_TRACEBACK=1   show the whole traceback of a broken plugin
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import logging

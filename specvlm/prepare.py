@@ -1,7 +1,5 @@
 """Before any weight is loaded: what a configuration comes to, what a sample asks, and whether there is memory for it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.fence import inside
 from specvlm.graph import DecodingGraph
-from specvlm.integrity import settled
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.spread import check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import Places
+from specvlm.process_settings import settled
 from specvlm.signals import held_bytes
 from specvlm.strategy import Sample
 from specvlm.types import GenerationOptions, VideoPrompt
@@ -211,7 +209,6 @@ def plan(
         have = free[device]
         if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
-            raise UserError(
-                f"the run needs about {planned.total / 2**30:.1f} GiB on {device}, {have / 2**30:.1f} GiB are free: {advice}"
-            )
+            needed = f"{planned.total / 2**30:.1f} GiB on {device}"
+            raise UserError(f"the run needs about {needed}, {have / 2**30:.1f} GiB are free: {advice}")
     return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)

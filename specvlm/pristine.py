@@ -26,7 +26,8 @@ from specvlm.answer import hf_check_of, threads
 from specvlm.config import model_folder
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.fence import inside
-from specvlm.models.checkpoint import folder_of
+from specvlm.lossless import alike
+from specvlm.models.checkpoint import SAFELY, folder_of
 from specvlm.prepare import Prepared, Setup, own_sample, read
 from specvlm.rows import UNCHECKED, rows_of
 from specvlm.types import VideoPrompt
@@ -96,15 +97,8 @@ class PristineModel:
 
         spread = {"device_map": "auto"} if device is None else {}
         with explained(f"{folder}: Hugging Face's own model cannot be loaded"):
-            hf: Any = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                **spread,
-            )
+            asked = {"dtype": dtype, "attn_implementation": ATTENTION} | spread
+            hf: Any = AutoModelForImageTextToText.from_pretrained(folder, **asked, **SAFELY)
         self.hf = (hf if spread else hf.to(device)).eval()
         stops = hf.generation_config.eos_token_id
         self.penalty = float(hf.generation_config.repetition_penalty or 1)
@@ -181,9 +175,7 @@ class PristineModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """What a processor of Hugging Face's would hand its model. Not `generate_inputs`, since what that gets wrong our
-        own positions may get wrong too.
-        """
+        """As Hugging Face's processors make them. Not `generate_inputs`, which may share a fault with our positions."""
         if prompt.images:
             raise UserError("check reads prompts of videos and text: there are images in this one")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
@@ -219,11 +211,6 @@ class PristineModel:
         """Typical change of a difference of two logits, over the whole answer: of most tokens, not of the worst one."""
         spreads = [float((a.double() - b.double()).std()) for a, b in zip(logits_TV, shaken_TV, strict=True)]
         return math.sqrt(2) * median(spreads)
-
-
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers begin with in common."""
-    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
 @contextmanager

@@ -7,8 +7,6 @@ captured in a CUDA graph; each rank must come to each of them, in the same order
 Shape suffixes: Q rows of a pass, N outputs of a layer.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Samples as the target is asked them, read once for all jobs that ask the same; the next one while another is answered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Self
@@ -50,10 +48,7 @@ class Readings:
         return self._held[key]
 
     def begin(self, key: Hashable, read: Read, count: int | None) -> None:
-        """Read it ahead, with so many threads of torch's (None: the usual number); `get` will have it.
-
-        Torch's number of threads is one of each thread, so the one that decodes keeps its own.
-        """
+        """Read it ahead for `get`, with so many threads of torch's (None: as usual); who decodes keeps its own."""
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._drop(self._ahead)

@@ -1,7 +1,5 @@
 """What runs write, as types with bounds: what is read back is parsed into these before anything is made of it."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, NotRequired, Required
 
 from annotated_types import MaxLen

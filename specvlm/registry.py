@@ -3,8 +3,6 @@
 A name is written once, in its class.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import sys
@@ -22,9 +20,9 @@ from specvlm import config, plugins
 from specvlm.bounds import check
 from specvlm.errors import UserError, did_you_mean
 from specvlm.fence import inside
-from specvlm.integrity import settled
 from specvlm.outside import literal
 from specvlm.plugins import PluginError
+from specvlm.process_settings import settled
 from specvlm.strategy import Dataset, Drafter, Pruner, Strategy, Verifier
 
 KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
@@ -156,9 +154,8 @@ def build(kind: str, chosen: Any) -> Any:
 def _check_class(cls: type[Strategy]) -> None:
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        raise PluginError(
-            f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: derive from Pruner, Drafter, Verifier or Dataset"
-        )
+        how = "derive from Pruner, Drafter, Verifier or Dataset"
+        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: {how}")
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")

@@ -10,15 +10,15 @@ cuts them off. A sample tried again has two lines, of which the one that is ok c
 its answer, of which the checked one counts.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -33,6 +33,7 @@ from specvlm.records import Answered, Row, Summary, Totals
 
 NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
 SAMPLES, STEPS = "samples", "steps"
+A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
 UNCHECKED = (None, "not checked")  # values of hf_check that a later line may better
 
 
@@ -56,10 +57,21 @@ def _cannot(folder: Path, error: OSError) -> CannotWrite:
     return CannotWrite(f"cannot write into {folder}: {error.strerror or error}")
 
 
+def room(folder: Path, samples: int, tokens: int) -> None:
+    """Is there a disk to write to, before hours are spent? Raises CannotWrite."""
+    needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:  # of no name: other shards look at this folder, too
+            probe.write(b"\0" * 4096)
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
+        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The line of each sample, of all shards, in the order of the data set; a dict as `records` types it. Raises UserError for
-    a damaged file.
-    """
+    """Each sample's line, of all shards, in the data set's order (see `records`). Raises UserError if damaged."""
     return [row for row, _ in _kept(folder)]
 
 
@@ -167,7 +179,8 @@ class Rows:
             with _lock_of(path):
                 pass
         self._files = [samples.open("ab", buffering=0), steps.open("ab")]
-        old, end = _lines(samples)
+        measured = list(_measured(samples))
+        old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
             raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
@@ -283,12 +296,6 @@ def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], 
 def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """All whole lines of a file; torn: and a last one that lacks its end alone. Raises UserError for one that is no JSON."""
     return [line for line, _ in _measured(path, torn)]
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """All whole lines, and where the last of them ends."""
-    found = list(_measured(path))
-    return [line for line, _ in found], found[-1][1] if found else 0
 
 
 def _cut(file: BinaryIO, end: int) -> None:

@@ -1,7 +1,5 @@
 """One run: a job of one sample, whose answer is shown as it comes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,7 +3,7 @@
 Shape suffixes: F frames, E = F - 1 neighbouring pairs of frames, G groups, D width.
 """
 
-from __future__ import annotations
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ def spans(cut_E: Tensor) -> list[tuple[int, int]]:
 def even_spans(count: int, parts: int) -> list[tuple[int, int]]:
     """`count` frames in `parts` (at most `count`) runs whose lengths differ by one at most."""
     return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+def written(share: float) -> Fraction:
+    """A share as it is written, to count by exactly: 0.07 of 100 is 7, where the product of floats is more."""
+    return Fraction(str(share))
 
 
 def apportion(total: int, sizes_G: Tensor) -> Tensor:

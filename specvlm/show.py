@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,8 @@ class Screen:
         if line:
             self.console.print(styled(("note:", "yellow"), f" {line}"))
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        if self.live:
-            with self.console.status(what):
-                yield
-        else:
-            yield
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        return self.console.status(what) if self.live else nullcontext()
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
@@ -142,8 +137,6 @@ class Screen:
     def written(self, folder: Path) -> None:
         self.console.print(styled((f"written to {folder}", "dim")))
 
-    # ---- jobs over samples -------------------------------------------------------------------------------------------
-
     def job(self, job: Job) -> None:
         """What is about to be answered."""
         left, all_of_it = len(job.todo), len(job.mine)
@@ -157,24 +150,11 @@ class Screen:
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row)))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
-        """The table behind a sweep, why what failed did, and where it all lies.
-
-        jobs: what each is called, and its summary; common: to all. go_on: words for the rest of what was broken off.
-        """
+        """The table behind a sweep, and why what failed did. jobs: names and summaries; go_on: words for the rest."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("job", overflow="fold")
-        for name in (
-            "done",
-            "kept",
-            "accepted",
-            "decode",
-            "end to end",
-            "file to\nfirst",
-            "file to\nlast",
-            "verdicts",
-            "failed",
-            "skipped",
-        ):
+        figures = ("done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast")
+        for name in (*figures, "verdicts", "failed", "skipped"):
             table.add_column(name, justify="left" if name == "verdicts" else "right", no_wrap=True)
         reasons = []
         for label, found in jobs:
@@ -250,12 +230,8 @@ def spread(job: Prepared) -> str:
     """How the target lies on its devices; nothing to say of one."""
     places = job.places
     if places.parallel == "tensor":
-        draft = "too" if places.draft_shared else "on the first alone"
-        return (
-            f"every layer shared by {places.ranks} ranks, the draft {draft}"
-            if job.drafter.model == "draft"
-            else (f"every layer shared by {places.ranks} ranks")
-        )
+        draft = f", the draft {'too' if places.draft_shared else 'on the first alone'}" if job.drafter.model == "draft" else ""
+        return f"every layer shared by {places.ranks} ranks{draft}"
     shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
     return ", ".join(shares)
 

@@ -5,8 +5,6 @@ All ranks hold the same: means over heads are summed over ranks, and all else is
 Shape suffixes: T sampled frames of a clip, F frames of the grid, P its tokens of one frame, N video tokens, D width.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import torch

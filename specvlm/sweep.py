@@ -1,7 +1,5 @@
 """The jobs over samples of one call: they take turns, a few samples each, over models that are loaded once."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,10 +157,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Task:
-    """A sample that a job is to answer.
-
-    window: a number for the samples of a turn, whose readings are kept for all jobs; place: of the job among those jobs.
-    """
+    """A sample for a job. window: of samples whose readings are kept for all jobs; place: the job's among these."""
 
     window: int
     job: Job

@@ -4,19 +4,18 @@ Needs no video and no test framework; drafters are checked on tiny random models
 AssertionError that says which and where.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specvlm.contract import check_class
+from specvlm.contract import devices, made, other_global_state, seeded
 from specvlm.registry import RESERVED
 from specvlm.strategy import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
+from specvlm.strategy.signals import axes_of
 from specvlm.types import KeepSet, TokenGrid
 
 if TYPE_CHECKING:
@@ -42,14 +41,8 @@ LAYERS, WIDTH = 32, 8  # of the invented target
 
 def __getattr__(name: str) -> Any:
     """The other two suites, loaded when asked for: an author of a pruner does not wait for Hugging Face's models."""
-    if name == "check_drafter":
-        from specvlm.contract.drafter import check_drafter
-
-        return check_drafter
-    if name == "check_verifier":
-        from specvlm.contract.verifier import check_verifier
-
-        return check_verifier
+    if name in ("check_drafter", "check_verifier"):
+        return getattr(import_module(f"specvlm.contract.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -63,26 +56,21 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
 
     It takes a second or two and needs no test framework: call it from a test, or from a line of Python.
     """
-    if isinstance(pruner, type):
-        _check_class(pruner)
-        pruner = pruner(**fields)
-    elif fields:
-        pruner = dataclasses.replace(pruner, **fields)  # type: ignore[type-var]  # Pruner is no dataclass, its classes are
-    _check_class(type(pruner))
+    pruner = made(pruner, Pruner, fields)  # type: ignore[type-abstract]
+    _check_fields(type(pruner))
     _check_needs(pruner)
     for ctx, where in _contexts(pruner):
         before = {name: signal.clone() for name, signal in ctx.signals.items()}
         keep = _select(pruner, ctx, where)
         if keep is not None:
             _check_keep(pruner, ctx, keep, where)
-            _check_repeatable(pruner, dataclasses.replace(ctx, generator=_generator()), keep, where)
+            _check_repeatable(pruner, dataclasses.replace(ctx, generator=seeded()), keep, where)
         for name, signal in ctx.signals.items():
             assert torch.equal(signal, before[name]), f"{pruner!r} changed its input {name} on {where}"
     _check_missing(pruner)
 
 
-def _check_class(cls: type[Pruner]) -> None:
-    check_class(cls, Pruner)
+def _check_fields(cls: type[Pruner]) -> None:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} would hide the run's own: read ctx.budget"
         assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: a run's config has that name, rename the field"
@@ -109,15 +97,14 @@ def _check_needs(pruner: Pruner) -> None:
 def _check_row_weights(pruner: Pruner) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for rows, scale in ((1, 1.0), (6, 1.0), (6, 0.0)):
-            text_TD = scale * torch.randn(rows, WIDTH, generator=_generator()).to(dtype)
-            weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=_generator(1)).to(dtype))
+            text_TD = scale * torch.randn(rows, WIDTH, generator=seeded()).to(dtype)
+            weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=seeded(1)).to(dtype))
             good = weights_T.shape == (rows,) and bool((weights_T >= 0).all()) and 0 < float(weights_T.sum()) < float("inf")
             assert good, f"{pruner!r}: row_weights must be one a row, none negative, not all zero; got {weights_T} for {rows}"
 
 
 def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
-    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    for device in devices:
+    for device in devices():
         for grids in GRIDS:
             total = sum(map(len, grids))
             for kind in ("random", "equal", "zero"):
@@ -127,23 +114,16 @@ def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
                     step = 1 if kind == "random" and dtype == torch.float32 else max(1, total // 4)
                     for budget in sorted({*range(1, total + 1, step), total - 1, total} - {0}):
                         where = f"{grids}, budget {budget} of {total}, {kind} signals of {dtype} on {device}"
-                        yield PruneContext(grids, budget, signals, _generator(), device), where
-
-
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+                        yield PruneContext(grids, budget, signals, seeded(), device), where
 
 
 def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
     """An invented signal of the shape that its line in SIGNALS begins with."""
-    match = re.match(r"\(([\w, ]+?),?\)", SIGNALS[name])
-    assert match is not None, f"SIGNALS[{name!r}] does not begin with a shape"
     layers = pruner.draft_layers if name.startswith("draft_") else LAYERS
     sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6, "J": 4}
-    axes = [axis.strip() for axis in match[1].split(",") if axis.strip()]
-    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes]
+    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes_of(name)]
     if kind == "random":
-        return torch.rand(shape, generator=_generator(total)).to(dtype)
+        return torch.rand(shape, generator=seeded(total)).to(dtype)
     return torch.full(shape, 1.0 / total if kind == "equal" else 0.0, dtype=dtype)
 
 
@@ -183,14 +163,8 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
 
 def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
     """The same seed and signals once more, from another state of torch's global generator, which must stay untouched."""
-    before = torch.get_rng_state()
-    try:
-        state = _generator(1).get_state()
-        torch.set_rng_state(state)
+    with other_global_state(repr(pruner)):
         again = pruner.select(ctx)
-        assert torch.equal(state, torch.get_rng_state()), f"{pruner!r} draws from torch's global generator, not ctx.generator"
-    finally:
-        torch.set_rng_state(before)
     same = torch.equal(keep.index, again.index) and (keep.pool is None) == (again.pool is None)
     if same and keep.pool is not None and again.pool is not None:
         same = torch.equal(keep.pool.to_dense(), again.pool.to_dense())
@@ -205,7 +179,7 @@ def _check_missing(pruner: Pruner) -> None:
     for missing in pruner.needs:
         rest = {name: signal for name, signal in signals.items() if name != missing}
         try:
-            pruner.select(PruneContext(grids, total // 2, rest, _generator()))
+            pruner.select(PruneContext(grids, total // 2, rest, seeded()))
         except Exception as error:
             if isinstance(error, ValueError) and missing in str(error) and _is_sentence(error):
                 continue

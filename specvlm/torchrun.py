@@ -1,7 +1,5 @@
 """What torchrun tells its processes, by their environment. Needs no torch, so that a mistake is found before it is imported."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from tempfile import gettempdir

@@ -3,8 +3,6 @@
 Whatever goes wrong here is said once, and the mirror of that job is off.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import urllib.error
@@ -35,10 +33,7 @@ CELL = 6  # pixels of a video token in the picture
 
 
 class Wandb:
-    """How this process reaches W&B: found out once, by the first run.
-
-    wish: `tracker=…` of the configuration; note: where to say what goes wrong.
-    """
+    """How this process reaches W&B, found out by the first run. wish: `tracker=…`; note: is told what goes wrong."""
 
     def __init__(self, wish: WandbConfig, note: Callable[[str], None]) -> None:
         self.wish, self.note, self.mode = wish, note, str(wish.mode)
@@ -75,74 +70,70 @@ class Tracker:
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str = "job") -> None:
         """See `Wandb.begin`."""
-        if self.wandb:
-            self._safely(lambda: self._begin(name, group, folder, config, kind))
-
-    def _begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str) -> None:
-        assert self.wandb
-        self.run, self.folder = self.wandb.begin(name, group, folder, config, kind), folder
-        for series in ("round", "sample"):
-            self.run.define_metric(f"{series}/*", step_metric=f"{series}/index")
+        if self.wandb is None:
+            return
+        with self._safely():
+            self.run, self.folder = self.wandb.begin(name, group, folder, config, kind), folder
+            for series in ("round", "sample"):
+                self.run.define_metric(f"{series}/*", step_metric=f"{series}/index")
 
     def sample(self, row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
         """One more is done. rounds: its lines of steps.jsonl."""
-        if self.run is not None:
-            self._safely(lambda: self._sample(row, rounds))
-
-    def _sample(self, row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
-        done = sum(len(self.rows[sample][1]) for sample in self.rows)
-        for place, line in enumerate(rounds):
-            told = {f"round/{key}": made(line[key]) for key, made in ROUND.items()}
-            told |= {f"round/{part}_s": seconds for part, seconds in line["times_s"].items()}
-            self.run.log(told | {"round/index": done + place, "round/of_sample": row["index"], "round/number": line["round"]})
-        figures = {f"sample/{key}": row[key] for key in FIGURES if row.get(key) is not None}
-        self.run.log(figures | {"sample/index": row["index"]})
-        self.rows[row["sample"]] = (row, rounds)
+        if self.run is None:
+            return
+        with self._safely():
+            done = sum(len(self.rows[sample][1]) for sample in self.rows)
+            for place, line in enumerate(rounds, start=done):
+                told = {f"round/{key}": made(line[key]) for key, made in ROUND.items()}
+                told |= {f"round/{part}_s": seconds for part, seconds in line["times_s"].items()}
+                self.run.log(told | {"round/index": place, "round/of_sample": row["index"], "round/number": line["round"]})
+            figures = {f"sample/{key}": row[key] for key in FIGURES if row.get(key) is not None}
+            self.run.log(figures | {"sample/index": row["index"]})
+            self.rows[row["sample"]] = (row, rounds)
 
     def finish(self, totals: Mapping[str, Any], code: int) -> None:
         """The table of samples, the totals, and the exit code."""
-        if self.run is not None:
-            self._safely(lambda: self._finish(totals, code))
-            self.run = None
+        if self.run is None:
+            return
+        with self._safely():
+            import wandb
 
-    def _finish(self, totals: Mapping[str, Any], code: int) -> None:
-        import wandb
-
-        columns: list[str | int] = ["sample", "kept", *TEXTS, *FIGURES]
-        table = wandb.Table(columns=columns)
-        for row, _ in sorted(self.rows.values(), key=lambda pair: pair[0]["index"]):
-            picture = kept_picture(row)
-            shown = None if picture is None else wandb.Image(picture)
-            table.add_data(row["sample"], shown, *(row.get(key) for key in (*TEXTS, *FIGURES)))
-        with staging(self.folder):
-            self.run.log({"samples": table})
-        self.run.summary.update({key: value for key, value in totals.items() if value is not None})
-        run = self.run
-        _in_time(lambda: run.finish(exit_code=code), END_S)
+            columns: list[str | int] = ["sample", "kept", *TEXTS, *FIGURES]
+            table = wandb.Table(columns=columns)
+            for row, _ in sorted(self.rows.values(), key=lambda pair: pair[0]["index"]):
+                picture = kept_picture(row)
+                shown = None if picture is None else wandb.Image(picture)
+                table.add_data(row["sample"], shown, *(row.get(key) for key in (*TEXTS, *FIGURES)))
+            self._end({"samples": table}, {key: value for key, value in totals.items() if value is not None}, code)
 
     def plots(self, jobs: Sequence[Mapping[str, Any]]) -> None:
         """Of a whole sweep: a table of its jobs' totals with their ratio and pruner, and what is drawn of it."""
-        if self.run is not None:
-            self._safely(lambda: self._plots(jobs))
-            self.run = None
+        if self.run is None:
+            return
+        with self._safely():
+            import wandb
 
-    def _plots(self, jobs: Sequence[Mapping[str, Any]]) -> None:
-        import wandb
+            columns: list[str | int] = list(dict.fromkeys(key for job in jobs for key in job))
+            table = wandb.Table(columns=columns, data=[[job.get(str(key)) for key in columns] for job in jobs])
+            told: dict[str, Any] = {"jobs": table}
+            for key in PLOTTED:
+                told[f"{key}_by_ratio"] = wandb.plot.line(table, "ratio", key, stroke="pruner", title=f"{key} by ratio")
+            told["speed"] = wandb.plot.scatter(table, *PLOTTED[:2], title=f"{PLOTTED[1]} by {PLOTTED[0]}")
+            self._end(told)
 
-        columns: list[str | int] = list(dict.fromkeys(key for job in jobs for key in job))
-        table = wandb.Table(columns=columns, data=[[job.get(str(key)) for key in columns] for job in jobs])
-        told: dict[str, Any] = {"jobs": table}
-        for key in PLOTTED:
-            told[f"{key}_by_ratio"] = wandb.plot.line(table, "ratio", key, stroke="pruner", title=f"{key} by ratio")
-        told["speed"] = wandb.plot.scatter(table, *PLOTTED[:2], title=f"{PLOTTED[1]} by {PLOTTED[0]}")
+    def _end(self, told: dict[str, Any], summary: Mapping[str, Any] | None = None, code: int = 0) -> None:
+        """The last that is told, and the run is over."""
+        run, self.run = self.run, None
         with staging(self.folder):
-            self.run.log(told)
-        run = self.run
-        _in_time(lambda: run.finish(exit_code=0), END_S)
+            run.log(told)
+        if summary:
+            run.summary.update(summary)
+        _in_time(lambda: run.finish(exit_code=code), END_S)
 
-    def _safely(self, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:
             self.run = None
             assert self.wandb

@@ -6,8 +6,6 @@ one line who ended and why. It also hears the SIGTERM that torchrun sends to tho
 a collective, would not, and the end of torchrun itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

@@ -335,7 +335,8 @@ def test_a_rule_of_the_host_is_judged_by_the_pass_that_it_read(monkeypatch):
     monkeypatch.setattr(LeanText, "logits", lambda self, hidden: exact(self, hidden).roll(1, -1))
     engine = GraphsEngine("direct")
     steps = list(graph_of("qwen2_5_vl", "tree", engine, verifier=OnHost()).decode(request, 12))
-    assert (shifted := tokens_of(steps)) != want
+    shifted = tokens_of(steps)
+    assert shifted != want
     found = lossless.compare(lm, request, want, shifted, engine=engine, steps=steps, verifier=OnHost())
     assert "done again" not in found.reason and found.token == 1
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specvlm import integrity, lossless, metrics
 from specvlm.__main__ import main
 from specvlm.baselines import digest_of
+from specvlm.checksum import checksum
 from specvlm.contract import tiny as contract_tiny
 from specvlm.drafters.tree import TreeDrafter, TreeSession
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
@@ -229,13 +230,13 @@ def test_a_checksum_sees_what_is_subtle(change, dtype):
     before = made.to(dtype)
     changed = before.float().clone()
     change(changed)
-    assert integrity.checksum([before]) != integrity.checksum([changed.to(dtype)])
-    assert integrity.checksum([before]) == integrity.checksum([before.clone()])
+    assert checksum([before]) != checksum([changed.to(dtype)])
+    assert checksum([before]) == checksum([before.clone()])
 
 
 def test_a_checksum_knows_tensors_of_any_size_and_their_order():
     parts = [torch.arange(n) for n in (0, 1, 7, 8191, 8192, 65_536, 65_537, 65_538)] + [torch.tensor(True), torch.ones(3, 5).T]
-    assert integrity.checksum(parts) == integrity.checksum(parts) != integrity.checksum(parts[::-1])
+    assert checksum(parts) == checksum(parts) != checksum(parts[::-1])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -244,7 +245,7 @@ def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(
     made = torch.randint(2**40, (1024 + 4, 1024 + 4))
     changed = made.clone()
     changed.index_copy_(axis, torch.tensor(pair), made.index_select(axis, torch.tensor(pair[::-1])))
-    assert integrity.checksum([made]) != integrity.checksum([changed])
+    assert checksum([made]) != checksum([changed])
 
 
 def held_graph() -> tuple[Held, DecodingGraph]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from specvlm.config import model_folder
-from specvlm.data.sampling import SamplingSettings
+from specvlm.data.settings import SamplingSettings
 from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import UserError
 

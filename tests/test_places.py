@@ -11,7 +11,8 @@ import torch
 from specvlm import compose, memory
 from specvlm.config import model_folder
 from specvlm.errors import UserError
-from specvlm.models.load import config_of, skeleton, spread_of
+from specvlm.models.checkpoint import config_of
+from specvlm.models.load import skeleton, spread_of
 from specvlm.models.spread import check_shares, tensor_plan
 from specvlm.places import Places, device_of, places_of
 from specvlm.ranks import ALONE

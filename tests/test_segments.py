@@ -5,7 +5,7 @@ import torch
 from rounding import assert_same_sums
 
 from specvlm import segments
-from specvlm.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread
+from specvlm.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread, written
 
 
 def test_cuts_are_those_below_the_threshold_and_the_least_similar():
@@ -64,3 +64,8 @@ def test_cosine_equals_torchs_own_in_any_slices(shape, monkeypatch):
         monkeypatch.setattr(segments, "ELEMENTS", elements)
         torch.testing.assert_close(segments.cosine(a, b), torch.nn.functional.cosine_similarity(a, b, dim=-1))
     assert segments.cosine(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("share", "count", "exact"), [(0.07, 100, 7), (0.29, 100, 29), (0.1, 30, 3), (1, 5, 5)])
+def test_a_share_counts_as_it_is_written(share, count, exact):
+    assert written(share) * count == exact

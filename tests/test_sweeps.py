@@ -28,12 +28,12 @@ from specvlm.datasets.synthetic import SyntheticDataset
 from specvlm.engine.graphs import GraphsEngine
 from specvlm.errors import UserError, worst
 from specvlm.held import HELD
-from specvlm.job import Job, room
+from specvlm.job import Job
 from specvlm.lossless import Comparison
 from specvlm.names import apart, folder_name
 from specvlm.places import places_of
 from specvlm.prepare import read, set_up
-from specvlm.rows import Rows, rows_of, steps_of, summary_of
+from specvlm.rows import Rows, room, rows_of, steps_of, summary_of
 from specvlm.types import Step
 
 THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
@@ -386,9 +386,10 @@ def test_what_a_baseline_depends_on_is_in_its_key():
         assert inputs(request, graph, 0) != first
     loose, sampling = (replace(graph, verifier=registry.build("verifier", name)) for name in ("loose", "sampling"))
     assert inputs(request, loose, 0) == first, "it is plain decoding's, whatever rule it is compared with"
-    assert inputs(request, replace(graph, options=replace(graph.options, seed=5, ratio=0.1)), 0) == first
+    seeded = replace(graph.options, seed=5)
+    assert inputs(request, replace(graph, options=replace(seeded, ratio=0.1)), 0) == first
     drawn = inputs(request, sampling, 0)
-    assert drawn != first and inputs(request, replace(sampling, options=replace(sampling.options, seed=5)), 0) != drawn
+    assert drawn != first and inputs(request, replace(sampling, options=seeded), 0) != drawn
     assert inputs(request, graph, 1) != first, "other weights"
     request.prompt.videos[0]["pixels"][0, 0] += 1
     assert inputs(request, graph, 0) != first
@@ -653,7 +654,7 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
         error = capfd.readouterr().err
         assert error.count("\n") == 1 and "Not a directory" in error
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr("specvlm.job.shutil.disk_usage", lambda path: usage._replace(free=2**20))
+    monkeypatch.setattr("specvlm.rows.shutil.disk_usage", lambda path: usage._replace(free=2**20))
     assert sweep("ratio=0.5,0.9") == 2
     error = capfd.readouterr().err
     assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1

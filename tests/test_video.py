@@ -7,12 +7,13 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from specvlm.data import decord_process, readers
+from specvlm.data import decord_process, pictures, readers
 from specvlm.data.av_file import Orientation
 from specvlm.data.codec import read_stream
 from specvlm.data.decord_process import DecordProcess
@@ -511,7 +512,7 @@ def test_bad_options_are_refused_with_what_is_allowed(options, message):
 
 
 def test_more_frames_than_memory_holds_are_refused_before_it_is_taken(clips, monkeypatch):
-    monkeypatch.setattr(readers, "free_bytes", lambda: 20 * 3 * 64 * 128)
+    monkeypatch.setattr(pictures, "virtual_memory", lambda: SimpleNamespace(available=20 * 3 * 64 * 128))
     assert len(read_video(clips["h264"], frames=20).frames) == 20
     with pytest.raises(UserError, match="21 frames of 128x64 take 0.0 GiB, and 0.0 GiB are free: take fewer"):
         read_video(clips["h264"], frames=21)

@@ -33,7 +33,7 @@ from specvlm.advise import predict
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
-from specvlm.models.load import DTYPES
+from specvlm.models.checkpoint import DTYPES
 from specvlm.models.spread import Stage, check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.places import device_of

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from experiments.gpu_pair.shapes import pair_of
 from specvlm import torchrun
+from specvlm.config import TargetParallel
 from specvlm.engine import ENGINES
 from specvlm.errors import UserError, did_you_mean
-from specvlm.models.load import DTYPES
-from specvlm.models.spread import PARALLEL
+from specvlm.models.checkpoint import DTYPES
 from specvlm.types import TreeShape
 
 PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")
@@ -97,8 +97,9 @@ class Options:
             raise UserError(f"accepted={self.accepted}: tree={self.tree} can have 0 to {depth} accepted")
 
     def check_parallel(self) -> None:
-        if self.parallel not in ("", *PARALLEL):
-            raise UserError(f"parallel={self.parallel}: expected {', '.join(PARALLEL)}.{did_you_mean(self.parallel, PARALLEL)}")
+        if self.parallel not in ("", *TargetParallel):
+            hint = did_you_mean(self.parallel, TargetParallel)
+            raise UserError(f"parallel={self.parallel}: expected {', '.join(TargetParallel)}.{hint}")
         if self.draft_parallel not in ("", "tensor") or (self.draft_parallel and self.parallel != "tensor"):
             raise UserError(f"draft_parallel={self.draft_parallel}: expected tensor, with parallel=tensor, or nothing")
         if (torchrun.size_here() > 1) != (self.parallel == "tensor"):

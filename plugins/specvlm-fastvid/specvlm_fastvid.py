@@ -6,7 +6,6 @@ T tokens that anchors gather, D width.
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn.functional import normalize
 from specvlm.cluster import cluster
 from specvlm.errors import check_choice, check_range
 from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, cuts, spans
+from specvlm.segments import adjacent_cosine, cuts, spans, written
 from specvlm.strategy import PruneContext, Pruner, token_signals
 from specvlm.types import KeepSet
 
@@ -104,7 +103,7 @@ class FastVidPruner(Pruner):
 
     def shares(self, share: int) -> tuple[int, int]:
         """A frame's share in salient tokens, and in what it gives to the anchor frames."""
-        context = math.floor(Fraction(str(self.d)) * share)
+        context = math.floor(written(self.d) * share)
         return share - context, context
 
     def anchors(self, start: int, stop: int, context: int, most: int) -> tuple[list[int], int]:

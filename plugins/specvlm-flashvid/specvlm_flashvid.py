@@ -6,7 +6,6 @@ segments, L links, D width.
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn.functional import normalize
 from specvlm.cluster import cluster
 from specvlm.errors import check_choice, check_range
 from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, apportion, cuts, spans
+from specvlm.segments import adjacent_cosine, apportion, cuts, spans, written
 from specvlm.strategy import PruneContext, Pruner, token_signals
 from specvlm.types import KeepSet
 
@@ -83,7 +82,7 @@ class FlashVidPruner(Pruner):
         if self.relevance:
             event_FD = torch.cat([mean_FD[start:stop].mean(0).expand(stop - start, -1) for start, stop in segments])
             saliency_FP = saliency_FP * (x_FPD @ event_FD[:, :, None]).squeeze(2)
-        picks = min(math.ceil(Fraction(str(self.alpha)) * -(-per_frame * ctx.budget // ctx.total)), ctx.budget // frames)
+        picks = min(math.ceil(written(self.alpha) * -(-per_frame * ctx.budget // ctx.total)), ctx.budget // frames)
         picked_FP = diverse(unit_FPD, saliency_FP, picks)
 
         parts = segments if self.quota == "segment" else [(0, frames)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from heapq import heapify, heappop, heappush
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import normalize
 
 from specvlm.errors import check_range
 from specvlm.plugins import hookimpl
-from specvlm.segments import at_once
+from specvlm.segments import at_once, written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid
 
@@ -73,7 +72,7 @@ class ForestPrunePruner(Pruner):
 
     def of_video(self, ctx: PruneContext) -> KeepSet:
         (x_FPD,), grid = ctx.by_frame(ctx.features), ctx.grid
-        count = max(1, round(Fraction(str(self.intra)) * grid.per_frame), math.ceil(ctx.budget / grid.frames))
+        count = max(1, round(written(self.intra) * grid.per_frame), math.ceil(ctx.budget / grid.frames))
         cell_FC = centrality(x_FPD).sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
         x_FCD = x_FPD.gather(1, cell_FC[..., None].expand(-1, -1, x_FPD.shape[-1]))
         unit_FCD = normalize(x_FCD.to(torch.promote_types(x_FPD.dtype, torch.float32)), dim=-1)

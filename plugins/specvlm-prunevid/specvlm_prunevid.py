@@ -5,7 +5,6 @@ Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn.functional import normalize
 from specvlm.cluster import cluster
 from specvlm.errors import check_range
 from specvlm.plugins import hookimpl
-from specvlm.segments import apportion, spans
+from specvlm.segments import apportion, spans, written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -79,7 +78,7 @@ class PruneVidPruner(Pruner):
 
     def split(self, frame_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scene of each frame, and first frame and length of each scene."""
-        count = max(math.ceil(Fraction(str(self.scenes)) * len(frame_FD)), 1)
+        count = max(math.ceil(written(self.scenes) * len(frame_FD)), 1)
         (label_F,) = cluster(frame_FD[None], torch.tensor([count], device=frame_FD.device))[1]
         # Every cluster has a frame, so the labels change count - 1 times or more often.
         gap_E = (frame_FD[1:] - frame_FD[:-1]).square().sum(-1).masked_fill(label_F[1:] == label_F[:-1], float("-inf"))
@@ -92,7 +91,7 @@ class PruneVidPruner(Pruner):
 
     def counts(self, size_R: Tensor, budget: int) -> Tensor:
         """Clusters of each set: the paper's share, or all that fit the budget where that is more."""
-        merge = Fraction(str(self.merge))
+        merge = written(self.merge)
         merged = [math.ceil(merge * size) for size in size_R.tolist()]
         count_R = torch.where(size_R > SMALL, torch.tensor(merged, device=size_R.device), size_R)
         if int(count_R.sum()) >= budget:

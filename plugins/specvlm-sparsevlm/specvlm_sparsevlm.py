@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from specvlm.plugins import hookimpl
+from specvlm.segments import written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -58,8 +58,8 @@ class SparseVLMPruner(Pruner):
 
     def kept(self, budget: int) -> list[int]:
         """Tokens that each stage keeps."""
-        last = Fraction(str(self.schedule[-1]))
-        return [math.floor(budget * Fraction(str(share)) / last) for share in self.schedule]
+        last = written(self.schedule[-1])
+        return [math.floor(budget * written(share) / last) for share in self.schedule]
 
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """(T,) 1 for a rater, 0 for another word."""

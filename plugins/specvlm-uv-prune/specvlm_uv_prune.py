@@ -6,9 +6,9 @@ Shape suffixes: N video tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 from specvlm.plugins import hookimpl
+from specvlm.segments import written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -49,7 +49,7 @@ class UVPrunePruner(Pruner):
             raise ValueError(f"layer={self.layer} must be 0 or more, and depth={self.depth} above 0 and at most 1")
 
     def state_layer(self, layers: int) -> int:
-        return self.layer or max(1, round(Fraction(str(self.depth)) * layers))
+        return self.layer or max(1, round(written(self.depth) * layers))
 
     def select(self, ctx: PruneContext) -> KeepSet:
         entering_N, behind_N = ctx.signal("text_similarity")

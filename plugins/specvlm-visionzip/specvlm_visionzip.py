@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.plugins import hookimpl
+from specvlm.segments import written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -86,7 +87,7 @@ class VisionZipPruner(Pruner):
 
     def frame_parts(self, attention_GP: Tensor, x_GPD: Tensor, budget: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (root, member), numbers inside each frame: of the dominant tokens, of the contextual ones, of what joined."""
-        dominant = min(budget, max(1, math.floor(Fraction(str(self.dominant)) * budget + Fraction(1, 2))))
+        dominant = min(budget, max(1, math.floor(written(self.dominant) * budget + Fraction(1, 2))))
         order_GP = attention_GP.sort(dim=1, descending=True, stable=True).indices
         yield order_GP[:, :dominant], order_GP[:, :dominant]
         contextual = budget - dominant

@@ -3,8 +3,6 @@
 It takes the words of a run, such as pair=… video=… dtype=…, and its own, which follow. Exit codes are those of a run.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Self
 
 from specvlm import compose, memory, metrics, registry, torchrun
 from specvlm.__main__ import guarded
@@ -59,7 +57,7 @@ class Wishes:
     costs: Costs | None = None
 
     @classmethod
-    def of_words(cls, own: dict[str, str]) -> Wishes:
+    def of_words(cls, own: dict[str, str]) -> Self:
         """Raises UserError."""
         every = list(registry.collect()["drafter"])
         names = [name.strip() for name in own.get("drafters", ",".join(every)).split(",")]

@@ -1,11 +1,10 @@
 """How many guesses of a tree the target will accept: replayed where the ranks of its answer are known, else assumed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from typing_extensions import TypedDict
@@ -62,12 +61,13 @@ class Chances:
         for node in range(1, len(shape)):
             first = self.first[min(shape.depths[node], len(self.first)) - 1]
             rank = shape.ranks[node]
-            chance = first if rank == 0 else (1 - first) * _share(rank)
+            # Of the misses of the best guess, those that guess number `rank` is right on.
+            chance = first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
             reach.append(reach[shape.parents[node]] * chance)
         return sum(reach[1:])
 
     @classmethod
-    def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Chances:
+    def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Self:
         """From the `acceptance_by_depth` of a run with `shape`. A chain says it depth by depth, a tree its mean alone."""
         if len(shape) > shape.depth + 1:
             return cls.of_mean(sum(by_depth), shape, source)
@@ -75,18 +75,13 @@ class Chances:
         return cls(tuple(now / before if before else 0.0 for before, now in zip(reached, by_depth, strict=False)), source)
 
     @classmethod
-    def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Chances:
+    def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Self:
         """The same chance at every depth, such that `shape` has `accepted` a round."""
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if cls((middle,)).accepted(shape) < accepted else (low, middle)
         return cls((low,), source)
-
-
-def _share(rank: int) -> float:
-    """Of the misses of the best guess, those that guess number `rank` (from 1) is right on."""
-    return float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
 class Tree(Named):

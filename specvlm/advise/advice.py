@@ -1,7 +1,5 @@
 """From costs and acceptance to configurations with predicted times, and to one recommendation or none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -74,10 +72,7 @@ def alone_s(costs: Costs, tokens: int) -> float:
 
 
 def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Candidate | None, list[str]]:
-    """What to use for an answer of `tokens` tokens, None for no speculation; and why, in sentences.
-
-    Decided end to end, since that is what is waited for.
-    """
+    """What to use for so many tokens, None for no speculation; and why, in sentences. It is decided end to end."""
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"

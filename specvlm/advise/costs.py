@@ -3,8 +3,6 @@
 Shapes are probed by whole rounds of the real loop, so that host work, cache moves and graph replays are all inside.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -41,10 +39,7 @@ Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds of one shape. context: slots of the drafter's pruned prompt.
-
-    check_ms: with what the host does beside a round's drafting and checking.
-    """
+    """Medians over a shape's rounds. context: slots of the drafter's prompt; check_ms: with what else the host does."""
 
     drafter: str
     shape: str
@@ -112,10 +107,7 @@ def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Costs:
-    """A profile: one prompt of `text` + `video` tokens on one machine.
-
-    alone_ms, alone_first_s: the target without a drafter, per token, and before the first one.
-    """
+    """A profile of a prompt of `text` + `video` tokens. alone_ms: the target's own a token; alone_first_s: its first."""
 
     text: Tokens
     video: Tokens
@@ -126,10 +118,10 @@ class Costs:
     machine: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Costs:
+    def read(cls, path: Path) -> Self:
         """From the costs.json of an earlier profile. Raises UserError."""
         try:
-            found: Costs = parse(cls, json_of(read_text(path)), "it")
+            found: Self = parse(cls, json_of(read_text(path)), "it")
             found.check()
             return found
         except (OSError, ValueError) as error:

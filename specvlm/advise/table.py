@@ -1,7 +1,5 @@
 """What the adviser shows: predictions as a table, and predicted against measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

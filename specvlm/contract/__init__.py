@@ -1,7 +1,5 @@
 """The contract suites behind `specvlm.testing`: one module a kind of strategy, beside what they share."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from collections.abc import Iterator
@@ -41,10 +39,18 @@ def check_class(cls: type[Any], base: type[Strategy]) -> None:
         assert isinstance(value, PLAIN), f"{what}.{field.name} must be a plain value that a config can hold, got {value!r}"
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
 @contextmanager
 def other_global_state(what: str) -> Iterator[None]:
     """A block that meets another state of torch's global generator, and must leave it untouched."""
-    before, state = torch.get_rng_state(), torch.Generator().manual_seed(1).get_state()
+    before, state = torch.get_rng_state(), seeded(1).get_state()
     try:
         torch.set_rng_state(state)
         yield

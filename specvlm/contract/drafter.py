@@ -10,6 +10,7 @@ import torch
 
 from specvlm.contract import made, other_global_state, tiny
 from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.lossless import alike
 from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Work, driven
@@ -165,8 +166,8 @@ def _decode(
 def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
     if got == alone:
         return
-    at = next((i for i, pair in enumerate(zip(got, alone, strict=False)) if pair[0] != pair[1]), min(len(got), len(alone)))
-    raise AssertionError(f"{what} on {where}: the output leaves the target's own at token {at} ({got} against {alone})")
+    where = f"{where}: the output leaves the target's own at token {alike(got, alone)}"
+    raise AssertionError(f"{what} on {where} ({got} against {alone})")
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:

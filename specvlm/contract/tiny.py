@@ -3,8 +3,6 @@
 In float64, so that a difference is a fault and never a rounding.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from typing import Any

@@ -3,8 +3,6 @@
 Shape suffixes: M tree nodes, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specvlm.contract import made, other_global_state
+from specvlm.contract import devices, made, other_global_state, seeded
 from specvlm.strategy import Sampling, Verifier, VerifyContext, uniform
 from specvlm.types import DraftTree, TreeShape, Verdict
 
@@ -50,13 +48,12 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     assert isinstance(verifier.lossless, bool), f"{verifier!r}: lossless must be True or False, got {verifier.lossless!r}"
     assert isinstance(verifier.sampling, Sampling), f"{verifier!r}: sampling must be a Sampling, got {verifier.sampling!r}"
     for ctx, where in _contexts(verifier):
-        before = [None if t is None else t.clone() for t in (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q)]
+        inputs = (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q)
+        before = [None if t is None else t.clone() for t in inputs]
         verdict = _verify(verifier, ctx, where)
         _check_verdict(verifier, ctx, verdict, where)
         _check_pure(verifier, ctx, verdict, where)
-        for name, now, then in zip(
-            ("logits", "tokens", "q"), (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q), before, strict=True
-        ):
+        for name, now, then in zip(("logits", "tokens", "q"), inputs, before, strict=True):
             same = now is None or then is None or torch.equal(now, then)
             assert same, f"{verifier!r} changed its input {name} on {where}"
         if verifier.on_device:
@@ -71,17 +68,12 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
                 _check_distribution(verifier, shape, drawn)
 
 
-def _seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
-    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    for device in devices:
+    for device in devices():
         for seed, (shape, parents) in enumerate(SHAPES.items()):
             for kind in ("mixed", "equal tokens", "flat", "drawn"):
                 for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                    chance, count = _seeded(seed), len(parents)
+                    chance, count = seeded(seed), len(parents)
                     # Few ids: guesses are often right, and siblings often alike.
                     tokens = torch.randint(3, (count,), generator=chance)
                     logits = torch.randn(count, V, generator=chance, dtype=torch.float64)
@@ -101,11 +93,11 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
                     }
                     there = {f.name for f in dataclasses.fields(VerifyContext)}
                     more: dict[str, Any] = {name: value.to(device) for name, value in hidden.items() if name in there}
-                    yield VerifyContext(tree, logits.to(device, dtype), _seeded(), **more), where
+                    yield VerifyContext(tree, logits.to(device, dtype), seeded(), **more), where
 
 
 def _again(ctx: VerifyContext, **fields: Any) -> VerifyContext:
-    return dataclasses.replace(ctx, generator=_seeded(), **fields)
+    return dataclasses.replace(ctx, generator=seeded(), **fields)
 
 
 def _verify(verifier: Verifier, ctx: VerifyContext, where: str) -> Verdict:
@@ -145,7 +137,7 @@ class _NoReads(TorchDispatchMode):
 
 def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
     what, count = f"{verifier!r} on {where}", verifier.dice(len(ctx.tree))
-    numbers = uniform(count, _seeded()).to(ctx.logits_MV.device)
+    numbers = uniform(count, seeded()).to(ctx.logits_MV.device)
     before = _again(ctx, dice=numbers)
     try:
         with _NoReads():  # type: ignore[no-untyped-call]
@@ -167,21 +159,21 @@ def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
         assert right, f"{what}: it accepts token {tokens[node]} where the target's own is {best[above]}"
     last = verdict.path[-1]
     assert verdict.bonus == best[last], f"{what}: the bonus is {verdict.bonus}, the target's own is {best[last]}"
-    alone = verifier.first(ctx.logits_MV[0], _seeded())
+    alone = verifier.first(ctx.logits_MV[0], seeded())
     assert alone == best[0], f"{what}: `first` gives {alone}, the target's own is {best[0]}"
 
 
 def _check_certain(verifier: Verifier) -> None:
     parents, tokens = SHAPES["a chain"], torch.tensor([0, 1, 2, 3, 4])
     logits = torch.full((5, V), -1e4).scatter(1, (tokens[:, None] + 1) % V, 1e4)
-    verdict = _verify(verifier, VerifyContext(DraftTree(tokens, parents), logits, _seeded()), "a certain chain")
+    verdict = _verify(verifier, VerifyContext(DraftTree(tokens, parents), logits, seeded()), "a certain chain")
     whole = verdict == Verdict((0, 1, 2, 3, 4), 5)
     assert whole, f"{verifier!r}: a chain that the target is certain of must be accepted in full, got {verdict}"
 
 
 def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
     """Every token behind a node reached has the distribution of that node's logits, which go by the node's token alone."""
-    parents, chance, rule = SHAPES[shape], _seeded(5), verifier.sampling
+    parents, chance, rule = SHAPES[shape], seeded(5), verifier.sampling
     target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")
     p_VV, q_VV = rule.probabilities(target), rule.probabilities(draft)
     counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(V, dtype=torch.float64))

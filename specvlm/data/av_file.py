@@ -3,8 +3,6 @@
 FFmpeg's own tool is the standard for all three.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,7 +46,7 @@ class Orientation:
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 
     @classmethod
-    def of(cls, frame: Any, path: Path, before: Orientation | None = None) -> Orientation:
+    def of(cls, frame: Any, path: Path, before: Self | None = None) -> Self:
         """Of a decoded frame, from its display matrix; a frame without one is turned as those before it.
 
         Raises UserError for an angle that is no multiple of 90 degrees.
@@ -82,7 +80,7 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
 
     try:
         # An absolute path, since FFmpeg takes 12:30.mp4 for an address. It may open no other file and no address.
-        may = {"format_whitelist": ",".join(sorted(_formats())), "protocol_whitelist": "file"}
+        may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
             stream = _shown(container, path)
             together = threads > 1 and stream.codec_context.name in FRAME_THREADS
@@ -153,13 +151,6 @@ def _side_data_types() -> Any:
     kinds: Any = Type
     kinds._missing_ = classmethod(unknown)
     return kinds
-
-
-@lru_cache(maxsize=1)
-def _formats() -> frozenset[str]:
-    import av
-
-    return frozenset(av.formats_available) - LISTS
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

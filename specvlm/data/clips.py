@@ -1,7 +1,5 @@
 """The clips that travel with specvlm, and how `video=…` finds one."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shapes: T sampled frames, h and w cells of CELL pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

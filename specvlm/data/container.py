@@ -16,12 +16,7 @@ BOXES = frozenset(
 
 
 def check_file(path: Path) -> None:
-    """Check that a file can be read.
-
-    Raises:
-        MissingVideo: there is none.
-        UserError: a folder, a pipe or a device, or a file that is unreadable or empty.
-    """
+    """Check that a file can be read. Raises MissingVideo for none, UserError for no file, or one unreadable or empty."""
     try:
         found = path.stat()
         if stat.S_ISREG(found.st_mode):

@@ -8,19 +8,17 @@ else every frame is decoded once and counted. FFmpeg's output is the standard: a
 Shape suffixes: N frames in the order of showing.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from specvlm.data.av_file import Orientation, Undecodable, frames_of, opened
+from specvlm.data.av_file import Orientation, Undecodable, frames_of, opened, video_streams
 from specvlm.data.container import declared_size, truncated
-from specvlm.data.packets import Entries, Packets, count_streams
+from specvlm.data.packets import Entries, Packets
 from specvlm.errors import UserError
 
 STEP = (1e-5, 86_400.0)  # seconds between two frames, on average: shorter or longer ones are no times of a video
@@ -28,6 +26,61 @@ ANY_RATE = 25.0  # frames a second, where a file names none
 BROADCAST = ("mpegts", "mpeg")  # their clock may jump
 JUMP = (-0.1, 10.0)  # seconds from one frame to the next: what is not between is a jump
 NO_CLOCK = 128  # FFmpeg's mark of formats without time stamps
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a video stream.
+
+    Attributes:
+        kind: FFmpeg's name of the container.
+        codec: FFmpeg's name of the decoder.
+        pixels: FFmpeg's name of the pixel format.
+        fps: the rate that the container names; 0 where it names none.
+        base: seconds of one tick of its time stamps; 0 where these are made up.
+        streams: how many video streams the file has, covers not counted.
+        orientation: how the first frame is turned for showing.
+        width: pixels of a frame as stored.
+        height: likewise.
+    """
+
+    kind: str
+    codec: str
+    pixels: str
+    fps: float
+    base: float
+    streams: int
+    orientation: Orientation
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, container: Any, stream: Any, orientation: Orientation) -> Self:
+        codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
+        made_up = container.format.flags & NO_CLOCK
+        base = 0.0 if made_up else float(stream.time_base or 0)
+        names = (container.format.name, codec.name, codec.pix_fmt or "")
+        return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
+
+    def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
+        """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""
+        found = [stamp * self.base for stamp in stamps if stamp is not None]
+        if len(found) == len(stamps):
+            found = self._mended(found) if self.kind in BROADCAST else found
+            times = tuple(time - found[0] for time in found)
+            ascend = all(before <= after for before, after in pairwise(times))
+            if len(times) == 1 or (ascend and STEP[0] <= times[-1] / (len(times) - 1) <= STEP[1]):
+                return times
+        return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
+
+    def _mended(self, seconds: list[float]) -> list[float]:
+        """Go on by a frame where the clock jumps."""
+        out, shift = seconds[:1], 0.0
+        for time in seconds[1:]:
+            if not JUMP[0] <= time + shift - out[-1] <= JUMP[1]:
+                shift = out[-1] + 1 / (self.fps or ANY_RATE) - time
+            out.append(time + shift)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,61 +113,6 @@ class FrameIndex:
         """Whether no frame is missing, as far as the distances of time stamps tell."""
         steps = sorted(after - before for before, after in pairwise(self.stamps or ()))
         return bool(steps) and steps[-1] < 1.9 * steps[len(steps) // 2]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Of a video stream.
-
-    Attributes:
-        kind: FFmpeg's name of the container.
-        codec: FFmpeg's name of the decoder.
-        pixels: FFmpeg's name of the pixel format.
-        fps: the rate that the container names; 0 where it names none.
-        base: seconds of one tick of its time stamps; 0 where these are made up.
-        streams: how many video streams the file has, covers not counted.
-        orientation: how the first frame is turned for showing.
-        width: pixels of a frame as stored.
-        height: likewise.
-    """
-
-    kind: str
-    codec: str
-    pixels: str
-    fps: float
-    base: float
-    streams: int
-    orientation: Orientation
-    width: int
-    height: int
-
-    @classmethod
-    def of(cls, container: Any, stream: Any, orientation: Orientation) -> Facts:
-        codec, streams, fps = stream.codec_context, count_streams(container), _rate(container, stream)
-        made_up = container.format.flags & NO_CLOCK
-        base = 0.0 if made_up else float(stream.time_base or 0)
-        names = (container.format.name, codec.name, codec.pix_fmt or "")
-        return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
-
-    def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
-        """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""
-        found = [stamp * self.base for stamp in stamps if stamp is not None]
-        if len(found) == len(stamps):
-            found = self._mended(found) if self.kind in BROADCAST else found
-            times = tuple(time - found[0] for time in found)
-            ascend = all(before <= after for before, after in pairwise(times))
-            if len(times) == 1 or (ascend and STEP[0] <= times[-1] / (len(times) - 1) <= STEP[1]):
-                return times
-        return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
-
-    def _mended(self, seconds: list[float]) -> list[float]:
-        """Go on by a frame where the clock jumps."""
-        out, shift = seconds[:1], 0.0
-        for time in seconds[1:]:
-            if not JUMP[0] <= time + shift - out[-1] <= JUMP[1]:
-                shift = out[-1] + 1 / (self.fps or ANY_RATE) - time
-            out.append(time + shift)
-        return out
 
 
 def index_of(path: Path, counted: bool = False) -> FrameIndex:

@@ -1,7 +1,5 @@
 """A folder of pictures as a clip: the form in which videos are shared that may not be shared themselves."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

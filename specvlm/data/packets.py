@@ -3,14 +3,11 @@
 Shape suffixes: P packets in the order of storage, K key frames.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
-from specvlm.data.av_file import video_streams
 from specvlm.errors import UserError
 
 # Containers whose time stamps say when a frame is shown. AVI's say when it is decoded: the same without B-frames.
@@ -47,10 +44,7 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """The last key frame that is stored before a frame, and shown before it: all it refers to lies behind.
-
-        Returns its number among the key frames; None where there is none.
-        """
+        """The number of the last key frame stored and shown before a frame, if any: all it refers to lies behind."""
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
         while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame refers to what was before the key frame
             entry -= 1
@@ -88,7 +82,7 @@ class Packets:
     spliced: bool = False
 
     @classmethod
-    def read(cls, container: Any, stream: Any, file_size: int) -> Packets:
+    def read(cls, container: Any, stream: Any, file_size: int) -> Self:
         """Raises UserError for more packets than bytes, which a damaged table may promise."""
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False
@@ -168,11 +162,6 @@ class Packets:
         step = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
         there = float((stamps[-1] + 2 * step - (stream.start_time or 0)) * float(stream.time_base))
         return there < container.duration / 1e6
-
-
-def count_streams(container: Any) -> int:
-    """Video streams, covers not counted."""
-    return len(video_streams(container))
 
 
 def _may_be_invisible(codec: str, packet: Any) -> bool:

@@ -1,8 +1,9 @@
 """The processor settings in a model folder, found where Hugging Face's AutoVideoProcessor finds them."""
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from sys import float_info
-from typing import Any
+from typing import Any, Self
 
 from specvlm.errors import UserError
 from specvlm.outside import json_of, read_text
@@ -18,6 +19,33 @@ WHOLE = {  # what has to be a whole number from 1 to so much
 }
 POSITIVE = ("fps", "rescale_factor")
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample_frames", "cap_pixels_per_frame")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What a video processor says of sampling; None where it says nothing.
+
+    A processor with ``do_sample_frames=false`` leaves sampling to whoever calls it: then all of it is None.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
+        """Read a model folder. Raises UserError as `read_video_settings`, and for both a rate and a number of frames."""
+        found = read_video_settings(folder, families)
+        if found.get("do_sample_frames") is False:
+            return cls()
+        given = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
+        if "fps" in given and "num_frames" in given:
+            raise UserError(
+                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor exclude each other:"
+                " set frames=… or fps=…"
+            )
+        return cls(**given)
 
 
 def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:

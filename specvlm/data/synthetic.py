@@ -45,13 +45,8 @@ _PHRASES = """system user assistant up down left right . , ? describe the this w
 account of object objects appear appears on background at second stays there moves to from then turns disappears remain
 remains until end and scene is empty many how where does which color shape move yes no it changes not first last that be with
 an a one"""
-VOCABULARY = SPECIAL_TOKENS + sorted(
-    set(
-        " ".join(
-            [*SHAPES, *COLORS, *BACKGROUNDS, *TEXTURES, *SIZES, *PLACES, *NUMBERS, *CAPTION_QUESTIONS, SYSTEM, _PHRASES]
-        ).split()
-    )
-)
+_NAMES = (SHAPES, COLORS, BACKGROUNDS, TEXTURES, SIZES, PLACES, NUMBERS, CAPTION_QUESTIONS, (SYSTEM, _PHRASES))
+VOCABULARY = SPECIAL_TOKENS + sorted({word for names in _NAMES for name in names for word in name.split()})
 
 
 @dataclass(frozen=True)
@@ -282,9 +277,8 @@ def draw(
         alpha = cover(shape, dx.view(-1, 1, SPRITE), dy.view(-1, SPRITE, 1), radius)
         alpha = (alpha.view(batch, count, 1, SPRITE, SPRITE) * visible[:, :, None, None, None]).to(dtype)
         turned = frames >= o[:, None, Col.TURN_FRAME]
-        color = torch.where(turned[..., None], palette[o[:, None, Col.TURN].long()], palette[o[:, None, Col.COLOR].long()]).to(
-            dtype
-        )
+        before, after = (palette[o[:, None, column].long()] for column in (Col.COLOR, Col.TURN))
+        color = torch.where(turned[..., None], after, before).to(dtype)
         rows, columns = py[:, :, None, :, None], px[:, :, None, None, :]
         at = (b.view(-1, 1, 1, 1, 1), t.view(1, -1, 1, 1, 1), c.view(1, 1, -1, 1, 1), rows, columns)
         video[at] = video[at] * (1 - alpha) + color[..., None, None] * alpha

@@ -50,23 +50,14 @@ class Clip:
         return Origin(self.source, self.index) if self.index else None
 
 
-def _uniform(total: int, count: int) -> list[int]:
-    return [place * total // count for place in range(count)]
-
-
-def _qwen(total: int, count: int) -> list[int]:
-    return torch.arange(0, total, total / count).int().tolist()[:count]
-
-
-def _endpoints(total: int, count: int) -> list[int]:
-    return torch.linspace(0, total - 1, count).round().long().tolist()
-
-
-# Which of ``total`` frames are ``count`` evenly spaced ones.
-# uniform:   floor(i * total / count) exactly; Hugging Face's rule for LLaVA-OneVision (its 5.23 code; 5.17 rounds in float32)
-# qwen:      Qwen2VLVideoProcessor.sample_frames: count rounded to an even number, then the same in float32
-# endpoints: round(i * (total - 1) / (count - 1)), first and last frame included; the rule of qwen-vl-utils
-SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {"uniform": _uniform, "qwen": _qwen, "endpoints": _endpoints}
+SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {  # which of `total` frames are `count` evenly spaced ones
+    # floor(i * total / count) exactly; Hugging Face's rule for LLaVA-OneVision (its 5.23 code; 5.17 rounds in float32)
+    "uniform": lambda total, count: [place * total // count for place in range(count)],
+    # Qwen2VLVideoProcessor.sample_frames: count rounded to an even number, then the same in float32
+    "qwen": lambda total, count: torch.arange(0, total, total / count).int().tolist()[:count],
+    # round(i * (total - 1) / (count - 1)), first and last frame included; the rule of qwen-vl-utils
+    "endpoints": lambda total, count: torch.linspace(0, total - 1, count).round().long().tolist(),
+}
 
 
 def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0, end: float | None = None) -> VideoInfo:

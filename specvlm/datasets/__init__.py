@@ -1,7 +1,5 @@
 """The built-in data sets, one a file. `local.py` is what those on disk share."""
 
-from __future__ import annotations
-
 from specvlm.datasets.folder import FolderDataset
 from specvlm.datasets.long_video_bench import LongVideoBenchDataset
 from specvlm.datasets.mlvu import MLVUDataset

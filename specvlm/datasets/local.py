@@ -3,8 +3,6 @@
 Nothing is fetched. Lists are read whole; a video is looked for when it is its turn, and a missing one is skipped then.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from abc import abstractmethod
@@ -103,9 +101,7 @@ class LocalDataset(Dataset):
         raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
 
     def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
-        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError where there is no such file, or something else
-        in it.
-        """
+        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or other content."""
         try:
             found = json_of(_bytes(path, self.layout))
         except ValueError as error:

@@ -1,7 +1,5 @@
 """LongVideoBench: multiple choice on web videos of 8 seconds to an hour."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

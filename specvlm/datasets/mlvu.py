@@ -1,7 +1,5 @@
 """MLVU: nine tasks on videos of three minutes to two hours, two of them with long answers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,36 +12,10 @@ from specvlm.datasets.local import LocalDataset, multiple_choice
 from specvlm.errors import check_choice
 from specvlm.strategy import Sample
 
-DEV = {
-    "plotQA": "1_plotQA",
-    "needle": "2_needle",
-    "ego": "3_ego",
-    "count": "4_count",
-    "order": "5_order",
-    "anomaly_reco": "6_anomaly_reco",
-    "topic_reasoning": "7_topic_reasoning",
-    "sub_scene": "8_sub_scene",
-    "summary": "9_summary",
-}
+TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning", "sub_scene", "summary")
+DEV = {task: f"{number}_{task}" for number, task in enumerate(TASKS, start=1)}
 TEST = ("test_multi_choice_tasks.json", "test_generation_tasks.json")
 ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ssc", "vs"))
-
-
-class Entry(TypedDict):
-    """Of a list of dev."""
-
-    video: str
-    question: str
-    duration: Any
-    candidates: NotRequired[list[str] | None]
-    answer: NotRequired[str | None]
-
-
-class Asked(Entry):
-    """Of a list of test."""
-
-    question_type: str
-    question_id: NotRequired[str | None]
 
 
 class Answer(TypedDict):
@@ -53,6 +25,19 @@ class Answer(TypedDict):
     question: str
     candidates: NotRequired[list[str] | None]
     answer: NotRequired[str | None]
+
+
+class Entry(Answer):
+    """Of a list of dev."""
+
+    duration: Any
+
+
+class Asked(Entry):
+    """Of a list of test."""
+
+    question_type: str
+    question_id: NotRequired[str | None]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """MVBench: twenty short tasks on clips of eleven public data sets."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Scenes of the embedded pairs' own world, made from their numbers: nothing is fetched, nothing lies on disk."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """VideoDetailCaption: long descriptions of 499 videos; what SpecVLM's main figures are measured on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Video-MME: multiple choice on 900 videos of 11 seconds to an hour."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

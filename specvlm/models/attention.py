@@ -7,10 +7,8 @@ Shape suffixes: H heads (of the keys, where G is there too), G query heads of on
 windows, K keys, N video tokens, D head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,27 +79,20 @@ class Guidance:
     @property
     def reads(self) -> bool:
         """Is there anything to gather at all?"""
-        return (
-            self.whole
-            or self.last_row
-            or self.hidden
-            or self.keys is not None
-            or self.states is not None
-            or self.sight is not None
-        )
+        others = any(part is not None for part in (self.keys, self.states, self.sight))
+        return self.whole or self.last_row or self.hidden or others
 
-    def ahead(self) -> Guidance | None:
+    def ahead(self) -> Self | None:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""
-        return None if self.depth is None else Guidance(self.video_index, rows=False, depth=self.depth)
+        return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
     def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: Ranks) -> None:
         """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
         if self.weigh is None:
             return
         # Copies: these rows go on into the target.
-        weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(
-            embeds_QD.device, torch.promote_types(embeds_QD.dtype, torch.float32)
-        )
+        wide = torch.promote_types(embeds_QD.dtype, torch.float32)
+        weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(embeds_QD.device, wide)
         total = float(weights_Q.sum())
         if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
             raise ValueError(

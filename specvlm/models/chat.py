@@ -2,8 +2,6 @@
 do it. Those themselves need torchvision.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -65,9 +63,8 @@ def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str)
     ours, theirs = (Counter(token for token in row if token in control) for row in (ids, encoded(tokenizer, plain)))
     if more := ours - theirs:
         names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(more)))
-        raise UserError(
-            f"the question has {names} in it, which would act as a control token: leave it out, or put a space into it"
-        )
+        how = "leave it out, or put a space into it"
+        raise UserError(f"the question has {names} in it, which would act as a control token: {how}")
     return ids
 
 

@@ -2,8 +2,6 @@
 whatever is wrong with it ends in one line, before any weight is read.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from sys import float_info
@@ -21,6 +19,7 @@ PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Python would loop over
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
 LARGEST = 2**31  # of any number in a config.json
+SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # how models are loaded
 PACKAGES = {"quark": "amd-quark"}  # of methods that are not called as what has to be installed for them
 
 
@@ -54,9 +53,7 @@ def check_entry(path: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """The checkpoint's configuration, its attention that which stands for ours until it is loaded. Raises UserError when it
-    cannot be used, or names files elsewhere.
-    """
+    """The configuration, its attention a stand-in for ours. Raises UserError if unusable, or of files elsewhere."""
     from transformers import AutoConfig
 
     check_numbers(folder, read_json(folder / "config.json"))
@@ -119,9 +116,7 @@ def _plain(folder: Path, name: Any, where: str) -> str:
 
 
 def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
-    """By name what a safetensors file says of its tensors: their dtype, as safetensors writes it, and their number of values.
-    Raises UserError for a file that is damaged or cut.
-    """
+    """By name each tensor's dtype, as safetensors writes it, and size. Raises UserError for a damaged file."""
     from safetensors import safe_open
 
     with explained(f"{path}: the weights cannot be loaded"), safe_open(path, framework="pt") as held:
@@ -130,9 +125,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
-    """What the weights will be held in. "auto": as config.json says, else that of the first floating-point tensor of the first
-    file, as Hugging Face has it.
-    """
+    """What weights are held in. "auto": as config.json says, else as the first tensor of floats, like Hugging Face."""
     if dtype != "auto":
         return DTYPES[dtype]
     if config.dtype is not None:
@@ -155,9 +148,7 @@ def method_of(config: Any) -> str | None:
 
 
 def quantizer_of(folder: Path, config: Any) -> Any:
-    """Hugging Face's reader of a checkpoint that is quantised, None for one that is not. Raises UserError where it cannot be
-    read here: the method is unknown, or a library or a GPU is missing.
-    """
+    """Hugging Face's reader of a quantised checkpoint, else None. Raises UserError if it cannot be read here."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = quantization_of(config)
@@ -180,9 +171,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
 
 
 def packed_bytes(folder: Path, config: Any) -> int | None:
-    """What the weights of a quantised checkpoint take in memory where they stay as they lie in its files; None where they do
-    not, being unpacked on the way in, and for any other checkpoint.
-    """
+    """Memory of a quantised checkpoint's weights, if they stay as in its files; None for any other checkpoint."""
     reader = quantizer_of(folder, config)
     if reader is None or getattr(reader.quantization_config, "dequantize", False):
         return None

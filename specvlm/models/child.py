@@ -1,7 +1,5 @@
 """Run what a stranger wrote in a fork of this process: it may loop, crash or take memory, and only the fork ends."""
 
-from __future__ import annotations
-
 import gc
 import os
 import select

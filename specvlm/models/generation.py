@@ -1,7 +1,5 @@
 """What a checkpoint's generation config sets: what is applied here, and what changes greedy output and is not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, beside th
 
 
 def generation_of(folder: Path) -> Any:
-    """The folder's GenerationConfig; None where it has no such file. Raises UserError where it cannot be used, which Hugging
-    Face would pass over in silence.
-    """
+    """The folder's GenerationConfig, if any. Raises UserError for a bad one, which Hugging Face passes over."""
     from transformers import GenerationConfig
 
     if not (folder / FILE).is_file():

@@ -1,7 +1,5 @@
 """LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token behind each video."""
 
-from __future__ import annotations
-
 import math
 from functools import cached_property
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
-from specvlm.data.sampling import SamplingSettings
+from specvlm.data.settings import SamplingSettings
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.sight import Sight, inputs_of, received

@@ -1,7 +1,5 @@
 """How a checkpoint folder becomes a VideoLM, and when two of them make a pair."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,18 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from specvlm.errors import UserError, did_you_mean, explained
-from specvlm.models import attention
+from specvlm.models import attention, checkpoint
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.checkpoint import (
-    DTYPES,
-    config_of,
-    dtype_in,
-    folder_of,
-    method_of,
-    quantizer_of,
-    tensors_in,
-    weight_files,
-)
 from specvlm.models.generation import generation_of
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.quantize import KINDS, left_full, quantize_text
@@ -56,27 +44,28 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
     """Read all of a folder but its weights, which are fetched if they are wanted, or tell the dtype. Where they lie is checked
     even so, unless the folder is one without any, as a report needs it. Raises UserError.
     """
-    folder = folder_of(path, weights)
-    config = config_of(folder)
-    family, method = family_of(folder, config), method_of(config) if quantizer_of(folder, config) else None
+    folder = checkpoint.folder_of(path, weights)
+    config = checkpoint.config_of(folder)
+    family, method = (
+        family_of(folder, config),
+        checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None,
+    )
     if config.dtype is None and not Path(path).exists():
-        folder = folder_of(path, weights=True)
+        folder = checkpoint.folder_of(path, weights=True)
     if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
-        weight_files(folder, config)
-        config.dtype = dtype_in(folder, config, "auto")
+        checkpoint.weight_files(folder, config)
+        config.dtype = checkpoint.dtype_in(folder, config, "auto")
     return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
 
 
 def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
-    """The model without its weights: enough to make prompts, check a pair and plan memory. Raises UserError for all that can be
-    wrong with a folder before its weights are loaded.
-    """
+    """The model without weights: makes prompts, checks a pair, plans memory. Raises UserError for a bad folder."""
     found = opened(path, weights=False)
     with explained(f"{found.folder}: no model can be made of its config.json"):
         model = found.family(_bare(found), found.tokenizer, found.folder, mrope)
         model.check_settings()
     if not found.method and any(found.folder.glob("*.safetensors")):
-        check_size(model, weight_files(found.folder, found.config))
+        check_size(model, checkpoint.weight_files(found.folder, found.config))
     return model
 
 
@@ -91,10 +80,8 @@ def _bare(found: Checkpoint) -> Any:
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
-    """Raise UserError where the model is far larger than what the files hold, before room is made for what is not there. A few
-    tensors that are missing are named when they are looked for.
-    """
-    held = sum(count for file in files for _, count in tensors_in(file).values())
+    """Raise UserError, before room is made, for a model far larger than its files. Few missing tensors come later."""
+    held = sum(count for file in files for _, count in checkpoint.tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
     if wanted > 2 * held:
         raise UserError(
@@ -105,7 +92,7 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
     """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
-    return dtype_in(model.folder, model.hf.config, dtype)
+    return checkpoint.dtype_in(model.folder, model.hf.config, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -114,9 +101,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """What linear layers are quantised to, None for not at all. Raises UserError, naming `key`, if `dtype` gainsays "bf16", and
-    for a checkpoint whose files are `quantised` already.
-    """
+    """What linear layers are quantised to, if at all. Raises UserError, naming `key`, if dtype or files gainsay it."""
     if weights is not None and quantised:
         raise UserError(f"{key}={weights}, but the checkpoint is quantised already, by {quantised}: leave {key} out")
     if weights not in (None, "bf16", *KINDS):
@@ -149,10 +134,10 @@ def load(
     quantised.
     Raises UserError when anything of it cannot be used.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is none of auto, {', '.join(DTYPES)}")
+    if dtype != "auto" and dtype not in checkpoint.DTYPES:
+        raise UserError(f"dtype={dtype} is none of auto, {', '.join(checkpoint.DTYPES)}")
     found = opened(path, weights=True)
-    held_in = dtype_in(found.folder, found.config, dtype)
+    held_in = checkpoint.dtype_in(found.folder, found.config, dtype)
     kind = kind_of(weights, held_in, quantised=found.method)
     attention.register()
     spread = spread_of(found.config, split, ranks, kind, device if found.method else None)
@@ -185,25 +170,16 @@ def load(
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForImageTextToText
 
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
-        found.folder,
-        config=found.config,
-        **spread,
-        output_loading_info=True,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    asked: dict[str, Any] = {"config": found.config, "dtype": dtype, "output_loading_info": True}
+    loaded: tuple[Any, dict[str, Any]]
+    loaded = AutoModelForImageTextToText.from_pretrained(found.folder, **asked, **spread, **checkpoint.SAFELY)
     return loaded
 
 
 def spread_of(
     config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None, quantised_on: str | None = None
 ) -> dict[str, Any]:
-    """What `from_pretrained` wants to know of devices. quantised_on: where a checkpoint goes whose files are quantised, since
-    what reads it has to know. Raises UserError.
-    """
+    """What `from_pretrained` is told of devices. quantised_on: where quantised files go. Raises UserError."""
     if not split and ranks.size == 1 and not quantised_on:
         return {}
     if quantised_on and (split or ranks.size > 1):
@@ -266,9 +242,8 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
     Padded vocabularies may differ in size; the tokenizers may not differ at all, since ids are what the two exchange.
     """
     if target.family != draft.family:
-        raise UserError(
-            f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}: a pair needs one family"
-        )
+        families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
+        raise UserError(f"{families}: a pair needs one family")
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
         token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))

@@ -8,11 +8,9 @@ could not be captured in a CUDA graph (vLLM pull request 15611); transformers' q
 Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of K, B rows of one block.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +85,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kind={self.kind}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to`, `.cuda` and the like: moves everything, but casts the bias alone.
 
         A float8 weight and its float32 scale are floating point to torch, so `.to(dtype)` would cast them; it leaves integers
@@ -169,9 +167,7 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
 
 
 def left_full(hf: Any, kind: str) -> str:
-    """A sentence on what `quantize_text` left as it was: weights of the layers that belong to no linear layer, such as experts
-    held as one tensor. Empty where there is nothing.
-    """
+    """A sentence on weights that `quantize_text` left in full, such as experts held as one tensor; empty if none."""
     layers = hf.model.language_model.layers
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
     if not left:

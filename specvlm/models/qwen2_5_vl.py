@@ -1,7 +1,5 @@
 """Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with true M-RoPE."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
-from specvlm.data.sampling import SamplingSettings
+from specvlm.data.settings import SamplingSettings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.errors import UserError
 from specvlm.models.sight import Sight
@@ -35,12 +33,8 @@ class Qwen2_5_VL(VideoLM):
 
     def check_settings(self) -> None:
         vision, ours = self.hf.config.vision_config, self._video_config
-        cut = {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        }
-        for name, its in cut.items():
+        sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        for name, its in zip(("patch_size", "merge_size", "temporal_patch_size"), sizes, strict=True):
             if getattr(ours, name) != its:
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 

@@ -4,11 +4,9 @@ Shape suffixes: W windows, H heads, L patches of a window, R patches in the towe
 Q rows of one pass, S prompt tokens, T tokens of the text after the video, N video tokens, D width, C = 1 + a key's width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +43,7 @@ class Sight:
         self._module: nn.Module | None = None
         self._seen_RC: Tensor | None = None
 
-    def of(self, module: nn.Module) -> Sight:
+    def of(self, module: nn.Module) -> Self:
         """Itself, with an eye on that attention module alone."""
         self._module = module
         return self
@@ -160,9 +158,7 @@ class States:
 
 
 def mean_cosine(video_ND: Tensor, text_TD: Tensor) -> Tensor:
-    """(N,) mean over the text of cos(video token, text token), as one product with the mean of the normalised text. 0 for zero
-    rows. Costs N x D, a piece at a time.
-    """
+    """(N,) mean over the text of cos(video token, text token), by one product a piece; 0 for zero rows. Costs N x D."""
     wide = torch.promote_types(video_ND.dtype, torch.float32)
     mean_D = normalize(text_TD.to(wide), dim=-1).mean(0)
     return torch.cat([normalize(piece.to(wide), dim=-1) @ mean_D for piece in video_ND.split(ROWS)])

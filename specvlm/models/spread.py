@@ -5,8 +5,6 @@ norm and the head with the last. Only the rows of a pass go from stage to stage,
 captured stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +17,6 @@ from torch import Tensor
 from specvlm.cache import KVCache
 from specvlm.errors import UserError
 from specvlm.models.sight import States
-
-PARALLEL = ("layers", "tensor")
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,8 @@ def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) 
 
 
 SHARED = {
-    "self_attn.q_proj": "colwise",
-    "self_attn.k_proj": "colwise",
-    "self_attn.v_proj": "colwise",
-    "self_attn.o_proj": "rowwise",
-    "mlp.gate_proj": "colwise",
-    "mlp.up_proj": "colwise",
-    "mlp.down_proj": "rowwise",
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), "colwise"),
+    **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rowwise"),
 }
 
 
@@ -153,11 +144,8 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
     """Raises UserError for a model whose heads or MLP the ranks do not divide. asked: the words for it; instead: others."""
     text = config.get_text_config()
-    counts = {
-        "KV heads": text.num_key_value_heads,
-        "query heads": text.num_attention_heads,
-        "MLP columns": text.intermediate_size,
-    }
+    counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}
+    counts["MLP columns"] = text.intermediate_size
     fits = [n for n in range(2, ranks + 1) if not any(count % n for count in counts.values())]
     if ranks not in fits:
         what = next(what for what, count in counts.items() if count % ranks)

@@ -97,8 +97,6 @@ class VideoLM(ABC):
         places = [(stage.layers, stage.device) for stage in self.stages]
         return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, places)
 
-    # ---- prompts -------------------------------------------------------------------------------------------------
-
     def prompt(
         self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = (), max_pixels: int | None = None
     ) -> VideoPrompt:
@@ -180,8 +178,6 @@ class VideoLM(ABC):
     def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
         """The same request as keyword arguments of Hugging Face's `generate`."""
 
-    # ---- vision and embedding --------------------------------------------------------------------------------------
-
     @abstractmethod
     def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
         """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero.
@@ -259,8 +255,6 @@ class VideoLM(ABC):
         if positions == "original":
             return embeds_KD, self.positions(prompt)[:, prompt.kept_slots(keep.index)]
         return embeds_KD, torch.arange(len(embeds_KD)).expand(self.axes, -1)
-
-    # ---- the language model ------------------------------------------------------------------------------------------
 
     def forward(
         self,

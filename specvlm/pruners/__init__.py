@@ -10,16 +10,6 @@ from specvlm.pruners.verifier_attention import VerifierAttentionPruner
 from specvlm.pruners.window import WindowPruner
 from specvlm.strategy import Strategy
 
-__all__ = [
-    "FastVPruner",
-    "NonePruner",
-    "RandomPruner",
-    "TwoStagePruner",
-    "UniformPruner",
-    "VerifierAttentionPruner",
-    "WindowPruner",
-]
-
 
 @hookimpl
 def specvlm_strategies() -> list[type[Strategy]]:

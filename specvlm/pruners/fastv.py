@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, check_choice
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, Within
 
@@ -36,9 +36,7 @@ class FastVPruner(Pruner):
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise UserError(f"fastv: layer counts from 1, got {self.layer}")
-        if self.source not in SOURCES:
-            allowed = " or ".join(SOURCES)
-            raise UserError(f"fastv: source must be {allowed}, got {self.source!r}.{did_you_mean(str(self.source), SOURCES)}")
+        check_choice("fastv: source", self.source, SOURCES)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -6,13 +6,13 @@ Shape suffixes: N video tokens, R leftovers of stage I, F frames, P tokens of on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, check_choice
+from specvlm.segments import written
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet, TokenGrid, Within
 
@@ -52,11 +52,7 @@ class TwoStagePruner(Pruner):
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
             raise UserError(f"two_stage: mass must be above 0 and at most 1, got {self.mass}")
-        if self.spread not in SPREADS:
-            allowed = " or ".join(SPREADS)
-            raise UserError(
-                f"two_stage: spread must be {allowed}, got {self.spread!r}.{did_you_mean(str(self.spread), SPREADS)}"
-            )
+        check_choice("two_stage: spread", self.spread, SPREADS)
 
     def select(self, ctx: PruneContext) -> KeepSet:
         scores_N = ctx.verifier_attention
@@ -86,7 +82,7 @@ def retained(descending_N: Tensor, mass: float) -> int:
     unit = 2.0 ** (math.frexp(peak)[1] - 62 + count.bit_length())
     units_N = (descending_N.double() / unit).round().long()
     sums_N = units_N.cumsum(0)
-    enough = math.ceil(Fraction(str(mass)) * int(sums_N[-1]))
+    enough = math.ceil(written(mass) * int(sums_N[-1]))
     return int((sums_N - units_N < enough).sum())
 
 

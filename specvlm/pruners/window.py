@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import check_choice
 from specvlm.strategy import PruneContext, Pruner
 from specvlm.types import KeepSet
 
@@ -30,9 +30,7 @@ class WindowPruner(Pruner):
     where: str = "middle"
 
     def __post_init__(self) -> None:
-        if self.where not in PLACES:
-            allowed = " or ".join(PLACES)
-            raise UserError(f"window: where must be {allowed}, got {self.where!r}.{did_you_mean(str(self.where), PLACES)}")
+        check_choice("window: where", self.where, PLACES)
 
     def select(self, ctx: PruneContext) -> KeepSet:
         start = {"front": 0, "middle": (ctx.total - ctx.budget) // 2, "back": ctx.total - ctx.budget}[self.where]

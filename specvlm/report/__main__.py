@@ -8,16 +8,14 @@
 FOLDER: a run's, a job's, or one that holds some, however deep. record=true while running brings the attention's heat.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specvlm.__main__ import guarded, refuse
+from specvlm.__main__ import print_lines
 from specvlm.bounds import Within
-from specvlm.errors import ExitCode, UserError, visible
+from specvlm.errors import UserError
 
 FRAMES, MOST_FRAMES = 48, 1024
 PAGES = (".html", ".htm")
@@ -38,14 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames of a sample that are shown ({FRAMES})")
     parser.add_argument("--video", type=Path, help="a film of what the drafter saw of one sample, .mp4 or .gif")
     parser.add_argument("--job", help="whose view the film shows (the fastest end to end that prunes)")
-    parser.error = refuse  # type: ignore[method-assign]
-    return guarded(lambda: _written(parser.parse_args(words)))
-
-
-def _written(asked: argparse.Namespace) -> int:
-    for line in written(asked):
-        print(visible(line))
-    return ExitCode.OK
+    return print_lines(parser, words, written)
 
 
 def written(asked: argparse.Namespace) -> list[str]:

@@ -5,8 +5,6 @@ page's own CSS variables, so that light and dark need no second drawing. A point
 picked out in the legend, on a phone too, which a drawn picture cannot do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Letters are those of Pillow's own font: Latin ones, for others it draws boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -79,9 +77,8 @@ def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
         canvas.paste(dimmed(image, view, place, seen.grid), (MARGIN, MARGIN))
         if view.heat is not None:
             canvas.paste(heated(image, view.heat, place, seen.grid), (2 * MARGIN + PANEL, MARGIN))
-        kept = (
-            "" if view.row["kept_tokens"] is None else f", {view.row['kept_tokens']} of {view.row['video_tokens']} tokens kept"
-        )
+        some, of = view.row["kept_tokens"], view.row["video_tokens"]
+        kept = "" if some is None else f", {some} of {of} tokens kept"
         line = f"{view.job.label}: frame {place + 1} of {seen.grid.frames}, {seen.seconds[number - 1]:.1f} s{kept}"
         pen.text((MARGIN, tall + MARGIN + 5), line, MUTED, ImageFont.load_default(13))
         said = words[: round(len(words) * number / len(seen.frames))]

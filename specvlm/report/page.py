@@ -1,7 +1,5 @@
 """The report as one HTML file that needs nothing else: table, figures, player, and the scripts that draw them."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

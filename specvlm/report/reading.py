@@ -1,7 +1,5 @@
 """From folders to jobs: what each was, what came of each of its samples, and what tells it from the others."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,17 +75,13 @@ class Job:
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
         """By sample its rounds, the prefill first."""
-        return (
-            rows.steps_of(self.folder)
-            if rows.is_job(self.folder)
-            else {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
-        )
+        if rows.is_job(self.folder):
+            return rows.steps_of(self.folder)
+        return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
-    """The jobs in these folders and below them that did a sample. Raises UserError for a place without a job, and where
-    there is none that did.
-    """
+    """The jobs in and below these folders that did a sample. Raises UserError if a place has no job, or none did."""
     jobs = [job for job in map(read_job, folders_in(places)) if job.done]
     if not jobs:
         raise UserError(f"there is nothing to report: {'; '.join(failures(places))}")

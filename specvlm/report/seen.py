@@ -4,8 +4,6 @@ Frames are read again from the sample's own video, as the job read them; that an
 configuration and tokenizer, no weights). What cannot be had is said instead, and the rest of the report goes on.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -43,9 +41,7 @@ CONTEXT = 8  # tokens that a word's spelling may depend on
 
 @dataclass(frozen=True)
 class Round:
-    """Texts of one round. accepted: guesses taken; refused: the drafter's next ones; own: the target's token behind the
-    accepted ones. Round 0, the prefill, has an own one alone.
-    """
+    """Texts of a round. accepted: guesses taken; refused: the next ones; own: the target's token, alone in round 0."""
 
     accepted: list[str]
     refused: list[str]
@@ -120,9 +116,8 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         clip = frames_of(cfg, target, asked)
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
-            raise UserError(
-                f"the video makes {len(grid)} tokens now, the job had {did[first]['video_tokens']}: has it changed?"
-            )
+            had = did[first]["video_tokens"]
+            raise UserError(f"the video makes {len(grid)} tokens now, the job had {had}: has it changed?")
     except (UserError, OSError) as error:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
     # A job may have other frames, or another model: then its tokens are of another grid.
@@ -151,9 +146,6 @@ def spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [place * count // most for place in range(most)]
 
 
-# ---- what the job was asked ------------------------------------------------------------------------------------------
-
-
 @cache
 def target_of(path: str, mrope: str) -> VideoLM:
     folder = model_folder(path)
@@ -176,9 +168,6 @@ def sample_of(cfg: Any, name: str) -> Sample:
 def samples_of(fields: str) -> Sequence[Sample]:
     dataset: Dataset = registry.build("dataset", json.loads(fields))
     return dataset.samples()
-
-
-# ---- what came of it -------------------------------------------------------------------------------------------------
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
@@ -219,9 +208,7 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Each token's own text behind those before it. A character of several tokens belongs to its last one. skip: special
-    tokens have no text.
-    """
+    """Each token's own text. A character of several tokens belongs to the last. skip: special tokens have no text."""
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:
         known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
@@ -236,9 +223,6 @@ def picture(frame: torch.Tensor) -> Image.Image:
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image
-
-
-# ---- as text, for the page -------------------------------------------------------------------------------------------
 
 
 def data_uri(image: Image.Image) -> str:

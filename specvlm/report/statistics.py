@@ -5,8 +5,6 @@ Samples are resampled, not rounds, since rounds of one answer are alike; pairing
 quotient of two sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial

@@ -1,13 +1,12 @@
 """The summary: a line a job, of figures with their intervals and what they differ by from a baseline job's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
 from specvlm.report.statistics import Interval, bases, difference, figure
+from specvlm.show import seconds
 
 FINE = ("identical", "numeric tie", "sampled")  # verdicts that leave no doubt
 
@@ -23,20 +22,7 @@ class Column:
     compared: bool = False
 
 
-def times_as_fast(value: float) -> str:
-    return f"{value:.2f} ×"
-
-
-def plain(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
-def duration(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+TWO_DIGITS, TIMES_AS_FAST = "{:.2f}".format, "{:.2f} ×".format
 
 
 def size(value: float) -> str:
@@ -48,14 +34,14 @@ def signed(value: float) -> str:
 
 
 COLUMNS = (
-    Column("accepted_per_round", "accepted", "per round", plain, True),
-    Column("speedup_decode", "decode", "vs target alone", times_as_fast, True),
-    Column("speedup_end_to_end", "end to end", "vs target alone", times_as_fast, True),
-    Column("tokens_per_second", "tokens", "per second", whole),
-    Column("speedup_file_to_last_token", "file to last token", "vs target alone", times_as_fast, True),
-    Column("time_to_first_token_s", "first token", "", duration),
-    Column("file_to_first_token_s", "file to first token", "", duration),
-    Column("file_to_last_token_s", "file to last token", "", duration),
+    Column("accepted_per_round", "accepted", "per round", TWO_DIGITS, True),
+    Column("speedup_decode", "decode", "vs target alone", TIMES_AS_FAST, True),
+    Column("speedup_end_to_end", "end to end", "vs target alone", TIMES_AS_FAST, True),
+    Column("tokens_per_second", "tokens", "per second", "{:.0f}".format),
+    Column("speedup_file_to_last_token", "file to last token", "vs target alone", TIMES_AS_FAST, True),
+    Column("time_to_first_token_s", "first token", "", seconds),
+    Column("file_to_first_token_s", "file to first token", "", seconds),
+    Column("file_to_last_token_s", "file to last token", "", seconds),
     Column("peak_memory_bytes", "peak memory", "", size),
 )
 
@@ -113,7 +99,7 @@ def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base
         found: Mapping[str, int] = job.totals["verdicts"]
         right = sum(found.get(kind, 0) for kind in FINE)
         lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
-    heads = [Column("job", "job", "", plain), *columns, Column("verdict", "output", "", plain)]
+    heads = [Column("job", "job", "", TWO_DIGITS), *columns, Column("verdict", "output", "", TWO_DIGITS)]
     return Group(name, title, *judged(jobs), problems(jobs), heads, lines, said_of(against), charts(jobs))
 
 
@@ -126,7 +112,7 @@ def cell(job: Job, base: Job | None, column: Column) -> Cell:
     found, other = figure(job, column.key), difference(job, base, column.key) if base else None
     against = f"{signed(other.value)} {bounds(other, signed)}".strip() if other else ""
     side = {1: "up", -1: "down"}.get(other.sure, "") if other else ""
-    return Cell(column.key, value, column.show(value), bounds(found, plain), against, side)
+    return Cell(column.key, value, column.show(value), bounds(found, TWO_DIGITS), against, side)
 
 
 def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
@@ -171,9 +157,8 @@ def problems(jobs: Sequence[Job]) -> list[str]:
     lines = []
     for job in jobs:
         if job.summary.get("missing"):
-            lines.append(
-                f"{job.label}: incomplete, {job.summary['missing']} of {job.summary['samples']} samples are not done yet"
-            )
+            missing = f"{job.summary['missing']} of {job.summary['samples']} samples"
+            lines.append(f"{job.label}: incomplete, {missing} are not done yet")
         for row in job.rows:
             said = [row["verdict"], row.get("hf_check") or ""] if row["status"] == "ok" else []
             wrong = [text for text in said if "MISMATCH" in text] if said else [row.get("reason") or row["status"]]
@@ -188,6 +173,5 @@ def said_of(against: Mapping[Job, Job | None]) -> str:
         return ""
     series, labels = {base.series for base in others}, sorted(base.label for base in others)
     what = labels[0] if len(labels) == 1 else f"{series.pop()} at the same ratio" if len(series) == 1 else "; ".join(labels)
-    return (
-        f"Below each figure its difference to {what}, paired by sample, with its 95 % interval; coloured where that has no 0."
-    )
+    how = "paired by sample, with its 95 % interval; coloured where that has no 0."
+    return f"Below each figure its difference to {what}, {how}"

@@ -1,7 +1,5 @@
 """What all kinds of strategy are."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 

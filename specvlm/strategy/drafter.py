@@ -86,9 +86,7 @@ class Drafter(Strategy, ABC):
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a round writes to the drafter's own cache: a tree that is grown and cut back needs more than it has
-        nodes.
-        """
+        """Most rows that a round writes to the drafter's cache: a tree that is cut back needs more than its nodes."""
         return self.max_nodes
 
     @property

@@ -1,11 +1,9 @@
 """What chooses the video tokens that the drafter sees."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -72,7 +70,7 @@ class PruneContext:
         ]
         return torch.cat(parts)
 
-    def each_video(self, select: Callable[[PruneContext], KeepSet]) -> KeepSet:
+    def each_video(self, select: Callable[[Self], KeepSet]) -> KeepSet:
         """`select` for every video on its own, joined: a pruner that knows how to treat one video treats several.
 
         Each call gets one grid without its newline, the signals of these tokens, and a share of the budget in proportion to

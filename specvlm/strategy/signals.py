@@ -1,7 +1,5 @@
 """What may be read of the target, the drafter and the video's file: what a strategy `needs` is named here."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 SIGNALS: dict[str, str] = {

@@ -1,7 +1,5 @@
 """What accepts guesses, and the distribution that it is exact for."""
 
-from __future__ import annotations
-
 from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """A round as it happened."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 

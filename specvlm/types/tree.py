@@ -162,9 +162,8 @@ class DraftTree:
         """Itself, where it is there already."""
         if self.tokens.device == device and (self.q is None or self.q.device == device):
             return self
-        return DraftTree(
-            self.tokens.to(device), self.parents, None if self.q is None else self.q.to(device), self.varies, self.ranks
-        )
+        q = None if self.q is None else self.q.to(device)
+        return DraftTree(self.tokens.to(device), self.parents, q, self.varies, self.ranks)
 
     def on_host(self) -> DraftTree:
         """A copy for the record. Of `q` only that there is one."""

@@ -157,10 +157,8 @@ class KeepSet:
         weight_E = torch.cat([weight_E / torch.where(sum_K > 0, sum_K, 1)[row_E[: len(weight_E)]], (sum_K <= 0).double()])
         entries_2E = torch.stack([row_E, torch.cat([source_E, index_K])])
         there_E = weight_E > 0
-        pool = torch.sparse_coo_tensor(
-            entries_2E[:, there_E], weight_E[there_E].float(), (len(index_K), total), check_invariants=False
-        )
-        return cls(index_K, total, pool.coalesce())
+        shape, there = (len(index_K), total), (entries_2E[:, there_E], weight_E[there_E].float())
+        return cls(index_K, total, torch.sparse_coo_tensor(*there, shape, check_invariants=False).coalesce())
 
     @classmethod
     def everything(cls, total: int, device: torch.device | str = "cpu") -> KeepSet:

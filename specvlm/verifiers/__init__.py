@@ -1,7 +1,5 @@
 """The built-in verifiers, one a file."""
 
-from __future__ import annotations
-
 from specvlm.plugins import hookimpl
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.loose import LooseVerifier

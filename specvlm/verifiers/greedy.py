@@ -3,8 +3,6 @@
 Shape suffixes: M tree nodes, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

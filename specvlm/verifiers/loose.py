@@ -3,17 +3,15 @@
 Shape suffixes: M tree nodes, N video tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from specvlm.segments import written
 from specvlm.strategy import Verifier, VerifyContext
 from specvlm.types import Verdict, Within
 
@@ -82,16 +80,14 @@ class LooseVerifier(Verifier):
 
     def _relaxed(self, ctx: VerifyContext) -> set[int]:
         """Guesses that need not match."""
-        count = math.floor(Fraction(str(self.relaxed)) * (len(ctx.tree) - 1))
+        count = math.floor(written(self.relaxed) * (len(ctx.tree) - 1))
         if not count or ctx.hidden_MD is None or ctx.video_ND is None:
             return set()
         scores_M = visual_scores(ctx.hidden_MD, ctx.video_ND, self.nearest)[1:]
         return set((scores_M.sort(stable=True).indices[:count] + 1).tolist())
 
     def _around(self, path: list[int], child: int, below: list[list[int]], best: list[int]) -> set[int]:
-        """The target's choices for the positions within `window` of the child's: behind its way so far, and down its first
-        line.
-        """
+        """The target's choices within `window` of the child's position: behind its way so far, down its first line."""
         line = [*path, child]
         while len(line) < len(path) + self.window and below[line[-1]]:
             line.append(below[line[-1]][0])

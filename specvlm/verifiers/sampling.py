@@ -3,8 +3,6 @@
 Shape suffixes: M tree nodes, V vocabulary (of the target and of the drafter, whichever is larger), n some nodes.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import astuple, dataclass
