@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from math import inf
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -70,9 +71,14 @@ def inside(strategy: object) -> Iterator[None]:
             raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
-        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError) and not _ends_jobs(error)
+        plain = (
+            isinstance(error, Exception)
+            and not isinstance(error, OSError | UserError | StopIteration)
+            and not _ends_jobs(error)
+        )
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
-            BaseException.add_note(error, f"in {label}")
+            if f"in {label}" not in getattr(error, "__notes__", ()):
+                BaseException.add_note(error, f"in {label}")
             raise
         raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
     finally:
@@ -142,18 +148,46 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
     cache = item.cache if isinstance(item, Pass) else item.routine.cache
     if not lease.drafts_in(cache):
         raise StrategyError(f"{label}: a pass to a cache that it did not take for itself: use ctx.caches.take")
-    if isinstance(item, Pass):
-        tokens, seen = item.tokens_Q, item.seen_QT
-        if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not len(tokens):
-            raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
-        wanted = (len(tokens), item.at + len(tokens))
-        if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
-            raise StrategyError(f"{label}: a pass at {item.at} of {len(tokens)} rows sees {wanted}, got {_told(seen)}")
-        if len(item.depths_Q) != len(tokens):
-            raise StrategyError(f"{label}: a pass of {len(tokens)} rows has so many depths, got {len(item.depths_Q)}")
-        if not isinstance(item.base, Tensor) and not 0 <= item.start <= cache.capacity - len(tokens):
-            raise StrategyError(f"{label}: a pass to slots from {item.start} on, its cache has {cache.capacity}")
+    if not cache.fits(item.model if isinstance(item, Pass) else item.routine.model, 0):
+        raise StrategyError(f"{label}: a pass of another model than its cache was taken for")
+    if isinstance(item, Call):
+        _check_call(label, item)
+        return item
+    check_pass(label, item)
+    try:
+        item.start  # noqa: B018
+    except IndexError as error:
+        raise StrategyError(f"{label}: {error}") from None
     return item
+
+
+def check_pass(label: str, one: Pass) -> None:
+    """Are a pass's tensors of sizes that go together? Reads none of them. Raises StrategyError."""
+    tokens, seen = one.tokens_Q, one.seen_QT
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not len(tokens):
+        raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
+    wanted = (len(tokens), one.at + len(tokens))
+    if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
+        raise StrategyError(f"{label}: a pass at {one.at} of {len(tokens)} rows sees {wanted}, got {_told(seen)}")
+    if len(one.depths_Q) != len(tokens):
+        raise StrategyError(f"{label}: a pass of {len(tokens)} rows has so many depths, got {len(one.depths_Q)}")
+    if not 0 <= one.at <= one.cache.capacity - len(tokens):
+        raise StrategyError(f"{label}: a pass to slots from base + {one.at} on, its cache has {one.cache.capacity}")
+
+
+def _check_call(label: str, call: Call) -> None:
+    """Is it what a captured routine can be given? Asked of every engine, so that an author hears of it on a CPU."""
+    routine, made = call.routine, call.routine.function
+    if not isinstance(made, FunctionType) or "<locals>" in made.__qualname__:
+        raise StrategyError(f"{label}: a routine's work is a function of a module or a partial of one, got {made!r:.100}")
+    hash(routine.key)
+    if len(call.state) != len(routine.state) or any(type(number) is not int for number in call.state):
+        raise StrategyError(f"{label}: a routine made with a state of {len(routine.state)} int was called with {call.state}")
+    pairs = zip(routine.inputs, call.inputs, strict=False)
+    unlike = any(new is not None and (new.shape, new.dtype) != (old.shape, old.dtype) for old, new in pairs)
+    if unlike or len(call.inputs) != len(routine.inputs):
+        made_with, given = ([*map(_told, tensors)] for tensors in (routine.inputs, call.inputs))
+        raise StrategyError(f"{label}: a routine made with inputs {made_with} was called with {given}")
 
 
 def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:

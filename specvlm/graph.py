@@ -18,7 +18,7 @@ from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
 from specvlm.errors import UserError, line
-from specvlm.fence import checked_item, checked_tree, claims_of, inside, is_ours
+from specvlm.fence import check_pass, checked_item, checked_tree, claims_of, inside, is_ours, label_of
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Pass, Passes, guarded
@@ -204,7 +204,7 @@ class DecodingGraph:
                 clock.wait(self.draft.device)
             clock.mark("draft_prefill")
 
-            ours = is_ours(session)
+            ours = is_ours(session) and is_ours(drafter)  # a session of ours may pass on trees of others
             shown = keep if drafter.model and self._own_budget(prompt) is None else None
             if guidance is not None and guidance.hidden:
                 request = replace(request, video_ND=guidance.video_hidden())
@@ -233,7 +233,7 @@ class DecodingGraph:
 
     def _proposed(self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock) -> Passes[DraftTree]:
         """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
-        guard = partial(inside, self.drafter)
+        guard, check = partial(inside, self.drafter), partial(check_pass, label_of(self.drafter))
         with guard():
             found = session.propose(last)
         if not isinstance(found, Generator):
@@ -247,7 +247,7 @@ class DecodingGraph:
             if isinstance(item, Pass):
                 result = yield item
             else:
-                result = yield from self.engine.call(replace(item, guard=guard), clock.mark)
+                result = yield from self.engine.call(replace(item, guard=guard, check=check), clock.mark)
 
     def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
         """Video tokens the drafter may see. ratio: None for that of the graph's options."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
+from threading import RLock
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_LOCK = RLock()
 _COPIES: list[tuple[ref[Tensor], Tensor]] = []
 
 
@@ -22,12 +24,17 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
 
     def decorated(made: F) -> F:
         @lru_cache(most)
-        @wraps(made)
-        def remembering(*shape: Any) -> Any:
+        def kept(*shape: Any) -> Any:
             found = made(*shape)
             _COPIES.extend((ref(tensor), tensor.clone()) for tensor in _tensors(found))
             return found
 
+        @wraps(made)
+        def remembering(*shape: Any) -> Any:
+            with _LOCK:  # of two threads that make the same, one would have what is not kept; a graph keeps addresses alone
+                return kept(*shape)
+
+        remembering.cache_clear, remembering.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
         remembering.__wrapped__ = made  # what varies is made without a copy; torch.compile looks through a cache, too
         return remembering  # type: ignore[return-value]
 
@@ -44,9 +51,11 @@ def _tensors(found: Any) -> Iterator[Tensor]:
 
 def restored() -> bool:
     """Put back what was written to; was there any?"""
-    _COPIES[:] = [pair for pair in _COPIES if pair[0]() is not None]
+    with _LOCK:
+        _COPIES[:] = [pair for pair in _COPIES if pair[0]() is not None]
+        pairs = list(_COPIES)
     changed = False
-    for made, copy in _COPIES:
+    for made, copy in pairs:
         tensor = made()
         if tensor is not None and not torch.equal(tensor, copy):
             tensor.copy_(copy)

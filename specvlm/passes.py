@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -76,8 +77,11 @@ class Pass:
 
     @property
     def start(self) -> int:
-        """First slot written. Waits for the device where `base` lies there."""
-        return int(self.base) + self.at
+        """First slot written. Waits for the device where `base` lies there. Raises IndexError outside of the cache."""
+        base, most = int(self.base), self.cache.capacity - len(self)
+        if base < 0 or not base <= base + self.at <= most:
+            raise IndexError(f"a pass to slots from {base + self.at} on, its cache has {self.cache.capacity}")
+        return base + self.at
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,7 @@ class Routine:
     for later requests, so nothing of one may be in it but by way of the state and the inputs.
 
     Attributes:
-        work: A function of a module, or a `partial` of one: what is made anew for each request is captured anew, too.
+        work: A function of a module, or a `partial` of one: what is made anew for each request would be captured anew, too.
         key: What it depends on beside model, cache, state and inputs. Equal keys of one function mean equal work.
         widest: Most rows of one of its passes.
         state: Integers that are harmless to run it with: what it then writes must lie behind all rows in use.
@@ -103,6 +107,11 @@ class Routine:
     state: tuple[int, ...]
     inputs: tuple[Tensor, ...] = ()
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """Of its work, without what a `partial` gives it."""
+        return self.work.func if isinstance(self.work, partial) else self.work
+
     def __call__(self, state: Sequence[int], *inputs: Tensor | None) -> Call:
         """To be yielded; sent back are the tensors, valid until the routine is called again."""
         return Call(self, tuple(state), inputs)
@@ -113,31 +122,48 @@ class Call:
     """A routine to be run.
 
     Attributes:
-        inputs: None where one is what it was at the last call, or when the routine was made.
+        inputs: None where one is what it was when the routine was made.
         guard: Put around all that the routine itself does.
+        check: Told of its passes, to raise where one cannot be run.
     """
 
     routine: Routine
     state: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
     guard: Guard = nullcontext
+    check: Callable[[Pass], None] = lambda one: None
+
+    @property
+    def given(self) -> list[Tensor]:
+        """All inputs."""
+        return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:
         """The call as it is, pass by pass."""
-        given = self.routine.inputs
         state = torch.tensor(self.state, device=self.routine.model.head_device)
-        return self.begin(state, *(old if new is None else new for old, new in zip(given, self.inputs, strict=True)))
+        return self.begin(state, *self.given, read=state.device.type == "cpu")
 
-    def begin(self, *inputs: Tensor) -> Passes[tuple[Tensor, ...]]:
-        """The routine's work on state and inputs, each stretch of it under the guard."""
+    def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
+        """The routine's work on state and inputs, each stretch of it under the guard. read: may slots be read on the host?"""
         routine = self.routine
 
         def checked(item: object) -> Pass:
             if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
                 raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
+            self.check(item)
+            if len(item) > routine.widest:
+                raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {len(item)}")
+            if read:
+                item.start  # noqa: B018
             return item
 
-        return guarded(routine.work(routine.model, routine.cache, *inputs), self.guard, checked)
+        with self.guard():
+            work: Passes[tuple[Tensor, ...]] = driven(routine.work(routine.model, routine.cache, *inputs))
+        found = yield from guarded(work, self.guard, checked)
+        with self.guard():
+            if not isinstance(found, tuple) or not all(isinstance(one, Tensor) for one in found):
+                raise TypeError(f"a routine returns a tuple of tensors, got {type(found).__name__}")
+        return found
 
 
 def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[object], Y]) -> Generator[Y, Any, T]:

@@ -22,7 +22,7 @@ class Ticket:
 
     work: Decoding
     steps: deque[Step] = field(default_factory=deque)
-    error: Exception | None = None
+    error: BaseException | None = None
     done: bool = False
     wanted: Pass | None = None
     rows: Rows | None = None
@@ -35,8 +35,15 @@ class Ticket:
                 self._next(None)
         except StopIteration:
             self.done = True
-        except Exception as error:
+        except BaseException as error:  # whoever reads this request must not take what it has for an answer
             self.done, self.error = True, error
+            if not isinstance(error, Exception):
+                raise
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error: its caches are free again, although nobody may read it."""
+        self.done, self.error = True, error
+        self.work.close()
 
     def _next(self, rows: Rows | None) -> Pass | Step:
         item = self.work.send(rows)
@@ -74,7 +81,8 @@ class Scheduler:
         """Move every request on by a pass."""
         together = len(self.live) > 1  # one by itself shows a step before it goes on
         for ticket in self.live:
-            ticket.advance(together)
+            if ticket.wanted is None:  # else an interrupt came before its pass was run
+                ticket.advance(together)
         self.live = [ticket for ticket in self.live if not ticket.done]
         waiting = [ticket for ticket in self.live if ticket.wanted is not None]
         for group in _by_model(waiting):
@@ -87,15 +95,15 @@ class Scheduler:
             with torch.inference_mode():
                 results: Sequence[Rows] = self.engine.run(passes)
             self.run += 1
-        except Exception as error:
-            if len(group) > 1:  # what one of them did is not the others' affair
-                for ticket in group:
-                    self._run([ticket])
-                return
-            group[0].error, group[0].done = error, True
+            for ticket, rows in zip(group, results, strict=True):
+                ticket.rows, ticket.wanted = rows, None
             return
-        for ticket, rows in zip(group, results, strict=True):
-            ticket.rows, ticket.wanted = rows, None
+        except Exception as error:
+            if len(group) == 1:
+                group[0].fail(error)
+                return
+        for ticket in group:  # what one of them did is not the others' affair; what the failed pass took is free by now
+            self._run([ticket])
 
     def steps(self, ticket: Ticket) -> Iterator[Step]:
         """A request's steps, as they come. Raises what the request raised."""

@@ -7,13 +7,19 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from specvlm.broadcast import BroadcastSession
+from specvlm.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.engine import Engine
+from specvlm.fence import checked_tree
+from specvlm.graph import DecodingGraph
+from specvlm.pruners.uniform import UniformPruner
 from specvlm.ranks import Ranks
 from specvlm.strategy import DraftSession
 from specvlm.types import DraftTree, TreeShape
+from specvlm.verifiers.greedy import GreedyVerifier
 
 CPU, SHAPE = torch.device("cpu"), TreeShape.parse("2x2")
 
@@ -95,3 +101,20 @@ def test_a_tree_of_another_shape_than_the_fixed_one_is_refused():
     session = BroadcastSession(SimpleNamespace(fixed=SHAPE), Given([varied(2, False)]), context)
     with pytest.raises(ValueError, match="not of the shape that the drafter calls fixed"):
         Engine().finish(session.propose(None))
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_trees_of_others_are_checked_as_theirs_although_our_session_hands_them_on(foreign, monkeypatch):
+    class Others(PromptLookupDrafter):
+        pass
+
+    drafter, heard = Others() if foreign else PromptLookupDrafter(), []
+
+    def checked(*given):
+        heard.append(given[-1])
+        return checked_tree(*given)
+
+    monkeypatch.setattr("specvlm.graph.checked_tree", checked)
+    monkeypatch.setattr(DecodingGraph, "_session", lambda self, ctx: BroadcastSession(drafter, drafter.start(ctx), ctx))
+    graph = DecodingGraph(tiny.model("qwen2_5_vl"), None, UniformPruner(), drafter, GreedyVerifier())
+    assert list(graph.decode(tiny.prompt("qwen2_5_vl"), 4)) and set(heard) == {not foreign}

@@ -348,7 +348,7 @@ def test_an_entropy_tree_is_captured_by_extent(backend, drafter, family, monkeyp
     assert [(s.accepted, s.tree and s.tree.parents) for s in graphs] == [(s.accepted, s.tree and s.tree.parents) for s in eager]
     assert [accepted for accepted, _ in told] == [accepted for accepted, _ in heard]
     assert [share for _, share in told] == pytest.approx([share for _, share in heard], abs=1e-9)
-    grown = [key for key in engine._programs if key[0] == "grown"]
+    grown = [key for key in engine._programs if key[0] == "draft"]
     captured = [before.accepted for before, s in itertools.pairwise(graphs) if "capture" in s.times_s]
     assert len(grown) == len(extents) == 1 or (len(grown) > 1 and max(captured) > 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +25,7 @@ from specvlm.errors import StrategyError
 from specvlm.graph import DecodingGraph, autoregressive_work
 from specvlm.metrics import tokens_of
 from specvlm.models.video_lm import VideoLM
-from specvlm.passes import Pass
+from specvlm.passes import Pass, Routine
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.scheduler import Scheduler
 from specvlm.strategy import Drafter, DraftSession
@@ -194,6 +194,133 @@ def test_a_failure_in_a_joined_pass_is_tried_apart():
     scheduler = Scheduler(Fragile())
     tickets = [scheduler.submit(graph.work(*request_of("qwen2_5_vl", 0))) for _ in range(2)]
     assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == [want, want]
+
+
+def test_a_pass_that_fails_frees_its_caches_and_tells_its_owner_alone_even_when_nobody_reads():
+    class Picky(Engine):
+        def run(self, passes):
+            if any(one.tokens_Q.tolist() == [500, -6] for one in passes):
+                raise RuntimeError("no such tokens")
+            return super().run(passes)
+
+    family = "qwen2_5_vl"
+    good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing("vocabulary"), GreedyVerifier())
+    want = tokens_of(list(good.decode(*request_of(family, 0))))
+    scheduler = Scheduler(Picky())
+    mine, failing = (scheduler.submit(graph.work(*request_of(family, 0))) for graph in (good, bad))
+    assert tokens_of(list(scheduler.steps(mine))) == want
+    assert failing.done and not bad.caches._leased
+    with pytest.raises(RuntimeError, match="no such tokens"):
+        list(scheduler.steps(failing))
+
+
+def test_an_interrupt_in_a_joined_pass_leaves_the_other_requests_whole():
+    class Interrupted(Engine):
+        calls = 0
+
+        def run(self, passes):
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return super().run(passes)
+
+    graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
+    want = tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 1))))
+    scheduler = Scheduler(Interrupted())
+    first, second = (scheduler.submit(graph.work(*request_of("qwen2_5_vl", number))) for number in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        list(scheduler.steps(first))
+    assert tokens_of(list(scheduler.steps(second))) == want and not graph.caches._leased
+
+
+def test_a_request_that_was_interrupted_does_not_pass_for_an_answer():
+    def interrupted(work):
+        yield next(work)
+        raise KeyboardInterrupt
+
+    graph = graph_of("qwen2_5_vl", PromptLookupDrafter(), GreedyVerifier())
+    scheduler = Scheduler(graph.engine)
+    first, second = (graph.work(*request_of("qwen2_5_vl", number)) for number in range(2))
+    tickets = [scheduler.submit(work) for work in (first, interrupted(second))]
+    for ticket in tickets:  # the first one's reader met the interrupt, the second one's request ended by it
+        with pytest.raises(KeyboardInterrupt):
+            list(scheduler.steps(ticket))
+
+
+@pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=lambda engine: engine.name)
+def test_where_rows_stand_is_the_word_of_the_pass(engine):
+    _, draft = pair("qwen2_5_vl", "float64")
+    alone, other = (draft.new_cache(32) for _ in "ab")
+    for one in (alone, other):
+        draft.prefill(draft.embed_tokens(torch.arange(5, 12)), torch.arange(7).expand(draft.axes, -1), one)
+    passes = [Pass(draft, one, torch.tensor([3, 4]), (0, 1), None, 7, 5) for one in (alone, other)]
+    (want,), joined = engine.run(passes[:1]), engine.run(passes)
+    (shifted,) = engine.run([Pass(draft, alone, torch.tensor([3, 4]), (5, 6), None, 7, 0)])
+    for rows in (*joined, shifted):
+        assert torch.allclose(rows.hidden_QD, want.hidden_QD, rtol=0, atol=1e-12)
+
+
+def guessed(count, model, cache, state, *given, fault=""):
+    rows, depths, seen = state[1:].expand(count), tuple(range(count)), torch.ones(count, 9) if fault == "seen" else None
+    out = yield Pass(model, cache, rows, depths, seen, state[:1], 0)
+    return out.logits().argmax(-1) if fault == "result" else (out.logits().argmax(-1),)
+
+
+ROUTINES = {
+    "seen": (r"sees \(2, 2\), got \(2, 9\)", {"work": partial(guessed, 2, fault="seen")}, {}),
+    "result": ("a tuple of tensors, got Tensor", {"work": partial(guessed, 2, fault="result")}, {}),
+    "wide": ("widest pass has 2 rows yielded one of 3", {"work": partial(guessed, 3)}, {}),
+    "closure": (
+        "a function of a module or a partial of one",
+        {"work": (lambda count: lambda *given: guessed(count, *given))(2)},
+        {},
+    ),
+    "key": ("unhashable", {"key": ([],)}, {}),
+    "state": (r"state of 2 int was called with \(3,\)", {}, {"state": (3,)}),
+    "count": (r"made with inputs \['\(2,\) torch.float32'\] was called with \[\]", {"inputs": (torch.ones(2),)}, {}),
+    "inputs": (r"was called with \['\(1,\)", {"inputs": (torch.ones(2),)}, {"inputs": (torch.ones(1),)}),
+}
+
+
+@dataclass(frozen=True)
+class Mistaken(Failing):
+    name = "mistaken"
+    slot: int = 3
+
+    def start(self, ctx):
+        _, made, called = ROUTINES.get(self.fault, ("", {}, {}))
+        given = {"work": partial(guessed, 2), "key": ("guessed",), "state": (200, 0), "widest": 2} | made
+        cache = ctx.caches.take("draft", ctx.draft, 64)
+        routine = Routine(model=ctx.draft, cache=cache, **given)
+        call = routine(called.get("state", (self.slot, 5)), *called.get("inputs", ()))
+
+        class Session(DraftSession):
+            def propose(self, last):
+                yield call
+                return DraftTree(torch.tensor([0, 5]), (-1, 0))
+
+        return Session()
+
+
+@pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=lambda engine: engine.name)
+@pytest.mark.parametrize("fault", ROUTINES)
+def test_what_is_wrong_with_a_routine_is_told_with_its_drafters_name(fault, engine):
+    graph = graph_of("qwen2_5_vl", Mistaken(fault), GreedyVerifier(), engine=engine)
+    with pytest.raises((StrategyError, TypeError, ValueError)) as caught:
+        list(graph.decode(*request_of("qwen2_5_vl", 1)))
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(ROUTINES[fault][0], said) and said.count("drafter=mistaken") == 1 and not graph.caches._leased
+
+
+@pytest.mark.parametrize("slot", [-7, 10_000])
+def test_a_routine_writes_into_its_own_cache_alone(slot):
+    """A kernel would write wherever it is told."""
+    graph = graph_of("qwen2_5_vl", Mistaken(slot=slot), GreedyVerifier(), engine=GraphsEngine("direct"))
+    want = tiny.hf_greedy(graph.target, *request_of("qwen2_5_vl", 1))
+    assert tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 1)))) == want
+    eager = graph_of("qwen2_5_vl", Mistaken(slot=slot), GreedyVerifier())
+    with pytest.raises(IndexError, match=f"to slots from {slot} on, its cache has 256"):
+        list(eager.decode(*request_of("qwen2_5_vl", 1)))
 
 
 # ---- a drafter as an outside package writes it -----------------------------------------------------------------------

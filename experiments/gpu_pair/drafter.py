@@ -34,7 +34,6 @@ class GivenDrafter(Drafter):
     """
 
     name = "given"
-    tells = True
     inner: TreeDrafter = field(default_factory=TreeDrafter)
     known: tuple[int, ...] = ()
     accepted: float = 4.0

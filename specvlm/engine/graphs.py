@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import RLock
 from time import perf_counter
@@ -146,12 +147,13 @@ class GraphsEngine(Engine):
             inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
             return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
 
-        # By the function, too: no plugin can pass its own for another's by calling it the same.
-        made = routine.work.func if isinstance(routine.work, partial) else routine.work
-        program = self.program(("draft", lean, made, *routine.key), routine.cache, build)
+        with call.guard():
+            # By the function, too: no plugin can pass its own for another's by calling it the same.
+            program = self.program(("draft", lean, routine.function, *routine.key), routine.cache, build)
         if self.capture_s > captured:
             mark("capture")
-        return program(call.state, *call.inputs)
+        with call.guard():
+            return program(call.state, *call.given)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
@@ -211,7 +213,11 @@ class GraphsEngine(Engine):
         device = inputs[0].device
         if backend == "cudagraph" and device not in self.lanes:
             self.lanes[device] = Lane(device)
-        return Program(fn, inputs, backend, self.lanes.get(device), tables)
+        try:
+            return Program(fn, inputs, backend, self.lanes.get(device), tables)
+        except BaseException:
+            self.lanes.pop(device, None)  # torch may still take its memory for that of a capture, and refuse the next one
+            raise
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
         """What was captured for this cache; what was captured for those that are gone, goes. key: its first word is the kind.
@@ -272,7 +278,15 @@ def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tenso
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """A drafter's routine as one function of device tensors."""
-    return finished(call.begin(*inputs), partial(_rows, lean))
+    ours = call.routine.function.__module__.startswith("specvlm.")
+    return finished(call.begin(*inputs), partial(_rows if ours else _rows_inside, lean))
+
+
+def _rows_inside(lean: LeanText, one: Pass) -> Rows:
+    """Of others' routines, whose slots nobody reads: a wrong one is kept inside the cache, and kernels write nowhere else."""
+    most = one.cache.capacity - one.at - len(one)
+    base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
+    return _rows(lean, replace(one, base=base))
 
 
 def _captured(lean: LeanText, tree: DraftTree, verifier: Verifier) -> bool:

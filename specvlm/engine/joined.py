@@ -25,8 +25,9 @@ def run_joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
 
 
 def _alone(model: VideoLM, one: Pass) -> Rows:
-    one.cache.length = one.start
-    hidden_QD = model.append_hidden(one.tokens_Q, one.depths_Q, one.seen_QT, one.cache, int(one.base))
+    one.cache.length = start = one.start
+    position = start - one.at + int(one.offset)
+    hidden_QD = model.append_hidden(one.tokens_Q, one.depths_Q, one.seen_QT, one.cache, position)
     return Rows(hidden_QD, model.head)
 
 
@@ -38,11 +39,12 @@ def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
     positions_BQ = torch.zeros(count, rows, dtype=torch.int64, device=device)
     seen_BQT = torch.zeros(count, 1, rows, batch.slots, dtype=torch.bool, device=device)
     for number, one in enumerate(passes):
-        own, base = len(one), int(one.base)
+        own, start = len(one), batch.starts[number]
+        base = start - one.at
         tokens_BQ[number, :own] = one.tokens_Q.to(device)
         positions_BQ[number, :own] = torch.as_tensor(one.depths_Q, device=device) + base + int(one.offset)
         seen_BQT[number, 0, :own, :base] = True
-        seen_BQT[number, 0, :own, base : one.start + own] = _seen(one).to(device)
+        seen_BQT[number, 0, :own, base : start + own] = _seen(one).to(device)
         seen_BQT[number, 0, own:, 0] = True
     embeds_BQD = model.embed_tokens(tokens_BQ)
     positions = positions_BQ if model.axes == 1 else positions_BQ.expand(model.axes, count, rows)
@@ -53,8 +55,8 @@ def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
         past_key_values=batch,
         use_cache=True,
     )
-    for one in passes:
-        one.cache.length = one.start + len(one)
+    for one, start in zip(passes, batch.starts, strict=True):
+        one.cache.length = start + len(one)
     return [Rows(hidden_QD[: len(one)], model.head) for one, hidden_QD in zip(passes, out.last_hidden_state, strict=True)]
 
 

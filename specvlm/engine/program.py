@@ -44,7 +44,7 @@ class Program:
         self.inputs = [value.clone() for value in inputs]
         self.device = self.inputs[0].device
         self.tables = tables
-        self._staged: list[Tensor | None] = [None] * len(self.inputs)
+        self._staged: list[tuple[Tensor, torch.cuda.Event] | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
         self.outputs: list[Tensor] = []
@@ -64,7 +64,8 @@ class Program:
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # What other threads do, such as NCCL's watchdog asking for its events, is none of this capture's business.
-        with torch.cuda.graph(self.graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
+        here = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves its own stream the current one
+        with here, torch.cuda.graph(self.graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
             for mine, out in zip(self.outputs, fn(*self.inputs), strict=True):
                 mine.copy_(out)
 
@@ -76,6 +77,8 @@ class Program:
             if not isinstance(value, Tensor):
                 value = self._stage(number, buffer, value)
             buffer.copy_(value, non_blocking=True)
+            if (staged := self._staged[number]) is not None:
+                staged[1].record(torch.cuda.current_stream(self.device))
         with current(self.device):
             if self.graph is not None:
                 self.graph.replay()
@@ -87,12 +90,16 @@ class Program:
         return self.outputs
 
     def _stage(self, number: int, buffer: Tensor, value: Sequence[int]) -> Tensor:
-        """Pinned memory, so that the copy does not wait. It is written again only after the host has read a result."""
+        """Pinned memory, so that the copy does not wait. It is written again only when the copy before has been made: a routine
+        may be called several times before the host reads a result.
+        """
         if buffer.device.type != "cuda":
             return torch.tensor(value)
-        staged = self._staged[number]
-        if staged is None:
-            staged = self._staged[number] = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+        if (there := self._staged[number]) is None:
+            pinned = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+            there = self._staged[number] = pinned, torch.cuda.Event()
+        staged, copied = there
+        copied.synchronize()
         for at, integer in enumerate(value):
             staged[at] = integer
         return staged

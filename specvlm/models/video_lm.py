@@ -327,15 +327,14 @@ class VideoLM(ABC):
         depths: Sequence[int] | Tensor,
         seen_QT: Tensor | None,
         cache: KVCache,
-        root: int | None = None,
+        position: int | None = None,
     ) -> Tensor:
         """(Q, D) last hidden states of text rows behind the cache: a token, a tree, a level of a tree.
 
-        depths: distance of each row below slot `root` (default: the next slot). seen_QT: which of the last T slots,
+        depths: of each row, added to `position` (default: that of the next slot). seen_QT: which of the last T slots,
         these rows included, each row may attend to; everything before is seen. None: one row, sees all.
         """
-        start = (cache.length if root is None else root) + cache.offset
-        positions = torch.as_tensor(depths) + start
+        positions = torch.as_tensor(depths) + (cache.position if position is None else position)
         mask = None
         if seen_QT is not None:
             before = cache.length + len(tokens_Q) - seen_QT.shape[1]
