@@ -18,6 +18,9 @@ def pooled(slots: int) -> int:
     return -(-slots // 256) * 256
 
 
+ROLES = 8  # of caches that are kept, and that one request may have
+
+
 class Store(NamedTuple):
     """Keys and values of neighbouring layers, on the device where those layers are, (L, 1, H, C, D) each."""
 
@@ -162,9 +165,9 @@ class CachePool:
         self.changes = 0
         self._lock = Lock()
 
-    def lease(self) -> CacheLease:
-        """For one request; release it when the request ends."""
-        return CacheLease(self)
+    def lease(self, drafter: bool = False) -> CacheLease:
+        """For one request; release it when the request ends. drafter: for its drafter, which never has the target's."""
+        return CacheLease(self, ("target",) if drafter else ())
 
     def reserve(self, role: str, model: VideoLM, capacity: int) -> None:
         """Make room for a request to come, so that a longer one behind it finds the same cache."""
@@ -192,6 +195,8 @@ class CachePool:
             for number, (_, leased) in enumerate(self._leased):
                 if leased is cache:
                     del self._leased[number]
+                    if role not in self._free and len(self._free) >= ROLES:
+                        self._free.pop(next(iter(self._free)))
                     self._free.setdefault(role, []).append(cache)
                     return
 
@@ -218,22 +223,23 @@ class CachePool:
 
 
 class CacheLease:
-    """The caches of one request, by role; given back to their pool when it ends."""
+    """Caches of one request, by role; given back to their pool when it ends. reserved: roles that it may not take."""
 
-    def __init__(self, pool: CachePool) -> None:
-        self._pool = pool
+    def __init__(self, pool: CachePool, reserved: tuple[str, ...] = ()) -> None:
+        self._pool, self._reserved = pool, reserved
         self._taken: dict[str, KVCache] = {}
 
     def take(self, role: str, model: VideoLM, capacity: int) -> KVCache:
         """An empty cache of at least `capacity` slots. Raises ValueError for a role that the request has one of already."""
         if role in self._taken:
-            raise ValueError(f"this request has its cache for {role!r} already: take one under another name")
+            raise ValueError(f"there is a cache for {role!r} already: take one under another name")
+        if role in self._reserved or len(self._taken) >= ROLES:
+            raise ValueError(f"no cache for {role!r}: a drafter takes at most {ROLES}, none for {', '.join(self._reserved)}")
         cache = self._taken[role] = self._pool.take(role, model, capacity)
         return cache
 
-    def drafts_in(self, cache: object) -> bool:
-        """Was this cache taken by the request's drafter?"""
-        return any(taken is cache for role, taken in self._taken.items() if role != "target")
+    def has(self, cache: object) -> bool:
+        return any(taken is cache for taken in self._taken.values())
 
     def release(self) -> None:
         while self._taken:

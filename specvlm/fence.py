@@ -146,7 +146,7 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
     if not isinstance(item, (Pass, Call)):
         raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
     cache = item.cache if isinstance(item, Pass) else item.routine.cache
-    if not lease.drafts_in(cache):
+    if not lease.has(cache):
         raise StrategyError(f"{label}: a pass to a cache that it did not take for itself: use ctx.caches.take")
     if not cache.fits(item.model if isinstance(item, Pass) else item.routine.model, 0):
         raise StrategyError(f"{label}: a pass of another model than its cache was taken for")

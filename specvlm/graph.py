@@ -17,7 +17,7 @@ from specvlm.broadcast import BroadcastSession
 from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
-from specvlm.errors import UserError, line
+from specvlm.errors import StrategyError, UserError, line
 from specvlm.fence import check_pass, checked_item, checked_tree, claims_of, inside, is_ours, label_of
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
@@ -29,6 +29,7 @@ from specvlm.strategy import DraftContext, Drafter, DraftSession, PruneContext, 
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
+MOST_PASSES = 4096  # of a drafter in one round: more than a tree can be deep
 
 
 class Output:
@@ -163,7 +164,7 @@ class DecodingGraph:
         output = Output(asked.max_new_tokens, stop_ids)
         with inside(drafter):
             most = int(drafter.max_nodes)
-        with self.caches.lease() as lease:
+        with self.caches.lease() as lease, self.caches.lease(drafter=True) as drafts:
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
             penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
             guidance, dice = self._guidance(prompt, asked), verifier_generator(asked.seed)
@@ -195,7 +196,7 @@ class DecodingGraph:
                 vocabulary=self.vocabulary,
                 sampling=replace(self.sampling),
                 generator=generator,
-                caches=lease,
+                caches=drafts,
                 signals=gathered(drafter.needs, copy, guidance, features_ND),
                 cache=cache,
             )
@@ -210,7 +211,7 @@ class DecodingGraph:
                 request = replace(request, video_ND=guidance.video_hidden())
             verdict = None
             while True:
-                tree = yield from self._proposed(session, verdict, lease, clock)
+                tree = yield from self._proposed(session, verdict, drafts, clock)
                 tree = checked_tree(drafter, tree, token, most, target.vocabulary, ours).to(target.device)
                 clock.mark("draft")
                 verdict, new = yield from self.engine.check(request, tree)
@@ -239,7 +240,7 @@ class DecodingGraph:
         if not isinstance(found, Generator):
             return found
         asked, result = guarded(found, guard, partial(checked_item, self.drafter, lease)), None
-        while True:
+        for _ in range(MOST_PASSES):
             try:
                 item = asked.send(result)
             except StopIteration as end:
@@ -248,6 +249,7 @@ class DecodingGraph:
                 result = yield item
             else:
                 result = yield from self.engine.call(replace(item, guard=guard, check=check), clock.mark)
+        raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
         """Video tokens the drafter may see. ratio: None for that of the graph's options."""

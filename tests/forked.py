@@ -7,6 +7,7 @@ with the real one.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -114,6 +115,7 @@ def _live(action: Callable[[], int | None], told: dict[str, str], logs: list[Pat
     """The fork's own life: it never returns into the code that forked it. told: by the environment."""
     code = 1
     try:
+        gc.freeze()  # what waits to be cleared away may wait for a thread, and a fork has none of them
         os.environ |= told
         for path, number in zip(logs, (1, 2), strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

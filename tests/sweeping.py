@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -103,6 +104,7 @@ def start(words: Sequence[str], log: str = "log.txt") -> int:
     """The command in a process of its own, which has everything imported; its id. log: what it says goes to its end."""
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # what waits to be cleared away may wait for a thread, and a fork has none of them
         kept = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(kept, number)

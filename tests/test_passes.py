@@ -135,6 +135,8 @@ class FailingSession(DraftSession):
             if self.drafter.fault == "raises":
                 raise OSError("no")
             cache, tokens, seen, base = self.cache, torch.tensor([5, 6]), None, 0
+            while self.drafter.fault == "endless":
+                yield Pass(self.ctx.draft, cache, tokens, (0, 1), seen, base, 0)
             if self.drafter.fault == "target":
                 cache = self.ctx.cache
             elif self.drafter.fault == "seen":
@@ -160,11 +162,13 @@ FAULTS = {
     "tokens": r"\(Q,\) int64",
     "depths": "2 rows has so many depths, got 1",
     "item": "wanted a Pass or a call of a Routine",
+    "endless": "asks for more than 30 passes in a round",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_drafter_yields_costs_its_own_request_alone(fault):
+def test_what_a_drafter_yields_costs_its_own_request_alone(fault, monkeypatch):
+    monkeypatch.setattr("specvlm.graph.MOST_PASSES", 30)
     family = "qwen2_5_vl"
     good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing(fault), GreedyVerifier())
     want = tokens_of(list(good.decode(*request_of(family, 0))))

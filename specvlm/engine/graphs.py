@@ -233,13 +233,18 @@ class GraphsEngine(Engine):
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             there = {program.device for _, program in self._programs.values()}
             self.lanes = {d: lane for d, lane in self.lanes.items() if d in there}  # memory without graphs cannot be used again
-            if sum(v[0]() is cache and k[0] == key[0] for k, v in self._programs.items()) >= MOST:
+            if sum(v[0]() is cache and _kind(k) == _kind(key) for k, v in self._programs.items()) >= MOST:
                 return build("direct")
             start = perf_counter()
             program = build(self.backend)
             self._programs[key] = (ref(cache), program)
             self.capture_s += perf_counter() - start
             return program
+
+
+def _kind(key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """Routines are of a kind where their function is the same; all else where its first word is."""
+    return key[:3:2] if key[0] == "draft" else key[:1]
 
 
 def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import resource
@@ -89,6 +90,7 @@ def _live(action: Callable[[], int], folder: Path, memory_gb: int | None) -> NoR
     """The child's own life: it never returns into the code that forked it."""
     code = CRASHED
     try:
+        gc.freeze()  # what waits to be cleared away may wait for a thread, and a fork has none of them
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if memory_gb:
