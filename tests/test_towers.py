@@ -7,6 +7,7 @@ import tiny
 import torch
 from towers import remember_features, remember_passes
 
+from specvlm.engine import Engine, tree_pass
 from specvlm.types import DraftTree, TreeShape
 
 
@@ -14,7 +15,8 @@ def passes(lm, request, root):
     """Logits of a tree behind a prompt, and the cache behind both."""
     parents, cache = TreeShape.parse("3x2").parents, lm.new_cache(len(request) + 16)
     hidden_D = lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
-    logits_MV = lm.score(DraftTree(torch.arange(root, root + len(parents)), parents), cache)
+    tree = DraftTree(torch.arange(root, root + len(parents)), parents)
+    logits_MV = Engine().run([tree_pass(lm, tree, cache)])[0].logits()
     return hidden_D, logits_MV, cache.keys, cache.values, torch.tensor([cache.length, cache.offset])
 
 
