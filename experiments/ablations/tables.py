@@ -14,13 +14,13 @@ from experiments.ablations.rows import ROOT, Results, read
 from experiments.strategies.report import TITLES, filled
 from specvlm.report.reading import Row
 from specvlm.report.statistics import Interval, gained, interval
-from specvlm.report.table import plain, signed
+from specvlm.report.table import TWO_DIGITS, signed
 
 NOT_RUN = "*not run*"
 Table = list[list[str]]  # the heads first
 
 
-def bounded(found: Interval, show: Callable[[float], str] = plain) -> str:
+def bounded(found: Interval, show: Callable[[float], str] = TWO_DIGITS) -> str:
     between = "" if found.low is None or found.high is None else f" [{show(found.low)}, {show(found.high)}]"
     return f"{show(found.value)}{between}"
 
