@@ -347,7 +347,7 @@ def test_it_keeps_the_contract():
     check_drafter(outside())
 
 
-@pytest.mark.parametrize("backend", [None, "direct", "traced"])
+@pytest.mark.parametrize("backend", [None, "direct", pytest.param("traced", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_it_runs_captured_without_a_line_for_it(family, backend):
     if (family, backend) == ("llava_onevision", "traced"):
