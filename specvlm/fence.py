@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import lru_cache
 from math import inf
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ class Strangers:
         self.calls = 0
 
     def met(self, strategy: object) -> None:
-        self.calls += not (isinstance(strategy, str) or _is_ours(strategy if isinstance(strategy, type) else type(strategy)))
+        self.calls += not (
+            isinstance(strategy, str) or defined_here(strategy if isinstance(strategy, type) else type(strategy))
+        )
 
 
 STRANGERS = Strangers()
@@ -246,10 +249,11 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 def is_ours(value: object) -> bool:
     """Is its class defined in specvlm, and found there?"""
     changed = "propose" in getattr(value, "__dict__", {})
-    return not changed and _is_ours(type(value))
+    return not changed and defined_here(type(value))
 
 
-def _is_ours(cls: type) -> bool:
+def defined_here(cls: Any) -> bool:
+    """Is it specvlm's own class or function, and found there by its name?"""
     return cls.__module__.startswith("specvlm.") and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
 
 

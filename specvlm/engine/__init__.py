@@ -68,13 +68,8 @@ class Engine:
     note = ""  # what its user should know
 
     def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """The rows of each pass. Those of one model run as one, where that can be."""
-        results: list[Rows | None] = [None] * len(passes)
-        for model in {id(one.model): one.model for one in passes}.values():
-            mine = [number for number, one in enumerate(passes) if one.model is model]
-            for number, rows in zip(mine, run_joined(model, [passes[number] for number in mine]), strict=True):
-                results[number] = rows
-        return [rows for rows in results if rows is not None]
+        """The rows of each pass, all of one model: as one, where that can be."""
+        return run_joined(passes[0].model, passes)
 
     def finish(self, work: Work[T] | T) -> T:
         """What a generator of passes comes to, run to its end with nothing beside it; a plain value as it is."""

@@ -26,7 +26,7 @@ from specvlm.engine import Engine, Request, ops, placed, why_not_captured
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
 from specvlm.engine.lean import ROWS, LeanText, why_not
 from specvlm.engine.program import Lane, Program
-from specvlm.fence import checked_verdict, inside
+from specvlm.fence import checked_verdict, defined_here, inside
 from specvlm.passes import Call, Pass, Passes, Rows, finished
 from specvlm.strategy import Verifier, uniform
 from specvlm.types import DraftTree, Verdict
@@ -179,19 +179,17 @@ class GraphsEngine(Engine):
         return Engine.name if self.lean(model) is None else self.name
 
     def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """One after another, by the lean pass. Those of a model that needs its own modules run through these."""
-        eager = [one for one in passes if self._eager(one)]
-        rows = dict(zip(map(id, eager), super().run(eager), strict=True))
-        return [rows.get(id(one)) or self._lean_run(one) for one in passes]
-
-    def _eager(self, one: Pass) -> bool:
-        return self.lean(one.model) is None or len(one) > ROWS
-
-    def _lean_run(self, one: Pass) -> Rows:
-        lean = self.lean(one.model)
-        assert lean is not None
-        one.cache.length = one.start + len(one)
-        return _rows(lean, one)
+        """One after another, by the lean pass. A model that needs its own modules, and a wide pass, run through these."""
+        lean, found = self.lean(passes[0].model), list[Rows]()
+        if lean is None:
+            return super().run(passes)
+        for one in passes:
+            if len(one) > ROWS:
+                found += super().run([one])
+            else:
+                one.cache.length = one.start + len(one)
+                found.append(_rows(lean, one))
+        return found
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
         parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
@@ -283,7 +281,7 @@ def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tenso
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """A drafter's routine as one function of device tensors."""
-    ours = call.routine.function.__module__.startswith("specvlm.")
+    ours = defined_here(call.routine.function)
     return finished(call.begin(*inputs), partial(_rows if ours else _rows_inside, lean))
 
 
