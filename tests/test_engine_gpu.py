@@ -161,20 +161,17 @@ def test_sampling_runs_captured():
     assert len(tokens_of(steps)) == 40 and sum(s.accepted for s in steps) > 10
 
 
-def test_no_memory_grows_over_fifty_requests():
+def captured_graph() -> DecodingGraph:
     from specvlm.drafters.tree import TreeDrafter
     from specvlm.engine import engine_for
 
     target, draft = on_gpu("qwen2_5_vl", torch.float32)
-    graph = DecodingGraph(
-        target,
-        draft,
-        UniformPruner(),
-        TreeDrafter(),
-        GreedyVerifier(),
-        GenerationOptions(ratio=0.5),
-        engine=engine_for("graphs", "cuda"),
-    )
+    strategies = (UniformPruner(), TreeDrafter(), GreedyVerifier())
+    return DecodingGraph(target, draft, *strategies, GenerationOptions(ratio=0.5), engine=engine_for("graphs", "cuda"))
+
+
+def test_no_memory_grows_over_fifty_requests():
+    graph = captured_graph()
     requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=2 + s % 7) for s in range(7)]
     want = [tokens_of(list(graph.decode(r, 16))) for r in requests]
     torch.cuda.synchronize()
@@ -204,21 +201,9 @@ def test_models_go_with_what_was_captured_for_them():
 def test_a_request_after_one_that_failed_midway():
     from test_engine import outlives_a_failure
 
-    from specvlm.drafters.tree import TreeDrafter
-    from specvlm.engine import engine_for
-
-    target, draft = on_gpu("qwen2_5_vl", torch.float32)
-    graph = DecodingGraph(
-        target,
-        draft,
-        UniformPruner(),
-        TreeDrafter(),
-        GreedyVerifier(),
-        GenerationOptions(ratio=0.5),
-        engine=engine_for("graphs", "cuda"),
-    )
+    graph = captured_graph()
     requests = [tiny.prompt("qwen2_5_vl", seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
-    outlives_a_failure(graph, requests, [tiny.hf_greedy(target, r, 16) for r in requests])
+    outlives_a_failure(graph, requests, [tiny.hf_greedy(graph.target, r, 16) for r in requests])
 
 
 @pytest.mark.parametrize("device", [[], ["device=cuda"], ["device=cuda:0"]], ids=["auto", "cuda", "cuda:0"])
