@@ -3,6 +3,9 @@
 import signal
 import sys
 import threading
+
+# `signal.getsignal` tries to make an Enum of the answer, which takes longer than all the rest of `inside`.
+from _signal import getsignal  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -66,7 +69,7 @@ def inside(strategy: object) -> Iterator[None]:
     names = INTERRUPTS.names
     names.append(label)
     modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    handler = signal.getsignal(signal.SIGINT)
+    handler = getsignal(signal.SIGINT)
     try:
         yield
     except BaseException as error:
@@ -86,7 +89,7 @@ def inside(strategy: object) -> Iterator[None]:
         raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
     finally:
         names.pop()
-        if signal.getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
+        if getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)  # now: the next call may hang
         left = _left(modes)  # now: what the loop makes under somebody else's mode may be kept
     if left:
@@ -167,14 +170,14 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
 def check_pass(label: str, one: Pass) -> None:
     """Are a pass's tensors of sizes that go together? Reads none of them. Raises StrategyError."""
     tokens, seen = one.tokens_Q, one.seen_QT
-    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not len(tokens):
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
         raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
-    wanted = (len(tokens), one.at + len(tokens))
+    wanted = (rows, one.at + rows)
     if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
-        raise StrategyError(f"{label}: a pass at {one.at} of {len(tokens)} rows sees {wanted}, got {_told(seen)}")
-    if len(one.depths_Q) != len(tokens):
-        raise StrategyError(f"{label}: a pass of {len(tokens)} rows has so many depths, got {len(one.depths_Q)}")
-    if not 0 <= one.at <= one.cache.capacity - len(tokens):
+        raise StrategyError(f"{label}: a pass at {one.at} of {rows} rows sees {wanted}, got {_told(seen)}")
+    if len(one.depths_Q) != rows:
+        raise StrategyError(f"{label}: a pass of {rows} rows has so many depths, got {len(one.depths_Q)}")
+    if not 0 <= one.at <= one.cache.capacity - rows:
         raise StrategyError(f"{label}: a pass to slots from base + {one.at} on, its cache has {one.cache.capacity}")
 
 

@@ -18,7 +18,7 @@ from specvlm.cache import CacheLease, CachePool, KVCache
 from specvlm.clock import Clock
 from specvlm.engine import Engine, Request, first_token
 from specvlm.errors import StrategyError, UserError, line
-from specvlm.fence import check_pass, checked_item, checked_tree, claims_of, inside, is_ours, label_of
+from specvlm.fence import check_pass, checked_item, checked_tree, claims_of, defined_here, inside, is_ours, label_of
 from specvlm.models.attention import Guidance
 from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Pass, Passes, guarded
@@ -211,7 +211,7 @@ class DecodingGraph:
                 request = replace(request, video_ND=guidance.video_hidden())
             verdict = None
             while True:
-                tree = yield from self._proposed(session, verdict, drafts, clock)
+                tree = yield from self._proposed(session, verdict, drafts, clock, ours)
                 tree = checked_tree(drafter, tree, token, most, target.vocabulary, ours).to(target.device)
                 clock.mark("draft")
                 verdict, new = yield from self.engine.check(request, tree)
@@ -232,7 +232,9 @@ class DecodingGraph:
                 return self.drafter.start(context)
             return BroadcastSession(self.drafter, self.drafter.start(context) if ranks.rank == 0 else None, context)
 
-    def _proposed(self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock) -> Passes[DraftTree]:
+    def _proposed(
+        self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
+    ) -> Passes[DraftTree]:
         """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
         guard, check = partial(inside, self.drafter), partial(check_pass, label_of(self.drafter))
         with guard():
@@ -248,7 +250,9 @@ class DecodingGraph:
             if isinstance(item, Pass):
                 result = yield item
             else:
-                result = yield from self.engine.call(replace(item, guard=guard, check=check), clock.mark)
+                if not (ours and defined_here(item.routine.function)):
+                    item = replace(item, guard=guard, check=check)
+                result = yield from self.engine.call(item, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:

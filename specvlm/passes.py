@@ -73,7 +73,7 @@ class Pass:
     at: int = 0
 
     def __len__(self) -> int:
-        return len(self.tokens_Q)
+        return self.tokens_Q.numel()
 
     @property
     def start(self) -> int:
@@ -123,14 +123,14 @@ class Call:
 
     Attributes:
         inputs: None where one is what it was when the routine was made.
-        guard: Put around all that the routine itself does.
+        guard: Put around all that the routine itself does. None: it is specvlm's own, and nothing of it is checked.
         check: Told of its passes, to raise where one cannot be run.
     """
 
     routine: Routine
     state: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
-    guard: Guard = nullcontext
+    guard: Guard | None = None
     check: Callable[[Pass], None] = lambda one: None
 
     @property
@@ -145,7 +145,7 @@ class Call:
 
     def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
         """The routine's work on state and inputs, each stretch of it under the guard. read: may slots be read on the host?"""
-        routine = self.routine
+        routine, guard = self.routine, self.guard
 
         def checked(item: object) -> Pass:
             if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
@@ -157,10 +157,12 @@ class Call:
                 item.start  # noqa: B018
             return item
 
-        with self.guard():
+        with nullcontext() if guard is None else guard():
             work: Passes[tuple[Tensor, ...]] = driven(routine.work(routine.model, routine.cache, *inputs))
-        found = yield from guarded(work, self.guard, checked)
-        with self.guard():
+        if guard is None:
+            return (yield from work)
+        found = yield from guarded(work, guard, checked)
+        with guard():
             if not isinstance(found, tuple) or not all(isinstance(one, Tensor) for one in found):
                 raise TypeError(f"a routine returns a tuple of tensors, got {type(found).__name__}")
         return found

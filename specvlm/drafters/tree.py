@@ -140,8 +140,8 @@ FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # what the last accepted tok
 
 
 class Level(NamedTuple):
-    """A pass: tree nodes, their positions above the last accepted token's, slot of the first, counted from its; what they see
-    (None: all); and for each child its tree node, its parent's row and which guess of that it is.
+    """A pass: tree nodes, the rows' positions above the last accepted token's, slot of the first, counted from its; what they
+    see (None: all); how many guesses are taken of each; and for each child its node, and which it is of all these guesses.
     """
 
     nodes_Q: Tensor
@@ -150,7 +150,6 @@ class Level(NamedTuple):
     seen_QT: Tensor | None
     widest: int
     children_C: Tensor
-    parents_C: Tensor
     guesses_C: Tensor
 
 
@@ -177,14 +176,16 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
         below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
         children, rows, orders = zip(*below, strict=True)
         guesses = orders if sample else [shape.ranks[child] for child in children]
+        widest = max(guesses) + 1
         levels.append(
             Level(
                 torch.tensor(nodes, device=device),
-                torch.full((len(nodes),), depth + 1, device=device),
+                torch.full((len(nodes),), depth + 1, device=device) if depth else torch.arange(2, device=device),
                 at if depth else 0,
                 None if seen is None else seen.to(device, torch.int8),
-                max(guesses) + 1,
-                *(torch.tensor(numbers, device=device) for numbers in (children, rows, guesses)),
+                widest,
+                torch.tensor(children, device=device),
+                torch.tensor([row * widest + guess for row, guess in zip(rows, guesses, strict=True)], device=device),
             )
         )
     ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
@@ -216,12 +217,9 @@ def expand(
     q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sampling else (0,), dtype=wide)
     done = 0
     for level in tables.levels:
-        if level.at:
-            fed, depths, last = tokens_M[level.nodes_Q], level.depths_Q, 0
-        else:
-            fed, depths, last = torch.cat([old_M[node], bonus]), torch.arange(2, device=bonus.device), 1
-        rows = yield Pass(model, cache, fed, depths, level.seen_QT, base, offset, level.at)
-        logits_QV = rows.logits(last)[:, :vocabulary]
+        fed = tokens_M[level.nodes_Q] if level.at else torch.cat([old_M[node], bonus])
+        rows = yield Pass(model, cache, fed, level.depths_Q, level.seen_QT, base, offset, level.at)
+        logits_QV = rows.logits(len(level.nodes_Q))[:, :vocabulary]
         if sampling:
             q_QV = sampling.probabilities(logits_QV)
             q_MV.index_copy_(0, level.nodes_Q, q_QV)
@@ -229,5 +227,5 @@ def expand(
             done += len(q_QV)
         else:
             best = rows.best(logits_QV, level.widest)
-        tokens_M.index_copy_(0, level.children_C, best[level.parents_C, level.guesses_C])
+        tokens_M.index_copy_(0, level.children_C, best.take(level.guesses_C))
     return tokens_M, q_MV

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import RLock
@@ -141,18 +142,18 @@ class GraphsEngine(Engine):
         # A routine is one program, so a model that drafts stands on one device; a split target drafts eagerly.
         if lean is None or len(lean.stages) > 1 or routine.widest > ROWS:
             return (yield from super().call(call, mark))
-        captured = self.capture_s
+        captured, guard = self.capture_s, call.guard or nullcontext
 
         def build(backend: str) -> Program:
             inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
             return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
 
-        with call.guard():
+        with guard():
             # By the function, too: no plugin can pass its own for another's by calling it the same.
             program = self.program(("draft", lean, routine.function, *routine.key), routine.cache, build)
         if self.capture_s > captured:
             mark("capture")
-        with call.guard():
+        with guard():
             return program(call.state, *call.given)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
