@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,14 @@ def autoregressive_work(
             clock.mark("verify")
 
 
+class View(NamedTuple):
+    """What the drafter may see of a video: so many tokens, by a choice of its `own`. pruned: does the pruner choose them?"""
+
+    budget: int
+    own: bool
+    pruned: bool
+
+
 @dataclass
 class DecodingGraph:
     """A target, a draft and three strategies. `decode` yields a request's steps as they happen.
@@ -164,10 +172,11 @@ class DecodingGraph:
         output = Output(asked.max_new_tokens, stop_ids)
         with inside(drafter):
             most = int(drafter.max_nodes)
+        view = self._view(prompt, asked.ratio)
         with self.caches.lease() as lease, self.caches.lease(drafter=True) as drafts:
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
             penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
-            guidance, dice = self._guidance(prompt, asked), verifier_generator(asked.seed)
+            guidance, dice = self._guidance(prompt, view, asked.record), verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, lossless=self.lossless)
             features_ND, logits_MV = prefill(target, prompt, cache, clock, guidance)
@@ -182,7 +191,7 @@ class DecodingGraph:
             attention = recorded.get("verifier_attention")
             clock.resume()
             penalty.add(torch.tensor([token]))
-            keep = self._agreed(copy, asked.ratio, guidance, features_ND, generator)
+            keep = self._agreed(copy, view, guidance, features_ND, generator)
             clock.mark("prune")
             context = DraftContext(
                 prompt=copy,
@@ -206,7 +215,7 @@ class DecodingGraph:
             clock.mark("draft_prefill")
 
             ours = is_ours(session) and is_ours(drafter)  # a session of ours may pass on trees of others
-            shown = keep if drafter.model and self._own_budget(prompt) is None else None
+            shown = keep if drafter.model and not view.own else None
             if guidance is not None and guidance.hidden:
                 request = replace(request, video_ND=guidance.video_hidden())
             verdict = None
@@ -255,42 +264,34 @@ class DecodingGraph:
                 result = yield from self.engine.call(item, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
-    def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
-        """Video tokens the drafter may see. ratio: None for that of the graph's options."""
-        total, own = len(prompt.video_index), self._own_budget(prompt)
-        if own is not None:
-            return own
-        return total if self.pruner.keeps_all else KeepSet.budget(total, self.options.ratio if ratio is None else ratio)
+    def budget(self, prompt: VideoPrompt) -> int:
+        """Video tokens the drafter may see, at the ratio of the graph's options."""
+        return self._view(prompt, self.options.ratio).budget
 
-    def _own_budget(self, prompt: VideoPrompt) -> int | None:
-        """What the drafter sees by a choice of its own; None where that is the pruner's."""
+    def _view(self, prompt: VideoPrompt, ratio: float) -> View:
+        """Asks the drafter. Nothing is pruned where all or nothing is kept, nor for a drafter that sees no video."""
+        total = len(prompt.video_index)
         with inside(self.drafter):
-            return self.drafter.sees(prompt.copy(pixels=False))
+            own = self.drafter.sees(prompt.copy(pixels=False))
+        if own is not None:
+            return View(own, own=True, pruned=False)
+        budget = total if self.pruner.keeps_all else KeepSet.budget(total, ratio)
+        return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
 
-    def _prunes(self, prompt: VideoPrompt, ratio: float) -> bool:
-        """Is there anything to choose? Not when all or nothing is kept, nor for a drafter that sees no video."""
-        chosen = self.drafter.model is not None and self._own_budget(prompt) is None
-        return chosen and 0 < self.budget(prompt, ratio) < len(prompt.video_index)
-
-    def _guidance(self, prompt: VideoPrompt, asked: GenerationOptions) -> Guidance | None:
+    def _guidance(self, prompt: VideoPrompt, view: View, record: bool) -> Guidance | None:
         """The collector for what the strategies read of the target on the way; None when they read nothing."""
         if not len(prompt.video_index):
             return None
-        pruner = self.pruner if self._prunes(prompt, asked.ratio) else None
-        more = self.drafter.needs | (RECORDED if asked.record else frozenset())
+        pruner = self.pruner if view.pruned else None
+        more = self.drafter.needs | (RECORDED if record else frozenset())
         return guidance_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
 
     def _agreed(
-        self,
-        prompt: VideoPrompt,
-        ratio: float,
-        guidance: Guidance | None,
-        features_ND: Tensor,
-        generator: torch.Generator,
+        self, prompt: VideoPrompt, view: View, guidance: Guidance | None, features_ND: Tensor, generator: torch.Generator
     ) -> KeepSet:
         """`select`, and where several ranks run this loop the first one's word for all: it may be the only one with a draft."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
-        keep = self.select(prompt, guidance, features_ND, generator, ratio) if here else None
+        keep = self.select(prompt, guidance, features_ND, generator, view) if here else None
         if ranks.size > 1:
             keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
             generator.set_state(state)
@@ -303,12 +304,14 @@ class DecodingGraph:
         guidance: Guidance | None,
         features_ND: Tensor,
         generator: torch.Generator,
-        ratio: float | None = None,
+        view: View | None = None,
     ) -> KeepSet:
-        """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much."""
-        ratio = self.options.ratio if ratio is None else ratio
-        total, budget = len(prompt.video_index), self.budget(prompt, ratio)
-        if not self._prunes(prompt, ratio):
+        """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much.
+
+        view: None for that at the ratio of the graph's options.
+        """
+        total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
+        if not pruned:
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
         signals = gathered(self.pruner.needs, prompt, guidance, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:
