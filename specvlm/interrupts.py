@@ -22,8 +22,7 @@ class Interrupts:
 
     @property
     def names(self) -> list[str]:
-        found: list[str] = self._local.__dict__.setdefault("names", [])
-        return found
+        return self._local.__dict__.setdefault("names", [])
 
     @property
     def where(self) -> str:

@@ -162,8 +162,7 @@ class PristineModel:
     def generate(self, prompt: VideoPrompt, limit: int, penalty: float = 1.0) -> list[int]:
         """Hugging Face's own greedy answer, its stop id included."""
         out = self.hf.generate(**self._inputs(prompt), max_new_tokens=limit, repetition_penalty=penalty)
-        found: list[int] = out[0, len(prompt) :].tolist()
-        return found
+        return out[0, len(prompt) :].tolist()
 
     def _end(self, output: Sequence[int], limit: int) -> tuple[int, str] | None:
         stopped = next((at for at, token in enumerate(output) if token in self.stop_ids), None)
@@ -194,8 +193,7 @@ class PristineModel:
     def _logits(self, prompt: VideoPrompt, output: Sequence[int], shaken: bool = False) -> Tensor:
         """(T, V) before each token of the output, of one pass over all. shaken: see `shaking`."""
         with shaking(self.hf) if shaken else nullcontext():
-            found: Tensor = self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
-        return found
+            return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
 
     def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
         """(V,) a token, behind transformers' own logits processor."""

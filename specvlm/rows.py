@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -113,7 +113,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
         raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
-    return cast("dict[str, Any]", found)
+    return found
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
     parse(Totals if isinstance(found, dict) and "samples" in found else Summary, found, path)
-    return cast("dict[str, Any]", found)
+    return found
 
 
 def is_job(folder: Path) -> bool:

@@ -214,8 +214,7 @@ def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
 
 def shaped(name: str, shape: str = "") -> Drafter:
     """One of TREES."""
-    drafter: Drafter = registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
-    return drafter
+    return registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
 
 
 def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:

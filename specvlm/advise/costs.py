@@ -121,7 +121,7 @@ class Costs:
     def read(cls, path: Path) -> Self:
         """From the costs.json of an earlier profile. Raises UserError."""
         try:
-            found: Self = parse(cls, json_of(read_text(path)), "it")
+            found = parse(cls, json_of(read_text(path)), "it")
             found.check()
             return found
         except (OSError, ValueError) as error:

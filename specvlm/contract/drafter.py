@@ -88,12 +88,10 @@ class _Watched(Drafter):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs: frozenset[str] = self.inner.needs
-        return needs
+        return self.inner.needs
 
     def sees(self, prompt: VideoPrompt) -> int | None:
-        own: int | None = self.inner.sees(prompt)
-        return own
+        return self.inner.sees(prompt)
 
     def start(self, ctx: DraftContext) -> DraftSession:
         return _WatchedSession(self, ctx)

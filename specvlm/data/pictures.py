@@ -65,12 +65,10 @@ class Colours:
         """(H, W, 3), uint8."""
         even = not (frame.width % 2 or frame.height % 2)
         if frame.format.name in PLAIN and even and not frame.interlaced_frame:
-            rgb: np.ndarray[Any, Any] = frame.to_ndarray(format="rgb24")  # the same pixels, and quicker
-            return rgb
+            return frame.to_ndarray(format="rgb24")  # the same pixels, and quicker
         graph = self._graph(frame)
         graph.vpush(frame)
-        converted: np.ndarray[Any, Any] = graph.vpull().to_ndarray()
-        return converted
+        return graph.vpull().to_ndarray()
 
     def _graph(self, frame: Any) -> Any:
         """FFmpeg's filters, which know of interlaced lines and choose a better scaler. One for each thread and kind."""

@@ -76,15 +76,13 @@ def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Seque
         return json.dumps(tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
 
     try:
-        texts: list[str] = json.loads(in_child(render))
+        return json.loads(in_child(render))
     except ChildError as error:
         raise UserError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
-    return texts
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
     """As the processors do: special tokens that the tokenizer itself puts around a text come too, unless they are there."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     with explained("the question cannot be encoded"):
-        ids: list[int] = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-    return ids
+        return tokenizer(text, add_special_tokens=not begun)["input_ids"]

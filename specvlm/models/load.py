@@ -171,9 +171,7 @@ def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tupl
     from transformers import AutoModelForImageTextToText
 
     asked: dict[str, Any] = {"config": found.config, "dtype": dtype, "output_loading_info": True}
-    loaded: tuple[Any, dict[str, Any]]
-    loaded = AutoModelForImageTextToText.from_pretrained(found.folder, **asked, **spread, **checkpoint.SAFELY)
-    return loaded
+    return AutoModelForImageTextToText.from_pretrained(found.folder, **asked, **spread, **checkpoint.SAFELY)
 
 
 def spread_of(

@@ -96,8 +96,7 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    spec: dict[str, Any] = on_lines(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
-    return spec
+    return on_lines(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
 
 
 def on_lines(part: Any) -> Any:

@@ -109,7 +109,7 @@ def page(
 @cache
 def bundle() -> str:
     """Vega, vega-embed, and the Vega-Lite that Altair writes for, in one script."""
-    script: str = vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
+    script = vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
     return script.replace("</script", "<\\/script").replace("\r\n", "\n")  # as the browser reads it, for its hash
 
 

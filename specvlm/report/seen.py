@@ -31,7 +31,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.prepare import frames_of, own_sample
 from specvlm.records import Round as Told
 from specvlm.report.reading import Job, Row
-from specvlm.strategy import Dataset, Sample
+from specvlm.strategy import Sample
 from specvlm.types import TokenGrid
 
 SIDE = 384  # most pixels of a frame's longer side
@@ -166,8 +166,7 @@ def sample_of(cfg: Any, name: str) -> Sample:
 
 @cache
 def samples_of(fields: str) -> Sequence[Sample]:
-    dataset: Dataset = registry.build("dataset", json.loads(fields))
-    return dataset.samples()
+    return registry.build("dataset", json.loads(fields)).samples()
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
