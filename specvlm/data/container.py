@@ -40,16 +40,11 @@ def truncated(path: Path, declared: int, size: int) -> UserError:
 
 
 def declared_size(path: Path) -> int:
-    """The bytes that a file should have by its own words; 0 where it does not say. Some writers declare too much."""
+    """The bytes that an MP4/MOV, AVI or Matroska/WebM file should have by its own words; 0 where it does not say."""
     with path.open("rb") as file:
-        return _declared_size(file, path.stat().st_size)
-
-
-def _declared_size(file: BinaryIO, size: int) -> int:
-    """Return the bytes that an MP4/MOV, AVI or Matroska/WebM file should have; 0 where the container does not say."""
-    head = file.read(64)
-    if head[4:8] in BOXES:
-        return _mp4_size(file, size)
+        head = file.read(64)
+        if head[4:8] in BOXES:
+            return _mp4_size(file, path.stat().st_size)
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
         return 0 if length >= 2**31 - 1 else 7 + length  # so long: unknown when written; the last byte may be padding
