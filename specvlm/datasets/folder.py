@@ -90,20 +90,16 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, entry
 
 
-def _rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num + 1}: {error}") from None
-
-
 def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in _rows(reader, path):
-        entry: dict[str, Any] = {key: value for key, value in row.items() if key and value not in (None, "")}
-        if "options" in entry:
-            entry["options"] = entry["options"].split("|")
-        yield reader.line_num, entry | {key: _told(entry[key]) for key in NUMBERS if key in entry}
+    try:
+        for row in reader:
+            entry: dict[str, Any] = {key: value for key, value in row.items() if key and value not in (None, "")}
+            if "options" in entry:
+                entry["options"] = entry["options"].split("|")
+            yield reader.line_num, entry | {key: _told(entry[key]) for key in NUMBERS if key in entry}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + 1}: {error}") from None
 
 
 def _told(text: str) -> float | str:
