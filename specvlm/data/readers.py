@@ -33,13 +33,8 @@ DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj4
 
 
 class Reader(Protocol):
-    """An open video.
-
-    Attributes:
-        times: seconds of each frame after the first.
-        fps: the rate that the container names, or 0.
-        name: which reader it is.
-        reason: why this one.
+    """A video that can be decoded; it holds no file open. times: seconds of each frame after the first. fps: the rate that the
+    container names, or 0. name, reason: which reader it is, and why this one.
     """
 
     times: tuple[float, ...]
@@ -50,21 +45,13 @@ class Reader(Protocol):
     def decode(self, index: Sequence[int]) -> Tensor:
         """Return the frames at strictly ascending places, uint8 (n, 3, H, W), turned upright."""
 
-    def close(self) -> None:
-        """Let go of the file."""
-
 
 def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader:
     """Open a video file.
 
-    Args:
-        path: a regular file.
-        name: "pyav"; "decord", which means PyAV where decord would give other frames than are shown; "auto", which
-            means PyAV wherever it is installed.
-        counted: count the frames, since `decode` raised WrongIndex.
-
-    Raises:
-        UserError: the reader is not installed, or the file is damaged, no video, or of a kind that cannot be read.
+    name: "pyav"; "decord", which means PyAV where decord would give other frames than are shown; "auto", which means PyAV
+    wherever it is installed. counted: count the frames, since `decode` raised WrongIndex. Raises UserError where the reader is
+    not installed, or the file is damaged, no video, or of a kind that cannot be read.
     """
     if importlib.util.find_spec("av") is None:
         if name == "pyav":
@@ -127,9 +114,6 @@ class PyavReader:
         if missing:
             self._walk({stamp: wanted[stamp] for stamp in missing}, pictures, by_stamp=True)
         return pictures.pixels
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
         """Decode groups of pictures, by their key frame. Returns the time stamps of frames that did not come out."""
@@ -282,9 +266,6 @@ class DecordReader:
         except DecordFailed as error:
             raise UserError(f"{self._path}: {error}: try reader=auto") from None
         return pictures.pixels
-
-    def close(self) -> None:
-        """The process stays for the next file."""
 
 
 def _decord_alone(path: Path) -> DecordReader:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -146,9 +146,6 @@ class ClipReader:
     def decode(self, index: Sequence[int]) -> Tensor:
         return self._frames[list(index)]
 
-    def close(self) -> None:
-        del self._frames
-
 
 def _name(source: str | Path | Clip) -> str:
     return source.source if isinstance(source, Clip) else str(source)
@@ -157,8 +154,8 @@ def _name(source: str | Path | Clip) -> str:
 def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipReader], Found]) -> Found:
     """Open a video and use it; count its frames and try again where the list of frames turns out to be wrong."""
     for counted in (False, True):
-        with suppress(WrongIndex), closing(_open(source, reader, counted)) as video:
-            return use(video)
+        with suppress(WrongIndex):
+            return use(_open(source, reader, counted))
     raise UserError(f"{_name(source)} is damaged: it gives other frames each time it is decoded")
 
 
