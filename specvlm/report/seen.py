@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from specvlm import registry
 from specvlm.bounds import parse
 from specvlm.config import model_folder
+from specvlm.data.video import SAMPLINGS
 from specvlm.errors import UserError, line, message
 from specvlm.folder import attention_file
 from specvlm.models.load import skeleton
@@ -122,7 +123,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
     # A job may have other frames, or another model: then its tokens are of another grid.
     alike = [pair for pair in did.items() if pair[1]["video_tokens"] == len(grid) and looks(pair[0]) == looks(first)]
-    places = spread(grid.frames, most)
+    places = SAMPLINGS["uniform"](grid.frames, min(most, grid.frames))
     frames = [place * len(clip.frames) // grid.frames for place in places]
     return Seen(
         sample,
@@ -139,11 +140,6 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 def looks(job: Job) -> tuple[Any, ...]:
     """What a sample's grid depends on."""
     return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most so many of the frames, evenly spaced."""
-    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
 
 
 @cache
