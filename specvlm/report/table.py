@@ -1,5 +1,6 @@
 """The summary: a line a job, of figures with their intervals and what they differ by from a baseline job's."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -136,10 +137,7 @@ def counted(verdicts: Mapping[str, int]) -> str:
 
 def judged(jobs: Sequence[Job]) -> tuple[str, str]:
     """The verdict over all, and whether it is good, bad or open."""
-    found: dict[str, int] = {}
-    for job in jobs:
-        for kind, count in job.totals["verdicts"].items():
-            found[kind] = found.get(kind, 0) + count
+    found = sum((Counter[str](job.totals["verdicts"]) for job in jobs), Counter[str]())
     total, text = sum(found.values()), counted(found)
     if wrong := found.get("MISMATCH", 0):
         return f"{wrong} of {total} answers are NOT the target's own ({text})", "bad"
