@@ -83,6 +83,12 @@ class Pass:
             raise IndexError(f"a pass to slots from {base + self.at} on, its cache has {self.cache.capacity}")
         return base + self.at
 
+    def seen(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`seen_QT` there, made out where it is None, and made there: a captured step may wait for no copy."""
+        if self.seen_QT is not None:
+            return self.seen_QT.to(device, dtype)
+        return torch.ones(len(self), self.at + len(self), dtype=dtype, device=device).tril(self.at)
+
 
 @dataclass(frozen=True, eq=False)
 class Routine:

@@ -171,17 +171,12 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
     path, stops = verdict.path, request.stop_ids
     if not stops:
         return verdict
-    tokens, chosen = tree.tokens[list(path[1:])].tolist(), own_choices(request, logits_MV[list(path)])
+    tokens, rule = tree.tokens[list(path[1:])].tolist(), own_rule(request.sampling)  # not theirs: its `first` may be lossy, too
+    chosen = [rule.first(logits_V, request.generator) for logits_V in logits_MV[list(path)]]
     for at, (token, own) in enumerate(zip([*tokens, verdict.bonus], chosen, strict=True)):
         if token != own and not stops.isdisjoint((token, own)):
             return Verdict(path[: at + 1], own)
     return verdict
-
-
-def own_choices(request: Request, logits_QV: Tensor) -> list[int]:
-    """What the target writes behind each row by itself. No word of the rule's own, whose `first` may be lossy as well."""
-    rule = own_rule(request.sampling)
-    return [rule.first(logits_V, request.generator) for logits_V in logits_QV]
 
 
 def agreed(request: Request, decided: T) -> T:

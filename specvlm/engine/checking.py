@@ -5,7 +5,7 @@ Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V v
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -27,21 +27,19 @@ def ways(tree: DraftTree) -> list[list[int]]:
     return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
 
 
-class Paths:
-    """A tree's ways from the root, as tables on the device."""
-
-    def __init__(self, tree: DraftTree, device: torch.device) -> None:
-        self.nodes_MD = torch.tensor(ways(tree), device=device)
-        self.depths_M = torch.tensor(tree.depths, device=device)
-        self.seen_MM = tree.mask.to(device, torch.int8)
-
-
-class Shape(NamedTuple):
-    """The same tables where they are a step's inputs. Ways are as long as a chain of all nodes would be, so sizes are fixed."""
+class Paths(NamedTuple):
+    """A tree's ways from the root, as tables on the device. Where they are a step's inputs, ways are as long as a chain of all
+    nodes would be, so sizes are fixed.
+    """
 
     nodes_MD: Tensor
     depths_M: Tensor
     seen_MM: Tensor
+
+    @classmethod
+    def of(cls, tree: DraftTree, device: torch.device) -> Self:
+        nodes, depths = (torch.tensor(table, device=device) for table in (ways(tree), tree.depths))
+        return cls(nodes, depths, tree.mask.to(device, torch.int8))
 
 
 def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
@@ -49,9 +47,9 @@ def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
     tables = verifier.tables(tree.parents) if tree.varies else None
     if tables is None:
         return ()
-    nodes = torch.tensor(ways(tree))
-    further = torch.arange(nodes.shape[1], len(tree)).expand(len(tree), -1)
-    return (torch.cat([nodes, further], 1), torch.tensor(tree.depths), tree.mask.to(torch.int8), *tables)
+    paths = Paths.of(tree, torch.device("cpu"))
+    further = torch.arange(paths.nodes_MD.shape[1], len(tree)).expand(len(tree), -1)
+    return (torch.cat([paths.nodes_MD, further], 1), *paths[1:], *tables)
 
 
 def check_of(
@@ -61,7 +59,7 @@ def check_of(
     varies: bool,
     cache: KVCache,
     factor: float,
-    paths: Paths | Shape,
+    paths: Paths,
     state_2: Tensor,
     tokens_M: Tensor,
     seen_V: Tensor,
@@ -76,7 +74,7 @@ def check_of(
     """
     tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
     if shape:
-        paths, tables = Shape(*shape[:3]), shape[3:]
+        paths, tables = Paths(*shape[:3]), shape[3:]
         above_MM = paths.seen_MM.float()
     (hidden_MD,) = pass_of(lean, len(lean.stages) - 1, cache, paths, state_2, x_MD if len(x_MD) else tokens_M)
     logits_MV = lean.logits(hidden_MD)
@@ -90,13 +88,13 @@ def check_of(
     return (torch.cat([decision_2, tokens_M]),)
 
 
-def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths | Shape, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
+def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
     """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
     x = lean.enter(rows) if number == 0 else rows
     return (lean.run(number, x, paths.depths_M, 0, paths.seen_MM, state_2[:1], state_2[1:], cache),)
 
 
-def move_of(store: Store, paths: Paths | Shape, state_2: Tensor, last_1: Tensor) -> tuple[()]:
+def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:
     """The rows on the way to node `last` move together behind the root's."""
     store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
     return ()

@@ -66,7 +66,8 @@ class GraphsEngine(Engine):
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
         # Where an answer ends under a lossy rule is read off its logits, and they stay in a captured step.
-        if lean is None or not request.lossless or not _captured(lean, tree, verifier):
+        captured = len(tree) <= ROWS and verifier.on_device and request.lossless
+        if lean is None or not captured or (tree.varies and len(lean.stages) > 1):
             return (yield from super().check(request, tree))
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
@@ -75,7 +76,7 @@ class GraphsEngine(Engine):
         numbers = uniform(dice, request.generator) if dice else None
         q = tree.q if tree.q is not None and dice else None
         state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
-        captured, x = self.capture_s, tree.tokens
+        spent, x = self.capture_s, tree.tokens
         shape = shape_of(tree, verifier)
         for number in earlier:
             (x,) = self._through(number, lean, tree, cache)(state, x)
@@ -90,7 +91,7 @@ class GraphsEngine(Engine):
                 torch.empty(0, device=device) if x is tree.tokens else torch.zeros_like(x, device=device),
                 *(table.to(device) for table in shape),
             ]
-            paths = Paths(tree, device)
+            paths = Paths.of(tree, device)
             fn = partial(check_of, lean, verifier, tree.parents, tree.varies, cache, penalty.factor, paths)
             return self.capture(fn, inputs, backend, paths)
 
@@ -100,7 +101,7 @@ class GraphsEngine(Engine):
         with inside(verifier):  # whose rule is traced
             program = self.program(key, cache, build) if again else build("direct")
         follow = [self._follow(number, lean, tree, cache) for number in earlier if count > 1]
-        if self.capture_s > captured:
+        if self.capture_s > spent:
             request.mark("capture")
         (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape)
         for moving in follow:
@@ -119,7 +120,7 @@ class GraphsEngine(Engine):
             state, rows = torch.tensor([cache.capacity - count, 0], device=device), torch.zeros(count, dtype=torch.int64)
             if number:
                 rows = torch.zeros(count, lean.hidden, dtype=lean.dtype)
-            paths = Paths(tree, device)
+            paths = Paths.of(tree, device)
             return self.capture(partial(pass_of, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
 
         return self.program((f"through {number}", lean, tree.parents), cache, build)
@@ -130,7 +131,7 @@ class GraphsEngine(Engine):
 
         def build(backend: str) -> Program:
             state = torch.tensor([cache.capacity - len(tree), 0], device=device)
-            last, paths = torch.zeros(1, dtype=torch.int64, device=device), Paths(tree, device)
+            last, paths = torch.zeros(1, dtype=torch.int64, device=device), Paths.of(tree, device)
             return self.capture(partial(move_of, cache.stores[number], paths), [state, last], backend, paths)
 
         return self.program((f"follow {number}", lean, tree.parents), cache, build)
@@ -261,11 +262,8 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
 def _rows(lean: LeanText, one: Pass) -> Rows:
     """A pass by the model's lean pass. Where numbers of it lie on the device, nothing is read."""
     device = lean.stages[0].device
-    seen_QT = one.seen_QT
-    if seen_QT is None:
-        seen_QT = torch.ones(len(one), one.at + len(one), dtype=torch.int8, device=device).tril(one.at)
     base, offset, depths_Q = (_there(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
-    seen_QT = seen_QT.to(device, torch.int8)
+    seen_QT = one.seen(device, torch.int8)
     hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, seen_QT, base, offset, one.cache)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
 
@@ -291,8 +289,3 @@ def _rows_inside(lean: LeanText, one: Pass) -> Rows:
     most = one.cache.capacity - one.at - len(one)
     base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
     return _rows(lean, replace(one, base=base))
-
-
-def _captured(lean: LeanText, tree: DraftTree, verifier: Verifier) -> bool:
-    """Is a check of this tree under this rule a lean pass, or an eager one?"""
-    return len(tree) <= ROWS and verifier.on_device and not (tree.varies and len(lean.stages) > 1)

@@ -44,7 +44,7 @@ def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
         tokens_BQ[number, :own] = one.tokens_Q.to(device)
         positions_BQ[number, :own] = torch.as_tensor(one.depths_Q, device=device) + base + int(one.offset)
         seen_BQT[number, 0, :own, :base] = True
-        seen_BQT[number, 0, :own, base : start + own] = _seen(one).to(device)
+        seen_BQT[number, 0, :own, base : start + own] = one.seen(device, torch.bool)
         seen_BQT[number, 0, own:, 0] = True
     embeds_BQD = model.embed_tokens(tokens_BQ)
     positions = positions_BQ if model.axes == 1 else positions_BQ.expand(model.axes, count, rows)
@@ -58,13 +58,6 @@ def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
     for one, start in zip(passes, batch.starts, strict=True):
         one.cache.length = start + len(one)
     return [Rows(hidden_QD[: len(one)], model.head) for one, hidden_QD in zip(passes, out.last_hidden_state, strict=True)]
-
-
-def _seen(one: Pass) -> Tensor:
-    """(Q, T) of a pass, also of one that leaves it to be causal."""
-    if one.seen_QT is not None:
-        return one.seen_QT.bool()
-    return torch.ones(len(one), one.at + len(one), dtype=torch.bool).tril(one.at)
 
 
 class _Batch:

@@ -49,7 +49,11 @@ class Program:
         self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
         self.outputs: list[Tensor] = []
         if backend != "cudagraph":
-            self._fn = _traced(fn, self.inputs) if backend == "traced" else fn
+            self._fn = fn
+            if backend == "traced":  # raises RuntimeError where fn reads a tensor on the host
+                from torch.fx.experimental.proxy_tensor import make_fx
+
+                self._fn = make_fx(fn)(*self.inputs)
             return
         with current(self.device):
             self._capture(fn, lane or Lane(self.device))
@@ -103,10 +107,3 @@ class Program:
         for at, integer in enumerate(value):
             staged[at] = integer
         return staged
-
-
-def _traced(fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The operations that `fn` does on these inputs. Raises RuntimeError where it reads a tensor on the host."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return make_fx(fn)(*inputs)
