@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm.data.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_image, llava_video, qwen_image, qwen_video
+from specvlm.data.images import llava_image, qwen_image
+from specvlm.data.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
 from specvlm.errors import UserError
 
 FROZEN = Path(__file__).parent / "data" / "pixels.json"

@@ -55,17 +55,12 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
 def _llava_tokens(size: tuple[int, int], config: Any) -> int:
     """Count the rows of LlavaOnevisionModel.pack_image_features: the whole image, then its parts, cut to the image's
     shape, shrunk to at most the number of tiles in ``anyres_max_9``, with a newline token after each row."""
-    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
-    height, width = size
     side: int = config.vision_config.image_size
     cells: int = side // config.vision_config.patch_size
-    best_height, best_width = select_best_resolution(size, config.image_grid_pinpoints)
-    rows, columns = int(best_height) // side * cells, int(best_width) // side * cells
-    if width / height > columns / rows:
-        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    tall, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+    _, rows, columns = unpad_image(torch.empty(1, tall * cells, wide * cells, device="meta"), size).shape
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(rows * columns / (most * cells**2))
     if ratio > 1.1:

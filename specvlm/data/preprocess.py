@@ -7,7 +7,6 @@ Shapes: T frames, H height, W width, C = 3 colours, S side; grid (t, h, w) count
 Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_processing_llava_onevision.py``.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from specvlm.data.images import llava_image, qwen_image
 from specvlm.data.settings import read_video_settings
 from specvlm.errors import UserError
-
-__all__ = ["LlavaVideoConfig", "QwenVideoConfig", "llava_image", "llava_video", "qwen_image", "qwen_video"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -175,17 +171,11 @@ def _normalise(frames: Tensor, config: QwenVideoConfig | LlavaVideoConfig) -> Te
 
 def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Return the size nearest in shape whose sides are multiples of ``factor`` and whose area is within the bounds."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     if max(height, width) / min(height, width) > 200:
         raise UserError(f"frames of {width}x{height}: no side may be more than 200 times the other")
-    tall, wide = round(height / factor) * factor, round(width / factor) * factor
-    if tall * wide > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        tall = max(factor, math.floor(height / shrink / factor) * factor)
-        wide = max(factor, math.floor(width / shrink / factor) * factor)
-    elif tall * wide < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        tall, wide = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
-    return tall, wide
+    return smart_resize(height, width, factor, min_pixels, max_pixels)
 
 
 def _normalisation(found: dict[str, Any]) -> dict[str, Any]:

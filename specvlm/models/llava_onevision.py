@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from specvlm.data.preprocess import LlavaVideoConfig, llava_image, llava_video
+from specvlm.data.images import llava_image
+from specvlm.data.preprocess import LlavaVideoConfig, llava_video
 from specvlm.data.settings import SamplingSettings
 from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError

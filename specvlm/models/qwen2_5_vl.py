@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from specvlm.data.preprocess import QwenVideoConfig, qwen_image, qwen_video
+from specvlm.data.images import qwen_image
+from specvlm.data.preprocess import QwenVideoConfig, qwen_video
 from specvlm.data.settings import SamplingSettings
 from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.errors import UserError
