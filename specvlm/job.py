@@ -71,7 +71,8 @@ class Job:
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
         self.samples = unique(self.dataset)
         self.ids = {sample.id for sample in self.samples}
-        self.shard = shard_of(cfg.shard)
+        which, _, of = (cfg.shard or "").partition("/")  # which `config.validate` has checked
+        self.shard = (int(which), int(of)) if cfg.shard else None
         if self.folder:
             room(self.folder, len(self.mine), cfg.max_new_tokens)
             if self.baselines.folder:
@@ -93,15 +94,11 @@ class Job:
     def turn(
         self, index: int, readings: Readings, order: int | None = None, read_next: Callable[[], None] = lambda: None
     ) -> None:
-        """Answer a sample, unless that has been done.
+        """Answer the sample of that place in the data set, unless it has been done.
 
-        Args:
-            index: its place in the data set.
-            readings: of jobs that may ask the same.
-            order: of this job among those jobs.
-            read_next: begins to read what comes next; called once this one is read, where the job reads ahead.
-
-        Raises what the whole job fails of; with fail_fast also what the sample fails of.
+        readings: of jobs that may ask the same; order: of this job among those. read_next: begins to read what comes next;
+        called once this one is read, where the job reads ahead. Raises what the whole job fails of; with fail_fast also what
+        the sample fails of.
         """
         if index not in self.todo:
             return
@@ -277,10 +274,8 @@ class Job:
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: Record) -> Baseline:
         weights = self.held.weights[graph.target]
-        try:
+        with writable(self.baselines.folder):
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
-        except OSError as error:
-            raise CannotWrite(f"cannot write into {self.baselines.folder}: {error.strerror or error}") from error
 
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
         """With every key that a row has; the figures are still to come."""
@@ -320,9 +315,3 @@ class Job:
                 parts = {kind: registry.described(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
                 write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
         return found
-
-
-def shard_of(word: str | None) -> tuple[int, int] | None:
-    """`0/4`, which config.validate has checked."""
-    which, _, of = (word or "").partition("/")
-    return (int(which), int(of)) if word else None

@@ -46,15 +46,11 @@ class Taken(UserError):
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _cannot(folder, error) from error
-
-
-def _cannot(folder: Path, error: OSError) -> CannotWrite:
-    return CannotWrite(f"cannot write into {folder}: {error.strerror or error}")
+        raise CannotWrite(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
 def room(folder: Path, samples: int, tokens: int) -> None:
@@ -151,20 +147,18 @@ class Rows:
             return
         try:
             self._open(cfg, folder, shard)
-        except Timeout:
-            self.close()
-            raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
-        except OSError as error:
-            self.close()
-            raise _cannot(folder, error) from error
         except BaseException:
             self.close()
             raise
 
     def _open(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
-            self._claim(cfg, folder, shard)
+        with writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
+                    self._claim(cfg, folder, shard)
+            except Timeout:
+                raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
 
     def _claim(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
         if not is_job(folder) and (folder / "steps.jsonl").exists():
