@@ -7,21 +7,10 @@ V vocabulary, F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 ot
 from specvlm.bounds import Within
 from specvlm.types.options import GenerationOptions
 from specvlm.types.step import Step
-from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask
+from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask, children_of
 from specvlm.types.video import KeepSet, TokenGrid, VideoPrompt
 
 __all__ = [
-    "DEEPEST",
-    "MOST_GUESSES",
-    "PAPER_TREE",
-    "DraftTree",
-    "GenerationOptions",
-    "KeepSet",
-    "Step",
-    "TokenGrid",
-    "TreeShape",
-    "Verdict",
-    "VideoPrompt",
-    "Within",
-    "ancestor_mask",
-]
+    "DEEPEST", "MOST_GUESSES", "PAPER_TREE", "DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid",
+    "TreeShape", "Verdict", "VideoPrompt", "Within", "ancestor_mask", "children_of",
+]  # fmt: skip

@@ -91,10 +91,7 @@ class TreeShape:
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Children of each node, best first."""
-        below: list[list[int]] = [[] for _ in self.parents]
-        for node, parent in enumerate(self.parents[1:], start=1):
-            below[parent].append(node)
-        return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n])) for nodes in below)
+        return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n])) for nodes in children_of(self.parents))
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
@@ -102,6 +99,14 @@ class TreeShape:
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
+
+
+def children_of(parents: tuple[int, ...]) -> list[list[int]]:
+    """Children of each node, in the order of their numbers."""
+    below: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], start=1):
+        below[parent].append(node)
+    return below
 
 
 def _check_size(guesses: int, depth: int) -> None:
@@ -188,11 +193,8 @@ class DraftTree:
         """
         if self.q is not None:
             return (), ()
-        below: dict[int, list[int]] = {node: [] for node in path}
-        for node, parent in enumerate(self.parents):
-            if parent in below:
-                below[parent].append(node)
-        of = {n: self.ranks[n] if self.ranks else at for nodes in below.values() for at, n in enumerate(nodes)}
+        below = children_of(self.parents)
+        of = {n: self.ranks[n] if self.ranks else at for nodes in below for at, n in enumerate(nodes)}
         tried = ({of[n] for n in below[node]} for node in path)
         widths = (next(rank for rank in range(len(known) + 1) if rank not in known) for known in tried)
         return tuple(of[node] for node in path[1:]), tuple(widths)
@@ -202,9 +204,9 @@ class DraftTree:
 
         Nothing where that node is a leaf. Where guesses were drawn, the first drawn is taken for the best.
         """
-        line, last = [], path[-1]
-        while below := [node for node, parent in enumerate(self.parents) if parent == last]:
-            last = min(below, key=lambda node: self.ranks[node] if self.ranks else node)
+        line, last, below = [], path[-1], children_of(self.parents)
+        while below[last]:
+            last = min(below[last], key=lambda node: self.ranks[node] if self.ranks else node)
             line.append(last)
         return tuple(self.tokens[line].tolist()) if line else ()
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from specvlm.segments import written
 from specvlm.strategy import Verifier, VerifyContext
-from specvlm.types import Verdict, Within
+from specvlm.types import Verdict, Within, children_of
 
 ROWS = 4096  # of the video's states widened to float32 at once
 
@@ -65,10 +65,7 @@ class LooseVerifier(Verifier):
     def verify(self, ctx: VerifyContext) -> Verdict:
         tree, best = ctx.tree, ctx.logits_MV.argmax(-1).tolist()
         tokens, loose = tree.tokens.tolist(), self._relaxed(ctx)
-        below: list[list[int]] = [[] for _ in tokens]
-        for node, parent in enumerate(tree.parents[1:], start=1):
-            below[parent].append(node)
-        path = [0]
+        path, below = [0], children_of(tree.parents)
         while children := below[path[-1]]:
             exact = next((child for child in children if tokens[child] == best[path[-1]]), None)
             first = children[0]

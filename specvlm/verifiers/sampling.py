@@ -4,7 +4,6 @@ Shape suffixes: M tree nodes, V vocabulary (of the target and of the drafter, wh
 """
 
 import math
-from collections import defaultdict
 from dataclasses import astuple, dataclass
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 
 from specvlm.kept import remembered
 from specvlm.strategy import Sampling, Verifier, VerifyContext
-from specvlm.types import DraftTree, Within
+from specvlm.types import DraftTree, Within, children_of
 from specvlm.verifiers.greedy import GreedyVerifier
 
 
@@ -157,13 +156,8 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
 @remembered()  # never let go: captured steps know the addresses
 def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Turn r: the nodes with more than r children, and the r-th child of each; on the device, since shapes recur."""
-    seen: dict[int, int] = defaultdict(int)
-    turns: list[list[tuple[int, int]]] = []
-    for node, parent in enumerate(parents):
-        if parent < 0:
-            continue
-        if seen[parent] == len(turns):
-            turns.append([])
-        turns[seen[parent]].append((parent, node))
-        seen[parent] += 1
-    return tuple((pairs[:, 0], pairs[:, 1]) for pairs in (torch.tensor(turn, device=device) for turn in turns))
+    below, turns = children_of(parents), list[Tensor]()
+    for turn in range(max(map(len, below))):
+        pairs = [(node, children[turn]) for node, children in enumerate(below) if len(children) > turn]
+        turns.append(torch.tensor(pairs, device=device))
+    return tuple((pairs_n2[:, 0], pairs_n2[:, 1]) for pairs_n2 in turns)
