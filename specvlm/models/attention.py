@@ -8,6 +8,7 @@ windows, K keys, N video tokens, D head width.
 """
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,7 @@ class Enough(Exception):
     """Raised inside a forward pass when the guidance asked for needs no deeper layer."""
 
 
+@dataclass(eq=False, repr=False)
 class Guidance:
     """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
 
@@ -44,32 +46,22 @@ class Guidance:
     keys' L1 norms are read. states, sight: what else is gathered of the model, by others.
     """
 
-    def __init__(
-        self,
-        video_index: Tensor,
-        *,
-        rows: bool = True,
-        last_row: bool = False,
-        depth: int | None = None,
-        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
-        keys: int | None = None,
-        states: States | None = None,
-        sight: Sight | None = None,
-        heads: bool = False,
-        hidden: bool = False,
-    ) -> None:
-        self.video_index = video_index
-        self.heads = heads
-        self._heads: dict[int, Tensor] = {}
-        self.hidden = hidden
-        self._hidden: list[Tensor] = []
-        self.rows, self.last_row, self.depth = rows, last_row, depth
-        self.weigh, self.keys, self.states, self.sight = weigh, keys, states, sight
+    video_index: Tensor
+    _: KW_ONLY
+    rows: bool = True
+    last_row: bool = False
+    depth: int | None = None
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
+    keys: int | None = None
+    states: States | None = None
+    sight: Sight | None = None
+    heads: bool = False
+    hidden: bool = False
+
+    def __post_init__(self) -> None:
         self._weights_Q: Tensor | None = None
-        self._mean: dict[int, Tensor] = {}
-        self._last: dict[int, Tensor] = {}
-        self._weighted: dict[int, Tensor] = {}
-        self._norms: dict[int, Tensor] = {}
+        self._mean, self._last, self._weighted, self._norms, self._heads = (dict[int, Tensor]() for _ in range(5))  # by layer
+        self._hidden: list[Tensor] = []
 
     @property
     def whole(self) -> bool:

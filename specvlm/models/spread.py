@@ -109,11 +109,8 @@ def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) 
     placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != "language_model"}
     placed |= {f"model.{name}": first for name, _ in hf.model.named_parameters(recurse=False)}
     placed |= {f"model.language_model.{name}": first for name, _ in text.named_children() if name not in ("layers", "norm")}
-    number = 0
-    for count, device in zip(counts, devices, strict=True):
-        for _ in range(count):
-            placed[f"model.language_model.layers.{number}"] = device
-            number += 1
+    lie = [device for count, device in zip(counts, devices, strict=True) for _ in range(count)]
+    placed |= {f"model.language_model.layers.{number}": device for number, device in enumerate(lie)}
     return placed | {"model.language_model.norm": last, "lm_head": last}
 
 
