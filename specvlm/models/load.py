@@ -46,10 +46,8 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
     """
     folder = checkpoint.folder_of(path, weights)
     config = checkpoint.config_of(folder)
-    family, method = (
-        family_of(folder, config),
-        checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None,
-    )
+    family = family_of(folder, config)
+    method = checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None
     if config.dtype is None and not Path(path).exists():
         folder = checkpoint.folder_of(path, weights=True)
     if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
@@ -62,21 +60,21 @@ def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
     """The model without weights: makes prompts, checks a pair, plans memory. Raises UserError for a bad folder."""
     found = opened(path, weights=False)
     with explained(f"{found.folder}: no model can be made of its config.json"):
-        model = found.family(_bare(found), found.tokenizer, found.folder, mrope)
+        hf = _bare(found.config).eval()
+        hf.generation_config = found.generation or hf.generation_config
+        model = found.family(hf, found.tokenizer, found.folder, mrope)
         model.check_settings()
     if not found.method and any(found.folder.glob("*.safetensors")):
         check_size(model, checkpoint.weight_files(found.folder, found.config))
     return model
 
 
-def _bare(found: Checkpoint) -> Any:
+def _bare(config: Any) -> Any:
     """The Hugging Face model on meta."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(found.config)
-    hf.generation_config = found.generation or hf.generation_config
-    return hf.eval()
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
@@ -190,11 +188,7 @@ def spread_of(
     if quantised_on:
         return {"device_map": {"": quantised_on}}
     if split:
-        from transformers import AutoModelForImageTextToText
-
-        with torch.device("meta"):
-            bare = AutoModelForImageTextToText.from_config(config)
-        return {"device_map": device_map(bare, [n for n, _ in split], [device for _, device in split])}
+        return {"device_map": device_map(_bare(config), [n for n, _ in split], [device for _, device in split])}
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=tensor_plan(config, ranks.size))}
