@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.passes import Work, driven
 from specvlm.pruners.uniform import UniformPruner
 from specvlm.strategy import SIGNALS, DraftContext, Drafter, DraftSession, Verifier, VerifyContext
-from specvlm.types import DraftTree, GenerationOptions, Step, Verdict, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, Step, Verdict
 from specvlm.verifiers.greedy import GreedyVerifier
 from specvlm.verifiers.sampling import SamplingVerifier
 
@@ -69,49 +69,24 @@ def _drafts(family: str, drafter: Drafter) -> list[tuple[str, VideoLM | None]]:
     return drafts + [(f"a draft of {size} tokens", tiny.model(family, 3, size)) for size in (94, 128)]
 
 
-@dataclass(frozen=True)
-class _Watched(Drafter):
-    """A drafter whose trees are checked as they come."""
-
-    name = "watched"
-    inner: Any
-    where: str
-    trees: list[DraftTree] = field(default_factory=list)
-
-    @property
-    def max_nodes(self) -> int:
-        return int(self.inner.max_nodes)
-
-    @property
-    def max_rows(self) -> int:
-        return int(self.inner.max_rows)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.inner.needs
-
-    def sees(self, prompt: VideoPrompt) -> int | None:
-        return self.inner.sees(prompt)
-
-    def start(self, ctx: DraftContext) -> DraftSession:
-        return _WatchedSession(self, ctx)
-
-
-def _watched(drafter: Drafter, where: str) -> _Watched:
-    watched: type[_Watched] = type("_Watched", (_Watched,), {"model": drafter.model})
-    return watched(drafter, where)
+def _watched(drafter: Drafter, where: str) -> tuple[Drafter, list[DraftTree]]:
+    """One like it, and its trees, which are checked as they come."""
+    trees: list[DraftTree] = []
+    start = {"start": lambda _, ctx: _WatchedSession(drafter, where, trees, ctx)}
+    values = {f.name: getattr(drafter, f.name) for f in fields(drafter) if f.init}  # type: ignore[arg-type]
+    return type("_Watched", (type(drafter),), start)(**values), trees
 
 
 class _WatchedSession(DraftSession):
-    def __init__(self, watched: _Watched, ctx: DraftContext) -> None:
-        self.watched, self.ctx, self.session = watched, ctx, watched.inner.start(ctx)
-        assert isinstance(self.session, DraftSession), f"{watched.inner!r}: start returned {type(self.session).__name__}"
+    def __init__(self, drafter: Drafter, where: str, trees: list[DraftTree], ctx: DraftContext) -> None:
+        self.drafter, self.where, self.trees, self.ctx, self.session = drafter, where, trees, ctx, drafter.start(ctx)
+        assert isinstance(self.session, DraftSession), f"{drafter!r}: start returned {type(self.session).__name__}"
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         root = self.ctx.bonus if last is None else last.bonus
         tree = yield from driven(self.session.propose(last))
-        _check_tree(self.watched.inner, tree, root, self.ctx, f"{self.watched.inner!r} on {self.watched.where}")
-        self.watched.trees.append(replace(tree, tokens=tree.tokens.clone()))
+        _check_tree(self.drafter, tree, root, self.ctx, f"{self.drafter!r} on {self.where}")
+        self.trees.append(replace(tree, tokens=tree.tokens.clone()))
         return tree
 
 
@@ -151,10 +126,10 @@ def _check_q(tree: DraftTree, what: str) -> None:
 def _decode(
     drafter: Drafter, family: str, draft: VideoLM | None, ratio: float, verifier: Verifier, where: str, limit: int = LIMIT
 ) -> tuple[list[Step], list[DraftTree]]:
-    watched = _watched(drafter, where)
+    watched, trees = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, verifier, GenerationOptions(ratio=ratio))
     try:
-        return list(graph.decode(tiny.prompt(family), limit)), watched.trees
+        return list(graph.decode(tiny.prompt(family), limit)), trees
     except AssertionError:
         raise
     except Exception as error:
@@ -194,7 +169,7 @@ def _check_repeatable(drafter: Drafter, family: str) -> None:
 def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
     """What changes during a request lives in its session: two of them, in turns, do not meet."""
     draft, where = _drafts(family, drafter)[0][1], f"a tiny {family}, two requests in turns"
-    watched = _watched(drafter, where)
+    watched, _ = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), GenerationOptions(ratio=0.5))
     first, second = (graph.decode(tiny.prompt(family, seed), LIMIT) for seed in range(2))
     tokens: list[int] = []

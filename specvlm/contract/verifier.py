@@ -6,6 +6,7 @@ Shape suffixes: M tree nodes, V vocabulary.
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,37 +64,30 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     if verifier.lossless:
         _check_certain(verifier)
     if verifier.lossless and verifier.sampling.temperature > 0:
-        for shape in ("one node", "a chain", "siblings", "an uneven tree"):
-            for drawn in (True, False):
-                _check_distribution(verifier, shape, drawn)
+        for shape, drawn in product(("one node", "a chain", "siblings", "an uneven tree"), (True, False)):
+            _check_distribution(verifier, shape, drawn)
 
 
 def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
-    for device in devices():
-        for seed, (shape, parents) in enumerate(SHAPES.items()):
-            for kind in ("mixed", "equal tokens", "flat", "drawn"):
-                for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                    chance, count = seeded(seed), len(parents)
-                    # Few ids: guesses are often right, and siblings often alike.
-                    tokens = torch.randint(3, (count,), generator=chance)
-                    logits = torch.randn(count, V, generator=chance, dtype=torch.float64)
-                    logits[:, :3] += 1.0
-                    q = None
-                    if kind == "equal tokens":
-                        tokens = torch.full_like(tokens, 1)
-                    elif kind == "flat":
-                        logits = torch.zeros_like(logits)
-                    elif kind == "drawn" and verifier.sampling.temperature > 0:
-                        q = torch.rand(count, V, generator=chance, dtype=torch.float64)
-                        q /= q.sum(-1, keepdim=True)
-                    tree = DraftTree(tokens, parents, q).to(device)
-                    where = f"{shape}, {kind}, logits of {dtype} on {device}"
-                    hidden = {
-                        name: torch.rand(size, 8, generator=chance) for name, size in (("hidden_MD", count), ("video_ND", 9))
-                    }
-                    there = {f.name for f in dataclasses.fields(VerifyContext)}
-                    more: dict[str, Any] = {name: value.to(device) for name, value in hidden.items() if name in there}
-                    yield VerifyContext(tree, logits.to(device, dtype), seeded(), **more), where
+    kinds, dtypes = ("mixed", "equal tokens", "flat", "drawn"), (torch.float64, torch.float32, torch.bfloat16)
+    for device, (seed, (shape, parents)), kind, dtype in product(devices(), enumerate(SHAPES.items()), kinds, dtypes):
+        chance, count = seeded(seed), len(parents)
+        # Few ids: guesses are often right, and siblings often alike.
+        tokens = torch.randint(3, (count,), generator=chance)
+        logits = torch.randn(count, V, generator=chance, dtype=torch.float64)
+        logits[:, :3] += 1.0
+        q = None
+        if kind == "equal tokens":
+            tokens = torch.full_like(tokens, 1)
+        elif kind == "flat":
+            logits = torch.zeros_like(logits)
+        elif kind == "drawn" and verifier.sampling.temperature > 0:
+            q = torch.rand(count, V, generator=chance, dtype=torch.float64)
+            q /= q.sum(-1, keepdim=True)
+        tree = DraftTree(tokens, parents, q).to(device)
+        hidden, video = (torch.rand(rows, 8, generator=chance).to(device) for rows in (count, 9))
+        context = VerifyContext(tree, logits.to(device, dtype), seeded(), hidden_MD=hidden, video_ND=video)
+        yield context, f"{shape}, {kind}, logits of {dtype} on {device}"
 
 
 def _again(ctx: VerifyContext, **fields: Any) -> VerifyContext:
@@ -119,8 +113,9 @@ def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, whe
 
 def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
     other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
-    first_row = {f.name: getattr(ctx, f.name)[:1] for f in dataclasses.fields(ctx) if f.name == "hidden_MD"}
-    verifier.verify(_again(ctx, tree=other, logits_MV=-ctx.logits_MV[:1], **first_row))  # what was asked in between
+    assert ctx.hidden_MD is not None
+    # What was asked in between.
+    verifier.verify(_again(ctx, tree=other, logits_MV=-ctx.logits_MV[:1], hidden_MD=ctx.hidden_MD[:1]))
     with other_global_state(f"{verifier!r} on {where}"):
         again = verifier.verify(_again(ctx))
     assert again == verdict, f"{verifier!r} on {where}: {again} for the same context and seed as {verdict}"
