@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -179,7 +180,7 @@ class CachePool:
             free = self._free.setdefault(role, [])
             cache = next((cache for cache in reversed(free) if cache.fits(model, capacity)), None)
             if cache is not None:
-                _remove(free, cache)
+                free.remove(cache)
             elif free:
                 free.pop()  # of another shape, or too small: before the new one is there
         if cache is None:
@@ -209,7 +210,6 @@ class CachePool:
 
     @property
     def held(self) -> list[KVCache]:
-        """All, free and leased."""
         with self._lock:
             return [*(cache for free in self._free.values() for cache in free), *(cache for _, cache in self._leased)]
 
@@ -222,7 +222,7 @@ class CachePool:
         return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
 
 
-class CacheLease:
+class CacheLease(AbstractContextManager["CacheLease"]):
     """Caches of one request, by role; given back to their pool when it ends. reserved: roles that it may not take."""
 
     def __init__(self, pool: CachePool, reserved: tuple[str, ...] = ()) -> None:
@@ -245,12 +245,5 @@ class CacheLease:
         while self._taken:
             self._pool.give_back(*self._taken.popitem())
 
-    def __enter__(self) -> CacheLease:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def _remove(caches: list[KVCache], cache: KVCache) -> None:
-    caches[:] = [other for other in caches if other is not cache]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Self
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -12,7 +12,7 @@ from specvlm.prepare import Reading
 Read = Callable[[], Reading]
 
 
-class Readings:
+class Readings(AbstractContextManager["Readings"]):
     """Readings by key, and at most one more that is read ahead, in a thread of its own.
 
     One video is read at a time, here or there. When the context ends, nothing is left running: a reading that has begun
@@ -25,9 +25,6 @@ class Readings:
         self._ahead: tuple[Hashable, Future[Reading]] | None = None
         # To ask also settles this thread's own number, which otherwise would follow what the other thread sets first.
         self._usual = torch.get_num_threads()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
