@@ -18,14 +18,10 @@ Real = Annotated[float, Within(0, 1e30)]
 
 
 class Named(TypedDict):
-    """A strategy, with its fields."""
-
     name: str
 
 
 class Side(TypedDict):
-    """Of the pair."""
-
     path: str
 
 

@@ -6,19 +6,19 @@ Nothing is fetched. Lists are read whole; a video is looked for when it is its t
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path, PurePath
 from string import ascii_uppercase
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from specvlm.bounds import parse
 from specvlm.errors import UserError, check_choice, check_range, line
-from specvlm.outside import json_of, read_bytes
+from specvlm.outside import json_of, read_bytes, read_text
 from specvlm.strategy import Dataset, Sample
 from specvlm.types import Within
 
@@ -28,6 +28,7 @@ PROMPTS = ("own", "caption")
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
 GUIDE = "docs/datasets.md"
 MOST_LIST = 512 * 2**20  # bytes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class LocalDataset(Dataset):
     """
 
     layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
+    choices: ClassVar[Mapping[str, Iterable[object]]] = {}  # by field, what may be chosen
     root: str
     limit: Annotated[int | None, Within(1, 10_000_000)] = None
     shuffle: Annotated[int | None, Within(0, 2**63 - 1)] = None
     prompt: str = "own"
 
     def __post_init__(self) -> None:
-        check_choice("prompt", self.prompt, PROMPTS)
+        for field, allowed in {"prompt": PROMPTS, **self.choices}.items():
+            chosen = getattr(self, field)
+            for value in [chosen] if isinstance(chosen, str) else chosen:
+                check_choice(field, str(value), map(str, allowed))
         check_range("limit", 1 if self.limit is None else self.limit, 1)
         check_range("shuffle", self.shuffle or 0, 0)
 
@@ -67,7 +72,7 @@ class LocalDataset(Dataset):
         """A checksum of the lists: the same questions in the same order, whoever downloaded them."""
         digest = hashlib.sha256()
         for path in self.lists():
-            digest.update(_bytes(path, self.layout))
+            digest.update(_content(path, self.layout, read_bytes))
         return f"sha256:{digest.hexdigest()[:12]}"
 
     def samples(self) -> Sequence[Sample]:
@@ -103,7 +108,7 @@ class LocalDataset(Dataset):
     def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
         """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or other content."""
         try:
-            found = json_of(_bytes(path, self.layout))
+            found = json_of(_content(path, self.layout, read_bytes))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); where git has cloned it without LFS, fetch it again") from None
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
@@ -120,7 +125,7 @@ class LocalDataset(Dataset):
 
     def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:
         """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
-        content = _bytes(path, self.layout)
+        content = _content(path, self.layout, read_bytes)
         try:
             import pyarrow as arrow
             from pyarrow import parquet
@@ -147,15 +152,12 @@ def first_there(*places: Path) -> Path:
 
 def text_of(path: Path, layout: str) -> str:
     """The text of a list. Raises UserError where there is none."""
-    try:
-        return _bytes(path, layout).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
+    return _content(path, layout, read_text)
 
 
-def _bytes(path: Path, layout: str) -> bytes:
+def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
     try:
-        return read_bytes(path, MOST_LIST)
+        return read(path, MOST_LIST)
     except OSError as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"{path}: {why}: expected {layout}, see {GUIDE}") from None

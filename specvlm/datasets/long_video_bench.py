@@ -8,7 +8,6 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from specvlm.datasets.local import LocalDataset, multiple_choice
-from specvlm.errors import check_choice
 from specvlm.records import Count, Seconds
 from specvlm.strategy import Sample
 
@@ -43,14 +42,9 @@ class LongVideoBenchDataset(LocalDataset):
 
     name = "long_video_bench"
     layout = "lvb_val.json, lvb_test_wo_gt.json and videos/ of huggingface.co/datasets/longvideobench/LongVideoBench"
+    choices = {"split": LISTS, "durations": DURATIONS}
     split: str = "val"
     durations: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("split", self.split, LISTS)
-        for duration in self.durations:
-            check_choice("durations", str(duration), map(str, DURATIONS))
 
     def lists(self) -> list[Path]:
         return [self.folder / LISTS[self.split]]

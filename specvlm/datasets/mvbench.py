@@ -11,7 +11,6 @@ from typing_extensions import TypedDict
 
 from specvlm.data.frames import read_frames
 from specvlm.datasets.local import LocalDataset, first_there, multiple_choice
-from specvlm.errors import check_choice
 from specvlm.records import Seconds
 from specvlm.strategy import Sample
 
@@ -75,12 +74,8 @@ class MVBenchDataset(LocalDataset):
     name = "mvbench"
     split = "test"
     layout = "json/ and video/, its archives unpacked, of huggingface.co/datasets/OpenGVLab/MVBench"
+    choices = {"tasks": FOLDERS}
     tasks: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for task in self.tasks:
-            check_choice("tasks", task, FOLDERS)
 
     def lists(self) -> list[Path]:
         return [self.folder / "json" / f"{task}.json" for task in self.tasks or FOLDERS]

@@ -11,8 +11,6 @@ from specvlm.strategy import Sample
 
 
 class Entry(TypedDict):
-    """A row of the list."""
-
     video_name: str
     question: str
     answer: str | None

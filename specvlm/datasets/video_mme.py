@@ -9,15 +9,12 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from specvlm.datasets.local import SUFFIXES, LocalDataset, first_there, multiple_choice
-from specvlm.errors import check_choice
 from specvlm.strategy import Sample
 
 DURATIONS = ("short", "medium", "long")
 
 
 class Entry(TypedDict):
-    """A row of the list."""
-
     question_id: str
     videoID: str
     question: str
@@ -40,12 +37,8 @@ class VideoMMEDataset(LocalDataset):
     name = "video_mme"
     split = "test"
     layout = "videomme/test-00000-of-00001.parquet and data/ of huggingface.co/datasets/lmms-lab/Video-MME"
+    choices = {"durations": DURATIONS}
     durations: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for duration in self.durations:
-            check_choice("durations", duration, DURATIONS)
 
     def lists(self) -> list[Path]:
         return [self.folder / "videomme" / "test-00000-of-00001.parquet"]
