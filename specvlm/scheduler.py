@@ -84,8 +84,11 @@ class Scheduler:
             if ticket.wanted is None:  # else an interrupt came before its pass was run
                 ticket.advance(together)
         self.live = [ticket for ticket in self.live if not ticket.done]
-        waiting = [ticket for ticket in self.live if ticket.wanted is not None]
-        for group in _by_model(waiting):
+        groups: dict[int, list[Ticket]] = {}  # by model
+        for ticket in self.live:
+            if ticket.wanted is not None:
+                groups.setdefault(id(ticket.wanted.model), []).append(ticket)
+        for group in groups.values():
             self.asked += len(group)
             self._run(group)
 
@@ -134,11 +137,3 @@ def alone(engine: Engine, work: Decoding) -> Iterator[Step]:
     """The steps of a request that has the engine to itself."""
     scheduler = Scheduler(engine)
     return scheduler.steps(scheduler.submit(work))
-
-
-def _by_model(waiting: Sequence[Ticket]) -> list[list[Ticket]]:
-    groups: dict[int, list[Ticket]] = {}
-    for ticket in waiting:
-        assert ticket.wanted is not None
-        groups.setdefault(id(ticket.wanted.model), []).append(ticket)
-    return list(groups.values())
