@@ -1,6 +1,6 @@
 """Tensors that are made once a shape and kept from request to request, with copies that tell whether they were written to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from threading import RLock
 from typing import Any, TypeVar
@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +27,7 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
         @lru_cache(most)
         def kept(*shape: Any) -> Any:
             found = made(*shape)
-            _COPIES.extend((ref(tensor), tensor.clone()) for tensor in _tensors(found))
+            _COPIES.extend((ref(leaf), leaf.clone()) for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
             return found
 
         @wraps(made)
@@ -39,14 +40,6 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
         return remembering  # type: ignore[return-value]
 
     return decorated
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, tuple):
-        for part in found:
-            yield from _tensors(part)
 
 
 def restored() -> bool:
