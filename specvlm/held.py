@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,8 +34,8 @@ class Held:
     def clear(self) -> None:
         self.caches = CachePool()
         self.models: dict[Hashable, VideoLM] = {}
-        self.weights: dict[VideoLM, int] = {}  # their checksums, when they were loaded
-        self.structures: dict[VideoLM, dict[str, Any]] = {}  # and what they were beside
+        self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # their checksums, when they were loaded
+        self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # and what they were beside
         self.layers: list[int] = []
         self.calls = STRANGERS.calls  # up to which the models are known to be what was loaded
         self.shed()
@@ -62,8 +63,6 @@ class Held:
             if not self.models.keys() - {target, draft}:
                 raise
             self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
-            self.weights = {model: self.weights[model] for model in self.models.values()}
-            self.structures = {model: self.structures[model] for model in self.models.values()}
             self.shed()
             return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
 
