@@ -140,15 +140,13 @@ def validate(cfg: RunConfig) -> None:
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
-    if cfg.shard is not None and cfg.dataset is None:
-        raise UserError("shard shares out the samples of a data set: give dataset=…, or leave it out")
-    if cfg.resume and cfg.dataset is None:
-        raise UserError("resume goes on with the samples of a data set: give dataset=…, or leave it out")
+    mirrored = "tracker=wandb mirrors jobs over"
+    for asked, what in ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), (cfg.tracker, mirrored)):
+        if asked and cfg.dataset is None:
+            raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
     _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder, in whose name no null character can be")
-    if cfg.tracker is not None and cfg.dataset is None:
-        raise UserError("tracker=wandb mirrors jobs over the samples of a data set: give dataset=…, or leave it out")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
         wish = f"target.weights={cfg.target.weights}"
         raise UserError(f"target.parallel=layers does not go with {wish}: use tensor, or one device")
