@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specvlm.config import RunConfig, plain
 from specvlm.errors import UserError
 
 FILES = ("config.yaml", "steps.jsonl", "summary.json")
@@ -59,11 +58,6 @@ def check_there(file: IO[Any]) -> None:
         same = False
     if not same:
         raise FileNotFoundError(errno.ENOENT, "it was removed, or put elsewhere, while this wrote into it", file.name)
-
-
-def write_config(cfg: RunConfig, folder: Path | None) -> None:
-    if folder:
-        write_yaml(folder / "config.yaml", plain(cfg))
 
 
 def write_yaml(path: Path, content: Any) -> None:

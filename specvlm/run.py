@@ -7,9 +7,9 @@ from typing import Any
 from specvlm import memory, metrics
 from specvlm.answer import Record, ran_out, row, speculate, summarize, threads
 from specvlm.baselines import Baseline
-from specvlm.config import RunConfig
+from specvlm.config import RunConfig, plain
 from specvlm.fence import contained
-from specvlm.folder import check_there, files_of, steps_file, write_attention, write_config, write_json
+from specvlm.folder import check_there, files_of, steps_file, write_attention, write_json, write_yaml
 from specvlm.graph import DecodingGraph
 from specvlm.held import HELD, Held
 from specvlm.job import Job
@@ -84,7 +84,8 @@ class Run(Job):
         self.screen.checked(summary)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: Record) -> None:
-        write_config(self.cfg, self.folder)  # now: what cannot run has failed, and left nothing
+        if self.folder:  # now: what cannot run has failed, and left nothing
+            write_yaml(self.folder / "config.yaml", plain(self.cfg))
         with steps_file(self.folder) as log, self.screen.answer(request.target.tokenizer) as show:
             for number, step in enumerate(speculate(request, graph, record)):
                 log.write(json.dumps(row(number, step)) + "\n")
@@ -102,6 +103,6 @@ class Run(Job):
         if self.folder is None:
             return ""
         record.out_of_memory = record.stage
-        write_config(self.cfg, self.folder)
+        write_yaml(self.folder / "config.yaml", plain(self.cfg))
         write_json(self.folder / "summary.json", summarize(request, graph, record)[0])
         return f"; {len(metrics.tokens_of(record.steps))} tokens are in {self.folder}"
