@@ -6,6 +6,7 @@ Shape suffixes: T sampled frames of a clip, F frames of the grid, P its tokens o
 """
 
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,15 +79,11 @@ def gathered(needs: frozenset[str], prompt: VideoPrompt, guidance: Guidance | No
         signals["key_norm"], signals["key_norm_text"] = guidance.key_norms()
     if guidance.sight is not None:
         signals["vision_attention"], signals["vision_keys"] = guidance.sight.attention(), guidance.sight.keys()
-    if guidance.states is not None:
-        if "text_similarity" in needs:
-            signals["text_similarity"] = guidance.states.similarity(features_ND)
-        if "hidden" in needs:
-            signals["hidden"] = guidance.states.video()
-        if "hidden_text" in needs:
-            signals["hidden_text"] = guidance.states.text()
-        if "final_norm" in needs:
-            signals["final_norm"] = guidance.states.norm()
+    if (states := guidance.states) is not None:
+        made = {"hidden_text": states.text, "final_norm": states.norm}
+        made["text_similarity"] = partial(states.similarity, features_ND)
+        made["hidden"] = states.video  # last: what `similarity` has joined is handed out, and not joined once more
+        signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
