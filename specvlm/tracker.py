@@ -8,7 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +142,15 @@ class Tracker:
 
 def reachable(address: str) -> bool:
     """Does anything answer there, through a proxy if one is set, before patience is over? Looking a name up knows no limit."""
-    found = []
 
     def ask() -> None:
-        try:
+        with suppress(urllib.error.HTTPError):  # an answer
             urllib.request.urlopen(address, timeout=PATIENCE_S).close()
-            found.append(True)
-        except urllib.error.HTTPError:
-            found.append(True)
-        except (OSError, ValueError):
-            found.append(False)
 
-    return _in_time(ask, PATIENCE_S) and found == [True]
+    try:
+        return _in_time(ask, PATIENCE_S)
+    except (OSError, ValueError):
+        return False
 
 
 def _in_time(action: Callable[[], Any], seconds: float) -> bool:
