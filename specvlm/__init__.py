@@ -37,34 +37,11 @@ _LATER = {
 }
 
 __all__ = [
-    "Dataset",
-    "DecodingGraph",
-    "DraftContext",
-    "DraftSession",
-    "DraftTree",
-    "Drafter",
-    "GenerationOptions",
-    "KeepSet",
-    "PruneContext",
-    "Pruner",
-    "Sample",
-    "Sampling",
-    "Scheduler",
-    "Step",
-    "TokenGrid",
-    "TreeShape",
-    "UserError",
-    "Verdict",
-    "Verifier",
-    "VerifyContext",
-    "VideoPrompt",
-    "autoregressive",
-    "check_pair",
-    "compare",
-    "hookimpl",
-    "load",
-    "read_video",
-]
+    "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
+    "KeepSet", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
+    "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "compare",
+    "hookimpl", "load", "read_video",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,20 +12,7 @@ from specvlm.strategy.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, toke
 from specvlm.strategy.verifier import Sampling, Verifier, VerifyContext, uniform
 
 __all__ = [
-    "CODEC_SIGNALS",
-    "SIGNALS",
-    "STATE_SIGNALS",
-    "Dataset",
-    "DraftContext",
-    "DraftSession",
-    "Drafter",
-    "PruneContext",
-    "Pruner",
-    "Sample",
-    "Sampling",
-    "Strategy",
-    "Verifier",
-    "VerifyContext",
-    "token_signals",
+    "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "Dataset", "DraftContext", "DraftSession", "Drafter",
+    "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "Verifier", "VerifyContext", "token_signals",
     "uniform",
-]
+]  # fmt: skip
