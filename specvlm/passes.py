@@ -141,7 +141,6 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
-        """All inputs."""
         return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:

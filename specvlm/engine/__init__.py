@@ -114,8 +114,7 @@ class Engine:
         """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's
         own steps.
         """
-        depths = range(len(tokens_Q))
-        (rows,) = self.run([Pass(target, cache, tokens_Q, depths, None, cache.length, cache.offset)])
+        (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, cache.length, cache.offset)])
         return rows.logits()
 
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
@@ -193,9 +192,14 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
     """
     if name not in ENGINES:
         raise UserError(f"engine={name} is none of {', '.join(ENGINES)}")
-    why = None if name == "eager" else why_no_graphs(torch.device(device))
-    if name == "eager" or why:
-        return Fallback(why) if name == "graphs" and why else Engine()
+    if name == "eager":
+        return Engine()
+    device = torch.device(device)
+    why = why_not_captured(device)
+    if why is None and device.index not in (None, torch.cuda.current_device()):
+        why = f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
+    if why is not None:
+        return Fallback(why) if name == "graphs" else Engine()
     from specvlm.engine.graphs import GraphsEngine
 
     return GraphsEngine()
@@ -206,14 +210,6 @@ class Fallback(Engine):
 
     def __init__(self, why: str) -> None:
         self.note = f"engine=graphs cannot run here ({why}): running eager"
-
-
-def why_no_graphs(device: torch.device) -> str | None:
-    """What keeps the graphs engine from a device; None when nothing does."""
-    why = why_not_captured(device)
-    if why is None and device.index not in (None, torch.cuda.current_device()):
-        return f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
-    return why
 
 
 def why_not_captured(device: torch.device) -> str | None:

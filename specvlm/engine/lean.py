@@ -120,7 +120,6 @@ class LeanText:
         return self.ops.add_norm_over(self.ranks, x, parts_SQN, *given)
 
     def weights(self) -> Iterator[Weight]:
-        """All linear layers."""
         for layer in self.layers:
             yield from (*layer.qkv, *layer.o, layer.gate, layer.up, *layer.down)
         yield self.head

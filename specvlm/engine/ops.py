@@ -58,12 +58,10 @@ def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None 
 
 
 def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor:
-    """(Q, N): silu(x gate^T) * (x up^T)."""
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
 def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
-    """(x + sum of parts, its RMSNorm times weight), both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
     wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
