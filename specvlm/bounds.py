@@ -61,12 +61,8 @@ INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers t
 
 
 def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
-    """Hold values against the bounds in their dataclass's hints. Raises UserError naming the key, the value and the bounds.
-
-    Args:
-        owner: the dataclass, whose types the values have already.
-        values: by field; other keys are not looked at.
-        wording: KEY of keys of a run, FIELD of fields of a strategy.
+    """Hold values, by field, against the bounds in the hints of a dataclass, whose types they have already. Raises UserError
+    naming the key, the value and the bounds. wording: KEY of keys of a run, FIELD of fields of a strategy.
     """
     for name, hint in get_type_hints(owner, include_extras=True).items():
         if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own

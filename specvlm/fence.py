@@ -77,11 +77,8 @@ def inside(strategy: object) -> Iterator[None]:
             raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             raise
-        plain = (
-            isinstance(error, Exception)
-            and not isinstance(error, OSError | UserError | StopIteration)
-            and not _ends_jobs(error)
-        )
+        ends_jobs = type(error).__module__.partition(".")[0] == "specvlm"  # of our own, with which a sweep ends
+        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError | StopIteration) and not ends_jobs
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             if f"in {label}" not in getattr(error, "__notes__", ()):
                 BaseException.add_note(error, f"in {label}")
@@ -126,11 +123,6 @@ def contained() -> Iterator[None]:
         raise
     except BaseException as error:
         raise StrategyError(f"a strategy raised {one_line(error)}") from error
-
-
-def _ends_jobs(error: BaseException) -> bool:
-    """Is it an exception of specvlm's own, with which a sweep ends?"""
-    return type(error).__module__.partition(".")[0] == "specvlm"
 
 
 def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
@@ -197,18 +189,12 @@ def _check_call(label: str, call: Call) -> None:
 
 
 def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:
-    """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token at node 0.
+    """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token, `root`, at node 0.
 
-    Args:
-        tree: what `propose` returned.
-        root: the last accepted token; what the tree has there is replaced.
-        most: the drafter's `max_nodes` when the request began, for which the caches have room.
-        vocabulary: of the target. On a CPU a guess out of it is refused; elsewhere it is clamped, since reading it would wait
-            for the device, and a guess never decides what is accepted.
-        ours: from a session of specvlm's own. On a GPU its tokens are left as they are, since each change costs a launch.
-
-    Raises:
-        StrategyError: for what is no tree.
+    most: the drafter's `max_nodes` when the request began, for which the caches have room. vocabulary: of the target. On a CPU
+    a guess out of it is refused; elsewhere it is clamped, since reading it would wait for the device, and a guess never decides
+    what is accepted. ours: from a session of specvlm's own. On a GPU its tokens are left as they are, since each change costs a
+    launch. Raises StrategyError for what is no tree.
     """
     label = label_of(drafter)
     if not isinstance(tree, DraftTree):

@@ -320,11 +320,8 @@ class DecodingGraph:
         with inside(self.pruner):
             keep = self.pruner.select(context)
             if not isinstance(keep, KeepSet) or keep.total != total or len(keep.index) > budget:
-                got = (
-                    f"kept {len(keep.index)} of {keep.total} tokens"
-                    if isinstance(keep, KeepSet)
-                    else f"gave a {type(keep).__name__}"
-                )
+                kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
+                got = kept or f"gave a {type(keep).__name__}"
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
             return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # checked again, whatever its class
 

@@ -34,17 +34,7 @@ if TYPE_CHECKING:
 
 FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-SPECIAL = [
-    "__call__",
-    "__init__",
-    "__getattr__",
-    "__getattribute__",
-    "__setattr__",
-    "__eq__",
-    "__len__",
-    "__iter__",
-    "__next__",
-]
+SPECIAL = [f"__{word}__" for word in ("call", "init", "getattr", "getattribute", "setattr", "eq", "len", "iter", "next")]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -141,13 +131,10 @@ class Code:
                 value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
             setattr(owner, name, value)
         for owner, names in self.names.items():
-            for name in [
-                name
-                for name, value in list(vars(owner).items())
-                if name not in names and _called(value) and not _theirs(owner, value)
-            ]:
-                changed.append(f"{owner.__name__}.{name}")
-                delattr(owner, name)
+            for name, value in list(vars(owner).items()):
+                if name not in names and _called(value) and not _theirs(owner, value):
+                    changed.append(f"{owner.__name__}.{name}")
+                    delattr(owner, name)
         return changed
 
 

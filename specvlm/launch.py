@@ -34,11 +34,7 @@ class Call:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        key: str,
-        guarded: Callable[[Callable[[], int]], int],
-        tell: Callable[[Exception], int],
+        self, folder: Path, key: str, guarded: Callable[[Callable[[], int]], int], tell: Callable[[Exception], int]
     ) -> None:
         self.folder = Path(os.path.abspath(folder))
         self.there_before = next(place for place in (self.folder, *self.folder.parents) if place.exists())

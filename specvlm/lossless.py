@@ -279,6 +279,5 @@ class _Evidence:
         below_T[self.first] = max(below_T[self.first], self.one_TK[self.first, 2:].max() - self.one_TK[self.first, 1])
         if not bool((below_T <= GAP * drift).all()):
             at = int(below_T.argmax())
-            why = f"the target prefers another token by {below_T[at]:.1g}, rounding explains {drift:.1g}"
-            return at, why
+            return at, f"the target prefers another token by {below_T[at]:.1g}, rounding explains {drift:.1g}"
         return None

@@ -155,7 +155,9 @@ class PristineModel:
                 its, own = float(scores_V[best]), float(scores_V[ours])
                 found.append(Difference(at, (ours, best), abs(its - own), ulp * max(abs(its), abs(own))))
         if found:
-            typical = self._rounding(logits_TV, self._logits(prompt, output, shaken=True))
+            # How far rounding moves a difference of two logits: of most tokens of the answer, not of the worst one.
+            pairs = zip(logits_TV.double(), self._logits(prompt, output, shaken=True).double(), strict=True)
+            typical = math.sqrt(2) * median(float((a - b).std()) for a, b in pairs)
             found = [replace(wrong, rounding=wrong.rounding + ROUNDINGS * typical) for wrong in found]
         return tuple(found)
 
@@ -204,11 +206,6 @@ class PristineModel:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)  # as `generate` has it, whose scores are float32
         for at, logits_V in enumerate(logits_TV):
             yield processors(ids_1S[:, : len(prompt) + at], logits_V[None].to(wide))[0]
-
-    def _rounding(self, logits_TV: Tensor, shaken_TV: Tensor) -> float:
-        """Typical change of a difference of two logits, over the whole answer: of most tokens, not of the worst one."""
-        spreads = [float((a.double() - b.double()).std()) for a, b in zip(logits_TV, shaken_TV, strict=True)]
-        return math.sqrt(2) * median(spreads)
 
 
 @contextmanager

@@ -39,10 +39,6 @@ def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
     return Setting(name, lambda: list(map(dict, found())), write)
 
 
-def _hooks() -> list[Any]:
-    return [vars(torch.nn.modules.module)[name] for name in GLOBAL_HOOKS]
-
-
 def _set_device(device: torch.device) -> None:
     """The CPU is what there is without a default, which is a mode that stays."""
     torch.set_default_device(None if device.type == "cpu" else device)
@@ -88,7 +84,7 @@ SETTINGS = (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    _tables("torch's hooks of every module", _hooks),
+    _tables("torch's hooks of every module", lambda: [vars(torch.nn.modules.module)[name] for name in GLOBAL_HOOKS]),
     Setting("specvlm's modules", _modules, sys.modules.update, _kept),
     Setting("the working directory", os.getcwd, os.chdir, blamed=False),
     Setting("environment variables", lambda: dict(os.environ), os.environ.update, _kept, blamed=False),

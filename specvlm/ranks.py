@@ -161,8 +161,7 @@ def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Rank
     watch = Watch(PrefixStore(f"{name}-watch", store.clone()), rank, size, save)
     try:
         shared, backend = PrefixStore(name, store), "nccl" if gpu else "gloo"
-        own_gpu = device if gpu else None
-        dist.init_process_group(backend, store=shared, rank=rank, world_size=size, device_id=own_gpu)
+        dist.init_process_group(backend, store=shared, rank=rank, world_size=size, device_id=device if gpu else None)
         yield ProcessRanks(device)
         watch.ended()
         gc.collect()  # captured collectives go before what they were captured with, or its end waits for theirs

@@ -126,8 +126,7 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
         if plain[key] == MISSING:  # merged with a default it would be taken for that
             raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
     try:
-        merged = OmegaConf.merge(config.schema(info.config), literal(plain))
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(OmegaConf.merge(config.schema(info.config), literal(plain)))
     except MissingMandatoryValue as err:
         raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
     except OmegaConfBaseException as err:

@@ -161,6 +161,4 @@ def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: 
     wanted_Q = torch.tensor(answer[1:], device=logits_QV.device)
     own_Q1 = logits_QV.gather(1, wanted_Q.clamp(max=graph.vocabulary - 1)[:, None])
     rank_Q = (logits_QV > own_Q1).sum(1).masked_fill(wanted_Q >= graph.vocabulary, graph.vocabulary)
-    if graph.sampling.temperature > 0:
-        return Replay(tuple(rank_Q.tolist()), "as if greedy")
-    return Replay(tuple(rank_Q.tolist()))
+    return Replay(tuple(rank_Q.tolist()), "as if greedy" if graph.sampling.temperature > 0 else "measured")

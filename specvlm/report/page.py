@@ -72,11 +72,7 @@ def facts(jobs: Sequence[Job]) -> list[str]:
 
 
 def page(
-    jobs: Sequence[Job],
-    looked: Sequence[tuple[str, Seen]],
-    title: str,
-    base: str | None = None,
-    failed: Sequence[str] = (),
+    jobs: Sequence[Job], looked: Sequence[tuple[str, Seen]], title: str, base: str | None = None, failed: Sequence[str] = ()
 ) -> str:
     """The file's content. looked: titles of samples, and what was seen of each. base: what differences are against, by name.
     failed: lines of jobs that did nothing.

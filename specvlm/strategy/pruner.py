@@ -64,11 +64,8 @@ class PruneContext:
 
     def flatten(self, values_FP: Sequence[Tensor], newline: float = float("-inf")) -> Tensor:
         """The inverse of `by_frame` for one value a token: (N,), newline tokens get the value `newline`."""
-        parts = [
-            torch.cat([x.flatten(), x.new_full((grid.newline,), newline)])
-            for x, grid in zip(values_FP, self.grids, strict=True)
-        ]
-        return torch.cat(parts)
+        pairs = zip(values_FP, self.grids, strict=True)
+        return torch.cat([torch.cat([x.flatten(), x.new_full((grid.newline,), newline)]) for x, grid in pairs])
 
     def each_video(self, select: Callable[[Self], KeepSet]) -> KeepSet:
         """`select` for every video on its own, joined: a pruner that knows how to treat one video treats several.
