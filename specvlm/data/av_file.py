@@ -68,8 +68,13 @@ class Orientation:
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
     """Open a file: its container, and the stream that FFmpeg would show.
 
-    threads, options: of the decoder; several threads only where they give the same frames. Raises UserError where the file is
-    no video, or of a kind that cannot be read; also for what FFmpeg raises while it is open.
+    Args:
+        path: a regular file.
+        threads: of the decoder, where it gives the same frames with several.
+        options: FFmpeg's options of the decoder.
+
+    Raises:
+        UserError: the file is no video, or of a kind that cannot be read; also for what FFmpeg raises while it is open.
     """
     import av
 
@@ -101,7 +106,14 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
     Skips packets that cannot be decoded before the first key frame, as in a stream that was cut, and a last packet. In
     formats that are made to lose packets, or that store other things among the pictures, it skips them anywhere.
 
-    strict: raise Undecodable for what would be skipped. Raises UserError where what lies in between cannot be decoded.
+    Args:
+        container: as `opened` gives it.
+        stream: likewise.
+        path: for messages.
+        strict: raise Undecodable for what would be skipped.
+
+    Raises:
+        UserError: what lies in between cannot be decoded.
     """
     import av
 

@@ -50,9 +50,9 @@ def read_stream(origin: Origin) -> Stream:
         import av
     except ImportError:
         raise UserError("PyAV is not installed: pip install av") from None
+    if not Path(origin.path).is_file():
+        raise UserError(f"{origin.path} is not a file")
     path = Path(origin.path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
     index = index_of(path)
     if origin.index[-1] >= len(index):
         index = index_of(path, counted=True)

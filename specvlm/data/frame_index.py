@@ -30,11 +30,18 @@ NO_CLOCK = 128  # FFmpeg's mark of formats without time stamps
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a video stream. kind, codec, pixels: FFmpeg's names of the container, the decoder and the pixel format.
+    """Of a video stream.
 
-    fps: the rate that the container names; 0 where it names none. base: seconds of one tick of its time stamps; 0 where these
-    are made up. streams: how many video streams the file has, covers not counted. orientation: how the first frame is turned
-    for showing. width, height: pixels of a frame as stored.
+    Attributes:
+        kind: FFmpeg's name of the container.
+        codec: FFmpeg's name of the decoder.
+        pixels: FFmpeg's name of the pixel format.
+        fps: the rate that the container names; 0 where it names none.
+        base: seconds of one tick of its time stamps; 0 where these are made up.
+        streams: how many video streams the file has, covers not counted.
+        orientation: how the first frame is turned for showing.
+        width: pixels of a frame as stored.
+        height: likewise.
     """
 
     kind: str
@@ -50,7 +57,8 @@ class Facts:
     @classmethod
     def of(cls, container: Any, stream: Any, orientation: Orientation) -> Self:
         codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
-        base = 0.0 if container.format.flags & NO_CLOCK else float(stream.time_base or 0)
+        made_up = container.format.flags & NO_CLOCK
+        base = 0.0 if made_up else float(stream.time_base or 0)
         names = (container.format.name, codec.name, codec.pix_fmt or "")
         return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
 
@@ -77,11 +85,16 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class FrameIndex:
-    """The frames of one video stream as they are shown, made from its `packets`.
+    """The frames of one video stream as they are shown.
 
-    times: seconds of each frame after the first (N). stamps: time stamp of each, ascending (N); None where frames can only be
-    counted from the start. sizes: compressed bytes of each (N). clean: whether all packets could be decoded, so that several
-    threads give what one gives.
+    Attributes:
+        times: seconds of each frame after the first (N).
+        stamps: time stamp of each frame, ascending (N); None where frames can only be counted from the start.
+        sizes: compressed bytes of each frame (N).
+        entries: where decoding can start.
+        packets: what the list was made from.
+        facts: what else is known of the stream.
+        clean: whether all packets could be decoded, so that several threads give what one gives.
     """
 
     times: tuple[float, ...]
@@ -105,7 +118,12 @@ class FrameIndex:
 def index_of(path: Path, counted: bool = False) -> FrameIndex:
     """The frames of a file; kept for files that were asked for before and have not changed since.
 
-    counted: decode every frame, since the list made of time stamps has turned out to be wrong. Raises UserError as `opened`.
+    Args:
+        path: a regular file.
+        counted: decode every frame, since the list made of time stamps has turned out to be wrong.
+
+    Raises:
+        UserError: PyAV is not installed, or the file is damaged, no video, or of a kind that cannot be read.
     """
     found = path.stat()
     file = (str(path), found.st_size, found.st_mtime_ns)

@@ -51,8 +51,10 @@ def read_picture(path: Path) -> Tensor:
     """One picture, upright and in 8 bits, as uint8 (3, H, W).
 
     Equal to transformers' ``load_image``, which turns it as its EXIF orientation says and drops transparency; but for
-    16-bit grey, whose values Pillow would clip at 255. Of an animation the first picture. Raises UserError for what is no
-    picture, or damaged, or has more than `MOST_PIXELS`.
+    16-bit grey, whose values Pillow would clip at 255. Of an animation the first picture.
+
+    Raises:
+        UserError: it is no picture, or damaged, or has more than `MOST_PIXELS`.
     """
     if not path.is_file():  # a pipe would block for ever
         raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")

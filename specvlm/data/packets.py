@@ -29,8 +29,13 @@ WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Where decoding can start, the key frames of a file (K): the place of each among the packets, when it is shown, and what
-    to seek by. place_of: place of every packet, by its time stamp (P).
+    """Where decoding can start: the key frames of a file (K).
+
+    Attributes:
+        place: of each among the packets.
+        stamp: when it is shown.
+        seek: what to seek by.
+        place_of: place of every packet, by its time stamp (P).
     """
 
     place: tuple[int, ...] = ()
@@ -48,14 +53,20 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Packets:
-    """All packets of a stream (P). kind: FFmpeg's name of the container.
+    """All packets of a stream (P).
 
-    Of each packet: when it is shown, in ticks (None where the container does not say), and decoded; whether it is marked as a
-    key frame; whether an edit list hides it; its bytes.
-
-    corrupt: some are marked as damaged. invisible: some may show nothing. whole: each key frame begins anew, no frame behind it
-    refers to one before it. steady: parameter sets stay as they were, so that the picture's size cannot change. spliced: the
-    decoder may drop frames in the middle, or an edit list goes back and forth.
+    Attributes:
+        kind: FFmpeg's name of the container.
+        stamp: when each is shown, in ticks; None where the container does not say.
+        decoded: when each is decoded.
+        key: whether it is marked as a key frame.
+        hidden: whether an edit list hides it.
+        size: its bytes.
+        corrupt: whether some are marked as damaged.
+        invisible: whether some may show nothing.
+        whole: whether each key frame begins anew: no frame behind it refers to one before it.
+        steady: whether parameter sets stay as they were, so that the picture's size cannot change.
+        spliced: whether the decoder may drop frames in the middle, or an edit list goes back and forth.
     """
 
     kind: str
@@ -80,11 +91,7 @@ class Packets:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            found.stamp.append(packet.pts)
-            found.decoded.append(packet.dts)
-            found.key.append(packet.is_keyframe)
-            found.hidden.append(packet.is_discard)
-            found.size.append(packet.size)
+            found._add(packet)
             if len(found.size) > min(file_size, MOST):
                 raise UserError(f"{container.name} is damaged: it promises more frames than it has bytes")
             corrupt |= packet.is_corrupt
@@ -100,6 +107,13 @@ class Packets:
                 whole &= any(kind in WHOLE[codec.name] for kind, _ in units)
         spliced |= found.hidden_between
         return replace(found, corrupt=corrupt, invisible=invisible, whole=whole, steady=steady, spliced=spliced)
+
+    def _add(self, packet: Any) -> None:
+        self.stamp.append(packet.pts)
+        self.decoded.append(packet.dts)
+        self.key.append(packet.is_keyframe)
+        self.hidden.append(packet.is_discard)
+        self.size.append(packet.size)
 
     def stamped(self, stream: Any) -> bool:
         """Whether there is one frame for each packet that is not hidden, at the packet's own time."""
