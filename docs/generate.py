@@ -131,6 +131,7 @@ def linked(paper: str) -> str:
 def keys() -> str:
     text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
     bounds = {name: within(hint) for name, hint in get_type_hints(config.RunConfig, include_extras=True).items()}
+    del bounds["threads"]  # its bound is the machine's
     groups, rows, parent = [], [], ""
     for line in text.splitlines():
         if choice := re.match(r"  - (\w+): (\w+)(?: +# (.*))?$", line):
@@ -211,8 +212,8 @@ def summary() -> str:
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.KEYS.items()]),
             "### Totals of a job",
             "The `summary.json` of a job over samples. Figures of a run are there too, as means over the samples that have "
-            "them; what is the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, `devices`) as it "
-            "is.",
+            "them; what is the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, `devices`) as "
+            "it is.",
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.TOTALS.items()]),
         )
     )
