@@ -45,7 +45,7 @@ plugins: $(VENV)/.installed
 	@echo "installed: $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))"
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 check: lint types test
 

@@ -68,7 +68,7 @@ def strategies() -> str:
     parts.append("## In their own words\n\nFormulas, costs and limits, from the docstrings.")
     for kind, infos in registry.collect().items():
         ours = [info for info in infos.values() if info.plugin == "specvlm"]
-        parts += [f"### `{kind}={info.cls.name}`\n\n{entry(info.cls, 4)}" for info in ours]
+        parts += [f"### `{kind}={info.cls.name}`\n\n{docstring(info.cls)}" for info in ours]
     return "\n\n".join(parts)
 
 
@@ -241,17 +241,22 @@ def api() -> str:
     parts = ["# Python API\n\nWhat `from specvlm import …` has. Strategies are built by `specvlm.registry.build(kind, name)`."]
     for title, names in GROUPS.items():
         parts.append(f"## {title}")
-        parts += [f"### `{name}`\n\n{entry(getattr(specvlm, name), 4)}" for name in names]
+        parts += [entry(name, getattr(specvlm, name)) for name in names]
     parts.append("## Contract suites\n\n`specvlm.testing` checks strategies, in a test or from a line of Python.")
-    parts += [f"### `{name}`\n\n{entry(getattr(testing, name), 4)}" for name in testing.__all__]
+    parts += [entry(name, getattr(testing, name)) for name in testing.__all__]
     return "\n\n".join(parts)
 
 
-def entry(thing: Any, level: int) -> str:
-    """What mkdocstrings replaces with the signature and the docstring."""
+def entry(name: str, thing: Any) -> str:
+    """What mkdocstrings replaces with heading, signature and docstring."""
     if not hasattr(thing, "__qualname__"):
-        return "Marks `specvlm_strategies`, the function of a package that returns its classes."
-    return f"::: {thing.__module__}.{thing.__qualname__}\n    options:\n      heading_level: {level}"
+        return f"### {name}\n\nMarks `specvlm_strategies`, the function of a package that returns its classes."
+    return f"::: {thing.__module__}.{thing.__qualname__}"
+
+
+def docstring(cls: type) -> str:
+    """The docstring alone."""
+    return f"::: {cls.__module__}.{cls.__qualname__}\n    options: X"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
