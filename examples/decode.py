@@ -1,6 +1,6 @@
 """Decode a clip with a pair that comes with specvlm: no GPU, no download.
 
-    python examples/decode.py
+python examples/decode.py
 """
 
 from specvlm import DecodingGraph, Drafter, GenerationOptions, Pruner, Verifier, check_pair, load, read_video, registry

@@ -1,6 +1,6 @@
 """Start a sweep from Python and read its rows back.
 
-    python examples/sweep.py FOLDER
+python examples/sweep.py FOLDER
 """
 
 import sys
