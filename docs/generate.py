@@ -256,7 +256,8 @@ def entry(name: str, thing: Any) -> str:
 
 def docstring(cls: type) -> str:
     """The docstring alone."""
-    return f"::: {cls.__module__}.{cls.__qualname__}\n    options: X"
+    options = ("show_root_heading: false", "show_root_toc_entry: false", "members: false")
+    return "\n      ".join((f"::: {cls.__module__}.{cls.__qualname__}\n    options:", *options))
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from docs import generate
 
+from docs import generate
 from specvlm import compose, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip

@@ -40,12 +40,11 @@ def example(monkeypatch):
 @pytest.fixture
 def installed(example, monkeypatch):
     """All strategies of examples/, as if each were an installed package."""
-    points = tuple(
-        SimpleNamespace(
-            name=name, load=lambda name=name: example(name), dist=SimpleNamespace(name=f"example-{name}", version="1")
-        )
-        for name in STRATEGIES
-    )
+
+    def point(name):
+        return SimpleNamespace(name=name, load=lambda: example(name), dist=SimpleNamespace(name=f"example-{name}", version="1"))
+
+    points = tuple(map(point, STRATEGIES))
     monkeypatch.delenv("SPECVLM_PLUGINS", raising=False)
     monkeypatch.setenv("SPECVLM_STRICT_PLUGINS", "1")
     monkeypatch.setattr(plugins, "entry_points", lambda group: points)
