@@ -19,6 +19,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages and pictures of experiments/, as they lie there."""
     for pattern in ("*.md", "*.png"):
         for path in sorted((ROOT / "experiments").rglob(pattern)):
+            if path.name == "LOG.md":  # a diary, for those who work here
+                continue
             uri = path.relative_to(ROOT).as_posix()
             content = path.read_bytes() if path.suffix == ".png" else path.read_text(encoding="utf-8")
             files.append(File.generated(config, uri, content=content))
