@@ -5,6 +5,7 @@
 #               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
 # make campaign attacks that must find nothing: kills, leaks, bad input, … (ARGS="kills --count 20" to choose)
+# make docs     build the docs site into site/                              (ARGS="-d FOLDER" for another)
 # make check    lint, types and tests, as before a commit
 #
 # PYTHON=python3.12 chooses the interpreter. TORCH="--index-url URL" chooses another build of torch, such as the
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test quick campaign ablation plugins check lint types clean
+.PHONY: demo test quick campaign ablation plugins docs check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -42,6 +43,9 @@ plugins: $(VENV)/.installed
 	@$(PIP) -c constraints.txt 'hatchling>=1.27' 'editables>=0.5'
 	@$(PIP) --no-deps --no-build-isolation $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
 	@echo "installed: $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))"
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 check: lint types test
 
@@ -75,6 +79,11 @@ $(VENV)/.installed: $(PINS) $(VENV)/.torch
 $(VENV)/.installed-report: $(PINS) $(VENV)/.installed
 	@echo "installing what the report needs"
 	@$(PIP) -c constraints.txt -e '.[report]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(PINS) $(VENV)/.installed
+	@echo "installing what the docs site needs"
+	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-test: $(PINS) $(VENV)/.installed

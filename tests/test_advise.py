@@ -309,9 +309,9 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     assert "256 tokens" in shown and "assumed, as at 0.9" in shown
 
 
-def test_the_commands_in_the_readme_compose():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    lines = [line for line in readme.splitlines() if line.startswith("python -m specvlm.advise")]
+def test_the_commands_in_the_guide_compose():
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "adviser.md").read_text(encoding="utf-8")
+    lines = [line for line in guide.splitlines() if line.startswith("python -m specvlm.advise")]
     assert lines
     for line in lines:
         words = shlex.split(line.split("  #")[0])[3:]

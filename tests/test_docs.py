@@ -1,29 +1,43 @@
-"""The README says what is there: every strategy, every key of summary.json, the plugin as it stands, commands that compose."""
+"""The README and docs/ say what is there: strategies, keys, signals, the plugin as it stands, commands that compose, links."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from docs import generate
 from specvlm import compose, registry
 from specvlm.config import model_folder
 from specvlm.data.clips import find_clip
-from specvlm.metrics import KEYS
+from specvlm.metrics import KEYS, TOTALS
 from specvlm.strategy import SIGNALS
+from specvlm.testing import check_pruner
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-DATASETS = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+
+
+def page(name):
+    return PAGES[ROOT / name]
+
+
+README = page("README.md")
+STRATEGIES, SUMMARY = page("docs/reference/strategies.md"), page("docs/reference/summary.md")
+DATASETS, PRUNER, OWN_PAIR = page("docs/guides/datasets.md"), page("docs/write/pruner.md"), page("docs/guides/own_pair.md")
+FENCES = re.compile(r"^```.*?^```$", re.M | re.S)
 
 
 def test_every_built_in_strategy_has_a_row():
     for kind, infos in registry.collect().items():
         for name, info in infos.items():
-            assert info.plugin != "specvlm" or f"| `{kind}={name}` |" in README, f"{kind}={name}"
+            if info.plugin == "specvlm":
+                assert f"| `{kind}={name}` |" in STRATEGIES, f"{kind}={name}"
+                assert f"| `{kind}={name}` |" in (DATASETS if kind == "dataset" else README), f"{kind}={name}"
 
 
 def test_every_data_set_says_where_its_files_go_and_what_its_keys_are():
@@ -35,21 +49,71 @@ def test_every_data_set_says_where_its_files_go_and_what_its_keys_are():
 
 
 def test_every_key_of_the_summary_and_every_signal_is_explained_in_its_own_words():
-    for key, meaning in KEYS.items():
-        assert f"| `{key}` | {meaning} |" in RESULTS, key
-    for signal in SIGNALS:
-        assert f"`{signal}`" in README, signal
+    for key, meaning in (*KEYS.items(), *TOTALS.items()):
+        assert f"| `{key}` | {meaning} |" in SUMMARY, key
+    for signal, meaning in SIGNALS.items():
+        assert f"`{signal}`" in PRUNER, signal
+        assert f"| `{signal}` | {meaning} |" in page("docs/reference/signals.md"), signal
+
+
+@pytest.mark.slow
+def test_the_generated_pages_are_current():
+    for path, text in generate.pages().items():
+        assert PAGES[path] == text, f"{path.name}: run `python -m docs.generate`"
 
 
 def test_the_package_shown_is_the_one_that_ships():
     for language, file in (("python", "specvlm_frame_diff.py"), ("toml", "pyproject.toml")):
         shipped = (ROOT / "plugins/specvlm-frame-diff" / file).read_text(encoding="utf-8")
-        assert f"```{language}\n{shipped}```" in README, file
+        assert f"```{language}\n{shipped}```" in PRUNER, file
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_prose_are_short(path):
+    prose = FENCES.sub("", PAGES[path])
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
+def anchors(text):
+    """Those that a forge and mkdocs make of headings."""
+    heads = re.findall(r"^#+ (.*)$", FENCES.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_links_lead_somewhere(path):
+    text = FENCES.sub("", path.read_text(encoding="utf-8"))
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)]*))?\)", text):
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 @pytest.mark.slow
-def test_the_python_example_prints_the_answer(capsys):
-    code = re.search(r"```python\n(from specvlm import DecodingGraph.*?)```", README, re.S)[1]
+def test_the_python_of_the_readme_prints_the_answer(capsys):
+    (code,) = re.findall(r"```python\n(from specvlm import DecodingGraph.*?)```", README, re.S)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
+
+
+def test_the_pruner_of_the_readme_keeps_the_contract(monkeypatch):
+    (code,) = re.findall(r"```python\n(from dataclasses import.*?)```", README, re.S)
+    module = ModuleType("specvlm_loudest")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, module.__dict__)
+    (cls,) = module.specvlm_strategies()
+    check_pruner(cls)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_guide_prints_the_answer(capsys):
+    code = re.search(r"```python\n(from specvlm import DecodingGraph.*?)```", OWN_PAIR, re.S)[1]
     for model, name in (("32B", "target"), ("7B", "plain")):
         code = code.replace(f"/models/Qwen2.5-VL-{model}-Instruct", str(model_folder(f"embedded:qwen2_5_vl/{name}")))
     for there, here in (
@@ -64,8 +128,16 @@ def test_the_python_example_prints_the_answer(capsys):
     assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
 
 
+COMMANDS = [
+    line
+    for path, text in PAGES.items()
+    for line in text.splitlines()
+    if line.startswith("python -m specvlm ") and path.name != "tutorial.md"  # which has a test of its own
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in (README + DATASETS).splitlines() if line.startswith("python -m specvlm ")])
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
 def test_the_commands_compose(line):
     words = shlex.split(line.split("  #")[0].rstrip("\\"))[3:]
     if "--help" in words:

@@ -459,7 +459,7 @@ def test_an_empty_folder_ends_with_one_line_that_says_what_belongs_there(tmp_pat
     data = registry.build("dataset", compose([f"dataset={name}", f"dataset.root={tmp_path}"]).dataset)
     with pytest.raises(UserError, match=LOCAL[name]) as caught:
         data.samples()
-    assert "\n" not in str(caught.value) and data.layout in str(caught.value) and "docs/datasets.md" in str(caught.value)
+    assert "\n" not in str(caught.value) and data.layout in str(caught.value) and "docs/guides/datasets.md" in str(caught.value)
 
 
 def test_lists_that_are_none_and_entries_that_lack_a_key_are_named(tmp_path):

@@ -332,13 +332,13 @@ def test_a_routine_writes_into_its_own_cache_alone(slot):
 
 @cache
 def outside() -> type[Drafter]:
-    """That of docs/drafters.md, which imports none of specvlm's drafters and no engine."""
-    text = Path(__file__).parents[1].joinpath("docs/drafters.md").read_text(encoding="utf-8")
+    """That of docs/write/drafter.md, which imports none of specvlm's drafters and no engine."""
+    text = Path(__file__).parents[1].joinpath("docs/write/drafter.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert "engine" not in code and "specvlm.drafters" not in code
     module = ModuleType("specvlm_best_chain")
     sys.modules[module.__name__] = module
-    exec(compile(code, "docs/drafters.md", "exec"), module.__dict__)
+    exec(compile(code, "docs/write/drafter.md", "exec"), module.__dict__)
     return module.BestChainDrafter
 
 

@@ -54,7 +54,7 @@ def test_its_metadata_are_those_of_the_other_packages(folder):
     assert set(ours["keywords"]) <= set(all_of_specvlm["keywords"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["docs/write/pruner.md", "docs/tutorial.md"])
 def test_the_example_of_a_page_has_the_same_metadata(page):
     text = (FOLDERS[0].parents[1] / page).read_text(encoding="utf-8")
     (example,) = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.S) if "[project]" in block)

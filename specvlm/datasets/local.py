@@ -26,7 +26,7 @@ from specvlm.types import Within
 CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
 PROMPTS = ("own", "caption")
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
-GUIDE = "docs/datasets.md"
+GUIDE = "docs/guides/datasets.md"
 MOST_LIST = 512 * 2**20  # bytes
 T = TypeVar("T")
 

@@ -1,0 +1,271 @@
+"""Write the reference pages that follow from the code: `python -m docs.generate`, in the repository's folder.
+
+A test compares the committed pages with what this makes.
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import specvlm
+from specvlm import config, metrics, plugins, registry, testing
+from specvlm.strategy import SIGNALS, Strategy
+from specvlm.types import Within
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+NOTE = "<!-- Made by `python -m docs.generate`: change the code, not this page. -->\n"
+
+
+def pages() -> dict[Path, str]:
+    """Each generated page with its text."""
+    made = {
+        "strategies": strategies(),
+        "packages": packages(),
+        "keys": keys(),
+        "signals": signals(),
+        "summary": summary(),
+        "api": api(),
+    }
+    return {REFERENCE / f"{name}.md": f"{NOTE}\n{wrapped(text)}\n" for name, text in made.items()}
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of at most 120 characters; headings, tables and directives stay as they are."""
+    blocks = [block.strip("\n") for block in text.split("\n\n")]
+    prose = re.compile(r"(?![#|:])\S")
+    lines = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(lines.fill(block) if prose.match(block) else block for block in blocks)
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+
+TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "dataset": "Data sets"}
+
+
+def strategies() -> str:
+    parts = [
+        "# Strategies\n\nThe built-in ones, by kind. `python -m specvlm --help` lists the same, and those of installed "
+        "packages; [packages under `plugins/`](packages.md) have a page of their own. The last column says how close a "
+        "strategy is to the paper that it is named after: *exact*, *adapted* (its docstring lists the deviations) or "
+        "*inspired by*.",
+    ]
+    for kind, infos in registry.collect().items():
+        ours = [info for info in infos.values() if info.plugin == "specvlm"]
+        rows = [row(f"{kind}={info.cls.name}", info.cls) for info in ours]
+        parts += [f"## {TITLES[kind]}", table(("name", "what it does", "options", "source"), rows)]
+        if kind == "drafter":
+            parts.append("The preset `drafter=chain` is `drafter=tree drafter.shape=chain:5`.")
+        if kind == "verifier":
+            parts.append("`loose` is lossy: its output is not the target's own, and a run says `lossy` as its verdict.")
+    parts.append("## In their own words\n\nFormulas, costs and limits, from the docstrings.")
+    for kind, infos in registry.collect().items():
+        ours = [info for info in infos.values() if info.plugin == "specvlm"]
+        parts += [f"### `{kind}={info.cls.name}`\n\n{docstring(info.cls)}" for info in ours]
+    return "\n\n".join(parts)
+
+
+def packages() -> str:
+    rows = []
+    for folder in sorted((ROOT / "plugins").glob("specvlm-*")):
+        for cls in plugins.strategies_of(module_of(folder)):
+            name, what, options, source = row(f"{cls.kind}={cls.name}", cls)
+            rows.append((f"`{folder.name}`", name, what, options, source))
+    return (
+        "# Packages under `plugins/`\n\n"
+        "Published ways to drop or merge video tokens. They are lossy in their papers; here they act on the drafter's "
+        "context alone, so the output stays the target's own. Each is a package of its own: "
+        "`pip install ./plugins/specvlm-flashvid` brings `pruner=flashvid`, `make plugins` installs all of them. "
+        "By default each does what its paper says, as far as that can act on a drafter's context. "
+        "Their docstrings have formulas, costs, limits and deviations.\n\n"
+        + table(("package", "name", "what it does", "options", "source"), rows)
+        + "\n\nWhich of them pay is [measured](../results.md#pruners-compared). Left out, since neither the text of the method "
+        "nor code of its authors could be read: [KiToke](https://arxiv.org/abs/2604.03414) and "
+        "[HieraVid](https://arxiv.org/abs/2604.01881)."
+    )
+
+
+def module_of(folder: Path) -> ModuleType:
+    """The module of a package, whether it is installed or not."""
+    name = folder.name.replace("-", "_")
+    spec = spec_from_file_location(name, folder / f"{name}.py")
+    assert spec and spec.loader
+    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look there for their types
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def row(option: str, cls: type[Strategy]) -> tuple[str, str, str, str]:
+    options = [f"`{field.name}={default(field)}`" for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    source = f"{cls.fidelity}: {linked(cls.paper)}" if cls.paper else "ours" if cls.kind == "pruner" else ""
+    return f"`{option}`", first_line(cls), " ".join(options), source
+
+
+def first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def default(field: dataclasses.Field[object]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return registry.word(field.default_factory())
+    return "(required)" if field.default is dataclasses.MISSING else registry.word(field.default)
+
+
+def linked(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+
+
+# ---- keys and signals ------------------------------------------------------------------------------------------------
+
+
+def keys() -> str:
+    text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
+    bounds = {name: within(hint) for name, hint in get_type_hints(config.RunConfig, include_extras=True).items()}
+    del bounds["threads"]  # its bound is the machine's
+    groups, rows, parent = [], [], ""
+    for line in text.splitlines():
+        if choice := re.match(r"  - (\w+): (\w+)(?: +# (.*))?$", line):
+            groups.append((f"`{choice[1]}=`", f"`{choice[2]}`", choice[3] or ""))
+        elif opened := re.match(r"(\w+):$", line):
+            parent = opened[1]
+        elif found := re.match(r"(  )?(\w+): (.*?) +# (.*)$", line):
+            if found[1] and parent == "hydra":
+                continue
+            name = f"{parent}.{found[2]}" if found[1] else found[2]
+            rows.append((f"`{name}=`", f"`{found[3]}`", " ".join(filter(None, [found[4], bounds.get(name, "")]))))
+    rows += [(f"`{side}.path=`", "of the pair", "a folder as `save_pretrained` writes it, or `embedded:…`") for side in SIDES]
+    presets = [
+        (f"`{group}={path.stem}`", comment(path))
+        for group in ("pair", "experiment", "drafter", "hydra/launcher")
+        for path in sorted((config.conf_dir() / group).glob("*.yaml"))
+    ]
+    return "\n\n".join(
+        (
+            "# Keys\n\nWords of the form `key=value` behind `python -m specvlm`. Defaults stand in `conf/config.yaml`.",
+            "## Groups\n\nOne part of a run by name. The part's own fields follow as `pruner.mass=0.2`: see "
+            "[Strategies](strategies.md).",
+            table(("group", "default", "what it is"), groups),
+            "## Keys of a run",
+            table(("key", "default", "what it does"), rows),
+            "## Presets",
+            table(("preset", "what it is for"), presets),
+            "`tracker=wandb` takes " + ", ".join(f"`tracker.{f.name}={default(f)}`" for f in wandb()) + ".",
+        )
+    )
+
+
+SIDES = ("target", "draft")
+
+
+def within(hint: object) -> str:
+    bounds = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Within)]
+    return f"({'more than ' if bounds[0].above else ''}{bounds[0].low} to {bounds[0].high})" if bounds else ""
+
+
+def wandb() -> list[dataclasses.Field[object]]:
+    return [field for field in dataclasses.fields(config.WandbConfig) if field.name != "name"]
+
+
+def comment(path: Path) -> str:
+    """The sentence that a preset begins with."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
+    said = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        said.append(line.removeprefix("# "))
+    return " ".join(said).split(". ")[0].rstrip(".")
+
+
+def signals() -> str:
+    rows = [(f"`{name}`", meaning) for name, meaning in SIGNALS.items()]
+    return (
+        "# Signals\n\nWhat a pruner or a drafter may read of the target, the drafter and the video's file. Name it in `needs`, "
+        'read it with `ctx.signal("…")`. Nothing else is gathered.\n\n'
+        "Axes: N video tokens, L layers, J KV heads of this process, D the width of the model, T tokens of the text after the "
+        "video. `state_layer` and `draft_layers` are what a pruner says of itself.\n\n" + table(("signal", "what it is"), rows)
+    )
+
+
+# ---- summary.json ----------------------------------------------------------------------------------------------------
+
+
+def summary() -> str:
+    both = ("key", "meaning")
+    return "\n\n".join(
+        (
+            "# What runs and jobs write",
+            "A run's folder holds `config.yaml`, `steps.jsonl` (a line per round, written as it happens) and `summary.json`. A "
+            "job over a data set has [`samples.jsonl`](../guides/sweeps.md#what-a-job-writes) too, whose rows have the keys of "
+            "a run.",
+            "## summary.json",
+            table(both, [(f"`{key}`", meaning) for key, meaning in metrics.KEYS.items()]),
+            "### Totals of a job",
+            "The `summary.json` of a job over samples. Figures of a run are there too, as means over the samples that have "
+            "them; what is the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, `devices`) as "
+            "it is.",
+            table(both, [(f"`{key}`", meaning) for key, meaning in metrics.TOTALS.items()]),
+        )
+    )
+
+
+# ---- the Python API --------------------------------------------------------------------------------------------------
+
+
+GROUPS = {
+    "Decode": ("load", "check_pair", "read_video", "DecodingGraph", "GenerationOptions", "Step", "autoregressive", "compare"),
+    "Several requests": ("Scheduler",),
+    "Write a strategy": (
+        *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),
+        *("Drafter", "DraftContext", "DraftSession", "DraftTree", "TreeShape"),
+        *("Verifier", "VerifyContext", "Verdict", "Sampling"),
+        *("Dataset", "Sample", "VideoPrompt", "hookimpl"),
+    ),
+    "Errors": ("UserError",),
+}
+
+
+def api() -> str:
+    named = {name for names in GROUPS.values() for name in names}
+    assert named == set(specvlm.__all__), f"in no group, or no longer there: {named ^ set(specvlm.__all__)}"
+    parts = ["# Python API\n\nWhat `from specvlm import …` has. Strategies are built by `specvlm.registry.build(kind, name)`."]
+    for title, names in GROUPS.items():
+        parts.append(f"## {title}")
+        parts += [entry(name, getattr(specvlm, name)) for name in names]
+    parts.append("## Contract suites\n\n`specvlm.testing` checks strategies, in a test or from a line of Python.")
+    parts += [entry(name, getattr(testing, name)) for name in testing.__all__]
+    return "\n\n".join(parts)
+
+
+def entry(name: str, thing: Any) -> str:
+    """What mkdocstrings replaces with heading, signature and docstring."""
+    if not hasattr(thing, "__qualname__"):
+        return f"### {name}\n\nMarks `specvlm_strategies`, the function of a package that returns its classes."
+    return f"::: {thing.__module__}.{thing.__qualname__}"
+
+
+def docstring(cls: type) -> str:
+    """The docstring alone."""
+    options = ("show_root_heading: false", "show_root_toc_entry: false", "members: false")
+    return "\n      ".join((f"::: {cls.__module__}.{cls.__qualname__}\n    options:", *options))
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))

@@ -1,0 +1,55 @@
+"""Hooks of mkdocs: pages of experiments/ become part of the site, and links that leave it become plain text.
+
+Links in pages are those of the repository, so that they work on a forge and in an editor, too.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]*)(#[^)]*)?\)")
+FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and pictures of experiments/, as they lie there."""
+    for pattern in ("*.md", "*.png"):
+        for path in sorted((ROOT / "experiments").rglob(pattern)):
+            if path.name == "LOG.md":  # a diary, for those who work here
+                continue
+            uri = path.relative_to(ROOT).as_posix()
+            content = path.read_bytes() if path.suffix == ".png" else path.read_text(encoding="utf-8")
+            files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
+    """Links between docs/ and the rest of the repository, as the site has them."""
+    uri = page.file.src_uri
+    if uri == "changelog.md":
+        markdown = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    home = "." if uri == "changelog.md" else posixpath.dirname(in_repository(uri))
+
+    def link(found: re.Match[str]) -> str:
+        mark, text, target, anchor = found.groups()
+        there = posixpath.normpath(posixpath.join(home, target))
+        inside = in_site(there)
+        if files.get_file_from_path(inside) is None:
+            return text if (ROOT / there).exists() else found[0]  # one that leads nowhere stays, and is told
+        return f"{mark}[{text}]({posixpath.relpath(inside, posixpath.dirname(uri) or '.')}{anchor or ''})"
+
+    parts = FENCE.split(markdown)  # every second one is code
+    return "".join(part if at % 2 else LINK.sub(link, part) for at, part in enumerate(parts))
+
+
+def in_repository(uri: str) -> str:
+    return uri if uri.startswith("experiments/") else f"docs/{uri}"
+
+
+def in_site(path: str) -> str:
+    """Where the site has a file of the repository: docs/ is its root, and the README its front page."""
+    return "index.md" if path == "README.md" else "changelog.md" if path == "CHANGELOG.md" else path.removeprefix("docs/")

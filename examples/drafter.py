@@ -1,0 +1,78 @@
+"""Draft a chain of the best tokens, one forward pass of the draft model each."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from specvlm.passes import Pass, Routine
+from specvlm.plugins import hookimpl
+from specvlm.strategy import Drafter, DraftSession
+from specvlm.types import DraftTree
+
+
+@dataclass(frozen=True)
+class BestChainDrafter(Drafter):
+    """Guess the draft's best token, then the best behind it, and so on.
+
+    length: tokens a round. Cost: length + 1 passes of the draft model a round.
+    """
+
+    name = "best_chain"
+    model = "draft"
+    length: int = 4
+
+    @property
+    def max_nodes(self):
+        return 1 + self.length
+
+    def start(self, ctx):
+        return BestChainSession(ctx, self.length)
+
+
+class BestChainSession(DraftSession):
+    """One request: a cache of the draft model with the pruned prompt and all that was accepted."""
+
+    def __init__(self, ctx, length):
+        model, prompt, keep = ctx.draft, ctx.prompt, ctx.keep
+        embeds, positions = model.pruned(prompt, model.features(prompt, keep), keep, ctx.positions)
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + 2 * length + 2)
+        model.prefill(embeds, positions, self.cache)
+        self.parents, self.bonus = tuple(range(-1, length)), ctx.bonus
+        self.slot = self.cache.length  # of the last accepted token
+        unused = self.cache.capacity - length - 1  # where a capture may write before there is anything to draft
+        self.round = Routine(
+            work=partial(guess, length, ctx.vocabulary),
+            key=("best_chain", length, ctx.vocabulary),
+            model=model,
+            cache=self.cache,
+            widest=1,
+            state=(unused, 0, 0),
+        )
+
+    def propose(self, last):
+        token = self.bonus if last is None else last.bonus
+        self.slot += 0 if last is None else len(last.path)
+        (tokens,) = yield self.round((self.slot, token, self.cache.offset))
+        return DraftTree(tokens, self.parents)
+
+
+def guess(length, vocabulary, model, cache, state):
+    """A round on the device. state: slot of the last accepted token, that token, position minus slot."""
+    slot, token, offset = state.split(1)
+    tokens = [token]
+    for row in range(length + 1):  # the last guess is fed too: if all are accepted, its row is there
+        rows = yield Pass(model, cache, tokens[-1], (0,), None, slot + row, offset)
+        tokens.append(rows.best(rows.logits()[:, :vocabulary], 1)[0])
+    return (torch.cat(tokens[: length + 1]),)
+
+
+@hookimpl
+def specvlm_strategies():
+    return [BestChainDrafter]
+
+
+if __name__ == "__main__":
+    from decode import decode
+
+    decode(drafter=BestChainDrafter())
