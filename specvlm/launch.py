@@ -130,9 +130,7 @@ class Call:
 def answer(args: Namespace, parser: ArgumentParser) -> int:
     """Have Hydra answer a question about a configuration, in `compose.hydra`; returns the exit code."""
     hydra, name, words = cast("Any", GlobalHydra.instance().hydra), args.config_name or "config", args.overrides
-    if args.help:
-        hydra.app_help(name, parser, args)
-    elif args.hydra_help:
+    if args.hydra_help:
         hydra.hydra_help(name, parser, args)
     elif args.cfg:
         hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)

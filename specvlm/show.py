@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from specvlm.errors import visible
 from specvlm.registry import described
+from specvlm.terminal import Terminal, styled
 from specvlm.types import Step
 
 if TYPE_CHECKING:
@@ -25,25 +25,6 @@ SPANS = ("file_to_first_token_s", "file_to_last_token_s")
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
 MOST_REASONS = 5  # told of a job; all are in its summary.json
 COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
-
-
-class Terminal(Console):
-    """A console to which text is text: no markup, no emoji codes, no control characters. Colour comes by `styled` alone."""
-
-    def __init__(self) -> None:
-        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
-
-    def on_broken_pipe(self) -> None:
-        """Leave as any other output does that nobody reads: rich would exit with 1."""
-        raise BrokenPipeError
-
-
-def styled(*parts: str | tuple[str, str]) -> Text:
-    """Texts, and texts with their style."""
-    return Text.assemble(*((visible(part[0]), part[1]) if isinstance(part, tuple) else visible(part) for part in parts))
 
 
 class Screen:

@@ -26,8 +26,9 @@ from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.show import Screen, not_applied, size, styled
+from specvlm.show import Screen, not_applied, size
 from specvlm.strategy import Drafter
+from specvlm.terminal import styled
 from specvlm.types import Step, Within
 
 OWN = {
