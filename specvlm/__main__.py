@@ -134,7 +134,9 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
     parser.error = refuse  # type: ignore[method-assign]
 
     def action() -> int:
-        for line in made(parser.parse_args(words)):
+        args = parser.parse_args(words)
+        loading()
+        for line in made(args):
             print(visible(line))
         return ExitCode.OK
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -63,22 +64,33 @@ def show(words: Sequence[str]) -> None:
 
 
 def whole() -> Iterator[tuple[str, Entries]]:
-    """Titles and entries of all."""
-    yield from chain.from_iterable(on(group, in_full=False) for group in (*KINDS, *OTHERS))
+    """Titles and entries of all. Strategies by name: their keys take torch to find out."""
+    for kind, what in KINDS.items():
+        yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
+    if plugins := sorted({f"{point.dist.name} {point.dist.version}" for point in entry_points(group="specvlm") if point.dist}):
+        yield f"Plugins, which bring more of these (--help {' '.join(KINDS)})", [(plugin, "") for plugin in plugins]
+    yield from chain.from_iterable(map(on, OTHERS))
     yield from _keys().items()
 
 
-def on(group: str, in_full: bool = True) -> Iterator[tuple[str, Entries]]:
-    """Of one of GROUPS. in_full: strategies with their sources, and a line for each key."""
+def on(group: str) -> Iterator[tuple[str, Entries]]:
+    """Of one of GROUPS: strategies with their sources, and a line for each key."""
     if group in ("target", "draft"):
         yield f"{group}.KEY=VALUE", [key for key in chain(*_keys().values()) if key[0].startswith(f"{group}.")]
     elif group == "preset":
         yield from ((f"{name}=NAME", there) for name in (*KINDS, *OTHERS) if (there := _presets(name)))
     else:
-        yield f"{group}=NAME: {(KINDS | OTHERS)[group]}", [*_strategies(group, in_full), *_presets(group)]
+        yield f"{group}=NAME: {(KINDS | OTHERS)[group]}", [*_strategies(group), *_presets(group)]
 
 
-def _strategies(kind: str, in_full: bool) -> Iterator[tuple[str, str]]:
+def _at_a_glance(kind: str) -> Entries:
+    """Names and first sentences of the built-in strategies, read in their files."""
+    files = sorted((Path(__file__).parent / f"{kind}s").glob("*.py"))
+    pattern = r'^class \w+\(\w+\):\n    """([^\n"]*)(?:(?!^class ).)*?^    name = "(\w+)"'
+    return [found[::-1] for path in files for found in re.findall(pattern, path.read_text(encoding="utf-8"), re.M | re.S)]
+
+
+def _strategies(kind: str) -> Iterator[tuple[str, str]]:
     if kind == "tracker":
         from specvlm.config import WandbConfig
 
@@ -88,18 +100,14 @@ def _strategies(kind: str, in_full: bool) -> Iterator[tuple[str, str]]:
     from specvlm import registry  # and torch with it
 
     for name, info in registry.collect()[kind].items():
-        keys = _keys_of(kind, info.fields)
-        if in_full:
-            yield name, f"{info.summary} [{'; '.join(filter(None, [info.plugin, info.source]))}]"
-            yield from ((f"  {key}", _meaning(info.cls, field.name)) for key, field in zip(keys, info.fields, strict=True))
-        else:
-            plugin = "" if info.plugin == "specvlm" else f" [{info.plugin}]"
-            yield name, "\n".join([info.summary + plugin, *["  ".join(keys)] * bool(keys)])
+        yield name, f"{info.summary} [{'; '.join(filter(None, [info.plugin, info.source]))}]"
+        for field, key in zip(info.fields, _keys_of(kind, info.fields), strict=True):
+            yield f"  {key}", _meaning(info.cls, field.name)
 
 
 def _keys_of(kind: str, fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
     """With their defaults."""
-    from specvlm.registry import word
+    from specvlm.config import word
 
     made = (field.default if field.default_factory is dataclasses.MISSING else field.default_factory() for field in fields)
     values = ("(required)" if value is dataclasses.MISSING else word(value) for value in made)
