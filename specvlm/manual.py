@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from specvlm.errors import check_choice
-from specvlm.terminal import Terminal, styled
+from specvlm.terminal import Terminal, loading, styled
 
 Entries = list[tuple[str, str]]  # names, each with what is said of it
 
@@ -97,7 +97,8 @@ def _strategies(kind: str) -> Iterator[tuple[str, str]]:
         yield "wandb", "\n".join(["Weights & Biases", *_keys_of(kind, dataclasses.fields(WandbConfig)[1:])])
     if kind not in KINDS:
         return
-    from specvlm import registry  # and torch with it
+    loading()
+    from specvlm import registry
 
     for name, info in registry.collect()[kind].items():
         yield name, f"{info.summary} [{'; '.join(filter(None, [info.plugin, info.source]))}]"

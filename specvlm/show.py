@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class Screen:
 
     def plan(self, job: Prepared) -> None:
         """The question, the memory that will be needed, and what the drafter will be shown."""
-        say = self.console.print
+        say = partial(self.console.print, soft_wrap=not self.console.is_terminal)
         say(styled((job.clip, "bold"), f": {job.question}"))
         for device, plan in job.plans.items():
             parts = ", ".join(f"{name} {size(count)}" for name, count in plan.parts.items())
@@ -170,11 +171,11 @@ class Screen:
         widths[at] = max(widths[at] + min(room + 2, 0), 9)
         self.console.print(columns(heads[1:], [], widths))
         for name, *line in lines:
-            self.console.print(styled((str(name), "bold")), columns(heads[1:], [line], widths, show_header=False), sep="\n")
+            self.console.print(styled((str(name), "bold")), columns(heads[1:], [line], widths, headed=False), sep="\n")
 
 
-def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], **look: bool) -> Table:
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", **look)
+def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], headed: bool = True) -> Table:
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
     for head, width in zip(heads, widths, strict=True):
         made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
     for line in lines:

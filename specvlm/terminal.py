@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import cache
 from typing import Any
 
 from rich.cells import cell_len
@@ -57,7 +58,8 @@ class Stream:
         return word
 
 
+@cache
 def loading() -> None:
-    """Say to who sits before the screen what the next seconds go into."""
+    """Say on a terminal, once, what the next seconds go into."""
     if sys.stderr.isatty() and not torchrun.rank_here():
         print("specvlm: loading torch and transformers …", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What --help and --version show: everything there is, within the terminal's width, before torch is there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -111,11 +112,27 @@ def test_help_on_what_there_is_not_names_what_there_is(capsys):
     assert helped(capsys, "pruner=two_stage") == helped(capsys, "pruner")
 
 
-def test_the_first_lines_need_no_torch():
-    """Whoever asks for help, the version or a run reads something before torch is imported."""
+@pytest.mark.parametrize("words", [["--help"], ["--help", "target", "preset"], ["--version"]], ids=" ".join)
+def test_it_is_there_without_torch(words):
+    code = f"import sys\nfrom specvlm.__main__ import main\nmain({words})\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+COMMANDS = ["specvlm ratio=0.5", "specvlm --help pruner", "specvlm.advise ratio=0.5", "specvlm.report x", "specvlm.fit_tree x"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_terminal_shows_something_before_torch_is_imported(command, tmp_path):
+    """Where importing torch or Hydra ends the process, what came before is all there is."""
+    module, *words = command.split()
     code = (
-        "import sys\nfrom specvlm import __main__, manual, terminal\nsys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+        "import runpy, sys\nsys.modules.update({'torch': None, 'hydra': None})\nsys.stderr.isatty = lambda: True\n"
+        f"sys.argv[1:] = {words}\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    code = "import sys\nfrom specvlm.__main__ import main\nmain(['--version'])\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert done.stderr.startswith("specvlm: loading torch and transformers …\n"), done.stderr
+    assert done.returncode and ("torch" in done.stderr[43:] or "hydra" in done.stderr[43:])
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
