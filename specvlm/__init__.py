@@ -4,29 +4,36 @@
     graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
     for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
 
-What needs transformers is imported at first use, so that plugins and the command line start fast.
+All is imported at first use: the command line says something before torch is there, and plugins do not wait for transformers.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specvlm.errors import UserError
-from specvlm.plugins import hookimpl
-from specvlm.strategy import (
-    Dataset,
-    DraftContext,
-    Drafter,
-    DraftSession,
-    PruneContext,
-    Pruner,
-    Sample,
-    Sampling,
-    Verifier,
-    VerifyContext,
-)
-from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
+if TYPE_CHECKING:
+    from specvlm.errors import UserError
+    from specvlm.plugins import hookimpl
+    from specvlm.strategy import (
+        Dataset,
+        DraftContext,
+        Drafter,
+        DraftSession,
+        PruneContext,
+        Pruner,
+        Sample,
+        Sampling,
+        Verifier,
+        VerifyContext,
+    )
+    from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
 
+_STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
+_TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TreeShape", "Verdict", "VideoPrompt")
 _LATER = {
+    **dict.fromkeys((*_STRATEGY, "VerifyContext"), "specvlm.strategy"),
+    **dict.fromkeys(_TYPES, "specvlm.types"),
+    "UserError": "specvlm.errors",
+    "hookimpl": "specvlm.plugins",
     "DecodingGraph": "specvlm.graph",
     "Scheduler": "specvlm.scheduler",
     "autoregressive": "specvlm.graph",

@@ -20,9 +20,10 @@ from pathlib import Path
 from time import sleep
 from typing import NoReturn
 
-from specvlm import torchrun
+from specvlm import manual, metrics, torchrun
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible
 from specvlm.interrupts import INTERRUPTS
+from specvlm.terminal import loading
 
 AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
 
@@ -87,20 +88,22 @@ def tell(err: Exception, full: bool) -> int:
 
 def command(argv: list[str], full: bool) -> int:
     """Check every job, then let Hydra run them."""
-    from hydra._internal.utils import get_args_parser
-
-    from specvlm import metrics
-
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
+    if {"-h", "--help"}.intersection(argv):
+        manual.show([word for word in argv if not word.startswith("-")])
+        return ExitCode.OK
+    loading()
+    from hydra._internal.utils import get_args_parser
+
     from specvlm import compose
     from specvlm.integrity import CODE  # and torch with it
     from specvlm.launch import Call, answer, start
     from specvlm.plugins import BUILTINS
 
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun:
         refuse("--experimental-rerun: a run is started again by its words")
@@ -108,7 +111,7 @@ def command(argv: list[str], full: bool) -> int:
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once a job")
     args.overrides = compose.quoted(args.overrides, sweep)
-    asks = any((args.help, args.hydra_help, args.cfg, args.info, args.shell_completion))
+    asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
     if not asks:  # all that is to stay as it is, before a plugin is imported
         for module in ("specvlm.sweep", "specvlm.run", *BUILTINS):
             importlib.import_module(module)
@@ -131,7 +134,9 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
     parser.error = refuse  # type: ignore[method-assign]
 
     def action() -> int:
-        for line in made(parser.parse_args(words)):
+        args = parser.parse_args(words)
+        loading()
+        for line in made(args):
             print(visible(line))
         return ExitCode.OK
 

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from specvlm import config, manual, names, registry
+from specvlm import config, names, registry
 from specvlm.config import RunConfig
 from specvlm.errors import UserError, did_you_mean, first_line, line
 from specvlm.explain import explained
@@ -43,7 +43,6 @@ def register() -> None:
     global _registered
     if _registered is not (table := registry.collect()):
         registry.store()
-        manual.store()
         names.register()
         _registered = table
 

@@ -132,6 +132,15 @@ def plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
+def word(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(word, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return value.name if isinstance(value, Enum) else str(value)
+
+
 def validate(cfg: RunConfig) -> None:
     """Check what a type cannot say. Raises UserError with the value seen and the values allowed."""
     check(RunConfig, vars(cfg), KEY)

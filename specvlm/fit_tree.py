@@ -16,6 +16,11 @@ run, is held out, a tree is fitted to the rest, and both it and the paper's are 
 written is fitted to everything.
 """
 
+if __name__ == "__main__":
+    from specvlm.terminal import loading
+
+    loading()
+
 import argparse
 import heapq
 import json

@@ -57,6 +57,7 @@ class Job:
         self.label, self.group = label, group
         kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
         self.screen, self.failure = Screen(quiet=self.quiet), ""
+        self.left: Callable[[], str] = str  # how long all jobs of the sweep will take
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
@@ -107,7 +108,7 @@ class Job:
         assert self.rows is not None
         self.rows.end(found)
         self.todo.remove(index)
-        self.screen.sample(self, found)
+        self.screen.sample(self, found, self.left())
         self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
         if self.cfg.fail_fast and self.code_of([found]):
             raise JobFailed(self.code_of([found]))

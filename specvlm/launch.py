@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 
 from hydra._internal.callbacks import Callbacks
@@ -16,11 +17,12 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from specvlm import compose, torchrun
+from specvlm import compose, names, torchrun
 from specvlm.compose import FOLDERS, Job
 from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, visible, worst
 from specvlm.rows import CannotWrite
+from specvlm.show import left
 from specvlm.sweep import Sweep
 
 TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"
@@ -40,7 +42,7 @@ class Call:
         self.there_before = next(place for place in (self.folder, *self.folder.parents) if place.exists())
         self.key, self.guarded, self.tell, self.home = key, guarded, tell, os.getpid()
         self.codes: list[int] = []
-        self.jobs = 0
+        self.jobs, self.began = 0, monotonic()
         self.sweep = Sweep(self.folder, tell)
 
     def expect(self, jobs: Sequence[Job]) -> None:
@@ -72,8 +74,11 @@ class Call:
         folder = Path(state.runtime.output_dir)
         if any(self.codes) and fail_fast:
             return ExitCode.OK
-        if self.jobs > 1 and not sampled:
-            print(visible(f"[{state.job.num + 1}/{self.jobs}] {' '.join(state.overrides.task)}"), flush=True)
+        if state.mode == RunMode.MULTIRUN and not sampled:
+            done = len(self.codes)
+            rest = left(done, self.jobs - done, self.began)
+            print(visible(f"[{state.job.num + 1}/{self.jobs}] {' '.join(state.overrides.task)}{rest}"), flush=True)
+            self.sweep.expect({folder: names.label(state.overrides.task)}, self.sweep.tracker)
         if torchrun.rank_here():
             self.tidy(folder)  # now, since a rank may be killed
         try:
@@ -126,9 +131,7 @@ class Call:
 def answer(args: Namespace, parser: ArgumentParser) -> int:
     """Have Hydra answer a question about a configuration, in `compose.hydra`; returns the exit code."""
     hydra, name, words = cast("Any", GlobalHydra.instance().hydra), args.config_name or "config", args.overrides
-    if args.help:
-        hydra.app_help(name, parser, args)
-    elif args.hydra_help:
+    if args.hydra_help:
         hydra.hydra_help(name, parser, args)
     elif args.cfg:
         hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)

@@ -1,13 +1,16 @@
 """From the steps of a request to the figures of its summary. Every key of summary.json is explained here."""
 
+from __future__ import annotations
+
 import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specvlm.types import Step
+if TYPE_CHECKING:
+    from specvlm.types import Step
 
 KEYS = {
     "verdict": "identical, numeric tie at token K (gap G), MISMATCH at token K: why, sampled, lossy, or not checked (no "

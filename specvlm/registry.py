@@ -4,7 +4,6 @@ A name is written once, in its class.
 """
 
 import dataclasses
-import enum
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -208,15 +207,6 @@ def described(strategy: object) -> str:
             return repr(strategy)
     except Exception as error:
         return f"{getattr(strategy, 'name', type(strategy).__name__)}(its repr raises {type(error).__name__})"
-
-
-def word(value: Any) -> str:
-    """A field's value as the command line takes it."""
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(word, value))}]"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return value.name if isinstance(value, enum.Enum) else str(value)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

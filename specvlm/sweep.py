@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from hydra.types import RunMode
@@ -25,7 +26,7 @@ from specvlm.pristine import check_rows, unchecked
 from specvlm.ranks import joined
 from specvlm.readings import Readings
 from specvlm.rows import CannotWrite, Taken, config_of, rows_of, summary_of
-from specvlm.show import Screen
+from specvlm.show import Screen, left
 from specvlm.tracker import Tracker, Wandb, sync_line
 
 END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single job's affair
@@ -152,7 +153,10 @@ class Sweep:
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
-        return self.failures.get(folder) or summary_of(folder) or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
+        found = self.failures.get(folder) or summary_of(folder)
+        if "token_ids" in found:  # a run of one video
+            return totals([{"status": "ok", **dict.fromkeys(("dataset", "split", "version")), "sample": "", **found}], 1)
+        return found or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,14 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
     codes, groups = list[int](), dict[Any, list[Job]]()
     for job in jobs:
         groups.setdefault(job.held.target_of(job.setup), []).append(job)
+    began, samples = monotonic(), sum(len(job.todo) for job in jobs)
+
+    def time_left() -> str:
+        more = sum(len(job.todo) for job in jobs)
+        return left(samples - more, more, began)
+
+    for job in jobs:
+        job.left = time_left
     with Readings() as readings:
         try:
             for group in groups.values():

@@ -356,19 +356,3 @@ def test_a_fault_of_ours_shows_its_traceback_and_code_3(ran, capsys):
     ran.behaviour["*"] = RuntimeError("boom")
     assert main([]) == 3
     assert "RuntimeError: boom" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_help_lists_every_strategy_with_plugin_keys_and_summary(ran, capsys, plugin):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for kind, infos in registry.collect().items():
-        assert f"{kind}=NAME" in text
-        for name, info in infos.items():
-            source = "; ".join(filter(None, [info.plugin, info.source]))
-            assert name in text and f"{info.summary} [{source}]" in text
-            assert all(f"{kind}.{field.name}=" in text for field in info.fields)
-    assert "[specvlm-frame 0.7]" in text and "pruner.first=1.0" in text
-    assert all(f"  {key}=" in text for key in ("ratio", "question", "baseline", "target.weights")) and "[preset]" in text
-    assert "\n  sampling              The target's own distribution" in text and "\n  ratio_by_pruner       How much" in text
-    assert "tracker=NAME\n  wandb" in text and "tracker.mode=online" in text and "hydra/launcher=NAME\n  slurm" in text

@@ -175,9 +175,11 @@ def test_plugin_is_two_files():
 
 
 def test_installed_plugin_is_in_the_help_and_composes_from_any_folder(site):
-    shown = specvlm(site, "--help")
+    whole = specvlm(site, "--help")
+    assert whole.returncode == 0 and "\n  specvlm-frame-diff 0.1.0" in whole.stdout, whole.stderr
+    shown = specvlm(site, "--help", "pruner")
     assert shown.returncode == 0, shown.stderr
-    assert "frame_diff" in shown.stdout and "[specvlm-frame-diff 0.1.0]" in shown.stdout
+    assert "frame_diff" in shown.stdout and "[specvlm-frame-diff 0.1.0]" in " ".join(shown.stdout.split())
     assert "pruner.first_frame=1.0" in shown.stdout
     composed = specvlm(site, "--cfg", "job", "--package", "pruner", "pruner=frame_diff", "pruner.first_frame=0.5")
     assert composed.returncode == 0, composed.stderr

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from specvlm import plugins, registry
+from specvlm import config, plugins, registry
 from specvlm.errors import UserError
 from specvlm.plugins import PluginError, hookimpl
 from specvlm.strategy import Pruner, Strategy
@@ -264,8 +264,8 @@ def test_build_keeps_types_and_gives_tuples_back(installed):
 def test_a_default_is_shown_as_the_command_line_takes_it(installed):
     installed(Point("a", bringing(Good)))
     other = Good(share=0.25, sizes=(3, 4), colour=Colour.RED, limit=None)
-    words = [f"{f.name}={registry.word(getattr(other, f.name))}" for f in dataclasses.fields(other)]
-    assert words == ["share=0.25", "sizes=[3,4]", "colour=RED", "limit=null"] and registry.word(True) == "true"
+    words = [f"{f.name}={config.word(getattr(other, f.name))}" for f in dataclasses.fields(other)]
+    assert words == ["share=0.25", "sizes=[3,4]", "colour=RED", "limit=null"] and config.word(True) == "true"
     overrides = OverridesParser.create().parse_overrides(words)
     node = {override.key_or_group: override.value() for override in overrides}
     assert registry.build("pruner", OmegaConf.create({"name": "good"} | node)) == other

@@ -1,5 +1,15 @@
 """The adviser: what speculation would bring on the machine at hand. `python -m specvlm.advise --help`."""
 
-from specvlm.advise.costs import Costs, predict, profile
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specvlm.advise.costs import Costs, predict, profile
 
 __all__ = ["Costs", "predict", "profile"]
+
+
+def __getattr__(name: str) -> Any:  # at first use, so that the command says something before torch is there
+    if name not in __all__:
+        raise AttributeError(f"module 'specvlm.advise' has no attribute {name!r}")
+    return getattr(import_module("specvlm.advise.costs"), name)

@@ -3,6 +3,11 @@
 It takes the words of a run, such as pair=… video=… dtype=…, and its own, which follow. Exit codes are those of a run.
 """
 
+if __name__ == "__main__":
+    from specvlm.terminal import loading
+
+    loading()
+
 import re
 import shlex
 import sys
@@ -19,15 +24,16 @@ from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.answer import threads
-from specvlm.config import RunConfig
+from specvlm.config import RunConfig, word
 from specvlm.errors import ExitCode, UserError, did_you_mean
 from specvlm.folder import write_json
 from specvlm.graph import DecodingGraph, autoregressive
 from specvlm.held import HELD
 from specvlm.places import places_of
 from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.show import Screen, not_applied, size, styled
+from specvlm.show import Screen, not_applied, size
 from specvlm.strategy import Drafter
+from specvlm.terminal import styled
 from specvlm.types import Step, Within
 
 OWN = {
@@ -242,7 +248,7 @@ def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, 
 def changes(drafter: Any) -> tuple[str, ...]:
     """What is not as by default, as a run's words."""
     now = [(f, getattr(drafter, f.name)) for f in fields(drafter)]
-    return tuple(f"drafter.{f.name}={registry.word(value)}" for f, value in now if value != f.default)
+    return tuple(f"drafter.{f.name}={word(value)}" for f, value in now if value != f.default)
 
 
 def conclude(

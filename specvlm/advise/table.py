@@ -7,7 +7,8 @@ from rich.table import Table
 
 from specvlm.advise.advice import Candidate, alone_s
 from specvlm.advise.costs import MISFIT, Costs
-from specvlm.show import Screen, seconds, styled
+from specvlm.show import Screen, seconds
+from specvlm.terminal import styled
 
 FASTEST = 8
 
