@@ -117,8 +117,8 @@ def first_line(cls: type) -> str:
 
 def default(field: dataclasses.Field[object]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return registry.word(field.default_factory())
-    return "(required)" if field.default is dataclasses.MISSING else registry.word(field.default)
+        return config.word(field.default_factory())
+    return "(required)" if field.default is dataclasses.MISSING else config.word(field.default)
 
 
 def linked(paper: str) -> str:
