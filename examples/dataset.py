@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from specvlm.errors import UserError
-from specvlm.plugins import hookimpl
-from specvlm.strategy import Dataset, Sample
+from specvlm import Dataset, Sample, UserError, hookimpl
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ python examples/decode.py
 
 from specvlm import DecodingGraph, Drafter, GenerationOptions, Pruner, Verifier, check_pair, load, read_video, registry
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
+from specvlm.video.clips import find_clip
 
 
 def decode(

@@ -5,10 +5,8 @@ from functools import partial
 
 import torch
 
-from specvlm.passes import Pass, Routine
-from specvlm.plugins import hookimpl
-from specvlm.strategy import Drafter, DraftSession
-from specvlm.types import DraftTree
+from specvlm import Drafter, DraftSession, DraftTree, hookimpl
+from specvlm.models.passes import Pass, Routine
 
 
 @dataclass(frozen=True)

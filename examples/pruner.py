@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.plugins import hookimpl
-from specvlm.strategy import PruneContext, Pruner
-from specvlm.types import KeepSet, TokenGrid
+from specvlm import KeepSet, PruneContext, Pruner, TokenGrid, hookimpl
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from specvlm.__main__ import main
-from specvlm.rows import rows_of
+from specvlm.results.rows import rows_of
 
 
 def sweep(folder: Path, scenes: int = 4) -> dict[str, float]:

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from specvlm.plugins import hookimpl
-from specvlm.strategy import Verifier, VerifyContext
-from specvlm.types import Verdict
+from specvlm import Verdict, Verifier, VerifyContext, hookimpl
 
 
 @dataclass(frozen=True)

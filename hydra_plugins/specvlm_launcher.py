@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:
-    from specvlm.launch import Call
+    from specvlm.app.launch import Call
 
 
 class TurnsLauncher(Launcher):
@@ -29,7 +29,7 @@ class TurnsLauncher(Launcher):
         self.call: Call = task_function  # type: ignore[assignment]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from specvlm import compose
+        from specvlm.app import compose
 
         configs = [self.context.config_loader.load_sweep_config(self.config, list(words)) for words in job_overrides]
         jobs = compose.jobs_of(configs)

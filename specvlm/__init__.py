@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specvlm.errors import UserError
-    from specvlm.plugins import hookimpl
-    from specvlm.strategy import (
+    from specvlm.strategies import (
         Dataset,
         DraftContext,
         Drafter,
@@ -25,33 +24,36 @@ if TYPE_CHECKING:
         Verifier,
         VerifyContext,
     )
+    from specvlm.strategies.plugins import hookimpl
     from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
 
 _STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
 _TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TreeShape", "Verdict", "VideoPrompt")
 _LATER = {
-    **dict.fromkeys((*_STRATEGY, "VerifyContext"), "specvlm.strategy"),
+    **dict.fromkeys((*_STRATEGY, "VerifyContext"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
     "UserError": "specvlm.errors",
-    "hookimpl": "specvlm.plugins",
-    "DecodingGraph": "specvlm.graph",
-    "Scheduler": "specvlm.scheduler",
-    "autoregressive": "specvlm.graph",
+    "hookimpl": "specvlm.strategies.plugins",
+    "DecodingGraph": "specvlm.decoding.loop",
+    "Scheduler": "specvlm.decoding.scheduler",
+    "autoregressive": "specvlm.decoding.loop",
     "check_pair": "specvlm.models.load",
     "load": "specvlm.models.load",
-    "compare": "specvlm.lossless",
-    "read_video": "specvlm.data.video",
+    "compare": "specvlm.decoding.lossless",
+    "read_video": "specvlm.video.video",
+    "registry": "specvlm.strategies.registry",
 }
 
 __all__ = [
     "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
     "KeepSet", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
     "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "compare",
-    "hookimpl", "load", "read_video",
+    "hookimpl", "load", "read_video", "registry",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'specvlm' has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    module = import_module(_LATER[name])
+    return module if name == "registry" else getattr(module, name)

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from specvlm.bounds import KEY, Within, check
 from specvlm.errors import UserError, line
+from specvlm.parsing.bounds import KEY, Within, check
 
 EMBEDDED = "embedded:"
 CHECKS = ("hf", "generate")  # by a model of Hugging Face's own: one pass over the answer, or its own `generate`

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.clock import Clock
-from specvlm.graph import prefill
+from specvlm.decoding.collect import collector_for, gathered
+from specvlm.decoding.loop import prefill
+from specvlm.decoding.timing import Clock
 from specvlm.models.video_lm import VideoLM
-from specvlm.signals import gathered, guidance_for
-from specvlm.strategy import STATE_SIGNALS, PruneContext, Pruner
+from specvlm.strategies import STATE_SIGNALS, PruneContext, Pruner
 from specvlm.types import KeepSet, VideoPrompt
 
 ALL = STATE_SIGNALS | {"vision_attention", "vision_keys", "verifier_attention", "verifier_attention_weighted", "features"}
@@ -40,6 +40,6 @@ class Curious(Pruner):
 @torch.inference_mode()
 def signals_of(lm: VideoLM, request: VideoPrompt, pruner: Pruner | None = None) -> tuple[dict[str, Tensor], Tensor]:
     pruner = pruner or Curious()
-    guidance = guidance_for(pruner, lm, request)
-    features, logits = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), guidance)
-    return gathered(pruner.needs, request, guidance, features), logits
+    collector = collector_for(pruner, lm, request)
+    features, logits = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), collector)
+    return gathered(pruner.needs, request, collector, features), logits

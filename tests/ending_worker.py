@@ -14,45 +14,46 @@ from typing import NoReturn
 
 import torch
 
-from specvlm import torchrun
-from specvlm.__main__ import guarded, leave, main
+from specvlm.__main__ import main
+from specvlm.app.cli import guarded, leave
 from specvlm.errors import OutOfMemory, UserError
-from specvlm.ranks import Ranks, joined
+from specvlm.parallel import torchrun
+from specvlm.parallel.ranks import ProcessGroup, joined
 
 CPU = torch.device("cpu")
 
 
-def work(ranks: Ranks) -> None:
+def work(ranks: ProcessGroup) -> None:
     """What goes on until somebody is missing."""
     while True:
         ranks.sum(torch.ones(8))
         sleep(0.01)
 
 
-def same_mistake(ranks: Ranks, folder: Path) -> None:
+def same_mistake(ranks: ProcessGroup, folder: Path) -> None:
     raise UserError(f"cuda:{ranks.rank} is not what it was")
 
 
-def memory_of_the_second(ranks: Ranks, folder: Path) -> None:
+def memory_of_the_second(ranks: ProcessGroup, folder: Path) -> None:
     if ranks.rank == 1:
         raise OutOfMemory("cuda:1 ran out of memory")
     work(ranks)
 
 
-def closed_pipe(ranks: Ranks, folder: Path) -> None:
+def closed_pipe(ranks: ProcessGroup, folder: Path) -> None:
     if ranks.rank == 0:
         raise SystemExit(1)  # rich's, where nobody reads
     work(ranks)
 
 
-def first_killed(ranks: Ranks, folder: Path) -> None:
+def first_killed(ranks: ProcessGroup, folder: Path) -> None:
     ranks.sum(torch.ones(8))
     if ranks.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     work(ranks)
 
 
-def torchrun_killed(ranks: Ranks, folder: Path) -> None:
+def torchrun_killed(ranks: ProcessGroup, folder: Path) -> None:
     (folder / f"{ranks.rank}.pid").write_text(str(os.getpid()))
     ranks.sum(torch.ones(8))
     if ranks.rank == 0:
@@ -60,7 +61,7 @@ def torchrun_killed(ranks: Ranks, folder: Path) -> None:
     work(ranks)
 
 
-def second_block(ranks: Ranks, folder: Path) -> None:
+def second_block(ranks: ProcessGroup, folder: Path) -> None:
     """Behind a first one that ended as it should."""
     (folder / "second").touch()
     if ranks.rank == 1:
@@ -70,9 +71,9 @@ def second_block(ranks: Ranks, folder: Path) -> None:
 
 def memory_of_a_run(folder: Path) -> int:
     """The second rank runs out of memory in the baseline, behind the warm-up."""
-    import specvlm.answer
+    import specvlm.app.request
 
-    alone, calls = specvlm.answer.autoregressive, []
+    alone, calls = specvlm.app.request.autoregressive, []
 
     def short(*args, **options):
         calls.append(1)
@@ -81,7 +82,7 @@ def memory_of_a_run(folder: Path) -> int:
                 raise torch.OutOfMemoryError("no more")
             yield step
 
-    specvlm.answer.autoregressive = short
+    specvlm.app.request.autoregressive = short
     words = ["target.parallel=tensor", "pair=embedded_llava_onevision", "max_new_tokens=12", f"hydra.run.dir={folder / 'run'}"]
     return main(words)
 

@@ -23,7 +23,7 @@ import torch
 from torch.distributed import TCPStore
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from specvlm.held import HELD
+from specvlm.app.model_cache import MODEL_CACHE
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _live(action: Callable[[], int | None], told: dict[str, str], logs: list[Pat
         for path, number in zip(logs, (1, 2), strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        HELD.clear()  # the models of a process that is alone
+        MODEL_CACHE.clear()  # the models of a process that is alone
         code = action() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from specvlm import plugins
-from specvlm.strategy import Strategy
+from specvlm.strategies import Strategy, plugins
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "plugins").glob("*/pyproject.toml"))
 

@@ -14,28 +14,29 @@ from curious import Curious, signals_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specvlm import torchrun
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.data.video import read_video
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, tree_pass
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.lossless import compare
-from specvlm.metrics import tokens_of
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.decoding.lossless import compare
+from specvlm.engine import Engine
+from specvlm.engine.base import tree_pass
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.random import RandomPruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.ranks import ALONE, Ranks, joined
+from specvlm.parallel import torchrun
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.random import RandomPruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import DraftTree, GenerationOptions, TreeShape, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
+from specvlm.video.clips import find_clip
+from specvlm.video.video import read_video
 
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
 LIMIT = 32
@@ -56,7 +57,7 @@ def device() -> torch.device:
     return torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def model(family: str, name: str, ranks: Ranks) -> VideoLM:
+def model(family: str, name: str, ranks: ProcessGroup) -> VideoLM:
     return load(model_folder(f"embedded:{family}/{name}"), "float32", str(device()), ranks=ranks)
 
 
@@ -69,12 +70,12 @@ def engines(lone: bool) -> dict[str, Engine]:
     return {"eager": Engine()} if lone else {"eager": Engine(), "captured": captured}
 
 
-def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
+def answers(family: str, ranks: ProcessGroup) -> dict[str, list[int]]:
     """By case, the tokens and what each round accepted. In one process, only eagerly."""
     target = model(family, "target", ranks)
     prompt, found = prompt_for(target), {}
     folder = model_folder(f"embedded:{family}/plain")
-    lone = model(family, "plain", ALONE) if ranks.rank == 0 else skeleton(folder)  # a draft on the first rank alone
+    lone = model(family, "plain", SINGLE) if ranks.rank == 0 else skeleton(folder)  # a draft on the first rank alone
     drafts = {"lone": lone, "shared": model(family, "plain", ranks)} if ranks.size > 1 else {"lone": lone, "shared": lone}
     for name, engine in engines(ranks.size == 1).items():
         steps = list(autoregressive(target, prompt, LIMIT, GreedyVerifier(), engine=engine))
@@ -95,14 +96,14 @@ def answers(family: str, ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def signals(family: str, ranks: Ranks) -> dict[str, Tensor]:
+def signals(family: str, ranks: ProcessGroup) -> dict[str, Tensor]:
     """Every signal of the target."""
     target = model(family, "target", ranks)
     found, _ = signals_of(target, prompt_for(target), Curious())
     return {f"{family}.{name}": signal.contiguous() for name, signal in found.items()}
 
 
-def quantised(ranks: Ranks) -> dict[str, list[int]]:
+def quantised(ranks: ProcessGroup) -> dict[str, list[int]]:
     """Another model than the one-process quantised one, so only this: both engines have the same output, drafted for or not."""
     folder, found = model_folder("embedded:llava_onevision/target"), {}
     target = load(folder, "float32", str(device()), weights="int8", ranks=ranks)
@@ -122,7 +123,7 @@ def quantised(ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def decode_for_ever(ranks: Ranks, how: str, mark: Path) -> None:
+def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
     """Until rank 1 is killed, by itself, or raises, in the middle."""
     target = model("qwen2_5_vl", "target", ranks)
     prompt, rounds, engine = prompt_for(target), 0, engines(lone=False)["captured"]
@@ -138,11 +139,11 @@ def decode_for_ever(ranks: Ranks, how: str, mark: Path) -> None:
 
 
 @torch.inference_mode()
-def kernel_errors(ranks: Ranks) -> list[float]:
+def kernel_errors(ranks: ProcessGroup) -> list[float]:
     """The captured kernels' logits of a tree against those of Hugging Face's modules, both of shares, in bfloat16."""
     from experiments.gpu_pair.models import WRAPS
     from experiments.gpu_pair.shapes import Llava, Text, build, prompt_of
-    from specvlm.engine.graphs import kernels_for
+    from specvlm.engine.cuda_graphs import kernels_for
     from specvlm.engine.lean import LeanText
     from specvlm.engine.program import Program
 

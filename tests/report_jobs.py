@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from specvlm import metrics
+from specvlm.results import metrics
 
 CONFIG = {
     "pruner": {"name": "uniform"},

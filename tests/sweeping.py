@@ -16,13 +16,12 @@ from tempfile import TemporaryDirectory
 
 from hydra.core.config_store import ConfigStore
 
-from specvlm import plugins, registry
 from specvlm.__main__ import main
-from specvlm.data.clips import find_clip
-from specvlm.datasets.synthetic import clip
-from specvlm.plugins import Plugin
-from specvlm.rows import rows_of, steps_of
-from specvlm.strategy import Dataset, Pruner, Sample
+from specvlm.results.rows import rows_of, steps_of
+from specvlm.strategies import Dataset, Pruner, Sample, plugins, registry
+from specvlm.strategies.datasets.synthetic import clip
+from specvlm.strategies.plugins import Plugin
+from specvlm.video.clips import find_clip
 
 ASK = ["dataset=synthetic", "dataset.ask=question", "frames=4", "max_new_tokens=12"]
 TIMES = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "speedup_end_to_end", "speedup_file_to_last_token")

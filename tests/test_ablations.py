@@ -20,11 +20,11 @@ from experiments.ablations.presets import BASES, label_of, planned, settings_of
 from experiments.ablations.rows import ROOT, Results
 from experiments.real_footage import __main__ as footage
 from experiments.strategies.report import TITLES
-from specvlm import compose
+from specvlm.app import compose
 from specvlm.errors import UserError
-from specvlm.folder import write_attention
 from specvlm.report.statistics import Interval
-from specvlm.rows import plain
+from specvlm.results.folder import write_attention
+from specvlm.results.rows import plain
 
 QWEN, LLAVA = TITLES
 

@@ -13,19 +13,21 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
-from specvlm import compose, metrics, registry
 from specvlm.advise import Costs, predict
 from specvlm.advise.__main__ import OWN, RATIOS, SHAPES, Wishes, changes, main, three
 from specvlm.advise.acceptance import Chances, Replay, of_answer, of_words
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import PROBES, Start, Timing, probes, rows_of
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.app import compose
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.results import metrics
+from specvlm.strategies import registry
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
 
 TEXT, VIDEO = 100, 1000
 

@@ -10,21 +10,21 @@ import pytest
 import tiny
 import torch
 
-from specvlm.broadcast import BroadcastSession
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.decoding.broadcast import BroadcastSession
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.fence import checked_tree
-from specvlm.graph import DecodingGraph
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.ranks import Ranks
-from specvlm.strategy import DraftSession
+from specvlm.parallel.ranks import ProcessGroup
+from specvlm.strategies import DraftSession
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.fence import checked_tree
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
 
 CPU, SHAPE = torch.device("cpu"), TreeShape.parse("2x2")
 
 
-class First(Ranks):
+class First(ProcessGroup):
     rank, size = 0, 2
 
     def __init__(self, wire):
@@ -114,7 +114,7 @@ def test_trees_of_others_are_checked_as_theirs_although_our_session_hands_them_o
         heard.append(given[-1])
         return checked_tree(*given)
 
-    monkeypatch.setattr("specvlm.graph.checked_tree", checked)
+    monkeypatch.setattr("specvlm.decoding.loop.checked_tree", checked)
     monkeypatch.setattr(DecodingGraph, "_session", lambda self, ctx: BroadcastSession(drafter, drafter.start(ctx), ctx))
     graph = DecodingGraph(tiny.model("qwen2_5_vl"), None, UniformPruner(), drafter, GreedyVerifier())
     assert list(graph.decode(tiny.prompt("qwen2_5_vl"), 4)) and set(heard) == {not foreign}

@@ -16,8 +16,8 @@ from campaign.__main__ import campaigns, main
 from campaign.fork import Ended
 from campaign.hostile_plugin import FOUND
 
-from specvlm.penalty import RepetitionPenalty
-from specvlm.registry import collect
+from specvlm.engine.repetition import RepetitionPenalty
+from specvlm.strategies.registry import collect
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from specvlm.__main__ import main
 from specvlm.config import model_folder
-from specvlm.data.settings import read_video_settings
 from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
 from specvlm.models import generation
 from specvlm.models.load import dtype_of, load, skeleton
+from specvlm.video.settings import read_video_settings
 
 FAST = ["frames=4", "max_new_tokens=3", "baseline=false"]
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
@@ -201,24 +201,24 @@ def test_a_quantised_checkpoint_runs_eager_keeps_its_files_size_and_is_not_quant
     lm.hf.config.quantization_config = {"quant_method": "awq", "bits": 4}
     quantised = type(lm)(lm.hf, lm.tokenizer, lm.folder)
     assert why_not(quantised) == "its checkpoint is quantised by awq"
-    from specvlm import memory
+    from specvlm.app import memory_plan
     from specvlm.models.load import kind_of, spread_of
-    from specvlm.ranks import ALONE
+    from specvlm.parallel.ranks import SINGLE
 
     with pytest.raises(UserError, match="target.weights=int8, but the checkpoint is quantised already, by awq"):
         kind_of("int8", torch.bfloat16, "target.weights", "awq")
     with pytest.raises(UserError, match="runs on one device"):
-        spread_of(lm.hf.config, [(3, torch.device("cpu"))], ALONE, None, "cpu")
-    monkeypatch.setattr(memory, "packed_bytes", lambda *_: 123)
+        spread_of(lm.hf.config, [(3, torch.device("cpu"))], SINGLE, None, "cpu")
+    monkeypatch.setattr(memory_plan, "packed_bytes", lambda *_: 123)
     cpu = torch.device("cpu")
-    assert memory.weights(memory.Need(quantised, 1, torch.bfloat16), [(quantised.layers, cpu)]) == {cpu: 123}
+    assert memory_plan.weights(memory_plan.Need(quantised, 1, torch.bfloat16), [(quantised.layers, cpu)]) == {cpu: 123}
 
 
 def test_experts_held_as_one_tensor_stay_in_full_and_that_is_said(monkeypatch):
     from transformers import Qwen2MoeConfig, Qwen2MoeModel
 
-    from specvlm.contract.tiny import built
     from specvlm.models.quantize import left_full, quantize_text
+    from specvlm.testing.tiny import built
 
     plain = built("llava_onevision", 97)
     quantize_text(plain, "int8")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rounding import rounding
 
-from specvlm import cluster as module
-from specvlm.cluster import cluster, density_scores
+from specvlm.toolkit import cluster as module
+from specvlm.toolkit.cluster import cluster, density_scores
 
 
 def naive(x_PD, k):

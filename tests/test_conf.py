@@ -13,11 +13,12 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from specvlm import compose, config, plugins, registry
+from specvlm import config
 from specvlm.__main__ import main
+from specvlm.app import compose
 from specvlm.errors import UserError
-from specvlm.plugins import Plugin
-from specvlm.strategy import Pruner
+from specvlm.strategies import Pruner, plugins, registry
+from specvlm.strategies.plugins import Plugin
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def ran(monkeypatch, tmp_path):
         return outcome
 
     behaviour = {"*": 0}
-    fake = ModuleType("specvlm.run")
+    fake = ModuleType("specvlm.app.run")
     fake.run = run
-    monkeypatch.setitem(sys.modules, "specvlm.run", fake)
+    monkeypatch.setitem(sys.modules, "specvlm.app.run", fake)
     monkeypatch.chdir(tmp_path)
     run.calls, run.behaviour = calls, behaviour
     return run

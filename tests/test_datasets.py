@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from experiments.embedded_pair.evaluate import scene_request
-from specvlm import registry
-from specvlm.compose import compose
+from specvlm.app.compose import compose
 from specvlm.config import model_folder
-from specvlm.data.video import probe, read_video
-from specvlm.datasets.synthetic import SyntheticDataset, clip
 from specvlm.errors import UserError
 from specvlm.models.load import skeleton
+from specvlm.strategies import registry
+from specvlm.strategies.datasets.synthetic import SyntheticDataset, clip
+from specvlm.video.video import probe, read_video
 
 
 def test_no_data_set_is_the_default_and_one_is_chosen_by_name():

@@ -11,12 +11,12 @@ from types import ModuleType
 import pytest
 
 from docs import generate
-from specvlm import compose, registry
+from specvlm.app import compose
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.metrics import KEYS, TOTALS
-from specvlm.strategy import SIGNALS
+from specvlm.results.metrics import KEYS, TOTALS
+from specvlm.strategies import SIGNALS, registry
 from specvlm.testing import check_pruner
+from specvlm.video.clips import find_clip
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}

@@ -14,29 +14,28 @@ from test_lossless import PRUNERS
 from towers import remember_features, remember_passes
 from transformers import AutoModelForImageTextToText
 
-from specvlm import registry
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.data.video import probe, read_video
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine.lean import ROWS
-from specvlm.fit_tree import Round, best_tree, fit_ranks
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.fit_tree.__main__ import Round, best_tree, fit_ranks
 from specvlm.models.load import check_pair, load
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import Drafter, Pruner, Verifier
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies import Drafter, Pruner, Verifier, registry
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions, KeepSet
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
+from specvlm.video.clips import find_clip
+from specvlm.video.video import probe, read_video
 
 GREEDY = GreedyVerifier()
 FOOTAGE = 64  # tokens of an answer about real footage, which would go on without an end

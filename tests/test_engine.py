@@ -11,24 +11,25 @@ import tiny
 import torch
 from rounding import additions, assert_same_sums
 
-from specvlm import lossless
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, Fallback, engine_for, tree_pass
-from specvlm.engine.graphs import GraphsEngine
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.engine import Engine, Fallback, engine_for
+from specvlm.engine.base import tree_pass
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.engine.lean import LeanText, why_not
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import acceptance_of, speed_of, tokens_of
 from specvlm.models.quantize import quantize_text
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.results.metrics import acceptance_of, speed_of, tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import DraftTree, GenerationOptions, Step, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 DRAFTERS = {
     "tree": TreeDrafter(),
@@ -182,7 +183,7 @@ def test_what_earlier_requests_left_in_the_cache_is_never_read():
 
 def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
     """Caches without a slot to spare: the warm-up of a long chain finds no free end."""
-    monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
+    monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     lm = tiny.model("qwen2_5_vl")
     graph = DecodingGraph(
         lm,
@@ -240,7 +241,7 @@ def test_captured_once_for_a_shape_and_a_cache():
 def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, monkeypatch):
     """Another request has the draft's cache changed, as one that is compared with a baseline does."""
     capture, spent, late = GraphsEngine.capture, 1000.0, [0.0]
-    for module in ("clock", "engine.graphs"):
+    for module in ("decoding.timing", "engine.cuda_graphs"):
         monkeypatch.setattr(f"specvlm.{module}.perf_counter", lambda: perf_counter() + late[0])
 
     def slow(*args):
@@ -270,7 +271,7 @@ def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, m
 
 def test_trees_that_never_repeat_are_captured_so_many_times_and_no_more(monkeypatch):
     """And the request tells when: a capture is no time of a check's."""
-    monkeypatch.setattr("specvlm.engine.graphs.MOST", 3)
+    monkeypatch.setattr("specvlm.engine.cuda_graphs.MOST", 3)
     request, engine = tiny.prompt("qwen2_5_vl"), GraphsEngine("direct")
 
     class Growing(PromptLookupDrafter):
@@ -350,7 +351,7 @@ def test_a_draft_that_lies_on_a_cpu_is_not_captured():
 
 def test_each_model_says_which_engine_it_runs_on(monkeypatch):
     target, draft = tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl")
-    monkeypatch.setattr("specvlm.engine.graphs.why_not", lambda model: "it is odd" if model is draft else None)
+    monkeypatch.setattr("specvlm.engine.cuda_graphs.why_not", lambda model: "it is odd" if model is draft else None)
     engine = GraphsEngine("direct")
     assert (engine.runs(target), engine.runs(draft), Engine().runs(target)) == ("graphs", "eager", "eager")
 

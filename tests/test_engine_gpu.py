@@ -9,16 +9,16 @@ import tiny
 import torch
 from torch import nn
 
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import ops
 from specvlm.engine.ops import Weight
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import tokens_of
 from specvlm.models.quantize import quantize
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions, ancestor_mask
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("specvlm.engine.kernels", reason="Triton is not installed") if torch.cuda.is_available() else None
@@ -122,10 +122,10 @@ def on_gpu(family: str, dtype: torch.dtype):
 def test_captured_is_eager_is_generate(family, drafter, dtype):
     from test_engine import DRAFTERS
 
-    from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-    from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-    from specvlm.drafters.sparse import SparseDrafter
     from specvlm.engine import Engine, engine_for
+    from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+    from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+    from specvlm.strategies.drafters.sparse import SparseDrafter
 
     more = {"dynamic_tree": DynamicTreeDrafter(), "entropy_tree": EntropyTreeDrafter(), "sparse": SparseDrafter(entries=24)}
     chosen = (DRAFTERS | more)[drafter]
@@ -145,8 +145,8 @@ def test_captured_is_eager_is_generate(family, drafter, dtype):
 
 
 def test_sampling_runs_captured():
-    from specvlm.drafters.tree import TreeDrafter
     from specvlm.engine import Engine, engine_for
+    from specvlm.strategies.drafters.tree import TreeDrafter
 
     target, draft = on_gpu("qwen2_5_vl", torch.float32)
     verifier, request = SamplingVerifier(temperature=0.8, top_k=20, top_p=0.95), tiny.prompt("qwen2_5_vl")
@@ -162,8 +162,8 @@ def test_sampling_runs_captured():
 
 
 def captured_graph() -> DecodingGraph:
-    from specvlm.drafters.tree import TreeDrafter
     from specvlm.engine import engine_for
+    from specvlm.strategies.drafters.tree import TreeDrafter
 
     target, draft = on_gpu("qwen2_5_vl", torch.float32)
     strategies = (UniformPruner(), TreeDrafter(), GreedyVerifier())

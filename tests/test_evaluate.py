@@ -7,13 +7,13 @@ import tiny
 import torch
 
 from experiments.embedded_pair.evaluate import interval, replay
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.graph import DecodingGraph, generator_for
-from specvlm.metrics import tokens_of
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import DraftContext, Sampling
+from specvlm.decoding.loop import DecodingGraph, generator_for
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import DraftContext, Sampling
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from specvlm import plugins, registry
 from specvlm.__main__ import main
-from specvlm.data.clips import find_clip
-from specvlm.rows import rows_of, summary_of
+from specvlm.results.rows import rows_of, summary_of
+from specvlm.strategies import plugins, registry
 from specvlm.testing import check_pruner, check_verifier
+from specvlm.video.clips import find_clip
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")

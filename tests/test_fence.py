@@ -18,22 +18,24 @@ import torch
 from sweeping import end, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specvlm import integrity, lossless, metrics
 from specvlm.__main__ import main
-from specvlm.baselines import digest_of
-from specvlm.checksum import checksum
-from specvlm.contract import tiny as contract_tiny
-from specvlm.drafters.tree import TreeDrafter, TreeSession
+from specvlm.app.baselines import digest_of
+from specvlm.app.model_cache import ModelCache
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
-from specvlm.fence import checked_tree, checked_verdict, inside, label_of
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.held import Held
-from specvlm.metrics import tokens_of
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.rows import CannotWrite, rows_of
-from specvlm.strategy import Drafter, DraftSession, Pruner
+from specvlm.models import integrity
+from specvlm.models.checksum import checksum
+from specvlm.results import metrics
+from specvlm.results.metrics import tokens_of
+from specvlm.results.rows import CannotWrite, rows_of
+from specvlm.strategies import Drafter, DraftSession, Pruner
+from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession
+from specvlm.strategies.fence import checked_tree, checked_verdict, inside, label_of, needs_of, sizes_of
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier, _layout
+from specvlm.testing import tiny as contract_tiny
 from specvlm.types import DraftTree, GenerationOptions, Verdict, ancestor_mask
-from specvlm.verifiers.greedy import GreedyVerifier, _layout
 
 FAMILY = "qwen2_5_vl"
 TREE = DraftTree(torch.tensor([5, 6, 7, 8]), (-1, 0, 0, 1))
@@ -118,6 +120,30 @@ def test_what_is_no_tree_is_refused_by_the_drafters_name(proposal, why):
     with pytest.raises(StrategyError, match="drafter=tree: ") as caught:
         checked_tree(TreeDrafter(), proposal, 5, 8, 97)
     assert caught.match(why)
+
+
+GONE = property(lambda self: self.gone)
+
+
+def of_class(**attributes):
+    return type("Odd", (TreeDrafter,), {"name": "odd"} | attributes)()
+
+
+@pytest.mark.parametrize(
+    "value", ["many", 2.0, True, 0, -3, None, GONE], ids=["text", "float", "bool", "none", "negative", "null", "raises"]
+)
+@pytest.mark.parametrize("what", ["max_nodes", "max_rows"])
+def test_a_drafter_of_no_size_is_refused_by_its_name(what, value):
+    with pytest.raises((StrategyError, ValueError, AttributeError)) as caught:
+        sizes_of(of_class(**{what: value}))
+    assert "drafter=odd" in str(caught.value) or "in drafter=odd" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("value", ["features", {"features"}, frozenset({1}), None], ids=repr)
+def test_needs_that_are_no_set_of_names_are_refused_by_the_strategys_name(value):
+    with pytest.raises(TypeError, match="needs must be a frozenset of names") as caught:
+        needs_of(of_class(needs=value))
+    assert "in drafter=odd" in caught.value.__notes__
 
 
 def test_the_loop_takes_a_tree_of_its_own_with_the_last_token_at_its_root():
@@ -248,8 +274,8 @@ def test_a_checksum_sees_rows_and_columns_of_a_large_matrix_that_changed_places(
     assert checksum([made]) != checksum([changed])
 
 
-def held_graph() -> tuple[Held, DecodingGraph]:
-    held, target = Held(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
+def held_graph() -> tuple[ModelCache, DecodingGraph]:
+    held, target = ModelCache(), contract_tiny.wrapped(copy.deepcopy(contract_tiny.model(FAMILY).hf))
     held.models, held.weights = {"target": target}, {target: integrity.weights_of(target)}
     held.structures = {target: integrity.structure(target)}
     return held, DecodingGraph(

@@ -6,8 +6,8 @@ from pathlib import Path
 import packages
 import pytest
 
-from specvlm import manual, registry
-from specvlm.strategy import Drafter, Pruner, Verifier
+from specvlm.app import help as manual
+from specvlm.strategies import Drafter, Pruner, Verifier, registry
 
 FIDELITIES = {"exact", "adapted", "inspired by"}
 

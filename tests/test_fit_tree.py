@@ -9,19 +9,19 @@ import random
 import pytest
 import tiny
 
-from specvlm.answer import row
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.app.request import row
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.fit_tree import Round, best_tree, expected, fit_ranks, main
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import tokens_of
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.fit_tree.__main__ import Round, best_tree, expected, fit_ranks, main
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.loose import LooseVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import PAPER_TREE, DraftTree, GenerationOptions, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.loose import LooseVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 CHANCES = [[0.5, 0.2, 0.1], [0.6, 0.05, 0.3], [0.4, 0.35]]
 

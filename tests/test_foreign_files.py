@@ -11,19 +11,20 @@ import pytest
 import report_jobs
 from foreign import FAST, empty_folder, refused  # noqa: F401
 
-from specvlm import fit_tree, metrics
 from specvlm.__main__ import main
 from specvlm.advise.__main__ import main as advise
-from specvlm.compose import jobs
-from specvlm.data.clips import find_clip
-from specvlm.datasets.folder import FolderDataset
-from specvlm.datasets.local import CAPTION
+from specvlm.app.compose import jobs
 from specvlm.errors import UserError
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.records import Figures
+from specvlm.fit_tree import __main__ as fit_tree
 from specvlm.report.__main__ import main as report
 from specvlm.report.reading import read_jobs
-from specvlm.rows import rows_of, summary_of
+from specvlm.results import metrics
+from specvlm.results.records import Figures
+from specvlm.results.rows import rows_of, summary_of
+from specvlm.strategies.datasets.folder import FolderDataset
+from specvlm.strategies.datasets.local import CAPTION
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.video.clips import find_clip
 
 BOMB = "\n".join(["a0: &a0 [x,x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))])
 

@@ -13,20 +13,22 @@ import pytest
 import report_jobs
 from foreign import FAST, empty_folder, refused  # noqa: F401
 
-from specvlm import bounds, fit_tree, metrics
 from specvlm.__main__ import main
-from specvlm.baselines import Baselines
-from specvlm.compose import compose, jobs, quoted
-from specvlm.data.clips import find_clip
-from specvlm.datasets.folder import FolderDataset
-from specvlm.datasets.mvbench import MVBenchDataset
-from specvlm.datasets.synthetic import SyntheticDataset
+from specvlm.app.baselines import Baselines
+from specvlm.app.compose import compose, jobs, quoted
+from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.errors import StrategyError, UserError, one_line
-from specvlm.held import HELD
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.fit_tree import __main__ as fit_tree
+from specvlm.parsing import bounds
 from specvlm.report.__main__ import main as report
-from specvlm.rows import CannotWrite, Rows, rows_of, summary_of
+from specvlm.results import metrics
+from specvlm.results.rows import CannotWrite, Rows, rows_of, summary_of
+from specvlm.strategies.datasets.folder import FolderDataset
+from specvlm.strategies.datasets.mvbench import MVBenchDataset
+from specvlm.strategies.datasets.synthetic import SyntheticDataset
+from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.types import Within
+from specvlm.video.clips import find_clip
 
 
 def questions(*entries: dict, folder: str = "data") -> Path:
@@ -46,7 +48,7 @@ def test_an_oserror_of_a_plugin_is_its_own(error, monkeypatch, capfd):
         raise error
 
     monkeypatch.setattr(UniformPruner, "select", select)
-    HELD.shed()
+    MODEL_CACHE.release_memory()
     assert main(["pruner=uniform", *FAST, "hydra.run.dir=out"]) == 3
     said = capfd.readouterr().err
     assert "cannot write" not in said and type(error).__name__ in said
@@ -74,7 +76,7 @@ def raising(error):
 def test_an_oserror_before_anything_is_decoded_is_the_plugins_own_too(owner, name, words, error, monkeypatch, capfd):
     raises = raising(error)
     monkeypatch.setattr(owner, name, property(raises) if name in ("needs", "version") else raises, raising=False)
-    HELD.shed()
+    MODEL_CACHE.release_memory()
     assert main([*words, *FAST, "hydra.run.dir=out"]) == 3
     said = capfd.readouterr().err
     assert "cannot write" not in said and type(error).__name__ in said

@@ -12,12 +12,12 @@ from typing import Annotated
 import pytest
 from foreign import FAST, empty_folder, refused  # noqa: F401
 
-from specvlm import outside, registry
 from specvlm.__main__ import main
-from specvlm.compose import compose, jobs
+from specvlm.app.compose import compose, jobs
 from specvlm.errors import StrategyError, UserError
-from specvlm.rows import summary_of
-from specvlm.strategy import Pruner
+from specvlm.parsing import files as outside
+from specvlm.results.rows import summary_of
+from specvlm.strategies import Pruner, registry
 from specvlm.types import TreeShape, Within
 
 HUGE = "99999999999999999999999"

@@ -10,14 +10,14 @@ import report_jobs
 import yaml
 from foreign import FAST, empty_folder  # noqa: F401
 
-from specvlm import registry
 from specvlm.__main__ import main
-from specvlm.compose import compose, quoted
+from specvlm.app.compose import compose, quoted
+from specvlm.app.console import RunConsole, Terminal, outcome, styled
 from specvlm.errors import line, message, one_line, visible
 from specvlm.report.reading import read_jobs
 from specvlm.report.seen import see
-from specvlm.rows import config_of
-from specvlm.show import Screen, Terminal, outcome, styled
+from specvlm.results.rows import config_of
+from specvlm.strategies import registry
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ PLAIN = "a[/b] [red]c[/] :smile: [31mde\ufffd"
 
 
 def shown(tell) -> str:
-    screen = Screen(Terminal())
+    screen = RunConsole(Terminal())
     screen.console.file = StringIO()
     tell(screen)
     return screen.console.file.getvalue()

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from specvlm.config import model_folder
-from specvlm.data.settings import SamplingSettings
-from specvlm.data.video import Clip, probe, read_video
 from specvlm.errors import UserError
+from specvlm.video.settings import SamplingSettings
+from specvlm.video.video import Clip, probe, read_video
 
 FROZEN = Path(__file__).parent / "data" / "frame_sampling.json"
 TYPES = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "llava_onevision": "LlavaOnevisionVideoProcessor"}

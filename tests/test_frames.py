@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
-from specvlm.data.frames import read_frames, read_picture
 from specvlm.errors import UserError
+from specvlm.video.frames import read_frames, read_picture
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)

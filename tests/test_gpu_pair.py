@@ -19,13 +19,13 @@ from experiments.gpu_pair.models import BenchedLlava, BenchedQwen
 from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.report import FRAMES, GOALS, MAIN, SPREAD, against_hf, read, targets, targets_spread
 from experiments.gpu_pair.shapes import SHAPES, build, model_class, prompt_of
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine.graphs import GraphsEngine
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
 
 SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
 FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
@@ -216,7 +216,7 @@ def test_a_mistake_is_one_line(word, said, capsys):
 def test_a_mistake_of_ranks_is_said_once(rank, ranks, words, said, capsys, monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": ranks, "RANK": rank}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("specvlm.__main__.AFTER_YOU_S", 0)
+    monkeypatch.setattr("specvlm.app.cli.AFTER_YOU_S", 0)
     monkeypatch.setattr("sys.stdout", sys.stdout)  # which another rank than the first closes
     assert main(["shape=tiny_llava", "parallel=tensor", "device=cpu", *words]) == 2
     error = capsys.readouterr().err

@@ -11,20 +11,20 @@ import pytest
 import tiny
 import torch
 
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter, Growth, _confidence, grow, unpacked
-from specvlm.drafters.entropy_tree import EntropyPace, EntropyTreeDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import acceptance_of, tokens_of
-from specvlm.passes import finished
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.models.passes import finished
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter, Growth, _confidence, grow, unpacked
+from specvlm.strategies.drafters.entropy_tree import EntropyPace, EntropyTreeDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers import greedy
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers import greedy
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 V = 6
 
@@ -164,7 +164,7 @@ def test_one_capture_of_the_check_and_one_of_the_growth_serve_every_shape():
 
 def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
     """Caches without a slot to spare."""
-    monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
+    monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     drafter = DynamicTreeDrafter(nodes=12, depth=12, width=1)
     steps = decode("qwen2_5_vl", drafter, GraphsEngine("direct"), pruner=NonePruner(), draft=tiny.model("qwen2_5_vl"), limit=6)
     assert [step.accepted for step in steps] == [0, 12]
@@ -331,7 +331,7 @@ def test_an_entropy_tree_is_captured_by_extent(backend, drafter, family, monkeyp
     """Caches without a slot to spare; programs that are captured while accepted rows still lie behind the root; trees that
     are shallower than what was accepted of the one before.
     """
-    monkeypatch.setattr("specvlm.cache.pooled", lambda slots: slots)
+    monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     told, extents = [], drafter.extents()
     extents = extents[::2] + extents[1::2]
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from specvlm import config, manual, plugins, registry
+from specvlm import config
 from specvlm.__main__ import main
+from specvlm.app import help as manual
 from specvlm.config import DraftConfig, TargetConfig
-from specvlm.plugins import Plugin
-from specvlm.strategy import Pruner
+from specvlm.strategies import Pruner, plugins, registry
+from specvlm.strategies.plugins import Plugin
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,21 @@ import tiny
 import torch
 
 from specvlm.config import model_folder
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.decoding.lossless import compare
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.lossless import compare
-from specvlm.metrics import tokens_of
 from specvlm.models.load import load
-from specvlm.models.spread import Stage, device_map, split
-from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.models.partition import Stage, device_map, split
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions, Step
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 DRAFTERS = {
     "tree": TreeDrafter(),
@@ -100,7 +100,7 @@ def test_all_that_crosses_goes_through_one_function(monkeypatch):
         seen.append([None if t is None else tuple(t.shape) for t in tensors])
         return tuple(None if t is None else t.clone() for t in tensors)
 
-    monkeypatch.setattr("specvlm.models.spread.cross", spy)
+    monkeypatch.setattr("specvlm.models.partition.cross", spy)
     cache = lm.new_cache(200)
     with torch.inference_mode():
         lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)

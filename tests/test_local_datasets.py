@@ -15,24 +15,23 @@ import pytest
 from PIL import Image
 from test_video import draw, numbers
 
-from specvlm import registry
 from specvlm.__main__ import main
-from specvlm.compose import compose
-from specvlm.data.clips import find_clip
-from specvlm.data.frames import read_frames
-from specvlm.data.video import Clip, probe, read_video
-from specvlm.datasets.folder import FolderDataset
-from specvlm.datasets.local import CAPTION
-from specvlm.datasets.long_video_bench import LongVideoBenchDataset
-from specvlm.datasets.mlvu import DEV, MLVUDataset
-from specvlm.datasets.mvbench import FOLDERS, PARTS, MVBenchDataset
-from specvlm.datasets.video_detail_caption import VideoDetailCaptionDataset
-from specvlm.datasets.video_mme import VideoMMEDataset
+from specvlm.app.compose import compose
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import read, set_up
 from specvlm.errors import MissingVideo, UserError
-from specvlm.places import places_of
-from specvlm.prepare import read, set_up
-from specvlm.rows import rows_of
-from specvlm.strategy import Sample
+from specvlm.results.rows import rows_of
+from specvlm.strategies import Sample, registry
+from specvlm.strategies.datasets.folder import FolderDataset
+from specvlm.strategies.datasets.local import CAPTION
+from specvlm.strategies.datasets.long_video_bench import LongVideoBenchDataset
+from specvlm.strategies.datasets.mlvu import DEV, MLVUDataset
+from specvlm.strategies.datasets.mvbench import FOLDERS, PARTS, MVBenchDataset
+from specvlm.strategies.datasets.video_detail_caption import VideoDetailCaptionDataset
+from specvlm.strategies.datasets.video_mme import VideoMMEDataset
+from specvlm.video.clips import find_clip
+from specvlm.video.frames import read_frames
+from specvlm.video.video import Clip, probe, read_video
 
 LETTER = "Answer with the option's letter from the given choices directly."
 

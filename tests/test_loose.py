@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -15,17 +16,18 @@ from campaign import lossy_stops
 from rounding import rounding
 from test_verifiers import naive_greedy, random_parents
 
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, Request, first_token, strict_ends
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import acceptance_of, tokens_of
-from specvlm.penalty import RepetitionPenalty
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.ranks import ALONE
-from specvlm.strategy import Sampling, Verifier, VerifyContext
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.engine import Engine
+from specvlm.engine.base import Request, first_token, strict_ends
+from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.engine.repetition import RepetitionPenalty
+from specvlm.parallel.ranks import SINGLE
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies import Sampling, Verifier, VerifyContext
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.loose import LooseVerifier, visual_scores
 from specvlm.types import DraftTree, GenerationOptions, Verdict
-from specvlm.verifiers.loose import LooseVerifier, visual_scores
 
 V = 12
 CHAIN = (-1, 0, 1, 2, 3)
@@ -289,7 +291,7 @@ def test_what_a_rule_writes_into_its_context_moves_no_end(family, monkeypatch):
 @pytest.mark.slow
 def test_a_rule_that_samples_has_no_word_of_its_own_on_where_answers_end():
     """Its `first` never stops; each of two stop ids still comes as often as the target gives it, and no other."""
-    target, rule = SimpleNamespace(ranks=ALONE), Sloppy(1.0, stops=frozenset({8, 9}))
+    target, rule = SimpleNamespace(ranks=SINGLE), Sloppy(1.0, stops=frozenset({8, 9}))
     penalty = RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)
     request = Request(target, None, rule, rule.sampling, penalty, generator, frozenset({8, 9}), lossless=False)
@@ -331,7 +333,7 @@ def answer(family, rule, engine, seed=0):
 
 
 def test_it_says_that_it_is_lossy():
-    assert LooseVerifier.lossless is False and "Lossy" in __import__("specvlm.verifiers.loose").verifiers.loose.__doc__
+    assert LooseVerifier.lossless is False and "Lossy" in import_module("specvlm.strategies.verifiers.loose").__doc__
 
 
 @pytest.mark.parametrize("fields", [dict(relaxed=-0.1), dict(relaxed=1.1), dict(nearest=0), dict(window=-1)])

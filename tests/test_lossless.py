@@ -13,29 +13,31 @@ from campaign import planted_faults
 from campaign.faults import planted
 from towers import remember_features, remember_passes
 
-from specvlm import lossless, memory, metrics
-from specvlm.cache import pooled
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.app import memory_plan
+from specvlm.app.console import too_many_ties
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.models.kv_cache import pooled
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.fastv import FastVPruner
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.random import RandomPruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.pruners.verifier_attention import VerifierAttentionPruner
-from specvlm.pruners.window import WindowPruner
-from specvlm.show import too_many_ties
+from specvlm.results import metrics
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.fastv import FastVPruner
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.random import RandomPruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.pruners.verifier_attention import VerifierAttentionPruner
+from specvlm.strategies.pruners.window import WindowPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
 
 PRUNERS = [
     NonePruner(),
@@ -59,6 +61,7 @@ OF_A_PRUNED_VIEW = [
     SelfDrafter(),
 ]
 GREEDY = GreedyVerifier()
+SHORT = 18  # tokens, where every pruner meets every drafter: rounds enough for guesses that stand and guesses that fall
 
 
 @cache
@@ -102,7 +105,8 @@ def test_autoregressive_equals_hugging_face_generate(family, request_of):
 @pytest.mark.parametrize("drafter", OF_A_PRUNED_VIEW, ids=repr)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, drafter):
     for ratio in (0.5, 0.9):
-        assert tokens_of(decode(family, pruner, drafter, ratio)) == answer_of_generate(family), f"ratio {ratio}"
+        answer = tokens_of(decode(family, pruner, drafter, ratio, limit=SHORT))
+        assert answer == answer_of_generate(family)[:SHORT], f"ratio {ratio}"
 
 
 @pytest.mark.slow
@@ -381,7 +385,7 @@ def test_caches_are_as_large_as_planned_and_no_larger(drafter, positions):
     slots = pooled(len(request) + limit + drafter.max_nodes)
     if drafter.model is not None:
         slots += pooled(kept + limit + drafter.max_rows)
-    assert graph.caches.nbytes == memory.kv_bytes(tiny.model(family), slots, torch.float64)
+    assert graph.caches.nbytes == memory_plan.kv_bytes(tiny.model(family), slots, torch.float64)
 
 
 @pytest.mark.parametrize(

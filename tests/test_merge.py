@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specvlm.strategy import PruneContext, token_signals
+from specvlm.strategies import PruneContext, token_signals
 from specvlm.types import KeepSet, TokenGrid
 
 

@@ -10,23 +10,24 @@ import tiny
 import torch
 from rounding import additions, assert_same_sums
 
-from specvlm.cache import KVCache
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.engine import Engine, tree_pass
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.engine import Engine
+from specvlm.engine.base import tree_pass
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import acceptance_of, tokens_of
 from specvlm.models import attention, video_lm
-from specvlm.models.attention import Guidance
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import KVCache
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.none import NonePruner
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, KeepSet, TreeShape, ancestor_mask
-from specvlm.verifiers.greedy import GreedyVerifier
 
 
-def filled(lm, request, guidance=None, room=80):
+def filled(lm, request, collector=None, room=80):
     cache = lm.new_cache(len(request) + room)
-    hidden = lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut, guidance)
+    hidden = lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut, collector)
     return cache, lm.head(hidden)
 
 
@@ -97,8 +98,8 @@ def test_split_prefill_equals_one_forward_of_hugging_face(family):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_scoring_leaves_the_logits_bit_equal(family, dtype):
     lm, request = tiny.model(family, dtype=dtype), tiny.prompt(family)
-    guidance = Guidance(request.video_index, rows=True, last_row=True)
-    (plain_cache, plain), (cache, watched) = filled(lm, request), filled(lm, request, guidance)
+    collector = AttentionCollector(request.video_index, rows=True, last_row=True)
+    (plain_cache, plain), (cache, watched) = filled(lm, request), filled(lm, request, collector)
     assert torch.equal(plain, watched)
     used = slice(0, cache.length)
     assert torch.equal(plain_cache.keys[..., used, :], cache.keys[..., used, :])
@@ -108,24 +109,24 @@ def test_scoring_leaves_the_logits_bit_equal(family, dtype):
 @pytest.mark.parametrize("videos", [1, 2])
 def test_guidance_equals_the_mean_of_eager_attention(family, videos):
     lm, request = tiny.model(family), tiny.prompt(family, videos=videos)
-    guidance = Guidance(request.video_index, rows=True, last_row=True)
-    filled(lm, request, guidance)
+    collector = AttentionCollector(request.video_index, rows=True, last_row=True)
+    filled(lm, request, collector)
     eager = reference.pristine(lm.hf, "eager")
     inputs = reference.inputs_of(eager, request)
     weights = torch.stack(eager(**inputs, output_attentions=True).attentions)[:, 0]  # (L, H, S, S)
     weights = weights.float()  # as exact as its softmax
     to_video = weights[:, :, request.cut :, request.video_index]
     terms = additions(lm.hf, len(request))
-    assert_same_sums(guidance.per_layer(), to_video.mean((1, 2)), terms)
-    assert_same_sums(guidance.last_rows(), to_video[:, :, -1].mean(1), terms)
+    assert_same_sums(collector.per_layer(), to_video.mean((1, 2)), terms)
+    assert_same_sums(collector.last_rows(), to_video[:, :, -1].mean(1), terms)
 
 
 def test_guidance_stops_the_pass_at_the_layer_asked_for():
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
-    full, early = (Guidance(request.video_index, rows=False, last_row=True, depth=depth) for depth in (None, 2))
-    for guidance in (full, early):
+    full, early = (AttentionCollector(request.video_index, rows=False, last_row=True, depth=depth) for depth in (None, 2))
+    for collector in (full, early):
         lm.prefill(
-            lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(len(request)), guidance=guidance
+            lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(len(request)), collector=collector
         )
     assert len(full.last_rows()) == 3 and torch.equal(early.last_rows(), full.last_rows()[:2])
 
@@ -195,21 +196,21 @@ def test_a_prefill_in_chunks_equals_one_of_one_pass(family, chunk):
     embeds, positions = lm.embed(request, lm.features(request)), lm.positions(request)
 
     def filled_by(most, cut, **watched):
-        cache, guidance = lm.new_cache(len(request)), Guidance(request.video_index, **watched)
-        hidden = lm.prefill(embeds, positions, cache, cut, guidance, most)
+        cache, collector = lm.new_cache(len(request)), AttentionCollector(request.video_index, **watched)
+        hidden = lm.prefill(embeds, positions, cache, cut, collector, most)
         assert cache.length == len(request)
-        return hidden, cache, guidance
+        return hidden, cache, collector
 
     terms = additions(lm.hf, len(request))
     for cut, watched in ((request.cut, dict(rows=True, last_row=True)), (0, dict(rows=False, last_row=True))):
-        (hidden, cache, guidance), (expected, whole, watching) = (filled_by(m, cut, **watched) for m in (chunk, 10_000))
+        (hidden, cache, collector), (expected, whole, watching) = (filled_by(m, cut, **watched) for m in (chunk, 10_000))
         assert_same_sums(hidden, expected, terms)
         assert_same_sums(cache.keys, whole.keys, terms)
-        assert_same_sums(guidance.last_rows(), watching.last_rows(), terms)
-        if guidance.rows:
-            assert_same_sums(guidance.per_layer(), watching.per_layer(), terms)
+        assert_same_sums(collector.last_rows(), watching.last_rows(), terms)
+        if collector.rows:
+            assert_same_sums(collector.per_layer(), watching.per_layer(), terms)
     _, _, early = filled_by(chunk, 0, rows=False, last_row=True, depth=2)
-    assert_same_sums(early.last_rows(), guidance.last_rows()[:2], terms)
+    assert_same_sums(early.last_rows(), collector.last_rows()[:2], terms)
 
 
 def test_passes_of_a_prefill_are_of_one_length_and_never_too_long(monkeypatch):
@@ -224,7 +225,7 @@ def test_passes_of_a_prefill_are_of_one_length_and_never_too_long(monkeypatch):
 @pytest.mark.parametrize("block", [1, 3000, 20_000])
 def test_guidance_is_the_same_however_little_of_it_is_held_at_once(block, monkeypatch):
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
-    bounded, free = (Guidance(request.video_index, rows=True, last_row=True) for _ in range(2))
+    bounded, free = (AttentionCollector(request.video_index, rows=True, last_row=True) for _ in range(2))
     filled(lm, request, free)
     monkeypatch.setattr(attention, "BLOCK", block)
     filled(lm, request, bounded)

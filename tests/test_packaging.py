@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from specvlm import config
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -12,15 +12,15 @@ import torch
 from test_engine import DRAFTERS
 from test_tensor import HERE, torchrun
 
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine, engine_for
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import tokens_of
-from specvlm.models.spread import device_map
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.ranks import ALONE
+from specvlm.models.partition import device_map
+from specvlm.parallel.ranks import SINGLE
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,7 +93,7 @@ def test_two_ranks_give_the_output_of_one_process(tmp_path):
     shared = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert shared[0] == shared[1]
     for family in ranks_worker.FAMILIES:
-        alone = ranks_worker.answers(family, ALONE)
+        alone = ranks_worker.answers(family, SINGLE)
         for case, tokens in shared[0][family].items():
             what, _, engine = case.partition(" ")
             if what != "sampled":

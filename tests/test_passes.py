@@ -13,27 +13,27 @@ import pytest
 import tiny
 import torch
 
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, autoregressive_work
+from specvlm.decoding.scheduler import Scheduler
 from specvlm.engine import Engine, engine_for
-from specvlm.engine.graphs import GraphsEngine
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import StrategyError
-from specvlm.graph import DecodingGraph, autoregressive_work
-from specvlm.metrics import tokens_of
+from specvlm.models.passes import Pass, Routine
 from specvlm.models.video_lm import VideoLM
-from specvlm.passes import Pass, Routine
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.scheduler import Scheduler
-from specvlm.strategy import Drafter, DraftSession
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Drafter, DraftSession
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.loose import LooseVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.testing import check_drafter
 from specvlm.types import DraftTree, GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.loose import LooseVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 DRAFTERS = (
     TreeDrafter(),
@@ -168,7 +168,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_drafter_yields_costs_its_own_request_alone(fault, monkeypatch):
-    monkeypatch.setattr("specvlm.graph.MOST_PASSES", 30)
+    monkeypatch.setattr("specvlm.decoding.loop.MOST_PASSES", 30)
     family = "qwen2_5_vl"
     good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing(fault), GreedyVerifier())
     want = tokens_of(list(good.decode(*request_of(family, 0))))
@@ -335,7 +335,7 @@ def outside() -> type[Drafter]:
     """That of docs/write/drafter.md, which imports none of specvlm's drafters and no engine."""
     text = Path(__file__).parents[1].joinpath("docs/write/drafter.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert "engine" not in code and "specvlm.drafters" not in code
+    assert "engine" not in code and "specvlm.strategies.drafters" not in code
     module = ModuleType("specvlm_best_chain")
     sys.modules[module.__name__] = module
     exec(compile(code, "docs/write/drafter.md", "exec"), module.__dict__)

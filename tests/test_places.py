@@ -8,14 +8,14 @@ import pytest
 import tiny
 import torch
 
-from specvlm import compose, memory
+from specvlm.app import compose, memory_plan
+from specvlm.app.placement import Placement, device_of, places_of
 from specvlm.config import model_folder
 from specvlm.errors import UserError
 from specvlm.models.checkpoint import config_of
 from specvlm.models.load import skeleton, spread_of
-from specvlm.models.spread import check_shares, tensor_plan
-from specvlm.places import Places, device_of, places_of
-from specvlm.ranks import ALONE
+from specvlm.models.partition import check_shares, tensor_plan
+from specvlm.parallel.ranks import SINGLE
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def machine(monkeypatch):
     return make
 
 
-def places(*words: str) -> Places:
+def places(*words: str) -> Placement:
     return places_of(compose.compose(words))
 
 
@@ -125,10 +125,10 @@ def test_quantised_weights_and_a_missing_accelerate_are_refused(monkeypatch):
     config = config_of(model_folder("embedded:qwen2_5_vl/target"))
     split = [(2, torch.device("cpu"))]
     with pytest.raises(UserError, match="weights=int8 does not go with layers split"):
-        spread_of(config, split, ALONE, "int8")
+        spread_of(config, split, SINGLE, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install 'specvlm"):
-        spread_of(config, split, ALONE, None)
+        spread_of(config, split, SINGLE, None)
 
 
 def test_the_plan_shares_a_head_of_its_own_alone():
@@ -140,7 +140,7 @@ def test_the_plan_shares_a_head_of_its_own_alone():
 
 WEIGHTS, KV = ("target weights", "draft weights"), ("target KV cache", "draft KV cache")
 ACTIVATIONS, LOADING = "activations (estimate)", "more while shares load"
-ONE = Places(None, gpu(0), gpu(0)[0])
+ONE = Placement(None, gpu(0), gpu(0)[0])
 
 
 def model(name: str, family: str = "llava_onevision", tied: bool = True):
@@ -152,12 +152,12 @@ def model(name: str, family: str = "llava_onevision", tied: bool = True):
     return lm
 
 
-def planned(where: Places, free=(1e9, 1e9), drafts="draft", kinds=(None, None), family="llava_onevision", tied=True):
-    target = memory.Need(model("target", family, tied), 1000, torch.float32, kinds[0])
+def planned(where: Placement, free=(1e9, 1e9), drafts="draft", kinds=(None, None), family="llava_onevision", tied=True):
+    target = memory_plan.Need(model("target", family, tied), 1000, torch.float32, kinds[0])
     second = target.model if drafts == "self" else model("plain", family, tied) if drafts else None
-    draft = memory.Need(second, 300, torch.float32, kinds[1]) if second else None
+    draft = memory_plan.Need(second, 300, torch.float32, kinds[1]) if second else None
     have = dict(zip(where.target, map(int, free), strict=False))
-    plans, layers = memory.plan(target, draft, 100, where, have)
+    plans, layers = memory_plan.plan(target, draft, 100, where, have)
     assert all(count > 0 for plan in plans.values() for count in plan.parts.values())
     assert all(plan.parts for plan in plans.values())
     return {device: plan.parts for device, plan in plans.items()}, layers
@@ -172,7 +172,7 @@ def of(plans, part: str) -> int:
 @pytest.mark.parametrize("drafts", ["draft", "self", None])
 def test_a_split_target_is_planned_device_by_device(drafts, tied, family):
     whole, _ = planned(ONE, drafts=drafts, tied=tied, family=family)
-    plans, layers = planned(Places("layers", gpu(0, 1), gpu(0)[0]), (4e7, 8e7), drafts, tied=tied, family=family)
+    plans, layers = planned(Placement("layers", gpu(0, 1), gpu(0)[0]), (4e7, 8e7), drafts, tied=tied, family=family)
     first, last = (plans[device] for device in gpu(0, 1))
     assert sum(layers) == model("target", family).layers and layers[0] < layers[1] and all(layers)
     head = model("target", family).hf.lm_head.weight.numel() * 4 if tied else 0  # the embedding on one, its copy on the other
@@ -187,7 +187,7 @@ def test_a_split_target_is_planned_device_by_device(drafts, tied, family):
 @pytest.mark.parametrize("parallel", [None, "layers"])
 def test_a_draft_on_a_gpu_of_its_own_has_activations_there(parallel):
     mine = gpu(0, 1) if parallel else gpu(0)
-    plans, _ = planned(Places(parallel, mine, gpu(2)[0]))
+    plans, _ = planned(Placement(parallel, mine, gpu(2)[0]))
     assert set(plans) == {*mine, *gpu(2)}
     assert set(plans[gpu(2)[0]]) == {"draft weights", "draft KV cache", ACTIVATIONS}
     assert 0 < plans[gpu(2)[0]][ACTIVATIONS] < plans[gpu(0)[0]][ACTIVATIONS]
@@ -199,7 +199,7 @@ def test_a_draft_on_a_gpu_of_its_own_has_activations_there(parallel):
 def test_ranks_plan_their_shares(machine, rank, drafts):
     whole, _ = planned(ONE, drafts="self" if drafts == "self" else "draft")
     machine(gpus=2, ranks=2, rank=rank)
-    plans, _ = planned(Places("tensor", gpu(rank), gpu(rank)[0], 2, drafts == "shared"), drafts=drafts)
+    plans, _ = planned(Placement("tensor", gpu(rank), gpu(rank)[0], 2, drafts == "shared"), drafts=drafts)
     (mine,) = plans.values()
     assert 0.5 * of(whole, "target weights") < mine["target weights"] < 0.8 * of(whole, "target weights")
     assert 2 * mine["target KV cache"] == of(whole, "target KV cache")
@@ -212,7 +212,7 @@ def test_ranks_plan_their_shares(machine, rank, drafts):
 def test_quantised_shares_are_shares(machine):
     """What each rank keeps is its share; what Hugging Face puts there first is planned too, where it is more than the rest."""
     machine(gpus=2, ranks=2)
-    where = Places("tensor", gpu(0), gpu(0)[0], 2)
+    where = Placement("tensor", gpu(0), gpu(0)[0], 2)
     one, plain, whole, ours = (
         planned(place, drafts=None, tied=False, kinds=(kind, None))[0]
         for place, kind in ((ONE, None), (where, None), (ONE, "int8"), (where, "int8"))
@@ -220,8 +220,8 @@ def test_quantised_shares_are_shares(machine):
     saved, quarter = (of(a, "target weights") - of(b, "target weights") for a, b in ((whole, ours), (one, plain)))
     assert saved == pytest.approx(quarter / 4, rel=0.03)  # of 32 bits, 8; and the scales
     assert LOADING not in plain[gpu(0)[0]] and LOADING not in whole[gpu(0)[0]]
-    target = memory.Need(model("target", tied=False), 8, torch.float32, "int4")
-    plans, _ = memory.plan(target, None, 1, where, {})
+    target = memory_plan.Need(model("target", tied=False), 8, torch.float32, "int4")
+    plans, _ = memory_plan.plan(target, None, 1, where, {})
     (parts,) = (plan.parts for plan in plans.values())
     assert sum(parts.values()) == of(plain, "target weights") and parts[LOADING] > 0
 
@@ -237,11 +237,13 @@ def test_a_drafter_without_a_draft_model_has_no_place_for_one(machine):
 
 
 def test_the_screen_says_how_the_target_lies():
-    from specvlm.show import spread
+    from specvlm.app.console import spread
 
-    job = SimpleNamespace(places=Places("layers", gpu(0, 1), gpu(0)[0]), layers=[3, 5], drafter=SimpleNamespace(model="draft"))
+    job = SimpleNamespace(
+        places=Placement("layers", gpu(0, 1), gpu(0)[0]), layers=[3, 5], drafter=SimpleNamespace(model="draft")
+    )
     assert spread(job) == "3 layers on cuda:0, 5 layers on cuda:1"
-    job = SimpleNamespace(places=Places("tensor", gpu(0), gpu(0)[0], 2), layers=[], drafter=SimpleNamespace(model="draft"))
+    job = SimpleNamespace(places=Placement("tensor", gpu(0), gpu(0)[0], 2), layers=[], drafter=SimpleNamespace(model="draft"))
     assert spread(job) == "every layer shared by 2 ranks, the draft on the first alone"
 
 

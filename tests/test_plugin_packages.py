@@ -13,7 +13,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packages import FOLDERS, module_of
 
-from specvlm import plugins, registry
+from specvlm.strategies import plugins, registry
 
 each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 

@@ -12,10 +12,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from specvlm import config, plugins, registry
+from specvlm import config
 from specvlm.errors import UserError
-from specvlm.plugins import PluginError, hookimpl
-from specvlm.strategy import Pruner, Strategy
+from specvlm.strategies import Pruner, Strategy, plugins, registry
+from specvlm.strategies.plugins import PluginError, hookimpl
 
 
 class Colour(enum.Enum):

@@ -14,16 +14,18 @@ import torch
 from PIL import Image
 from sweeping import end, jobs, start, table, untimed
 
-from specvlm import answer, prepare, registry
 from specvlm.__main__ import main
-from specvlm.compose import compose
+from specvlm.app import prepare
+from specvlm.app import request as answer
+from specvlm.app.compose import compose
+from specvlm.app.job import Job
+from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.placement import places_of
+from specvlm.app.readings import Readings
+from specvlm.app.sweep import take_turns
 from specvlm.errors import ExitCode, JobFailed, UserError
-from specvlm.held import HELD
-from specvlm.job import Job
-from specvlm.places import places_of
-from specvlm.readings import Readings
-from specvlm.rows import CannotWrite, rows_of
-from specvlm.sweep import take_turns
+from specvlm.results.rows import CannotWrite, rows_of
+from specvlm.strategies import registry
 
 FEW = ["dataset=folder", "dataset.root=films", "frames=4", "max_new_tokens=3", "baseline=false"]
 PATIENCE_S = 30.0
@@ -52,7 +54,7 @@ def reads(monkeypatch):
         calls.append((sample.id, behind, torch.get_num_threads()))
         return real(setup, sample)
 
-    monkeypatch.setattr("specvlm.job.read", read)
+    monkeypatch.setattr("specvlm.app.job.read", read)
     return calls
 
 
@@ -61,7 +63,7 @@ def answer_all(out: str, *jobs_words: list[str]) -> int:
     started = []
     for number, words in enumerate(jobs_words):
         cfg = compose([*FEW, *words])
-        started.append(Job(cfg, Path(out, str(number)), Path(out), HELD))
+        started.append(Job(cfg, Path(out, str(number)), Path(out), MODEL_CACHE))
         started[-1].start()
     return take_turns(started, started[0].cfg.turn, lambda _: ExitCode.FAULT)
 
@@ -109,8 +111,8 @@ def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypat
         decoded.append(1)
         yield from decode(*args)
 
-    monkeypatch.setattr("specvlm.job.read", reading)
-    monkeypatch.setattr("specvlm.job.speculate", decoding)
+    monkeypatch.setattr("specvlm.app.job.read", reading)
+    monkeypatch.setattr("specvlm.app.job.speculate", decoding)
     assert answer_all("out", ["prefetch=true"]) == 0
     assert len(decoded) == 3 and read == ["a", "b", "c"]
 
@@ -124,7 +126,7 @@ def test_on_a_cpu_nothing_is_read_ahead_unless_it_is_asked_for(words, reads):
 def test_where_the_target_is_on_a_gpu_the_next_video_is_read_ahead():
     cfg = compose(FEW)
     places = places_of(cfg)
-    gpu = prepare.Places(None, (torch.device("cuda:0"),), torch.device("cuda:0"))
+    gpu = prepare.Placement(None, (torch.device("cuda:0"),), torch.device("cuda:0"))
     assert prepare.reads_ahead(cfg, gpu) and not prepare.reads_ahead(cfg, places)
     assert not prepare.reads_ahead(compose([*FEW, "prefetch=false"]), gpu)
     assert not prepare.reads_ahead(compose([]), gpu), "a run of one video has no next one"
@@ -139,7 +141,7 @@ def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
         decoding.append((request.cfg.threads, torch.get_num_threads()))
         return real(request, *rest)
 
-    monkeypatch.setattr("specvlm.job.speculate", speculate)
+    monkeypatch.setattr("specvlm.app.job.speculate", speculate)
     more = ["max_new_tokens=1", "prefetch=true"]
     assert answer_all("out", ["threads=2", "frames=6", *more], ["threads=1", *more]) == 0
     assert decoding == [(2, 2), (1, 1), (1, 1), (2, 2), (2, 2), (1, 1)] and torch.get_num_threads() == 1
@@ -167,14 +169,14 @@ def test_a_video_that_cannot_be_read_costs_its_own_row(capfd):
 @pytest.mark.slow
 def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, monkeypatch):
     """Of two jobs with other frames the second fails while its video is read; the first goes on."""
-    real = HELD.graph
+    real = MODEL_CACHE.graph
 
     def graph(request, ranks):
         if request.cfg.frames == 6:
             raise ValueError("no weights")
         return real(request, ranks)
 
-    monkeypatch.setattr(HELD, "graph", graph)
+    monkeypatch.setattr(MODEL_CACHE, "graph", graph)
     assert answer_all("out", ["frames=6", "prefetch=true"], ["frames=4", "prefetch=true"]) == ExitCode.FAULT
     assert [len(rows_of(Path("out", job))) for job in "01"] == [0, 3]
     assert not running() and len(reads) == 4
@@ -199,8 +201,8 @@ def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
         threading.Timer(0.1, go_on.set).start()
         raise ENDS[end_of_it]
 
-    monkeypatch.setattr("specvlm.job.read", reading)
-    monkeypatch.setattr("specvlm.job.speculate", ending)
+    monkeypatch.setattr("specvlm.app.job.read", reading)
+    monkeypatch.setattr("specvlm.app.job.speculate", ending)
     with pytest.raises(end_of_it):
         answer_all("out", ["prefetch=true", "fail_fast=true"])
     assert go_on.is_set() and not running()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm.data.images import llava_image, qwen_image
-from specvlm.data.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
 from specvlm.errors import UserError
+from specvlm.video.images import llava_image, qwen_image
+from specvlm.video.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
 
 FROZEN = Path(__file__).parent / "data" / "pixels.json"
 SIZES = [(1, 90, 160), (2, 28, 28), (3, 182, 322), (5, 117, 231), (17, 64, 300), (9, 252, 448), (2, 20, 2000), (2, 336, 364)]

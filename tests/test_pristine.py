@@ -15,28 +15,28 @@ import torch
 from sweeping import ASK, jobs
 from transformers import AttentionInterface
 
-from specvlm import lossless
 from specvlm.__main__ import main
-from specvlm.compose import compose
+from specvlm.app.compose import compose
+from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.prepare import check_pristine
+from specvlm.app.pristine import Agreement, PristineModel
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.data.video import read_video
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, Output, autoregressive
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, Output, autoregressive
-from specvlm.held import HELD
-from specvlm.metrics import tokens_of
 from specvlm.models import attention
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
-from specvlm.prepare import check_pristine
-from specvlm.pristine import Agreement, PristineModel
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.rows import lines_of, rows_of, summary_of
+from specvlm.results.metrics import tokens_of
+from specvlm.results.rows import lines_of, rows_of, summary_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.video.clips import find_clip
+from specvlm.video.video import read_video
 
 GREEDY = GreedyVerifier()
 LIMIT = 24
@@ -47,7 +47,7 @@ FAMILY = {"qwen2_5_vl": Qwen2_5_VL, "llava_onevision": LlavaOneVision}
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    HELD.clear()
+    MODEL_CACHE.clear()
 
 
 @cache
@@ -190,7 +190,7 @@ def test_the_second_best_token_is_a_tie_where_rounding_explains_its_gap_and_else
     assert only.token == LIMIT - 1 and only.candidates == (second, best) and only.gap > 100 * only.rounding
     assert str(found).startswith(f"MISMATCH at token {LIMIT - 1}: Hugging Face's model prefers another by {only.gap:.2g}, ")
     assert checks.check(request, wrong, LIMIT) == found, "it is seeded"
-    monkeypatch.setattr("specvlm.pristine.ROUNDINGS", 1e9)
+    monkeypatch.setattr("specvlm.app.pristine.ROUNDINGS", 1e9)
     assert str(checks.check(request, wrong, LIMIT)) == f"tie at token {LIMIT - 1} (gap {only.gap:.2g})"
 
 
@@ -257,7 +257,7 @@ def alone(monkeypatch):
         assert pair and not any(part() is not None for part in pair), "the pair is still held"
         init(self, *rest)
 
-    monkeypatch.setattr("specvlm.held.load", loading)
+    monkeypatch.setattr("specvlm.app.model_cache.load", loading)
     monkeypatch.setattr(PristineModel, "__init__", coming)
 
 
@@ -363,7 +363,7 @@ def test_a_check_that_is_broken_off_goes_on_with_resume(checked, monkeypatch, ca
         assert main(words) == 130
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical", None, None]
     assert "the same line with resume=true" in capsys.readouterr().out
-    monkeypatch.setattr("specvlm.job.speculate", None)  # nothing is answered again
+    monkeypatch.setattr("specvlm.app.job.speculate", None)  # nothing is answered again
     assert main([*words, "resume=true"]) == 0 and len(checked) == 3
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical"] * 3
     assert main([*words, "resume=true"]) == 0 and len(checked) == 3
@@ -374,7 +374,7 @@ def test_a_job_that_was_answered_without_a_check_can_be_checked_later(checked, m
     words = [*MANY, "hydra.run.dir=out"]
     assert main(words) == 0 and summary_of(Path("out"))["hf_checks"] == {}
     assert {row["hf_check"] for row in rows_of(Path("out"))} == {"not checked"}
-    monkeypatch.setattr("specvlm.job.speculate", None)
+    monkeypatch.setattr("specvlm.app.job.speculate", None)
     assert main([*words, "check=hf", "resume=true"]) == 0 and len(checked) == 3
     assert summary_of(Path("out"))["hf_checks"] == {"identical": 3}
     assert main([*words, "check=generate", "resume=true"]) == 2

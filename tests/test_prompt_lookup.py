@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.strategy import DraftContext, DraftSession, Sampling
+from specvlm.strategies import DraftContext, DraftSession, Sampling
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.types import DraftTree, KeepSet, TokenGrid, Verdict, VideoPrompt
 
 VIDEO, IMAGE = 99, 98

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from specvlm import autoregressive, config, memory
-from specvlm.cache import CachePool
+from specvlm import autoregressive, config
+from specvlm.app import memory_plan
+from specvlm.app.placement import Placement
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph
 from specvlm.models import load
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, quantize, quantize_text, stored
-from specvlm.places import Places
-from specvlm.registry import build
+from specvlm.strategies.registry import build
 from specvlm.types import GenerationOptions
 
 SIZES = [(256, 40), (96, 5), (3584, 3), (12, BLOCK + 9)]  # (K, N)
@@ -143,8 +144,8 @@ def test_the_bytes_planned_are_the_bytes_held(kind, tied):
 def test_the_plan_of_a_quantised_target_is_smaller_and_has_room_to_dequantise_its_head():
     target = load.skeleton(config.model_folder("embedded:qwen2_5_vl/target"))
     cpu = torch.device("cpu")
-    needs = [memory.Need(target, 8, torch.float32, kind) for kind in (None, "int8")]
-    plain, ours = (memory.plan(need, need, 4, Places(None, (cpu,), cpu), {})[0][cpu].parts for need in needs)
+    needs = [memory_plan.Need(target, 8, torch.float32, kind) for kind in (None, "int8")]
+    plain, ours = (memory_plan.plan(need, need, 4, Placement(None, (cpu,), cpu), {})[0][cpu].parts for need in needs)
     assert ours["target weights"] < plain["target weights"] and "draft weights" not in ours
     head = target.hf.lm_head
     prompt = 2 * 8 * head.in_features

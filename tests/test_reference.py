@@ -8,22 +8,22 @@ import tiny
 import torch
 from rounding import additions, assert_same_sums
 
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import tokens_of
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models import attention
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
 
 GREEDY, LIMIT, SHORT = GreedyVerifier(), 20, 12
 

@@ -15,16 +15,18 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from specvlm import compose, load, memory, metrics
+from specvlm import load
 from specvlm.__main__ import main
+from specvlm.app import compose, memory_plan
+from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import own_sample, plan, read, set_up
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
 from specvlm.errors import UserError
-from specvlm.held import HELD
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
-from specvlm.places import places_of
-from specvlm.prepare import own_sample, plan, read, set_up
+from specvlm.results import metrics
+from specvlm.video.clips import find_clip
 
 SHORT = ["max_new_tokens=14", "question=how many objects appear?"]
 FAST = ["frames=4", *SHORT]  # where the answer need not be true
@@ -103,7 +105,7 @@ def test_drafters_without_a_draft_model_and_sampling_run_too(capsys):
 
 @pytest.mark.slow
 def test_a_mismatch_is_called_one_and_sets_the_exit_code(monkeypatch, capsys):
-    from specvlm.graph import Output
+    from specvlm.decoding.loop import Output
 
     take = Output.take
     seen = []
@@ -268,7 +270,7 @@ def test_a_full_disk_ends_with_one_line_that_names_the_folder_and_leaves_nothing
 @pytest.mark.slow
 def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
     assert main(["hydra.run.dir=out", *FAST]) == 0
-    monkeypatch.setattr("specvlm.run.summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("specvlm.app.run.summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert main(["hydra.run.dir=out", *FAST]) == 130
     assert not Path("out/summary.json").exists()
 
@@ -290,6 +292,7 @@ def out_of_memory_at(monkeypatch, passes: int) -> None:
 @pytest.mark.parametrize("drafter", ["chain", "prompt_lookup"])
 def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monkeypatch, capfd):
     words = [f"drafter={drafter}", *FAST]
+    MODEL_CACHE.warm.clear()
     passes, forward = [], VideoLM.forward
     monkeypatch.setattr(VideoLM, "forward", lambda self, *a, **n: passes.append(1) or forward(self, *a, **n))
     assert main([*words, "hydra.run.dir=whole"]) == 0
@@ -299,6 +302,7 @@ def test_out_of_memory_ends_with_one_line_and_leaves_what_was_done(drafter, monk
     for share in (0, 0.15, 0.25, 0.4, 0.6, 0.75, 1):
         with monkeypatch.context() as patch:
             patch.setattr(VideoLM, "forward", forward)
+            MODEL_CACHE.warm.clear()
             out_of_memory_at(patch, max(1, int(len(passes) * share)))
             assert main([*words, "hydra.run.dir=out"]) == 2
         captured = capfd.readouterr()
@@ -330,7 +334,7 @@ def test_out_of_memory_while_checking_keeps_both_answers(error, monkeypatch, cap
     def full(*_):
         raise error
 
-    monkeypatch.setattr("specvlm.answer.lossless.compare", full)
+    monkeypatch.setattr("specvlm.app.request.lossless.compare", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     summary, _ = runs()
     assert "ran out of memory while checking" in capfd.readouterr().err and summary["out_of_memory"] == "checking"
@@ -342,7 +346,7 @@ def test_another_error_is_no_lack_of_memory(monkeypatch, capfd):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("specvlm.answer.lossless.compare", broken)
+    monkeypatch.setattr("specvlm.app.request.lossless.compare", broken)
     assert main(["hydra.run.dir=out", *FAST]) == 3
     error = capfd.readouterr().err
     assert "RuntimeError: shapes do not match" in error and "ran out of memory" not in error
@@ -353,8 +357,8 @@ def test_out_of_memory_while_loading_writes_nothing(monkeypatch, capfd):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    HELD.clear()
-    monkeypatch.setattr("specvlm.held.load", full)
+    MODEL_CACHE.clear()
+    monkeypatch.setattr("specvlm.app.model_cache.load", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     error = capfd.readouterr().err
     assert "ran out of memory while loading" in error and "tokens are in" not in error and not Path("out").exists()
@@ -366,7 +370,7 @@ def test_the_threads_of_one_job_are_not_those_of_the_next(monkeypatch):
     real = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count) or real(count))
     monkeypatch.setattr(
-        "specvlm.run.set_up", lambda cfg, places: (_ for _ in ()).throw(UserError(str(torch.get_num_threads())))
+        "specvlm.app.run.set_up", lambda cfg, places: (_ for _ in ()).throw(UserError(str(torch.get_num_threads())))
     )
     assert main(["-m", "threads=2,3,null", "hydra.sweep.dir=sweep", *FAST]) == 2
     assert seen == [2, 1, 3, 1, 1] and torch.get_num_threads() == 1
@@ -388,10 +392,10 @@ def test_the_memory_plan_is_bounded_by_the_chunks_of_a_prefill_and_of_the_vision
     lm = skeleton(model_folder("embedded:qwen2_5_vl/target"))
 
     def activations(slots: int, patches: int) -> int:
-        return memory.activations([memory.Need(lm, slots, torch.bfloat16)], patches)
+        return memory_plan.activations([memory_plan.Need(lm, slots, torch.bfloat16)], patches)
 
     width = lm.hf.config.get_text_config().hidden_size
-    plain, held = (memory.activations([memory.Need(lm, 64, torch.bfloat16, signals=count)], 0) for count in (0, 1000))
+    plain, held = (memory_plan.activations([memory_plan.Need(lm, 64, torch.bfloat16, signals=count)], 0) for count in (0, 1000))
     assert held - plain == 1000
     more = activations(2 * CHUNK, 0) - activations(CHUNK, 0)
     assert more == 2 * CHUNK * width * 2 and activations(CHUNK, 0) - activations(CHUNK - 1, 0) > 2 * width * 2
@@ -418,7 +422,7 @@ def test_what_strategies_read_of_the_target_is_planned():
 def test_memory_that_torch_keeps_for_itself_is_free(monkeypatch):
     for name, value in (("mem_get_info", (500, 1000)), ("memory_reserved", 300), ("memory_allocated", 120)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert memory.free_bytes(torch.device("cuda")) == 500 + 180
+    assert memory_plan.free_bytes(torch.device("cuda")) == 500 + 180
 
 
 @pytest.mark.slow

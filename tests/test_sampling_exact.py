@@ -22,10 +22,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specvlm.strategy import Sampling, VerifyContext
+from specvlm.strategies import Sampling, VerifyContext
+from specvlm.strategies.verifiers import sampling
+from specvlm.strategies.verifiers.sampling import SamplingVerifier, odds
 from specvlm.types import DraftTree, TreeShape
-from specvlm.verifiers import sampling
-from specvlm.verifiers.sampling import SamplingVerifier, odds
 
 
 @pytest.fixture(autouse=True)

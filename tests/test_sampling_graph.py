@@ -25,22 +25,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specvlm.contract.tiny import built
-from specvlm.drafters import sparse
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import tokens_of
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.video_lm import VideoLM
-from specvlm.penalty import RepetitionPenalty
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters import sparse
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers import sampling
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
+from specvlm.testing.tiny import built
 from specvlm.types import GenerationOptions
-from specvlm.verifiers import sampling
-from specvlm.verifiers.sampling import SamplingVerifier
 
 RUNS, LENGTH, FAMILY = 400, 4, "llava_onevision"
 VIDEO = 7

@@ -4,8 +4,8 @@ import pytest
 import torch
 from rounding import assert_same_sums
 
-from specvlm import segments
-from specvlm.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread, written
+from specvlm.toolkit import segments
+from specvlm.toolkit.segments import adjacent_cosine, apportion, block_of, cuts, even_spans, spans, spread, written
 
 
 def test_cuts_are_those_below_the_threshold_and_the_least_similar():

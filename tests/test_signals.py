@@ -14,22 +14,22 @@ from curious import ALL, Curious, signals_of
 from rounding import additions, assert_same_sums
 from torch.nn.functional import cosine_similarity, interpolate
 
-from specvlm.clock import Clock
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.data.codec import Stream
-from specvlm.data.video import probe, read_video
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.collect import codec, collector_for, gathered, held_bytes, on_grid
+from specvlm.decoding.loop import DecodingGraph, prefill
+from specvlm.decoding.timing import Clock
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, prefill
-from specvlm.metrics import tokens_of
-from specvlm.models import sight as sight_module
+from specvlm.models import vision_probe as sight_module
 from specvlm.models.load import load
-from specvlm.models.sight import Sight, mean_cosine
-from specvlm.models.spread import Stage
-from specvlm.signals import codec, gathered, guidance_for, held_bytes, on_grid
+from specvlm.models.partition import Stage
+from specvlm.models.vision_probe import VisionProbe, mean_cosine
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, TokenGrid
-from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.video.clips import find_clip
+from specvlm.video.codec import Stream
+from specvlm.video.video import probe, read_video
 
 
 def in_stages(lm, *ends):
@@ -152,7 +152,7 @@ def test_vision_attention_equals_eager_attention_of_the_tower(family, block, mon
         monkeypatch.setattr(sight_module, "BLOCK", block)
     lm = tiny.model(family)
     grid, video = tiny.video(family, frames=3, height=8, width=12)
-    sight = Sight()
+    sight = VisionProbe()
     with torch.inference_mode():
         watched = lm.encode_video(grid, video, None, sight)
         assert torch.equal(watched, lm.encode_video(grid, video, None))
@@ -168,7 +168,7 @@ def test_attention_inside_windows_sums_to_one_in_each():
     grid, video = tiny.video("qwen2_5_vl", frames=2, height=6, width=10)
     hf = copy.deepcopy(lm.hf)
     hf.model.visual.fullatt_block_indexes = []
-    sight = Sight()
+    sight = VisionProbe()
     with torch.inference_mode():
         tiny.wrap(hf).encode_video(grid, video, None, sight)
     windows = sight.attention().unflatten(0, (2, 3, 5)) * 4  # tokens are means over four patches
@@ -201,7 +201,7 @@ def test_nothing_is_gathered_unless_named():
         needs = frozenset({"features"})
 
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
-    assert guidance_for(Plain(), lm, request) is None
+    assert collector_for(Plain(), lm, request) is None
     with pytest.raises(UserError, match="states behind 4 layers: the target has 3"):
         DecodingGraph(lm, tiny.draft_of("qwen2_5_vl"), Curious(4), TreeDrafter(), GreedyVerifier())
 
@@ -226,12 +226,12 @@ def test_mean_cosine_of_zero_rows_is_zero():
 @torch.inference_mode()
 def test_the_bytes_planned_for_signals_are_those_held(family, dtype):
     lm, request, name = tiny.model(family, dtype=dtype), tiny.prompt(family), "verifier_attention_per_kv_head"
-    guidance = guidance_for(Curious(), lm, request, frozenset({name}), hidden=True)
-    features, _ = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), guidance)
-    found = gathered(Curious().needs | {name}, request, guidance, features)
-    heads, states = found[name], [found["hidden"], guidance.video_hidden()]
+    collector = collector_for(Curious(), lm, request, frozenset({name}), hidden=True)
+    features, _ = prefill(lm, request, lm.new_cache(len(request)), Clock(lm.device), collector)
+    found = gathered(Curious().needs | {name}, request, collector, features)
+    heads, states = found[name], [found["hidden"], collector.video_hidden()]
     tensors = [heads, *heads.sort(descending=True, stable=True), *states]
-    for held in (*guidance._heads.values(), *guidance._hidden, *guidance.states._video):  # each is there once
+    for held in (*collector._heads.values(), *collector._hidden, *collector.states._video):  # each is there once
         assert held.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in tensors}
     counted = held_bytes(Curious().needs | {name}, True, lm, len(request.video_index), dtype)
     assert counted == sum(tensor.nbytes for tensor in tensors)

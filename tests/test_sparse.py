@@ -7,18 +7,18 @@ import tiny
 import torch
 from rounding import additions, assert_same_sums
 
-from specvlm import memory
-from specvlm.cache import pooled
-from specvlm.drafters.sparse import SparseDrafter
+from specvlm.app import memory_plan
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import acceptance_of, tokens_of
-from specvlm.models.attention import Guidance
-from specvlm.pruners.two_stage import TwoStagePruner
+from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import pooled
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 
 def graph_of(family, drafter, engine=None, verifier=None):
@@ -59,7 +59,7 @@ def test_attention_by_head_is_the_one_of_the_naive_softmax(family):
     """Against scores made of the cache itself; its mean over heads is the signal that pruners read."""
     lm, request = tiny.model(family), tiny.prompt(family)
     index, seen = request.video_index, {}
-    guidance, observe = Guidance(index, heads=True), Guidance.observe
+    collector, observe = AttentionCollector(index, heads=True), AttentionCollector.observe
 
     def spy(self, layer, query, key, scaling):
         scores = query[0] @ key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).mT * scaling
@@ -70,12 +70,12 @@ def test_attention_by_head_is_the_one_of_the_naive_softmax(family):
         observe(self, layer, query, key, scaling)
 
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guidance, "observe", spy)
+        patch.setattr(AttentionCollector, "observe", spy)
         cache = lm.new_cache(len(request))
-        lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut, guidance)
+        lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut, collector)
     terms = additions(lm.hf, len(request))
-    assert_same_sums(guidance.per_head(), torch.stack([seen[layer] for layer in sorted(seen)]), terms)
-    assert_same_sums(guidance.per_head().mean(1), guidance.per_layer(), terms)
+    assert_same_sums(collector.per_head(), torch.stack([seen[layer] for layer in sorted(seen)]), terms)
+    assert_same_sums(collector.per_head().mean(1), collector.per_layer(), terms)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -115,7 +115,7 @@ def test_the_second_cache_is_as_large_as_planned_and_the_pruner_is_not_asked(mon
     kept = len(request) - len(request.video_index) + graph.budget(request)
     assert kept == 24 and all(step.keep is None for step in steps)
     slots = pooled(len(request) + 20 + drafter.max_nodes) + pooled(kept + 20 + drafter.max_nodes)
-    assert graph.caches.nbytes == memory.kv_bytes(tiny.model(family), slots, torch.float64)
+    assert graph.caches.nbytes == memory_plan.kv_bytes(tiny.model(family), slots, torch.float64)
 
 
 def test_guesses_are_drawn_where_the_verifier_draws():

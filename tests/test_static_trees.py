@@ -8,12 +8,12 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.graph import DecodingGraph
-from specvlm.pruners.none import NonePruner
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
 
 
 @torch.inference_mode()

@@ -28,14 +28,13 @@ from experiments.strategies.settings import (
     settings,
     weighs,
 )
-from specvlm import plugins
+from specvlm.decoding.collect import codec, collector_for, gathered
+from specvlm.decoding.loop import DecodingGraph, prefill
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph, prefill
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.signals import codec, gathered, guidance_for
-from specvlm.strategy import Pruner
+from specvlm.strategies import Pruner, plugins
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, KeepSet, TokenGrid
-from specvlm.verifiers.greedy import GreedyVerifier
 
 GRID, WIDTH = TokenGrid(6, 4, 4), 8
 
@@ -75,16 +74,16 @@ def test_what_a_group_gathers_is_what_each_member_would_gather_alone(family):
     target, request = tiny.model(family), tiny.prompt(family)
 
     def gather(pruner: Pruner) -> tuple:
-        guidance = guidance_for(pruner, target, request)
+        collector = collector_for(pruner, target, request)
         clock = SimpleNamespace(mark=lambda part: None)
-        return guidance, prefill(target, request, target.new_cache(len(request)), clock, guidance)[0]
+        return collector, prefill(target, request, target.new_cache(len(request)), clock, collector)[0]
 
     for part in groups(pruners(), target.layers):
-        guidance, features_ND = gather(part)
+        collector, features_ND = gather(part)
         for pruner in part.members.values():
             alone, other_ND = gather(pruner)
             mine, theirs = (
-                gathered(pruner.needs, request, guidance, features_ND),
+                gathered(pruner.needs, request, collector, features_ND),
                 gathered(pruner.needs, request, alone, other_ND),
             )
             assert mine.keys() == theirs.keys() == {name for name in pruner.needs if not name.startswith("draft_")}
@@ -108,8 +107,8 @@ def test_a_row_accepts_what_a_decode_accepts(family, setting, monkeypatch):
     monkeypatch.setattr(evaluate, "LIMIT", 40)
     target, draft, request = tiny.model(family), tiny.draft_of(family), tiny.prompt(family)
     pruner, drafter = pruners()[setting.pruner], drafter_for(family, setting.drafter, request)
-    guidance = guidance_for(Together({"": pruner}, target.layers), target, request, drafter.needs)
-    scene = Scene(SimpleNamespace(family=family, target=target, draft=draft), 0, request, guidance)
+    collector = collector_for(Together({"": pruner}, target.layers), target, request, drafter.needs)
+    scene = Scene(SimpleNamespace(family=family, target=target, draft=draft), 0, request, collector)
     row = scene.row(setting)
     graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=setting.ratio))
     steps = list(graph.decode(request, 40))

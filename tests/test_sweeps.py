@@ -17,23 +17,26 @@ import torch
 from filelock import FileLock
 from sweeping import ASK, end, finished, install, jobs, start, table, uninstall, untimed, videos
 
-from specvlm import answer, load, metrics, registry
+from specvlm import load
 from specvlm.__main__ import main
-from specvlm.answer import threads
-from specvlm.baselines import Baselines, inputs
-from specvlm.compose import compose
-from specvlm.compose import jobs as planned
+from specvlm.app import request as answer
+from specvlm.app.baselines import Baselines, inputs
+from specvlm.app.compose import compose
+from specvlm.app.compose import jobs as planned
+from specvlm.app.job import Job
+from specvlm.app.job_names import apart, folder_name
+from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import read, set_up
+from specvlm.app.request import threads
 from specvlm.config import model_folder
-from specvlm.datasets.synthetic import SyntheticDataset
-from specvlm.engine.graphs import GraphsEngine
+from specvlm.decoding.lossless import Comparison
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import UserError, worst
-from specvlm.held import HELD
-from specvlm.job import Job
-from specvlm.lossless import Comparison
-from specvlm.names import apart, folder_name
-from specvlm.places import places_of
-from specvlm.prepare import read, set_up
-from specvlm.rows import Rows, room, rows_of, steps_of, summary_of
+from specvlm.results import metrics
+from specvlm.results.rows import Rows, room, rows_of, steps_of, summary_of
+from specvlm.strategies import registry
+from specvlm.strategies.datasets.synthetic import SyntheticDataset
 from specvlm.types import Step
 
 THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
@@ -62,7 +65,7 @@ def decodes(monkeypatch):
     """Prompt lengths of the baselines that are decoded, warm-ups left out."""
     calls, real = [], answer.decode_alone
     monkeypatch.setattr(
-        "specvlm.job.decode_alone", lambda request, *rest: calls.append(len(request.prompt)) or real(request, *rest)
+        "specvlm.app.job.decode_alone", lambda request, *rest: calls.append(len(request.prompt)) or real(request, *rest)
     )
     return calls
 
@@ -70,14 +73,14 @@ def decodes(monkeypatch):
 @pytest.fixture
 def loads(monkeypatch):
     """Models that are loaded, family and name; none is held at first."""
-    HELD.clear()
+    MODEL_CACHE.clear()
     calls = []
 
     def loading(path, *rest, **named):
         calls.append("/".join(path.parts[-2:]))
         return load(path, *rest, **named)
 
-    monkeypatch.setattr("specvlm.held.load", loading)
+    monkeypatch.setattr("specvlm.app.model_cache.load", loading)
     return calls
 
 
@@ -154,8 +157,8 @@ def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
 def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
     """Jobs share caches: where two draft with models of other shapes, each finds what was captured for its own gone."""
     engine, spent = GraphsEngine("direct"), {"speculate": 0, "decode_alone": 0}
-    monkeypatch.setattr("specvlm.held.engine_for", lambda *_: engine)
-    HELD.clear()
+    monkeypatch.setattr("specvlm.app.model_cache.engine_for", lambda *_: engine)
+    MODEL_CACHE.clear()
 
     def counted(name):
         real = getattr(answer, name)
@@ -169,11 +172,11 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
         return timed
 
     for name in spent:
-        monkeypatch.setattr(f"specvlm.job.{name}", counted(name))
+        monkeypatch.setattr(f"specvlm.app.job.{name}", counted(name))
     try:
         assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3") == 0
     finally:
-        HELD.clear()
+        MODEL_CACHE.clear()
     rows = [row for job in jobs(Path("sweep")).values() for row in rows_of(job)]
     assert spent == {"speculate": 0, "decode_alone": 0} and not any("capture" in row["times_s"] for row in rows)
     assert len(rows) == 6 and sum(row["capture_s"] > 0 for row in rows) == 4, "two behind themselves find all there"
@@ -183,22 +186,29 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
 def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
     """However often other jobs have the caches changed: warming up takes as long as half a sample."""
     warmed, real = [], answer.warm_up
-    monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
-    assert sweep("pruner=uniform", "drafter=tree,self", "dataset.scenes=3", "max_new_tokens=4") == 0
-    assert len(warmed) == 4, "each once with its drafter and, where it finds no baseline, once without"
+    monkeypatch.setattr("specvlm.app.job.warm_up", lambda *args: warmed.append(1) or real(*args))
+    MODEL_CACHE.warm.clear()
+    words = ["pruner=uniform", "drafter=tree,self", "dataset.scenes=3", "max_new_tokens=4"]
+    assert sweep(*words) == 0
+    assert len(warmed) == 3, "each once with its drafter, and once without"
+    assert sweep(*words, folder="again") == 0
+    assert len(warmed) == 3, "another sweep finds all of it warm"
+    assert sweep(*words, "ratio=0.5", folder="other") == 0
+    assert len(warmed) == 5, "what passes depend on is another"
 
 
 @pytest.mark.slow
 def test_ranks_warm_up_together(monkeypatch):
     """Else one waits for ever in a sum that the others do not come to."""
     asked, warmed, real = [], [], answer.warm_up
+    MODEL_CACHE.warm.clear()
 
     def on_all(self, mine):
         asked.append(mine)
         return mine and len(asked) % 3 == 1  # of each sample the others: is another rank warm too, both ways? It is not
 
     monkeypatch.setattr(Job, "_all", on_all)
-    monkeypatch.setattr("specvlm.job.warm_up", lambda *args: warmed.append(1) or real(*args))
+    monkeypatch.setattr("specvlm.app.job.warm_up", lambda *args: warmed.append(1) or real(*args))
     assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 0
     assert asked == [True, False, False] + [True, True, True] * 2 and len(warmed) == 6
 
@@ -352,36 +362,36 @@ def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(m
         return setup, read(setup, SyntheticDataset(1).samples()[0])
 
     plain, aware = prepared(), prepared("pair=embedded_qwen2_5_vl_aware")
-    request = HELD.plan(*plain)
-    list(HELD.graph(request).decode(request.prompt, 4))
+    request = MODEL_CACHE.plan(*plain)
+    list(MODEL_CACHE.graph(request).decode(request.prompt, 4))
     (device,) = request.plans
     parts = request.plans[device].parts
-    held = HELD.caches.bytes_on(device) + sum(model.bytes_on(device) for model in HELD.models.values())
+    held = MODEL_CACHE.caches.bytes_on(device) + sum(model.bytes_on(device) for model in MODEL_CACHE.models.values())
     assert parts["target weights"] + parts["draft weights"] <= held < request.planned
-    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned - held)
-    assert HELD.plan(*plain).planned == request.planned and len(HELD.models) == 2
-    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned - held - 1)
+    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned - held)
+    assert MODEL_CACHE.plan(*plain).planned == request.planned and len(MODEL_CACHE.models) == 2
+    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned - held - 1)
     with pytest.raises(UserError, match="the run needs about"):
-        HELD.plan(*plain)
-    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: request.planned)
-    HELD.graph(HELD.plan(*aware))
-    assert len(HELD.models) == 3, "there is room for two drafts"
-    monkeypatch.setattr("specvlm.memory.free_bytes", lambda _: 0)
+        MODEL_CACHE.plan(*plain)
+    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned)
+    MODEL_CACHE.graph(MODEL_CACHE.plan(*aware))
+    assert len(MODEL_CACHE.models) == 3, "there is room for two drafts"
+    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: 0)
     with pytest.raises(UserError, match="the run needs about"):
-        HELD.plan(*aware)
-    assert len(HELD.models) == 2, "the other draft made room"
+        MODEL_CACHE.plan(*aware)
+    assert len(MODEL_CACHE.models) == 2, "the other draft made room"
     assert loads == ["qwen2_5_vl/target", "qwen2_5_vl/plain", "qwen2_5_vl/aware"]
 
 
 def test_what_a_baseline_depends_on_is_in_its_key():
     cfg = compose([*ASK, "dataset.scenes=1"])
     setup = set_up(cfg, places_of(cfg))
-    request = HELD.plan(setup, read(setup, SyntheticDataset(1).samples()[0]))
-    graph = HELD.graph(request)
+    request = MODEL_CACHE.plan(setup, read(setup, SyntheticDataset(1).samples()[0]))
+    graph = MODEL_CACHE.graph(request)
     first = inputs(request, graph, 0)
     graph.target.repetition_penalty = 1.2
     assert inputs(request, graph, 0) != first
-    graph = HELD.graph(request)
+    graph = MODEL_CACHE.graph(request)
     with threads(torch.get_num_threads() + 1):
         assert inputs(request, graph, 0) != first
     loose, sampling = (replace(graph, verifier=registry.build("verifier", name)) for name in ("loose", "sampling"))
@@ -581,7 +591,7 @@ def test_fail_fast_holds_for_single_runs_too():
 
 @pytest.mark.slow
 def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, capsys):
-    from specvlm.graph import Output
+    from specvlm.decoding.loop import Output
 
     take = Output.take
     monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
@@ -594,7 +604,7 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
 @pytest.mark.slow
 def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
     """Of one job with a sample that fails, of a sweep with a job that fails, and of one that ends at the first failure."""
-    from specvlm.graph import Output
+    from specvlm.decoding.loop import Output
 
     take = Output.take
     monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))
@@ -620,7 +630,7 @@ def test_a_mismatch_of_a_workers_job_is_not_hidden_by_one_that_failed_before(wro
 
 @pytest.mark.slow
 def test_a_tie_has_its_control(monkeypatch):
-    monkeypatch.setattr("specvlm.answer.lossless.compare", lambda *_: Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01))
+    monkeypatch.setattr("specvlm.app.request.lossless.compare", lambda *_: Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01))
     assert main([*ASK, "dataset.scenes=1", "hydra.run.dir=out"]) == 0
     (row,) = rows_of(Path("out"))
     assert row["verdict"] == "numeric tie at token 3 (gap 0.01)" and row["difference"]["control"] is True
@@ -631,10 +641,10 @@ def test_a_tie_has_its_control(monkeypatch):
 @pytest.mark.slow
 def test_a_target_that_does_not_repeat_itself_has_no_ties(monkeypatch):
     def compare(*_):
-        monkeypatch.setattr("specvlm.answer.alone", lambda *_: iter([Step((1,))]))
+        monkeypatch.setattr("specvlm.app.request.alone", lambda *_: iter([Step((1,))]))
         return Comparison("tie", 3, 0.01, 0.02, "", (5, 6), -0.01)
 
-    monkeypatch.setattr("specvlm.answer.lossless.compare", compare)
+    monkeypatch.setattr("specvlm.app.request.lossless.compare", compare)
     assert main([*ASK, "dataset.scenes=1", "hydra.run.dir=out"]) == 1
     (row,) = rows_of(Path("out"))
     assert row["verdict"] == "MISMATCH at token 3: the target alone, decoded again, gives another output"
@@ -646,15 +656,15 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    HELD.clear()
-    monkeypatch.setattr("specvlm.held.load", load)
+    MODEL_CACHE.clear()
+    monkeypatch.setattr("specvlm.app.model_cache.load", load)
     Path("file").write_text("")
     for words in (["hydra.sweep.dir=file/x"], ["baselines=file/x", "hydra.sweep.dir=sweep"]):
         assert main(["-m", *ASK, "ratio=0.5,0.9", *words]) == 2
         error = capfd.readouterr().err
         assert error.count("\n") == 1 and "Not a directory" in error
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr("specvlm.rows.shutil.disk_usage", lambda path: usage._replace(free=2**20))
+    monkeypatch.setattr("specvlm.results.rows.shutil.disk_usage", lambda path: usage._replace(free=2**20))
     assert sweep("ratio=0.5,0.9") == 2
     error = capfd.readouterr().err
     assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1
@@ -704,7 +714,7 @@ def test_out_of_memory_of_a_sample_fails_it_alone(monkeypatch):
     def nothing_left():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("specvlm.job.decode_alone", full)
+    monkeypatch.setattr("specvlm.app.job.decode_alone", full)
     assert main([*ASK, "dataset.scenes=3", "hydra.run.dir=out"]) == 5
     rows = rows_of(Path("out"))
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
@@ -757,7 +767,7 @@ def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypat
         found.append((folder, folder in self.labels))
         return 0
 
-    monkeypatch.setattr("specvlm.sweep.Sweep.add", add)
+    monkeypatch.setattr("specvlm.app.sweep.Sweep.add", add)
     assert sweep("drafter=tree", "pruner=uniform,random", *words, "max_new_tokens=4") == 0
     assert len({folder for folder, _ in found}) == 2 and all(there for _, there in found), found
 

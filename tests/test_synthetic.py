@@ -15,9 +15,9 @@ from experiments.embedded_pair import forward
 from experiments.embedded_pair.keepsets import keep_set
 from experiments.embedded_pair.models import build
 from experiments.embedded_pair.tokenizer import encode, first_question
-from specvlm.data import synthetic
-from specvlm.data.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
-from specvlm.data.video import read_video
+from specvlm.video import synthetic
+from specvlm.video.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
+from specvlm.video.video import read_video
 
 ASSETS = Path(specvlm.__file__).parent / "assets"
 FAMILIES = ("qwen2_5_vl", "llava_onevision")

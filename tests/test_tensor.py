@@ -21,8 +21,8 @@ from experiments.gpu_pair.__main__ import main as benchmark
 from specvlm.config import model_folder
 from specvlm.errors import ExitCode
 from specvlm.models.load import skeleton
-from specvlm.ranks import ALONE
-from specvlm.strategy.signals import axes_of
+from specvlm.parallel.ranks import SINGLE
+from specvlm.strategies.signals import axes_of
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.slow  # it starts processes
@@ -51,7 +51,7 @@ def test_both_ranks_have_the_same_output(by_ranks):
 @pytest.mark.parametrize("family", ranks_worker.FAMILIES)
 def test_it_is_the_output_of_one_process(family, by_ranks):
     torch.manual_seed(0)
-    alone, shared = ranks_worker.answers(family, ALONE), by_ranks[0][family]
+    alone, shared = ranks_worker.answers(family, SINGLE), by_ranks[0][family]
     for case, tokens in shared.items():
         what, _, engine = case.partition(" ")
         if what != "sampled" or engine == "eager":  # a captured tree draws its noise in another order
@@ -64,7 +64,7 @@ def test_signals_are_the_same_on_both_ranks_and_those_of_one_process(tmp_path):
     done = forked.ranks(partial(ranks_worker.run, "signals", tmp_path), tmp_path)
     assert done.codes == (0, 0), done.err[-4000:]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    alone = {name: x for family in ranks_worker.FAMILIES for name, x in ranks_worker.signals(family, ALONE).items()}
+    alone = {name: x for family in ranks_worker.FAMILIES for name, x in ranks_worker.signals(family, SINGLE).items()}
     assert set(alone) == set(first) == set(second)
     for key, signal in alone.items():
         family, _, name = key.partition(".")

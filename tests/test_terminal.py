@@ -8,22 +8,23 @@ import pytest
 from report_jobs import row
 from rich.console import Console
 
-from specvlm import metrics, show
 from specvlm.__main__ import main
-from specvlm.rows import summary_of
-from specvlm.show import Screen, Terminal, times, two_digits
-from specvlm.terminal import Stream
+from specvlm.app import console as show
+from specvlm.app.console import RunConsole, Terminal, times, two_digits
+from specvlm.app.terminal import Stream
+from specvlm.results import metrics
+from specvlm.results.rows import summary_of
 
 
-def screen(columns: int, terminal: bool = True) -> Screen:
+def screen(columns: int, terminal: bool = True) -> RunConsole:
     console = Terminal()
     console.file, console._force_terminal, console.no_color = StringIO(), terminal, True
-    made = Screen(console)
+    made = RunConsole(console)
     console.width = columns
     return made
 
 
-def said(made: Screen) -> str:
+def said(made: RunConsole) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", made.console.file.getvalue())
 
 

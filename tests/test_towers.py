@@ -7,7 +7,8 @@ import tiny
 import torch
 from towers import remember_features, remember_passes
 
-from specvlm.engine import Engine, tree_pass
+from specvlm.engine import Engine
+from specvlm.engine.base import tree_pass
 from specvlm.types import DraftTree, TreeShape
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 from sweeping import ASK, jobs, untimed
 from wandb.proto import wandb_internal_pb2
 
-from specvlm import tracker
 from specvlm.__main__ import main
-from specvlm.rows import rows_of, steps_of, summary_of
-from specvlm.tracker import CELL, kept_picture
+from specvlm.results import tracker
+from specvlm.results.rows import rows_of, steps_of, summary_of
+from specvlm.results.tracker import CELL, kept_picture
 
 FEW = [*ASK, "dataset.scenes=2", "max_new_tokens=6"]
 
@@ -47,7 +47,7 @@ def records(file: Path):
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.RequestResult()
             record.ParseFromString(whole)
             whole = b""
             yield record
@@ -133,7 +133,7 @@ def test_a_resumed_job_mirrors_all_of_it_and_a_failure_has_its_code(monkeypatch)
     lines = Path("out/samples.jsonl").read_text().splitlines(keepends=True)
     Path("out/samples.jsonl").write_text(lines[0])
     Path("out/wandb").rename("first")
-    from specvlm.graph import Output
+    from specvlm.decoding.loop import Output
 
     take = Output.take
     monkeypatch.setattr(Output, "take", lambda self, tokens: take(self, [5 if len(tokens) > 1 else token for token in tokens]))

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm import compose
-from specvlm.pruners.verifier_attention import VerifierAttentionPruner
-from specvlm.rows import rows_of
-from specvlm.strategy import PruneContext
+from specvlm.app import compose
+from specvlm.results.rows import rows_of
+from specvlm.strategies import PruneContext
+from specvlm.strategies.pruners.verifier_attention import VerifierAttentionPruner
 from specvlm.types import TokenGrid
 
 ROOT = Path(__file__).parents[1]

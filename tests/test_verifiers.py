@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specvlm.strategy import Verifier, VerifyContext
+from specvlm.strategies import Verifier, VerifyContext
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import DraftTree, TreeShape
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 V = 4
 

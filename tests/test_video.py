@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from specvlm.data import decord_process, pictures, readers
-from specvlm.data.av_file import Orientation
-from specvlm.data.codec import read_stream
-from specvlm.data.decord_process import DecordProcess
-from specvlm.data.frame_index import Facts, index_of
-from specvlm.data.readers import NAMES, Group
-from specvlm.data.video import SAMPLINGS, probe, read_video
 from specvlm.errors import UserError
+from specvlm.video import decord_process, pictures, readers
+from specvlm.video.av_file import Orientation
+from specvlm.video.codec import read_stream
+from specvlm.video.decord_process import DecordProcess
+from specvlm.video.frame_index import Facts, index_of
+from specvlm.video.readers import NAMES, Group
+from specvlm.video.video import SAMPLINGS, probe, read_video
 
 av = pytest.importorskip("av", reason="PyAV makes the test clips")
 pytest.importorskip("decord", reason="decord has no wheel for this machine")

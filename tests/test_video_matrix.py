@@ -18,9 +18,9 @@ from videos.ffmpeg import shown
 from videos.judge import Verdict, numbers
 from videos.mutate import mutate
 
-from specvlm.data import video
-from specvlm.data.frame_index import index_of
-from specvlm.data.readers import PyavReader
+from specvlm.video import video
+from specvlm.video.frame_index import index_of
+from specvlm.video.readers import PyavReader
 
 
 @pytest.fixture(scope="module")

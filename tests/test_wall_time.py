@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from report_jobs import job, row
 
-from specvlm import metrics, prepare, show
 from specvlm.__main__ import main
+from specvlm.app import console, prepare
 from specvlm.report.reading import read_jobs
 from specvlm.report.table import groups
-from specvlm.rows import rows_of, summary_of
+from specvlm.results import metrics
+from specvlm.results.rows import rows_of, summary_of
 
 SHORT = ["frames=4", "max_new_tokens=6", "question='how many objects appear ?'"]
 SLOW_S = 0.3
@@ -33,7 +34,7 @@ def slow_file(monkeypatch):
         time.sleep(SLOW_S)
         return real(*args, **options)
 
-    monkeypatch.setattr("specvlm.prepare.read_video", slow)
+    monkeypatch.setattr("specvlm.app.prepare.read_video", slow)
 
 
 def check(found: dict) -> None:
@@ -54,8 +55,8 @@ def test_a_run_counts_what_reading_took(slow_file, capsys):
     found = json.loads(Path("out/summary.json").read_text())
     check(found)
     shown = capsys.readouterr().out
-    assert f"file to first token  {show.seconds(found['file_to_first_token_s'])} (reading the video " in shown
-    assert f"file to last token   {show.seconds(found['file_to_last_token_s'])}, the target alone " in shown
+    assert f"file to first token  {console.seconds(found['file_to_first_token_s'])} (reading the video " in shown
+    assert f"file to last token   {console.seconds(found['file_to_last_token_s'])}, the target alone " in shown
 
 
 @pytest.mark.slow
@@ -71,7 +72,7 @@ def test_a_job_and_the_table_of_a_sweep_count_what_reading_took(slow_file, capsy
         assert totals["file_to_last_token_s"] == pytest.approx(one["file_to_last_token_s"])
     assert len(found) == 2 and found[0]["times_s"]["video"] == found[1]["times_s"]["video"]
     shown = capsys.readouterr().out
-    assert shown.count("file to") == 2 and show.seconds(found[0]["file_to_first_token_s"]) in shown
+    assert shown.count("file to") == 2 and console.seconds(found[0]["file_to_first_token_s"]) in shown
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_older_rows_are_shown_with_a_dash(tmp_path):
     assert texts == {("700 ms", "1.80 s"), ("–", "–")}
     assert all(of["time_to_first_token_s"] == "500 ms" for of in cells.values())
     (old,) = (summary for path in tmp_path.iterdir() if (summary := summary_of(path)).get("file_to_last_token_s") is None)
-    assert list(show.totals(older(old)))[5:7] == ["-", "-"]
+    assert list(console.totals(older(old)))[5:7] == ["-", "-"]
 
 
 def test_a_single_run_of_an_older_version_is_still_reported(tmp_path):

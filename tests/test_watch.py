@@ -16,7 +16,7 @@ import pytest
 from test_tensor import torchrun
 
 from specvlm.errors import UserError
-from specvlm.watch import Watch
+from specvlm.parallel.watchdog import Watch
 
 pytestmark = pytest.mark.slow  # it starts processes
 HERE = Path(__file__).parent

@@ -10,9 +10,9 @@ import reference
 import torch
 from towers import contents
 
-from specvlm.contract.tiny import END, FAMILIES, IMAGE, START, TEXT, VIDEO, built
-from specvlm.contract.tiny import wrapped as wrap
 from specvlm.models.video_lm import VideoLM
+from specvlm.testing.tiny import END, FAMILIES, IMAGE, START, TEXT, VIDEO, built
+from specvlm.testing.tiny import wrapped as wrap
 from specvlm.types import TokenGrid, VideoPrompt
 
 __all__ = [

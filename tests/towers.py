@@ -36,9 +36,9 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
     """
     known: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
 
-    def forward(embeds_QD, positions_AQ, cache, mask_QK, guidance=None, states=None, compute=lm.forward):
-        if guidance is not None or states is not None or len(embeds_QD) < least:
-            return compute(embeds_QD, positions_AQ, cache, mask_QK, guidance, states)
+    def forward(embeds_QD, positions_AQ, cache, mask_QK, collector=None, states=None, compute=lm.forward):
+        if collector is not None or states is not None or len(embeds_QD) < least:
+            return compute(embeds_QD, positions_AQ, cache, mask_QK, collector, states)
         start, end = cache.length, cache.length + len(embeds_QD)
         stores, seen = [tensor for store in cache.stores for tensor in store], sha256()
         masked = [] if mask_QK is None else [mask_QK]

@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any
 
 from experiments.strategies.report import TITLES
-from specvlm import compose, rows
+from specvlm.app import compose
 from specvlm.report.reading import STRATEGIES, flat
+from specvlm.results import rows
 
 # What each job of an experiment is held against: the same job but for these settings.
 BASES: dict[str, tuple[dict[str, Any], ...]] = {

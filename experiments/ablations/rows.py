@@ -26,8 +26,8 @@ from safetensors.numpy import load_file
 from experiments.ablations.presets import BASES, FRAMES, Planned, family_of, planned, settings_of
 from experiments.strategies.report import TITLES
 from specvlm.errors import UserError
-from specvlm.folder import attention_file
 from specvlm.report.reading import Job, Row, folders_in, read_job
+from specvlm.results.folder import attention_file
 
 ROOT = Path(__file__).parent.parent  # experiments/
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the video tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.embedded_pair.forward import TEXT_ROWS
 from experiments.embedded_pair.tokenizer import END, PAD, encode, first_question, next_question
-from specvlm.data import synthetic
+from specvlm.video import synthetic
 
 LENGTHS = {16: 0.7, 12: 0.1, 8: 0.1, 4: 0.1}  # share of steps by video length in seconds, after the vision stage
 

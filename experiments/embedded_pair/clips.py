@@ -5,7 +5,7 @@ from pathlib import Path
 
 import av
 
-from specvlm.data.synthetic import FPS, SIDE, caption, questions, render, sample_scene
+from specvlm.video.synthetic import FPS, SIDE, caption, questions, render, sample_scene
 
 CLIPS = Path(__file__).resolve().parents[2] / "specvlm" / "assets" / "clips"
 SEEDS = (101, 103, 107, 109)  # held out

@@ -23,26 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache
 from specvlm.config import model_folder
-from specvlm.data import synthetic
-from specvlm.data.video import Clip
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, generator_for
 from specvlm.engine import Engine
-from specvlm.graph import DecodingGraph, generator_for
-from specvlm.models.attention import Guidance
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import KVCache
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.fastv import FastVPruner
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.random import RandomPruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.pruners.verifier_attention import VerifierAttentionPruner
-from specvlm.pruners.window import WindowPruner
-from specvlm.strategy import DraftContext, DraftSession, Pruner, Sampling
+from specvlm.strategies import DraftContext, DraftSession, Pruner, Sampling
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.fastv import FastVPruner
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.random import RandomPruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.pruners.verifier_attention import VerifierAttentionPruner
+from specvlm.strategies.pruners.window import WindowPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, GenerationOptions, Verdict, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.video import synthetic
+from specvlm.video.video import Clip
 
 RESULTS = Path(__file__).parent / "results"
 ENGINE = Engine()
@@ -97,13 +97,13 @@ def scene_request(lm: VideoLM, family: str, kind: str, number: int, file: Path |
 
 
 def answered(
-    target: VideoLM, prompt: VideoPrompt, features_ND: Tensor, guidance: Guidance | None, limit: int
+    target: VideoLM, prompt: VideoPrompt, features_ND: Tensor, collector: AttentionCollector | None, limit: int
 ) -> tuple[list[int], KVCache]:
     """The target's own greedy answer, stop id included, and its cache with all of that but the last token."""
     cache, embeds_SD = target.new_cache(len(prompt) + limit), target.embed(prompt, features_ND)
-    if guidance is not None:
-        guidance.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
-    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, guidance)
+    if collector is not None:
+        collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
+    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, collector)
     answer = [int(target.head(hidden_D).argmax())]
     while answer[-1] not in target.stop_ids and len(answer) < limit:
         answer.append(int(ENGINE.append(target, torch.tensor(answer[-1:]), cache)[0].argmax()))
@@ -161,9 +161,9 @@ class Family:
     def scene(self, kind: str, number: int, limit: int = 200) -> list[dict[str, Any]]:
         target = self.target
         prompt, gold = scene_request(target, self.family, kind, number)
-        guidance = Guidance(prompt.video_index, rows=True, last_row=True)
+        collector = AttentionCollector(prompt.video_index, rows=True, last_row=True)
         features = target.features(prompt)
-        answer, _ = answered(target, prompt, features, guidance, limit)
+        answer, _ = answered(target, prompt, features, collector, limit)
         rows = [{"scene": number, "exact": exactly(target, answer, gold), "tokens": len(answer)}]
         for draft_name, draft in self.drafts.items():
             if draft_name == "aware" and number >= AWARE_SCENES:
@@ -175,7 +175,7 @@ class Family:
                     target, draft, pruner, self.drafter, GreedyVerifier(), GenerationOptions(ratio=ratio, positions=positions)
                 )
                 generator = generator_for(number)
-                keep = graph.select(prompt, guidance, features, generator)
+                keep = graph.select(prompt, collector, features, generator)
                 session = self.drafter.start(
                     DraftContext(
                         prompt, keep, answer[0], target, draft, None, positions, limit, graph.vocabulary, Sampling(), generator

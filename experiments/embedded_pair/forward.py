@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from experiments.embedded_pair.models import MEAN_STD, PATCH
 from experiments.embedded_pair.tokenizer import ID, VIDEO, before_video
-from specvlm.data.synthetic import NOISE, SIDE
+from specvlm.video.synthetic import NOISE, SIDE
 
 GRID, CELLS = SIDE // PATCH, SIDE // PATCH // 2  # patches and merged cells along a side
 TEXT_ROWS = 224  # text rows of a training row, all turns after the video

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from experiments.embedded_pair.tokenizer import END, ID, IMAGE, PAD, START, VIDEO, VOCAB_SIZE, build_tokenizer
-from specvlm.data.synthetic import SIDE
+from specvlm.video.synthetic import SIDE
 
 PATCH = 14
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -17,7 +17,7 @@ from experiments.embedded_pair.keepsets import POLICIES, keep_set
 from experiments.embedded_pair.learner import frozen
 from experiments.embedded_pair.supervision import frame_times
 from experiments.embedded_pair.tokenizer import END, FAMILIES, PAD, encode, first_question
-from specvlm.data.synthetic import CAPTION_QUESTIONS, HELD_OUT, caption, draw, pack, questions, sample_scene
+from specvlm.video.synthetic import CAPTION_QUESTIONS, HELD_OUT, caption, draw, pack, questions, sample_scene
 
 TREE = {(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (0, 0, 0), (0, 0, 1), (0, 0, 2),
         (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0),

@@ -20,18 +20,18 @@ from time import perf_counter
 import torch
 
 from experiments.embedded_pair.evaluate import FAMILIES, RESULTS, scene_request
-from specvlm import metrics
 from specvlm.config import model_folder
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.models.load import load
-from specvlm.pruners.none import NonePruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.strategy import Drafter, Pruner
+from specvlm.results import metrics
+from specvlm.strategies import Drafter, Pruner
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, Step, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
 
 LIMIT = 200
 # name: pruner, drafter; ratio 0.9 throughout

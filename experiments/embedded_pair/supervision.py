@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.embedded_pair.batches import Batch
 from experiments.embedded_pair.forward import CELLS, linear, maybe_compiled
-from specvlm.data.synthetic import COLOR_NAMES, FPS, MAX_OBJECTS, RADII, SECONDS, SIDE, Col, centers
+from specvlm.video.synthetic import COLOR_NAMES, FPS, MAX_OBJECTS, RADII, SECONDS, SIDE, Col, centers
 
 SEE = {"object": 1, "shape": 8, "color": 8, "size": 3, "center": 2, "cell": 2, "background": 6, "texture": 3}
 RECALL = {"second": 14, "start": 9, "order": MAX_OBJECTS, "now": SECONDS}

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from specvlm.data.synthetic import SPECIAL_TOKENS, SYSTEM, VOCABULARY
+from specvlm.video.synthetic import SPECIAL_TOKENS, SYSTEM, VOCABULARY
 
 VOCAB_SIZE = 192  # rows of the embedding; the tokenizer uses fewer, as released checkpoints do
 ID = {word: i for i, word in enumerate(VOCABULARY)}

@@ -22,7 +22,7 @@ from experiments.embedded_pair.keepsets import keep_set
 from experiments.embedded_pair.learner import Learner, frozen, log
 from experiments.embedded_pair.supervision import frame_times, see_accuracy, see_loss, token_labels
 from experiments.embedded_pair.tokenizer import FAMILIES
-from specvlm.data.synthetic import coverage, draw
+from specvlm.video.synthetic import coverage, draw
 
 RATES = {"vision": 1.5e-3, "target": 1e-3, "draft": 2e-3}
 STEPS = {"vision": 2500, "target": 6000}

@@ -27,17 +27,19 @@ from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Llava, Qwen, build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton, stages_for
-from specvlm import memory, metrics, torchrun
-from specvlm.__main__ import guarded, leave
 from specvlm.advise import predict
+from specvlm.app import memory_plan
+from specvlm.app.cli import guarded, leave
+from specvlm.app.placement import device_of
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
 from specvlm.models.checkpoint import DTYPES
-from specvlm.models.spread import Stage, check_shares
+from specvlm.models.partition import Stage, check_shares
 from specvlm.models.video_lm import VideoLM
-from specvlm.places import device_of
-from specvlm.ranks import ALONE, Ranks, joined
+from specvlm.parallel import torchrun
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined
+from specvlm.results import metrics
 
 HERE = Path(__file__).parent
 REAL_UP_TO = 32768  # video tokens; a longer prefill takes minutes of a machine that is not ours
@@ -47,7 +49,7 @@ T = TypeVar("T")
 class Record:
     """Rows as they come: to the file, and kept. A part that fails leaves a row that says so, and the rest goes on."""
 
-    def __init__(self, path: Path, about: dict[str, Any], limit_s: float, ranks: Ranks = ALONE) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], limit_s: float, ranks: ProcessGroup = SINGLE) -> None:
         self.path, self.about, self.limit_s, self.ranks = path, about, limit_s, ranks
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
@@ -74,7 +76,7 @@ class Record:
         except Exception as error:
             if self.ranks.size > 1:
                 raise  # the others are waiting for this one
-            memory_gone = memory.ran_out(error)
+            memory_gone = memory_plan.ran_out(error)
             said = "out of memory" if memory_gone else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if not memory_gone:
                 traceback.print_exc()
@@ -124,7 +126,7 @@ def about(options: Options, device: torch.device) -> dict[str, Any]:
 class Run:
     """The models of one shape, and the parts asked for, context by context."""
 
-    def __init__(self, options: Options, record: Record, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, options: Options, record: Record, device: torch.device, ranks: ProcessGroup = SINGLE) -> None:
         self.options, self.record, self.device, self.ranks = options, record, device, ranks
         self.pair = pair_of(options.shape)
         gpu = device.type == "cuda"
@@ -155,7 +157,7 @@ class Run:
         folder = folder or (self.options.target if shape is self.pair.target else "")
         if folder:
             return read(model_folder(folder), self.device, self.options.dtype, weights)
-        wrap, seed, stages, ranks = WRAPS[shape.family], self.options.seed, (), ALONE
+        wrap, seed, stages, ranks = WRAPS[shape.family], self.options.seed, (), SINGLE
         if shape is self.pair.target:
             ranks = self.ranks
             stages = self.stages() if self.options.parallel == "layers" else ()
@@ -275,7 +277,7 @@ def command(words: Sequence[str]) -> int:
     options = Options.parse(words)
     device = device_of(options.device)
     if options.parallel != "tensor":
-        return measured(options, device, ALONE)
+        return measured(options, device, SINGLE)
     pair, ranks = pair_of(options.shape), torchrun.size_here()
     check_shares(pair.target.config(), ranks, "parallel=tensor", "take parallel=layers")
     if pair.draft is not None and options.draft_parallel:
@@ -286,7 +288,7 @@ def command(words: Sequence[str]) -> int:
         return measured(options, device, found)
 
 
-def measured(options: Options, device: torch.device, ranks: Ranks) -> int:
+def measured(options: Options, device: torch.device, ranks: ProcessGroup) -> int:
     out = os.devnull if ranks.rank else options.out
     record = Record(Path(out), about(options, device), options.limit_s, ranks)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Is the captured output the target's own? The embedded pairs on a GPU: every pruner and drafter, on held-out scenes.
 
 float32: captured = eager = Hugging Face's `generate`, token by token. bfloat16: where the captured output leaves our own
-autoregressive one, and by which gap in logits (see specvlm/lossless.py). Synthetic scenes, trained small models.
+autoregressive one, and by which gap in logits (see specvlm/decoding/lossless.py). Synthetic scenes, trained small models.
 
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
@@ -30,24 +30,24 @@ from typing import Any
 import torch
 
 from experiments.embedded_pair.evaluate import FAMILIES, PRUNERS, scene_request
-from specvlm import lossless
-from specvlm.cache import CachePool
 from specvlm.config import model_folder
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine, engine_for
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.metrics import tokens_of
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.none import NonePruner
-from specvlm.strategy import Drafter, Pruner
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Drafter, Pruner
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
 
 DRAFTERS: dict[str, Drafter] = {
     "tree": TreeDrafter(),

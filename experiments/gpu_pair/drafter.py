@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specvlm.drafters.tree import TreeDrafter
 from specvlm.errors import UserError
-from specvlm.passes import Work, driven
-from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.models.passes import Work, driven
+from specvlm.strategies import DraftContext, Drafter, DraftSession
+from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.types import DraftTree, TreeShape, Verdict
 
 

@@ -14,20 +14,20 @@ from torch import nn
 
 from experiments.gpu_pair.drafter import GivenDrafter
 from experiments.gpu_pair.spread import hooked, restored
-from specvlm import memory
 from specvlm.advise import Costs, profile
-from specvlm.cache import CachePool
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.app import memory_plan
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
-from specvlm.graph import DecodingGraph, autoregressive
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.ranks import own
-from specvlm.strategy import Pruner
+from specvlm.parallel.ranks import local_shard
+from specvlm.strategies import Pruner
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, Step, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
 
 Figures = dict[str, Any]
 
@@ -75,13 +75,13 @@ def weight_bytes(lm: VideoLM) -> int:
     """
 
     def held(module: nn.Module) -> int:
-        return sum(own(t).nbytes for t in (*module.parameters(), *module.buffers()))
+        return sum(local_shard(t).nbytes for t in (*module.parameters(), *module.buffers()))
 
     return held(lm.text.layers) + held(lm.text.norm) + held(lm.hf.lm_head)
 
 
 def kv_bytes(lm: VideoLM, slots: int) -> int:
-    return memory.kv_bytes(lm, slots, lm.dtype)
+    return memory_plan.kv_bytes(lm, slots, lm.dtype)
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Bench:
         assert self.prompt is not None
         devices = {stage.device for stage in self.target.stages}
         for device in devices:
-            memory.reset_peak(device)
+            memory_plan.reset_peak(device)
         seen = []
         for _ in range(repeats):
             steps = self.graph(ratio, pruner=TwoStagePruner()).decode(self.prompt, self.limit)
@@ -171,7 +171,7 @@ class Bench:
             "target_start_ms": parts["embed_ms"] + parts["prefill_ms"],
             "draft_start_ms": parts["prune_ms"] + parts["draft_prefill_ms"],
             "repeats": len(kept),
-            "peak_gib": max(map(memory.peak_bytes, devices)) / 2**30,
+            "peak_gib": max(map(memory_plan.peak_bytes, devices)) / 2**30,
         }
 
     def hugging_face(self) -> Figures:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache
+from specvlm.models.kv_cache import KVCache
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL

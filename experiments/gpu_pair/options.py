@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from experiments.gpu_pair.shapes import pair_of
-from specvlm import torchrun
 from specvlm.config import TargetParallel
 from specvlm.engine import ENGINES
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models.checkpoint import DTYPES
+from specvlm.parallel import torchrun
 from specvlm.types import TreeShape
 
 PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.gpu_pair.spread import Places, as_share, skeleton
+from experiments.gpu_pair.spread import Placement, as_share, skeleton
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models import attention
+from specvlm.models.partition import Stage
 from specvlm.models.quantize import quantize, quantize_share
-from specvlm.models.spread import Stage
 from specvlm.models.video_lm import VideoLM
-from specvlm.ranks import ALONE, Ranks, own
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 from specvlm.types import TokenGrid, VideoPrompt
 
 TEXT = dict(
@@ -186,7 +186,7 @@ def build(
     weights: str = "bf16",
     seed: int = 0,
     stages: Sequence[Stage] = (),
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE,
 ) -> VideoLM:
     """A model of that shape in `dtype`. weights: fp8, int8, int4 store the text part so, and never hold it whole in `dtype`.
 
@@ -194,10 +194,10 @@ def build(
     """
     attention.register()
     hf = skeleton(model_class(shape), shape.config(), ranks)
-    place = Places(hf, stages or [Stage(device, 0, shape.text.layers)], seed, ranks.rank)
+    place = Placement(hf, stages or [Stage(device, 0, shape.text.layers)], seed, ranks.rank)
     _fill(hf, shape.text, place, dtype, weights, ranks)
     _buffers(hf, shape, place)
-    left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if own(tensor).is_meta]
+    left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if local_shard(tensor).is_meta]
     assert not left, left
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
     return wrap(hf, stages=stages or None, ranks=ranks)
@@ -210,7 +210,7 @@ def model_class(shape: Qwen | Llava) -> Any:
     return getattr(transformers, f"{family}ForConditionalGeneration")
 
 
-def _fill(hf: Any, text: Text, place: Places, dtype: torch.dtype, weights: str, ranks: Ranks) -> None:
+def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: str, ranks: ProcessGroup) -> None:
     """Every parameter, module by module; a linear map of the text part is stored as `weights` says before the next is made."""
     core = hf.model.language_model
     stored: set[int] = set()
@@ -218,7 +218,7 @@ def _fill(hf: Any, text: Text, place: Places, dtype: torch.dtype, weights: str, 
         stored = {id(m) for m in core.layers.modules() if isinstance(m, nn.Linear)} | {id(hf.lm_head)}
 
     def normal(name: str, like: Tensor, std: float) -> nn.Parameter:
-        share, device = own(like), place.of(name)
+        share, device = local_shard(like), place.of(name)
         generators = place.common if share is like else place.mine
         new = torch.empty(share.shape, device=device, dtype=dtype).normal_(0, std, generator=generators[device])
         return nn.Parameter(as_share(like, new), requires_grad=False)
@@ -246,7 +246,7 @@ def _fill(hf: Any, text: Text, place: Places, dtype: torch.dtype, weights: str, 
     head = embedding
     if not text.tied:
         rows = embedding.roll(1, 0).mul_(text.width**-0.5)
-        count, there = len(own(hf.lm_head.weight)), place.of("lm_head")
+        count, there = len(local_shard(hf.lm_head.weight)), place.of("lm_head")
         first = place.rank * count if count < text.vocabulary else 0
         head = nn.Parameter(as_share(hf.lm_head.weight, rows[first : first + count].to(there, copy=True)), requires_grad=False)
     hf.lm_head.weight = head
@@ -254,14 +254,14 @@ def _fill(hf: Any, text: Text, place: Places, dtype: torch.dtype, weights: str, 
         _store(hf, "lm_head", hf.lm_head, weights, ranks)
 
 
-def _store(hf: Any, name: str, linear: nn.Linear, weights: str, ranks: Ranks) -> None:
+def _store(hf: Any, name: str, linear: nn.Linear, weights: str, ranks: ProcessGroup) -> None:
     parent, _, key = name.rpartition(".")
     stored = quantize(linear, weights) if ranks.size == 1 else quantize_share(linear, weights, key, ranks)
     setattr(hf.get_submodule(parent), key, stored)
     linear.weight = None  # the walk still holds the module
 
 
-def _buffers(hf: Any, shape: Qwen | Llava, place: Places) -> None:
+def _buffers(hf: Any, shape: Qwen | Llava, place: Placement) -> None:
     """Rotary frequencies and the like, which no checkpoint holds: taken from a model of the same config, one layer deep."""
     config = shape.config()
     text, vision = config.get_text_config(), config.vision_config

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specvlm import memory
-from specvlm.models.spread import Stage, device_map, split, tensor_plan
+from specvlm.app import memory_plan
+from specvlm.models.partition import Stage, device_map, split, tensor_plan
 from specvlm.models.video_lm import VideoLM
-from specvlm.ranks import ALONE, Ranks, own
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 
 def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, ...]:
@@ -24,7 +24,7 @@ def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, .
     room = [1.0, 1.0]
     if device.type == "cuda":
         devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-        room = [float(memory.free_bytes(d)) for d in devices]
+        room = [float(memory_plan.free_bytes(d)) for d in devices]
         room[0] -= beside
     stages, start = [], 0
     for where, count in zip(devices, split(layers, room), strict=True):
@@ -33,7 +33,7 @@ def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, .
     return tuple(stages)
 
 
-def skeleton(cls: Any, config: Any, ranks: Ranks = ALONE) -> Any:
+def skeleton(cls: Any, config: Any, ranks: ProcessGroup = SINGLE) -> Any:
     """On the meta device; for ranks, its layers made shares by Hugging Face, as it does before it loads."""
     with torch.device("meta"):
         hf = cls(config)
@@ -47,7 +47,7 @@ def skeleton(cls: Any, config: Any, ranks: Ranks = ALONE) -> Any:
     return hf.eval().requires_grad_(False)
 
 
-class Places:
+class Placement:
     """Where each part of a model is made, and from which random numbers: those of what all ranks hold in full are the same."""
 
     def __init__(self, hf: Any, stages: Sequence[Stage], seed: int, rank: int) -> None:
@@ -64,7 +64,7 @@ class Places:
 
 def as_share(like: Tensor, share: Tensor) -> Tensor:
     """This rank's share of a parameter that Hugging Face has made a DTensor; of any other, all of it."""
-    if own(like) is like:
+    if local_shard(like) is like:
         return share
     from torch.distributed.tensor import DTensor
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from specvlm.data.readers import _cores
-from specvlm.data.video import read_video
+from specvlm.video.readers import _cores
+from specvlm.video.video import read_video
 
 READERS = ("decord", "auto")
 ROWS = Path(__file__).with_name("rows.jsonl")

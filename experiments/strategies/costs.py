@@ -31,9 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.strategies.settings import RATIO, RESULTS, Unmerged, pruners, weighs
-from specvlm import metrics, segments
-from specvlm.graph import generator_for
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.decoding.loop import generator_for
+from specvlm.results import metrics
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.toolkit import segments
 from specvlm.types import KeepSet, TokenGrid
 
 GRID, WIDTH = TokenGrid(64, 16, 16), 3584

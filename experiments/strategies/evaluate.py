@@ -31,15 +31,15 @@ from torch import Tensor
 from experiments.embedded_pair.evaluate import FAMILIES, FIRST_SCENE, answered, exactly, replay, scene_request
 from experiments.strategies.settings import RESULTS, Setting, Timed, drafter_for, groups, left_out, pruners, settings
 from specvlm.config import model_folder
-from specvlm.data import synthetic
-from specvlm.graph import DecodingGraph, generator_for
-from specvlm.models.attention import Guidance
+from specvlm.decoding.collect import collector_for, gathered
+from specvlm.decoding.loop import DecodingGraph, generator_for
+from specvlm.models.attention import AttentionCollector
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
-from specvlm.signals import gathered, guidance_for
-from specvlm.strategy import CODEC_SIGNALS, DraftContext, Sampling
+from specvlm.strategies import CODEC_SIGNALS, DraftContext, Sampling
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, KeepSet, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
+from specvlm.video import synthetic
 
 FIRST, SCENES, LIMIT = 128, 64, 200  # scenes 0..127 are embedded_pair's own evaluation
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ class Pair:
             for group in groups(used, self.target.layers):
                 mine = [setting for setting in wanted if setting.pruner in group.members]
                 more = frozenset().union(*(drafter_for(self.family, s.drafter, prompt).needs for s in mine))
-                scene = Scene(self, number, prompt, guidance_for(group, self.target, prompt, more))
+                scene = Scene(self, number, prompt, collector_for(group, self.target, prompt, more))
                 rows += [scene.row(setting) for setting in mine]
         exact = exactly(self.target, scene.answer, gold)
         digest = zlib.crc32(json.dumps(scene.answer).encode())  # rows of several machines are of one answer, or not comparable
@@ -83,13 +83,13 @@ def encode(number: int, path: Path) -> None:
 class Scene:
     """A prompt whose answer is known, and what one prefill of the target gathered for some pruners."""
 
-    def __init__(self, pair: Pair, number: int, prompt: VideoPrompt, guidance: Guidance | None) -> None:
-        self.pair, self.number, self.prompt, self.guidance = pair, number, prompt, guidance
+    def __init__(self, pair: Pair, number: int, prompt: VideoPrompt, collector: AttentionCollector | None) -> None:
+        self.pair, self.number, self.prompt, self.collector = pair, number, prompt, collector
         target, draft = pair.target, pair.draft
-        sight = guidance.sight if guidance is not None else None
+        sight = collector.sight if collector is not None else None
         self.features_ND: Tensor = target.features(prompt, sight=sight) if sight else target.features(prompt)
         self.draft_features_ND: Tensor = draft.features(prompt)
-        self.answer, self.cache = answered(target, prompt, self.features_ND, guidance, LIMIT)
+        self.answer, self.cache = answered(target, prompt, self.features_ND, collector, LIMIT)
 
     def row(self, setting: Setting) -> Row:
         pair, prompt = self.pair, self.prompt
@@ -100,8 +100,8 @@ class Scene:
         generator = generator_for(self.number)
         self.cache.length = len(prompt)
         with known_features(pair.draft, self.draft_features_ND):
-            keep = graph.select(prompt, self.guidance, self.features_ND, generator)
-            signals = gathered(drafter.needs, prompt, self.guidance, self.features_ND)
+            keep = graph.select(prompt, self.collector, self.features_ND, generator)
+            signals = gathered(drafter.needs, prompt, self.collector, self.features_ND)
             context = DraftContext(
                 prompt, keep, self.answer[0], pair.target, pair.draft, self.features_ND, "original", LIMIT, graph.vocabulary,
                 Sampling(), generator, signals=signals, cache=self.cache,

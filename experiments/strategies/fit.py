@@ -20,12 +20,12 @@ import torch
 from experiments.embedded_pair.evaluate import FAMILIES, scene_request
 from experiments.strategies.evaluate import LIMIT, Pair
 from experiments.strategies.settings import FITTED, RATIO, RESULTS, tree_file
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.fit_tree import Round, best_tree, expected, fit_ranks
-from specvlm.graph import DecodingGraph
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.fit_tree.__main__ import Round, best_tree, expected, fit_ranks
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import PAPER_TREE, GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
 
 FIRST = 1000  # scene numbers, far from those of the evaluation
 WIDE = {5: "4x4x3x3x2", 8: "4x3x3x2x2x2x1x1"}

@@ -13,14 +13,13 @@ from time import perf_counter
 
 from torch import Tensor
 
-from specvlm import plugins, registry
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.strategy import CODEC_SIGNALS, STATE_SIGNALS, Drafter, PruneContext, Pruner
+from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Drafter, PruneContext, Pruner, plugins, registry
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.types import KeepSet, VideoPrompt
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specvlm.plugins import hookimpl
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
 from specvlm.types import KeepSet
 
 SHARES = ("bytes", "motion", "even")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from specvlm_codec import CodecPruner, ranks_of, shares
 
-from specvlm.data.codec import Origin
-from specvlm.signals import codec
-from specvlm.strategy import PruneContext
+from specvlm.decoding.collect import codec
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid, VideoPrompt
+from specvlm.video.codec import Origin
 
 av = pytest.importorskip("av", reason="PyAV makes the test clips")
 SIDE, SQUARE, FRAMES = 256, 64, 24

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.errors import check_choice
-from specvlm.plugins import hookimpl
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
 from specvlm.types import KeepSet
 
 STATES = ("normed", "raw")

@@ -6,7 +6,7 @@ import torch
 from specvlm_dycoke import DyCokePruner
 from torch.nn.functional import cosine_similarity
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from specvlm.cluster import cluster
 from specvlm.errors import check_choice, check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, apportion, cuts, spans, written
-from specvlm.strategy import PruneContext, Pruner, token_signals
+from specvlm.strategies import PruneContext, Pruner, token_signals
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.cluster import cluster
+from specvlm.toolkit.segments import adjacent_cosine, apportion, cuts, spans, written
 from specvlm.types import KeepSet
 
 

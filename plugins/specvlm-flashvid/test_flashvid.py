@@ -9,7 +9,7 @@ from rounding import assert_same_sums
 from specvlm_flashvid import FlashVidPruner, diverse
 from torch.nn.functional import normalize
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

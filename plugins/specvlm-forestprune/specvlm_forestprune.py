@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import at_once, written
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import at_once, written
 from specvlm.types import KeepSet, TokenGrid
 
 NEIGHBOUR, TEMPERATURE, STEPS = 0.5, 0.03, 5  # of the graph inside a frame

@@ -10,7 +10,7 @@ from specvlm_forestprune import ForestPrunePruner, apart, centrality, distance
 from torch.nn.functional import normalize, one_hot
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

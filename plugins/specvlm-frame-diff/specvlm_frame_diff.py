@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from specvlm.plugins import hookimpl
-from specvlm.strategy import PruneContext, Pruner
-from specvlm.types import KeepSet
+from specvlm import KeepSet, PruneContext, Pruner, hookimpl
 
 
 @dataclass(frozen=True)

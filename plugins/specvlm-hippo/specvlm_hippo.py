@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from specvlm.errors import UserError
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, at_once
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import adjacent_cosine, at_once
 from specvlm.types import KeepSet
 
 ROUNDING = 1e-6  # of a cosine in float32

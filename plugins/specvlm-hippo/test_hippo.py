@@ -9,7 +9,7 @@ from specvlm_hippo import HippoPruner, novelties, scaled, varieties
 from torch.nn.functional import cosine_similarity
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.cluster import cluster
 from specvlm.errors import check_choice, check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, apportion
-from specvlm.strategy import PruneContext, Pruner, token_signals
+from specvlm.strategies import PruneContext, Pruner, token_signals
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.cluster import cluster
+from specvlm.toolkit.segments import adjacent_cosine, apportion
 from specvlm.types import KeepSet
 
 

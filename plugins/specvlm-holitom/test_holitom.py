@@ -8,7 +8,7 @@ import torch
 from rounding import assert_same_sums
 from specvlm_holitom import HoliTomPruner, partition
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

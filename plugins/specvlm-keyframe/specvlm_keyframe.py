@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from specvlm.errors import check_choice
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, cuts, spans
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import adjacent_cosine, cuts, spans
 from specvlm.types import KeepSet
 
 PICKS = ("first", "medoid")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from specvlm_keyframe import KeyframePruner
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.plugins import hookimpl
-from specvlm.segments import even_spans
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import even_spans
 from specvlm.types import KeepSet
 
 

@@ -7,7 +7,7 @@ from rounding import assert_same_sums
 from specvlm_lvc import LvcPruner, weights
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

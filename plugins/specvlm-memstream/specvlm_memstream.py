@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError, check_choice, check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import adjacent_cosine
 from specvlm.types import KeepSet
 
 EXPERTS = ("verifier_attention", "text_similarity", "verifier_attention_last_row", "features")

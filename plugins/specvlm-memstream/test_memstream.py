@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from specvlm_memstream import MemStreamPruner, detrended, places, ranks
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import adjacent_cosine, block_of, cuts, spans
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import adjacent_cosine, block_of, cuts, spans
 from specvlm.types import KeepSet
 
 

@@ -9,9 +9,9 @@ from rounding import assert_same_sums
 from specvlm_metok import MeTokPruner, fitted
 from torch.nn.functional import avg_pool2d
 
-from specvlm.segments import adjacent_cosine, cuts, spans
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
+from specvlm.toolkit.segments import adjacent_cosine, cuts, spans
 from specvlm.types import TokenGrid
 
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 
 from specvlm.errors import check_choice, check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import apportion, spread
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import apportion, spread
 from specvlm.types import KeepSet
 
 CENTRES, SHARES = ("all", "peaks"), ("clips", "length")

@@ -10,7 +10,7 @@ import torch
 from specvlm_oneclip import OneClipPruner, boundary, is_peak, lowest
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

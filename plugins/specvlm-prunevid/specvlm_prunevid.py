@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from specvlm.cluster import cluster
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import apportion, spans, written
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.cluster import cluster
+from specvlm.toolkit.segments import apportion, spans, written
 from specvlm.types import KeepSet
 
 SMALL = 14  # sets of this size or less are not clustered

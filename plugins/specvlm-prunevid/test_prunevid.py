@@ -10,7 +10,7 @@ from rounding import assert_same_sums
 from specvlm_prunevid import PruneVidPruner, attended, still
 from torch.nn.functional import cosine_similarity
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

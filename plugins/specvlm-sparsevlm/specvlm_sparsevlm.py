@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specvlm.plugins import hookimpl
-from specvlm.segments import written
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import written
 from specvlm.types import KeepSet
 
 

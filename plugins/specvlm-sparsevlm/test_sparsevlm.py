@@ -6,7 +6,7 @@ import pytest
 import torch
 from specvlm_sparsevlm import SparseVLMPruner
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import block_of, even_spans
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import block_of, even_spans
 from specvlm.types import KeepSet
 
 

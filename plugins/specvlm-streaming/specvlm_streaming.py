@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import cosine
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import cosine
 from specvlm.types import KeepSet
 
 

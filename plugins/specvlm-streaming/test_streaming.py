@@ -8,7 +8,7 @@ import specvlm_streaming
 import torch
 from specvlm_streaming import StreamingPruner
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

@@ -8,8 +8,8 @@ from rounding import assert_same_sums, rounding
 from specvlm_uv_prune import UVPrunePruner
 from torch.nn.functional import cosine_similarity
 
-from specvlm.models.sight import States, mean_cosine
-from specvlm.strategy import PruneContext
+from specvlm.models.vision_probe import HiddenStateProbe, mean_cosine
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 
@@ -35,7 +35,7 @@ def test_the_telescoped_form_equals_the_sum_over_layers_and_text():
                     pair = states_LSD[at, 4 + i], states_LSD[at, cut + j]
                     score_N[i] += sign * cosine_similarity(*pair, dim=0)
 
-    states = States(video_index, cut, pruner.state_layer(layers))
+    states = HiddenStateProbe(video_index, cut, pruner.state_layer(layers))
     states.enter(states_LSD[0])
     for layer in range(1, layers + 1):
         states.observe(layer, states_LSD[layer])

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from specvlm.errors import check_range
-from specvlm.plugins import hookimpl
-from specvlm.segments import at_once
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import at_once
 from specvlm.types import KeepSet
 
 EPS = 1e-6

@@ -8,7 +8,7 @@ from rounding import assert_same_sums, rounding
 from specvlm_vcast import VCastPruner, curvature
 
 from specvlm.errors import UserError
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import TokenGrid
 

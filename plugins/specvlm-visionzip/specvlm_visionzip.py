@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from specvlm.plugins import hookimpl
-from specvlm.segments import written
-from specvlm.strategy import PruneContext, Pruner
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.plugins import hookimpl
+from specvlm.toolkit.segments import written
 from specvlm.types import KeepSet
 
 

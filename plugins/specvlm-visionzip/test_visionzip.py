@@ -7,7 +7,7 @@ import torch
 from rounding import assert_same_sums
 from specvlm_visionzip import VisionZipPruner
 
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
 from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 

@@ -4,7 +4,7 @@ It takes the words of a run, such as pair=… video=… dtype=…, and its own, 
 """
 
 if __name__ == "__main__":
-    from specvlm.terminal import loading
+    from specvlm.app.terminal import loading
 
     loading()
 
@@ -17,23 +17,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Self
 
-from specvlm import compose, memory, metrics, registry, torchrun
-from specvlm.__main__ import guarded
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
-from specvlm.answer import threads
+from specvlm.app import compose, memory_plan
+from specvlm.app.cli import guarded
+from specvlm.app.console import RunConsole, not_applied, size
+from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import SMALLER, Prepared, own_sample, read, set_up
+from specvlm.app.request import threads
+from specvlm.app.terminal import styled
 from specvlm.config import RunConfig, word
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import ExitCode, UserError, did_you_mean
-from specvlm.folder import write_json
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.held import HELD
-from specvlm.places import places_of
-from specvlm.prepare import SMALLER, Prepared, own_sample, read, set_up
-from specvlm.show import Screen, not_applied, size
-from specvlm.strategy import Drafter
-from specvlm.terminal import styled
+from specvlm.parallel import torchrun
+from specvlm.results import metrics
+from specvlm.results.folder import write_json
+from specvlm.strategies import Drafter, registry
 from specvlm.types import Step, Within
 
 OWN = {
@@ -139,7 +141,7 @@ def command(words: Sequence[str]) -> int:
 
 def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
     """Profile, predict, print, and write costs.json and advice.json into `folder`. words: of the run, to be repeated."""
-    screen = Screen()
+    screen = RunConsole()
     say = screen.console.print
     trees = wishes.trees(cfg)
     checked: list[dict[str, Any]] = []
@@ -153,7 +155,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
         say(styled(("memory plan:", "dim"), f" {size(job.planned)} on {', '.join(map(str, job.places.devices))}"))
         say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
-            graph = HELD.graph(job)
+            graph = MODEL_CACHE.graph(job)
             graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # the job's own is that of the largest plan
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
@@ -165,7 +167,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
                 with screen.waiting("decoding to check"):
                     checked = [check(graph, job, candidate, others, limit) for candidate in three(found, best)]
         except RuntimeError as error:
-            if not memory.ran_out(error):
+            if not memory_plan.ran_out(error):
                 raise
             planned = f"{job.planned / 2**30:.1f} GiB"
             raise UserError(f"{job.places.first} is out of memory, though {planned} were planned: {SMALLER}") from error
@@ -184,7 +186,7 @@ def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ..
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
         raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
     setup = set_up(widest, places_of(widest))
-    return HELD.plan(setup, read(setup, own_sample(widest)))
+    return MODEL_CACHE.plan(setup, read(setup, own_sample(widest)))
 
 
 def measure(
@@ -194,7 +196,7 @@ def measure(
     trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
     others: Sequence[Drafter],
     limit: int,
-    screen: Screen,
+    screen: RunConsole,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
     """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
@@ -252,7 +254,7 @@ def changes(drafter: Any) -> tuple[str, ...]:
 
 
 def conclude(
-    screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
+    screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
 ) -> Candidate | None:
     """Show and write what follows for an answer of `tokens` tokens; returns what is recommended, if anything."""
     table.show(screen, costs, found, tokens)

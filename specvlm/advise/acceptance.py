@@ -9,11 +9,11 @@ from typing import Self
 import torch
 from typing_extensions import TypedDict
 
-from specvlm.bounds import parse
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import UserError
-from specvlm.graph import DecodingGraph
-from specvlm.records import Named, Share
-from specvlm.rows import config_of, summary_of
+from specvlm.parsing.bounds import parse
+from specvlm.results.records import Named, Share
+from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
 # How the share of tokens that a drafter's w best guesses miss falls: (1 - first) * w ** -SPREAD. Only where no ranks were

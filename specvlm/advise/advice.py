@@ -6,7 +6,7 @@ from itertools import product
 
 from specvlm.advise.acceptance import Known
 from specvlm.advise.costs import Costs, rows_of
-from specvlm.show import seconds
+from specvlm.app.console import seconds
 from specvlm.types import TreeShape
 
 WORTH = 0.98  # of the target's own time: what is called a gain

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specvlm import registry
-from specvlm.bounds import parse
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import UserError, message
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import DRAFTER_START, FIRST_TOKEN
-from specvlm.outside import json_of, read_text
-from specvlm.records import Seconds, Share, Tokens
+from specvlm.parsing.bounds import Seconds, parse
+from specvlm.parsing.files import json_of, read_text
+from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
+from specvlm.results.records import Share, Tokens
+from specvlm.strategies import registry
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
 
 ROUNDS = 20  # of a probe; the first two are warm-up

@@ -7,13 +7,13 @@ from rich.table import Table
 
 from specvlm.advise.advice import Candidate, alone_s
 from specvlm.advise.costs import MISFIT, Costs
-from specvlm.show import Screen, seconds
-from specvlm.terminal import styled
+from specvlm.app.console import RunConsole, seconds
+from specvlm.app.terminal import styled
 
 FASTEST = 8
 
 
-def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
+def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
     """The target alone; then by ms per token the fastest of all, and the fastest shape of every drafter and ratio."""
     ranked = sorted(found, key=lambda c: c.token_ms)
     firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()
@@ -34,7 +34,7 @@ def show(screen: Screen, costs: Costs, found: Sequence[Candidate], tokens: int) 
     screen.console.print(styled(told, "\n"))
 
 
-def show_check(screen: Screen, checked: Sequence[dict[str, Any]]) -> None:
+def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
     names = ("predicted / measured", "ms a round", "accepted", "ms per token", "error")
     rows = [
         (
@@ -51,7 +51,7 @@ def show_check(screen: Screen, checked: Sequence[dict[str, Any]]) -> None:
     screen.console.print(f"predicted against measured: {verdict} (at worst {worst:.1%})")
 
 
-def _print(screen: Screen, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print(screen: RunConsole, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
         table.add_column(name, justify="left" if name in ("", names[0]) else "right", no_wrap=True)

@@ -10,10 +10,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache, Store
 from specvlm.engine.lean import LeanText
-from specvlm.penalty import RepetitionPenalty
-from specvlm.strategy import Verifier, VerifyContext
+from specvlm.engine.repetition import RepetitionPenalty
+from specvlm.models.kv_cache import KVCache, Store
+from specvlm.strategies import Verifier, VerifyContext
 from specvlm.types import DraftTree
 
 _NOBODY = torch.Generator()  # in a captured step random numbers are inputs

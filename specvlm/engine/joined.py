@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specvlm.passes import Pass, Rows
+from specvlm.models.passes import Pass, Rows
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM

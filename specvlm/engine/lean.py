@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specvlm.cache import KVCache
 from specvlm.engine import ops as plain
 from specvlm.engine.ops import Weight
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.partition import cross, current
 from specvlm.models.quantize import QuantizedLinear
-from specvlm.models.spread import cross, current
 from specvlm.models.video_lm import VideoLM
-from specvlm.ranks import own
+from specvlm.parallel.ranks import local_shard
 
 ROWS = 64  # most rows of a pass the kernels are made for
 
@@ -139,7 +139,7 @@ class _Layer:
         self.before, self.after = layer.input_layernorm, layer.post_attention_layernorm
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.qkv = tuple(map(Weight.of, projections))
-        self.biases = tuple(own(p.bias) for p in projections if p.bias is not None)
+        self.biases = tuple(local_shard(p.bias) for p in projections if p.bias is not None)
         self.o = (Weight.of(attention.o_proj),)
         self.gate, self.up = Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)
         self.down = (Weight.of(mlp.down_proj),)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear as dense
 from torch.nn.functional import silu
 
 from specvlm.models.quantize import QuantizedLinear
-from specvlm.ranks import Ranks, own
+from specvlm.parallel.ranks import ProcessGroup, local_shard
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Weight:
         if isinstance(layer, QuantizedLinear):
             return cls(layer, layer.qweight, layer.scale, layer.kind, layer.group)
         assert isinstance(layer, nn.Linear)
-        weight = own(layer.weight)
+        weight = local_shard(layer.weight)
         return cls(layer, weight, weight)
 
     @property
@@ -69,7 +69,7 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
 
 
 def add_norm_over(
-    ranks: Ranks, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
+    ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
     """`add_norm` of the parts of all ranks, each rank's rounded before they are added up, as by Hugging Face's modules."""
     return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)

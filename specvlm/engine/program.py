@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specvlm.models.spread import current
+from specvlm.models.partition import current
 
 
-class Lane:
+class CapturePool:
     """What captures on one device share: memory, since their graphs never run at the same time, and the stream, since memory is
     reused within one alone. torch's own stream for captures is of the device that came first.
     """
@@ -38,7 +38,7 @@ class Program:
         fn: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
         backend: str,
-        lane: Lane | None = None,
+        lane: CapturePool | None = None,
         tables: object = None,
     ) -> None:
         self.inputs = [value.clone() for value in inputs]
@@ -56,9 +56,9 @@ class Program:
                 self._fn = make_fx(fn)(*self.inputs)
             return
         with current(self.device):
-            self._capture(fn, lane or Lane(self.device))
+            self._capture(fn, lane or CapturePool(self.device))
 
-    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], lane: Lane) -> None:
+    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], lane: CapturePool) -> None:
         # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -107,3 +107,17 @@ class Program:
         for at, integer in enumerate(value):
             staged[at] = integer
         return staged
+
+
+def why_not_captured(device: torch.device) -> str | None:
+    """What keeps steps on a device from being captured; None when nothing does."""
+    if device.type != "cuda":
+        return f"{device} is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:  # the kernels are scheduled by programmatic dependent launch, which older ones do not know
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
+    try:
+        from triton.language.extra.cuda import gdc_wait  # noqa: F401
+    except ImportError:
+        return "Triton is not installed, or older than 3.4"
+    return None

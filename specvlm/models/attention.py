@@ -18,8 +18,8 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from specvlm.models.sight import BLOCK, Sight, States
-from specvlm.ranks import Ranks
+from specvlm.models.vision_probe import BLOCK, HiddenStateProbe, VisionProbe
+from specvlm.parallel.ranks import ProcessGroup
 
 NAME = "specvlm"
 # Hugging Face hands a vision tower's attention the whole sequence and its windows only under a name with "flash" in it; under
@@ -29,12 +29,12 @@ VISION = "specvlm_flash_windows"
 IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Raised inside a forward pass when the guidance asked for needs no deeper layer."""
 
 
 @dataclass(eq=False, repr=False)
-class Guidance:
+class AttentionCollector:
     """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
 
     Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
@@ -53,8 +53,8 @@ class Guidance:
     depth: int | None = None
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
     keys: int | None = None
-    states: States | None = None
-    sight: Sight | None = None
+    states: HiddenStateProbe | None = None
+    sight: VisionProbe | None = None
     heads: bool = False
     hidden: bool = False
 
@@ -78,7 +78,7 @@ class Guidance:
         """For passes before the one that is watched: sees nothing, and stops where this one stops."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
-    def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: Ranks) -> None:
+    def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: ProcessGroup) -> None:
         """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
         if self.weigh is None:
             return
@@ -111,7 +111,7 @@ class Guidance:
             norms_K = key[0].to(torch.promote_types(key.dtype, torch.float32)).abs().sum((0, 2))
             self._norms[layer] = norms_K.to(self.video_index.device)
         if self.depth is not None and layer + 1 >= self.depth:
-            raise Enough
+            raise StopForward
 
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
         """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, of the last row, of weighted rows.
@@ -158,7 +158,7 @@ class Guidance:
         self._hidden = [torch.cat(self._hidden)]  # the pieces are let go
         return self._hidden[0]
 
-    def gather(self, ranks: Ranks) -> None:
+    def gather(self, ranks: ProcessGroup) -> None:
         """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
         if ranks.size == 1:
             return
@@ -199,7 +199,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    guidance: Guidance | None = None,
+    collector: AttentionCollector | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; without a mask it is causal, the rows being the last of the keys."""
@@ -211,8 +211,8 @@ def attend(
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
-    if guidance is not None:
-        guidance.observe(int(module.layer_idx), query, key, float(scaling or query.shape[-1] ** -0.5))  # type: ignore[arg-type]
+    if collector is not None:
+        collector.observe(int(module.layer_idx), query, key, float(scaling or query.shape[-1] ** -0.5))  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -246,7 +246,7 @@ def attend_windows(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    sight: Sight | None = None,
+    sight: VisionProbe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a vision tower: everything to everything (SigLIP's images) or, of one sequence, inside its windows.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from specvlm.data.settings import read_json
 from specvlm.errors import UserError, explained, first_line
-from specvlm.outside import MOST_BYTES
+from specvlm.parsing.files import MOST_BYTES
+from specvlm.video.settings import read_json
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

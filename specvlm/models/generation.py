@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from specvlm.data.settings import read_json
 from specvlm.errors import UserError, explained
+from specvlm.video.settings import read_json
 
 FILE = "generation_config.json"
 APPLIED = ("eos_token_id", "repetition_penalty")

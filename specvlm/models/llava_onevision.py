@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from specvlm.data.images import llava_image
-from specvlm.data.preprocess import LlavaVideoConfig, llava_video
-from specvlm.data.settings import SamplingSettings
-from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
-from specvlm.models.sight import Sight, inputs_of, received
 from specvlm.models.video_lm import VideoLM
+from specvlm.models.vision_probe import VisionProbe, inputs_of, received
 from specvlm.types import TokenGrid, VideoPrompt
+from specvlm.video.images import llava_image
+from specvlm.video.preprocess import LlavaVideoConfig, llava_video
+from specvlm.video.settings import SamplingSettings
+from specvlm.video.video import Clip, VideoInfo
 
 FRAMES = 32  # of a video, where the checkpoint names no number
 
@@ -61,7 +61,9 @@ class LlavaOneVision(VideoLM):
         pixels, size, tokens = llava_image(image, self.folder, alone)
         return {"pixels": pixels, "size": size, "tokens": tokens}
 
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
+    def encode_video(
+        self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
+    ) -> Tensor:
         core = self.hf.model
 
         def encode(pixels_F: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from specvlm.models import attention, checkpoint
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
 from specvlm.models.llava_onevision import LlavaOneVision
+from specvlm.models.partition import device_map, tensor_plan
 from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
-from specvlm.models.spread import device_map, tensor_plan
 from specvlm.models.video_lm import VideoLM
-from specvlm.ranks import ALONE, Ranks, own
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
 
@@ -117,7 +117,7 @@ def load(
     weights: str | None = None,
     progress: bool = False,
     split: Sequence[tuple[int, torch.device]] = (),
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE,
 ) -> VideoLM:
     """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
 
@@ -173,7 +173,11 @@ def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tupl
 
 
 def spread_of(
-    config: Any, split: Sequence[tuple[int, torch.device]], ranks: Ranks, kind: str | None, quantised_on: str | None = None
+    config: Any,
+    split: Sequence[tuple[int, torch.device]],
+    ranks: ProcessGroup,
+    kind: str | None,
+    quantised_on: str | None = None,
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of devices. quantised_on: where quantised files go. Raises UserError."""
     if not split and ranks.size == 1 and not quantised_on:
@@ -201,7 +205,7 @@ def make_plain(hf: Any) -> None:
         for name, held in list(module.named_parameters(recurse=False)):
             if all(placement.is_replicate() for placement in getattr(held, "placements", ())):
                 if id(held) not in plain:
-                    plain[id(held)] = torch.nn.Parameter(own(held.detach()), requires_grad=False)
+                    plain[id(held)] = torch.nn.Parameter(local_shard(held.detach()), requires_grad=False)
                 module._parameters[name] = plain[id(held)]
 
 

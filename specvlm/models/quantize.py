@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_of
 
 from specvlm.errors import UserError
-from specvlm.models.spread import tensor_plan
-from specvlm.ranks import ALONE, Ranks, own
+from specvlm.models.partition import tensor_plan
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 KINDS = ("fp8", "int8", "int4")
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # what the largest weight of a scale's reach is stored as
@@ -91,11 +91,11 @@ class QuantizedLinear(nn.Module):
         A float8 weight and its float32 scale are floating point to torch, so `.to(dtype)` would cast them; it leaves integers
         as they are, so integers of the same width is what it gets to see.
         """
-        own = {id(buffer) for buffer in (self.qweight, self.scale)}
+        local_shard = {id(buffer) for buffer in (self.qweight, self.scale)}
         bits = {1: torch.uint8, 4: torch.int32}
 
         def moved(tensor: Tensor) -> Tensor:
-            if id(tensor) not in own:
+            if id(tensor) not in local_shard:
                 return fn(tensor)
             return fn(tensor.view(bits[tensor.itemsize])).view(tensor.dtype)
 
@@ -137,14 +137,14 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
     return layer
 
 
-def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: Ranks) -> QuantizedLinear:
-    """This rank's share of a layer that ranks hold together (see `models/spread.py`), quantised by itself, with the collective
+def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup) -> QuantizedLinear:
+    """This rank's share of a layer that ranks hold together (see partition.py), quantised by itself, with the collective
     that its kind of share needs. A row cut through has a scale on each rank: not quite the model that one device would have.
     """
-    weight, bias = own(linear.weight.detach()), linear.bias
+    weight, bias = local_shard(linear.weight.detach()), linear.bias
     share = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     share.weight = nn.Parameter(weight, requires_grad=False)
-    share.bias = None if bias is None else nn.Parameter(own(bias.detach()), requires_grad=False)
+    share.bias = None if bias is None else nn.Parameter(local_shard(bias.detach()), requires_grad=False)
     layer = quantize(share, kind)
     if weight.shape[1] < linear.in_features:
         layer.register_forward_hook(lambda _module, _args, out: ranks.sum(out))
@@ -153,7 +153,7 @@ def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: Ranks) -> Qua
     return layer
 
 
-def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, ranks: Ranks = ALONE) -> None:
+def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, ranks: ProcessGroup = SINGLE) -> None:
     """Replace every nn.Linear of a Hugging Face model's text layers, and its head, by its quantised self, in place.
 
     Layer by layer, and an old weight is let go before the next is touched: beside the quantised weights there is never more
@@ -172,7 +172,7 @@ def left_full(hf: Any, kind: str) -> str:
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
     if not left:
         return ""
-    size, beside = (sum(own(x).nbytes for x in found) / 2**20 for found in (left.values(), layers.buffers()))
+    size, beside = (sum(local_shard(x).nbytes for x in found) / 2**20 for found in (left.values(), layers.buffers()))
     name = max(left, key=lambda name: left[name].numel())
     return f"weights={kind} leaves {size:.1f} MiB in full beside {beside:.1f} MiB quantised: {name} is no linear layer"
 

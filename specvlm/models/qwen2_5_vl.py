@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-from specvlm.data.images import qwen_image
-from specvlm.data.preprocess import QwenVideoConfig, qwen_video
-from specvlm.data.settings import SamplingSettings
-from specvlm.data.video import MAX_FRAMES, Clip, VideoInfo
 from specvlm.errors import UserError
-from specvlm.models.sight import Sight
 from specvlm.models.video_lm import VideoLM
+from specvlm.models.vision_probe import VisionProbe
 from specvlm.types import TokenGrid, VideoPrompt
+from specvlm.video.images import qwen_image
+from specvlm.video.preprocess import QwenVideoConfig, qwen_video
+from specvlm.video.settings import SamplingSettings
+from specvlm.video.video import MAX_FRAMES, Clip, VideoInfo
 
 
 class Qwen2_5_VL(VideoLM):
@@ -64,7 +64,7 @@ class Qwen2_5_VL(VideoLM):
         pixels, (t, h, w) = qwen_image(image, self.folder)
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
-    def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: Sight | None = None) -> Tensor:
+    def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Tensor:
         """(t*h*w / merge², D). Where windows start stays on the CPU: attention reads it in every layer, and need not wait."""
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
@@ -82,7 +82,9 @@ class Qwen2_5_VL(VideoLM):
             sight.add(merged_NC[window_index.argsort().to(merged_NC.device)])
         return out
 
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
+    def encode_video(
+        self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
+    ) -> Tensor:
         t, h, w = video["thw"]
 
         def encode(pixels_FPV: Tensor) -> Tensor:

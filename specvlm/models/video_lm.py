@@ -14,17 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache
-from specvlm.data.video import Clip, VideoInfo
 from specvlm.errors import UserError
-from specvlm.models.attention import Enough, Guidance
+from specvlm.models.attention import AttentionCollector, StopForward
 from specvlm.models.chat import PLAIN, prompt_ids
 from specvlm.models.checkpoint import method_of
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
-from specvlm.models.sight import Sight, States
-from specvlm.models.spread import Stage, stages_of, through
-from specvlm.ranks import ALONE, Ranks, own
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.partition import Stage, stages_of, through
+from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 from specvlm.types import KeepSet, TokenGrid, VideoPrompt
+from specvlm.video.video import Clip, VideoInfo
 
 CHUNK = 24_576  # rows of one pass of a prefill: what lives during it grows with them (5.6 GB at a 32B model's widths)
 PATCHES = 16_384  # of one pass through a vision tower, or one frame's where that has more
@@ -49,7 +49,7 @@ class VideoLM(ABC):
         folder: str | Path = "",
         mrope: str = "hf",
         stages: Sequence[Stage] | None = None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE,
     ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
@@ -90,7 +90,7 @@ class VideoLM(ABC):
 
     def bytes_on(self, device: torch.device) -> int:
         """Of the weights; what several parts share counts once."""
-        tensors = [own(tensor) for tensor in (*self.hf.parameters(), *self.hf.buffers()) if tensor.device == device]
+        tensors = [local_shard(tensor) for tensor in (*self.hf.parameters(), *self.hf.buffers()) if tensor.device == device]
         return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def new_cache(self, capacity: int) -> KVCache:
@@ -179,7 +179,9 @@ class VideoLM(ABC):
         """The same request as keyword arguments of Hugging Face's `generate`."""
 
     @abstractmethod
-    def encode_video(self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: Sight | None = None) -> Tensor:
+    def encode_video(
+        self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
+    ) -> Tensor:
         """(len(grid), D) features; with `frames` only those frames are encoded and the others' rows are zero.
 
         sight: is told what attention each of the tokens received, where all frames are encoded.
@@ -215,7 +217,7 @@ class VideoLM(ABC):
     def positions(self, prompt: VideoPrompt) -> Tensor:
         """(A, S) rotary positions of the whole prompt. The text that follows goes on at the last one plus one."""
 
-    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: Sight | None = None) -> Tensor:
+    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor:
         """(N, D) video features. Frames none of whose tokens are kept are skipped: no frame attends to another in the tower."""
         parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
@@ -262,14 +264,14 @@ class VideoLM(ABC):
         positions_AQ: Tensor,
         cache: KVCache,
         mask_QK: Tensor | None,
-        guidance: Guidance | None = None,
-        states: States | None = None,
+        collector: AttentionCollector | None = None,
+        states: HiddenStateProbe | None = None,
     ) -> Tensor:
         """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, behind all that is there."""
         mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
         position_ids = positions_AQ.to(self.device)[:, None]
         position_ids = position_ids if self.axes > 1 else position_ids[0]
-        extra = {} if guidance is None else {"guidance": guidance}
+        extra = {} if collector is None else {"collector": collector}
         if len(self.stages) > 1 or states is not None:
             hidden_QD = through(self.stages, self.text, embeds_QD, position_ids, cache, mask, extra, states)
         else:
@@ -295,7 +297,7 @@ class VideoLM(ABC):
         positions_AS: Tensor,
         cache: KVCache,
         cut: int = 0,
-        guidance: Guidance | None = None,
+        collector: AttentionCollector | None = None,
         chunk: int = CHUNK,
     ) -> Tensor:
         """Fill an empty cache, in passes of at most `chunk` rows, one of which begins at `cut`. Returns the last row (D,).
@@ -304,21 +306,21 @@ class VideoLM(ABC):
         """
         total = len(embeds_SD)
         cache.offset = int(positions_AS[:, -1].max()) + 1 - total
-        whole = guidance is not None and guidance.whole
-        states = None if guidance is None else guidance.states
+        whole = collector is not None and collector.whole
+        states = None if collector is None else collector.states
         starts = [*_starts(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
-        ahead = None if guidance is None else guidance.ahead()
+        ahead = None if collector is None else collector.ahead()
         for start, end in pairwise([*starts, total]):
-            watch = guidance if end == total else ahead
+            watch = collector if end == total else ahead
             try:
                 hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch, states)
-            except Enough:  # the guidance was all that was wanted
+            except StopForward:  # the guidance was all that was wanted
                 cache.advance(end - start)
                 hidden_QD = embeds_SD.new_empty(1, 0)
-            if guidance is not None:
-                guidance.see(start, hidden_QD)
-        if guidance is not None:
-            guidance.gather(self.ranks)
+            if collector is not None:
+                collector.see(start, hidden_QD)
+        if collector is not None:
+            collector.gather(self.ranks)
         return hidden_QD[-1]
 
     def append_hidden(

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specvlm.__main__ import print_lines
-from specvlm.bounds import Within
+from specvlm.app.cli import print_lines
 from specvlm.errors import UserError
+from specvlm.parsing.bounds import Within
 
 FRAMES, MOST_FRAMES = 48, 1024
 PAGES = (".html", ".htm")

@@ -11,9 +11,9 @@ from typing import Any
 
 import altair as alt
 
-from specvlm.metrics import DRAFTER_START, FIRST_TOKEN
 from specvlm.report.reading import Job
 from specvlm.report.statistics import figure, front
+from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 
 COLOURS = [f"var(--c{number})" for number in range(8)]  # of the page's style
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]

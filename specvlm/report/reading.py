@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from specvlm import metrics, rows
-from specvlm.bounds import parse
 from specvlm.errors import UserError
-from specvlm.records import Figures, Ran
+from specvlm.parsing.bounds import parse
+from specvlm.results import metrics, rows
+from specvlm.results.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
@@ -20,7 +20,7 @@ APART = ("ratio", "baseline", "record", "threads")
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One configuration over samples. rows: one a sample, in the data set's order, of the keys that `specvlm.rows` and
+    """One configuration over samples. rows: one a sample, in the data set's order, of the keys that `specvlm.results.rows` and
     `metrics.KEYS` explain. series: what tells it from the other jobs, but for the ratio.
     """
 

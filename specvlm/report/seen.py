@@ -21,19 +21,18 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from specvlm import registry
-from specvlm.bounds import parse
+from specvlm.app.prepare import frames_of, own_sample
 from specvlm.config import model_folder
-from specvlm.data.video import SAMPLINGS
 from specvlm.errors import UserError, line, message
-from specvlm.folder import attention_file
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
-from specvlm.prepare import frames_of, own_sample
-from specvlm.records import Round as Told
+from specvlm.parsing.bounds import parse
 from specvlm.report.reading import Job, Row
-from specvlm.strategy import Sample
+from specvlm.results.folder import attention_file
+from specvlm.results.records import Round as Told
+from specvlm.strategies import Sample, registry
 from specvlm.types import TokenGrid
+from specvlm.video.video import SAMPLINGS
 
 SIDE = 384  # most pixels of a frame's longer side
 TOLD = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # of a row

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from specvlm.errors import UserError, did_you_mean
-from specvlm.metrics import SPANS
 from specvlm.report.reading import APART, Job
+from specvlm.results.metrics import SPANS
 
 DRAWS, SEED = 2000, 0
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from specvlm.app.console import seconds
 from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
 from specvlm.report.statistics import Interval, bases, difference, figure
-from specvlm.show import seconds
 
 FINE = ("identical", "numeric tie", "sampled")  # verdicts that leave no doubt
 

@@ -4,7 +4,7 @@ Shape suffixes, here and elsewhere: S prompt tokens, N video tokens, K kept vide
 V vocabulary, F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 otherwise), D width.
 """
 
-from specvlm.bounds import Within
+from specvlm.parsing.bounds import Within
 from specvlm.types.options import GenerationOptions
 from specvlm.types.step import Step
 from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask, children_of

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from specvlm.errors import UserError
-
-if TYPE_CHECKING:
-    from specvlm.models.video_lm import VideoLM
 
 
 @dataclass(frozen=True)
@@ -50,5 +46,6 @@ class GenerationOptions:
             return self
         return replace(self, max_new_tokens=options) if isinstance(options, int) else options
 
-    def stop_ids_of(self, target: VideoLM) -> frozenset[int]:
-        return target.stop_ids if self.stop_ids is None else self.stop_ids
+    def stop_ids_or(self, own: frozenset[int]) -> frozenset[int]:
+        """Those that end the answer. own: the target's."""
+        return own if self.stop_ids is None else self.stop_ids

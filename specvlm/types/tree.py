@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.kept import remembered
-from specvlm.outside import json_of, read_bytes
+from specvlm.parsing.files import json_of, read_bytes
+from specvlm.process.memo import remembered
 
 T = TypeVar("T")
 MOST_GUESSES, DEEPEST = 1024, 128  # of a tree: far more than ever paid

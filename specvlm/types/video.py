@@ -45,7 +45,7 @@ class VideoPrompt:
 
     tokens (S,) int64 on the host; video_index (N,) the slots of all video tokens, ascending, over all videos;
     grids one a video, lengths adding up to N; videos / images: what the family's vision tower wants, one entry each
-    (a dict of tensors; a video from a file has its `origin` there too, a `specvlm.data.codec.Origin`). Text must
+    (a dict of tensors; a video from a file has its `origin` there too, a `specvlm.video.codec.Origin`). Text must
     follow the last video token, since that text is what scores the video.
     """
 

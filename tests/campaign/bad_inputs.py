@@ -177,7 +177,7 @@ def key(dice: random.Random, place: Path, good: Good) -> tuple[str, Action]:
 
 def field(dice: random.Random, place: Path, good: Good) -> tuple[str, Action]:
     """Of a strategy."""
-    from specvlm import registry
+    from specvlm.strategies import registry
 
     every = [(kind, name, f.name) for kind, infos in registry.collect().items() for name, i in infos.items() for f in i.fields]
     kind, name, own = dice.choice(every)
@@ -262,8 +262,8 @@ def published(dice: random.Random, place: Path, good: Good) -> tuple[str, Action
 
 def folder(dice: random.Random, place: Path, good: Good) -> tuple[str, Action]:
     """A folder that some program reads back."""
-    from specvlm import fit_tree
     from specvlm.advise.__main__ import main as advise
+    from specvlm.fit_tree import __main__ as fit_tree
     from specvlm.report.__main__ import main as report
 
     name = dice.choice(["run", "sweep"])
@@ -299,8 +299,8 @@ def costs(dice: random.Random, place: Path, good: Good) -> tuple[str, Action]:
 
 def options(dice: random.Random, place: Path, good: Good) -> tuple[str, Action]:
     """Of the programs beside the main one."""
-    from specvlm import fit_tree
     from specvlm.advise.__main__ import main as advise
+    from specvlm.fit_tree import __main__ as fit_tree
     from specvlm.report.__main__ import main as report
 
     text, run, sweep = dice.choice(TEXTS), str(good.folder / "run"), str(good.folder / "sweep")
@@ -412,7 +412,14 @@ def attack(number: int, seed: int, folder: Path, good: Good) -> list[str]:
 
 def run(count: int, seed: int) -> list[str]:
     preload()
-    for module in ("report.page", "report.film", "report.seen", "fit_tree", "advise.__main__", "datasets.video_mme"):
+    for module in (
+        "report.page",
+        "report.film",
+        "report.seen",
+        "fit_tree.__main__",
+        "advise.__main__",
+        "strategies.datasets.video_mme",
+    ):
         importlib.import_module(f"specvlm.{module}")
     importlib.import_module("specvlm.report.page").bundle()  # kept for the forks: its engine wants more room than they have
     with tempfile.TemporaryDirectory() as folder:

@@ -21,24 +21,24 @@ import tiny
 import torch
 
 from campaign import fork  # noqa: F401  (its environment: no hub, no plugins of the developer's)
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter, candidates
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import acceptance_of, tokens_of
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.fastv import FastVPruner
-from specvlm.pruners.two_stage import TwoStagePruner
-from specvlm.pruners.window import WindowPruner
-from specvlm.registry import collect
-from specvlm.strategy import Drafter, Pruner, Strategy
+from specvlm.results.metrics import acceptance_of, tokens_of
+from specvlm.strategies import Drafter, Pruner, Strategy
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter, candidates
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.fastv import FastVPruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.window import WindowPruner
+from specvlm.strategies.registry import collect
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
 
 COUNT, SAMPLE = 500, 40
 

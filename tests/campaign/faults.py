@@ -18,15 +18,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from specvlm.cache import KVCache
+from specvlm.decoding.loop import Output
 from specvlm.engine import Engine
-from specvlm.graph import Output
+from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models import attention
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.passes import Pass
 from specvlm.models.video_lm import VideoLM
-from specvlm.passes import Pass
-from specvlm.penalty import RepetitionPenalty
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree
-from specvlm.verifiers.greedy import GreedyVerifier
 
 Planted = Callable[[], Any]
 FAULTS: dict[str, Planted] = {}
@@ -57,7 +57,7 @@ def scoring(changed: Callable[[DraftTree, list[int], Tensor], None], before: int
         depths, base = [depth + before for depth in depths], cache.length - before
         return Pass(target, cache, tree.tokens, depths, seen_MT, base, cache.offset, before)
 
-    return patch("specvlm.engine.tree_pass", tree_pass)
+    return patch("specvlm.engine.base.tree_pass", tree_pass)
 
 
 @fault

@@ -10,11 +10,11 @@ from pathlib import Path
 from towers import remember_features
 
 from specvlm.config import model_folder
-from specvlm.data.clips import find_clip
-from specvlm.data.video import Clip, probe, read_video
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import VideoPrompt
+from specvlm.video.clips import find_clip
+from specvlm.video.video import Clip, probe, read_video
 
 FAMILIES = ("qwen2_5_vl", "llava_onevision")
 QUESTIONS = (

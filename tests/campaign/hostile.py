@@ -42,10 +42,10 @@ IMPORTED = {  # modules whose import is the attack
     "interrupts": "raise KeyboardInterrupt",
     "ends_bare": "class Bare(BaseException): pass\nraise Bare",
     "sets_dtype": "import torch; torch.set_default_dtype(torch.float64)",
-    "patches_compare": "import specvlm.lossless as it; it.compare = lambda *a: it.Comparison('mismatch', 0)",
+    "patches_compare": "import specvlm.decoding.lossless as it; it.compare = lambda *a: it.Comparison('mismatch', 0)",
     "patches_argmax": "import torch; was = torch.Tensor.argmax; torch.Tensor.argmax = lambda *a, **k: was(*a, **k) + 1",
-    "hook_exits": "import sys\nfrom specvlm.plugins import hookimpl\n@hookimpl\ndef specvlm_strategies(): sys.exit(0)",
-    "hook_interrupts": "from specvlm.plugins import hookimpl\n@hookimpl\ndef specvlm_strategies(): raise KeyboardInterrupt",
+    "hook_exits": "import sys\nfrom specvlm import hookimpl\n@hookimpl\ndef specvlm_strategies(): sys.exit(0)",
+    "hook_interrupts": "from specvlm import hookimpl\n@hookimpl\ndef specvlm_strategies(): raise KeyboardInterrupt",
 }
 
 
@@ -103,7 +103,7 @@ def with_plugin(words: Sequence[str], place: Path, names: Sequence[str], module:
     """The command line where the plugin is installed, with these of its strategies."""
 
     def action() -> int:
-        from specvlm import registry
+        from specvlm.strategies import registry
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with it ignored
         site = os.environ["HOSTILE_SITE"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specvlm.strategy import DraftContext, Drafter, DraftSession, VerifyContext
+from specvlm.strategies import DraftContext, Drafter, DraftSession, VerifyContext
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, TreeShape, Verdict
-from specvlm.verifiers.greedy import GreedyVerifier
 
 CHOICES = 3
 

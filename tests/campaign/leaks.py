@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from campaign.fork import Child, preload
-from specvlm.compose import compose
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.held import Held
-from specvlm.metrics import tokens_of
-from specvlm.places import places_of
-from specvlm.prepare import Prepared, own_sample, read, set_up
-from specvlm.strategy import Drafter, DraftSession, PruneContext, Pruner
+from specvlm.app.compose import compose
+from specvlm.app.model_cache import ModelCache
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import Prepared, own_sample, read, set_up
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Drafter, DraftSession, PruneContext, Pruner
 from specvlm.types import DraftTree
 
 COUNT, SAMPLE = 300, 6  # one of each kind of misuse
@@ -88,7 +88,7 @@ class Asked:
         sizes = chance.choice((2, 4)), chance.choice((3, 8, 16))
         return cls(pair, f"synthetic_{chance.randrange(1, 3)}", chance.choice(QUESTIONS), *sizes)
 
-    def prepared(self, held: Held, *words: str) -> Prepared:
+    def prepared(self, held: ModelCache, *words: str) -> Prepared:
         cfg = compose([*(f"{key}={value}" for key, value in vars(self).items()), *words])
         setup = set_up(cfg, places_of(cfg))
         return held.plan(setup, read(setup, own_sample(cfg)))
@@ -98,7 +98,7 @@ class Requests:
     """One process's requests, one after the other."""
 
     def __init__(self, seed: int) -> None:
-        self.chance, self.held, self.half_read = random.Random(seed), Held(), []
+        self.chance, self.held, self.half_read = random.Random(seed), ModelCache(), []
         self.truth = cache(self._truth)
 
     def serve(self, number: int, pair: str) -> list[str]:

@@ -16,25 +16,25 @@ import torch
 
 from campaign import fork  # noqa: F401  (its environment: no hub, no plugins of the developer's)
 from specvlm.config import model_folder
-from specvlm.data import synthetic
-from specvlm.datasets.synthetic import FIRST, clip
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.decoding.lossless import DRIFT, GAP
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.lossless import DRIFT, GAP
-from specvlm.metrics import tokens_of
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.uniform import UniformPruner
-from specvlm.strategy import Drafter, Verifier, VerifyContext
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Drafter, Verifier, VerifyContext
+from specvlm.strategies.datasets.synthetic import FIRST, clip
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.loose import LooseVerifier
 from specvlm.types import GenerationOptions, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.loose import LooseVerifier
+from specvlm.video import synthetic
 
 COUNT, SAMPLE = 200, 4
 

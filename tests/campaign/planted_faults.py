@@ -17,16 +17,16 @@ from functools import cache
 from campaign import footage
 from campaign.faults import FAULTS, planted
 from campaign.knowing import KnowingDrafter, Listening
-from specvlm.cache import CachePool
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.decoding.lossless import Comparison, compare
 from specvlm.engine import Engine
-from specvlm.graph import DecodingGraph, autoregressive
-from specvlm.lossless import Comparison, compare
-from specvlm.metrics import tokens_of
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
-from specvlm.pruners.none import NonePruner
-from specvlm.strategy import Drafter, Pruner
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Drafter, Pruner
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, Step, VideoPrompt
-from specvlm.verifiers.greedy import GreedyVerifier
 
 PROMPTS, DTYPES, MOST = 40, ("bfloat16", "float32"), 50
 COUNT, SAMPLE = 300, 4  # of 3,360, of which 3 of 1,897 changed outputs were called a tie

@@ -8,21 +8,21 @@ from functools import cache
 
 import tiny
 
-from specvlm.cache import CachePool
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
-from specvlm.engine.graphs import GraphsEngine
-from specvlm.graph import DecodingGraph
-from specvlm.metrics import tokens_of
-from specvlm.pruners.uniform import UniformPruner
+from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.models.kv_cache import CachePool
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 COUNT, SAMPLE = 50, 2
 THREADS = 8

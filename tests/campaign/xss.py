@@ -69,7 +69,7 @@ def run(count: int, seed: int) -> list[str]:
 
 def swept(folder: Path, texts: tuple[str, ...]) -> Path:
     """A sweep over a data set whose questions, answers and names are these texts."""
-    from specvlm.data.clips import find_clip
+    from specvlm.video.clips import find_clip
 
     folder.mkdir()
     shutil.copy(find_clip("synthetic_1"), folder / "video.mp4")

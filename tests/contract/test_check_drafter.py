@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from specvlm import drafters
-from specvlm.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.drafters.entropy_tree import EntropyTreeDrafter
-from specvlm.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.drafters.self_draft import SelfDrafter
-from specvlm.drafters.sparse import SparseDrafter
-from specvlm.drafters.tree import TreeDrafter, TreeSession
-from specvlm.strategy import DraftContext, Drafter, DraftSession
+from specvlm.strategies import DraftContext, Drafter, DraftSession, drafters
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.sparse import SparseDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession
 from specvlm.testing import check_drafter
 from specvlm.types import DraftTree, Verdict
 

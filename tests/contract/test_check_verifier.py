@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from specvlm import verifiers
-from specvlm.contract import verifier as contract
-from specvlm.strategy import Sampling, Verifier, VerifyContext
+from specvlm.strategies import Sampling, Verifier, VerifyContext, verifiers
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.loose import LooseVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.testing import check_verifier
+from specvlm.testing import verifier as contract
 from specvlm.types import DraftTree, Verdict
-from specvlm.verifiers.greedy import GreedyVerifier
-from specvlm.verifiers.loose import LooseVerifier
-from specvlm.verifiers.sampling import SamplingVerifier
 
 INSTANCES = [GreedyVerifier(), SamplingVerifier(), SamplingVerifier(0.7, top_p=0.9), LooseVerifier(), LooseVerifier(1.0)]
 

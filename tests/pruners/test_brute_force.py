@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from specvlm.pruners import FastVPruner, RandomPruner, UniformPruner, VerifierAttentionPruner, WindowPruner
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
+from specvlm.strategies.pruners import FastVPruner, RandomPruner, UniformPruner, VerifierAttentionPruner, WindowPruner
 from specvlm.types import TokenGrid
 
 KINDS = ["random", "ties", "static", "alternating", "one frame"]

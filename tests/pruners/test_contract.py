@@ -8,7 +8,8 @@ from itertools import count
 import pytest
 import torch
 
-from specvlm.pruners import (
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.strategies.pruners import (
     FastVPruner,
     NonePruner,
     RandomPruner,
@@ -18,7 +19,6 @@ from specvlm.pruners import (
     WindowPruner,
     specvlm_strategies,
 )
-from specvlm.strategy import PruneContext, Pruner
 from specvlm.testing import check_pruner
 from specvlm.types import KeepSet, TokenGrid
 
@@ -49,7 +49,7 @@ def test_every_built_in_is_offered_under_the_name_of_its_file():
     offered = specvlm_strategies()
     assert {type(pruner) for pruner in INSTANCES} == set(offered)
     for cls in offered:
-        assert cls.__module__ == f"specvlm.pruners.{cls.name}"
+        assert cls.__module__ == f"specvlm.strategies.pruners.{cls.name}"
 
 
 def random_grids(generator):

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from specvlm.pruners import FastVPruner, NonePruner, RandomPruner, UniformPruner, VerifierAttentionPruner, WindowPruner
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
+from specvlm.strategies.pruners import (
+    FastVPruner,
+    NonePruner,
+    RandomPruner,
+    UniformPruner,
+    VerifierAttentionPruner,
+    WindowPruner,
+)
 from specvlm.types import TokenGrid
 
 GRIDS = (TokenGrid(2, 1, 3), TokenGrid(1, 1, 3, newline=1))

@@ -6,8 +6,8 @@ from math import floor
 import pytest
 import torch
 
-from specvlm.pruners import TwoStagePruner, UniformPruner
-from specvlm.strategy import PruneContext
+from specvlm.strategies import PruneContext
+from specvlm.strategies.pruners import TwoStagePruner, UniformPruner
 from specvlm.types import TokenGrid
 
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from report_jobs import job, row, sweep
 
-from specvlm import metrics
 from specvlm.errors import UserError
 from specvlm.report.reading import read_jobs
+from specvlm.results import metrics
 
 
 def labels(place) -> list[str]:

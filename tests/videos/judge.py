@@ -39,8 +39,8 @@ def readers() -> list[str]:
     import decord  # noqa: F401
     import torch
 
-    import specvlm.data.video  # noqa: F401
-    from specvlm.data.readers import NAMES
+    import specvlm.video.video  # noqa: F401
+    from specvlm.video.readers import NAMES
 
     torch.set_num_threads(1)  # a fork has none of the other threads
     return list(NAMES)
@@ -72,8 +72,8 @@ def _survived(act: Callable[[], Verdict], folder: Path) -> Verdict:
 
 
 def _tried(path: Path, reader: str) -> Verdict:
-    from specvlm.data.video import probe, read_video
     from specvlm.errors import UserError
+    from specvlm.video.video import probe, read_video
 
     try:
         info = probe(path, reader)
@@ -87,8 +87,8 @@ def _tried(path: Path, reader: str) -> Verdict:
 
 
 def _compared(path: Path, truth: Shown | str, reader: str) -> Verdict:
-    from specvlm.data.video import read_video
     from specvlm.errors import UserError
+    from specvlm.video.video import read_video
 
     try:
         clip = read_video(path, reader=reader)
@@ -145,7 +145,7 @@ def _brief(times: Any) -> str:
 
 
 def _rates(path: Path, truth: Shown, reader: str, clip: Any) -> Iterator[str]:
-    from specvlm.data.video import probe
+    from specvlm.video.video import probe
 
     info = probe(path, reader)
     height, width = truth.frames.shape[1:3]
@@ -164,7 +164,7 @@ def _rates(path: Path, truth: Shown, reader: str, clip: Any) -> Iterator[str]:
 
 
 def _samples(path: Path, reader: str, frames: np.ndarray, clip: Any) -> Iterator[str]:
-    from specvlm.data.video import read_video
+    from specvlm.video.video import read_video
 
     for count in sorted({min(5, len(frames)), min(13, len(frames))}):
         some = read_video(path, frames=count, reader=reader, sampling="endpoints")

@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from specvlm.engine.kernels.between import add_norm, store_normed, whole
 from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, split
-from specvlm.ranks import Ranks
+from specvlm.parallel.ranks import ProcessGroup
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _meet_norm_kernel(
 
 
 def add_norm_over(
-    ranks: Ranks, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
+    ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
     """`add_norm` of the parts of all ranks, each rank's rounded before they are added up."""
     rows, width = x_QK.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from specvlm.plugins import hookimpl
+from specvlm.strategies.plugins import hookimpl
 
 from . import caches, data, ends, exits, guesses, inputs, models, rules, verdicts, world
 from .makers import FOUND, FewScenes

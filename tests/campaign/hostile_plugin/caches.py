@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from specvlm.engine import Engine
-from specvlm.passes import Pass
+from specvlm.models.passes import Pass
 
 from .makers import proposes, starts
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from specvlm.datasets.synthetic import SyntheticDataset
+from specvlm.strategies.datasets.synthetic import SyntheticDataset
 
 from .makers import samples
 

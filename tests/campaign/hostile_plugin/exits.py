@@ -8,7 +8,7 @@ import sys
 import torch
 
 from specvlm.errors import JobFailed, MissingVideo, OutOfMemory
-from specvlm.rows import CannotWrite, Taken
+from specvlm.results.rows import CannotWrite, Taken
 
 from .makers import BASES, strategy
 

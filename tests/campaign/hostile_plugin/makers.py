@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from specvlm.datasets.synthetic import SyntheticDataset
-from specvlm.drafters.tree import TreeDrafter
-from specvlm.passes import driven
-from specvlm.strategy import DraftSession, Pruner
+from specvlm.models.passes import driven
+from specvlm.strategies import DraftSession, Pruner
+from specvlm.strategies.datasets.synthetic import SyntheticDataset
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import KeepSet
-from specvlm.verifiers.greedy import GreedyVerifier
 
 FOUND: list[type] = []
 Attack = Callable[..., Any]

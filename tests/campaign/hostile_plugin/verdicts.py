@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specvlm.strategy import Sampling
+from specvlm.strategies import Sampling
 from specvlm.types import Verdict
 
 from .makers import decides, strategy

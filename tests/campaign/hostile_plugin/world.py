@@ -19,18 +19,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import specvlm.answer
-import specvlm.cache
+import specvlm.app.job
+import specvlm.app.request
+import specvlm.decoding.loop
+import specvlm.decoding.lossless
+import specvlm.engine.repetition
 import specvlm.errors
-import specvlm.graph
-import specvlm.job
-import specvlm.lossless
-import specvlm.metrics
-import specvlm.penalty
-import specvlm.pruners.uniform
-import specvlm.registry
+import specvlm.models.kv_cache
+import specvlm.results.metrics
+import specvlm.strategies.pruners.uniform
+import specvlm.strategies.registry
+import specvlm.strategies.verifiers.greedy
 import specvlm.types.tree
-import specvlm.verifiers.greedy
 
 from .makers import caller, proposes, select, starts, strategy
 
@@ -105,24 +105,24 @@ for name, patch in TORCH.items():
 
 # ---- specvlm ---------------------------------------------------------------------------------------------------------
 
-SAME = specvlm.lossless.Comparison("identical")
+SAME = specvlm.decoding.lossless.Comparison("identical")
 OURS = {
-    "compare": lambda: setattr(specvlm.lossless, "compare", lambda *args, **other: SAME),
-    "judge": lambda: setattr(specvlm.answer, "judge", lambda *args: ("identical", "identical", None)),
-    "tokens_of": lambda: wrapped(specvlm.metrics, "tokens_of", lambda found: found[::-1]),
-    "autoregressive": lambda: setattr(specvlm.answer, "autoregressive", lambda *args: iter(())),
-    "take": lambda: wrapped(specvlm.graph.Output, "take", lambda found: tuple(token + 1 for token in found)),
-    "greedy": lambda: wrapped(specvlm.verifiers.greedy.GreedyVerifier, "decide", lambda found: found + 1),
-    "keep": lambda: wrapped(specvlm.cache.KVCache, "advance", lambda found: found),
-    "uniform": lambda: wrapped(specvlm.pruners.uniform.UniformPruner, "select", lambda found: found.everything(1)),
-    "penalty": lambda: wrapped(specvlm.penalty.RepetitionPenalty, "__call__", lambda found: found.roll(1, -1)),
-    "prefill": lambda: wrapped(specvlm.graph, "prefill", lambda found: (found[0], found[1].roll(1, -1))),
+    "compare": lambda: setattr(specvlm.decoding.lossless, "compare", lambda *args, **other: SAME),
+    "judge": lambda: setattr(specvlm.app.request, "judge", lambda *args: ("identical", "identical", None)),
+    "tokens_of": lambda: wrapped(specvlm.results.metrics, "tokens_of", lambda found: found[::-1]),
+    "autoregressive": lambda: setattr(specvlm.app.request, "autoregressive", lambda *args: iter(())),
+    "take": lambda: wrapped(specvlm.decoding.loop.Output, "take", lambda found: tuple(token + 1 for token in found)),
+    "greedy": lambda: wrapped(specvlm.strategies.verifiers.greedy.GreedyVerifier, "decide", lambda found: found + 1),
+    "keep": lambda: wrapped(specvlm.models.kv_cache.KVCache, "advance", lambda found: found),
+    "uniform": lambda: wrapped(specvlm.strategies.pruners.uniform.UniformPruner, "select", lambda found: found.everything(1)),
+    "penalty": lambda: wrapped(specvlm.engine.repetition.RepetitionPenalty, "__call__", lambda found: found.roll(1, -1)),
+    "prefill": lambda: wrapped(specvlm.decoding.loop, "prefill", lambda found: (found[0], found[1].roll(1, -1))),
     "mask": lambda: wrapped(specvlm.types.tree, "ancestor_mask", torch.ones_like),
     "kept_masks": lambda: specvlm.types.tree.ancestor_mask((-1, 0, 1, 2, 3, 4)).fill_(True),
-    "code": lambda: setattr(specvlm.job.Job, "code_of", staticmethod(lambda rows: 0)),
+    "code": lambda: setattr(specvlm.app.job.Job, "code_of", staticmethod(lambda rows: 0)),
     "worst": lambda: setattr(specvlm.errors, "worst", lambda codes: 0),
     "one_line": lambda: setattr(specvlm.errors, "one_line", lambda error: ""),
-    "registry": lambda: specvlm.registry.collect()["pruner"].clear(),
+    "registry": lambda: specvlm.strategies.registry.collect()["pruner"].clear(),
 }
 for name, patch in OURS.items():
     strategy("drafter", f"patches_{name}", "patches of specvlm", attack=lambda self, ctx, patch=patch: patch())

@@ -1,0 +1,1 @@
+"""One command from argv to its folder: configuration, models, jobs, and what the terminal shows."""

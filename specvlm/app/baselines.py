@@ -1,0 +1,225 @@
+"""The target's own answers, decoded once and kept: by what was asked, of what weights, how and on what.
+
+A file a baseline, `KEY.json`, with what its key is made of. Its times are of a machine and a way to run, so those are in the
+key too: a baseline of another GPU is no baseline. A file that is not as it was written is decoded again. Its digest finds what
+was edited; it is no signature, and does not stop who computes it anew.
+"""
+
+import errno
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from specvlm.app.prepare import Prepared
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.errors import UserError, message
+from specvlm.models.load import name_of
+from specvlm.parallel.ranks import SINGLE, ProcessGroup
+from specvlm.parsing.bounds import parse
+from specvlm.parsing.files import json_of, read_text
+from specvlm.results import metrics
+from specvlm.results.folder import write_json
+from specvlm.results.records import KeptBaseline
+from specvlm.strategies import plugins
+from specvlm.types import Step, VideoPrompt
+
+PIECE = 4096  # bytes read of a tensor at its beginning, middle and end
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """tokens: the answer, stop id included. times_s: seconds by part, as of a run."""
+
+    tokens: list[int]
+    times_s: dict[str, float]
+    key: str = ""
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], key: str = "") -> Self:
+        return cls(metrics.tokens_of(steps), metrics.times_of(steps), key)
+
+
+class Baselines:
+    """A folder of them, for several processes; None: each is decoded. note: is told of a file that cannot be used."""
+
+    def __init__(
+        self, folder: Path | None, ranks: ProcessGroup = SINGLE, note: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.folder, self.ranks, self.note = folder, ranks, note
+        self.begun = False
+
+    def get(self, request: Prepared, graph: DecodingGraph, weights: int, decode: Callable[[], list[Step]]) -> Baseline:
+        """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that.
+
+        weights: the checksum of the target's, as they were loaded.
+        """
+        made_of = inputs(request, graph, weights)
+        key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+        path = self.folder / f"{key}.json" if self.folder else None
+        if self.folder and not self.begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.begun = True
+        if self.folder and not self.folder.is_dir():  # it is not made again: the sweep's may have gone with it
+            raise FileNotFoundError(errno.ENOENT, "it was removed while jobs kept baselines there")
+        with waiting(path.with_suffix(".lock")) if path else nullcontext():
+            kept: Baseline | None = self.ranks.share(lambda: self._read(path, key, graph, request.cfg.max_new_tokens))
+            if kept is None:
+                kept = Baseline.of(decode(), key)
+                if path:
+                    content = asdict(kept) | {"made_of": made_of}
+                    write_json(path, content | {"digest": digest_of(content)})
+        return kept
+
+    def _read(self, path: Path | None, key: str, graph: DecodingGraph, most: int) -> Baseline | None:
+        """None where there is none that can be used."""
+        if path is None or not path.exists():
+            return None
+        try:
+            found = parse(KeptBaseline, json_of(read_text(path)), "it")
+            _check(found, key, graph, most)
+            return Baseline(found["tokens"], found["times_s"], key)
+        except (OSError, ValueError) as error:
+            self.note(f"{path} is decoded again: {message(error)}")
+            return None
+
+
+def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> None:
+    """Raises UserError where it is not what would have been written under this key."""
+    tokens, stop_ids = found["tokens"], graph.target.stop_ids
+    if found["key"] != key:
+        raise UserError("it is another one's")
+    if digest_of(found) != found["digest"]:
+        raise UserError("it was changed since it was written")
+    ended = bool(tokens) and (len(tokens) == most or tokens[-1] in stop_ids)
+    if not ended or len(tokens) > most or stop_ids & set(tokens[:-1]) or max(tokens) >= graph.target.vocabulary:
+        raise UserError("its tokens are no answer of this target")
+    if not sum(found["times_s"].values()) > 0:
+        raise UserError("its times are none")
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Of all but the digest itself."""
+    plain = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
+    return sha256(plain.encode()).hexdigest()
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Be the only process with what the file stands for until it is made: who waited, or comes later, finds it."""
+    with FileLock(path):
+        yield
+    with suppress(OSError):  # held by who waits, where a held file cannot go
+        path.unlink()
+
+
+def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, Any]:
+    """All that the target's own answer and its times depend on, as plain values."""
+    target, places = graph.target, request.places
+    sampled = graph.sampling.temperature > 0
+    return {
+        "weights": f"{weights:016x}",
+        "files": fingerprint(target.folder),
+        "dtype": name_of(target.dtype),
+        "quantised": request.kinds["target"],
+        "engine": graph.engine.runs(target),
+        "code": revision(),
+        "mrope": target.mrope,
+        "repetition_penalty": graph.options.repetition_penalty or target.repetition_penalty,
+        "stop_ids": sorted(target.stop_ids),
+        "prompt": digest(request.prompt),
+        "max_new_tokens": request.cfg.max_new_tokens,
+        "sampling": repr(graph.sampling),
+        "seed": graph.options.seed if sampled else None,
+        "parallel": places.parallel,
+        "devices": [machine(device) for device in places.target] * places.ranks,
+        "threads": torch.get_num_threads() if places.first.type == "cpu" else None,
+        "versions": metrics.versions(),
+        "plugins": plugins.installed(),
+    }
+
+
+@cache
+def revision() -> str:
+    """Of the source code that the target's own answer comes from, kernels included."""
+    home, found = Path(__file__).parents[1], sha256()
+    files = ("decoding/loop.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
+    for part in ("engine", "models", "strategies/verifiers", *files):
+        place = home / part
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found.update(f"{path.relative_to(home)} ".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def digest(prompt: VideoPrompt) -> str:
+    """Of the tokens and every pixel, as the target takes them."""
+    found = sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(repr((tuple(value.shape), value.dtype)).encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            found.update(repr(value).encode())
+
+    add(prompt.tokens)
+    for pixels in (*prompt.videos, *prompt.images):
+        for name in sorted(pixels):
+            if name != "origin":  # where they come from
+                add(name)
+                add(pixels[name])
+    return found.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint: its small files, the header of each file of weights, and three pieces of every tensor.
+
+    Other weights differ in every tensor they changed, and reading 150 GB to notice would cost more than many a baseline.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
+    return _fingerprint(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    found = sha256()
+    for path, size, _ in files:
+        found.update(f"{path.name} {size}".encode())
+        if path.suffix != ".safetensors":
+            found.update(path.read_bytes())
+            continue
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, size))
+            found.update(header)
+            for start, end in _spans(header):
+                for at in sorted({start, max(start, (start + end - PIECE) // 2), max(start, end - PIECE)}):
+                    file.seek(8 + length + at)
+                    found.update(file.read(min(PIECE, end - at)))
+    return found.hexdigest()
+
+
+def _spans(header: bytes) -> list[tuple[int, int]]:
+    """Where a safetensors file has its tensors, behind the header; none where it is no such file, which loading will tell."""
+    try:
+        return sorted(tuple(entry["data_offsets"]) for name, entry in json.loads(header).items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def machine(device: torch.device) -> str:
+    """The kind of a device: times on another of the same kind may be compared."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

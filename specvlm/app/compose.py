@@ -1,0 +1,307 @@
+"""From command-line words to checked configurations, with Hydra's errors turned into one line each."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from specvlm import config
+from specvlm.app import job_names as names
+from specvlm.app.explain import explained
+from specvlm.config import RunConfig
+from specvlm.errors import UserError, did_you_mean, first_line, line
+from specvlm.parsing.files import escaped, read_yaml
+from specvlm.strategies import registry
+
+TEXT_KEYS = ("question",)
+HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
+UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # what Hydra reads as it stands
+OWN_SAMPLE = ("video", "question")  # of a run without a data set
+PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
+MOST_JOBS = 1000  # of a sweep
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each has one
+AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
+
+
+# The table of strategies that Hydra knows. In a list, since `integrity` puts back what a module's names stood for.
+_registered: list[object] = []
+
+
+def register() -> None:
+    """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
+    table = registry.collect()
+    if not any(known is table for known in _registered):
+        registry.store()
+        names.register()
+        _registered[:] = [table]
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of one run. Raises UserError."""
+    return jobs(overrides, sweep=False)[0].cfg
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as it would start. run_dir: where it would write; folder: of a job over samples, in the sweep's; place: of any
+    job of a sweep, where it has no number in its name.
+    """
+
+    cfg: RunConfig
+    run_dir: Path
+    folder: Path | None = None
+    label: str = ""
+    place: str | None = None
+
+
+def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
+    """Every job that the words ask for, checked; of a sweep those that Hydra's basic sweeper makes.
+
+    folder: one more place for YAML files. Raises UserError.
+    """
+    with hydra(folder):
+        if not sweep:
+            return [job_of(composed([*overrides, *searchpath(folder)], RunMode.RUN), sweep)]
+        master = composed([*overrides, *searchpath(folder)], RunMode.MULTIRUN)
+        (batch,) = BasicSweeper.split_arguments(_parsed(arguments_of(master)), None)
+        return jobs_of([_loader().load_sweep_config(master, words) for words in batch])
+
+
+@contextmanager
+def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
+    """Hydra, ready to compose. folder: one more place for YAML files, main: another one than conf/. Raises UserError."""
+    if folder and not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder")
+    for path in folder.rglob("*.yaml") if folder else ():
+        read_yaml(path)  # Hydra would follow aliases without end
+    with explained(), initialize_config_dir(str(main or config.conf_dir()), job_name="specvlm", version_base="1.3"):
+        register()
+        yield
+
+
+def searchpath(folder: Path | None) -> list[str]:
+    """The words that have Hydra look there, too."""
+    return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+
+
+def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
+    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have."""
+    _refuse_lists(words, mode)
+    try:
+        cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
+        if mode == RunMode.MULTIRUN:
+            _refuse_too_many(cfg)
+        folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+        own = " ".join(word for word in words if "hydra." in word)
+        raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
+    for key, where in folders.items():
+        if "\0" in where:
+            raise UserError(f"{key}={where}: no folder has a null character in its name")
+    return cfg
+
+
+def arguments_of(master: DictConfig) -> list[str]:
+    """What a sweep is over: what its preset says by `hydra.sweeper.params`, then the words, which win."""
+    own = OmegaConf.select(master, "hydra.sweeper.params") or {}
+    return [*(f"{key}={value}" for key, value in own.items()), *master.hydra.overrides.task]
+
+
+def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
+    """All jobs of a sweep, checked, so that none starts if one is wrong. Raises UserError."""
+    found = [job_of(cfg, sweep=True) for cfg in configs]
+    _refuse_shared(found)
+    return found
+
+
+def quoted(words: Sequence[str], sweep: bool) -> list[str]:
+    """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
+
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists. Raises UserError for a
+    folder to write to that is empty.
+    """
+    return [_quoted(word, sweep) for word in words]
+
+
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    return OverridesParser.create(config_loader=_loader()).parse_overrides(list(words))
+
+
+def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
+    """Hydra would lay several options of a group over each other, which is no strategy. Presets may be several."""
+    for override in _parsed(words):
+        group, value = override.key_or_group, override.value()
+        names = value if isinstance(value, list) and group == "experiment" else [value]
+        one = override.is_sweep_override() or all(isinstance(name, str | dict | None) for name in names)
+        if group in config.GROUPS and not one:
+            raise UserError(f"{override.input_line}: expected one by name, as in {group}=NAME")
+        if mode == RunMode.RUN and override.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
+            why = "several values are a sweep, which needs -m (one list is written key=[a,b])"
+            raise UserError(f"{override.input_line}: {why}")
+
+
+def _refuse_too_many(master: DictConfig) -> None:
+    """What Hydra's basic sweeper cannot do, or would do without end. Raises UserError."""
+    if not is_basic(master.hydra.sweeper):
+        return
+    count: dict[str, int] = {}
+    for override in _parsed(arguments_of(master)):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+        if _length(override) > MOST_JOBS:
+            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
+        values = len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+        if not values:
+            raise UserError(f"{override.input_line}: nothing matches")
+        count[override.get_key_element()] = values
+    if (jobs := math.prod(count.values())) > MOST_JOBS:
+        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: start several")
+
+
+def is_basic(plugin: DictConfig) -> bool:
+    """Is it the launcher, or the sweeper, that comes with Hydra?"""
+    return str(plugin._target_).startswith("hydra._internal.")
+
+
+def job_of(cfg: DictConfig, sweep: bool) -> Job:
+    """What was composed as checked values. Raises UserError."""
+    words = list(cfg.hydra.overrides.task)
+    sampled = OmegaConf.select(cfg, "dataset") is not None
+    place = _subdir(cfg, sampled) if sweep else None
+    folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
+    own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
+    if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
+        how = "give it alone" if sweep else "it needs -m"
+        preset = cfg.hydra.runtime.choices.get("experiment")
+        raise UserError(f"experiment={preset} is a sweep, over {', '.join(sorted(left))}: {how}")
+    run = frozen(cfg)
+    if run.dataset is not None:
+        _refuse_own_sample(words, run.dataset.name)
+    for kind in registry.KINDS:
+        if kind != "dataset" or run.dataset is not None:
+            try:
+                registry.build(kind, getattr(run, kind))
+            except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
+                if isinstance(error, UserError) or not sweep:
+                    raise
+    return Job(run, Path(cfg.hydra.run.dir), folder, names.label(words), place)
+
+
+def frozen(cfg: DictConfig) -> RunConfig:
+    """The checked values of what was composed, but for Hydra's own part. Raises UserError."""
+    for key in map(str, cfg):
+        if key not in (*config.KEYS, "hydra"):
+            raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
+    for key in config.KEYS:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} has no value: give {key}=…")
+    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
+        if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
+            raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
+    for side in ("target", "draft"):
+        if OmegaConf.is_missing(cfg[side], "path"):
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+    kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
+    chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
+    if cfg.tracker is not None:
+        chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
+    values: dict[str, Any] = {
+        key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS
+    }
+    run = RunConfig(**values | chosen)
+    config.validate(run)
+    return run
+
+
+def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
+    """Keys of one run say nothing about a data set's samples. Only words tell: in a configuration they have defaults."""
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if key in OWN_SAMPLE:
+            how = f"leave {key} out, or ask what you like by dataset=folder dataset.root=FOLDER"
+            raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
+
+
+def _refuse_shared(found: Sequence[Job]) -> None:
+    """Raises UserError for two jobs of a sweep that would write into one folder; shards of a job share theirs."""
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, job in enumerate(found, start=1):
+        if job.place is None:
+            continue
+        key = os.path.normpath(job.place), job.cfg.shard
+        if key in seen:
+            raise UserError(
+                f"jobs {seen[key]} and {number} of this sweep would both write into {key[0]}: "
+                "give each value once, and let hydra.sweep.subdir tell the jobs apart"
+            )
+        seen[key] = number
+
+
+def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
+    """None where a number is in it."""
+    try:
+        return str(cfg.hydra.sweep.subdir)
+    except OmegaConfBaseException as err:
+        if not sampled:
+            return None
+        raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
+
+
+def _length(override: Override) -> float:
+    """How many values a sweep over one key has, without making them."""
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
+        return (stop - start) / step if step else math.inf
+    return len(sweep.list) if isinstance(sweep, ChoiceSweep) else 1
+
+
+def _quoted(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+")
+    if name in AT_HOME and value.startswith("~"):
+        value = os.path.expanduser(value)
+        word = f"{key}={value}"
+    if name in FOLDERS and equals and not value:
+        raise UserError(f"{word} names no folder: is a variable of your shell empty?")
+    if not equals or not value:
+        return word
+    if name in TEXT_KEYS:  # nothing in it is filled in, however it is quoted
+        return f"{key}={value.replace('${', chr(92) + '${') if HYDRAS_OWN.fullmatch(value) else _text(value)}"
+    if HYDRAS_OWN.fullmatch(value):
+        return word
+    if name in FOLDERS or (name == "drafter.shape" and value.startswith("[")):  # a text that looks like a list
+        return f"{key}={_text(value, filled=True)}"
+    if name not in PATH_KEYS:
+        return word
+    there = os.path.exists(os.path.expanduser(value))
+    if there or not sweep:
+        return f"{key}={_text(value, filled=not there)}"
+    parts = value.split(",")  # of a sweep
+    own = ("${" in part or not part or UNQUOTED.fullmatch(part) or HYDRAS_OWN.fullmatch(part) for part in parts)
+    return f"{key}={','.join(part if is_own else _text(part) for part, is_own in zip(parts, own, strict=True))}"
+
+
+def _text(value: str, filled: bool = False) -> str:
+    """A text in quotes, as Hydra reads it. filled: a `${…}` in it is OmegaConf's."""
+    value = value if filled else escaped(value)
+    inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"'{inner}'"

@@ -1,0 +1,301 @@
+"""What a run shows on the terminal. The only place, beside the command line itself, that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from specvlm.app.terminal import Stream, Terminal, styled
+from specvlm.strategies.registry import described
+from specvlm.types import Step
+
+if TYPE_CHECKING:
+    from specvlm.app.prepare import Prepared
+
+SPANS = ("file_to_first_token_s", "file_to_last_token_s")
+SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
+FIGURES = ("job", "done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast", "verdicts", "failed",
+           "skipped")  # fmt: skip
+MOST_REASONS = 5  # told of a job; all are in its summary.json
+COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
+
+
+class RunConsole:
+    """Plain text where the output is no terminal: no colours, no bars, no control characters. quiet: no bars in any case."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Terminal()
+        self.live = self.console.is_terminal and not quiet
+        set_verbosity_error()  # what goes wrong in Hugging Face's code is said in one line of ours
+        if not self.console.is_terminal:
+            self.console.width = 120
+            disable_progress_bar()  # Hugging Face's own, while weights load
+
+    def plan(self, job: Prepared) -> None:
+        """The question, the memory that will be needed, and what the drafter will be shown."""
+        say = partial(self.console.print, soft_wrap=not self.console.is_terminal)
+        say(styled((job.clip, "bold"), f": {job.question}"))
+        for device, plan in job.plans.items():
+            parts = ", ".join(f"{name} {size(count)}" for name, count in plan.parts.items())
+            say(styled(("memory plan:", "dim"), f" {size(plan.total)} on {device} ({parts})"))
+        if how := spread(job):
+            say(styled(("target:", "dim"), f" {how}"))
+        if quantised := ", ".join(f"{side} {kind}" for side, kind in job.kinds.items() if kind):
+            say(styled(("quantised:", "dim"), f" {quantised} (text layers and head)"))
+        say(styled(("drafter:", "dim"), f" {described(job.drafter)}"))
+        if job.drafter.model is None:
+            say(styled(("pruner:", "dim"), " not used, this drafter looks at no video"))
+            return
+        total = len(job.prompt.video_index)
+        share = f"drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens"
+        say(styled(("pruner:", "dim"), f" {described(job.pruner)} {share}"))
+
+    def note(self, line: str) -> None:
+        if line:
+            self.console.print(styled(("note:", "yellow"), f" {line}"))
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        return self.console.status(what) if self.live else nullcontext()
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar, gone when done."""
+        columns = (
+            TextColumn("[dim]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.live) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
+    @contextmanager
+    def answer(self, tokenizer: Any) -> Iterator[Callable[[Step], None]]:
+        """Prints the answer as its tokens come. Text is shown once later tokens can no longer change it."""
+        tokens: list[int] = []
+        shown = ""
+
+        def show(step: Step) -> None:
+            nonlocal shown
+            tokens.extend(step.tokens)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if text.startswith(shown) and not text.endswith("\ufffd"):
+                stream.add(text[len(shown) :])
+                shown = text
+
+        self.console.print()
+        stream = Stream(self.console)
+        try:
+            yield show
+        finally:
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            stream.add(text[len(shown) :] + "\n\n", last=True)
+
+    def summary(self, summary: dict[str, Any], folder: Path) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows(summary):
+            table.add_row(styled((name, "dim")), value)
+        self.console.print(table)
+        verdict = summary["verdict"]
+        self.console.print(styled("\n", coloured(verdict), f" {meaning(verdict)}"), soft_wrap=True)
+        self.written(folder)
+
+    def checked(self, found: Mapping[str, Any], label: str = "") -> None:
+        """What Hugging Face's own model made of an answer; found: its row, or the summary of a run."""
+        whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
+        self.console.print(
+            styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded anew")
+        )
+
+    def written(self, folder: Path) -> None:
+        self.console.print(styled((f"written to {folder}", "dim")))
+
+    def job(self, name: str, done: int, total: int, shard: str | None) -> None:
+        """What is about to be answered."""
+        before, part = f", {done} of them done" if done else "", f" (shard {shard})" if shard else ""
+        self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
+
+    def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
+        """A line when one is done. count: of how many; left: how long the rest will take."""
+        label = f"{label} " if label else ""
+        self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
+
+    def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
+        """The table behind a sweep, and why what failed did. jobs: names and summaries; go_on: words for the rest."""
+        lines, reasons = list[tuple[str | Text, ...]](), []
+        for label, found in jobs:
+            name = label or found.get("dataset", "")
+            failed = "-", *[""] * 6, styled(("failed", "bold red")), "", ""
+            lines.append((name, *(totals(found) if "samples" in found else failed)))
+            told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]
+            told += [(name, found["reason"])] if found.get("reason") else []
+            reasons += [styled((f"{what}:", "dim"), f" {why}") for what, why in told[:MOST_REASONS]]
+            more = f" and {len(told) - MOST_REASONS} more"
+            reasons += [styled((f"{name}:", "dim"), more)] if len(told) > MOST_REASONS else []
+        self.console.print()
+        self._table(lines)
+        for line in reasons:
+            self.console.print(line)
+        if common:
+            self.console.print(styled((f"all: {common}", "dim")))
+        if folder is not None:
+            self.written(folder)
+        self.note(go_on and f"broken off; the same line with {go_on} goes on")
+
+    def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
+        """Of jobs: their names, and FIGURES unless there are none. In a narrow terminal each name has a line of its own."""
+        there = [at for at in range(len(FIGURES)) if not at or any(str(row[at]) for row in rows)]
+        heads, lines = [FIGURES[at] for at in there], [[row[at] for at in there] for row in rows]
+        sizes = [[self.console.measure(cell) for cell in column] for column in zip(heads, *lines, strict=True)]
+        names, *widths = (max(size.maximum for size in column) for column in sizes)
+        room = self.console.width - 2 * len(there) - sum(widths)
+        if room >= max(size.minimum for size in sizes[0]):
+            self.console.print(columns(heads, lines, [min(names, room), *widths]))
+            return
+        at = heads.index("verdicts") - 1
+        widths[at] = max(widths[at] + min(room + 2, 0), 9)
+        self.console.print(columns(heads[1:], [], widths))
+        for name, *line in lines:
+            self.console.print(styled((str(name), "bold")), columns(heads[1:], [line], widths, headed=False), sep="\n")
+
+
+def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], headed: bool = True) -> Table:
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
+    for head, width in zip(heads, widths, strict=True):
+        made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
+def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
+    """Of a sample, in a few words, for `styled`."""
+    if row["status"] != "ok":
+        return (row["status"], "bold red"), f" {row['reason']}"
+    parts = [f"{row['new_tokens']} tokens"]
+    if row["kept_tokens"] is not None:
+        parts.append(f"{row['kept_tokens']} of {row['video_tokens']} kept")
+    if row["accepted_per_round"] is not None:
+        parts.append(f"{row['accepted_per_round']:.2f} accepted")
+    parts += [f"{name} {times(row[key])}" for name, key in SPEEDUPS if row[key] is not None]
+    return f"{', '.join(parts)}, ", coloured(row["verdict"])
+
+
+def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
+    """A job's line of the table, from its summary.json."""
+    yield f"{found['ok']}/{found['samples']}"
+    yield "-" if found["kept_tokens"] is None else f"{found['kept_tokens']:.0f}"
+    yield "-" if found["accepted_per_round"] is None else f"{found['accepted_per_round']:.2f}"
+    for _, key in SPEEDUPS:
+        yield "-" if found[key] is None else times(found[key])
+    for key in SPANS:
+        yield "-" if found.get(key) is None else seconds(found[key])  # older summaries have none
+    told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
+    told += [styled("check: ", coloured(kind, f"{count} {kind}")) for kind, count in found.get("hf_checks", {}).items()]
+    yield Text(", ").join(told) if told else "-"
+    yield styled((str(found["failed"]), "bold red")) if found["failed"] else ""
+    yield str(found["skipped"] or "")
+
+
+def coloured(verdict: str, text: str = "") -> tuple[str, str]:
+    """A text and its style."""
+    return text or verdict, next((colour for start, colour in COLOURS.items() if verdict.startswith(start)), "bold")
+
+
+def not_applied(settings: Sequence[str]) -> str:
+    """What to note of a target's `ignored_settings`."""
+    return f"not applied, though the checkpoint's generation config sets it: {', '.join(settings)}" if settings else ""
+
+
+def too_many_ties(ties: Mapping[str, int] | None) -> str:
+    """What to note of a job's `ties`."""
+    if ties is None or ties["tied"] <= ties["normal"]:
+        return ""
+    found = f"numeric ties at {ties['tied']} of {ties['tokens']} tokens, rounding explains {ties['normal']}"
+    return f"{found}: a pass over several rows may be wrong; compare with dtype=float32"
+
+
+def spread(job: Prepared) -> str:
+    """How the target lies on its devices; nothing to say of one."""
+    places = job.places
+    if places.parallel == "tensor":
+        draft = f", the draft {'too' if places.draft_shared else 'on the first alone'}" if job.drafter.model == "draft" else ""
+        return f"every layer shared by {places.ranks} ranks{draft}"
+    shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
+    return ", ".join(shares)
+
+
+def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The table below the answer."""
+    yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
+    accepted = summary["accepted_per_round"]
+    if accepted is not None:
+        drafted = summary["drafted_per_round"]
+        yield "per round", f"{accepted:.2f} accepted of {drafted:.4g} guesses, {summary['tokens_per_round']:.2f} tokens"
+        yield "accepted by depth", "  ".join(f"{d}: {share:.0%}" for d, share in enumerate(summary["acceptance_by_depth"], 1))
+    if summary["kept_tokens"] is not None:
+        yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"
+    yield "time to first token", seconds(summary["time_to_first_token_s"])
+    first = seconds(summary["file_to_first_token_s"])
+    yield "file to first token", f"{first} (reading the video {seconds(summary['times_s']['video'])})"
+    if summary["drafter_start_s"]:
+        yield "drafter start", f"{seconds(summary['drafter_start_s'])} (prune, its vision tower, prefill of the pruned prompt)"
+    yield "decode", against(summary["decode_s"], summary["baseline_decode_s"], summary["speedup_decode"])
+    yield "end to end", against(summary["end_to_end_s"], summary["baseline_end_to_end_s"], summary["speedup_end_to_end"])
+    whole = ("file_to_last_token_s", "baseline_file_to_last_token_s", "speedup_file_to_last_token")
+    yield "file to last token", against(*(summary[key] for key in whole))
+    yield "speed", f"{two_digits(summary['tokens_per_second'])} tokens/s"
+    yield "time by part", ", ".join(f"{part.replace('_', ' ')} {seconds(s)}" for part, s in summary["times_s"].items())
+    yield "peak memory", size(summary["peak_memory_bytes"])
+
+
+def against(ours: float, alone: float | None, speedup: float | None) -> str:
+    if alone is None or speedup is None:
+        return seconds(ours)
+    return f"{seconds(ours)}, the target alone {seconds(alone)}: {times(speedup)}"
+
+
+def meaning(verdict: str) -> str:
+    if verdict == "identical":
+        return "to the target's own output"
+    if verdict == "sampled":
+        return "by a rule that is exact in distribution; token by token there is nothing to compare"
+    if verdict.startswith("numeric tie"):
+        return "- two tokens the target cannot tell apart in this dtype"
+    return ""
+
+
+def two_digits(value: float) -> str:
+    """A speed. One run of 109 tokens, ten times over on a busy CPU, was 0.94 to 1.63 times as fast as the target alone, with a
+    standard deviation of 16 %: a third digit is noise in a job of hundreds of samples still. Files have all digits.
+    """
+    return f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:#.2g}"
+
+
+def times(speedup: float) -> str:
+    return f"{two_digits(speedup)} x"
+
+
+def left(done: int, more: int, since: float) -> str:
+    """How long `more` will take where `done` took from `since`, by `monotonic`, until now; empty where nobody knows."""
+    return f", {timedelta(seconds=round((monotonic() - since) / done * more))} left" if done and more else ""
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

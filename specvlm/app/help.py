@@ -1,0 +1,150 @@
+"""What `specvlm --help` shows, made from what is registered and from conf/: all of it, or one group."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+
+from specvlm.app.terminal import Terminal, loading, styled
+from specvlm.errors import check_choice
+
+Entries = list[tuple[str, str]]  # names, each with what is said of it
+
+KINDS = {
+    "pruner": "which video tokens the drafter sees",
+    "drafter": "how the next tokens are guessed",
+    "verifier": "which guesses stand",
+    "dataset": "many videos and questions instead of one",
+}
+OTHERS = {
+    "pair": "which two models",
+    "experiment": "whole sweeps",
+    "hydra/launcher": "where the jobs of a sweep run",
+    "tracker": "a mirror of jobs over a data set",
+}
+GROUPS = (*KINDS, *OTHERS, "target", "draft", "preset")
+INTRODUCTION = """\
+specvlm: lossless speculative decoding for video LLMs
+
+  specvlm KEY=VALUE …             answer a question about a video, or a data set
+  specvlm -m KEY=VALUE,VALUE …    a sweep: a job for every combination
+  specvlm --help GROUP …          one group in full, such as pruner or target
+  specvlm --cfg job KEY=VALUE …   show what would run
+  specvlm --version               Hydra's own options: --hydra-help
+
+  specvlm pruner=two_stage ratio=0.9                the embedded pair and clip
+  specvlm video=FILE question="What happens?"       any video
+  specvlm pair=NAME target.path=… draft.path=…      checkpoints of your own
+  specvlm -m 'pruner=glob(*)' ratio=0.5,0.9         every pruner there is
+  specvlm verifier=sampling verifier.temperature=0.7
+
+A broken plugin: SPECVLM_PLUGIN_TRACEBACK=1 shows where.
+"""
+
+
+def show(words: Sequence[str]) -> None:
+    """Print the manual, or what it has on the groups that `words` name. Raises UserError for a word that names none."""
+    groups = [re.split(r"[=.]", word)[0] for word in words]
+    for group in groups:
+        check_choice("--help", group, GROUPS)
+    terminal = Terminal()
+    if not groups:  # what needs no torch is there while it is imported
+        terminal.print(INTRODUCTION)
+        terminal.file.flush()
+    for title, entries in chain.from_iterable(map(on, groups)) if groups else whole():
+        table = Table(Column(no_wrap=True), Column(), show_header=False, box=None, padding=(0, 0, 0, 2))
+        for name, text in entries:
+            table.add_row(styled((name, "cyan")), text)
+        terminal.print(styled((title, "bold")), table, "", sep="\n")
+
+
+def whole() -> Iterator[tuple[str, Entries]]:
+    """Titles and entries of all. Strategies by name: their keys take torch to find out."""
+    for kind, what in KINDS.items():
+        yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
+    if plugins := sorted({f"{point.dist.name} {point.dist.version}" for point in entry_points(group="specvlm") if point.dist}):
+        yield f"Plugins, which bring more of these (--help {' '.join(KINDS)})", [(plugin, "") for plugin in plugins]
+    yield from chain.from_iterable(map(on, OTHERS))
+    yield from _keys().items()
+
+
+def on(group: str) -> Iterator[tuple[str, Entries]]:
+    """Of one of GROUPS: strategies with their sources, and a line for each key."""
+    if group in ("target", "draft"):
+        yield f"{group}.KEY=VALUE", [key for key in chain(*_keys().values()) if key[0].startswith(f"{group}.")]
+    elif group == "preset":
+        yield from ((f"{name}=NAME", there) for name in (*KINDS, *OTHERS) if (there := _presets(name)))
+    else:
+        yield f"{group}=NAME: {(KINDS | OTHERS)[group]}", [*_strategies(group), *_presets(group)]
+
+
+def _at_a_glance(kind: str) -> Entries:
+    """Names and first sentences of the built-in strategies, read in their files."""
+    files = sorted((Path(__file__).parents[1] / "strategies" / f"{kind}s").glob("*.py"))
+    pattern = r'^class \w+\(\w+\):\n    """([^\n"]*)(?:(?!^class ).)*?^    name = "(\w+)"'
+    return [found[::-1] for path in files for found in re.findall(pattern, path.read_text(encoding="utf-8"), re.M | re.S)]
+
+
+def _strategies(kind: str) -> Iterator[tuple[str, str]]:
+    if kind == "tracker":
+        from specvlm.config import WandbConfig
+
+        yield "wandb", "\n".join(["Weights & Biases", *_keys_of(kind, dataclasses.fields(WandbConfig)[1:])])
+    if kind not in KINDS:
+        return
+    loading()
+    from specvlm.strategies import registry
+
+    for name, info in registry.collect()[kind].items():
+        yield name, f"{info.summary} [{'; '.join(filter(None, [info.plugin, info.source]))}]"
+        for field, key in zip(info.fields, _keys_of(kind, info.fields), strict=True):
+            yield f"  {key}", _meaning(info.cls, field.name)
+
+
+def _keys_of(kind: str, fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
+    """With their defaults."""
+    from specvlm.config import word
+
+    made = (field.default if field.default_factory is dataclasses.MISSING else field.default_factory() for field in fields)
+    values = ("(required)" if value is dataclasses.MISSING else word(value) for value in made)
+    return [f"{kind}.{field.name}={value}" for field, value in zip(fields, values, strict=True)]
+
+
+def _meaning(cls: type, field: str) -> str:
+    """The first sentence on a field in the docstring of its class, or of the one it is from."""
+    texts = [base.__doc__ or "" for base in cls.__mro__]
+    found = re.search(rf"^ *{field}: (.+?)(\. |\n *\w+: |\n *\n|\Z)", "\n\n".join(texts), re.M | re.S)
+    return " ".join(found[1].split()).rstrip(".") if found else ""
+
+
+def _presets(group: str) -> Entries:
+    """Its YAML files; the first sentence of the comment in each says what it is for."""
+    from specvlm.config import conf_dir
+
+    return [(path.stem, f"{_first_sentence(path)}. [preset]") for path in sorted((conf_dir() / group).glob("*.yaml"))]
+
+
+def _first_sentence(path: Path) -> str:
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
+    comment = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.split(". ")[0].rstrip(".")
+
+
+def _keys() -> Mapping[str, Entries]:
+    """Of conf/config.yaml the keys with a comment, by the title of their block."""
+    from specvlm.config import conf_dir
+
+    found: dict[str, Entries] = {}
+    for block in (conf_dir() / "config.yaml").read_text(encoding="utf-8").split("\n\n")[1:]:
+        above: list[str] = []
+        for indent, key, value, comment in re.findall(r"^( *)(\w+):(?: +([^#\n]+?))?(?: # (.*))?$", block, re.M):
+            above[len(indent) // 2 :] = [key]
+            default = "" if "${" in value or value == "???" else f"={value}"  # which the comment tells
+            if comment:
+                found.setdefault(block.split("\n")[0].removeprefix("# "), []).append((f"{'.'.join(above)}{default}", comment))
+    return found

@@ -1,0 +1,333 @@
+"""A job: one configuration over the samples of a data set, a row a sample, appended as it is done."""
+
+import sys
+import traceback
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specvlm.app import memory_plan
+from specvlm.app.baselines import Baseline, Baselines
+from specvlm.app.console import RunConsole, not_applied, too_many_ties
+from specvlm.app.model_cache import ModelCache
+from specvlm.app.placement import places_of
+from specvlm.app.prepare import Prepared, read, reads_ahead, set_up
+from specvlm.app.readings import Read, Readings
+from specvlm.app.request import RequestResult, alone, begin, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
+from specvlm.app.samples import unique, writable_meta
+from specvlm.config import RunConfig, home
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.models.kv_cache import pooled
+from specvlm.parallel.ranks import SINGLE, ProcessGroup
+from specvlm.results import metrics
+from specvlm.results.folder import write_attention, write_json, write_yaml
+from specvlm.results.rows import CannotWrite, Rows, is_job, plain, room, rows_of, steps_of, writable
+from specvlm.results.tracker import Tracker, Wandb
+from specvlm.strategies import Dataset, Sample, registry
+from specvlm.strategies.fence import contained, inside, is_ours, sizes_of
+from specvlm.types import Step
+
+
+class Job:
+    """Opened by `start`, which finds all mistakes that can be found without weights; then a `turn` a sample; then `close`.
+
+    folder: None for a rank that writes nothing. above: of all jobs of a sweep, where baselines are kept. label: what tells it
+    from the other jobs, group: the sweep's name. Samples that fail get a row with the reason; what makes all of them fail, such
+    as weights that cannot be loaded, is raised.
+    """
+
+    quiet = True  # several of them take turns on the screen
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path | None,
+        above: Path,
+        held: ModelCache,
+        ranks: ProcessGroup = SINGLE,
+        label: str = "",
+        group: str = "",
+        wandb: Wandb | None = None,
+    ) -> None:
+        self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
+        self.label, self.group = label, group
+        kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
+        self.screen, self.failure = RunConsole(quiet=self.quiet), ""
+        self.left: Callable[[], str] = str  # how long all jobs of the sweep will take
+        self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
+        self.tracker = Tracker(wandb)
+        self.rows: Rows | None = None
+        self._own = object()  # what this job alone has warmed up goes by it
+        self._told: set[str] = set()
+        self._rounds: list[dict[str, Any]] = []  # of the last sample
+
+    def start(self) -> None:
+        """Raises UserError."""
+        cfg = self.cfg
+        self.setup = set_up(cfg, places_of(cfg))
+        self.dataset: Dataset = registry.build("dataset", cfg.dataset)
+        self.samples = unique(self.dataset)
+        self.ids = {sample.id for sample in self.samples}
+        which, _, of = (cfg.shard or "").partition("/")  # which `config.validate` has checked
+        self.shard = (int(which), int(of)) if cfg.shard else None
+        if self.folder:
+            room(self.folder, len(self.shard_indices), cfg.max_new_tokens)
+            if self.baselines.folder:
+                room(self.baselines.folder, len(self.shard_indices), cfg.max_new_tokens)
+        rows = self.rows = Rows(cfg, self.folder, self.shard)
+        done = self.ranks.share(lambda: rows.done)
+        self.todo = [index for index in self.shard_indices if self.samples[index].id not in done]
+        name, shard = self.label or self.dataset.name, cfg.shard if self.shard else None
+        self.screen.job(name, len(self.shard_indices) - len(self.todo), len(self.shard_indices), shard)
+        if gone := len(done - self.ids):
+            self._note(f"{gone} samples in {self.folder} are in the data set no longer: their rows stay, and are not counted")
+        self._mirror()
+
+    @property
+    def shard_indices(self) -> range:
+        """Places in the data set of the samples that this process answers."""
+        which, of = self.shard or (0, 1)
+        return range(which, len(self.samples), of)
+
+    def turn(
+        self, index: int, readings: Readings, order: int | None = None, read_next: Callable[[], None] = lambda: None
+    ) -> None:
+        """Answer the sample of that place in the data set, unless it has been done.
+
+        readings: of jobs that may ask the same; order: of this job among those. read_next: begins to read what comes next;
+        called once this one is read, where the job reads ahead. Raises what the whole job fails of; with fail_fast also what
+        the sample fails of.
+        """
+        if index not in self.todo:
+            return
+        with threads(self.cfg.threads):
+            found = self._sample(index, readings, read_next) | {"order": order}
+        assert self.rows is not None
+        self.rows.end(found)
+        self.todo.remove(index)
+        count = f"{len(self.shard_indices) - len(self.todo)}/{len(self.shard_indices)}"
+        self.screen.sample(self.label, count, found, self.left())
+        self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
+        if self.cfg.fail_fast and self.code_of([found]):
+            raise JobFailed(self.code_of([found]))
+
+    def key(self, index: int) -> Hashable:
+        """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
+        cfg, target = self.cfg, self.setup.target
+        shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
+        return (registry.described(self.dataset), index, *shown, type(target), target.folder)
+
+    def read(self, index: int) -> Read:
+        """What reads the sample's video and makes the prompt."""
+        return partial(read, self.setup, self.samples[index])
+
+    def close(self) -> int:
+        """Write the totals and let go of the folder, once. Returns the exit code over all rows of this process."""
+        if self.rows is None:
+            return ExitCode.OK
+        self.rows.close()
+        self.rows = None
+        if self.folder is None:
+            return ExitCode.OK
+        totals = self._summarize(self.folder)
+        self._note(too_many_ties(totals.get("ties")))
+        mine = {self.samples[index].id for index in self.shard_indices}
+        code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
+        self.tracker.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))
+        return code
+
+    def fail(self, error: BaseException) -> dict[str, Any]:
+        """The job cannot go on; its folder says why. Returns what a job that never began has for totals."""
+        self.failure, self.todo = one_line(error), []
+        found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
+        if self.rows is None and self.folder and not is_job(self.folder):
+            with suppress(OSError):
+                write_yaml(self.folder / "config.yaml", plain(self.cfg))
+                write_json(self.folder / "summary.json", found)
+        return found
+
+    @staticmethod
+    def code_of(rows: Sequence[dict[str, Any]]) -> int:
+        def of(row: dict[str, Any]) -> int:
+            if row["status"] == "failed":
+                return ExitCode.FAILED
+            wrong = any((row.get(key) or "").startswith("MISMATCH") for key in ("verdict", "hf_check"))
+            return ExitCode.MISMATCH if wrong else ExitCode.OK
+
+        return worst(map(of, rows))
+
+    def _sample(self, index: int, readings: Readings, read_next: Callable[[], None]) -> dict[str, Any]:
+        """Its row, all but the order. Rounds are written on the way."""
+        assert self.rows is not None
+        sample, record = self.samples[index], RequestResult()
+        self.rows.begin()
+        request, status, reason = None, "failed", "another rank could not prepare it"
+        try:
+            with contained():
+                reading = readings.get(self.key(index), self.read(index))
+                if reads_ahead(self.cfg, self.setup.places):
+                    read_next()
+                request = self.held.plan(self.setup, reading)
+        except MissingVideo as error:
+            status, reason = "skipped", one_line(error)
+        except Exception as error:
+            reason = self._reason(error, sample)
+        if not self._all(request is not None) or request is None:
+            return self._row(index, status, reason)
+        graph = self._graph(request, record)  # what goes wrong here goes wrong with every sample
+        try:
+            with contained():
+                figures = self._answer(index, request, graph, record)
+        except CannotWrite:
+            raise
+        except Exception as error:
+            if self.ranks.size > 1:
+                raise  # the others do not know
+            full = isinstance(error, RuntimeError) and memory_plan.ran_out(error)
+            if full:
+                error = ran_out(request, record)
+            reason = self._reason(error, sample)
+            self._recover(request, full)
+            return self._row(index, "failed", reason) | {"out_of_memory": record.stage if full else None}
+        return self._row(index, "ok", None) | figures
+
+    def _all(self, mine: bool) -> bool:
+        """Does it hold on every rank?"""
+        device = self.setup.places.first
+        return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
+
+    def _mirror(self) -> None:
+        """Begin it, with what was done before; a job that has nothing left to do was mirrored then."""
+        if self.folder and self.todo:
+            part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
+            self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
+            if self.tracker.run is None:
+                return
+            rounds, mine = steps_of(self.folder), {self.samples[index].id for index in self.shard_indices}
+            for found in rows_of(self.folder):
+                if found["sample"] in mine and found["status"] == "ok":
+                    self.tracker.sample(found, rounds[found["sample"]])
+
+    def _note(self, line: str) -> None:
+        if line and line not in self._told:
+            self._told.add(line)
+            self.screen.note(line)
+
+    def _graph(self, request: Prepared, record: RequestResult) -> DecodingGraph:
+        """What the request is answered with, and what is to be noted of it."""
+        graph = self.held.graph(request, self.ranks)
+        self._note(not_applied(graph.target.ignored_settings))
+        self._note(graph.target.left_full)
+        self._note(graph.engine.note)
+        record.captured_s = graph.engine.capture_s
+        return graph
+
+    def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> dict[str, Any]:
+        self._decode(index, request, graph, record)
+        record.peak_bytes = max(map(memory_plan.peak_bytes, request.places.devices))
+        summary, _ = summarize(request, graph, record)
+        figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
+        grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
+        kept = next((step.keep.index.tolist() for step in reversed(record.steps) if step.keep is not None), None)
+        return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
+
+    def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
+        """Without a drafter, before any strategy has run; then with one. Each behind its warm-up."""
+        begin(request, graph, record)
+        if self.cfg.baseline:
+            record.baseline = self._baseline(request, graph, record)
+        with self.held.guard(graph):
+            self._warm_up("drafted", graph.decode(request.prompt), request, graph, record)
+            self._stream(index, request, graph, record)
+
+    def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
+        """The rounds, written as they come."""
+        assert self.rows is not None
+        self._rounds = []
+        for number, step in enumerate(speculate(request, graph, record)):
+            self._rounds.append({"sample": self.samples[index].id} | row(number, step))
+            self.rows.step(self._rounds[-1])
+            if step.attention is not None and self.folder:
+                with writable(self.folder):
+                    write_attention(self.folder, index, step.attention)
+            if step.keep is not None:
+                self._note(step.keep.note)
+
+    def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
+        """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
+        outputs, may have had them changed, which only matters to what is captured. What another job of this process has warmed
+        up, with the same models, options and strategies, serves this one too. On all ranks if on one, whose draft's cache the
+        others do not have.
+        """
+        most, _ = sizes_of(self.setup.drafter)
+        slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + most)
+        what = (way, self.cfg.engine, torch.get_num_threads(), graph.target, *self._decoded_by(graph, way == "drafted"))
+        warm, changes = self.held.warm.get(what, (0, 0))
+        eager = graph.engine.runs(graph.target) == "eager"
+        if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
+            with self.screen.waiting("warming up"):
+                warm_up(steps, record)
+            self.held.warm[what] = (slots, graph.caches.changes)
+
+    def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
+        """What passes depend on beside their number and the target. What a plugin does may depend on anything."""
+        if not drafted:
+            return repr(graph.sampling), graph.options.repetition_penalty
+        strategies = (graph.pruner, graph.drafter, graph.verifier)
+        own = tuple(map(registry.described, strategies)) if all(map(is_ours, strategies)) else self._own
+        return graph.draft, own, replace(graph.options, max_new_tokens=1, seed=0)
+
+    def _alone(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> list[Step]:
+        self._warm_up("alone", alone(request, graph), request, graph, record)
+        with self.screen.progress("the target on its own", self.cfg.max_new_tokens) as advance:
+            return decode_alone(request, graph, record, advance)
+
+    def _baseline(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> Baseline:
+        weights = self.held.weights[graph.target]
+        with writable(self.baselines.folder):
+            return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
+
+    def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
+        """With every key that a row has; the figures are still to come."""
+        sample, dataset = self.samples[index], self.dataset
+        asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
+        with inside(dataset):
+            of = {"dataset": dataset.name, "split": str(dataset.split), "version": str(dataset.version)}
+        figures = dict.fromkeys([*(key for key in metrics.KEYS if key not in metrics.OF_JOB), "kept", "grids", "baseline"])
+        return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
+
+    def _reason(self, error: BaseException, sample: Sample) -> str:
+        """For the row; of a fault the place where it came up is shown too, once."""
+        reason = one_line(error)
+        if not isinstance(error, UserError) and reason not in self._told:
+            self._told.add(reason)
+            print(line(f"specvlm: {sample.id} of {self.label or self.dataset.name} fails:"), file=sys.stderr)
+            traceback.print_exception(error)
+        return reason
+
+    def _recover(self, request: Prepared, full: bool) -> None:
+        """Go on behind a sample that failed, if the device still can. Raises what it raises if not."""
+        if full:
+            self.held.release_memory()
+        for device in request.places.devices:
+            if device.type == "cuda":
+                torch.zeros(1, device=device).item()
+
+    def _summarize(self, folder: Path) -> dict[str, Any]:
+        """Until nothing more has come: several shards end at about the same time."""
+        seen, found = -1, dict[str, Any]()
+        with writable(folder):
+            while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):
+                seen = len(rows)
+                found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
+                if self.failure:
+                    found |= {"status": "failed", "reason": self.failure}
+                parts = {kind: registry.described(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}
+                write_json(folder / "summary.json", found | {"strategies": parts, "versions": metrics.versions()})
+        return found

@@ -1,0 +1,171 @@
+"""What a process keeps from one run to the next: the models, their caches, and the engine with what it captured."""
+
+import gc
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from specvlm.app.baselines import fingerprint
+from specvlm.app.prepare import Prepared, Reading, Setup, plan
+from specvlm.config import model_folder
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.engine import Engine, engine_for
+from specvlm.errors import StrategyError, UserError, one_line
+from specvlm.models.integrity import CODE, Snapshot, structure, weights_of
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.load import load, skeleton
+from specvlm.models.video_lm import VideoLM
+from specvlm.parallel.ranks import SINGLE, ProcessGroup
+from specvlm.process.memo import restored
+from specvlm.strategies import Strategy
+from specvlm.strategies.fence import STRANGERS, is_ours, label_of
+
+
+class ModelCache:
+    """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.caches = CachePool()
+        self.models: dict[Hashable, VideoLM] = {}
+        self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # their checksums, when they were loaded
+        self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # and what they were beside
+        self.layers: list[int] = []
+        self.calls = STRANGERS.calls  # up to which the models are known to be what was loaded
+        self.release_memory()
+
+    def release_memory(self) -> None:
+        """Keep the weights alone: after a request that ran out of memory."""
+        self.caches.empty()
+        self.engines: dict[Hashable, Engine] = {}
+        # By what is warm: slots of its last warm-up, and how often caches had changed behind it.
+        self.warm: dict[Hashable, tuple[int, int]] = {}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def target_of(self, setup: Setup) -> Hashable:
+        """Equal for setups that share a target."""
+        return _key(setup, "target")
+
+    def plan(self, setup: Setup, reading: Reading) -> Prepared:
+        """Room for a request beside what is held and is its own. Raises UserError where there is not enough."""
+        target, draft = (_key(setup, side) for side in ("target", "draft"))
+        if target not in self.models:
+            self.clear()
+        try:
+            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+        except UserError:
+            if not self.models.keys() - {target, draft}:
+                raise
+            self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
+            self.release_memory()
+            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+
+    def _again(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
+        mine = [self.models[key] for key in keys if key in self.models]
+        return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
+
+    def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
+        """Load what is not held of the models that the drafter needs. A draft that is another rank's is its skeleton here."""
+        self._put_right()
+        cfg, places, progress = request.cfg, request.places, ranks.rank == 0
+        layers = list(zip(request.layers, places.target, strict=True)) if request.layers else []
+
+        def load_target() -> VideoLM:
+            options = (cfg.dtype, str(places.first), cfg.mrope, cfg.target.weights)
+            return load(model_folder(cfg.target.path), *options, progress, layers, ranks)
+
+        def load_draft() -> VideoLM:
+            folder, options = model_folder(cfg.draft.path), (cfg.dtype, str(places.draft), cfg.mrope, cfg.draft.weights)
+            if ranks.rank and not places.draft_shared:
+                return skeleton(folder, cfg.mrope)
+            return load(folder, *options, progress, ranks=ranks if places.draft_shared else SINGLE)
+
+        target = self._model(_key(request, "target"), load_target)
+        self.layers = request.layers
+        draft = self._model(_key(request, "draft"), load_draft) if request.drafter.model == "draft" else None
+        if places.first.type == "cuda":
+            torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
+        engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
+        strategies = (request.pruner, request.drafter, request.verifier)
+        return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
+
+    def _put_right(self) -> None:
+        """What strategies changed outside of a request, such as when they were made, before the next one begins."""
+        if CODE.watched:
+            CODE.look()
+            CODE.undo()
+        changed = any(structure(model) != found for model, found in self.structures.items())
+        if not changed and STRANGERS.calls > self.calls:  # reading the weights takes a while: only where somebody was there
+            changed = any(weights_of(model) != found for model, found in self.weights.items())
+        if changed:
+            self.clear()
+        restored()
+        self.calls = STRANGERS.calls
+
+    def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
+        if key not in self.models:
+            model = make()
+            self.weights[model], self.structures[model] = weights_of(model), structure(model)
+            self.models[key] = model
+        return self.models[key]
+
+    @contextmanager
+    def guard(self, graph: DecodingGraph) -> Iterator[None]:
+        """Around all that strategies do in a request: what is held is the same afterwards, or is let go.
+
+        Raises StrategyError where it is not, unless the request has failed anyway.
+        """
+        models = [model for model in (graph.target, graph.draft) if model is not None]
+        snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
+        threads, foreign = set(threading.enumerate()), any(not is_ours(one) for one in _strategies(graph))
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            try:
+                undone, spoilt = snapshot.undo()
+            except Exception as error:  # what is looked at may be a plugin's own by now
+                undone, spoilt = [], [f"what cannot be looked at any more ({one_line(error)})"]
+            if spoilt or (foreign and not set(threading.enumerate()) <= threads):
+                self.clear()  # a thread that goes on may hold any of it
+            self.calls = STRANGERS.calls
+            if (undone or spoilt) and not failed:
+                raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
+
+
+def _strangers(graph: DecodingGraph) -> str:
+    """The strategies that are not specvlm's own; all three where all are."""
+    foreign = [one for one in _strategies(graph) if not is_ours(one)]
+    return " or ".join(map(label_of, foreign or _strategies(graph)))
+
+
+def _strategies(graph: DecodingGraph) -> tuple[Strategy, ...]:
+    return graph.pruner, graph.drafter, graph.verifier
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+MODEL_CACHE = (
+    ModelCache()
+)  # of this process; ranks that share a target hold their own, since a process group does not outlive its run
+
+
+def _key(setup: Setup, side: str) -> Hashable:
+    """What makes a loaded model what it is. None for a draft that is not used."""
+    model = setup.target if side == "target" else setup.draft
+    if model is None:
+        return None
+    cfg, places = setup.cfg, setup.places
+    where = places.target if side == "target" else places.draft
+    return (side, model.folder, fingerprint(model.folder), cfg.dtype, cfg.mrope, setup.kinds[side], places.parallel, where)

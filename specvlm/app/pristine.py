@@ -1,0 +1,334 @@
+"""An answer read over by a Hugging Face model that shares nothing with our decoding but token ids and pixels.
+
+The verdict of a run compares two loops of ours over one target. What both share (positions, attention, features, the
+embedding of a prompt, stop ids) it cannot see. Here the checkpoint is loaded anew by transformers' own class, under its
+own attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging Face's.
+
+Shape suffixes: S prompt tokens, T output tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specvlm.app import memory_plan
+from specvlm.app.prepare import Prepared, Setup, own_sample, read
+from specvlm.app.request import hf_check_of, threads
+from specvlm.config import model_folder
+from specvlm.decoding.lossless import alike
+from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
+from specvlm.models.checkpoint import SAFELY, folder_of
+from specvlm.results.rows import UNCHECKED, rows_of
+from specvlm.strategies.fence import inside
+from specvlm.types import VideoPrompt
+
+if TYPE_CHECKING:
+    from specvlm.app.job import Job
+    from specvlm.app.model_cache import ModelCache
+    from specvlm.app.readings import Readings
+
+ATTENTION = "sdpa"  # Hugging Face's own, of torch; "eager" would hold a prompt's scores in full
+ROUNDINGS = 5  # times the typical change by one more rounding a layer: the most that rounding is said to explain
+MOST = 20  # differences that are told
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A token that is not the model's argmax.
+
+    token: its index in the answer. candidates: what came out, and the argmax. gap: by how much the model prefers the
+    latter, in logits, the penalty applied; rounding: how much of that rounding explains.
+    """
+
+    token: int
+    candidates: tuple[int, int]
+    gap: float
+    rounding: float
+
+    @property
+    def explained(self) -> bool:
+        return self.gap <= self.rounding
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What reading an answer over found.
+
+    differences: in their order. fault: what no logits excuse, such as an end in the wrong place, and at which token.
+    """
+
+    differences: tuple[Difference, ...] = ()
+    fault: tuple[int, str] | None = None
+
+    def __str__(self) -> str:
+        faults = [(wrong.token, self._told(wrong)) for wrong in self.differences if not wrong.explained]
+        if first := min([*faults, *([self.fault] if self.fault else [])], default=None):
+            return f"MISMATCH at token {first[0]}: {first[1]}"
+        if self.differences:
+            first_tie, more = self.differences[0], len(self.differences) - 1
+            return f"tie at token {first_tie.token} (gap {first_tie.gap:.2g})" + (f", and {more} more" if more else "")
+        return "identical"
+
+    def _told(self, wrong: Difference) -> str:
+        others = len(self.differences) - 1
+        said = f"Hugging Face's model prefers another by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
+        return said + (f" ({others} more tokens differ)" if others else "")
+
+
+class PristineModel:
+    """A checkpoint as transformers loads it: safetensors alone, no remote code, nothing of it replaced.
+
+    dtype, device: as the target has them; without a device its layers are spread over all GPUs, by accelerate. Of the
+    generation settings stop ids and penalty stay, which we apply; others go, since our loops do without them.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        from transformers import AutoModelForImageTextToText, GenerationConfig
+
+        spread = {"device_map": "auto"} if device is None else {}
+        with explained(f"{folder}: Hugging Face's own model cannot be loaded"):
+            asked = {"dtype": dtype, "attn_implementation": ATTENTION} | spread
+            hf: Any = AutoModelForImageTextToText.from_pretrained(folder, **asked, **SAFELY)
+        self.hf = (hf if spread else hf.to(device)).eval()
+        stops = hf.generation_config.eos_token_id
+        self.penalty = float(hf.generation_config.repetition_penalty or 1)
+        self.hf.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=0)
+        self.stop_ids = frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])
+
+    @classmethod
+    def of(cls, setup: Setup) -> PristineModel:
+        """The setup's target. Raises UserError where it cannot be loaded, OutOfMemory where there is no room for it."""
+        places = setup.places
+        with room(setup):
+            folder = folder_of(model_folder(setup.cfg.target.path), weights=True)
+            return cls(folder, setup.dtype, None if places.parallel == "layers" else places.first)
+
+    @torch.inference_mode()
+    def check(
+        self, prompt: VideoPrompt, output: Sequence[int], limit: int, penalty: float | None = None, generate: bool = False
+    ) -> Agreement:
+        """Is every token of the output the model's argmax, given those before it, and does it end where it should?
+
+        Args:
+            prompt: its token ids and pixels are read, nothing else.
+            output: token ids, the stop id included.
+            limit: the most tokens that were asked for.
+            penalty: for repetitions; None for that of the checkpoint's generation config.
+            generate: compare with what `generate` gives token by token, by its own cache.
+
+        Costs a pass over prompt and output, and one more where a token differs. With `generate` as many passes as
+        tokens, and these two where a token differs.
+        """
+        penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
+        if not generate:
+            return Agreement(self._differences(prompt, output, penalty), fault)
+        answer = self.generate(prompt, limit, penalty)
+        if answer == list(output):
+            return Agreement(fault=fault)
+        # Behind the first difference the two follow different texts: what the model makes of ours, a pass over it says.
+        common = alike(answer, output)
+        told = f"{len(output)} tokens came out, Hugging Face's generate gives {len(answer)}"
+        found = self._differences(prompt, output, penalty, answer[: common + 1])
+        return Agreement(found, fault or (None if found else (common, told)))
+
+    def _differences(
+        self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
+    ) -> tuple[Difference, ...]:
+        """known: tokens that count for the first argmaxes, whatever a pass over all of them says."""
+        config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # of two logits together, as a share of the larger
+        if {config.video_token_id, config.image_token_id} & set(output[:-1]):
+            raise UserError("the answer holds a placeholder of a video, which no pass over it can read")
+        logits_TV, found = self._logits(prompt, output), []
+        for at, scores_V in enumerate(self._scores(logits_TV, prompt, output, penalty)):
+            best, ours = known[at] if at < len(known) else int(scores_V.argmax()), output[at]
+            if best != ours:
+                its, own = float(scores_V[best]), float(scores_V[ours])
+                found.append(Difference(at, (ours, best), abs(its - own), ulp * max(abs(its), abs(own))))
+        if found:
+            # How far rounding moves a difference of two logits: of most tokens of the answer, not of the worst one.
+            pairs = zip(logits_TV.double(), self._logits(prompt, output, shaken=True).double(), strict=True)
+            typical = math.sqrt(2) * median(float((a - b).std()) for a, b in pairs)
+            found = [replace(wrong, rounding=wrong.rounding + ROUNDINGS * typical) for wrong in found]
+        return tuple(found)
+
+    def generate(self, prompt: VideoPrompt, limit: int, penalty: float = 1.0) -> list[int]:
+        """Hugging Face's own greedy answer, its stop id included."""
+        out = self.hf.generate(**self._inputs(prompt), max_new_tokens=limit, repetition_penalty=penalty)
+        return out[0, len(prompt) :].tolist()
+
+    def _end(self, output: Sequence[int], limit: int) -> tuple[int, str] | None:
+        stopped = next((at for at, token in enumerate(output) if token in self.stop_ids), None)
+        if stopped is not None and stopped + 1 < len(output):
+            return stopped + 1, f"the answer goes on behind stop token {output[stopped]}"
+        if stopped is None and len(output) != limit:
+            said = f"the answer ends at {len(output)} tokens, without a stop token, and {limit} were asked for"
+            return len(output), said
+        return None
+
+    def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
+        """As Hugging Face's processors make them. Not `generate_inputs`, which may share a fault with our positions."""
+        if prompt.images:
+            raise UserError("check reads prompts of videos and text: there are images in this one")
+        device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
+        ids_1S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])[None]
+        made = {"input_ids": ids_1S, "attention_mask": torch.ones_like(ids_1S)}
+        pixels = [video["pixels"].to(self.hf.dtype) for video in prompt.videos]
+        if config.model_type == "qwen2_5_vl":
+            made["mm_token_type_ids"] = 2 * (ids_1S == config.video_token_id).int()
+            made["pixel_values_videos"] = torch.cat(pixels)
+            made["video_grid_thw"] = torch.tensor([video["thw"] for video in prompt.videos])
+            made["second_per_grid_ts"] = torch.tensor([video["seconds"] for video in prompt.videos])
+        else:
+            made["pixel_values_videos"] = torch.stack(pixels)
+        return {name: value.to(device) for name, value in made.items()}
+
+    def _logits(self, prompt: VideoPrompt, output: Sequence[int], shaken: bool = False) -> Tensor:
+        """(T, V) before each token of the output, of one pass over all. shaken: see `shaking`."""
+        with shaking(self.hf) if shaken else nullcontext():
+            return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
+
+    def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
+        """(V,) a token, behind transformers' own logits processor."""
+        from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
+        ids_1S = torch.cat([prompt.tokens, torch.tensor(output, dtype=prompt.tokens.dtype)])[None].to(logits_TV.device)
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)  # as `generate` has it, whose scores are float32
+        for at, logits_V in enumerate(logits_TV):
+            yield processors(ids_1S[:, : len(prompt) + at], logits_V[None].to(wide))[0]
+
+
+@contextmanager
+def shaking(hf: Any) -> Iterator[None]:
+    """Within it each layer's output, of text and vision, is off by up to half a unit in the last place, evenly at
+    random: what another order of summation may do to it. Twice that in 32 and 64 bits, where sums are no wider than
+    what they come to. Seeded, so that a verdict stays.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def shake(_module: Any, _args: Any, out: Any) -> Any:
+        hidden = out[0] if isinstance(out, tuple) else out
+        generator = generators.setdefault(hidden.device, torch.Generator(hidden.device).manual_seed(0))
+        noise = 2 * torch.rand(hidden.shape, generator=generator, dtype=hidden.dtype, device=hidden.device) - 1
+        moved = hidden + hidden * noise * (torch.finfo(hidden.dtype).eps / (2 if hidden.itemsize == 2 else 1))
+        return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_hook(shake) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def room(setup: Setup) -> Iterator[None]:
+    """Raises OutOfMemory for what runs out of memory within it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not memory_plan.ran_out(error):
+            raise
+        where = " or ".join(map(str, setup.places.target))
+        raise OutOfMemory(
+            f"{where} ran out of memory in check={setup.cfg.check}, whose model takes the whole prompt in one pass: "
+            "take fewer frames (frames=…), another device, or leave check out"
+        ) from error
+
+
+def told(found: Agreement, tokenizer: Any) -> dict[str, Any]:
+    """hf_check and hf_difference, see `metrics.KEYS`."""
+    wrong = [
+        asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
+        for part in found.differences[:MOST]
+    ]
+    return {"hf_check": str(found), "hf_difference": wrong or None}
+
+
+def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> dict[str, Any]:
+    """hf_check and hf_difference of a run's answer. The pair is let go first, to make room for another target; the video
+    is read again, since plugins have seen the prompt.
+    """
+    held.clear()
+    model, cfg = PristineModel.of(request), request.cfg
+    prompt = read(request, own_sample(cfg)).prompt
+    with room(request):
+        found = model.check(prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
+    return told(found, request.target.tokenizer)
+
+
+def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of this process's part of a job that wait for their check, each with its sample's place in the data set."""
+    with inside(job.setup.verifier):
+        graph = job.setup.graph()
+    if job.folder is None or hf_check_of(job.cfg, graph) is not None:
+        return []
+    rows = {row["sample"]: row for row in rows_of(job.folder) if row["status"] == "ok" and row.get("hf_check") in UNCHECKED}
+    return [(index, rows[job.samples[index].id]) for index in job.shard_indices if job.samples[index].id in rows]
+
+
+def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exception], int]) -> list[int]:
+    """Check what jobs of one target have answered, sample by sample, over one model; each row is written as it is done.
+
+    A video is read again, once for all jobs, and equal answers are checked once. tell: see `sweep.take_turns`. A row
+    that cannot be checked waits for the next resume=true. Returns exit codes of what went wrong.
+    """
+    waiting = [(index, at, row) for at, job in enumerate(jobs) for index, row in unchecked(job)]
+    if not waiting:
+        return []
+    jobs[0].held.clear()
+    readings.forget()  # plugins have seen them
+    try:
+        model = PristineModel.of(jobs[0].setup)
+    except Exception as error:
+        for at in {at for _, at, _ in waiting}:
+            jobs[at].fail(error)
+        return [tell(error)]
+    codes, known = list[int](), dict[Any, Agreement]()
+    for index, at, row in sorted(waiting, key=lambda found: found[:2]):
+        job = jobs[at]
+        try:
+            with threads(job.cfg.threads), room(job.setup):
+                found = _of_row(model, job, index, row, readings, known)
+        except Exception as error:
+            codes.append(ExitCode.FAILED)
+            job.screen.note(line(f"{row['sample']} is not checked: {one_line(error)}"))
+            if not isinstance(error, UserError):
+                traceback.print_exception(error)
+            continue
+        assert job.rows is not None
+        row |= told(found, job.setup.target.tokenizer)
+        job.rows.begin()
+        job.rows.end(row)
+        job.screen.checked(row, job.label)
+        if job.cfg.fail_fast and job.code_of([row]):
+            raise JobFailed(job.code_of([row]))
+    return codes
+
+
+def _of_row(
+    model: PristineModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
+) -> Agreement:
+    cfg, sample = job.cfg, job.key(index)
+    asked = (sample, tuple(row["token_ids"]), cfg.max_new_tokens, cfg.repetition_penalty, cfg.check)
+    if asked not in known:
+        if sample not in readings:
+            readings.forget()
+        prompt = readings.get(sample, job.read(index)).prompt
+        if len(prompt) != row["prompt_tokens"]:
+            raise UserError(f"its prompt has {len(prompt)} tokens now, and had {row['prompt_tokens']}: the video has changed")
+        known[asked] = model.check(prompt, *asked[1:4], cfg.check == "generate")
+    return known[asked]

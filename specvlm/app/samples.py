@@ -1,0 +1,40 @@
+"""The samples of a data set as results need them: ids of their own, and what is told of them as plain JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from specvlm.errors import UserError, line
+from specvlm.parsing.files import nested
+from specvlm.strategies import Dataset, Sample
+from specvlm.strategies.fence import inside
+from specvlm.strategies.registry import described
+
+
+def unique(dataset: Dataset) -> Sequence[Sample]:
+    """Raises UserError for an id that is there twice, and for a data set without samples."""
+    with inside(dataset):
+        # An id is a str and no class of a plugin's, which would have a word in every comparison.
+        samples = [replace(s, id=str.__str__(s.id)) if isinstance(s.id, str) else s for s in dataset.samples()]
+    seen = set[str]()
+    for sample in samples:
+        if not isinstance(sample.id, str):
+            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
+        if sample.id in seen:
+            raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
+        seen.add(sample.id)
+    if not samples:
+        raise UserError(f"dataset={dataset.name}: there are no samples in it")
+    return samples
+
+
+def writable_meta(sample: Sample) -> dict[str, Any]:
+    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
+    try:
+        json.dumps(sample.meta)
+        if not nested(sample.meta):
+            return sample.meta
+    except (TypeError, ValueError, RecursionError):
+        pass
+    return {str(key): line(described(value)) for key, value in sample.meta.items()}

@@ -1,0 +1,268 @@
+"""The jobs over samples of one call: they take turns, a few samples each, over models that are loaded once."""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from hydra.types import RunMode
+
+from specvlm.app import job_names
+from specvlm.app.compose import FOLDERS
+from specvlm.app.console import RunConsole, left
+from specvlm.app.job import Job
+from specvlm.app.model_cache import MODEL_CACHE, ModelCache
+from specvlm.app.placement import places_of
+from specvlm.app.pristine import check_rows, unchecked
+from specvlm.app.readings import Readings
+from specvlm.config import RunConfig, WandbConfig
+from specvlm.errors import ExitCode, JobFailed, UserError, worst
+from specvlm.parallel.ranks import joined
+from specvlm.results.metrics import MEANS, SPANS, totals
+from specvlm.results.rows import CannotWrite, Taken, config_of, rows_of, summary_of
+from specvlm.results.tracker import Tracker, Wandb, sync_line
+from specvlm.strategies.fence import contained
+
+END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single job's affair
+
+
+class Sweep:
+    """Jobs as Hydra starts them. Where they are `together` they wait for `finish`, and take turns; else each is done at once.
+
+    folder: of all of them. tell: says what a job failed of, and returns its exit code.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[Exception], int]) -> None:
+        self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
+        self.tracker: WandbConfig | None = None
+        self.words: dict[Path, str] = {}  # what tells each job from others, by its folder
+        self.labels: dict[Path, str] = {}  # the same without what all have
+        self.common = self.name = ""
+        self.wandb: Wandb | None = None
+        self.jobs: list[Job] = []
+        self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
+        self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
+        self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
+
+    def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
+        """Jobs are to be added. words: what tells each from others, by its folder."""
+        self.words |= words
+        self.tracker = tracker
+        short, self.common = job_names.apart(list(self.words.values())) if self.words else ([], "")
+        self.labels = dict(zip(self.words, short, strict=True))
+        presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
+        self.name = " ".join([*presets, self.folder.name]).strip()
+
+    def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
+        """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
+        if self.ended:
+            return ExitCode.OK
+        try:
+            return self._add(cfg, folder, hydra)
+        except (*END_IT, UserError) as error:
+            if os.getpid() != self.home:
+                return self.tell(error)
+            self.ended = error  # said later: Hydra would say it in its own way
+            return ExitCode.OK
+
+    def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
+        several = hydra.mode == RunMode.MULTIRUN
+        above = self.folder if several else folder
+        label = self.labels.get(folder, "") if self.labels else job_names.label(hydra.overrides.task)
+        job = Job(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, wandb=self._wandb())
+        try:
+            with contained():
+                ranks = places_of(cfg).ranks  # which makes the drafter, and that may fail
+                if ranks == 1:
+                    job.start()
+        except END_IT:
+            raise
+        except Exception as error:
+            if isinstance(error, UserError) and not several:
+                raise  # a mistake, as of a run of one video: a line, and nothing is left behind
+            self.failures[folder] = job.fail(error)
+            code = self.tell(error)
+            if cfg.fail_fast:
+                raise JobFailed(code) from error
+            return code
+        if ranks > 1:
+            try:
+                return share_ranks(cfg, folder)
+            except Exception as error:
+                return self.tell(error)
+        self.begun.append((job, FOLDERS[several]))
+        if self.together:
+            self.jobs.append(job)
+            return ExitCode.OK
+        return take_turns([job], cfg.turn, self.tell)
+
+    def _wandb(self) -> Wandb | None:
+        if self.wandb is None and self.tracker is not None:
+            self.wandb = Wandb(self.tracker, RunConsole().note)
+        return self.wandb
+
+    def finish(self) -> int:
+        """Do what waits; returns the worst exit code."""
+        if self.ended:
+            raise self.ended
+        jobs, self.jobs = self.jobs, []
+        return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
+
+    def mismatch(self) -> list[int]:
+        """Its exit code where a job has one, of what is in their folders."""
+        found = [summary_of(folder) for folder in self.labels]
+        wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
+        return [ExitCode.MISMATCH] if wrong else []
+
+    def close(self) -> None:
+        """Let go of what was not begun."""
+        for job in self.jobs:
+            with suppress(CannotWrite):
+                job.close()
+
+    def show(self) -> None:
+        """The table of jobs, as far as they came, and the tracker's picture of it; nothing where none began."""
+        if self.ended:
+            return
+        screen, never = RunConsole(), {"status": "failed", "reason": "it never began"}
+        found = {folder: self._state_of(folder) for folder in self.labels}
+        if not any(found.values()):
+            return
+        told = [(label, found[folder] or never) for folder, label in self.labels.items()]
+        unfinished = [option for job, option in self.begun if job.todo or unchecked(job)]
+        go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished else ""
+        screen.jobs(told, self.common, self.folder, go_on)
+        if self.tracker is not None:
+            if len(found) > 1:
+                tracker = Tracker(self._wandb())
+                tracker.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
+                tracker.plots([self._point(folder, found[folder]) for folder in found if "samples" in found[folder]])
+            screen.note(sync_line(self.folder))
+
+    def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+        """A job's line of the tracker's table."""
+        cfg = config_of(folder)
+        chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
+        figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
+        return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
+
+    def _state_of(self, folder: Path) -> dict[str, Any]:
+        found = self.failures.get(folder) or summary_of(folder)
+        if "token_ids" in found:  # a run of one video
+            return totals([{"status": "ok", **dict.fromkeys(("dataset", "split", "version")), "sample": "", **found}], 1)
+        return found or (totals(rows, len(rows)) if (rows := rows_of(folder)) else {})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A sample for a job. window: of samples whose readings are kept for all jobs; place: the job's among these."""
+
+    window: int
+    job: Job
+    index: int
+    place: int
+
+
+def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
+    """Every job to its end, see `schedule`; returns the worst exit code.
+
+    Jobs of another target come when those of the first are through. tell: says what a whole job failed of, and returns its
+    exit code; the others go on.
+    """
+    codes, groups = list[int](), dict[Any, list[Job]]()
+    for job in jobs:
+        groups.setdefault(job.held.target_of(job.setup), []).append(job)
+    began, samples = monotonic(), sum(len(job.todo) for job in jobs)
+
+    def time_left() -> str:
+        more = sum(len(job.todo) for job in jobs)
+        return left(samples - more, more, began)
+
+    for job in jobs:
+        job.left = time_left
+    with Readings() as readings:
+        try:
+            for group in groups.values():
+                for task, read_next in walk(schedule(group, turn), readings):
+                    codes.append(_turn(task, readings, read_next, tell))
+                codes += check_rows(group, readings, tell)
+                codes += [job.close() for job in group]
+        finally:
+            for job in jobs:
+                with suppress(CannotWrite):  # which has been said
+                    job.close()
+    return worst(codes)
+
+
+def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
+    """Who answers what, in which order. turn: samples that a job answers before it is the next one's turn.
+
+    Behind each turn the order moves on by one, so that no job always comes first, or behind the same other one. It goes by the
+    samples' places in the data set: whether a sweep was broken off, or split into shards, makes no difference. Shards of one
+    configuration have one place.
+    """
+    folders = dict[Any, list[tuple[Job, set[int]]]]()
+    for job in jobs:
+        folders.setdefault(job.folder, []).append((job, set(job.todo)))
+    lanes, end = list(folders.values()), max(len(job.samples) for job in jobs)
+    return [
+        Task(window, job, index, place)
+        for window, first in enumerate(range(0, end, turn))
+        for place in range(len(lanes))
+        for job, todo in lanes[(window + place) % len(lanes)]
+        for index in range(first, min(first + turn, end))
+        if index in todo
+    ]
+
+
+def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Callable[[], None]]]:
+    """Each in its turn, with what begins the reading of the next sample that is still to be read."""
+    window = -1
+
+    def read_next(at: int) -> None:
+        for task in islice(tasks, at + 1, None):
+            job, index = task.job, task.index
+            if index in job.todo and (key := job.key(index)) not in readings:
+                readings.begin(key, job.read(index), job.cfg.threads)
+                return
+
+    for at, task in enumerate(tasks):
+        if task.window != window:
+            window = task.window
+            readings.forget()
+        yield task, partial(read_next, at)
+
+
+def share_ranks(cfg: RunConfig, folder: Path) -> int:
+    """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
+    with Readings() as readings, joined(places_of(cfg).first) as ranks:
+        job = Job(cfg, folder if ranks.rank == 0 else None, folder, ModelCache(), ranks)
+        job.start()
+        try:
+            for task, read_next in walk(schedule([job], 1), readings):
+                job.turn(task.index, readings, 0, read_next)
+        finally:
+            code = job.close()
+    return code
+
+
+def _turn(task: Task, readings: Readings, read_next: Callable[[], None], tell: Callable[[Exception], int]) -> int:
+    job = task.job
+    try:
+        with contained():
+            job.turn(task.index, readings, task.place, read_next)
+    except END_IT:
+        raise
+    except Exception as error:
+        job.fail(error)
+        code = tell(error)
+        if job.cfg.fail_fast:
+            raise JobFailed(code) from error
+        return code
+    return ExitCode.OK

@@ -1,0 +1,127 @@
+"""From what a pruner needs to what is gathered on the way, and from there to the tensors it is handed (`strategy.SIGNALS`).
+
+All ranks hold the same: means over heads are summed over ranks, and all else is computed from replicated tensors.
+
+Shape suffixes: T sampled frames of a clip, F frames of the grid, P its tokens of one frame, N video tokens, D width.
+"""
+
+from contextlib import suppress
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, pad
+
+from specvlm.errors import UserError
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.video_lm import VideoLM
+from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
+from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
+from specvlm.types import TokenGrid, VideoPrompt
+from specvlm.video.codec import Stream, read_stream
+
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # one layer's states are held for these
+
+
+def state_layer(pruner: Pruner, target: VideoLM) -> int:
+    """Behind how many layers states are read; 0 where none are. Raises UserError for more layers than there are."""
+    if not pruner.needs & STATE_SIGNALS:
+        return 0
+    layer = pruner.state_layer(target.layers)
+    if not 1 <= layer <= target.layers:
+        raise UserError(f"pruner={pruner.name} reads states behind {layer} layers: the target has {target.layers}")
+    return layer
+
+
+def collector_for(
+    pruner: Pruner | None, target: VideoLM, prompt: VideoPrompt, more: frozenset[str] = frozenset(), hidden: bool = False
+) -> AttentionCollector | None:
+    """The collector for what is read of the target on the way; None when nothing is. pruner: None where nothing is chosen.
+
+    more: signals that the drafter needs. hidden: the verifier reads the video tokens' last hidden states.
+    """
+    needs = more | (pruner.needs if pruner else frozenset())
+    layer = state_layer(pruner, target) if pruner else 0
+    heads = "verifier_attention_per_kv_head" in needs
+    collector = AttentionCollector(
+        prompt.video_index.to(target.device),
+        rows=heads or bool(needs & {"verifier_attention", "verifier_attention_per_layer"}),
+        heads=heads,
+        hidden=hidden,
+        last_row="verifier_attention_last_row" in needs,
+        weigh=pruner.row_weights if pruner and "verifier_attention_weighted" in needs else None,
+        keys=layer - 1 if needs & {"key_norm", "key_norm_text"} else None,
+        states=HiddenStateProbe(prompt.video_index, prompt.cut, layer, target.text.norm.weight)
+        if needs & KEPT_STATES
+        else None,
+        sight=VisionProbe() if needs & {"vision_attention", "vision_keys"} else None,
+    )
+    return collector if collector.reads else None
+
+
+def gathered(
+    needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features_ND: Tensor
+) -> dict[str, Tensor]:
+    """The signals of the target and of the file; what was not gathered is left out."""
+    signals, device = {}, features_ND.device
+    if "features" in needs:
+        signals["features"] = features_ND.clone()  # a strategy's own
+    if needs & CODEC_SIGNALS:
+        signals.update(zip(("motion", "packet_bytes", "intra"), codec(prompt).to(device), strict=True))
+    if collector is None:
+        return {name: signal for name, signal in signals.items() if name in needs}
+    if collector.rows:
+        signals["verifier_attention_per_layer"] = collector.per_layer()
+        signals["verifier_attention"] = collector.per_layer().mean(0)
+    if collector.heads:
+        signals["verifier_attention_per_kv_head"] = collector.per_head()
+    if collector.last_row:
+        signals["verifier_attention_last_row"] = collector.last_rows()
+    if collector.weigh is not None:
+        signals["verifier_attention_weighted"] = collector.weighted()
+    if collector.keys is not None:
+        signals["key_norm"], signals["key_norm_text"] = collector.key_norms()
+    if collector.sight is not None:
+        signals["vision_attention"], signals["vision_keys"] = collector.sight.attention(), collector.sight.keys()
+    if (states := collector.states) is not None:
+        made = {"hidden_text": states.text, "final_norm": states.norm}
+        made["text_similarity"] = partial(states.similarity, features_ND)
+        made["hidden"] = states.video  # last: what `similarity` has joined is handed out, and not joined once more
+        signals |= {name: make() for name, make in made.items() if name in needs}
+    return {name: signal.to(device) for name, signal in signals.items() if name in needs}
+
+
+def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Of what is gathered of so many video tokens and grows with the model's width or heads, while a request lasts, on a rank.
+
+    hidden: as in `collector_for`. Scores a KV head count with the sort that `drafter=sparse` makes of them.
+    """
+    width = int(target.hf.config.get_text_config().hidden_size)
+    states = tokens * width * dtype.itemsize * (bool(needs & KEPT_STATES) + hidden)
+    if "verifier_attention_per_kv_head" not in needs:
+        return states
+    score = torch.promote_types(dtype, torch.float32).itemsize
+    return states + target.layers * target.kv_heads // ranks * tokens * (2 * score + torch.int64.itemsize)
+
+
+def codec(prompt: VideoPrompt) -> Tensor:
+    """(3, N): motion, packet_bytes and intra of each token, from the prompt's own files; zeros for a video without one."""
+    parts = []
+    for grid, video in zip(prompt.grids, prompt.videos, strict=True):
+        origin, per_token = video.get("origin"), torch.zeros(3, grid.cells)
+        if origin is not None:
+            with suppress(UserError):  # the pruner sees zeros, and says so
+                per_token = on_grid(read_stream(origin), grid)
+        parts.append(pad(per_token, (0, grid.newline)))
+    return torch.cat(parts, 1)
+
+
+def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
+    """(3, F * P). A frame of the grid may be several of the clip's: their motion and intra are averaged, their bytes added."""
+    group = -(-len(stream.size) // grid.frames)
+    pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)
+    motion_FP = torch.stack([part.mean(0) for part in pooled_TP.split(group)])
+    size_F = torch.stack([part.sum() for part in stream.size.split(group)])
+    intra_F = torch.stack([part.mean() for part in stream.intra.split(group)])
+    rows = (motion_FP, *(x_F[:, None].expand_as(motion_FP) for x_F in (size_F, intra_F)))
+    return torch.stack([row.flatten() for row in rows])

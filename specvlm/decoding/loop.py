@@ -1,0 +1,354 @@
+"""The decoding loop, and the plain loop it must agree with. Both in one file, in the order things happen.
+
+embed → prefill the target → select → start the drafter → (propose → score → verify → keep)*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specvlm.decoding.broadcast import BroadcastSession
+from specvlm.decoding.collect import collector_for, gathered, state_layer
+from specvlm.decoding.scheduler import alone
+from specvlm.decoding.timing import Clock
+from specvlm.engine import Engine
+from specvlm.engine.base import Request, first_token
+from specvlm.engine.repetition import RepetitionPenalty
+from specvlm.errors import StrategyError, UserError, line
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
+from specvlm.models.passes import Pass, Passes, guarded
+from specvlm.models.video_lm import VideoLM
+from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
+from specvlm.strategies.fence import (
+    check_pass,
+    checked_item,
+    checked_tree,
+    claims_of,
+    defined_here,
+    inside,
+    is_ours,
+    label_of,
+    sizes_of,
+)
+from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
+
+RECORDED = frozenset({"verifier_attention"})
+MOST_PASSES = 4096  # of a drafter in one round: more than a tree can be deep
+
+
+class Output:
+    """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
+
+    def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
+        self.room, self.stop_ids = limit, stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.room == 0
+
+    def take(self, tokens: list[int]) -> tuple[int, ...]:
+        tokens = tokens[: self.room]
+        stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
+        self.room = 0 if stop else self.room - len(tokens)
+        return tuple(tokens[:stop])
+
+
+def generator_for(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def verifier_generator(seed: int) -> torch.Generator:
+    """The verifier's own, apart from the one that drafters are given: a guess must not know the dice it is judged by."""
+    return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
+
+
+def prefill(
+    target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fill the target's cache; returns the video features (N, D) and the logits (1, V) of the next token."""
+    features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
+    embeds_SD = target.embed(prompt, features_ND)
+    if collector is not None:
+        with inside(getattr(collector.weigh, "__self__", "pruner")):
+            collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
+    clock.mark("embed")
+    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, collector)
+    return features_ND, target.head(hidden_D[None])
+
+
+def autoregressive(
+    target: VideoLM,
+    prompt: VideoPrompt,
+    options: GenerationOptions | int,
+    verifier: Verifier,
+    caches: CachePool | None = None,
+    engine: Engine | None = None,
+) -> Iterator[Step]:
+    """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`.
+
+    options: or how many new tokens, of a request that asks for nothing else.
+    """
+    engine = engine or Engine()
+    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
+
+
+@torch.inference_mode()
+def autoregressive_work(
+    target: VideoLM,
+    prompt: VideoPrompt,
+    options: GenerationOptions | int,
+    verifier: Verifier,
+    caches: CachePool,
+    engine: Engine,
+) -> Generator[Pass | Step, Any, None]:
+    """The same as a generator of passes and steps, for a `Scheduler`."""
+    asked = GenerationOptions().asked(options)
+    clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
+    output, generator = Output(asked.max_new_tokens, stop_ids), verifier_generator(asked.seed)
+    penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
+    with caches.lease() as lease:
+        cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
+        _, sampling = claims_of(verifier)
+        request = Request(target, cache, verifier, sampling, penalty, generator, stop_ids, clock.mark)
+        _, logits_MV = prefill(target, prompt, cache, clock)
+        token = first_token(request, logits_MV)
+        clock.mark("prefill")
+        while True:
+            yield Step(output.take([token]), times_s=clock.lap())
+            if output.done:
+                return
+            clock.resume()
+            penalty.add(torch.tensor([token]))
+            token = yield from engine.next(request, token)
+            clock.mark("verify")
+
+
+class View(NamedTuple):
+    """What the drafter may see of a video: so many tokens, by a choice of its `own`. pruned: does the pruner choose them?"""
+
+    budget: int
+    own: bool
+    pruned: bool
+
+
+@dataclass
+class DecodingGraph:
+    """A target, a draft and three strategies. `decode` yields a request's steps as they happen.
+
+    Nothing of a request lives here: there may be several at once, in several threads, too.
+
+    Attributes:
+        draft: A skeleton on ranks where it does not lie.
+        options: What a request asks for that does not say otherwise.
+        vocabulary: Token ids known to both models.
+        caches: Kept between requests.
+        engine: How passes run, see `specvlm.engine`.
+    """
+
+    target: VideoLM
+    draft: VideoLM | None
+    pruner: Pruner
+    drafter: Drafter
+    verifier: Verifier
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    vocabulary: int = 0
+    caches: CachePool = field(default_factory=CachePool)
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        if self.drafter.model == "draft" and self.draft is None:
+            raise UserError(f"drafter={self.drafter.name} needs a draft model")
+        state_layer(self.pruner, self.target)
+        # Read once: what a rule claims decides what its output is held to.
+        self.lossless, self.sampling = claims_of(self.verifier)
+        self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
+
+    def decode(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Iterator[Step]:
+        """The steps of a request, as they happen. options: or how many new tokens; all else as `options` of the graph."""
+        return alone(self.engine, self.work(prompt, options))
+
+    @torch.inference_mode()
+    def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
+        """A request as a generator of passes and steps, for a `Scheduler`."""
+        target, drafter, verifier = self.target, self.drafter, self.verifier
+        asked, clock = self.options.asked(options), Clock(target.device)
+        stop_ids, generator = asked.stop_ids_or(target.stop_ids), generator_for(asked.seed)
+        output = Output(asked.max_new_tokens, stop_ids)
+        most, _ = sizes_of(drafter)
+        view = self._view(prompt, asked.ratio)
+        with self.caches.lease() as lease, self.caches.lease(drafter=True) as drafts:
+            cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
+            penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
+            collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
+            rule = (verifier, self.sampling, penalty, dice, stop_ids)
+            request = Request(target, cache, *rule, clock.mark, lossless=self.lossless)
+            features_ND, logits_MV = prefill(target, prompt, cache, clock, collector)
+            copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
+            token = first_token(request, logits_MV)
+            clock.mark("prefill")
+            yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
+            if output.done:
+                return
+
+            recorded = gathered(RECORDED, prompt, collector, features_ND) if asked.record else {}
+            attention = recorded.get("verifier_attention")
+            clock.resume()
+            penalty.add(torch.tensor([token]))
+            keep = self._agreed(copy, view, collector, features_ND, generator)
+            clock.mark("prune")
+            context = DraftContext(
+                prompt=copy,
+                keep=keep,
+                bonus=token,
+                target=target,
+                draft=self.draft,
+                features_ND=features_ND,
+                positions=asked.positions,
+                max_new_tokens=asked.max_new_tokens,
+                vocabulary=self.vocabulary,
+                sampling=replace(self.sampling),
+                generator=generator,
+                caches=drafts,
+                signals=gathered(drafter.needs, copy, collector, features_ND),
+                cache=cache,
+            )
+            session = self._session(context)
+            if self.draft is not None and drafter.model == "draft":
+                clock.wait(self.draft.device)
+            clock.mark("draft_prefill")
+
+            ours = is_ours(session) and is_ours(drafter)  # a session of ours may pass on trees of others
+            shown = keep if drafter.model and not view.own else None
+            if collector is not None and collector.hidden:
+                request = replace(request, video_ND=collector.video_hidden())
+            verdict = None
+            while True:
+                tree = yield from self._proposed(session, verdict, drafts, clock, ours)
+                tree = checked_tree(drafter, tree, token, most, target.vocabulary, ours).to(target.device)
+                clock.mark("draft")
+                verdict, new = yield from self.engine.check(request, tree)
+                clock.mark("verify")
+                tokens, times = output.take(new), clock.lap()
+                yield Step(tokens, tree.on_host(), verdict, times, shown, attention, self.lossless)
+                if output.done:
+                    return
+                clock.resume()
+                penalty.add(torch.tensor(new))
+                token, shown, attention = verdict.bonus, None, None
+
+    def _session(self, context: DraftContext) -> DraftSession:
+        ranks = self.target.ranks
+        on_rank0_only = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
+        with inside(self.drafter):
+            if not on_rank0_only:
+                return self.drafter.start(context)
+            return BroadcastSession(self.drafter, self.drafter.start(context) if ranks.rank == 0 else None, context)
+
+    def _proposed(
+        self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
+    ) -> Passes[DraftTree]:
+        """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
+        guard, check = partial(inside, self.drafter), partial(check_pass, label_of(self.drafter))
+        with guard():
+            found = session.propose(last)
+        if not isinstance(found, Generator):
+            return found
+        asked, result = guarded(found, guard, partial(checked_item, self.drafter, lease)), None
+        for _ in range(MOST_PASSES):
+            try:
+                item = asked.send(result)
+            except StopIteration as end:
+                return end.value
+            if isinstance(item, Pass):
+                result = yield item
+            else:
+                if not (ours and defined_here(item.routine.function)):
+                    item = replace(item, guard=guard, check=check)
+                result = yield from self.engine.call(item, clock.mark)
+        raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
+
+    def budget(self, prompt: VideoPrompt) -> int:
+        """Video tokens the drafter may see, at the ratio of the graph's options."""
+        return self._view(prompt, self.options.ratio).budget
+
+    def _view(self, prompt: VideoPrompt, ratio: float) -> View:
+        """Asks the drafter. Nothing is pruned where all or nothing is kept, nor for a drafter that sees no video."""
+        total = len(prompt.video_index)
+        with inside(self.drafter):
+            own = self.drafter.sees(prompt.copy(pixels=False))
+        if own is not None:
+            return View(own, own=True, pruned=False)
+        budget = total if self.pruner.keeps_all else KeepSet.budget(total, ratio)
+        return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
+
+    def _collector(self, prompt: VideoPrompt, view: View, record: bool) -> AttentionCollector | None:
+        """The collector for what the strategies read of the target on the way; None when they read nothing."""
+        if not len(prompt.video_index):
+            return None
+        pruner = self.pruner if view.pruned else None
+        more = self.drafter.needs | (RECORDED if record else frozenset())
+        return collector_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
+
+    def _agreed(
+        self,
+        prompt: VideoPrompt,
+        view: View,
+        collector: AttentionCollector | None,
+        features_ND: Tensor,
+        generator: torch.Generator,
+    ) -> KeepSet:
+        """`select`, and where several ranks run this loop the first one's word for all: it may be the only one with a draft."""
+        ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
+        keep = self.select(prompt, collector, features_ND, generator, view) if here else None
+        if ranks.size > 1:
+            keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
+            generator.set_state(state)
+        assert keep is not None
+        return keep
+
+    def select(
+        self,
+        prompt: VideoPrompt,
+        collector: AttentionCollector | None,
+        features_ND: Tensor,
+        generator: torch.Generator,
+        view: View | None = None,
+    ) -> KeepSet:
+        """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much.
+
+        view: None for that at the ratio of the graph's options.
+        """
+        total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
+        if not pruned:
+            return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
+        signals = gathered(self.pruner.needs, prompt, collector, features_ND)
+        if "draft_attention_last_row" in self.pruner.needs:
+            signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
+        context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
+        with inside(self.pruner):
+            keep = self.pruner.select(context)
+            if not isinstance(keep, KeepSet) or keep.total != total or len(keep.index) > budget:
+                kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
+                got = kept or f"gave a {type(keep).__name__}"
+                raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
+            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # checked again, whatever its class
+
+    def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
+        """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer asked for."""
+        model = self.target if self.drafter.model == "target" else self.draft
+        assert model is not None
+        features = features_ND if model is self.target else model.features(prompt)
+        collector = AttentionCollector(
+            prompt.video_index.to(model.device), rows=False, last_row=True, depth=self.pruner.draft_layers
+        )
+        with self.caches.lease() as lease:
+            cache = lease.take("draft", model, len(prompt))
+            model.prefill(model.embed(prompt, features), model.positions(prompt), cache, collector=collector)
+        return collector.last_rows()

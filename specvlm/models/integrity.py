@@ -1,0 +1,207 @@
+"""What requests share — weights, modules, settings, specvlm's own code — is the same after a strategy has run as before.
+
+A strategy is code of somebody else's in this process, with the models in its hands. What it changes, by mistake or not, would
+reach the baseline, the verdict and the requests that follow. So it is looked for behind every request and put right. A mistake
+cannot hide from it, nor can a patch of what it looks at; code that reaches into C, or a thread that acts later, can. A check
+that shares no code with the loop is `check=hf`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from specvlm.models.checksum import checksum
+from specvlm.models.kv_cache import CachePool, KVCache
+from specvlm.process.memo import restored
+from specvlm.process.settings import set_again, settings
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+SPECIAL = [f"__{word}__" for word in ("call", "init", "getattr", "getattribute", "setattr", "eq", "len", "iter", "next")]
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def weights_of(model: VideoLM) -> int:
+    """The checksum of a model's parameters and buffers."""
+    return checksum(tensor for _, tensor in sorted((*model.hf.named_parameters(), *model.hf.named_buffers())))
+
+
+def structure(model: VideoLM) -> dict[str, Any]:
+    """Its modules, what is hooked into them or set on them, its configuration and its own attributes, to be compared."""
+    found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
+    for name, module in model.hf.named_modules():
+        found[f"its module {name or 'root'}"] = _module(module)
+    for name, config in (("configuration", model.hf.config), ("generation settings", model.hf.generation_config)):
+        found[f"its {name}"] = _config(config)
+    return found
+
+
+def _config(config: object) -> object:
+    """Its attributes, and those of the configurations in it."""
+    inner = {key: _config(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
+    return repr(inner)
+
+
+def _module(module: nn.Module) -> tuple[Any, ...]:
+    attributes = vars(module)
+    tables = ("_parameters", "_buffers", "_modules")
+    held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
+    hooks = tuple(tuple(map(id, attributes.get(name, {}).values())) for name in HOOKS)
+    own_ones = ((key, _plain(value)) for key, value in attributes.items() if key[0] != "_")
+    return (type(module), held, hooks, *own_ones)
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
+
+
+class Code:
+    """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
+
+    As it was when last looked at. Of names that come later, what is called goes from classes, where it would stand before what
+    they inherit, and from specvlm's modules, where it would stand before a built-in.
+    """
+
+    def __init__(self) -> None:
+        self.watched = False
+        self.owners: set[Any] = set()
+        self.names: dict[Any, set[str]] = {}  # of those that should get no more
+        self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """For a command: what is there now, before plugins are imported, has to stay; else what a request began on."""
+        self.owners.clear()
+        self.entries = []
+        self.look()
+        self.watched = True
+        try:
+            yield
+        finally:
+            self.watched = False
+
+    def look(self, classes: Iterable[type] = ()) -> None:
+        modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
+        inside = ((value, module.__name__) for module in modules for value in vars(module).values())
+        inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
+        old = self.entries if self.watched else []
+        known = [] if self.watched else [(owner, name) for owner, name, _, _ in self.entries if name in vars(owner)]
+        fresh = set[Any]()
+        for owner in (*modules, *FOREIGN, torch.Tensor, nn.Module, *classes, *inner):
+            if owner not in self.owners:
+                self.owners.add(owner)
+                fresh.add(owner)
+                known += [(owner, name) for name in list(vars(owner)) if _told(name)]
+        self.entries = old + [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
+        looked_at = fresh if self.watched else self.owners
+        closed = (owner for owner in looked_at if isinstance(owner, type) or _ours(owner.__name__))
+        self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
+
+    def undo(self) -> list[str]:
+        """Put back what differs; returns its names."""
+        changed = []
+        for owner, name, value, inside in self.entries:
+            now = vars(owner).get(name)
+            if now is value and (not inside or all(map(is_, inside, _inside(name, value)))):
+                continue
+            if _theirs(owner, now):
+                continue
+            changed.append(f"{getattr(owner, '__name__', owner)}.{name}")
+            if isinstance(value, FunctionType):
+                value.__code__, value.__defaults__ = inside
+            elif inside:
+                value.clear()
+                value.update(zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True))
+            setattr(owner, name, value)
+        for owner, names in self.names.items():
+            for name, value in list(vars(owner).items()):
+                if name not in names and _called(value) and not _theirs(owner, value):
+                    changed.append(f"{owner.__name__}.{name}")
+                    delattr(owner, name)
+        return changed
+
+
+def _ours(name: str) -> bool:
+    return name == "specvlm" or name.startswith("specvlm.")
+
+
+def _theirs(owner: Any, now: Any) -> bool:
+    """torch replaces some of its functions itself, such as where it first compiles one, and transformers adds to torch's."""
+    if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
+        return False
+    homes = (vars(sys.modules[name])["__file__"] for name in ("torch", "transformers") if name in sys.modules)
+    return any(now.__code__.co_filename.startswith(os.path.dirname(home) + os.sep) for home in homes)
+
+
+def _called(value: object) -> bool:
+    return not isinstance(value, ModuleType) and (callable(value) or hasattr(type(value), "__get__"))
+
+
+def _told(name: str) -> bool:
+    return not (name.startswith("__") and name.endswith("__")) or name in SPECIAL
+
+
+def _inside(name: str, value: Any) -> tuple[Any, ...]:
+    """What can be changed of it in place: a function's code and defaults, the content of a table."""
+    if type(value) is FunctionType:
+        return value.__code__, value.__defaults__
+    return (*value.keys(), *value.values()) if name.isupper() and type(value) is dict else ()
+
+
+def classes_of(model: VideoLM) -> set[type]:
+    """Of its modules, with what they inherit from."""
+    found = {base for module in model.hf.modules() for base in type(module).__mro__}
+    return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
+
+
+CODE = Code()  # of this process
+
+
+class Snapshot:
+    """Of all that is looked at, before strategies run. weights: the checksum of each of `models`, as it was loaded."""
+
+    def __init__(
+        self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
+    ) -> None:
+        self.models, self.weights, self.caches, self.engine = models, weights, caches, engine
+        # Not those of `ModelCache`: with ranks, modules differ from what was loaded.
+        self.structures, self.running = [structure(model) for model in models], self._running()
+        code.look({cls for model in models for cls in classes_of(model)})
+        self.settings = settings()
+        # Held here, so that a patch of this module changes nothing of a snapshot that was taken before it.
+        self._parts = (code.undo, set_again, structure, weights_of)
+
+    def _running(self) -> list[Any]:
+        """Methods that were set on the pool, a cache or the engine itself, and caches of other kinds."""
+        held = self.caches.held
+        own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
+        return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
+
+    def undo(self) -> tuple[list[str], list[str]]:
+        """Undo changes of code and settings. Returns their names, and those of models and caches that are spoilt."""
+        undo_code, set_again, structure, weights_of = self._parts
+        undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]
+        spoilt = ["caches or engine"] if self._running() != self.running else []
+        for model, before, weights in zip(self.models, self.structures, self.weights, strict=True):
+            after = structure(model)
+            spoilt += [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            if weights_of(model) != weights:
+                spoilt.append(f"weights of {model}")
+        return undone, spoilt

@@ -1,0 +1,1 @@
+"""Several processes and GPUs that share one model."""

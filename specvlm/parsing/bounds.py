@@ -1,0 +1,142 @@
+"""Parse what comes from outside into types with bounds: keys of a run, fields of strategies, files.
+
+A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one has that of its
+type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from specvlm.errors import SURROGATE, UserError, line, message
+
+SHOWN = 100  # characters of a value that was not as expected
+
+
+@dataclass(frozen=True)
+class Within:
+    """The bounds of a number. what: it is; above: `low` itself is not allowed."""
+
+    low: float
+    high: float
+    what: str = ""
+    above: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(bound, int | float) for bound in (self.low, self.high))
+        if not numbers or not self.low <= self.high:
+            raise ValueError(f"Within({self.low!r}, {self.high!r}): expected two numbers, the lower one first")
+
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        return f"{self.least}, {self.most}"
+
+    @property
+    def least(self) -> str:
+        return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
+
+    @property
+    def most(self) -> str:
+        return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: float | None) -> float | None:
+        if value is not None and value not in self:
+            raise ValueError(f"expected {self}")
+        return value
+
+
+Count = Annotated[int, Within(0, 2**53)]
+Seconds = Annotated[float, Within(0, 1e9)]
+
+
+KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # as `check` says it
+INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers that have no bounds of their own
+
+
+def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
+    """Hold values, by field, against the bounds in the hints of a dataclass, whose types they have already. Raises UserError
+    naming the key, the value and the bounds. wording: KEY of keys of a run, FIELD of fields of a strategy.
+    """
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
+            continue
+        for number, bounds in _numbers(values.get(name), hint):
+            own = bounds or (INTEGER if isinstance(number, int) else REAL,)
+            for allowed in (within for within in own if number not in within):
+                null = ", or null" if type(None) in _parts(hint) else ""
+                value = line(repr(values[name]))
+                raise UserError(wording.format(name=name, value=value, least=allowed.least + null, most=allowed.most))
+
+
+def parse(kind: Any, value: Any, where: object) -> Any:
+    """A value that a file holds, as `kind`: a type with bounds, such as a dataclass or a TypedDict.
+
+    Raises UserError, which names `where` and the first part that is not as it should be. No type is stretched: "3" and true
+    are no numbers, and 3.0 is no integer.
+    """
+    from pydantic import ValidationError
+
+    try:
+        text = SURROGATE.sub("\ufffd", json.dumps(value, default=str, ensure_ascii=False))
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not
+        raise UserError(f"{where} is no plain data ({message(error)})") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _described(error: Mapping[str, Any]) -> str:
+    """What pydantic found, in our words."""
+    place = ".".join(map(str, error["loc"])) or "content"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"has no {place!r}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"has {place!r}, which is no key of it"
+    ours = error["type"] == "value_error"
+    expected = str(error["ctx"]["error"]) if ours else error["msg"].replace("Input should be", "expected")
+    return f"has {place}={line(repr(error['input']))[:SHOWN]}: {expected}"
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or what is annotated."""
+    return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
+
+
+def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
+    """All numbers in a value, with the bounds of its type and those around it; a dataclass in it checks its own."""
+    if metadata := getattr(hint, "__metadata__", ()):
+        around = (*around, *(part for part in metadata if isinstance(part, Within)))
+        hint = hint.__origin__
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        for part in inner:
+            yield from _numbers(value, part, around)
+    elif is_dataclass(value) and not isinstance(value, type):
+        check(type(value), vars(value))
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _numbers(part, inner[-1] if inner else Any, around)
+    elif isinstance(value, list | tuple):
+        for place, part in enumerate(value):
+            own = [each for each in inner if each is not Ellipsis]
+            yield from _numbers(part, own[min(place, len(own) - 1)] if own else Any, around)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value, around

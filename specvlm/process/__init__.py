@@ -1,0 +1,1 @@
+"""What belongs to the process: settings, interrupts, forked children, tables kept between requests."""

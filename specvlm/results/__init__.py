@@ -1,0 +1,1 @@
+"""What a run leaves behind: rows, figures, folders, and their mirror on W&B."""

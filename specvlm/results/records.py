@@ -1,0 +1,157 @@
+"""What runs write, as types with bounds: what is read back is parsed into these before anything is made of it."""
+
+from typing import Annotated, Any, Literal, NotRequired, Required
+
+from annotated_types import MaxLen
+from typing_extensions import TypedDict
+
+from specvlm.parsing.bounds import Count, Seconds, Within
+from specvlm.types import MOST_GUESSES
+
+Token = Annotated[int, Within(0, 2**31 - 1)]
+Tokens = Annotated[int, Within(0, 10_000_000)]  # how many
+Rank = Annotated[int, Within(0, MOST_GUESSES)]
+Share = Annotated[float, Within(0, 1)]
+Real = Annotated[float, Within(0, 1e30)]
+
+
+class Named(TypedDict):
+    name: str
+
+
+class Side(TypedDict):
+    path: str
+
+
+class Ran(TypedDict):
+    """config.yaml, as far as it is read back."""
+
+    pruner: Named
+    drafter: Named
+    verifier: Named
+    dataset: Named | None
+    target: Side
+    ratio: Share
+    mrope: str
+    video: str
+    question: str | None
+    frames: Annotated[int | None, Within(1, 2**31 - 1)]
+    fps: Annotated[float | None, Within(0, 1e6, above=True)]
+    max_pixels: Annotated[int | None, Within(1, 2**31 - 1)]
+    reader: str
+
+
+class KeptBaseline(TypedDict):
+    """A file of `baselines/`. digest: of all else."""
+
+    tokens: list[Token]
+    times_s: dict[str, Seconds]
+    key: str
+    made_of: dict[str, Any]
+    digest: str
+
+
+class Figures(TypedDict):
+    """Of one answer; `metrics.KEYS` explains them."""
+
+    verdict: str
+    text: str
+    token_ids: list[Token]
+    baseline_token_ids: list[Token] | None
+    prompt_tokens: Tokens
+    video_tokens: Tokens
+    kept_tokens: Tokens | None
+    new_tokens: Tokens
+    rounds: Tokens
+    accepted_per_round: Real | None
+    tokens_per_round: Real | None
+    drafted_per_round: Real | None
+    acceptance_by_depth: Annotated[list[Share], MaxLen(MOST_GUESSES)]
+    time_to_first_token_s: Seconds
+    drafter_start_s: Seconds
+    decode_s: Seconds
+    end_to_end_s: Seconds
+    file_to_first_token_s: NotRequired[Seconds | None]
+    file_to_last_token_s: NotRequired[Seconds | None]
+    tokens_per_second: Real
+    baseline_decode_s: Seconds | None
+    baseline_end_to_end_s: Seconds | None
+    baseline_file_to_first_token_s: NotRequired[Seconds | None]
+    baseline_file_to_last_token_s: NotRequired[Seconds | None]
+    speedup_decode: Real | None
+    speedup_end_to_end: Real | None
+    speedup_file_to_last_token: NotRequired[Real | None]
+    times_s: dict[str, Seconds]
+    reader: NotRequired[str | None]
+    difference: NotRequired[dict[str, Any] | None]
+    hf_check: NotRequired[str | None]
+    hf_difference: NotRequired[list[dict[str, Any]] | None]
+    peak_memory_bytes: Count | None
+    parallel: str | None
+    devices: Count | None
+    weights: dict[str, str] | None
+    out_of_memory: str | None
+    engine: dict[str, str] | None
+    capture_s: Annotated[float, Within(-1, 1e9)]
+
+
+class Summary(TypedDict, total=False):
+    """summary.json, as far as all that write one have it."""
+
+    status: str
+    reason: str | None
+    dataset: str | None
+    versions: dict[str, str] | None
+
+
+class Totals(Summary, total=False):
+    """summary.json of a job over samples; `metrics.TOTALS` explains it."""
+
+    samples: Required[Count]
+    ok: Required[Count]
+    failed: Required[Count]
+    skipped: Required[Count]
+    missing: Required[Count]
+    verdicts: Required[dict[str, Count]]
+    hf_checks: dict[str, Count]
+    reasons: dict[str, str]
+    kept_tokens: Required[Real | None]
+    accepted_per_round: Required[Real | None]
+    speedup_decode: Required[Real | None]
+    speedup_end_to_end: Required[Real | None]
+
+
+class Row(TypedDict):
+    """A line of samples.jsonl. One that is ok has `Figures`, too."""
+
+    sample: str
+    index: Count
+    dataset: str
+    split: str
+    version: str
+    status: Literal["ok", "failed", "skipped"]
+    reason: NotRequired[str | None]
+    question: NotRequired[str | None]
+    kept: NotRequired[list[Tokens] | None]
+    grids: NotRequired[list[list[Tokens]] | None]
+
+
+class Answered(Row, Figures):
+    """A line of samples.jsonl that is ok."""
+
+
+class Round(TypedDict):
+    """A line of steps.jsonl."""
+
+    tokens: Annotated[list[Token], MaxLen(MOST_GUESSES + 1)]
+    accepted: Count
+    sample: NotRequired[str]
+    kept: NotRequired[list[Tokens]]
+    refused: NotRequired[list[Token]]
+
+
+class Ranked(TypedDict):
+    """A line of steps.jsonl that tells ranks."""
+
+    ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # the root's, too

@@ -1,0 +1,221 @@
+"""Weights & Biases as a mirror of a job's folder: one run a job, grouped by sweep. What is on the disk comes first and stays.
+
+Whatever goes wrong here is said once, and the mirror of that job is off.
+"""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from specvlm.config import WandbConfig
+from specvlm.errors import one_line
+from specvlm.results.metrics import LATER
+
+PATIENCE_S = 3.0  # for an answer of any kind from the server, and again for a run to be begun there: 5 s in all are promised
+BEGIN_S, END_S = 2.0, 60.0
+ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
+FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
+           "baseline_decode_s", "baseline_end_to_end_s", "speedup_decode", "speedup_end_to_end", "tokens_per_second",
+           "time_to_first_token_s", "drafter_start_s", "peak_memory_bytes", "order",
+           *(key for key in LATER if not key.startswith("hf_")))  # fmt: skip
+TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
+PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
+MOST = 200  # characters of what W&B says went wrong
+CELL = 6  # pixels of a video token in the picture
+
+
+class Wandb:
+    """How this process reaches W&B, found out by the first run. wish: `tracker=…`; note: is told what goes wrong."""
+
+    def __init__(self, wish: WandbConfig, note: Callable[[str], None]) -> None:
+        self.wish, self.note, self.mode = wish, note, str(wish.mode)
+
+    def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str) -> Any:
+        """A run of W&B's. name, group: final, since it cannot rename what it holds offline; folder: where it keeps that."""
+        import wandb
+
+        tags = {str(config[part]["name"]) for part in ("pruner", "drafter", "verifier", "dataset") if config.get(part)}
+        named: dict[str, Any] = {"project": self.wish.project, "entity": self.wish.entity, "name": name, "group": group}
+        named |= {"job_type": kind, "dir": str(folder), "config": dict(config), "tags": sorted(tags), "reinit": "create_new"}
+        if self.mode == "online" and not reachable(wandb.Settings().base_url):
+            self._offline("there is no way to its server")
+        if self.mode == "online":
+            try:
+                return wandb.init(**named, mode="online", settings=settings())
+            except Exception as error:
+                self._offline(one_line(error)[:MOST])
+        return wandb.init(**named, mode="offline", settings=settings())
+
+    def _offline(self, why: str) -> None:
+        self.mode = "offline"
+        self.note(f"W&B is written offline ({why})")
+
+
+class Tracker:
+    """A mirror of one job, off until `begin`."""
+
+    def __init__(self, wandb: Wandb | None) -> None:
+        self.wandb = wandb if wandb and wandb.mode != "disabled" else None
+        self.run: Any = None
+        self.folder = Path()
+        self.rows: dict[str, tuple[Mapping[str, Any], Any]] = {}
+
+    def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str = "job") -> None:
+        """See `Wandb.begin`."""
+        if self.wandb is None:
+            return
+        with self._safely():
+            self.run, self.folder = self.wandb.begin(name, group, folder, config, kind), folder
+            for series in ("round", "sample"):
+                self.run.define_metric(f"{series}/*", step_metric=f"{series}/index")
+
+    def sample(self, row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
+        """One more is done. rounds: its lines of steps.jsonl."""
+        if self.run is None:
+            return
+        with self._safely():
+            done = sum(len(self.rows[sample][1]) for sample in self.rows)
+            for place, line in enumerate(rounds, start=done):
+                told = {f"round/{key}": made(line[key]) for key, made in ROUND.items()}
+                told |= {f"round/{part}_s": seconds for part, seconds in line["times_s"].items()}
+                self.run.log(told | {"round/index": place, "round/of_sample": row["index"], "round/number": line["round"]})
+            figures = {f"sample/{key}": row[key] for key in FIGURES if row.get(key) is not None}
+            self.run.log(figures | {"sample/index": row["index"]})
+            self.rows[row["sample"]] = (row, rounds)
+
+    def finish(self, totals: Mapping[str, Any], code: int) -> None:
+        """The table of samples, the totals, and the exit code."""
+        if self.run is None:
+            return
+        with self._safely():
+            import wandb
+
+            columns: list[str | int] = ["sample", "kept", *TEXTS, *FIGURES]
+            table = wandb.Table(columns=columns)
+            for row, _ in sorted(self.rows.values(), key=lambda pair: pair[0]["index"]):
+                picture = kept_picture(row)
+                shown = None if picture is None else wandb.Image(picture)
+                table.add_data(row["sample"], shown, *(row.get(key) for key in (*TEXTS, *FIGURES)))
+            self._end({"samples": table}, {key: value for key, value in totals.items() if value is not None}, code)
+
+    def plots(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        """Of a whole sweep: a table of its jobs' totals with their ratio and pruner, and what is drawn of it."""
+        if self.run is None:
+            return
+        with self._safely():
+            import wandb
+
+            columns: list[str | int] = list(dict.fromkeys(key for job in jobs for key in job))
+            table = wandb.Table(columns=columns, data=[[job.get(str(key)) for key in columns] for job in jobs])
+            told: dict[str, Any] = {"jobs": table}
+            for key in PLOTTED:
+                told[f"{key}_by_ratio"] = wandb.plot.line(table, "ratio", key, stroke="pruner", title=f"{key} by ratio")
+            told["speed"] = wandb.plot.scatter(table, *PLOTTED[:2], title=f"{PLOTTED[1]} by {PLOTTED[0]}")
+            self._end(told)
+
+    def _end(self, told: dict[str, Any], summary: Mapping[str, Any] | None = None, code: int = 0) -> None:
+        """The last that is told, and the run is over."""
+        run, self.run = self.run, None
+        with staging(self.folder):
+            run.log(told)
+        if summary:
+            run.summary.update(summary)
+        _in_time(lambda: run.finish(exit_code=code), END_S)
+
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.run = None
+            assert self.wandb
+            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); nothing of the results is lost")
+
+
+def reachable(address: str) -> bool:
+    """Does anything answer there, through a proxy if one is set, before patience is over? Looking a name up knows no limit."""
+
+    def ask() -> None:
+        with suppress(urllib.error.HTTPError):  # an answer
+            urllib.request.urlopen(address, timeout=PATIENCE_S).close()
+
+    try:
+        return _in_time(ask, PATIENCE_S)
+    except (OSError, ValueError):
+        return False
+
+
+def _in_time(action: Callable[[], Any], seconds: float) -> bool:
+    """Did it come to its end? If not it goes on behind, and nobody waits for it. Raises what it raised."""
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[None]:
+    """W&B puts the pictures of a table aside until they are sent: beside its offline runs, not into the user's home."""
+    key = "WANDB_DATA_DIR"
+    if key in os.environ:
+        yield
+        return
+    os.environ[key] = str(folder / "wandb" / "data")
+    try:
+        yield
+    finally:
+        del os.environ[key]
+
+
+def settings() -> Any:
+    """Quiet, and without what costs time beside a measurement; those that this W&B knows."""
+    import wandb
+
+    wishes: dict[str, Any] = {
+        **{"console": "off", "silent": True, "disable_git": True, "disable_code": True, "x_disable_stats": True},
+        **{"init_timeout": BEGIN_S, "login_timeout": BEGIN_S, "finish_timeout": END_S},
+    }
+    return wandb.Settings(**{key: value for key, value in wishes.items() if key in wandb.Settings.model_fields})
+
+
+def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
+    """Frame beside frame, a square a video token, bright where the drafter saw it; None where no choice was made."""
+    if row["kept"] is None or not row["grids"]:
+        return None
+    kept, parts, start = np.zeros(row["video_tokens"], np.uint8), [], 0
+    kept[row["kept"]] = 1
+    for frames, height, width, newline in row["grids"]:
+        cells = kept[start : start + frames * height * width].reshape(frames, height, width)
+        start += frames * height * width + newline
+        across = int(np.ceil(frames**0.5))
+        sheet = np.full((-(-frames // across) * (height + 1), across * (width + 1)), 128, np.uint8)
+        for number, frame in enumerate(cells):
+            top, left = number // across * (height + 1), number % across * (width + 1)
+            sheet[top : top + height, left : left + width] = 24 + 231 * frame
+        parts.append(sheet)
+    wide = max(part.shape[1] for part in parts)
+    whole = np.concatenate([np.pad(part, ((0, 1), (0, wide - part.shape[1])), constant_values=128) for part in parts])
+    return Image.fromarray(whole).resize((whole.shape[1] * CELL, whole.shape[0] * CELL), Image.Resampling.NEAREST)
+
+
+def sync_line(folder: Path) -> str:
+    """The command that sends what W&B wrote offline below a folder; empty where there is nothing."""
+    return f"wandb sync {folder / 'wandb'}/offline-run-*" if any(folder.glob("wandb/offline-run-*")) else ""

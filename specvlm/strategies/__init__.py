@@ -1,0 +1,18 @@
+"""The four kinds of strategy, and what each is given: a file each. A plugin needs this package and `specvlm.types`.
+
+A strategy is a frozen dataclass of plain values: its fields are its Hydra config, its repr is its log line. What
+changes during a request lives in the session and the cache, made per request.
+"""
+
+from specvlm.strategies.base import Strategy
+from specvlm.strategies.dataset import Dataset, Sample
+from specvlm.strategies.drafter import DraftContext, Drafter, DraftSession
+from specvlm.strategies.pruner import PruneContext, Pruner
+from specvlm.strategies.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, token_signals
+from specvlm.strategies.verifier import Sampling, Verifier, VerifyContext, uniform
+
+__all__ = [
+    "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "Dataset", "DraftContext", "DraftSession", "Drafter",
+    "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "Verifier", "VerifyContext", "token_signals",
+    "uniform",
+]  # fmt: skip

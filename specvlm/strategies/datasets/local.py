@@ -1,0 +1,172 @@
+"""What data sets on disk have in common: where they lie, how many samples in which order, and which question is asked.
+
+Nothing is fetched. Lists are read whole; a video is looked for when it is its turn, and a missing one is skipped then.
+"""
+
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, count
+from pathlib import Path, PurePath
+from string import ascii_uppercase
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from specvlm.errors import UserError, check_choice, check_range, line
+from specvlm.parsing.bounds import parse
+from specvlm.parsing.files import json_of, read_bytes, read_text
+from specvlm.strategies import Dataset, Sample
+from specvlm.types import Within
+
+# The one question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) puts to its other three data sets too.
+CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
+PROMPTS = ("own", "caption")
+SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
+GUIDE = "docs/guides/datasets.md"
+MOST_LIST = 512 * 2**20  # bytes
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LocalDataset(Dataset):
+    """A data set in its published layout.
+
+    root: its folder. limit: the first so many samples; null is all. shuffle: the seed of the order in which `limit` takes
+    them, that of Hugging Face's `Dataset.shuffle`; null is as they are listed. prompt: own, the data set's questions, or
+    caption, one generic request for a long answer: what is asked has no known answer then.
+    """
+
+    layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
+    choices: ClassVar[Mapping[str, Iterable[object]]] = {}  # by field, what may be chosen
+    root: str
+    limit: Annotated[int | None, Within(1, 10_000_000)] = None
+    shuffle: Annotated[int | None, Within(0, 2**63 - 1)] = None
+    prompt: str = "own"
+
+    def __post_init__(self) -> None:
+        for field, allowed in {"prompt": PROMPTS, **self.choices}.items():
+            chosen = getattr(self, field)
+            for value in [chosen] if isinstance(chosen, str) else chosen:
+                check_choice(field, str(value), map(str, allowed))
+        check_range("limit", 1 if self.limit is None else self.limit, 1)
+        check_range("shuffle", self.shuffle or 0, 0)
+
+    @abstractmethod
+    def lists(self) -> list[Path]:
+        """The files that say what there is."""
+
+    @abstractmethod
+    def listed(self) -> Iterable[Sample]:
+        """Every sample of `lists`, with its own question."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(self.root))
+
+    @cached_property
+    def version(self) -> str:
+        """A checksum of the lists: the same questions in the same order, whoever downloaded them."""
+        digest = hashlib.sha256()
+        for path in self.lists():
+            digest.update(_content(path, self.layout, read_bytes))
+        return f"sha256:{digest.hexdigest()[:12]}"
+
+    def samples(self) -> Sequence[Sample]:
+        samples = _distinct(self.listed())
+        if not samples:
+            raise UserError(f"{self.folder} has no sample for this choice: {self!r}")
+        if self.shuffle is not None:
+            samples = [samples[place] for place in np.random.default_rng(self.shuffle).permutation(len(samples))]
+        chosen = samples[: self.limit]
+        if self.prompt == "caption":
+            return [replace(sample, question=CAPTION, answer=None, options=()) for sample in chosen]
+        return chosen
+
+    def video(self, below: Path, name: object) -> Path:
+        """Where a list says that a video lies, below a folder of `root`.
+
+        Raises UserError for a name that leads out of it, since lists come from elsewhere. Where a link in that folder leads is
+        its owner's choice.
+        """
+        text = name if isinstance(name, str) else ""
+        parts = PurePath(text).parts
+        if not parts or ".." in parts or PurePath(text).is_absolute() or "\0" in text:
+            raise UserError(f"video={line(repr(name))}: wanted a path below {below}")
+        return below / text
+
+    def place(self, *names: str) -> Path:
+        """The first of these folders below `root`. Raises UserError naming the first one where none is there."""
+        for name in names:
+            if os.path.isdir(self.folder / name):  # False, too, for a name that no folder can have
+                return self.folder / name
+        raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
+
+    def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
+        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or other content."""
+        try:
+            found = json_of(_content(path, self.layout, read_bytes))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); where git has cloned it without LFS, fetch it again") from None
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise UserError(f"{path}: wanted a list of objects")
+        return self._typed(found, kind, path)
+
+    def _typed(self, found: list[dict[str, Any]], kind: Any, path: Path) -> list[dict[str, Any]]:
+        for number, entry in enumerate(found):
+            try:
+                parse(kind, entry, f"{self.folder}: an entry of {path.name}")
+            except UserError as error:
+                raise UserError(f"{error}: expected {self.layout}, see {GUIDE} (entry {number})") from None
+        return found
+
+    def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:
+        """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
+        content = _content(path, self.layout, read_bytes)
+        try:
+            import pyarrow as arrow
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"reading {path.name} takes PyArrow: pip install 'specvlm[datasets]'") from None
+        try:
+            table = parquet.ParquetFile(arrow.BufferReader(content)).read()
+        except (arrow.ArrowInvalid, OSError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path} is not Parquet ({why}); where git has cloned it without LFS, fetch it again") from None
+        return self._typed(table.to_pylist(), kind, path)
+
+
+def multiple_choice(question: str, options: Sequence[str]) -> str:
+    """The question, an option a line behind its letter, and what is wanted: the form that LLaVA made usual."""
+    choices = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *choices, "Answer with the option's letter from the given choices directly."])
+
+
+def first_there(*places: Path) -> Path:
+    """The first of several places that exists, else the first: the one that is named as missing then."""
+    return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def text_of(path: Path, layout: str) -> str:
+    """The text of a list. Raises UserError where there is none."""
+    return _content(path, layout, read_text)
+
+
+def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
+    try:
+        return read(path, MOST_LIST)
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{path}: {why}: expected {layout}, see {GUIDE}") from None
+
+
+def _distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples with ids of their own: the second of the same gets #2."""
+    named: dict[str, Sample] = {}
+    for sample in samples:
+        key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)
+        named[key] = sample if key == sample.id else replace(sample, id=key)
+    return list(named.values())

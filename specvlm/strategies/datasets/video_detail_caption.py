@@ -1,0 +1,40 @@
+"""VideoDetailCaption: long descriptions of 499 videos; what SpecVLM's main figures are measured on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from specvlm.strategies import Sample
+from specvlm.strategies.datasets.local import SUFFIXES, LocalDataset, first_there
+
+
+class Entry(TypedDict):
+    video_name: str
+    question: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class VideoDetailCaptionDataset(LocalDataset):
+    """VideoDetailCaption: describe each of 499 videos in detail; long answers, the paper's main data set.
+
+    The videos are those of Video-ChatGPT's test set; each has a reference. Hugging Face: lmms-lab/VideoDetailCaption. Layout:
+    data/test-00000-of-00001.parquet (video_name, question, answer), Test_Videos/NAME.mp4. All questions are one. The 100
+    samples that SpecVLM's code takes are shuffle=42, limit=100.
+    """
+
+    name = "video_detail_caption"
+    split = "test"
+    layout = "data/test-00000-of-00001.parquet and Test_Videos/ of huggingface.co/datasets/lmms-lab/VideoDetailCaption"
+
+    def lists(self) -> list[Path]:
+        return [self.folder / "data" / "test-00000-of-00001.parquet"]
+
+    def listed(self) -> Iterator[Sample]:
+        videos = self.place("Test_Videos", "evaluation/Test_Videos")
+        for row in self.rows(self.lists()[0], Entry):
+            name = row["video_name"]
+            video = first_there(*(self.video(videos, f"{name}{suffix}") for suffix in SUFFIXES))
+            yield Sample(name, video, row["question"], row["answer"])

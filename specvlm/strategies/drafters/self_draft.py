@@ -1,0 +1,23 @@
+"""Self-speculation: the target drafts for itself from its pruned context, one copy of the weights (SpecVLM, "Self-SD")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specvlm.strategies.drafters.tree import TreeDrafter
+
+
+@dataclass(frozen=True)
+class SelfDrafter(TreeDrafter):
+    """As `tree`, with the target as draft model: video features are shared, only a second, pruned cache is added.
+
+    SpecVLM (arXiv 2508.16201), its Self-SD setting. Deviations: none.
+
+    Cost: as `tree`, each pass one of the target's own weights; a prefill of the pruned prompt. At batch 1 a draft pass reads
+    the same weights as a target pass, so this seldom pays; it needs no second checkpoint.
+    """
+
+    name = "self"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
+    model = "target"

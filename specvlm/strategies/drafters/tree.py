@@ -1,0 +1,231 @@
+"""Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's).
+
+Shape suffixes: M tree nodes, Q rows of a pass, R rows below the two that are fed, C children, D nodes on the longest path, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import UserError
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.passes import Pass, Passes, Routine, Work
+from specvlm.process.memo import remembered
+from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling
+from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+
+@dataclass(frozen=True)
+class TreeDrafter(Drafter):
+    """A tree of fixed shape, one forward pass of the draft model a level.
+
+    Node i is the rank[i]-th best token of the draft below the way from the root to its parent; a node sees the prompt, the
+    answer so far, its ancestors and itself. All nodes of a depth that have children are expanded in one pass.
+
+    SpecVLM (arXiv 2508.16201), which drafts from the pruned video with EAGLE-1's tree of 25 guesses (mc_sim_7b_63 in EAGLE's
+    code): 4, 8, 8, 3 and 2 by depth. Deviations: none.
+
+    shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file of one.
+    children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
+    distribution, warped as the verifier's; `auto` samples when the verifier does. Both are exact under every verifier.
+    Cost: depth passes a round (5 for the paper's tree); the KV of accepted nodes is kept, and the last one's is computed
+    again with the next root. ValueError for a shape or children of other forms.
+    """
+
+    name = "tree"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "exact"
+    model = "draft"
+    shape: str = "paper"
+    children: str = "auto"
+
+    def __post_init__(self) -> None:
+        TreeShape.parse(self.shape)
+        if self.children not in ("auto", "top", "sample"):
+            raise ValueError(f"children={self.children!r} is none of auto, top, sample")
+
+    @property
+    def max_nodes(self) -> int:
+        return len(TreeShape.parse(self.shape))
+
+    @property
+    def fixed(self) -> TreeShape:
+        return TreeShape.parse(self.shape)
+
+    def start(self, ctx: DraftContext) -> TreeSession:
+        shape = self.fixed
+        widest = max(shape.ranks) + 1
+        if widest > ctx.vocabulary:
+            raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
+        sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
+        if self.children == "sample" and ctx.sampling.temperature == 0:
+            raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
+        return TreeSession(ctx, drafting_model(ctx, self.model), shape, sample)
+
+
+def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
+    """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
+    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
+
+
+def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
+    """Of a drafter whose `model` is `which`."""
+    model = ctx.target if which == "target" else ctx.draft
+    assert model is not None
+    return model
+
+
+class PrunedSession(DraftSession):
+    """A draft model's own cache: pruned prompt, then accepted tokens; a tree's rows come and go behind them.
+
+    A round feeds the last accepted token and the new root, behind what is moved together of the rows before. The last accepted
+    token is always fed again: its row may be missing (a leaf is never expanded), and two rows cost what one does.
+
+    rows: most of them that a round writes behind an accepted token.
+    """
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
+        self.ctx, self.model, self.device = ctx, model, model.head_device
+        prompt, keep = ctx.prompt, ctx.keep
+        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
+        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
+        model.prefill(embeds, positions, self.cache)
+        self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
+        self.free = self.cache.capacity - rows - 2  # a slot behind which a routine may write whenever it is tried
+
+
+class TreeSession(PrunedSession):
+    """A static tree, level by level."""
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
+        # Drawn where the logits are, seeded from the request's own generator.
+        seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
+        super().__init__(ctx, model, len(shape))
+        self.shape, self.sample = shape, sample
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
+        tables = tables_of(shape, sample, self.device)
+        races = (sum(len(level.nodes_Q) for level in tables.levels), ctx.vocabulary) if sample else (0,)
+        self.races = torch.ones(races, dtype=torch.float64, device=self.device)
+        self.round = Routine(
+            partial(expand, tables, ctx.vocabulary, ctx.sampling if sample else None),
+            ("tree", shape, ctx.vocabulary, ctx.sampling if sample else None),
+            model,
+            self.cache,
+            max(2, *(len(level.nodes_Q) for level in tables.levels)),
+            (self.free, self.free, 0, 0, 0),
+            (torch.zeros_like(self.tokens), self.races),
+        )
+
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        base = self.root + self.shape.depths[node]
+        races = self.races.exponential_(generator=self.generator) if self.sample else None
+        self.tokens, q_MV = yield self.round((self.root, base, node, bonus, self.cache.offset), self.tokens, races)
+        self.root = base + 1
+        return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
+
+
+FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # what the last accepted token and the new root see of each other
+
+
+class Level(NamedTuple):
+    """A pass: tree nodes, the rows' positions above the last accepted token's, slot of the first, counted from its; what they
+    see (None: all); how many guesses are taken of each; and for each child its node, and which it is of all these guesses.
+    """
+
+    nodes_Q: Tensor
+    depths_Q: Tensor
+    at: int
+    seen_QT: Tensor | None
+    widest: int
+    children_C: Tensor
+    guesses_C: Tensor
+
+
+class Tables(NamedTuple):
+    """What a shape says of a round. ways_MD: for each node the rows on its way from the root."""
+
+    ways_MD: Tensor
+    levels: tuple[Level, ...]
+
+
+@remembered(64)
+def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
+    """Rows are the two that are fed, then each level's expanded nodes."""
+    above_MM = ancestor_mask(shape.parents)
+    levels, written, row_of = list[Level](), list[int](), {0: 0}
+    for depth, nodes in enumerate(shape.levels):
+        at, seen = 2 + len(written), None if depth else FED_22
+        if depth:
+            written += nodes
+            row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}
+            own = above_MM[list(nodes)][:, written]
+            # A chain's only row sees everything, and attention without a mask is faster.
+            seen = None if bool(own.all()) else torch.cat([torch.ones(len(nodes), 2, dtype=torch.bool), own], 1)
+        below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
+        children, rows, orders = zip(*below, strict=True)
+        guesses = orders if sample else [shape.ranks[child] for child in children]
+        widest = max(guesses) + 1
+        levels.append(
+            Level(
+                torch.tensor(nodes, device=device),
+                torch.full((len(nodes),), depth + 1, device=device) if depth else torch.arange(2, device=device),
+                at if depth else 0,
+                None if seen is None else seen.to(device, torch.int8),
+                widest,
+                torch.tensor(children, device=device),
+                torch.tensor([row * widest + guess for row, guess in zip(rows, guesses, strict=True)], device=device),
+            )
+        )
+    ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
+    # What was never expanded is fed again, so any row will do. Behind its end a way goes straight on: rows stay where they are.
+    rows_MD = [[*(row_of.get(n, at) for at, n in enumerate(way)), *range(len(way), length)] for way in ways]
+    return Tables(torch.tensor(rows_MD, device=device), tuple(levels))
+
+
+def expand(
+    tables: Tables,
+    vocabulary: int,
+    sampling: Sampling | None,
+    model: VideoLM,
+    cache: KVCache,
+    state_5: Tensor,
+    old_M: Tensor,
+    races_RV: Tensor,
+) -> Passes[tuple[Tensor, Tensor]]:
+    """A round. Returns tokens (M,), and q (M, V), or (0,) where nothing is drawn.
+
+    state: slot of the last root, slot of the accepted node, that node, the new root's token, position minus slot. old: tokens
+    of the tree before. races: exponential random numbers, a row a node that is expanded.
+    """
+    root, base, node, bonus, offset = state_5.split(1)
+    cache.move(root, tables.ways_MD.index_select(0, node)[0])
+    tokens_M = torch.zeros_like(old_M)
+    tokens_M[:1] = bonus
+    wide = torch.promote_types(model.dtype, torch.float32)
+    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sampling else (0,), dtype=wide)
+    done = 0
+    for level in tables.levels:
+        fed = tokens_M[level.nodes_Q] if level.at else torch.cat([old_M[node], bonus])
+        rows = yield Pass(model, cache, fed, level.depths_Q, level.seen_QT, base, offset, level.at)
+        logits_QV = rows.logits(len(level.nodes_Q))[:, :vocabulary]
+        if sampling:
+            q_QV = sampling.probabilities(logits_QV)
+            q_MV.index_copy_(0, level.nodes_Q, q_QV)
+            best = draw(q_QV, races_RV[done : done + len(q_QV)], level.widest)
+            done += len(q_QV)
+        else:
+            best = rows.best(logits_QV, level.widest)
+        tokens_M.index_copy_(0, level.children_C, best.take(level.guesses_C))
+    return tokens_M, q_MV

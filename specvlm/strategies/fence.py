@@ -1,0 +1,280 @@
+"""Calls into strategies: what one raises is its own affair, and what one returns is checked before the loop uses it."""
+
+import signal
+import sys
+import threading
+
+# `signal.getsignal` tries to make an Enum of the answer, which takes longer than all the rest of `inside`.
+from _signal import getsignal  # type: ignore[import-not-found]
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import lru_cache
+from math import inf
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specvlm.errors import MissingVideo, StrategyError, UserError, line, message, one_line
+from specvlm.models.kv_cache import CacheLease
+from specvlm.models.passes import Call, Pass
+from specvlm.process.interrupts import INTERRUPTS
+from specvlm.strategies import Drafter, Pruner, Sampling, Verifier
+from specvlm.types import DraftTree, Verdict
+
+
+def label_of(strategy: object) -> str:
+    """`drafter=tree`, as the command line takes it: of a strategy or its class; a text as it is."""
+    if type(strategy) is str:
+        return strategy
+    return _label(strategy if isinstance(strategy, type) else type(strategy))
+
+
+@lru_cache(maxsize=256)
+def _label(cls: type) -> str:
+    kind, name = getattr(cls, "kind", None), getattr(cls, "name", None)
+    return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
+
+
+class Strangers:
+    """calls: how many calls into strategies of others this process made."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def met(self, strategy: object) -> None:
+        self.calls += not (
+            isinstance(strategy, str) or defined_here(strategy if isinstance(strategy, type) else type(strategy))
+        )
+
+
+STRANGERS = Strangers()
+
+
+@contextmanager
+def inside(strategy: object) -> Iterator[None]:
+    """Around a call into a strategy.
+
+    A plain error gets a note that names the strategy. What would pass for something else becomes a StrategyError: an OSError
+    (it is not the results' disk), an exit of the process, a subclass of UserError, a KeyboardInterrupt that nobody pressed.
+
+    Raises:
+        KeyboardInterrupt: the user's, also where the strategy caught it and went on.
+        StrategyError: see above.
+    """
+    label, heard = label_of(strategy), INTERRUPTS.heard
+    STRANGERS.met(strategy)
+    names = INTERRUPTS.names
+    names.append(label)
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    handler = getsignal(signal.SIGINT)
+    try:
+        yield
+    except BaseException as error:
+        if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
+            raise _interrupted(label) from error  # which the strategy made something else of
+        if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
+            raise
+        ends_jobs = type(error).__module__.partition(".")[0] == "specvlm"  # of our own, with which a sweep ends
+        plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError | StopIteration) and not ends_jobs
+        if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
+            if f"in {label}" not in getattr(error, "__notes__", ()):
+                BaseException.add_note(error, f"in {label}")
+            raise
+        raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
+    finally:
+        names.pop()
+        if getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # now: the next call may hang
+        left = _left(modes)  # now: what the loop makes under somebody else's mode may be kept
+    if left:
+        raise StrategyError(f"{label} left torch in {left} of its own")
+    if INTERRUPTS.heard > heard:
+        raise _interrupted(label)
+
+
+def _left(before: tuple[int, int]) -> str:
+    """Leave the modes entered since there were so many, of functions and of dispatch; returns what they are called."""
+    functions, dispatch = before
+    found = []
+    while torch._C._len_torch_function_stack() > functions:
+        torch._C._pop_torch_function_stack()
+        found.append("a function mode")
+    while torch._C._len_torch_dispatch_stack() > dispatch:
+        torch._C._pop_torch_dispatch_stack(None)
+        found.append("a dispatch mode")
+    return " and ".join(dict.fromkeys(found))
+
+
+def _interrupted(label: str) -> KeyboardInterrupt:
+    error = KeyboardInterrupt()
+    error.add_note(f"in {label}")
+    return error
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Around what strategies have a word in here and there. Raises StrategyError for what would end the process."""
+    try:
+        yield
+    except (Exception, GeneratorExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise StrategyError(f"a strategy raised {one_line(error)}") from error
+
+
+def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
+    """Does a rule claim to be lossless, and of which distribution? Raises StrategyError for what is none."""
+    with inside(verifier):
+        lossless, sampling = bool(verifier.lossless), verifier.sampling
+        if type(sampling) is not Sampling:
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        for field in fields(sampling):
+            value = getattr(sampling, field.name)
+            if type(value) not in (int, float) or not 0 <= value < inf:
+                raise ValueError(f"sampling.{field.name} must be a number from 0 on, got {value!r:.50}")
+        return lossless, sampling
+
+
+def needs_of(strategy: Pruner | Drafter) -> frozenset[str]:
+    """The signals that it asks for. Raises StrategyError for what is no set of names."""
+    with inside(strategy):
+        found = strategy.needs
+        if type(found) is not frozenset or not all(type(name) is str for name in found):
+            raise TypeError(f"needs must be a frozenset of names, got {found!r:.50}")
+        return found
+
+
+def sizes_of(drafter: Drafter) -> tuple[int, int]:
+    """A drafter's `max_nodes` and `max_rows`, which caches are made for. Raises StrategyError for what is no number of them."""
+    with inside(drafter):
+        found = drafter.max_nodes, drafter.max_rows
+        for name, value in zip(("max_nodes", "max_rows"), found, strict=True):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an int from 1 on, got {value!r:.50}")
+        return found
+
+
+def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
+    """What a drafter yields, as the engine takes it. Raises StrategyError for anything but passes to caches of its own."""
+    label = label_of(drafter)
+    if not isinstance(item, (Pass, Call)):
+        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
+    cache = item.cache if isinstance(item, Pass) else item.routine.cache
+    if not lease.has(cache):
+        raise StrategyError(f"{label}: a pass to a cache that it did not take for itself: use ctx.caches.take")
+    if not cache.fits(item.model if isinstance(item, Pass) else item.routine.model, 0):
+        raise StrategyError(f"{label}: a pass of another model than its cache was taken for")
+    if isinstance(item, Call):
+        _check_call(label, item)
+        return item
+    check_pass(label, item)
+    try:
+        item.start  # noqa: B018
+    except IndexError as error:
+        raise StrategyError(f"{label}: {error}") from None
+    return item
+
+
+def check_pass(label: str, one: Pass) -> None:
+    """Are a pass's tensors of sizes that go together? Reads none of them. Raises StrategyError."""
+    tokens, seen = one.tokens_Q, one.seen_QT
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
+        raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
+    wanted = (rows, one.at + rows)
+    if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
+        raise StrategyError(f"{label}: a pass at {one.at} of {rows} rows sees {wanted}, got {_told(seen)}")
+    if len(one.depths_Q) != rows:
+        raise StrategyError(f"{label}: a pass of {rows} rows has so many depths, got {len(one.depths_Q)}")
+    if not 0 <= one.at <= one.cache.capacity - rows:
+        raise StrategyError(f"{label}: a pass to slots from base + {one.at} on, its cache has {one.cache.capacity}")
+
+
+def _check_call(label: str, call: Call) -> None:
+    """Is it what a captured routine can be given? Asked of every engine, so that an author hears of it on a CPU."""
+    routine, made = call.routine, call.routine.function
+    if not isinstance(made, FunctionType) or "<locals>" in made.__qualname__:
+        raise StrategyError(f"{label}: a routine's work is a function of a module or a partial of one, got {made!r:.100}")
+    hash(routine.key)
+    if len(call.state) != len(routine.state) or any(type(number) is not int for number in call.state):
+        raise StrategyError(f"{label}: a routine made with a state of {len(routine.state)} int was called with {call.state}")
+    pairs = zip(routine.inputs, call.inputs, strict=False)
+    unlike = any(new is not None and (new.shape, new.dtype) != (old.shape, old.dtype) for old, new in pairs)
+    if unlike or len(call.inputs) != len(routine.inputs):
+        made_with, given = ([*map(_told, tensors)] for tensors in (routine.inputs, call.inputs))
+        raise StrategyError(f"{label}: a routine made with inputs {made_with} was called with {given}")
+
+
+def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:
+    """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token, `root`, at node 0.
+
+    most: the drafter's `max_nodes` when the request began, for which the caches have room. vocabulary: of the target. On a CPU
+    a guess out of it is refused; elsewhere it is clamped, since reading it would wait for the device, and a guess never decides
+    what is accepted. ours: from a session of specvlm's own. On a GPU its tokens are left as they are, since each change costs a
+    launch. Raises StrategyError for what is no tree.
+    """
+    label = label_of(drafter)
+    if not isinstance(tree, DraftTree):
+        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, wanted a DraftTree")
+    try:
+        parents, ranks = _shape(tree.parents, tree.ranks)
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"{label}: {one_line(error)}") from None
+    count, tokens, q = len(parents), tree.tokens, tree.q
+    if count > most:
+        raise StrategyError(f"{label}: a tree of {count} nodes, and its max_nodes is {most}")
+    if not isinstance(tokens, Tensor) or tokens.shape != (count,) or tokens.dtype != torch.int64:
+        raise StrategyError(f"{label}: tokens must be ({count},) int64, got {_told(tokens)}")
+    if q is not None and (not isinstance(q, Tensor) or q.ndim != 2 or len(q) != count or not q.is_floating_point()):
+        raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_told(q)}")
+    if tokens.device.type == "cpu":
+        tokens = tokens.as_subclass(Tensor).clone()
+        tokens[0] = root
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise StrategyError(f"{label}: guessed token {low if low < 0 else high}, the target has 0..{vocabulary - 1}")
+    elif not ours:
+        tokens = tokens.as_subclass(Tensor).clamp(0, vocabulary - 1)
+        tokens[0] = root
+    return DraftTree(tokens, parents, q, bool(tree.varies), ranks)
+
+
+@lru_cache(maxsize=256)
+def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Both as plain integers. Checked once a shape."""
+    for name, values in (("parents", parents), ("ranks", ranks)):
+        if values is not None and not (type(values) is tuple and all(type(value) is int for value in values)):
+            raise TypeError(f"{name} must be a tuple of int, got {values!r:.200}")
+    if not parents or parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(parents) if node):
+        raise ValueError(f"parents must be -1 for the root and parents[i] < i for the others, got {parents!r:.200}")
+    if ranks is not None and (len(ranks) != len(parents) or min(ranks) < 0):
+        raise ValueError(f"ranks must be one a node, none negative, got {ranks!r:.200}")
+    return parents, ranks
+
+
+def is_ours(value: object) -> bool:
+    """Is its class defined in specvlm, and found there?"""
+    changed = "propose" in getattr(value, "__dict__", {})
+    return not changed and defined_here(type(value))
+
+
+def defined_here(cls: Any) -> bool:
+    """Is it specvlm's own class or function, and found there by its name?"""
+    return cls.__module__.startswith("specvlm.") and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+
+
+def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:
+    """A rule's verdict as the loop takes it. Raises StrategyError unless its path leads down from the root to a node."""
+    path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
+    whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
+    if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]
+        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is no path from the root of a tree of {len(tree)} nodes")
+    if type(bonus) is not int or not 0 <= bonus < vocabulary:
+        raise StrategyError(f"{label_of(verifier)}: the next token must lie within 0..{vocabulary - 1}, got {bonus!r:.200}")
+    return Verdict(path, bonus)
+
+
+def _told(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

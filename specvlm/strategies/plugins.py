@@ -1,0 +1,175 @@
+"""Where strategies come from: the built-ins and every installed package of the entry-point group `specvlm`.
+
+Both come through one hook. Plugins load one by one; a broken one is named and left out, the rest go on.
+
+SPECVLM_PLUGINS=a,b          only these installed plugins load (empty: none); the built-ins always do
+SPECVLM_STRICT_PLUGINS=1     a broken plugin is an error
+SPECVLM_PLUGIN_TRACEBACK=1   show the whole traceback of a broken plugin
+"""
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from specvlm.errors import UserError, did_you_mean, one_line
+from specvlm.models.integrity import Code
+from specvlm.process.interrupts import INTERRUPTS
+
+GROUP = "specvlm"
+HOOK = "specvlm_strategies"
+BUILTINS = (
+    "specvlm.strategies.pruners",
+    "specvlm.strategies.drafters",
+    "specvlm.strategies.verifiers",
+    "specvlm.strategies.datasets",
+)
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+log = logging.getLogger(__name__)
+
+
+class Hooks:
+    """What a plugin may implement, as a function marked with `@hookimpl` in the module its entry point names."""
+
+    @hookspec
+    def specvlm_strategies(self) -> list[type]:  # type: ignore[empty-body]
+        """The strategy classes that this plugin brings."""
+
+
+class PluginError(UserError):
+    """A plugin that cannot be used as it is; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One source of strategies. name: the distribution's; label: as users see it, with its version."""
+
+    name: str
+    version: str
+    strategies: tuple[Any, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.version}".strip()
+
+
+def load() -> list[Plugin]:
+    """Load the built-ins, then the installed plugins in alphabetical order.
+
+    Raises PluginError for a broken plugin under SPECVLM_STRICT_PLUGINS=1 and whatever a broken built-in raises.
+    """
+    plugins = [Plugin("specvlm", "", strategies_of(importlib.import_module(module))) for module in BUILTINS]
+    code, heard = Code(), INTERRUPTS.heard
+    code.look()
+    for point in _chosen(_unambiguous(entry_points(group=GROUP))):
+        name, version = _distribution(point)
+        try:
+            strategies = strategies_of(point.load())
+            if changed := code.undo():
+                raise PluginError(f"importing it changes {', '.join(changed[:3])}, which the target's own output comes from")
+            plugins.append(Plugin(name, version, strategies))
+        except BaseException as err:
+            if isinstance(err, KeyboardInterrupt) and INTERRUPTS.pressed(heard):
+                raise
+            code.undo()
+            report(f"{name} {version}".strip(), f"is left out: {one_line(err)}", err)
+    return plugins
+
+
+def installed() -> list[str]:
+    """`name version` of every installed plugin, loaded or not."""
+    return list(_installed(entry_points, tuple(sys.path)))
+
+
+@lru_cache(maxsize=8)  # it reads a file of each installed package, and every sample asks
+def _installed(points: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> list[str]:
+    """path: where `points` looks."""
+    return sorted({" ".join(_distribution(point)).strip() for point in points(group=GROUP)})
+
+
+def strategies_of(plugin: object) -> tuple[Any, ...]:
+    """Ask one plugin for its classes, in a manager of its own so that it cannot break another's.
+
+    Raises PluginError where it implements no hook, a hook that does not exist, or returns no list.
+    """
+    _check_hook_names(plugin)
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Hooks)
+    manager.register(plugin)
+    (classes,) = manager.hook.specvlm_strategies()
+    if not isinstance(classes, list | tuple):
+        raise PluginError(f"{HOOK}() must return a list of classes, got {classes!r}")
+    return tuple(classes)
+
+
+def report(label: str, reason: str, cause: BaseException | None = None) -> None:
+    """Name a broken plugin on one line, or raise it where SPECVLM_STRICT_PLUGINS=1 asks for that."""
+    line = f"specvlm: plugin {label} {reason}"
+    if os.environ.get("SPECVLM_STRICT_PLUGINS") == "1":
+        raise PluginError(line.removeprefix("specvlm: ")) from cause
+    if cause is None:
+        log.warning(line)
+    elif os.environ.get("SPECVLM_PLUGIN_TRACEBACK") == "1":
+        log.warning("%s\n%s", line, "".join(traceback.format_exception(cause)).rstrip())
+    else:
+        log.warning("%s (SPECVLM_PLUGIN_TRACEBACK=1 shows where)", line)
+
+
+def _check_hook_names(plugin: object) -> None:
+    routines = {name: value for name in dir(plugin) if inspect.isroutine(value := getattr(plugin, name, None))}
+    marked = [name for name, value in routines.items() if isinstance(getattr(value, "specvlm_impl", None), dict)]
+    for name in marked:
+        if name != HOOK:
+            raise PluginError(f'it implements the hook "{name}", and the only hook is "{HOOK}".{did_you_mean(name, [HOOK])}')
+    if not marked:
+        near = [name for name in routines if did_you_mean(name, [HOOK])]
+        found = f'; it has a function "{near[0]}"' if near else ""
+        raise PluginError(
+            f'it implements no hook: define "{HOOK}" and mark it with @specvlm.strategies.plugins.hookimpl{found}'
+        )
+
+
+def _unambiguous(points: Any) -> list[EntryPoint]:
+    """Leave out entry points that share a name: pluggy would drop the second one without a word."""
+    by_name: dict[str, list[EntryPoint]] = defaultdict(list)
+    for point in points:
+        by_name[point.name].append(point)
+    for name, same in by_name.items():
+        if len(same) > 1:
+            owners = " and ".join(sorted(" ".join(_distribution(point)).strip() for point in same))
+            report(owners, f'are left out: they share the entry-point name "{name}"; uninstall one')
+    return [same[0] for _, same in sorted(by_name.items()) if len(same) == 1]
+
+
+def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
+    """Apply SPECVLM_PLUGINS, which may say the entry point's name or the distribution's."""
+    wish = os.environ.get("SPECVLM_PLUGINS")
+    if wish is None:
+        return points
+    names = {_normal(name) for name in wish.split(",") if name.strip()}
+    answers = {point: {_normal(point.name), _normal(_distribution(point)[0])} for point in points}
+    known = sorted(set().union(*answers.values()))
+    for name in sorted(names.difference(known)):
+        report(name, f"of SPECVLM_PLUGINS is not installed; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}")
+    return [point for point in points if answers[point] & names]
+
+
+def _distribution(point: EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist else (point.name, "")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()

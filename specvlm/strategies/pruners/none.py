@@ -1,0 +1,20 @@
+"""Drop nothing: the drafter sees the whole video."""
+
+from dataclasses import dataclass
+
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+
+@dataclass(frozen=True)
+class NonePruner(Pruner):
+    """Keep every video token, whatever the ratio: the upper bound that pruners are measured against (SD-Tree in the paper).
+
+    Cost: none, but the drafter prefills and attends to the full video.
+    """
+
+    name = "none"
+    keeps_all = True
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        return KeepSet.everything(ctx.total, ctx.device)

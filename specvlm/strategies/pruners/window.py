@@ -1,0 +1,37 @@
+"""Keep one contiguous block of video tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from specvlm.errors import check_choice
+from specvlm.strategies import PruneContext, Pruner
+from specvlm.types import KeepSet
+
+PLACES = ("front", "middle", "back")
+
+
+@dataclass(frozen=True)
+class WindowPruner(Pruner):
+    """Keep B neighbouring tokens from 0 (front), floor((N - B) / 2) (middle) or N - B (back), in raster order over all videos.
+
+    The window baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): a whole stretch of the video, nothing of the rest.
+
+    where: front, middle or back.
+
+    Deviations: where a middle block of odd rest begins is not in the paper; it is rounded down here.
+
+    Cost: O(B), no signal. Raises UserError for another `where`.
+    """
+
+    name = "window"
+    paper = "SpecVLM (arXiv 2508.16201)"
+    fidelity = "adapted"
+    where: str = "middle"
+
+    def __post_init__(self) -> None:
+        check_choice("window: where", self.where, PLACES)
+
+    def select(self, ctx: PruneContext) -> KeepSet:
+        start = {"front": 0, "middle": (ctx.total - ctx.budget) // 2, "back": ctx.total - ctx.budget}[self.where]
+        return KeepSet(torch.arange(start, start + ctx.budget, device=ctx.device), ctx.total)

@@ -1,0 +1,243 @@
+"""Every strategy by kind and name: checked, as a Hydra option, and built from its config.
+
+A name is written once, in its class.
+"""
+
+import dataclasses
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from specvlm import config
+from specvlm.errors import UserError, did_you_mean
+from specvlm.parsing.bounds import check
+from specvlm.parsing.files import literal
+from specvlm.process.settings import settled
+from specvlm.strategies import Dataset, Drafter, Pruner, Strategy, Verifier, plugins
+from specvlm.strategies.fence import defined_here, inside
+from specvlm.strategies.plugins import PluginError
+
+KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
+# A field of one of these names would shadow the run's own value, or the class's.
+RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "needs"})
+
+
+@dataclass(frozen=True)
+class StrategyInfo:
+    """A registered class. plugin: where it is from; summary: one line; config: the dataclass that Hydra sees.
+
+    source: how close it is to which paper, as "adapted: FastV (arXiv 2403.06764)"; empty where it names none.
+    """
+
+    cls: type[Strategy]
+    plugin: str
+    summary: str
+    config: type
+    source: str = ""
+
+    @property
+    def fields(self) -> tuple[dataclasses.Field[Any], ...]:
+        return _fields(self.cls)
+
+
+@cache
+def collect() -> dict[str, dict[str, StrategyInfo]]:
+    """All usable strategies, `{kind: {name: info}}`, both sorted as registered. Cached: plugins load once a process.
+
+    A class that breaks the rules is reported and left out; of two classes with one name a built-in stays, and of two
+    plugins' neither does, since any choice would be a silent one. Raises PluginError under SPECVLM_STRICT_PLUGINS=1.
+    """
+    found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
+    for plugin in plugins.load():
+        for cls in plugin.strategies:
+            try:
+                info = describe(cls, plugin.label)
+            except PluginError as err:
+                plugins.report(plugin.label, f"brings a class that is left out: {err}", err)
+                continue
+            found[cls.kind, cls.name].append(info)
+    table: dict[str, dict[str, StrategyInfo]] = {kind: {} for kind in KINDS}
+    for (kind, name), infos in found.items():
+        winner = _only(kind, name, infos)
+        if winner:
+            table[kind][name] = winner
+    return table
+
+
+def describe(cls: Any, plugin: str) -> StrategyInfo:
+    """Check a class and make its Hydra config. Raises PluginError with the class and the rule it breaks."""
+    if not isinstance(cls, type) or not issubclass(cls, Strategy):
+        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier or Dataset")
+    _check_class(cls)
+    for field in _fields(cls):
+        if field.name in RESERVED or field.name.startswith("_"):
+            hint = f"write `{field.name} = …` without a type" if field.name in ("name", "kind", "needs") else "rename it"
+            raise PluginError(f'{_full(cls)}: a field may not be called "{field.name}", that name is taken: {hint}')
+    return StrategyInfo(cls, plugin, _summary(cls), _config_class(cls), _source(cls))
+
+
+def store() -> None:
+    """Make every strategy an option of its Hydra group, and the schema of the run known. Can be called again."""
+    options = ConfigStore.instance()
+    options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
+    options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
+    for kind, infos in collect().items():
+        for name, info in infos.items():
+            options.store(group=kind, name=name, node=config.schema(info.config), provider=info.plugin)
+
+
+def find(kind: str, name: str) -> StrategyInfo:
+    """Raises UserError that lists what exists."""
+    table = collect()
+    if kind not in table:
+        raise UserError(f'there is no kind of strategy "{kind}"; there is {", ".join(table)}.{did_you_mean(kind, table)}')
+    if name not in table[kind]:
+        raise UserError(unknown(kind, name, list(table[kind])))
+    return table[kind][name]
+
+
+def unknown(kind: str, name: str, names: list[str]) -> str:
+    there = ", ".join(sorted(names)) or "none"
+    return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
+
+
+def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
+    """What `node` says of a strategy, as a `StrategyInfo.config`: its name and a value of each field, of the field's type.
+
+    Raises UserError for an unknown name or field, a wrong type and a missing value.
+    """
+    if not isinstance(node, Mapping) or "name" not in node:
+        raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
+    info = find(kind, str(node["name"]))
+    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    there = ["name", *(field.name for field in info.fields)]
+    for key in plain:
+        if key not in there:
+            has = ", ".join(there[1:]) or "no keys"
+            raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
+        if plain[key] == MISSING:  # merged with a default it would be taken for that
+            raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(config.schema(info.config), literal(plain)))
+    except MissingMandatoryValue as err:
+        raise UserError(f"{kind}.{err.full_key} has no value: give {kind}.{err.full_key}=…") from err
+    except OmegaConfBaseException as err:
+        raise UserError(f"{kind}={info.cls.name}: {str(err).splitlines()[0]}") from err
+
+
+def build(kind: str, chosen: Any) -> Any:
+    """The strategy that `chosen` describes: a name, its fields with the key `name`, or its `settings`.
+
+    Raises UserError as `settings` does, for a number out of bounds, and where the class refuses a value.
+    """
+    if not dataclasses.is_dataclass(chosen):
+        chosen = settings(kind, {"name": chosen} if isinstance(chosen, str) else chosen)
+    info, values = find(kind, chosen.name), vars(chosen)
+    hints = get_type_hints(info.cls)
+    try:
+        check(info.cls, values)
+        with settled(defined_here(info.cls)), inside(info.cls):
+            return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
+    except (ValueError, ArithmeticError) as err:
+        raise UserError(f"{kind}={info.cls.name}: {err}") from err
+
+
+def _check_class(cls: type[Strategy]) -> None:
+    kind = getattr(cls, "kind", None)
+    if kind not in KINDS or not issubclass(cls, KINDS[kind]):
+        how = "derive from Pruner, Drafter, Verifier or Dataset"
+        raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: {how}")
+    params = vars(cls).get("__dataclass_params__")
+    if params is None or not params.frozen:
+        raise PluginError(f"{_full(cls)} must be a frozen dataclass: write @dataclass(frozen=True) above it")
+    missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
+    if missing:
+        raise PluginError(f"{_full(cls)} does not implement {', '.join(sorted(missing))}")
+    if any(field.name == "name" for field in _fields(cls)):
+        return  # the check of field names says it better
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise PluginError(f'{_full(cls)}: name must be an identifier like "two_stage", got {name!r}')
+
+
+def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
+    if len(infos) == 1:
+        return infos[0]
+    builtin = [info for info in infos if info.plugin == "specvlm"]
+    owners = " and ".join(f"{_full(info.cls)} ({info.plugin})" for info in infos)
+    outcome = "the built-in one stays" if builtin else "neither is used"
+    culprit = next((info.plugin for info in infos if info.plugin != "specvlm"), "specvlm")
+    plugins.report(culprit, f'clashes: {owners} are both registered as {kind} "{name}"; {outcome}')
+    return builtin[0] if builtin else None
+
+
+def _config_class(cls: type[Strategy]) -> type:
+    """A copy of the dataclass for Hydra, with the name in it."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError as err:
+        raise PluginError(f"{_full(cls)}: {err}: field types must be importable at run time") from err
+    except (TypeError, ValueError) as err:
+        raise PluginError(f"{_full(cls)}: its field types cannot be read: {err}") from err
+    columns: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=cls.name))]
+    for field in _fields(cls):
+        column = (field.name, hints[field.name], _default(field))
+        try:
+            OmegaConf.structured(dataclasses.make_dataclass("Probe", [column]))
+        except Exception as err:  # a default_factory is the plugin's own code
+            raise PluginError(
+                f'{_full(cls)}: field "{field.name}" of type {field.type} cannot be configured ({str(err).splitlines()[0]}); '
+                "use int, float, bool, str, an Enum, or lists, tuples, dicts and dataclasses of these"
+            ) from err
+        columns.append(column)
+    return dataclasses.make_dataclass(f"{cls.__name__}Config", columns, frozen=True)
+
+
+def described(strategy: object) -> str:
+    """A strategy's repr, its log line; its name where a plugin's repr raises."""
+    try:
+        with inside(strategy):
+            return repr(strategy)
+    except Exception as error:
+        return f"{getattr(strategy, 'name', type(strategy).__name__)}(its repr raises {type(error).__name__})"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    return dataclasses.field(default=MISSING if field.default is dataclasses.MISSING else field.default)
+
+
+def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return tuple(field for field in dataclasses.fields(cls) if field.init)
+
+
+def _as_tuple(value: Any, hint: Any) -> Any:
+    """OmegaConf turns tuples into lists; a frozen dataclass wants them back."""
+    if get_origin(hint) is not tuple or not isinstance(value, list):
+        return value
+    inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
+    return tuple(_as_tuple(item, inner[min(i, len(inner) - 1)]) for i, item in enumerate(value))
+
+
+def _summary(cls: type) -> str:
+    text = cls.__doc__ or ""
+    if text.startswith(f"{cls.__name__}("):  # what @dataclass writes where there is none
+        text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
+    return text.strip().split("\n")[0]
+
+
+def _source(cls: type) -> str:
+    paper, fidelity = getattr(cls, "paper", ""), getattr(cls, "fidelity", "")
+    return f"{fidelity}: {paper}" if isinstance(paper, str) and isinstance(fidelity, str) and paper and fidelity else ""
+
+
+def _full(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

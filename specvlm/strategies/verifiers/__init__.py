@@ -1,0 +1,11 @@
+"""The built-in verifiers, one a file."""
+
+from specvlm.strategies.plugins import hookimpl
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.strategies.verifiers.loose import LooseVerifier
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
+
+
+@hookimpl
+def specvlm_strategies() -> list[type]:
+    return [GreedyVerifier, SamplingVerifier, LooseVerifier]

@@ -1,0 +1,163 @@
+"""Accept guesses at random so that the output is distributed exactly as if the target alone had drawn it.
+
+Shape suffixes: M tree nodes, V vocabulary (of the target and of the drafter, whichever is larger), n some nodes.
+"""
+
+import math
+from dataclasses import astuple, dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specvlm.process.memo import remembered
+from specvlm.strategies import Sampling, Verifier, VerifyContext
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.types import DraftTree, Within, children_of
+
+
+@dataclass(frozen=True)
+class SamplingVerifier(Verifier):
+    """Multi-branch rejection sampling: at every node the children are tried in order, then the residual is drawn from.
+
+    With p the target's distribution at a node, warped by temperature, top_k and top_p, and q the one its children were
+    drawn from, a child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes max(p - q, 0), q loses
+    x, both are normalised again, and the next child has its turn. Where all are rejected, and at a leaf, the bonus is
+    drawn from what p has become. Where q is None, or gives x nothing, q is the point mass at x: accept with p(x), else
+    take x out of p. One turn gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y);
+    by induction over the turns so does the node, and by induction over the depth so does the path.
+
+    Exact means: given all that came before, each token has the distribution of `first`. It needs that the children were
+    drawn from q without replacement, in node order, and that nobody dropped or reordered them after a look at
+    the draw. A drafter whose q has fewer tokens than the node has children may fill up with any. Siblings with one token are
+    legal: the second is never accepted. Ids that only one side knows have probability zero on the other.
+
+    Sources: Leviathan et al. (arXiv 2211.17192, section 2.3) and Chen et al. (2302.01318) for one guess; SpecInfer's
+    multi-step speculative sampling (2305.09781) for several; without replacement, Sequoia (2402.12374), whose rule this is.
+    Deviations: none.
+
+    temperature: above 0. top_k: 0 is off. top_p: within (0, 1], 1 is off. ValueError for other values, for a q of other
+    length than the tree, and for logits that give no distribution (NaN, +inf).
+
+    Cost: all nodes are decided at once, in float64, a few passes over (M, V) and one more over the siblings of each
+    turn. Two uniform numbers a node are drawn where ctx.generator lives, whatever the outcome, and moved to the logits. A
+    seed need not give the same output on two devices.
+    """
+
+    name = "sampling"
+    paper = "Sequoia (arXiv 2402.12374)"
+    fidelity = "exact"
+
+    temperature: Annotated[float, Within(0.001, 100, "a number")] = 1.0
+    top_k: Annotated[int, Within(0, 2**24)] = 0
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0:
+            raise ValueError("temperature 0 takes the best token always: use verifier=greedy")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or a number of tokens, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def dice(self, nodes: int) -> int:
+        return 2 * nodes
+
+    def decide(self, ctx: VerifyContext) -> Tensor:
+        p_MV = self.sampling.probabilities(ctx.logits_MV).double()
+        accept_M, rest_MV = odds(ctx.tree, p_MV)
+        next_M, bonus_M = _decide(ctx.tree, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
+        last_1 = torch.zeros_like(next_M[:1])
+        for _ in range(max(ctx.tree.depths)):
+            further_1 = next_M[last_1]
+            last_1 = torch.where(further_1 > 0, further_1, last_1)
+        return torch.cat([last_1, bonus_M[last_1]])
+
+
+def own_rule(sampling: Sampling) -> Verifier:
+    """Plain argmax; for a rule that samples, our own sampling from its distribution."""
+    return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
+
+
+def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule without the dice: (M,) the probability that a node is accepted once its parent is and its earlier
+    siblings are not; (M, V) the distribution of the token below a node once all its children are rejected.
+    """
+    known = p_MV.shape[-1]
+    width = known if tree.q is None else max(known, tree.q.shape[-1])
+    # One column more than any vocabulary has, of probability zero: ids from beyond all end there.
+    tokens_M = tree.tokens.to(p_MV.device).clamp(max=width)
+    p_MV = pad(p_MV / p_MV.sum(-1, keepdim=True), (0, width + 1 - known))
+    q_MV = None
+    if tree.q is not None:
+        if len(tree.q) != len(tree):
+            raise ValueError(f"DraftTree.q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}")
+        q_MV = pad(tree.q.to(p_MV), (0, width + 1 - tree.q.shape[-1]))
+    accept_M = torch.ones_like(p_MV[:, 0])
+    for above_n, child_n in tree.kept(_turns)(tree.parents, p_MV.device):
+        x_n1, p_nV = tokens_M[child_n, None], p_MV[above_n]
+        q_nV = _drawn_from(x_n1, p_nV, None if q_MV is None else q_MV[above_n])
+        accept_M[child_n], p_MV[above_n] = _try(x_n1, p_nV, q_nV)
+        if q_MV is not None:
+            q_MV.index_put_((above_n, x_n1[:, 0]), q_MV.new_zeros(()))
+    return accept_M, p_MV[:, :known]
+
+
+def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
+    """The distribution that x was drawn from: q normalised, or the point mass at x where q cannot have given x."""
+    point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
+    if q_nV is None:
+        return point_nV
+    # The sum is taken afresh: once everything is struck out it is exactly zero, and then x was not drawn from q.
+    return torch.where(q_nV.gather(-1, x_n1) > 0, q_nV / q_nV.sum(-1, keepdim=True), point_nV)
+
+
+def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
+    """One turn: (n,) the probability of accepting x, (n, V) what p becomes if x is rejected."""
+    accept_n1 = (p_nV.gather(-1, x_n1) / q_nV.gather(-1, x_n1)).clamp(max=1.0)
+    left_nV = (p_nV - q_nV).clamp(min=0.0)
+    mass_n1 = left_nV.sum(-1, keepdim=True)
+    # Nothing left means p = q: x is accepted for certain, and the quotient misses 1 by rounding only.
+    empty_n1 = mass_n1 <= 0
+    return accept_n1.masked_fill(empty_n1, 1.0)[:, 0], torch.where(empty_n1, p_nV, left_nV / mass_n1)
+
+
+def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """For every node as if it were reached: (M,) the child that is accepted, 0 for none, and (M,) the bonus then."""
+    dice_M, dice_bonus_M = uniform.chunk(2)
+    taken_M = dice_M < accept_M
+    next_M = torch.zeros_like(taken_M, dtype=torch.int64)
+    # From the last child to the first, so that the earliest accepted one is what stays.
+    for above_n, child_n in reversed(tree.kept(_turns)(tree.parents, accept_M.device)):
+        next_M[above_n] = torch.where(taken_M[child_n], child_n, next_M[above_n])
+    return next_M, _draw(rest_MV, dice_bonus_M)
+
+
+def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
+    """(n,) one token a row by inverting the cumulated p; -1 where p is no distribution.
+
+    Only tokens with p > 0 count as hits: a parallel cumulated sum may creep up by rounding where p is zero.
+    """
+    cumulated_nV = p_nV.cumsum(-1)
+    total_n1 = cumulated_nV[:, -1:]
+    hit_nV = (cumulated_nV > uniform_n[:, None] * total_n1) & (p_nV > 0)
+    # No hit at all: the uniform number was so close to 1 that the product rounded up to the total.
+    token_n = torch.where(hit_nV.any(-1), hit_nV.to(torch.uint8).argmax(-1), p_nV.argmax(-1))
+    return token_n.where(total_n1[:, 0].isfinite(), -1)
+
+
+@remembered()  # never let go: captured steps know the addresses
+def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Turn r: the nodes with more than r children, and the r-th child of each; on the device, since shapes recur."""
+    below, turns = children_of(parents), list[Tensor]()
+    for turn in range(max(map(len, below))):
+        pairs = [(node, children[turn]) for node, children in enumerate(below) if len(children) > turn]
+        turns.append(torch.tensor(pairs, device=device))
+    return tuple((pairs_n2[:, 0], pairs_n2[:, 1]) for pairs_n2 in turns)

@@ -1,0 +1,210 @@
+"""What holds for every verifier, on invented logits: no model and no drafter.
+
+Shape suffixes: M tree nodes, V vocabulary.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specvlm.strategies import Sampling, Verifier, VerifyContext, uniform
+from specvlm.testing.contract import devices, made, other_global_state, seeded
+from specvlm.types import DraftTree, TreeShape, Verdict
+
+V = 6
+RUNS = 1200
+READS = ("_local_scalar_dense", "nonzero", "masked_select")
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "one node": (-1,),
+    "a chain": (-1, 0, 1, 2, 3),
+    "siblings": (-1, 0, 0, 0),
+    "the paper's tree": TreeShape.parse("paper").parents,
+    "an uneven tree": (-1, 0, 0, 2, 2, 4, 1, 0),
+}
+
+
+def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
+    """Assert that a verifier keeps the contract of `Verifier`, for its class (with `fields`) or one instance.
+
+    Checked on invented logits in float32, float64 and bfloat16, over trees of one node, chains, siblings (some with one
+    token), and uneven ones, with and without q: the verdict is a path from the root and a token that exists; it is the same
+    for the same context and seed, whatever was asked before and whatever torch's global generator holds; inputs are left
+    alone; `decide`, where there is one, says the same, asks for as many numbers as `dice` announces, and does not ask for the
+    value of a tensor.
+
+    A lossless rule is held to its word: with `sampling.temperature` 0 every accepted token and the bonus are the argmax, in
+    trees as in `first`; above 0 the first token of a verdict, and the one behind every accepted guess, have the distribution
+    that `sampling` warps the logits to (by chi-square over some thousand drawn verdicts; seeds are fixed). And it accepts a
+    chain that the target is certain of. What cannot be seen here: `.tolist()` in `decide`, which only a capture on a GPU
+    refuses.
+    """
+    verifier = made(verifier, Verifier, fields)
+    assert isinstance(verifier.lossless, bool), f"{verifier!r}: lossless must be True or False, got {verifier.lossless!r}"
+    assert isinstance(verifier.sampling, Sampling), f"{verifier!r}: sampling must be a Sampling, got {verifier.sampling!r}"
+    for ctx, where in _contexts(verifier):
+        inputs = (ctx.logits_MV, ctx.tree.tokens, ctx.tree.q)
+        before = [None if t is None else t.clone() for t in inputs]
+        verdict = _verify(verifier, ctx, where)
+        _check_verdict(verifier, ctx, verdict, where)
+        _check_pure(verifier, ctx, verdict, where)
+        for name, now, then in zip(("logits", "tokens", "q"), inputs, before, strict=True):
+            same = now is None or then is None or torch.equal(now, then)
+            assert same, f"{verifier!r} changed its input {name} on {where}"
+        if verifier.on_device:
+            _check_decide(verifier, ctx, verdict, where)
+        if verifier.lossless and verifier.sampling.temperature == 0:
+            _check_greedy(verifier, ctx, verdict, where)
+    if verifier.lossless:
+        _check_certain(verifier)
+    if verifier.lossless and verifier.sampling.temperature > 0:
+        for shape, drawn in product(("one node", "a chain", "siblings", "an uneven tree"), (True, False)):
+            _check_distribution(verifier, shape, drawn)
+
+
+def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
+    kinds, dtypes = ("mixed", "equal tokens", "flat", "drawn"), (torch.float64, torch.float32, torch.bfloat16)
+    for device, (seed, (shape, parents)), kind, dtype in product(devices(), enumerate(SHAPES.items()), kinds, dtypes):
+        chance, count = seeded(seed), len(parents)
+        # Few ids: guesses are often right, and siblings often alike.
+        tokens = torch.randint(3, (count,), generator=chance)
+        logits = torch.randn(count, V, generator=chance, dtype=torch.float64)
+        logits[:, :3] += 1.0
+        q = None
+        if kind == "equal tokens":
+            tokens = torch.full_like(tokens, 1)
+        elif kind == "flat":
+            logits = torch.zeros_like(logits)
+        elif kind == "drawn" and verifier.sampling.temperature > 0:
+            q = torch.rand(count, V, generator=chance, dtype=torch.float64)
+            q /= q.sum(-1, keepdim=True)
+        tree = DraftTree(tokens, parents, q).to(device)
+        hidden, video = (torch.rand(rows, 8, generator=chance).to(device) for rows in (count, 9))
+        context = VerifyContext(tree, logits.to(device, dtype), seeded(), hidden_MD=hidden, video_ND=video)
+        yield context, f"{shape}, {kind}, logits of {dtype} on {device}"
+
+
+def _again(ctx: VerifyContext, **fields: Any) -> VerifyContext:
+    return dataclasses.replace(ctx, generator=seeded(), **fields)
+
+
+def _verify(verifier: Verifier, ctx: VerifyContext, where: str) -> Verdict:
+    try:
+        return verifier.verify(ctx)
+    except Exception as error:
+        raise AssertionError(f"{verifier!r} failed on {where}: {type(error).__name__}: {error}") from error
+
+
+def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    what, parents = f"{verifier!r} on {where}", ctx.tree.parents
+    assert isinstance(verdict, Verdict), f"{what}: verify returned {type(verdict).__name__}, not a Verdict"
+    path = verdict.path
+    whole = len(path) > 0 and path[0] == 0 and path == ctx.tree.way_to(path[-1])
+    assert whole, f"{what}: path must lead from the root to a node, got {path} in a tree of parents {parents}"
+    possible = isinstance(verdict.bonus, int) and 0 <= verdict.bonus < ctx.logits_MV.shape[-1]
+    assert possible, f"{what}: the bonus must be a token of the target's, got {verdict.bonus!r}"
+
+
+def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
+    assert ctx.hidden_MD is not None
+    # What was asked in between.
+    verifier.verify(_again(ctx, tree=other, logits_MV=-ctx.logits_MV[:1], hidden_MD=ctx.hidden_MD[:1]))
+    with other_global_state(f"{verifier!r} on {where}"):
+        again = verifier.verify(_again(ctx))
+    assert again == verdict, f"{verifier!r} on {where}: {again} for the same context and seed as {verdict}"
+
+
+class _NoReads(TorchDispatchMode):
+    """Fails where a tensor's value decides what happens next."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in READS, f"it asks for the value of a tensor ({name}), which a captured step cannot: write `verify`"
+        return func(*args, **(kwargs or {}))
+
+
+def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    what, count = f"{verifier!r} on {where}", verifier.dice(len(ctx.tree))
+    numbers = uniform(count, seeded()).to(ctx.logits_MV.device)
+    before = _again(ctx, dice=numbers)
+    try:
+        with _NoReads():  # type: ignore[no-untyped-call]
+            decision = verifier.decide(before)
+    except (AssertionError, ValueError) as error:
+        raise AssertionError(f"{what}: decide: {error}") from error
+    fits = decision.shape == (2,) and not decision.is_floating_point() and decision.device == ctx.logits_MV.device
+    assert fits, f"{what}: decide must give two integers where the logits are, got {decision!r}"
+    last, bonus = decision.tolist()
+    same = verifier.verdict(last, bonus, ctx.tree)
+    assert same == verdict, f"{what}: {same} with numbers drawn ahead, {verdict} without"
+
+
+def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    best, tokens = ctx.logits_MV.argmax(-1).tolist(), ctx.tree.tokens.tolist()
+    what = f"{verifier!r} on {where} is no lossless rule"
+    for above, node in zip(verdict.path, verdict.path[1:], strict=False):
+        right = tokens[node] == best[above]
+        assert right, f"{what}: it accepts token {tokens[node]} where the target's own is {best[above]}"
+    last = verdict.path[-1]
+    assert verdict.bonus == best[last], f"{what}: the bonus is {verdict.bonus}, the target's own is {best[last]}"
+    alone = verifier.first(ctx.logits_MV[0], seeded())
+    assert alone == best[0], f"{what}: `first` gives {alone}, the target's own is {best[0]}"
+
+
+def _check_certain(verifier: Verifier) -> None:
+    parents, tokens = SHAPES["a chain"], torch.tensor([0, 1, 2, 3, 4])
+    logits = torch.full((5, V), -1e4).scatter(1, (tokens[:, None] + 1) % V, 1e4)
+    verdict = _verify(verifier, VerifyContext(DraftTree(tokens, parents), logits, seeded()), "a certain chain")
+    whole = verdict == Verdict((0, 1, 2, 3, 4), 5)
+    assert whole, f"{verifier!r}: a chain that the target is certain of must be accepted in full, got {verdict}"
+
+
+def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
+    """Every token behind a node reached has the distribution of that node's logits, which go by the node's token alone."""
+    parents, chance, rule = SHAPES[shape], seeded(5), verifier.sampling
+    target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")
+    p_VV, q_VV = rule.probabilities(target), rule.probabilities(draft)
+    counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(V, dtype=torch.float64))
+    for _ in range(RUNS):
+        tokens = [0] * len(parents)
+        for node in range(len(parents)):
+            below = [child for child, parent in enumerate(parents) if parent == node]
+            if below:
+                weights = q_VV[tokens[node]] + (1e-300 if drawn else 1.0)
+                guesses = torch.multinomial(weights, len(below), generator=chance).tolist()
+                for child, guess in zip(below, guesses, strict=True):
+                    tokens[child] = guess
+        tree = DraftTree(torch.tensor(tokens), parents, q_VV[tokens] if drawn else None)
+        verdict = verifier.verify(VerifyContext(tree, target[tokens], chance))
+        for node, following in zip(verdict.path, [*(tokens[n] for n in verdict.path[1:]), verdict.bonus], strict=True):
+            counts[tokens[node]][following] += 1
+    alone = torch.zeros(V, dtype=torch.float64)
+    for _ in range(RUNS):
+        alone[verifier.first(target[1], chance)] += 1
+    how = "drawn from q" if drawn else "given"
+    for token, seen_V in counts.items():
+        _plausible(seen_V, p_VV[token], f"{verifier!r} on {shape} with guesses {how}, the token behind {token}")
+    _plausible(alone, p_VV[1], f"{verifier!r}, its `first`")
+
+
+def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
+    """Chi-square, so wide that chance alone fails it once in millions."""
+    never = seen_V[p_V == 0].sum()
+    assert never == 0, f"{what} is one that the target never gives"
+    expected_V = p_V * seen_V.sum()
+    common = expected_V >= 5
+    if int(common.sum()) < 2:
+        return
+    chi = float(((seen_V - expected_V)[common] ** 2 / expected_V[common]).sum())
+    degrees = int(common.sum())
+    most = degrees + 5.5 * (2 * degrees) ** 0.5 + 10
+    assert chi < most, (
+        f"{what} has not the target's distribution: {seen_V.tolist()}, expected {expected_V.round(decimals=1).tolist()}"
+    )

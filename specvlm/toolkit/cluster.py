@@ -1,0 +1,87 @@
+"""Density-peak clustering of a frame's tokens (DPC-kNN), for authors of pruners and mergers.
+
+Rodriguez and Laio, Science 344 (2014); with k nearest neighbours: Du et al., Knowledge-Based Systems 99 (2016). FlashVID,
+FastVID, HoliTom and PruneVid all pick centres by it.
+
+Shape suffixes: G groups (frames, segments), P tokens of a group, D width.
+"""
+
+import torch
+from torch import Tensor
+
+ENTRIES = 1 << 25  # of a distance matrix held at once
+
+
+def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> Tensor:
+    """(G, P) how well a token serves as a centre: the log of density times distance to anything denser.
+
+    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest, i itself among them); gamma_i = min
+    d_ij over denser j, for the densest max d_ij. Of equally dense tokens the earlier counts as denser, where the published
+    codes add noise. In logs, since exp(-d^2) of wide features is 0 in float32. Outside of `mask_GP`: -inf.
+
+    Costs G P^2 D. Groups with fewer than k tokens use those they have.
+    """
+    return torch.cat([_scores(_squares(x, m), k) for x, m in _parts(x_GPD, _or_all(x_GPD, mask_GP))])
+
+
+def cluster(
+    x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None = None, capped: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Clusters of each group's masked tokens round its `count_G` best centres.
+
+    capped: a group of fewer than k centres takes as many neighbours as centres, as HoliTom and FlashVID do.
+
+    Returns centres (G, P) bool, and owners (G, P): the place of the nearest centre in the same group; -1 outside of the mask
+    and in groups without a centre. A centre owns itself. Among equals the earlier token leads. Costs G P^2 D.
+    """
+    mask_GP = _or_all(x_GPD, mask_GP)
+    centres, owners = [], []
+    start, here_P = 0, torch.arange(x_GPD.shape[1], device=x_GPD.device)
+    for x, mask in _parts(x_GPD, mask_GP):
+        count = count_G[start : start + len(x), None]
+        start += len(x)
+        squares_GPP = _squares(x, mask)
+        order = _scores(squares_GPP, k, count if capped else None).sort(dim=1, descending=True, stable=True).indices
+        centre = (order.argsort(dim=1) < count) & mask
+        nearest = squares_GPP.masked_fill(~centre[:, None, :], float("inf")).argmin(-1)
+        nearest = torch.where(centre, here_P, nearest)
+        centres.append(centre)
+        owners.append(nearest.masked_fill(~(mask & centre.any(1, keepdim=True)), -1))
+    return torch.cat(centres), torch.cat(owners)
+
+
+def _or_all(x_GPD: Tensor, mask_GP: Tensor | None) -> Tensor:
+    return x_GPD.new_ones(x_GPD.shape[:2], dtype=torch.bool) if mask_GP is None else mask_GP
+
+
+def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
+    step = max(1, ENTRIES // max(x_GPD.shape[1] ** 2, 1))
+    return list(zip(x_GPD.split(step), mask_GP.split(step), strict=True))
+
+
+def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
+    """(G, P, P) squared distances over D; inf where either token is outside of the mask; 0 on the diagonal inside."""
+    x_GPD = x_GPD.float()
+    gram_GPP = x_GPD @ x_GPD.mT
+    norm_GP = gram_GPP.diagonal(dim1=1, dim2=2)
+    squares_GPP = (norm_GP[:, :, None] + norm_GP[:, None, :] - 2 * gram_GPP).clamp_(min=0) / x_GPD.shape[2]
+    squares_GPP.diagonal(dim1=1, dim2=2).zero_()
+    return squares_GPP.masked_fill_(~(mask_GP[:, :, None] & mask_GP[:, None, :]), float("inf"))
+
+
+def _scores(squares_GPP: Tensor, k: int, most_G1: Tensor | None = None) -> Tensor:
+    near_GPK = squares_GPP.topk(min(k, squares_GPP.shape[-1]), dim=-1, largest=False).values
+    there_GPK = near_GPK.isfinite()
+    if most_G1 is not None:
+        there_GPK &= torch.arange(near_GPK.shape[-1], device=near_GPK.device) < most_G1.clamp(min=1)[:, :, None]
+    mask_GP = there_GPK.any(-1)
+    log_density_GP = -(near_GPK.masked_fill(~there_GPK, 0).sum(-1) / there_GPK.sum(-1).clamp(min=1))
+    log_density_GP = log_density_GP.masked_fill(~mask_GP, float("-inf"))
+    place_P = torch.arange(squares_GPP.shape[-1], device=squares_GPP.device)
+    mine_GP1, other_G1P = log_density_GP[:, :, None], log_density_GP[:, None, :]
+    denser_GPP = (other_G1P > mine_GP1) | ((other_G1P == mine_GP1) & (place_P < place_P[:, None]))
+    above_GP = squares_GPP.masked_fill(~denser_GPP, float("inf")).amin(-1)
+    furthest_GP = squares_GPP.masked_fill(~squares_GPP.isfinite(), 0).amax(-1)
+    gamma_GP = torch.where(above_GP.isfinite(), above_GP, furthest_GP).sqrt()
+    scores_GP = (log_density_GP + gamma_GP.log()).clamp(min=torch.finfo(torch.float32).min)
+    return scores_GP.masked_fill(~mask_GP, float("-inf"))

@@ -1,0 +1,227 @@
+"""Which frames of a file are shown, in what order and when: the one list that all readers and the codec signals share.
+
+A packet is not always a frame on the screen. Edit lists hide packets; a cut in an open group of pictures leaves packets
+that cannot be decoded; some containers have no time stamps, or take them from the order of storage. So the list is made
+from the packets' time stamps only where container and codec are known to show one frame for each packet. Everywhere
+else every frame is decoded once and counted. FFmpeg's output is the standard: a frame that it drops is not on the list.
+
+Shape suffixes: N frames in the order of showing.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+from specvlm.errors import UserError
+from specvlm.video.av_file import Orientation, Undecodable, frames_of, opened, video_streams
+from specvlm.video.container import declared_size, truncated
+from specvlm.video.packets import Entries, Packets
+
+STEP = (1e-5, 86_400.0)  # seconds between two frames, on average: shorter or longer ones are no times of a video
+ANY_RATE = 25.0  # frames a second, where a file names none
+BROADCAST = ("mpegts", "mpeg")  # their clock may jump
+JUMP = (-0.1, 10.0)  # seconds from one frame to the next: what is not between is a jump
+NO_CLOCK = 128  # FFmpeg's mark of formats without time stamps
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a video stream.
+
+    Attributes:
+        kind: FFmpeg's name of the container.
+        codec: FFmpeg's name of the decoder.
+        pixels: FFmpeg's name of the pixel format.
+        fps: the rate that the container names; 0 where it names none.
+        base: seconds of one tick of its time stamps; 0 where these are made up.
+        streams: how many video streams the file has, covers not counted.
+        orientation: how the first frame is turned for showing.
+        width: pixels of a frame as stored.
+        height: likewise.
+    """
+
+    kind: str
+    codec: str
+    pixels: str
+    fps: float
+    base: float
+    streams: int
+    orientation: Orientation
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, container: Any, stream: Any, orientation: Orientation) -> Self:
+        codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
+        made_up = container.format.flags & NO_CLOCK
+        base = 0.0 if made_up else float(stream.time_base or 0)
+        names = (container.format.name, codec.name, codec.pix_fmt or "")
+        return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
+
+    def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
+        """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""
+        found = [stamp * self.base for stamp in stamps if stamp is not None]
+        if len(found) == len(stamps):
+            found = self._mended(found) if self.kind in BROADCAST else found
+            times = tuple(time - found[0] for time in found)
+            ascend = all(before <= after for before, after in pairwise(times))
+            if len(times) == 1 or (ascend and STEP[0] <= times[-1] / (len(times) - 1) <= STEP[1]):
+                return times
+        return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
+
+    def _mended(self, seconds: list[float]) -> list[float]:
+        """Go on by a frame where the clock jumps."""
+        out, shift = seconds[:1], 0.0
+        for time in seconds[1:]:
+            if not JUMP[0] <= time + shift - out[-1] <= JUMP[1]:
+                shift = out[-1] + 1 / (self.fps or ANY_RATE) - time
+            out.append(time + shift)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class FrameIndex:
+    """The frames of one video stream as they are shown.
+
+    Attributes:
+        times: seconds of each frame after the first (N).
+        stamps: time stamp of each frame, ascending (N); None where frames can only be counted from the start.
+        sizes: compressed bytes of each frame (N).
+        entries: where decoding can start.
+        packets: what the list was made from.
+        facts: what else is known of the stream.
+        clean: whether all packets could be decoded, so that several threads give what one gives.
+    """
+
+    times: tuple[float, ...]
+    stamps: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    entries: Entries
+    packets: Packets
+    facts: Facts
+    clean: bool = True
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether no frame is missing, as far as the distances of time stamps tell."""
+        steps = sorted(after - before for before, after in pairwise(self.stamps or ()))
+        return bool(steps) and steps[-1] < 1.9 * steps[len(steps) // 2]
+
+
+def index_of(path: Path, counted: bool = False) -> FrameIndex:
+    """The frames of a file; kept for files that were asked for before and have not changed since.
+
+    Args:
+        path: a regular file.
+        counted: decode every frame, since the list made of time stamps has turned out to be wrong.
+
+    Raises:
+        UserError: PyAV is not installed, or the file is damaged, no video, or of a kind that cannot be read.
+    """
+    found = path.stat()
+    file = (str(path), found.st_size, found.st_mtime_ns)
+    if counted:
+        _wrong.add(file)
+    return _index(*file, file in _wrong)
+
+
+_wrong: set[tuple[str, int, int]] = set()  # files whose time stamps did not tell their frames
+
+
+@lru_cache(maxsize=16)
+def _index(name: str, size: int, changed: int, counted: bool) -> FrameIndex:
+    path = Path(name)
+    declared = declared_size(path)
+    try:
+        with opened(path) as (container, stream):
+            packets = Packets.read(container, stream, size)
+            told = not counted and packets.stamped(stream)
+            cut = declared > size and packets.incomplete(container, stream, size)
+    except UserError:
+        if declared > size:
+            raise truncated(path, declared, size) from None
+        raise
+    if cut:
+        raise truncated(path, declared, size)
+    return (_by_stamps(path, packets) if told else None) or _by_counting(path, packets)
+
+
+def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
+    """The list of the packets' time stamps, less what FFmpeg drops at the start. None where they don't tell."""
+    listed = sorted(s for s, hidden in zip(packets.stamp, packets.hidden, strict=True) if s is not None and not hidden)
+    first_key = next((stamp for stamp, key in zip(packets.stamp, packets.key, strict=True) if key), None)
+    if first_key is None:
+        return None
+    shown: list[int] = []
+    with opened(path) as (container, stream):
+        for frame in frames_of(container, stream, path):
+            if not shown:
+                facts = Facts.of(container, stream, Orientation.of(frame, path))
+            shown.append(-1 if frame.pts is None else frame.pts)
+            if frame.pts is None or frame.pts >= first_key:  # only before the first key frame anything is dropped
+                break
+    if not shown or not set(shown) <= set(listed) or shown != sorted(shown):
+        return None
+    stamps = [*shown, *(stamp for stamp in listed if stamp > shown[-1])]
+    sizes = dict(zip(packets.stamp, packets.size, strict=True))
+    found = tuple(sizes[stamp] for stamp in stamps)
+    return FrameIndex(facts.times(stamps), tuple(stamps), found, packets.entries(), packets, facts)
+
+
+def _by_counting(path: Path, packets: Packets) -> FrameIndex:
+    """The list of all frames that are decoded. Costs about as much as decoding the file."""
+    clean = not packets.corrupt
+    try:
+        stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)
+    except Undecodable:
+        clean = False
+        stamps, facts = _count(path, 1, strict=False)
+    by_stamp = dict(zip(packets.stamp, packets.size, strict=True))
+    in_order = dict(enumerate(packets.size))
+    sizes = tuple(by_stamp[s] if s in by_stamp and s is not None else in_order.get(n, 0) for n, s in enumerate(stamps))
+    return FrameIndex(facts.times(stamps), None, sizes, Entries(), packets, facts, clean)
+
+
+def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Facts]:
+    stamps: list[int | None] = []
+    decoded: list[int | None] = []  # what H.264 in AVI has in their place
+    options = {"skip_loop_filter": "all"} | ({"err_detect": "explode"} if strict else {})
+    with opened(path, threads, **options) as (container, stream):
+        for frame in frames_of(container, stream, path, strict):
+            if not stamps:
+                facts = Facts.of(container, stream, Orientation.of(frame, path))
+            stamps.append(frame.pts)
+            decoded.append(frame.dts)
+    if not stamps:
+        raise UserError(f"{path} is damaged: none of its frames can be decoded")
+    decoded = _continued(decoded)
+    return (stamps if _ascend(stamps) or not _ascend(decoded) else decoded), facts
+
+
+def _continued(stamps: list[int | None]) -> list[int | None]:
+    """The last frames of a decoder that is behind come without a time of decoding: go on in even steps."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) < 2 or stamps[: len(known)] != known:
+        return stamps
+    step = known[-1] - known[-2]
+    return [*known, *(known[-1] + step * place for place in range(1, len(stamps) - len(known) + 1))]
+
+
+def _ascend(stamps: Sequence[int | None]) -> bool:
+    found = [stamp for stamp in stamps if stamp is not None]
+    return len(found) == len(stamps) and all(before < after for before, after in pairwise(found))
+
+
+def _rate(container: Any, stream: Any) -> float:
+    guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()  # the other one is a constant there
+    for rate in (*guessed, stream.average_rate, stream.guessed_rate):
+        if rate and 1 / STEP[1] <= rate <= 1 / STEP[0]:
+            return float(rate)
+    return 0.0

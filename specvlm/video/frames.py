@@ -1,0 +1,84 @@
+"""A folder of pictures as a clip: the form in which videos are shared that may not be shared themselves."""
+
+import math
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from specvlm.errors import MissingVideo, UserError
+from specvlm.video.video import Clip
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that a picture may have, whatever its suffix; no other decoder is tried
+MOST_PIXELS = 2**26  # of one picture: below the size at which Pillow warns
+
+
+def read_frames(folder: str | Path, fps: float) -> Clip:
+    """Every picture of a folder as a clip, `fps` of them a second, the first one at 0 s; all are held in memory.
+
+    They follow one another by the numbers in their names: 2.jpg stands before 10.jpg. Raises MissingVideo where there is no
+    such folder; UserError where it holds no picture, a damaged one, or one of another size than the first.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise MissingVideo(f"no such folder of frames: {folder}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder of frames")
+    if not 0 < fps < math.inf:
+        raise UserError(f"{folder}: wanted frames a second above 0, got fps={fps}")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not paths:
+        raise UserError(f"{folder} holds no frames: wanted pictures ({', '.join(SUFFIXES)})")
+    paths.sort(key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.stem)])
+    first = read_picture(paths[0])
+    frames = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
+    for place, path in enumerate(paths):
+        picture = read_picture(path)
+        if picture.shape != first.shape:
+            sizes = " and ".join(f"{shape[2]}x{shape[1]}" for shape in (first.shape, picture.shape))
+            raise UserError(f"{folder}: its frames differ in size, {sizes} in {path.name}")
+        frames[place] = picture
+    times = tuple(place / fps for place in range(len(paths)))
+    return Clip(frames, times, fps, str(folder), len(paths), fps)
+
+
+def read_picture(path: Path) -> Tensor:
+    """One picture, upright and in 8 bits, as uint8 (3, H, W).
+
+    Equal to transformers' ``load_image``, which turns it as its EXIF orientation says and drops transparency; but for
+    16-bit grey, whose values Pillow would clip at 255. Of an animation the first picture.
+
+    Raises:
+        UserError: it is no picture, or damaged, or has more than `MOST_PIXELS`.
+    """
+    if not path.is_file():  # a pipe would block for ever
+        raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of transparency that is dropped and of EXIF that is broken
+            pixels = np.array(_upright(path))
+    except UserError:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit
+        raise UserError(f"{path} has more than {MOST_PIXELS} pixels: make it smaller") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is damaged or not a picture: wanted {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+        raise UserError(f"{path} is damaged or not a picture ({' '.join(str(error).split())})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _upright(path: Path) -> Image.Image:
+    """As RGB. Of 16 bits the upper eight, which is what Pillow itself keeps of 16-bit colour."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"{path} is {image.width}x{image.height}, more than {MOST_PIXELS} pixels: make it smaller")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")

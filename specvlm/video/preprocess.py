@@ -1,0 +1,184 @@
+"""Frames to the pixels that a model takes, bit-equal on the CPU to Hugging Face's video processors.
+
+Those need torchvision; this needs torch alone, and works through the frames in chunks. Equality (``torch.equal``) is
+tested against transformers 5.17 and 5.23. It rests on resizing uint8 on the CPU: the float path differs by up to 17/255.
+
+Shapes: T frames, H height, W width, C = 3 colours, S side; grid (t, h, w) counts patches.
+Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_processing_llava_onevision.py``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from specvlm.errors import UserError
+from specvlm.video.settings import read_video_settings
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CHUNK = 8  # frames resized at a time; even, for temporal patches of 2
+
+
+@dataclass(frozen=True)
+class QwenVideoConfig:
+    """How Qwen2.5-VL's frames are resized, normalised and cut up; defaults as in Qwen2VLVideoProcessor.
+
+    The pixel bounds are per frame. Released checkpoints carry the image bounds (``max_pixels`` 12,845,056), which
+    Hugging Face applies to video too: lower them with ``dataclasses.replace(config, max_pixels=…)``, or set
+    ``cap_pixels_per_frame``, which shares ``max_video_tokens`` out over the frames as qwen-vl-utils does.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    rescale: float = 1 / 255
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 128_000
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Read a model folder as AutoVideoProcessor does. Raises UserError for no or unsupported settings."""
+        found = read_video_settings(Path(folder), ("Qwen2VL", "Qwen2_5_VL"))
+        size = found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
+        size = dict(size) if isinstance(size, dict) else {}
+        for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if found.get(bound) is not None:
+                size[edge] = found[bound]
+        if not size.get("shortest_edge") or not size.get("longest_edge"):
+            raise UserError(f"{folder}: size={size} of the video processor lacks shortest_edge and longest_edge (pixels)")
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(f"{folder}: size={size} of the video processor: the shortest_edge is the larger one")
+        plain = ("patch_size", "temporal_patch_size", "merge_size", "max_video_tokens")
+        return cls(
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+            cap_pixels_per_frame=bool(found.get("cap_pixels_per_frame")),
+            **{name: found[name] for name in plain if found.get(name) is not None},
+            **_normalisation(found),
+        )
+
+    def seconds_per_grid(self, fps: float) -> float:
+        """Seconds between two rows of the temporal grid (``second_per_grid_ts``), at ``fps`` sampled frames a second."""
+        return self.temporal_patch_size / fps
+
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) to which each of so many frames is resized."""
+        factor = self.patch_size * self.merge_size
+        most = self.max_pixels
+        if self.cap_pixels_per_frame:
+            budget = int(self.max_video_tokens * factor * factor * 0.9)
+            most = max(min(most, budget * self.temporal_patch_size // frames), int(self.min_pixels * 1.05))
+        return _smart_resize(height, width, factor, self.min_pixels, most)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the patch grid (t, h, w) of a clip before any of it is decoded; its tokens are t*h*w / merge_size²."""
+        tall, wide = self.frame_size(frames, height, width)
+        return -(-frames // self.temporal_patch_size), tall // self.patch_size, wide // self.patch_size
+
+
+@dataclass(frozen=True)
+class LlavaVideoConfig:
+    """How LLaVA-OneVision's frames are resized, without regard to their shape, and normalised; Hugging Face's defaults."""
+
+    height: int = 384
+    width: int = 384
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    rescale: float = 1 / 255
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Read a model folder as AutoVideoProcessor does. Raises UserError for no or unsupported settings."""
+        found = read_video_settings(Path(folder), ("LlavaOnevision",))
+        if found.get("do_center_crop"):
+            raise UserError(f"{folder}: do_center_crop of the video processor is not supported")
+        size = found.get("size") or {"height": cls.height, "width": cls.width}
+        if not isinstance(size, dict) or not size.get("height") or not size.get("width"):
+            raise UserError(f"{folder}: size={size} of the video processor: only height and width are supported")
+        return cls(height=size["height"], width=size["width"], **_normalisation(found))
+
+
+def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[int, int, int]]:
+    """Turn frames uint8 (T, 3, H, W) into patches float32 (t*h*w, C*temporal*patch*patch) and their grid (t, h, w).
+
+    A last incomplete temporal patch is filled by repeating the last frame. Raises UserError for an empty clip and for a
+    side 200 times the other.
+    """
+    _check_frames(frames)
+    count, _, height, width = frames.shape
+    size = config.frame_size(count, height, width)
+    grid_t, grid_h, grid_w = config.grid(count, height, width)
+    group, patch, merge = config.temporal_patch_size, config.patch_size, config.merge_size
+    cells = grid_h * grid_w
+    patches = torch.empty(grid_t * cells, 3 * group * patch * patch)
+    done = 0
+    for chunk in _chunks(frames, max(_CHUNK // group, 1) * group):
+        pixels = _normalise(_resize(chunk, size), config)
+        if rest := -len(pixels) % group:
+            pixels = torch.cat([pixels, pixels[-1:].expand(rest, -1, -1, -1)])
+        blocks = pixels.view(-1, group, 3, grid_h // merge, merge, patch, grid_w // merge, merge, patch)
+        rows = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patches.shape[1])
+        patches[done : done + len(rows)] = rows
+        done += len(rows)
+    return patches, (grid_t, grid_h, grid_w)
+
+
+def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
+    """Turn frames uint8 (T, 3, H, W) into pixels float32 (T, 3, height, width). Raises UserError for an empty clip."""
+    _check_frames(frames)
+    size = (config.height, config.width)
+    pixels = torch.empty(len(frames), 3, *size)
+    for place, chunk in enumerate(_chunks(frames, _CHUNK)):
+        pixels[place * _CHUNK : place * _CHUNK + len(chunk)] = _normalise(_resize(chunk, size), config)
+    return pixels
+
+
+def _check_frames(frames: Tensor) -> None:
+    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or frames.device.type != "cpu":
+        raise ValueError(
+            f"frames: wanted uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
+        )
+    if 0 in frames.shape:
+        raise UserError(f"the clip is empty: {frames.shape[0]} frames of {frames.shape[3]}x{frames.shape[2]}")
+
+
+def _chunks(frames: Tensor, size: int) -> Iterator[Tensor]:
+    return (frames[first : first + size] for first in range(0, len(frames), size))
+
+
+def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """As torchvision's v2 resize; uint8 in, uint8 out."""
+    if tuple(frames.shape[2:]) == size:
+        return frames
+    return interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def _normalise(frames: Tensor, config: QwenVideoConfig | LlavaVideoConfig) -> Tensor:
+    """Subtract and divide on the 0-255 scale in one step, as Hugging Face fuses rescaling with normalising."""
+    mean = torch.tensor(config.mean) * (1.0 / config.rescale)
+    std = torch.tensor(config.std) * (1.0 / config.rescale)
+    return (frames.float() - mean[:, None, None]) / std[:, None, None]
+
+
+def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the size nearest in shape whose sides are multiples of ``factor`` and whose area is within the bounds."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    if max(height, width) / min(height, width) > 200:
+        raise UserError(f"frames of {width}x{height}: no side may be more than 200 times the other")
+    return smart_resize(height, width, factor, min_pixels, max_pixels)
+
+
+def _normalisation(found: dict[str, Any]) -> dict[str, Any]:
+    names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
+    values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,296 @@
+"""Video readers behind one small interface: PyAV, and decord where its frames are those that are shown.
+
+What frame n is, and when it is shown, both take from `frame_index`. Every fault of a file ends as one ``UserError``.
+"""
+
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from threading import Event
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from specvlm.errors import UserError
+from specvlm.video.av_file import Orientation, WrongIndex, frames_of, opened
+from specvlm.video.container import declared_size, truncated
+from specvlm.video.decord_process import DecordFailed, DecordProcess
+from specvlm.video.frame_index import FrameIndex, index_of
+from specvlm.video.pictures import Pictures
+
+NAMES = ("auto", "decord", "pyav")
+MOST_DECODERS = 16  # side by side
+DECODER_BYTES = 256 * 2**20  # what their pictures may take together
+HELD = 20  # pictures that a decoder holds: those referred to, and those that wait for their turn
+LEAST_SIDE = 32  # pixels: of narrower pictures decord gives more columns than there are
+DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+
+
+class Reader(Protocol):
+    """A video that can be decoded; it holds no file open. times: seconds of each frame after the first. fps: the rate that the
+    container names, or 0. name, reason: which reader it is, and why this one.
+    """
+
+    times: tuple[float, ...]
+    fps: float
+    name: str
+    reason: str
+
+    def decode(self, index: Sequence[int]) -> Tensor:
+        """Return the frames at strictly ascending places, uint8 (n, 3, H, W), turned upright."""
+
+
+def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader:
+    """Open a video file.
+
+    name: "pyav"; "decord", which means PyAV where decord would give other frames than are shown; "auto", which means PyAV
+    wherever it is installed. counted: count the frames, since `decode` raised WrongIndex. Raises UserError where the reader is
+    not installed, or the file is damaged, no video, or of a kind that cannot be read.
+    """
+    if importlib.util.find_spec("av") is None:
+        if name == "pyav":
+            raise UserError('reader "pyav" is not installed: pip install av')
+        return _decord_alone(path)
+    index = index_of(path, counted)
+    if name != "decord":
+        return PyavReader(path, index, "as asked" if name == "pyav" else "reads every file, and long ones faster than decord")
+    if reason := _not_for_decord(index):
+        return PyavReader(path, index, reason)
+    try:
+        return DecordReader(path, index, "as asked")
+    except DecordFailed as error:
+        return PyavReader(path, index, str(error))
+
+
+def _not_for_decord(index: FrameIndex) -> str:
+    """Why decord's frames are not those shown, as far as that is known without asking it."""
+    if index.stamps is None:
+        return "frames of this file have to be counted, which decord does not do"
+    if index.facts.kind == "flv" or min(index.facts.width, index.facts.height) < LEAST_SIDE:
+        return "decord gives other pictures of such files"
+    if index.facts.width % 2 or index.facts.height % 2:
+        return "decord does not crop to odd sizes"
+    if index.facts.streams > 1:
+        return "of several video streams decord may take another"
+    if index.facts.orientation != Orientation():
+        return "decord does not turn every kind of file"
+    if index.packets.open_gop or not index.packets.whole:
+        return "frames refer across key frames, where decord's seeks are not exact"
+    if index.facts.pixels not in DECORD_PIXELS:
+        return f"decord converts {index.facts.pixels} in another way"
+    return "" if index.packets.steady else "the picture size may change, and decord would scale"
+
+
+class PyavReader:
+    """PyAV: every codec of FFmpeg.
+
+    Starts at the key frame before each wanted frame. Decodes several groups of pictures side by side, each with one
+    thread; skips frames that no other frame refers to; converts wanted frames only. A frame that does not come out
+    this way is looked for from the start of the file, and nothing is skipped.
+    """
+
+    name = "pyav"
+
+    def __init__(self, path: Path, index: FrameIndex, reason: str) -> None:
+        self._path, self._index, self.reason = path, index, reason
+        self.times, self.fps = index.times, index.facts.fps
+
+    def decode(self, index: Sequence[int]) -> Tensor:
+        pictures = Pictures(self._path, len(index), self._index.facts.orientation)
+        if self._index.stamps is None:
+            self._walk({frame: place for place, frame in enumerate(index)}, pictures, by_stamp=False)
+            return pictures.pixels
+        wanted = {self._index.stamps[frame]: place for place, frame in enumerate(index)}
+        groups: dict[int | None, list[int]] = {}
+        for stamp in wanted:
+            groups.setdefault(self._index.entries.before(stamp), []).append(stamp)
+        missing = groups.pop(None, []) + self._side_by_side(groups, wanted, pictures)
+        if missing:
+            self._walk({stamp: wanted[stamp] for stamp in missing}, pictures, by_stamp=True)
+        return pictures.pixels
+
+    def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
+        """Decode groups of pictures, by their key frame. Returns the time stamps of frames that did not come out."""
+        todo, stop = deque(groups.items()), Event()
+        held = HELD * self._index.facts.width * self._index.facts.height * 3 // 2
+        cores = _cores()
+        decoders = min(cores, len(todo), MOST_DECODERS, max(DECODER_BYTES // held, 1))
+
+        def work(_: int) -> list[int]:
+            missing = []
+            # explode: damage that the decoder would conceal is an error, since what it conceals with may differ here
+            with opened(self._path, cores // decoders, err_detect="explode") as (container, stream):
+                group = Group(container, stream, self._index, stop)
+                while not stop.is_set():
+                    try:
+                        key, stamps = todo.popleft()
+                    except IndexError:
+                        break
+                    lost = group.decode(key, stamps, lambda stamp, frame: pictures.put(wanted[stamp], frame))
+                    missing += self._twice(key, lost, wanted, pictures, stop) if lost else []
+            return missing
+
+        if decoders <= 1:
+            return work(0) if todo else []
+        with ThreadPoolExecutor(decoders) as pool:
+            try:
+                return [stamp for missing in pool.map(work, range(decoders)) for stamp in missing]
+            finally:
+                stop.set()  # after an error, or Ctrl-C, no thread goes on
+
+    def _twice(self, key: int, stamps: Sequence[int], wanted: Mapping[int, int], pictures: Pictures, stop: Event) -> list[int]:
+        """Decode frames again, forgiving errors, from their key frame and from the one before it.
+
+        Many errors do no harm. A frame that is the same from both is what decoding from the start would give. Returns the
+        time stamps of the others.
+        """
+
+        def decoded(start: int) -> dict[int, np.ndarray[Any, Any]]:
+            found: dict[int, np.ndarray[Any, Any]] = {}
+
+            def put(stamp: int, frame: Any) -> None:
+                found[stamp] = pictures.shown(frame)
+
+            with opened(self._path) as (container, stream):
+                Group(container, stream, self._index, stop, skips=False).decode(start, stamps, put)
+            return found
+
+        one, other = decoded(key), decoded(max(key - 1, 0))
+        same = [stamp for stamp in one if stamp in other and np.array_equal(one[stamp], other[stamp])]
+        for stamp in same:
+            pictures.put_array(wanted[stamp], one[stamp])
+        return [stamp for stamp in stamps if stamp not in same]
+
+    def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
+        """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
+        left, orientation = dict(wanted), self._index.facts.orientation
+        several = self._index.clean and not by_stamp  # where a frame did not come out, something is damaged
+        with opened(self._path, _cores() if several else 1) as (container, stream):
+            for count, frame in enumerate(frames_of(container, stream, self._path)):
+                place = left.pop(frame.pts if by_stamp else count, None)
+                orientation = Orientation.of(frame, self._path, orientation)
+                if place is not None:
+                    pictures.put(place, frame, orientation)
+                if not left:
+                    return
+        raise WrongIndex
+
+
+class Group:
+    """Decodes groups of pictures of one open file."""
+
+    def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event, skips: bool = True) -> None:
+        self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
+        self._codec = stream.codec_context
+        # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
+        # Where a frame is missing, what the decoder puts in its place may depend on the frames that were skipped.
+        self._skips = skips and index.facts.codec == "h264" and index.even
+
+    def decode(self, key: int, wanted: Sequence[int], put: Callable[[int, Any], None]) -> list[int]:
+        """Put frames that are wanted by their time stamps.
+
+        Returns the time stamps of those that did not come out whole. A key frame must come out first: one that only
+        begins to refresh the picture does not. Raises WrongIndex for frames that are not listed, or in another order.
+        """
+        import av
+
+        left, first, started, last = set(wanted), self._entries.stamp[key], False, -(2**63)
+        try:
+            for frame in self._frames(key, wanted):
+                if frame.pts not in self._entries.place_of or frame.pts < last:
+                    raise WrongIndex
+                last = frame.pts
+                if not started and frame.pts < first:
+                    continue  # a leading frame
+                if frame.is_corrupt or not (started or frame.pts == first):
+                    return list(wanted)
+                started = True
+                if frame.pts in left:
+                    left.remove(frame.pts)
+                    put(frame.pts, frame)
+                if not left:
+                    break
+        except av.FFmpegError:
+            return list(wanted)
+        return list(left)
+
+    def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
+        """From a key frame on; none where the container seeks past it."""
+        entries, started = self._entries, False
+        self._container.seek(entries.seek[key], stream=self._stream, backward=True)
+        for packet in self._container.demux(self._stream):
+            if self._stop.is_set():
+                return
+            if not packet.size:
+                continue
+            if not started:
+                place = entries.place_of.get(packet.pts, -1)
+                if place > entries.place[key]:
+                    return
+                started = place == entries.place[key]
+            if started:
+                if self._skips:
+                    self._codec.skip_frame = "DEFAULT" if packet.pts in wanted or packet.is_keyframe else "NONREF"
+                yield from self._codec.decode(packet)
+        yield from self._codec.decode(None)
+
+
+class DecordReader:
+    """decord 0.6, in a process of its own: what it aborts on or hangs in costs that process."""
+
+    name = "decord"
+
+    def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
+        """Raises DecordFailed where decord lists other frames than `index` has; None: they are taken as they are."""
+        self._path, self.reason = path, reason
+        if importlib.util.find_spec("decord") is None:
+            raise UserError('reader "decord" is not installed: pip install decord, or try reader=auto')
+        self._process = DecordProcess.shared()
+        listed, self.fps = self._process.open(path)
+        self.times = tuple(time - listed[0] for time in listed)
+        if index is not None and (difference := _difference(self.times, index.times)):
+            raise DecordFailed(difference)
+
+    def decode(self, index: Sequence[int]) -> Tensor:
+        pictures = Pictures(self._path, len(index))
+        try:
+            with closing(self._process.frames(self._path, index)) as frames:
+                for place, picture in enumerate(frames):
+                    pictures.put_array(place, picture)
+        except DecordFailed as error:
+            raise UserError(f"{self._path}: {error}: try reader=auto") from None
+        return pictures.pixels
+
+
+def _decord_alone(path: Path) -> DecordReader:
+    """Without PyAV to tell which frames are shown: refuses what decord is seen to get wrong. Raises UserError."""
+    declared, size = declared_size(path), path.stat().st_size
+    if declared > size:
+        raise truncated(path, declared, size)
+    try:
+        reader = DecordReader(path, None, "PyAV is not installed")
+    except DecordFailed as error:
+        raise UserError(f"{path}: {error}: pip install av, which reads every format") from None
+    if not all(before < after for before, after in pairwise(reader.times)):
+        raise UserError(f"{path}: decord gives times that do not ascend: pip install av, which reads such files")
+    return reader
+
+
+def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
+    """How decord's list of frames differs from those shown, by their times, which decord has in float32."""
+    if len(listed) != len(shown):
+        return f"decord lists {len(listed)} frames, {len(shown)} are shown"
+    far = (place for place, (a, b) in enumerate(zip(listed, shown, strict=True)) if not abs(a - b) <= 1e-3 + 1e-6 * b)
+    place = next(far, None)
+    return "" if place is None else f"decord shows frame {place} at {listed[place]:.6g} s, it is shown at {shown[place]:.6g} s"
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,120 @@
+"""The processor settings in a model folder, found where Hugging Face's AutoVideoProcessor finds them."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from sys import float_info
+from typing import Any, Self
+
+from specvlm.errors import UserError
+from specvlm.parsing.files import json_of, read_text
+
+LARGEST = 2**31
+MOST_PIXELS = 16384 * 28 * 28  # that a small frame is blown up to: the released checkpoints' limit for a large one
+WHOLE = {  # what has to be a whole number from 1 to so much
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),
+    **dict.fromkeys(("height", "width"), 8192),
+    **dict.fromkeys(("min_pixels", "shortest_edge"), MOST_PIXELS),
+    **dict.fromkeys(("max_pixels", "longest_edge", "max_video_tokens"), LARGEST),
+    **dict.fromkeys(("num_frames", "min_frames", "max_frames"), LARGEST),
+}
+POSITIVE = ("fps", "rescale_factor")
+FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample_frames", "cap_pixels_per_frame")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What a video processor says of sampling; None where it says nothing.
+
+    A processor with ``do_sample_frames=false`` leaves sampling to whoever calls it: then all of it is None.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
+        """Read a model folder. Raises UserError as `read_video_settings`, and for both a rate and a number of frames."""
+        found = read_video_settings(folder, families)
+        if found.get("do_sample_frames") is False:
+            return cls()
+        given = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
+        if "fps" in given and "num_frames" in given:
+            raise UserError(
+                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor exclude each other:"
+                " set frames=… or fps=…"
+            )
+        return cls(**given)
+
+
+def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of the video processor; the image processor's where a folder has only those, as released ones.
+
+    Raises UserError where there are none, where they are of another family than ``families`` (how class names begin),
+    and for steps that ``preprocess.py`` does not do.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}")
+    found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        content = read_json(folder / name)  # one that is broken is not passed over, though another would do
+        if found is None and (folder / name).is_file():
+            found = content
+    if found is None:
+        raise UserError(
+            f"{folder} has no video processor settings: wanted processor_config.json with a video_processor in it,"
+            " video_preprocessor_config.json or preprocessor_config.json"
+        )
+    _check(folder, found)
+    kind = found.get("video_processor_type") or found.get("image_processor_type") or ""
+    if kind and not str(kind).startswith(families):
+        raise UserError(f"{folder} is set up for {kind}; wanted one of {', '.join(families)}")
+    off = [name for name in ("do_resize", "do_rescale", "do_normalize") if found.get(name) is False]
+    if off or found.get("resample") not in (None, 3):
+        what = f"{off[0]}=false" if off else f"resample={found['resample']}, which is not bicubic (3),"
+        raise UserError(f"{folder}: {what} of the video processor is not supported")
+    return found
+
+
+def _check(folder: Path, found: Any) -> None:
+    """Raise UserError for values that no video processor has."""
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
+    size = found.get("size")
+    for name, value in [*found.items(), *(size.items() if isinstance(size, dict) else ())]:
+        if value is not None and (wanted := _wanted(name, value)):
+            raise UserError(f"{folder}: {name}={value!r} of the video processor: wanted {wanted}")
+
+
+def _wanted(name: str, value: Any) -> str:
+    """What a setting has to be and is not; empty where it is, or where nothing is known of it."""
+    if name in WHOLE:
+        return "" if type(value) is int and 1 <= value <= WHOLE[name] else f"a whole number from 1 to {WHOLE[name]}"
+    if name in POSITIVE:
+        return "" if _number(value) and value > 0 else "a number more than 0"
+    if name in FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in ("image_mean", "image_std"):
+        three = isinstance(value, list) and len(value) == 3 and all(map(_number, value))
+        return "" if three and (name == "image_mean" or min(value) > 0) else "three numbers, those of image_std more than 0"
+    return ""
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float_info.max
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is no file. Raises UserError for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        content = json_of(read_text(path))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: wanted an object of settings")
+    return content

@@ -1,0 +1,47 @@
+"""The package's layers, and the paths of the release before, which go on working for one more."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+OLD = {
+    "plugins": ("strategies.plugins", "hookimpl"),
+    "strategy": ("strategies", "Pruner"),
+    "signals": ("decoding.collect", "gathered"),
+    "segments": ("toolkit.segments", "cuts"),
+    "cluster": ("toolkit.cluster", "cluster"),
+    "passes": ("models.passes", "Pass"),
+}
+
+
+def test_each_layer_imports_from_those_below_it_and_nothing_runs_in_a_circle(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
+
+
+def test_no_import_is_excused():
+    assert "ignore_imports" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_few_files_lie_directly_under_the_package():
+    assert len(list((ROOT / "specvlm").glob("*.py"))) <= 10
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_an_old_path_works_and_says_where_to_look(old):
+    new, name = OLD[old]
+    sys.modules.pop(f"specvlm.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"import from specvlm.{new}$"):
+        module = import_module(f"specvlm.{old}")
+    assert getattr(module, name) is getattr(import_module(f"specvlm.{new}"), name)
+
+
+def test_nothing_here_takes_an_old_path():
+    words = rf"(from|import) specvlm\.({'|'.join(OLD)})\b"
+    found = subprocess.run(["git", "grep", "-nE", words, "--", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    assert not found.stdout
