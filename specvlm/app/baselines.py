@@ -152,7 +152,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 def revision() -> str:
     """Of the source code that the target's own answer comes from, kernels included."""
     home, found = Path(__file__).parents[1], sha256()
-    files = ("decoding/loop.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
+    files = ("decoding/loop.py", "decoding/output.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
     for part in ("engine", "models", "strategies/verifiers", *files):
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specvlm.decoding.broadcast import BroadcastSession
 from specvlm.decoding.collect import collector_for, gathered, state_layer
+from specvlm.decoding.output import Output
 from specvlm.decoding.scheduler import alone
 from specvlm.decoding.timing import Clock
 from specvlm.engine import Engine
@@ -41,23 +42,6 @@ from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, 
 
 RECORDED = frozenset({"verifier_attention"})
 MOST_PASSES = 4096  # of a drafter in one round: more than a tree can be deep
-
-
-class Output:
-    """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
-
-    def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
-        self.room, self.stop_ids = limit, stop_ids
-
-    @property
-    def done(self) -> bool:
-        return self.room == 0
-
-    def take(self, tokens: list[int]) -> tuple[int, ...]:
-        tokens = tokens[: self.room]
-        stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
-        self.room = 0 if stop else self.room - len(tokens)
-        return tuple(tokens[:stop])
 
 
 def generator_for(seed: int) -> torch.Generator:

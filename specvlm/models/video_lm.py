@@ -51,10 +51,8 @@ class VideoLM(ABC):
         stages: Sequence[Stage] | None = None,
         ranks: ProcessGroup = SINGLE,
     ) -> None:
-        self.hf = hf
-        self.tokenizer = tokenizer
+        self.hf, self.tokenizer, self.mrope = hf, tokenizer, mrope
         self.folder = Path(folder)
-        self.mrope = mrope
         self.text = hf.model.language_model
         config = hf.config.get_text_config()
         self.layers = int(config.num_hidden_layers)

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from specvlm.decoding.loop import Output
+from specvlm.decoding.output import Output
 from specvlm.engine import Engine
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models import attention

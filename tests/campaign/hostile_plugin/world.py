@@ -111,7 +111,7 @@ OURS = {
     "judge": lambda: setattr(specvlm.app.request, "judge", lambda *args: ("identical", "identical", None)),
     "tokens_of": lambda: wrapped(specvlm.results.metrics, "tokens_of", lambda found: found[::-1]),
     "autoregressive": lambda: setattr(specvlm.app.request, "autoregressive", lambda *args: iter(())),
-    "take": lambda: wrapped(specvlm.decoding.loop.Output, "take", lambda found: tuple(token + 1 for token in found)),
+    "take": lambda: wrapped(specvlm.decoding.output.Output, "take", lambda found: tuple(token + 1 for token in found)),
     "greedy": lambda: wrapped(specvlm.strategies.verifiers.greedy.GreedyVerifier, "decide", lambda found: found + 1),
     "keep": lambda: wrapped(specvlm.models.kv_cache.KVCache, "advance", lambda found: found),
     "uniform": lambda: wrapped(specvlm.strategies.pruners.uniform.UniformPruner, "select", lambda found: found.everything(1)),
