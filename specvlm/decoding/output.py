@@ -1,0 +1,18 @@
+"""Where an answer ends."""
+
+
+class Output:
+    """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
+
+    def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
+        self.room, self.stop_ids = limit, stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.room == 0
+
+    def take(self, tokens: list[int]) -> tuple[int, ...]:
+        tokens = tokens[: self.room]
+        stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
+        self.room = 0 if stop else self.room - len(tokens)
+        return tuple(tokens[:stop])
