@@ -23,15 +23,16 @@ from specvlm.app.baselines import digest_of
 from specvlm.app.model_cache import ModelCache
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.decoding.output import Output
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.models import integrity
 from specvlm.models.checksum import checksum
 from specvlm.results import metrics
 from specvlm.results.metrics import tokens_of
 from specvlm.results.rows import CannotWrite, rows_of
-from specvlm.strategies import Drafter, DraftSession, Pruner
+from specvlm.strategies import Drafter, DraftSession, Pruner, registry
 from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession
-from specvlm.strategies.fence import checked_tree, checked_verdict, inside, label_of, needs_of, sizes_of
+from specvlm.strategies.fence import checked_tree, checked_verdict, defined_here, inside, is_ours, label_of, needs_of, sizes_of
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier, _layout
 from specvlm.testing import tiny as contract_tiny
@@ -123,6 +124,39 @@ def test_what_is_no_tree_is_refused_by_the_drafters_name(proposal, why):
 
 
 GONE = property(lambda self: self.gone)
+
+
+class Startless(str):
+    def startswith(self, *args):
+        return True
+
+    def __hash__(self):
+        return hash("specvlm.strategies.drafters.tree")
+
+    def __eq__(self, other):
+        return True
+
+
+@pytest.mark.parametrize("home", [Startless(__name__), "specvlm.more", "specvlm", "specvlm.strategies.drafters.tree"], ids=repr)
+def test_a_class_that_only_says_so_is_none_of_specvlms(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "specvlm.more", sys.modules[__name__])
+    monkeypatch.setattr(Idle, "__module__", home)
+    assert not defined_here(Idle) and not is_ours(Idle()) and is_ours(TreeDrafter())
+
+
+@pytest.mark.parametrize("name", ["start", "sees", "propose", "more"])
+def test_a_strategy_of_specvlms_with_something_set_on_it_is_a_strangers(name):
+    drafter = TreeDrafter()
+    object.__setattr__(drafter, name, lambda *args: None)
+    assert not is_ours(drafter)
+
+
+def test_a_class_that_makes_another_of_itself_is_refused(monkeypatch):
+    monkeypatch.setattr(Idle, "__new__", lambda cls: TreeDrafter(), raising=False)
+    info = replace(registry.collect()["drafter"]["prompt_lookup"], cls=Idle)
+    monkeypatch.setattr(registry, "find", lambda *args: info)
+    with pytest.raises(TypeError, match="Idle makes a TreeDrafter of itself"):
+        registry.build("drafter", Idle())
 
 
 def of_class(**attributes):
@@ -338,6 +372,18 @@ class Doubled(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Tripled(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def patch_take(graph):
+    """Of the loop itself, which runs in no strategy's fence."""
+    real = Output.take
+    Output.take = lambda self, tokens: (Doubled().__enter__(), real(self, tokens))[1]
+    Output(4, frozenset()).take([1])
+
+
 CHANGES = {
     "a function of torch": (patch_argmax, "argmax"),
     "a method that is inherited": (patch_inherited, "Tensor.argmax"),
@@ -347,6 +393,9 @@ CHANGES = {
     "a method of ours": (patch_class, "DecodingGraph.decode"),
     "the default dtype": (lambda graph: torch.set_default_dtype(torch.float64), "default dtype"),
     "the threads": (lambda graph: torch.set_num_threads(3), "threads"),
+    "a function mode": (lambda graph: Doubled().__enter__(), "torch's modes"),
+    "a dispatch mode": (lambda graph: Tripled().__enter__(), "torch's modes"),
+    "a mode that a later call enters": (patch_take, "torch's modes"),
     "a kept tensor": (lambda graph: ancestor_mask((-1, 0, 0)).fill_(True), "tensors that specvlm keeps"),
     "another kept tensor": (lambda graph: _layout((-1, 0, 0), torch.device("cpu"))[3].zero_(), "tensors that specvlm keeps"),
     "a hook": (hook, "module lm_head"),
@@ -383,11 +432,6 @@ def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch)
     assert bool(held.models) != (name in SPOILT) and "take" not in vars(held.caches)
     after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
     assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
-
-
-class Tripled(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("mode", "said"), [(Doubled, "a function mode"), (Tripled, "a dispatch mode")])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specvlm.errors import UserError
-from specvlm.models.chat import processor_template, prompt_ids, rendered, tokenizer_of
+from specvlm.models.chat import processor_template, prompt_ids, tokenizer_of
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
 from specvlm.process import child
@@ -206,17 +206,3 @@ def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(monk
     finally:
         gc.set_threshold(*before)
         gc.collect()
-
-
-def test_a_template_is_asked_once_for_what_it_has_made_unless_it_asks_for_the_time(monkeypatch):
-    tokenizer, asked = tokenizer_of(prompt_folders.ASSETS / "qwen2_5_vl" / "target"), []
-    monkeypatch.setattr("specvlm.models.chat.in_child", lambda action: asked.append(1) or child.in_child(action))
-    made = [rendered(tokenizer, CONTENT, ["what happens once?"]) for _ in range(3)]
-    assert made[0] == made[1] == made[2] and len(asked) == 1
-    made[0].append("whoever got it may change it")
-    assert rendered(tokenizer, CONTENT, ["what happens once?"]) == made[1]
-    assert rendered(tokenizer, CONTENT, ["what happens then?"]) != made[1] and len(asked) == 2
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%Y') }} and another")
-    assert rendered(tokenizer, CONTENT, ["what happens once?"])[0].endswith(" and another") and len(asked) == 3
-    rendered(tokenizer, CONTENT, ["what happens once?"])
-    assert len(asked) == 4

@@ -20,7 +20,7 @@ from specvlm.models.partition import check_shares
 from specvlm.models.video_lm import VideoLM
 from specvlm.process.settings import settled
 from specvlm.strategies import Sample, registry
-from specvlm.strategies.fence import inside, is_ours, needs_of, sizes_of
+from specvlm.strategies.fence import inside, needs_of, sizes_of
 from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.video import Clip, probe, read_video
@@ -101,10 +101,10 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
     kinds = {s: kind_of(asked[s], dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()}
     check_pristine(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
-    with settled(all(map(is_ours, (pruner, drafter, verifier)))), inside(verifier):
+    with settled(), inside(verifier):
         setup.graph()
     for strategy in (pruner, drafter):
-        with settled(is_ours(strategy)):  # a property may read files of its own
+        with settled():  # a property may read files of its own
             needs_of(strategy)
     return setup
 

@@ -253,9 +253,8 @@ class DecodingGraph:
             if isinstance(item, Pass):
                 result = yield item
             else:
-                if not (ours and defined_here(item.routine.function)):
-                    item = replace(item, guard=guard, check=check)
-                result = yield from self.engine.call(item, clock.mark)
+                call = replace(item, guard=guard, check=check, ours=ours and defined_here(item.routine.function))
+                result = yield from self.engine.call(call, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import RLock
@@ -30,7 +29,7 @@ from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Pass, Passes, Rows, finished
 from specvlm.strategies import Verifier, uniform
-from specvlm.strategies.fence import checked_verdict, defined_here, inside
+from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
@@ -144,18 +143,18 @@ class GraphsEngine(Engine):
         # A routine is one program, so a model that drafts stands on one device; a split target drafts eagerly.
         if lean is None or len(lean.stages) > 1 or routine.widest > ROWS:
             return (yield from super().call(call, mark))
-        captured, guard = self.capture_s, call.guard or nullcontext
+        captured = self.capture_s
 
         def build(backend: str) -> Program:
             inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
             return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
 
-        with guard():
+        with call.guard():
             # By the function, too: no plugin can pass its own for another's by calling it the same.
-            program = self.program(("draft", lean, routine.function, *routine.key), routine.cache, build)
+            program = self.program(("draft", lean, routine.function, call.ours, *routine.key), routine.cache, build)
         if self.capture_s > captured:
             mark("capture")
-        with guard():
+        with call.guard():
             return program(call.state, *call.given)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
@@ -281,8 +280,7 @@ def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tenso
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """A drafter's routine as one function of device tensors."""
-    ours = defined_here(call.routine.function)
-    return finished(call.begin(*inputs), partial(_rows if ours else _rows_inside, lean))
+    return finished(call.begin(*inputs), partial(_rows if call.ours else _rows_inside, lean))
 
 
 def _rows_inside(lean: LeanText, one: Pass) -> Rows:

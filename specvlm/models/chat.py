@@ -12,7 +12,6 @@ from specvlm.errors import UserError, explained
 from specvlm.process.child import ChildError, in_child
 from specvlm.video.settings import read_json
 
-MOST_KEPT = 256
 PLAIN = "x"  # a question without anything in it that a tokenizer might take for more than text
 
 
@@ -69,26 +68,10 @@ def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str)
     return ids
 
 
-_kept: dict[tuple[str, str, str], list[str]] = {}  # what templates made, since a fork takes as long as many a pass
-
-
 def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
-    """The text of the prompt of each. The template is somebody else's program: it gets seconds, and some memory. What it made
-    is kept, unless it asks for the time.
-    """
+    """The text of the prompt of each. The template is somebody else's program: it gets seconds, and some memory."""
     chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
-    key = (str(tokenizer.chat_template), repr(tokenizer.special_tokens_map), json.dumps(chats))
-    texts = _kept.get(key)
-    if texts is None:
-        texts = _rendered(tokenizer, chats)
-        if len(_kept) >= MOST_KEPT:
-            _kept.clear()
-        if "strftime_now" not in key[0]:
-            _kept[key] = texts
-    return list(texts)
 
-
-def _rendered(tokenizer: Any, chats: Sequence[Any]) -> list[str]:
     def render() -> str:
         return json.dumps(tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
 

@@ -116,7 +116,7 @@ class Routine:
     @property
     def function(self) -> Callable[..., Any]:
         """Of its work, without what a `partial` gives it."""
-        return self.work.func if isinstance(self.work, partial) else self.work
+        return self.work.func if type(self.work) is partial else self.work
 
     def __call__(self, state: Sequence[int], *inputs: Tensor | None) -> Call:
         """To be yielded; sent back are the tensors, valid until the routine is called again."""
@@ -129,15 +129,17 @@ class Call:
 
     Attributes:
         inputs: None where one is what it was when the routine was made.
-        guard: Put around all that the routine itself does. None: it is specvlm's own, and nothing of it is checked.
+        guard: Put around all that the routine itself does.
         check: Told of its passes, to raise where one cannot be run.
+        ours: Is it a session of specvlm's own that asks for a function of specvlm's own?
     """
 
     routine: Routine
     state: tuple[int, ...]
     inputs: tuple[Tensor | None, ...]
-    guard: Guard | None = None
+    guard: Guard = nullcontext
     check: Callable[[Pass], None] = lambda one: None
+    ours: bool = False
 
     @property
     def given(self) -> list[Tensor]:
@@ -150,7 +152,7 @@ class Call:
 
     def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
         """The routine's work on state and inputs, each stretch of it under the guard. read: may slots be read on the host?"""
-        routine, guard = self.routine, self.guard
+        routine = self.routine
 
         def checked(item: object) -> Pass:
             if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
@@ -162,12 +164,10 @@ class Call:
                 item.start  # noqa: B018
             return item
 
-        with nullcontext() if guard is None else guard():
+        with self.guard():
             work: Passes[tuple[Tensor, ...]] = driven(routine.work(routine.model, routine.cache, *inputs))
-        if guard is None:
-            return (yield from work)
-        found = yield from guarded(work, guard, checked)
-        with guard():
+        found = yield from guarded(work, self.guard, checked)
+        with self.guard():
             if not isinstance(found, tuple) or not all(isinstance(one, Tensor) for one in found):
                 raise TypeError(f"a routine returns a tuple of tensors, got {type(found).__name__}")
         return found

@@ -44,6 +44,24 @@ def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
+def modes_entered() -> tuple[int, int]:
+    """How many modes torch is in, of functions and of dispatch."""
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def leave_modes(before: tuple[int, int]) -> str:
+    """Leave the modes entered since there were so many; returns what they are called."""
+    functions, dispatch = before
+    found = []
+    while torch._C._len_torch_function_stack() > functions:
+        torch._C._pop_torch_function_stack()
+        found.append("a function mode")
+    while torch._C._len_torch_dispatch_stack() > dispatch:
+        torch._C._pop_torch_dispatch_stack(None)
+        found.append("a dispatch mode")
+    return " and ".join(dict.fromkeys(found))
+
+
 def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Has every name its value? New ones may come: modules are imported late, libraries leave notes in the environment."""
     return all(now.get(name) == value for name, value in before.items())
@@ -77,6 +95,7 @@ SETTINGS = (
     _tables("attention functions", _interfaces),
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device", torch.get_default_device, _set_device),
+    Setting("torch's modes", modes_entered, leave_modes),  # behind the default device, which is one
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
     Setting("torch's threads", torch.get_num_threads, torch.set_num_threads),
     Setting("torch's float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -118,14 +137,10 @@ def set_again(before: Sequence[Any]) -> list[str]:
 
 
 @contextmanager
-def settled(ours: bool = False) -> Iterator[None]:
-    """Around calls into strategies outside of a request: the settings are the same behind them.
-
-    ours: all of them are specvlm's own, which leave the settings alone.
-    """
-    before = None if ours else settings()
+def settled() -> Iterator[None]:
+    """Around calls into strategies outside of a request: the settings are the same behind them."""
+    before = settings()
     try:
         yield
     finally:
-        if before is not None:
-            set_again(before)
+        set_again(before)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from math import inf
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +22,7 @@ from specvlm.errors import MissingVideo, StrategyError, UserError, line, message
 from specvlm.models.kv_cache import CacheLease
 from specvlm.models.passes import Call, Pass
 from specvlm.process.interrupts import INTERRUPTS
+from specvlm.process.settings import leave_modes, modes_entered
 from specvlm.strategies import Drafter, Pruner, Sampling, Verifier
 from specvlm.types import DraftTree, Verdict
 
@@ -36,6 +38,14 @@ def label_of(strategy: object) -> str:
 def _label(cls: type) -> str:
     kind, name = getattr(cls, "kind", None), getattr(cls, "name", None)
     return line(f"{kind if isinstance(kind, str) else 'strategy'}={name if isinstance(name, str) else cls.__name__}")
+
+
+PACKAGE = Path(__file__).parents[1]
+# Names of specvlm's own modules, by its files: what calls itself one of them is none of these.
+OURS = frozenset(
+    ".".join(("specvlm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
 
 
 class Strangers:
@@ -68,7 +78,7 @@ def inside(strategy: object) -> Iterator[None]:
     STRANGERS.met(strategy)
     names = INTERRUPTS.names
     names.append(label)
-    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    modes = modes_entered()
     handler = getsignal(signal.SIGINT)
     try:
         yield
@@ -88,24 +98,11 @@ def inside(strategy: object) -> Iterator[None]:
         names.pop()
         if getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)  # now: the next call may hang
-        left = _left(modes)  # now: what the loop makes under somebody else's mode may be kept
+        left = leave_modes(modes)  # now: what the loop makes under somebody else's mode may be kept
     if left:
         raise StrategyError(f"{label} left torch in {left} of its own")
     if INTERRUPTS.heard > heard:
         raise _interrupted(label)
-
-
-def _left(before: tuple[int, int]) -> str:
-    """Leave the modes entered since there were so many, of functions and of dispatch; returns what they are called."""
-    functions, dispatch = before
-    found = []
-    while torch._C._len_torch_function_stack() > functions:
-        torch._C._pop_torch_function_stack()
-        found.append("a function mode")
-    while torch._C._len_torch_dispatch_stack() > dispatch:
-        torch._C._pop_torch_dispatch_stack(None)
-        found.append("a dispatch mode")
-    return " and ".join(dict.fromkeys(found))
 
 
 def _interrupted(label: str) -> KeyboardInterrupt:
@@ -256,13 +253,16 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 def is_ours(value: object) -> bool:
     """Is its class defined in specvlm, and found there?"""
-    changed = "propose" in getattr(value, "__dict__", {})
+    own = vars(value) if hasattr(value, "__dict__") else {}
+    fields = getattr(type(value), "__dataclass_fields__", None)  # of a strategy: it has nothing else of its own
+    changed = "propose" in own or (fields is not None and not own.keys() <= fields.keys())
     return not changed and defined_here(type(value))
 
 
 def defined_here(cls: Any) -> bool:
     """Is it specvlm's own class or function, and found there by its name?"""
-    return cls.__module__.startswith("specvlm.") and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+    home = cls.__module__
+    return type(home) is str and home in OURS and getattr(sys.modules.get(home), cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:

@@ -95,9 +95,9 @@ def installed() -> list[str]:
 
 
 @lru_cache(maxsize=8)  # it reads a file of each installed package, and every sample asks
-def _installed(points: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> list[str]:
+def _installed(points: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[str, ...]:
     """path: where `points` looks."""
-    return sorted({" ".join(_distribution(point)).strip() for point in points(group=GROUP)})
+    return tuple(sorted({" ".join(_distribution(point)).strip() for point in points(group=GROUP)}))
 
 
 def strategies_of(plugin: object) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from specvlm.parsing.bounds import check
 from specvlm.parsing.files import literal
 from specvlm.process.settings import settled
 from specvlm.strategies import Dataset, Drafter, Pruner, Strategy, Verifier, plugins
-from specvlm.strategies.fence import defined_here, inside
+from specvlm.strategies.fence import inside
 from specvlm.strategies.plugins import PluginError
 
 KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
@@ -143,8 +143,11 @@ def build(kind: str, chosen: Any) -> Any:
     hints = get_type_hints(info.cls)
     try:
         check(info.cls, values)
-        with settled(defined_here(info.cls)), inside(info.cls):
-            return info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
+        with settled(), inside(info.cls):
+            made = info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
+            if type(made) is not info.cls:
+                raise TypeError(f"{info.cls.__name__} makes a {type(made).__name__} of itself")
+            return made
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
 
