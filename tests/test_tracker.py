@@ -47,7 +47,7 @@ def records(file: Path):
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.RequestResult()
+            record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             whole = b""
             yield record
