@@ -5,42 +5,20 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hydra.core.config_store import ConfigStore
+from frame_plugin import FramePruner
 from omegaconf import OmegaConf
 
 from specvlm import config
 from specvlm.__main__ import main
 from specvlm.app import compose
 from specvlm.errors import UserError
-from specvlm.strategies import Pruner, plugins, registry
-from specvlm.strategies.plugins import Plugin
+from specvlm.strategies import registry
 
-
-@dataclass(frozen=True)
-class FramePruner(Pruner):
-    """Keep whole frames."""
-
-    name = "frame"
-    first: float = 1.0
-
-    def select(self, ctx):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def plugin(monkeypatch):
-    """A plugin `specvlm-frame 0.7` with one pruner and no YAML."""
-    load = plugins.load
-    monkeypatch.setattr(plugins, "load", lambda: [*load(), Plugin("specvlm-frame", "0.7", (FramePruner,))])
-    registry.collect.cache_clear()
-    yield
-    registry.collect.cache_clear()
-    ConfigStore.instance().repo["pruner"].pop("frame.yaml", None)
+pytest_plugins = ["frame_plugin"]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 
@@ -12,29 +12,9 @@ from specvlm import config
 from specvlm.__main__ import main
 from specvlm.app import help as manual
 from specvlm.config import DraftConfig, TargetConfig
-from specvlm.strategies import Pruner, plugins, registry
-from specvlm.strategies.plugins import Plugin
+from specvlm.strategies import registry
 
-
-@dataclass(frozen=True)
-class FramePruner(Pruner):
-    """Keep whole frames."""
-
-    name = "frame"
-    first: float = 1.0
-
-    def select(self, ctx):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def plugin(monkeypatch):
-    """A plugin `specvlm-frame 0.7` with one pruner and no YAML."""
-    load = plugins.load
-    monkeypatch.setattr(plugins, "load", lambda: [*load(), Plugin("specvlm-frame", "0.7", (FramePruner,))])
-    registry.collect.cache_clear()
-    yield
-    registry.collect.cache_clear()
+pytest_plugins = ["frame_plugin"]
 
 
 @pytest.fixture(params=["80", "120"])
