@@ -83,7 +83,6 @@ def autoregressive(
     return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
 
 
-@torch.inference_mode()
 def autoregressive_work(
     target: VideoLM,
     prompt: VideoPrompt,
@@ -158,7 +157,6 @@ class DecodingGraph:
         """The steps of a request, as they happen. options: or how many new tokens; all else as `options` of the graph."""
         return alone(self.engine, self.work(prompt, options))
 
-    @torch.inference_mode()
     def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
         """A request as a generator of passes and steps, for a `Scheduler`."""
         target, drafter, verifier = self.target, self.drafter, self.verifier
@@ -202,6 +200,7 @@ class DecodingGraph:
                 caches=drafts,
                 signals=gathered(drafter.needs, copy, collector, features_ND),
                 cache=cache,
+                captured=self.engine.captures,
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":
@@ -239,8 +238,9 @@ class DecodingGraph:
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Passes[DraftTree]:
         """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
-        guard, check = partial(inside, self.drafter), partial(check_pass, label_of(self.drafter))
-        with guard():
+        label = label_of(self.drafter)
+        guard, check = partial(inside, label), partial(check_pass, label)
+        with inside(self.drafter):
             found = session.propose(last)
         if not isinstance(found, Generator):
             return found

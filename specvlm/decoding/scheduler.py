@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -14,6 +15,14 @@ from specvlm.models.passes import Pass, Rows
 from specvlm.types import Step
 
 Decoding: TypeAlias = Generator[Pass | Step, Any, None]
+
+
+NOTHING = nullcontext()
+
+
+def inferring() -> AbstractContextManager[None]:
+    """torch's inference mode, where nobody has entered it yet or a strategy has left it."""
+    return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 @dataclass(eq=False)
@@ -46,7 +55,8 @@ class Ticket:
         self.work.close()
 
     def _next(self, rows: Rows | None) -> Pass | Step:
-        item = self.work.send(rows)
+        with inferring():
+            item = self.work.send(rows)
         self.rows = None
         if isinstance(item, Step):
             self.steps.append(item)
@@ -95,7 +105,7 @@ class Scheduler:
     def _run(self, group: Sequence[Ticket]) -> None:
         passes = [ticket.wanted for ticket in group if ticket.wanted is not None]
         try:
-            with torch.inference_mode():
+            with inferring():
                 results: Sequence[Rows] = self.engine.run(passes)
             self.run += 1
             for ticket, rows in zip(group, results, strict=True):
@@ -116,7 +126,9 @@ class Scheduler:
                     yield ticket.steps.popleft()
                 if ticket.done:
                     break
-                self.turn()
+                with inferring():
+                    while not (ticket.steps or ticket.done):
+                        self.turn()
             error, ticket.error = ticket.error, None
             if error is not None:
                 try:

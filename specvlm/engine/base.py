@@ -58,6 +58,7 @@ class Engine:
     """
 
     name: ClassVar[str] = "eager"
+    captures: ClassVar[bool] = False
     capture_s = 0.0  # seconds spent so far on compiling and capturing
     note = ""  # what its user should know
 

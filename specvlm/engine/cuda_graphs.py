@@ -42,7 +42,7 @@ MOST = 48  # programs of a kind captured for one cache: a drafter whose trees ne
 class GraphsEngine(Engine):
     """backend: of `Program`; "cudagraph" by default, the others let the same code run without a GPU."""
 
-    name = "graphs"
+    name, captures = "graphs", True
 
     def __init__(self, backend: str = "cudagraph") -> None:
         self.backend = backend

@@ -75,6 +75,7 @@ class KVCache:
         shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
         self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
         self._at = [(store, row) for store in self.stores for row in range(len(store.keys))]
+        self.capacity = capacity
         self.length = 0
         self.offset = 0
 
@@ -93,10 +94,6 @@ class KVCache:
         """Keys and values of a layer, (1, H, C, D) each."""
         store, row = self._at[number]
         return store.keys[row], store.values[row]
-
-    @property
-    def capacity(self) -> int:
-        return self.stores[0].keys.shape[3]
 
     @property
     def nbytes(self) -> int:

@@ -78,10 +78,15 @@ class Pass:
     @property
     def start(self) -> int:
         """First slot written. Waits for the device where `base` lies there. Raises IndexError outside of the cache."""
-        base, most = int(self.base), self.cache.capacity - len(self)
-        if base < 0 or not base <= base + self.at <= most:
-            raise IndexError(f"a pass to slots from {base + self.at} on, its cache has {self.cache.capacity}")
-        return base + self.at
+        base, at, capacity = int(self.base), self.at, self.cache.capacity
+        if base < 0 or not base <= base + at <= capacity - self.tokens_Q.numel():
+            raise IndexError(f"a pass to slots from {base + at} on, its cache has {capacity}")
+        return base + at
+
+    def placed(self) -> Pass:
+        """The same with numbers for `base` and `offset`, read here and now. Raises IndexError as `start` does."""
+        base, offset = self.start - self.at, int(self.offset)
+        return Pass(self.model, self.cache, self.tokens_Q, self.depths_Q, self.seen_QT, base, offset, self.at)
 
     def seen(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`seen_QT` there, made out where it is None, and made there: a captured step may wait for no copy."""
@@ -160,9 +165,7 @@ class Call:
             self.check(item)
             if len(item) > routine.widest:
                 raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {len(item)}")
-            if read:
-                item.start  # noqa: B018
-            return item
+            return item.placed() if read else item
 
         with self.guard():
             work: Passes[tuple[Tensor, ...]] = driven(routine.work(routine.model, routine.cache, *inputs))

@@ -266,8 +266,9 @@ class VideoLM(ABC):
         states: HiddenStateProbe | None = None,
     ) -> Tensor:
         """One pass over rows, appended to the cache; hidden states (Q, D). mask None: causal, behind all that is there."""
-        mask = None if mask_QK is None else mask_QK[None, None].to(self.device)
-        position_ids = positions_AQ.to(self.device)[:, None]
+        device = embeds_QD.device
+        mask = None if mask_QK is None else mask_QK[None, None].to(device)
+        position_ids = positions_AQ.to(device)[:, None]
         position_ids = position_ids if self.axes > 1 else position_ids[0]
         extra = {} if collector is None else {"collector": collector}
         if len(self.stages) > 1 or states is not None:
@@ -335,12 +336,12 @@ class VideoLM(ABC):
         these rows included, each row may attend to; everything before is seen. None: one row, sees all.
         """
         positions = torch.as_tensor(depths) + (cache.position if position is None else position)
-        mask = None
+        embeds_QD, mask = self.embed_tokens(tokens_Q), None
         if seen_QT is not None:
-            before = cache.length + len(tokens_Q) - seen_QT.shape[1]
-            prefix = torch.ones(len(tokens_Q), before, dtype=torch.bool, device=self.device)
-            mask = torch.cat([prefix, seen_QT.to(self.device, torch.bool)], 1)
-        return self.forward(self.embed_tokens(tokens_Q), positions.expand(self.axes, -1), cache, mask)
+            rows, device = tokens_Q.numel(), embeds_QD.device
+            prefix = torch.ones(rows, cache.length + rows - seen_QT.shape[1], dtype=torch.bool, device=device)
+            mask = torch.cat([prefix, seen_QT.to(device, torch.bool)], 1)
+        return self.forward(embeds_QD, positions.expand(self.axes, -1), cache, mask)
 
 
 def _starts(start: int, end: int, most: int) -> list[int]:

@@ -11,6 +11,11 @@ from typing import NoReturn
 from specvlm.errors import ExitCode, line
 
 
+class _Names(threading.local):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
 class Interrupts:
     """heard: how often Ctrl-C came since the command began. installed: is anybody listening? names: of the strategies that a
     thread is in, the innermost last.
@@ -18,11 +23,11 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.heard, self.installed = 0, False
-        self._local = threading.local()
+        self._local = _Names()
 
     @property
     def names(self) -> list[str]:
-        return self._local.__dict__.setdefault("names", [])
+        return self._local.names
 
     @property
     def where(self) -> str:

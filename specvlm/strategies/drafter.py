@@ -28,7 +28,8 @@ class DraftContext:
     draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
     drafter that *is* the target shares. vocabulary: ids below it are known to both models. caches: to take the session's own
     from; they are given back when the request ends. signals: those that the drafter `needs`. cache: the target's own, to be
-    read and never written: all of the output so far but its last token.
+    read and never written: all of the output so far but its last token. captured: is a `Routine` captured at its first call?
+    Then one for all rounds pays, else the cheapest for each.
     """
 
     prompt: VideoPrompt
@@ -45,6 +46,7 @@ class DraftContext:
     caches: CacheLease = field(default_factory=lambda: CachePool().lease())
     signals: dict[str, Tensor] = field(default_factory=dict)
     cache: KVCache | None = None
+    captured: bool = False
 
     def signal(self, name: str) -> Tensor:
         return signal_of(self.signals, name, "drafter")

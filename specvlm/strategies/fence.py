@@ -63,46 +63,57 @@ class Strangers:
 STRANGERS = Strangers()
 
 
-@contextmanager
-def inside(strategy: object) -> Iterator[None]:
+class inside:
     """Around a call into a strategy.
 
     A plain error gets a note that names the strategy. What would pass for something else becomes a StrategyError: an OSError
     (it is not the results' disk), an exit of the process, a subclass of UserError, a KeyboardInterrupt that nobody pressed.
 
+    A class, since a round enters it a dozen times: `contextmanager` takes three times as long.
+
     Raises:
         KeyboardInterrupt: the user's, also where the strategy caught it and went on.
         StrategyError: see above.
     """
-    label, heard = label_of(strategy), INTERRUPTS.heard
-    STRANGERS.met(strategy)
-    names = INTERRUPTS.names
-    names.append(label)
-    modes = modes_entered()
-    handler = getsignal(signal.SIGINT)
-    try:
-        yield
-    except BaseException as error:
+
+    __slots__ = ("handler", "heard", "label", "modes", "names")
+
+    def __init__(self, strategy: object) -> None:
+        self.label = label_of(strategy)
+        STRANGERS.met(strategy)
+
+    def __enter__(self) -> None:
+        self.heard, self.names = INTERRUPTS.heard, INTERRUPTS.names
+        self.names.append(self.label)
+        self.modes, self.handler = modes_entered(), getsignal(signal.SIGINT)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.names.pop()
+        if getsignal(signal.SIGINT) is not self.handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.handler)  # now: the next call may hang
+        # Now, too: what the loop makes under somebody else's mode may be kept.
+        left = leave_modes(self.modes) if modes_entered() != self.modes else ""
+        if error is not None:
+            self._tell(error)
+        elif left:
+            raise StrategyError(f"{self.label} left torch in {left} of its own")
+        elif INTERRUPTS.heard > self.heard:
+            raise _interrupted(self.label)
+
+    def _tell(self, error: BaseException) -> None:
+        """Raise it as what it is, or return where it may be raised as it is."""
+        label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
             raise _interrupted(label) from error  # which the strategy made something else of
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
-            raise
+            return
         ends_jobs = type(error).__module__.partition(".")[0] == "specvlm"  # of our own, with which a sweep ends
         plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError | StopIteration) and not ends_jobs
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             if f"in {label}" not in getattr(error, "__notes__", ()):
                 BaseException.add_note(error, f"in {label}")
-            raise
+            return
         raise StrategyError(f"{label} raised {type(error).__name__}: {message(error)}") from error
-    finally:
-        names.pop()
-        if getsignal(signal.SIGINT) is not handler and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # now: the next call may hang
-        left = leave_modes(modes)  # now: what the loop makes under somebody else's mode may be kept
-    if left:
-        raise StrategyError(f"{label} left torch in {left} of its own")
-    if INTERRUPTS.heard > heard:
-        raise _interrupted(label)
 
 
 def _interrupted(label: str) -> KeyboardInterrupt:
@@ -169,10 +180,9 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
         return item
     check_pass(label, item)
     try:
-        item.start  # noqa: B018
+        return item.placed()
     except IndexError as error:
         raise StrategyError(f"{label}: {error}") from None
-    return item
 
 
 def check_pass(label: str, one: Pass) -> None:
@@ -227,11 +237,11 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
     if q is not None and (not isinstance(q, Tensor) or q.ndim != 2 or len(q) != count or not q.is_floating_point()):
         raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_told(q)}")
     if tokens.device.type == "cpu":
-        tokens = tokens.as_subclass(Tensor).clone()
-        tokens[0] = root
-        low, high = int(tokens.min()), int(tokens.max())
+        guesses = tokens.as_subclass(Tensor).tolist()[1:]  # as numbers: quicker than two reductions
+        low, high = min(guesses, default=0), max(guesses, default=0)
         if low < 0 or high >= vocabulary:
             raise StrategyError(f"{label}: guessed token {low if low < 0 else high}, the target has 0..{vocabulary - 1}")
+        tokens = torch.tensor([root, *guesses])
     elif not ours:
         tokens = tokens.as_subclass(Tensor).clamp(0, vocabulary - 1)
         tokens[0] = root

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -77,12 +77,9 @@ class TreeShape:
     def __len__(self) -> int:
         return len(self.parents)
 
-    @cached_property
+    @property
     def depths(self) -> tuple[int, ...]:
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return tuple(depths)
+        return depths_of(self.parents)
 
     @property
     def depth(self) -> int:
@@ -99,6 +96,15 @@ class TreeShape:
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
+
+
+@lru_cache(256)
+def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
+    """How many nodes lie above each."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return tuple(depths)
 
 
 def children_of(parents: tuple[int, ...]) -> list[list[int]]:
@@ -175,9 +181,9 @@ class DraftTree:
         q = None if self.q is None else torch.empty(len(self), 0)
         return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, q, self.varies, self.ranks)
 
-    @cached_property
+    @property
     def depths(self) -> tuple[int, ...]:
-        return TreeShape(self.parents, (0,) * len(self)).depths
+        return depths_of(self.parents)
 
     def way_to(self, node: int) -> tuple[int, ...]:
         """The nodes from the root to `node`, both included."""

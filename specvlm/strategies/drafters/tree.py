@@ -88,7 +88,7 @@ class PrunedSession(DraftSession):
     """A draft model's own cache: pruned prompt, then accepted tokens; a tree's rows come and go behind them.
 
     A round feeds the last accepted token and the new root, behind what is moved together of the rows before. The last accepted
-    token is always fed again: its row may be missing (a leaf is never expanded), and two rows cost what one does.
+    token is fed again where its row may be missing (a leaf is never expanded), and on a GPU two rows cost what one does.
 
     rows: most of them that a round writes behind an accepted token.
     """
@@ -114,15 +114,19 @@ class TreeSession(PrunedSession):
         self.shape, self.sample = shape, sample
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
-        tables = tables_of(shape, sample, self.device)
-        races = (sum(len(level.nodes_Q) for level in tables.levels), ctx.vocabulary) if sample else (0,)
+        races = (sum(map(len, shape.levels)), ctx.vocabulary) if sample else (0,)
         self.races = torch.ones(races, dtype=torch.float64, device=self.device)
-        self.round = Routine(
-            partial(expand, tables, ctx.vocabulary, ctx.sampling if sample else None),
-            ("tree", shape, ctx.vocabulary, ctx.sampling if sample else None),
-            model,
+        self.feed_both = self._round(2)
+        self.feed_root = self.feed_both if ctx.captured else self._round(1)
+
+    def _round(self, fed: int) -> Routine:
+        sampling, vocabulary = self.ctx.sampling if self.sample else None, self.ctx.vocabulary
+        return Routine(
+            partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, sampling),
+            ("tree", self.shape, vocabulary, sampling, fed),
+            self.model,
             self.cache,
-            max(2, *(len(level.nodes_Q) for level in tables.levels)),
+            max(2, *map(len, self.shape.levels)),
             (self.free, self.free, 0, 0, 0),
             (torch.zeros_like(self.tokens), self.races),
         )
@@ -131,7 +135,8 @@ class TreeSession(PrunedSession):
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
         base = self.root + self.shape.depths[node]
         races = self.races.exponential_(generator=self.generator) if self.sample else None
-        self.tokens, q_MV = yield self.round((self.root, base, node, bonus, self.cache.offset), self.tokens, races)
+        routine = self.feed_root if self.shape.children[node] else self.feed_both
+        self.tokens, q_MV = yield routine((self.root, base, node, bonus, self.cache.offset), self.tokens, races)
         self.root = base + 1
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
@@ -161,12 +166,14 @@ class Tables(NamedTuple):
 
 
 @remembered(64)
-def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
-    """Rows are the two that are fed, then each level's expanded nodes."""
+def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) -> Tables:
+    """Rows are the last accepted token's and the root's, then each level's expanded nodes. fed: of the first two, 2 or the root
+    alone.
+    """
     above_MM = ancestor_mask(shape.parents)
     levels, written, row_of = list[Level](), list[int](), {0: 0}
     for depth, nodes in enumerate(shape.levels):
-        at, seen = 2 + len(written), None if depth else FED_22
+        at, seen = 2 + len(written), FED_22 if fed == 2 and not depth else None
         if depth:
             written += nodes
             row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}
@@ -180,8 +187,8 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device) -> Tables:
         levels.append(
             Level(
                 torch.tensor(nodes, device=device),
-                torch.full((len(nodes),), depth + 1, device=device) if depth else torch.arange(2, device=device),
-                at if depth else 0,
+                torch.full((len(nodes),), depth + 1, device=device) if depth else torch.arange(2 - fed, 2, device=device),
+                at if depth else 2 - fed,
                 None if seen is None else seen.to(device, torch.int8),
                 widest,
                 torch.tensor(children, device=device),
