@@ -27,6 +27,7 @@ from specvlm.decoding.output import Output
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.models import integrity
 from specvlm.models.checksum import checksum
+from specvlm.process.memo import restored
 from specvlm.results import metrics
 from specvlm.results.metrics import tokens_of
 from specvlm.results.rows import CannotWrite, rows_of
@@ -432,6 +433,16 @@ def test_what_is_changed_is_named_and_does_not_last(name, tmp_path, monkeypatch)
     assert bool(held.models) != (name in SPOILT) and "take" not in vars(held.caches)
     after = tokens_of(list(autoregressive(held_graph()[1].target, request, 6, GreedyVerifier())))
     assert after == before and Path.cwd() == tmp_path and torch.get_default_dtype() == torch.float32 and "PATH" in os.environ
+
+
+@pytest.mark.parametrize("inferring", [False, True], ids=["outside", "in_a_request"])
+def test_a_table_is_put_back_wherever_it_was_made(inferring):
+    parents = (-1, *range(40 + inferring))
+    with torch.inference_mode(inferring):
+        mask = ancestor_mask(parents)
+        before = mask.clone()
+        mask.fill_(True)
+    assert restored() and torch.equal(ancestor_mask(parents), before) and not restored()
 
 
 @pytest.mark.parametrize(("mode", "said"), [(Doubled, "a function mode"), (Tripled, "a dispatch mode")])

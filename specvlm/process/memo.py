@@ -42,6 +42,7 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
     return decorated
 
 
+@torch.inference_mode()  # else those that a request made cannot be written to
 def restored() -> bool:
     """Put back what was written to; was there any?"""
     with _LOCK:

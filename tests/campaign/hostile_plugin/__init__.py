@@ -10,10 +10,10 @@ import os
 
 from specvlm.strategies.plugins import hookimpl
 
-from . import caches, data, ends, exits, guesses, inputs, models, rules, verdicts, world
+from . import caches, data, disguises, ends, exits, guesses, inputs, models, rules, verdicts, world
 from .makers import FOUND, FewScenes
 
-__all__ = ["FOUND", "caches", "data", "ends", "exits", "guesses", "inputs", "models", "rules", "verdicts", "world"]
+__all__ = ["FOUND", "caches", "data", "disguises", "ends", "exits", "guesses", "inputs", "models", "rules", "verdicts", "world"]
 
 
 @hookimpl
