@@ -145,7 +145,7 @@ def test_a_class_that_only_says_so_is_none_of_specvlms(home, monkeypatch):
     assert not defined_here(Idle) and not is_ours(Idle()) and is_ours(TreeDrafter())
 
 
-@pytest.mark.parametrize("name", ["start", "sees", "propose", "more"])
+@pytest.mark.parametrize("name", ["start", "own_budget", "propose", "more"])
 def test_a_strategy_of_specvlms_with_something_set_on_it_is_a_strangers(name):
     drafter = TreeDrafter()
     object.__setattr__(drafter, name, lambda *args: None)
@@ -250,7 +250,7 @@ class EditsThePrompt(TreeDrafter):
 
     name = "edits"
 
-    def sees(self, prompt):
+    def own_budget(self, prompt):
         prompt.tokens.zero_()
         assert not prompt.videos and not prompt.images
         return None

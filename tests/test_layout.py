@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from importlinter.cli import lint_imports
 
+from specvlm.strategies.drafters.tree import TreeDrafter
+
 ROOT = Path(__file__).parents[1]
 OLD = {
     "plugins": ("strategies.plugins", "hookimpl"),
@@ -45,3 +47,9 @@ def test_nothing_here_takes_an_old_path():
     words = rf"(from|import) specvlm\.({'|'.join(OLD)})\b"
     found = subprocess.run(["git", "grep", "-nE", words, "--", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True)
     assert not found.stdout
+
+
+def test_a_drafters_old_word_for_its_budget_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"^Old.sees is called own_budget now$"):
+        old = type("Old", (TreeDrafter,), {"sees": lambda self, prompt: 7})
+    assert old().own_budget(None) == 7

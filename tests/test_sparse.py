@@ -95,7 +95,7 @@ def test_the_compact_cache_holds_each_heads_own_best_and_all_text_in_order(famil
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SparseDrafter, "start", spy)
         list(graph.decode(request, 8))
-    video, kept = set(request.video_index.tolist()), drafter.sees(request)
+    video, kept = set(request.video_index.tolist()), drafter.own_budget(request)
     assert 0 < kept < len(video) and found["positions"][0] == found["positions"][1]
     chosen = set()
     for layer, scores_JN in enumerate(found["scores"]):

@@ -109,7 +109,7 @@ class Scene:
             session = drafter.start(context)
             with passes_of(pair.target) as target_passes, passes_of(pair.draft) as draft_passes:
                 rounds = replay(session, self.answer, self.cache, len(prompt))
-        seen = drafter.sees(prompt)
+        seen = drafter.own_budget(prompt)
         return {
             "scene": self.number,
             "drafter": setting.drafter,

@@ -237,7 +237,7 @@ def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, 
     first_s: of the target's prefill alone, which a drafter without a model leaves as it is.
     """
     graph = using(graph, drafter)
-    pruned = drafter.model is not None and drafter.sees(job.prompt) is None
+    pruned = drafter.model is not None and drafter.own_budget(job.prompt) is None
     ratio = (0.0 if graph.pruner.keeps_all else graph.options.ratio) if pruned else None
     steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a tree of each size
     draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)

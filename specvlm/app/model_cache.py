@@ -22,7 +22,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.process.memo import restored
 from specvlm.strategies import Strategy
-from specvlm.strategies.fence import STRANGERS, is_ours, label_of
+from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours, label_of
 
 
 class ModelCache:
@@ -37,7 +37,7 @@ class ModelCache:
         self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # their checksums, when they were loaded
         self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # and what they were beside
         self.layers: list[int] = []
-        self.calls = STRANGERS.calls  # up to which the models are known to be what was loaded
+        self.calls = THIRD_PARTY_CALLS.calls  # up to which the models are known to be what was loaded
         self.release_memory()
 
     def release_memory(self) -> None:
@@ -103,12 +103,14 @@ class ModelCache:
             CODE.look()
             CODE.undo()
         changed = any(structure(model) != found for model, found in self.structures.items())
-        if not changed and STRANGERS.calls > self.calls:  # reading the weights takes a while: only where somebody was there
+        if (
+            not changed and THIRD_PARTY_CALLS.calls > self.calls
+        ):  # reading the weights takes a while: only where somebody was there
             changed = any(weights_of(model) != found for model, found in self.weights.items())
         if changed:
             self.clear()
         restored()
-        self.calls = STRANGERS.calls
+        self.calls = THIRD_PARTY_CALLS.calls
 
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
         if key not in self.models:
@@ -137,7 +139,7 @@ class ModelCache:
                 undone, spoilt = [], [f"what cannot be looked at any more ({one_line(error)})"]
             if spoilt or (foreign and not set(threading.enumerate()) <= threads):
                 self.clear()  # a thread that goes on may hold any of it
-            self.calls = STRANGERS.calls
+            self.calls = THIRD_PARTY_CALLS.calls
             if (undone or spoilt) and not failed:
                 raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
 

@@ -99,7 +99,7 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
     sides = {side: model for side, model in (("target", target), ("draft", draft)) if model}
     asked = {"target": cfg.target.weights, "draft": cfg.draft.weights}
     kinds = {s: kind_of(asked[s], dtype_of(model, cfg.dtype), f"{s}.weights", model.quantised) for s, model in sides.items()}
-    check_pristine(cfg, target, kinds["target"])
+    check_reference(cfg, target, kinds["target"])
     setup = Setup(cfg, places, pruner, drafter, verifier, target, draft, vocabulary, dtype_of(target, cfg.dtype), kinds)
     with settled(), inside(verifier):
         setup.graph()
@@ -109,7 +109,7 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
     return setup
 
 
-def check_pristine(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
+def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
     """Raises UserError where Hugging Face's own model is another one than the target."""
     if cfg.check is None:
         return

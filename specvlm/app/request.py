@@ -156,7 +156,7 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
 
 
 def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
-    """What is known of `hf_check` before anything is checked; None where that is to come, see `pristine`."""
+    """What is known of `hf_check` before anything is checked; None where that is to come, see `hf_check.py`."""
     if cfg.check is None:
         return "not checked"
     if not graph.lossless:

@@ -6,11 +6,11 @@ from typing import Any
 
 from specvlm.app import memory_plan
 from specvlm.app.baselines import Baseline
+from specvlm.app.hf_check import check_run
 from specvlm.app.job import Job
 from specvlm.app.model_cache import MODEL_CACHE, ModelCache
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import Prepared, own_sample, read, set_up
-from specvlm.app.pristine import check_run
 from specvlm.app.request import RequestResult, ran_out, row, speculate, summarize, threads
 from specvlm.config import RunConfig, plain
 from specvlm.decoding.loop import DecodingGraph

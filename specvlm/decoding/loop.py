@@ -183,7 +183,7 @@ class DecodingGraph:
             attention = recorded.get("verifier_attention")
             clock.resume()
             penalty.add(torch.tensor([token]))
-            keep = self._agreed(copy, view, collector, features_ND, generator)
+            keep = self._select_on_rank0(copy, view, collector, features_ND, generator)
             clock.mark("prune")
             context = DraftContext(
                 prompt=copy,
@@ -265,7 +265,7 @@ class DecodingGraph:
         """Asks the drafter. Nothing is pruned where all or nothing is kept, nor for a drafter that sees no video."""
         total = len(prompt.video_index)
         with inside(self.drafter):
-            own = self.drafter.sees(prompt.copy(pixels=False))
+            own = self.drafter.own_budget(prompt.copy(pixels=False))
         if own is not None:
             return View(own, own=True, pruned=False)
         budget = total if self.pruner.keeps_all else KeepSet.budget(total, ratio)
@@ -279,7 +279,7 @@ class DecodingGraph:
         more = self.drafter.needs | (RECORDED if record else frozenset())
         return collector_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
 
-    def _agreed(
+    def _select_on_rank0(
         self,
         prompt: VideoPrompt,
         view: View,

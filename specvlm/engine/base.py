@@ -101,7 +101,7 @@ class Engine:
             verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
         if not request.lossless:
             verdict = strict_ends(request, verdict, tree, logits_MV)
-        verdict = agreed(request, verdict)
+        verdict = broadcast_decision(request, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
@@ -152,7 +152,7 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
         verdict = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
     if not request.lossless:
         verdict = strict_ends(request, verdict, root, logits_1V)
-    return agreed(request, verdict.bonus)
+    return broadcast_decision(request, verdict.bonus)
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
@@ -173,7 +173,7 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
     return verdict
 
 
-def agreed(request: Request, decided: T) -> T:
+def broadcast_decision(request: Request, decided: T) -> T:
     """What a rule decided, where ranks share the target: the first one's word, if it samples. Sums over a vocabulary need not
     round alike on two GPUs, and then the ranks' caches would part.
     """

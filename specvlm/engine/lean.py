@@ -117,7 +117,7 @@ class LeanText:
         given = (norm.weight, norm.variance_epsilon, kind)
         if parts_SQN is None or self.ranks.size == 1:
             return self.ops.add_norm(x, parts_SQN, *given)
-        return self.ops.add_norm_over(self.ranks, x, parts_SQN, *given)
+        return self.ops.all_reduce_add_norm(self.ranks, x, parts_SQN, *given)
 
     def weights(self) -> Iterator[Weight]:
         for layer in self.layers:

@@ -68,7 +68,7 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
     return total, weight_K * scaled.to(total.dtype)
 
 
-def add_norm_over(
+def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
     """`add_norm` of the parts of all ranks, each rank's rounded before they are added up, as by Hugging Face's modules."""

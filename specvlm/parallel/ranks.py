@@ -33,7 +33,7 @@ ROOM = 64  # most rows of a pass of the lean language model
 
 @dataclass(frozen=True)
 class SymmetricBuffer:
-    """Memory of all ranks in which they meet, by one width and dtype (see `engine/kernels/meet.py`).
+    """Memory of all ranks in which they meet, by one width and dtype (see `engine/kernels/fused_all_reduce.py`).
 
     shares: (R,) addresses of (2, ROOM, width) rows, each rank's. marks: (R,) addresses of (R, ROOM) int32, by who marked.
     turns: (ROOM,) int32, meetings of each row so far. held: what the addresses are of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -96,9 +97,15 @@ class Drafter(Strategy, ABC):
         """Signals of the target that a session reads, of those in `SIGNALS`. A class attribute will do."""
         return frozenset()
 
-    def sees(self, prompt: VideoPrompt) -> int | None:
+    def own_budget(self, prompt: VideoPrompt) -> int | None:
         """How many video tokens it sees by a choice of its own, made without the pruner; None: those that the pruner leaves."""
         return None
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        if "sees" in vars(cls):
+            warnings.warn(f"{cls.__name__}.sees is called own_budget now", DeprecationWarning, stacklevel=2)
+            cls.own_budget = vars(cls)["sees"]  # type: ignore[method-assign]
 
     @abstractmethod
     def start(self, ctx: DraftContext) -> DraftSession: ...

@@ -48,7 +48,7 @@ OURS = frozenset(
 )
 
 
-class Strangers:
+class ThirdPartyCalls:
     """calls: how many calls into strategies of others this process made."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Strangers:
         )
 
 
-STRANGERS = Strangers()
+THIRD_PARTY_CALLS = ThirdPartyCalls()
 
 
 class inside:
@@ -80,7 +80,7 @@ class inside:
 
     def __init__(self, strategy: object) -> None:
         self.label = label_of(strategy)
-        STRANGERS.met(strategy)
+        THIRD_PARTY_CALLS.met(strategy)
 
     def __enter__(self) -> None:
         self.heard, self.names = INTERRUPTS.heard, INTERRUPTS.names

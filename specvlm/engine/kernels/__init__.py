@@ -13,11 +13,11 @@ The plain forms of the same functions, which the tests compare with, are in `eng
 
 from __future__ import annotations
 
-from specvlm.engine.kernels.attend import attention
-from specvlm.engine.kernels.best import top
-from specvlm.engine.kernels.between import add_norm, rope, whole
+from specvlm.engine.kernels.flash_decoding import attention
+from specvlm.engine.kernels.fused_all_reduce import all_reduce_add_norm
 from specvlm.engine.kernels.launch import GROUP
 from specvlm.engine.kernels.layers import gated, linear, why_not
-from specvlm.engine.kernels.meet import add_norm_over
+from specvlm.engine.kernels.norm_rope import add_norm, rope, whole
+from specvlm.engine.kernels.topk import top
 
-__all__ = ["GROUP", "add_norm", "add_norm_over", "attention", "gated", "linear", "rope", "top", "whole", "why_not"]
+__all__ = ["GROUP", "add_norm", "all_reduce_add_norm", "attention", "gated", "linear", "rope", "top", "whole", "why_not"]

@@ -55,7 +55,7 @@ class SparseDrafter(Drafter):
     def max_nodes(self) -> int:
         return 1 + self.length
 
-    def sees(self, prompt: VideoPrompt) -> int:
+    def own_budget(self, prompt: VideoPrompt) -> int:
         total = len(prompt.video_index)
         return min(total, max(0, self.entries - (len(prompt) - total)))
 
@@ -70,7 +70,7 @@ class SparseSession(DraftSession):
         assert ctx.cache is not None
         self.ctx, self.dense = ctx, ctx.cache
         self.parents = tuple(range(-1, drafter.length))
-        slots_LJC = self._slots(drafter.sees(ctx.prompt))
+        slots_LJC = self._slots(drafter.own_budget(ctx.prompt))
         room = slots_LJC.shape[2] + ctx.max_new_tokens + drafter.max_nodes
         self.cache = ctx.caches.take("draft", ctx.target, room)
         self.cache.gather(self.dense, slots_LJC)

@@ -55,7 +55,7 @@ RAISED = {
 }
 PLACES = {  # by kind: what calls it, for which the honest member stands
     "pruner": ("__post_init__", "needs", "row_weights", "select", "state_layer", "__repr__"),
-    "drafter": ("__post_init__", "needs", "max_nodes", "max_rows", "sees", "start", "answer", "__repr__"),
+    "drafter": ("__post_init__", "needs", "max_nodes", "max_rows", "own_budget", "start", "answer", "__repr__"),
     "verifier": ("__post_init__", "sampling", "lossless", "verify", "first", "__repr__"),
     "dataset": ("__post_init__", "samples", "split"),
 }

@@ -102,7 +102,7 @@ chooses = _maker("pruner", "select")  # (self, ctx), instead of it
 weighs = _maker("pruner", "row_weights")  # (self, text_TD, features_ND), whose result counts
 starts = _maker("drafter", "attack")  # (self, ctx), before the session begins
 proposes = _maker("drafter", "answer")  # (self, ctx, last, tree), whose result is the tree
-sees = _maker("drafter", "sees")  # (self, prompt)
+sees = _maker("drafter", "own_budget")  # (self, prompt)
 decides = _maker("verifier", "attack")  # (self, ctx, verdict), whose result is the verdict
 samples = _maker("dataset", "samples")  # (self)
 

@@ -85,7 +85,7 @@ class Agreement:
         return said + (f" ({others} more tokens differ)" if others else "")
 
 
-class PristineModel:
+class ReferenceModel:
     """A checkpoint as transformers loads it: safetensors alone, no remote code, nothing of it replaced.
 
     dtype, device: as the target has them; without a device its layers are spread over all GPUs, by accelerate. Of the
@@ -106,7 +106,7 @@ class PristineModel:
         self.stop_ids = frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])
 
     @classmethod
-    def of(cls, setup: Setup) -> PristineModel:
+    def of(cls, setup: Setup) -> ReferenceModel:
         """The setup's target. Raises UserError where it cannot be loaded, OutOfMemory where there is no room for it."""
         places = setup.places
         with room(setup):
@@ -263,7 +263,7 @@ def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> 
     is read again, since plugins have seen the prompt.
     """
     held.clear()
-    model, cfg = PristineModel.of(request), request.cfg
+    model, cfg = ReferenceModel.of(request), request.cfg
     prompt = read(request, own_sample(cfg)).prompt
     with room(request):
         found = model.check(prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
@@ -292,7 +292,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
     jobs[0].held.clear()
     readings.forget()  # plugins have seen them
     try:
-        model = PristineModel.of(jobs[0].setup)
+        model = ReferenceModel.of(jobs[0].setup)
     except Exception as error:
         for at in {at for _, at, _ in waiting}:
             jobs[at].fail(error)
@@ -320,7 +320,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
 
 
 def _of_row(
-    model: PristineModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
+    model: ReferenceModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
 ) -> Agreement:
     cfg, sample = job.cfg, job.key(index)
     asked = (sample, tuple(row["token_ids"]), cfg.max_new_tokens, cfg.repetition_penalty, cfg.check)

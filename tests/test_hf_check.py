@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 
 from specvlm.__main__ import main
 from specvlm.app.compose import compose
+from specvlm.app.hf_check import Agreement, ReferenceModel
 from specvlm.app.model_cache import MODEL_CACHE
-from specvlm.app.prepare import check_pristine
-from specvlm.app.pristine import Agreement, PristineModel
+from specvlm.app.prepare import check_reference
 from specvlm.config import model_folder
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, Output, autoregressive
@@ -51,8 +51,8 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @cache
-def pristine(family: str, dtype: str) -> PristineModel:
-    return PristineModel(model_folder(f"embedded:{family}/target"), getattr(torch, dtype), torch.device("cpu"))
+def pristine(family: str, dtype: str) -> ReferenceModel:
+    return ReferenceModel(model_folder(f"embedded:{family}/target"), getattr(torch, dtype), torch.device("cpu"))
 
 
 @cache
@@ -190,7 +190,7 @@ def test_the_second_best_token_is_a_tie_where_rounding_explains_its_gap_and_else
     assert only.token == LIMIT - 1 and only.candidates == (second, best) and only.gap > 100 * only.rounding
     assert str(found).startswith(f"MISMATCH at token {LIMIT - 1}: Hugging Face's model prefers another by {only.gap:.2g}, ")
     assert checks.check(request, wrong, LIMIT) == found, "it is seeded"
-    monkeypatch.setattr("specvlm.app.pristine.ROUNDINGS", 1e9)
+    monkeypatch.setattr("specvlm.app.hf_check.ROUNDINGS", 1e9)
     assert str(checks.check(request, wrong, LIMIT)) == f"tie at token {LIMIT - 1} (gap {only.gap:.2g})"
 
 
@@ -245,7 +245,7 @@ def test_a_split_target_is_checked_over_the_same_devices(family):
 @pytest.fixture
 def alone(monkeypatch):
     """Fails where models of the pair are still there when the pristine one comes."""
-    pair, make, init = [], load, PristineModel.__init__
+    pair, make, init = [], load, ReferenceModel.__init__
 
     def loading(*rest, **named):
         made = make(*rest, **named)
@@ -258,7 +258,7 @@ def alone(monkeypatch):
         init(self, *rest)
 
     monkeypatch.setattr("specvlm.app.model_cache.load", loading)
-    monkeypatch.setattr(PristineModel, "__init__", coming)
+    monkeypatch.setattr(ReferenceModel, "__init__", coming)
 
 
 @pytest.mark.slow
@@ -312,7 +312,7 @@ def test_quantised_checkpoints_and_ranks_are_refused():
         (["check=hf", "target.parallel=tensor"], None, "take target.parallel=layers, or leave check out"),
     ):
         with pytest.raises(UserError, match=said):
-            check_pristine(compose(words), SimpleNamespace(quantised=method, axes=3), None)
+            check_reference(compose(words), SimpleNamespace(quantised=method, axes=3), None)
 
 
 @pytest.mark.slow
@@ -324,8 +324,8 @@ def test_mrope_is_of_no_matter_to_a_family_without():
 @pytest.fixture
 def checked(monkeypatch):
     """Answers that a model reads over."""
-    calls, real = [], PristineModel.check
-    monkeypatch.setattr(PristineModel, "check", lambda self, *rest: calls.append(rest) or real(self, *rest))
+    calls, real = [], ReferenceModel.check
+    monkeypatch.setattr(ReferenceModel, "check", lambda self, *rest: calls.append(rest) or real(self, *rest))
     return calls
 
 
@@ -350,7 +350,7 @@ def test_jobs_check_their_rows_behind_their_answers_and_equal_answers_once(check
 
 @pytest.mark.slow
 def test_a_check_that_is_broken_off_goes_on_with_resume(checked, monkeypatch, capsys):
-    real = PristineModel.check
+    real = ReferenceModel.check
 
     def breaking(self, *rest):
         if len(checked) == 1:
@@ -359,7 +359,7 @@ def test_a_check_that_is_broken_off_goes_on_with_resume(checked, monkeypatch, ca
 
     words = [*MANY, "check=hf", "hydra.run.dir=out"]
     with monkeypatch.context() as broken:
-        broken.setattr(PristineModel, "check", breaking)
+        broken.setattr(ReferenceModel, "check", breaking)
         assert main(words) == 130
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical", None, None]
     assert "the same line with resume=true" in capsys.readouterr().out
@@ -383,7 +383,7 @@ def test_a_job_that_was_answered_without_a_check_can_be_checked_later(checked, m
 
 @pytest.mark.slow
 def test_a_row_that_cannot_be_checked_waits_and_a_mismatch_ends_with_one(monkeypatch, capsys):
-    real, wrong = PristineModel.check, []
+    real, wrong = ReferenceModel.check, []
 
     def check(self, *rest):
         wrong.append(rest)
@@ -393,7 +393,7 @@ def test_a_row_that_cannot_be_checked_waits_and_a_mismatch_ends_with_one(monkeyp
 
     words = [*MANY, "check=hf", "hydra.run.dir=out"]
     with monkeypatch.context() as planted:
-        planted.setattr(PristineModel, "check", check)
+        planted.setattr(ReferenceModel, "check", check)
         assert main(words) == 1
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical", None, "MISMATCH at token 1: planted"]
     assert summary_of(Path("out"))["hf_checks"] == {"identical": 1, "MISMATCH": 1, "not checked": 1}

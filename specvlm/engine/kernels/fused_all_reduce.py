@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specvlm.engine.kernels.between import add_norm, store_normed, whole
 from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, split
+from specvlm.engine.kernels.norm_rope import add_norm, store_normed, whole
 from specvlm.parallel.ranks import ProcessGroup
 
 
 @triton.jit
-def _meet_norm_kernel(
+def _all_reduce_norm_kernel(
     x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, shares_ptr, marks_ptr, turns_ptr, rank, Q, K, eps,
     S: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
     PDL: tl.constexpr,
@@ -61,7 +61,7 @@ def _meet_norm_kernel(
     store_normed(x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps, BLOCK, GROUP, NARROW)
 
 
-def add_norm_over(
+def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
     """`add_norm` of the parts of all ranks, each rank's rounded before they are added up."""
@@ -72,7 +72,7 @@ def add_norm_over(
         return add_norm(x_QK, share[None], weight_K, eps, kind)
     total = torch.empty_like(x_QK)
     y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)
-    _meet_norm_kernel[(rows,)](
+    _all_reduce_norm_kernel[(rows,)](
         x_QK, parts_SQK, weight_K, total, *split(y), room.shares, room.marks, room.turns, ranks.rank, rows, width, eps,
         S=len(parts_SQK), R=ranks.size, ROOM=len(room.turns), BLOCK=triton.next_power_of_2(width), GROUP=GROUP,
         NARROW=kind != "full", **options_of(Tile(warps=16)),
