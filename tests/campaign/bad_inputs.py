@@ -146,6 +146,14 @@ def replaced(dice: random.Random, path: Path) -> None:
     dice.choice(ways)()
 
 
+def known(text: str) -> Any:
+    """JSON; nothing of what was spoiled before, such as a number of 5,000 digits."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
 def spoil(dice: random.Random, path: Path) -> str:
     """One file; returns what was done, in a word."""
     way = dice.choice(["parts"] * 6 + ["bytes"] * 3 + ["kind"])
@@ -156,14 +164,14 @@ def spoil(dice: random.Random, path: Path) -> str:
     elif path.suffix == ".jsonl":
         lines = path.read_text().splitlines() or ["{}"]
         place = dice.randrange(len(lines))
-        lines[place] = dumped(spoiled(dice, json.loads(lines[place])))
+        lines[place] = dumped(spoiled(dice, known(lines[place])))
         path.write_text("\n".join(lines) + "\n")
     elif path.suffix == ".yaml":
         content = spoiled(dice, yaml.safe_load(path.read_text()))
         text = dumped(content) if _long(content) else yaml.safe_dump(content, allow_unicode=True)
         path.write_text(text, errors="replace")
     else:
-        path.write_text(dumped(spoiled(dice, json.loads(path.read_text()))))
+        path.write_text(dumped(spoiled(dice, known(path.read_text()))))
     return f"{path.name}: {way}"
 
 
