@@ -144,7 +144,7 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
     from experiments.gpu_pair.models import WRAPS
     from experiments.gpu_pair.shapes import Llava, Text, build, prompt_of
     from specvlm.engine.cuda_graphs import kernels_for
-    from specvlm.engine.lean import LeanText
+    from specvlm.engine.lean import LeanText, Sight
     from specvlm.engine.program import Program
 
     shape, found = Llava(Text(4, 1024, 8, 4, 2048, 4096), small=True), []
@@ -158,7 +158,7 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
     seen, depths = tree.mask.to(lm.device, torch.int8), torch.tensor(tree.depths, device=lm.device)
 
     def fn(state: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor]:
-        return (lean.logits(lean(tokens, depths, 0, seen, state[:1], state[1:], cache)),)
+        return (lean.logits(lean(tokens, depths, 0, Sight(seen), state[:1], state[1:], cache)),)
 
     program = Program(fn, [torch.tensor([base, offset], device=lm.device), tree.tokens.to(lm.device)], "cudagraph")
     for shift in range(3):

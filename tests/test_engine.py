@@ -16,7 +16,7 @@ from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine, Fallback, engine_for
 from specvlm.engine.base import tree_pass
 from specvlm.engine.cuda_graphs import GraphsEngine
-from specvlm.engine.lean import LeanText, why_not
+from specvlm.engine.lean import LeanText, Sight, why_not
 from specvlm.errors import UserError
 from specvlm.models.quantize import quantize_text
 from specvlm.results.metrics import acceptance_of, speed_of, tokens_of
@@ -71,7 +71,7 @@ def test_the_lean_pass_is_the_models_own(family, shape):
     want = Engine().run([tree_pass(lm, tree, theirs)])[0].logits()
     lean = LeanText(lm)
     base, offset = torch.tensor([ours.length]), torch.tensor([ours.offset])
-    hidden = lean(tree.tokens, torch.tensor(tree.depths), 0, tree.mask.to(torch.int8), base, offset, ours)
+    hidden = lean(tree.tokens, torch.tensor(tree.depths), 0, Sight(tree.mask.to(torch.int8)), base, offset, ours)
     terms = additions(lm.hf, theirs.length)
     assert_same_sums(lean.logits(hidden), want, terms)
     rows = slice(0, theirs.length)

@@ -268,7 +268,7 @@ def against(ours: float, alone: float | None, speedup: float | None) -> str:
 
 
 def meaning(verdict: str) -> str:
-    if verdict == "identical":
+    if verdict.startswith("identical"):
         return "to the target's own output"
     if verdict == "sampled":
         return "by a rule that is exact in distribution; token by token there is nothing to compare"

@@ -51,7 +51,7 @@ class Comparison:
     candidates: what came out there, and what the target prefers in a one-row pass; gap, gap_many_rows: by how much it prefers
     the second to the first in a one-row and in a many-row pass, in logits (below 0 where the latter decides for the first);
     drift: how far rounding moves a logit against the others, on average over the answer. ties: tokens of the output that
-    are not the target's one-row choice.
+    are not the target's one-row choice. exact: by the engine's arithmetic no tree changes a bit of the target's rows.
     """
 
     verdict: str
@@ -62,10 +62,11 @@ class Comparison:
     candidates: tuple[int, int] | None = None
     gap_many_rows: float | None = None
     ties: int = 0
+    exact: bool = False
 
     def __str__(self) -> str:
         if self.verdict == "identical":
-            return "identical"
+            return "identical (exact by construction)" if self.exact else "identical"
         if self.verdict == "tie":
             return f"numeric tie at token {self.token} (gap {self.gap:.1g})"
         return f"MISMATCH at token {self.token}: {self.reason}"
@@ -97,13 +98,16 @@ def compare(
         verifier: the run's.
         options: what the run asked for.
     """
-    first = alike(output, baseline)
+    first, exact = alike(output, baseline), bool(engine and engine.exact(target))
     if first == len(output) == len(baseline):
-        return Comparison("identical")
+        return Comparison("identical", exact=exact)
     if first == min(len(output), len(baseline)):
         return Comparison("mismatch", first, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
     if steps and [token for step in steps for token in step.tokens] != list(output):
         return Comparison("mismatch", first, reason="the rounds do not add up to the output")
+    if exact:
+        why = f"{output[first]} came out, the target alone gives {baseline[first]}, and this engine is exact by construction"
+        return Comparison("mismatch", first, reason=why, candidates=(output[first], baseline[first]))
     stop_ids = options.stop_ids_or(target.stop_ids)
     ended = output[-1] in stop_ids
     if stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):

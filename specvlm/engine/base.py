@@ -89,7 +89,7 @@ class Engine:
         tokens: accepted ones and the bonus.
         """
         cache, base = request.cache, request.cache.length
-        rows = yield tree_pass(request.target, tree, cache)
+        rows = yield from self.tree_rows(request.target, tree, cache)
         logits_MV = request.penalty(rows.logits(), tree)
         tree = tree.to(logits_MV.device)
         context = VerifyContext(tree, logits_MV, request.generator)
@@ -104,6 +104,14 @@ class Engine:
         verdict = broadcast_decision(request, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+
+    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
+        """A pass of the target over every node of a tree, behind all that the cache holds."""
+        return (yield tree_pass(target, tree, cache))
+
+    def exact(self, model: VideoLM) -> bool:
+        """Do a tree's rows have the bits of sequential steps, whatever the tree? Then a difference is a fault, never a tie."""
+        return False
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
         """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's

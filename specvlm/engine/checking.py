@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from specvlm.engine.lean import LeanText
+from specvlm.engine.lean import LeanText, Sight
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import KVCache, Store
 from specvlm.strategies import Verifier, VerifyContext
@@ -91,7 +91,9 @@ def check_of(
 def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
     """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
     x = lean.enter(rows) if number == 0 else rows
-    return (lean.run(number, x, paths.depths_M, 0, paths.seen_MM, state_2[:1], state_2[1:], cache),)
+    return (
+        lean.run(number, x, paths.depths_M, 0, Sight(None, paths.nodes_MD, paths.depths_M), state_2[:1], state_2[1:], cache),
+    )
 
 
 def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:

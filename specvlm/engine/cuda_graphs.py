@@ -24,7 +24,7 @@ from torch import Tensor
 from specvlm.engine import ops
 from specvlm.engine.base import Engine, Request, placed
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
-from specvlm.engine.lean import ROWS, LeanText, why_not
+from specvlm.engine.lean import ROWS, LeanText, Sight, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Pass, Passes, Rows, finished
@@ -193,20 +193,43 @@ class GraphsEngine(Engine):
                 found.append(_rows(lean, one))
         return found
 
+    def exact(self, model: VideoLM) -> bool:
+        lean = self.lean(model)
+        return lean is not None and lean.ops is not ops
+
+    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
+        """By the lean pass, whatever the rule: uncaptured, and in slices of the rows that it is made for."""
+        lean, device = self.lean(target), target.device
+        if lean is None or (len(tree) > ROWS and lean.ops is ops):
+            return (yield from super().tree_rows(target, tree, cache))
+        paths = Paths.of(tree, device)
+        base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
+        found = []
+        for at in range(0, len(tree), ROWS):
+            here = slice(at, at + ROWS)
+            sight = Sight(None, paths.nodes_MD[here].contiguous(), paths.depths_M[here])
+            tokens = tree.tokens[here].to(device)
+            found.append(lean(tokens, paths.depths_M[here], at, sight, base, offset, cache))
+        cache.advance(len(tree))
+        return Rows(torch.cat(found), lean.logits, lean.ops.top)
+
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
         parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
         return torch.cat([super(GraphsEngine, self).append(target, tokens, cache) for tokens in parts])
 
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
         lean = self.lean(target)
-        if lean is None or len(tree) > ROWS:
+        if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return super().rescore(target, tree, cache)
         (depths_M, seen_MM), device = placed(tree), target.device
         base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
-        tables = depths_M.to(device), 0, seen_MM.to(device, torch.int8)
-        rows_MD = lean(tree.tokens.to(device), *tables, base, offset, cache)
+        depths_M, ways_MM, tokens_M = depths_M.to(device), paths_of(seen_MM).to(device), tree.tokens.to(device)
+        found = []
+        for at in range(0, len(tree), ROWS):
+            depths, ways = depths_M[at : at + ROWS], ways_MM[at : at + ROWS]
+            found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
         cache.advance(len(tree))
-        return lean.logits(rows_MD)
+        return lean.logits(torch.cat(found))
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
         """fn as a program on its inputs' device."""
@@ -263,9 +286,18 @@ def _rows(lean: LeanText, one: Pass) -> Rows:
     """A pass by the model's lean pass. Where numbers of it lie on the device, nothing is read."""
     device = lean.stages[0].device
     base, offset, depths_Q = (_there(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
-    seen_QT = one.seen(device, torch.int8)
-    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, seen_QT, base, offset, one.cache)
+    if one.seen_QT is None and not one.at:  # each row sees all before it: a path
+        above_Q = torch.arange(len(one), device=device)
+        sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
+    else:
+        sight = Sight(one.seen(device, torch.int8))
+    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def paths_of(seen_MM: Tensor) -> Tensor:
+    """(M, M) the nodes that each node sees, in their order; what stands behind them is of no meaning."""
+    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
 
 
 def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:

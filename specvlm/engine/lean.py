@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,18 @@ def why_not(model: VideoLM) -> str | None:
     return "an output layer of it has a bias" if any(part.bias is not None for part in plain_parts) else None
 
 
+class Sight(NamedTuple):
+    """What the rows of a pass see behind the first `base` slots, which all of them see.
+
+    seen_QT: int8, which of the slots from `base` on, its own among them. Or, of rows that stand from `base` on, ways_QP: the
+    rows on each one's path from the first on, `above_Q` of them and itself. Then its bits are those of a pass of its own.
+    """
+
+    seen_QT: Tensor | None = None
+    ways_QP: Tensor | None = None
+    above_Q: Tensor | None = None
+
+
 class LeanText:
     """The language model of a VideoLM as one function of device tensors, or as one a stage. ops: `ops` or `kernels`.
 
@@ -73,18 +85,18 @@ class LeanText:
         self.turns = [model.text.rotary_emb.inv_freq.to(stage.device) for stage in model.stages]
 
     def __call__(
-        self, tokens_Q: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
+        self, tokens_Q: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
         """(Q, D) normed hidden states of rows written to the slots base + at + row, through all stages.
 
-        depths_Q: position of each row above that of slot `base`. seen_QT: int8, which of the slots from `base` on, its
-        own among them, a row sees; it sees all before. base, offset: integers on the device; position = slot + offset.
+        depths_Q: position of each row above that of slot `base`. base, offset: integers on the device; position = slot +
+        offset.
         """
         x = self.enter(tokens_Q)
         for number, stage in enumerate(self.stages):
             with current(stage.device):
-                x, depths_Q, seen_QT, base, offset = cross(stage.device, x, depths_Q, seen_QT, base, offset)
-                x = self.run(number, x, depths_Q, at, seen_QT, base, offset, cache)
+                x, depths_Q, base, offset, *tables = cross(stage.device, x, depths_Q, base, offset, *sight)
+                x = self.run(number, x, depths_Q, at, Sight(*tables), base, offset, cache)
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
@@ -92,7 +104,7 @@ class LeanText:
         return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
     def run(
-        self, number: int, x: Tensor, depths_Q: Tensor, at: int, seen_QT: Tensor, base: Tensor, offset: Tensor, cache: KVCache
+        self, number: int, x: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
         """(Q, D) rows as they leave a stage: normed behind the last one. All else as in a call; all on the stage's device."""
         ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
@@ -105,8 +117,11 @@ class LeanText:
             keys, values = (store[0] for store in cache.layer(index))
             x, y = self._add_norm(x, parts, before, kind)
             q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
-            seen = ops.attention(q, keys, values, base, seen_QT, scale, kind)
-            x, y = self._add_norm(x, ops.linear(seen, layer.o), after, kind)
+            if sight.ways_QP is None:
+                read = ops.attention(q, keys, values, base, sight.seen_QT, scale, kind)
+            else:
+                read = ops.path_attention(q, keys, values, base, sight.above_Q, sight.ways_QP, scale, kind)
+            x, y = self._add_norm(x, ops.linear(read, layer.o), after, kind)
             parts = ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down)
         if number + 1 < len(self.stages):
             return x if parts is None else x + ops.whole(parts, torch.empty_like(x))

@@ -121,6 +121,20 @@ def attention(
     return (weight_HQC @ values).transpose(0, 1).flatten(1).to(q_QHD.dtype)
 
 
+def path_attention(
+    q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, depths_Q: Tensor, ways_QP: Tensor, scale: float,
+    kind: str = "full",
+) -> Tensor:  # fmt: skip
+    """(Q, H * D): each row over the first `base` slots and those of the rows on its path, of which `ways` has the first
+    `depth + 1`. The kernel of that name gives the bits of a pass of one row; here they are those of any other mask.
+    """
+    on_QP = torch.arange(ways_QP.shape[1], device=ways_QP.device) <= depths_Q[:, None]
+    rows = len(q_QHD)
+    seen_QT = torch.zeros(rows, rows + 1, dtype=torch.int8, device=ways_QP.device)
+    seen_QT.scatter_(1, torch.where(on_QP, ways_QP, rows), 1)  # what stands behind a path's end goes to the column cut off
+    return attention(q_QHD, keys_JCD, values_JCD, base, seen_QT[:, :rows], scale, kind)
+
+
 def top(logits_QV: Tensor, count: int) -> Tensor:
     """(Q, count) int64: the tokens of the largest logits, largest first."""
     return logits_QV.topk(count).indices

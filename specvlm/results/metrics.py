@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from specvlm.types import Step
 
 KEYS = {
-    "verdict": "identical, numeric tie at token K (gap G), MISMATCH at token K: why, sampled, lossy, or not checked (no "
-    "baseline, or out of memory)",
+    "verdict": "identical, identical (exact by construction), numeric tie at token K (gap G), MISMATCH at token K: why, "
+    "sampled, lossy, or not checked (no baseline, or out of memory)",
     "text": "the answer, special tokens left out",
     "token_ids": "ids of the answer, the stop id included",
     "baseline_token_ids": "ids of the target's own answer, from `autoregressive`; null without a baseline",

@@ -18,6 +18,19 @@ from specvlm.engine.kernels.fused_all_reduce import all_reduce_add_norm
 from specvlm.engine.kernels.launch import GROUP
 from specvlm.engine.kernels.layers import gated, linear, why_not
 from specvlm.engine.kernels.norm_rope import add_norm, rope, whole
+from specvlm.engine.kernels.path_decoding import path_attention
 from specvlm.engine.kernels.topk import top
 
-__all__ = ["GROUP", "add_norm", "all_reduce_add_norm", "attention", "gated", "linear", "rope", "top", "whole", "why_not"]
+__all__ = [
+    "GROUP",
+    "add_norm",
+    "all_reduce_add_norm",
+    "attention",
+    "gated",
+    "linear",
+    "path_attention",
+    "rope",
+    "top",
+    "whole",
+    "why_not",
+]

@@ -37,10 +37,23 @@ def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE
 
 
 @triton.jit
+def _load_heads(ptr, rows, ok, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr):
+    """(n, DP) rows of a head, D wide and filled up with zeros. ok: (n,) which there are; not looked at where ALL are."""
+    d = tl.arange(0, DP)
+    at = ptr + rows[:, None] * D + d[None, :]
+    if ALL:
+        found = tl.load(at) if D == DP else tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        there = ok[:, None] if D == DP else ok[:, None] & (d < D)[None, :]
+        found = tl.load(at, mask=there, other=0.0)
+    return found
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, seen_ptr, base_ptr, out_ptr, lse_ptr, Q, T, capacity, scale, share,
-    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, IEEE: tl.constexpr,
-    PDL: tl.constexpr,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    IEEE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax over one part of the keys for a block of rows of one KV head's queries. Grid (J, parts, blocks).
 
@@ -56,32 +69,30 @@ def _attention_kernel(
     v_ptr += head.to(tl.int64) * capacity * D
     G: tl.constexpr = H // J
     first = tl.program_id(2) * share
-    d = tl.arange(0, D)
+    d = tl.arange(0, DP)
     offs_n = tl.arange(0, BN)
     r = first + tl.arange(0, R)
     ok = r < tl.minimum(first + share, Q * G)
     # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
-    q = tl.load(q_ptr + ((r // G) * H + head * G + r % G)[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
+    q = _load_heads(q_ptr, (r // G) * H + head * G + r % G, ok, D, DP, False)
     m = tl.full((R,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((R,), dtype=tl.float32)
-    acc = tl.zeros((R, D), dtype=tl.float32)
+    acc = tl.zeros((R, DP), dtype=tl.float32)
     whole = base // BN * BN
     step = tl.cdiv(whole // BN, parts) * BN
     lo = tl.minimum(part * step, whole)
     hi = tl.minimum(lo + step, whole)
     for start in range(lo, hi, BN):
-        at = (start + offs_n)[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + at)
-        v = tl.load(v_ptr + at)
+        k = _load_heads(k_ptr, start + offs_n, True, D, DP, True)
+        v = _load_heads(v_ptr, start + offs_n, True, D, DP, True)
         m, total, acc = _attend_tile(q, k, v, True, m, total, acc, scale, False, IEEE)
     if part == parts - 1:
         for start in range(whole, base + T, BN):
             slots = start + offs_n
             node = slots - base
-            at = slots[:, None] * D + d[None, :]
             inside = node < T
-            k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
-            v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
+            k = _load_heads(k_ptr, slots, inside, D, DP, False)
+            v = _load_heads(v_ptr, slots, inside, D, DP, False)
             marked = tl.load(
                 seen_ptr + (r // G)[:, None] * T + node[None, :], mask=ok[:, None] & (inside & (node >= 0))[None, :], other=0
             )
@@ -89,14 +100,15 @@ def _attention_kernel(
             m, total, acc = _attend_tile(q, k, v, seen, m, total, acc, scale, True, IEEE)
     safe = tl.where(total > 0, total, 1.0)
     at = (part * J + head) * (Q * G) + r
-    tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None])
+    tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None] & (d < D)[None, :])
     tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
 
 
 @triton.jit
 def _merge_kernel(
     part_ptr, lse_ptr, y_ptr, ys_ptr, Q, S,
-    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H).
 
@@ -105,7 +117,7 @@ def _merge_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     G: tl.constexpr = H // J
-    d = tl.arange(0, D)
+    d = tl.arange(0, DP)
     s = tl.arange(0, BS)
     if PDL:
         gdc_launch_dependents()
@@ -114,7 +126,8 @@ def _merge_kernel(
     at = (s * J + head // G) * (Q * G) + row * G + head % G
     lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
-    part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=inside[:, None], other=0.0)
+    there = inside[:, None] & (d < D)[None, :]
+    part = tl.load(part_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=there, other=0.0)
     y = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
     at = y_ptr + (row * H + head) * D + d
     if NARROW:
@@ -122,7 +135,7 @@ def _merge_kernel(
         tl.store(at[:, None], narrow)
         tl.store(ys_ptr + row * H + head + tl.arange(0, 1), scale)
     else:
-        tl.store(at, y.to(y_ptr.dtype.element_ty))
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
 def row_blocks(rows: int) -> tuple[int, int]:
@@ -151,19 +164,20 @@ def attention(
     two = beside or (many <= 64 and processors // kv_heads < 32)
     parts = max(1, processors * (2 if two else 1) // (kv_heads * blocks))
     device = q_QHD.device
+    sizes = {"H": heads, "J": kv_heads, "D": width, "DP": triton.next_power_of_2(width)}
     part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
     _attention_kernel[(kv_heads, parts, blocks)](
         q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse,
         rows, seen_QT.shape[1], capacity, scale * LOG2_E, triton.cdiv(group_rows, blocks),
-        H=heads, J=kv_heads, D=width, R=many, BN=32 if beside else 64, IEEE=q_QHD.dtype == torch.float32,
+        **sizes, R=many, BN=32 if beside else 64, IEEE=q_QHD.dtype == torch.float32,
         **options_of(Tile(warps=8 if many > 64 else 4, stages=4 if beside else 3)),
     )  # fmt: skip
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
     _merge_kernel[(rows, heads)](
         part, lse, *split(out), rows, parts,
-        H=heads, J=kv_heads, D=width, BS=triton.next_power_of_2(parts), NARROW=y is None,
+        **sizes, BS=triton.next_power_of_2(parts), NARROW=y is None,
         **options_of(Tile(warps=max(1, triton.next_power_of_2(parts) // 32))),
     )  # fmt: skip
     return out

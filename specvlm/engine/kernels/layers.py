@@ -201,8 +201,8 @@ def _gated_kernel(
 
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     """Why these kernels cannot do a model's linear layers; None when they can."""
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"its heads are {head_dim} wide, which is no power of two from 16 on"
+    if head_dim < 16 or head_dim % 16:
+        return f"its heads are {head_dim} wide, which is no multiple of 16"
     for weight in weights:
         if weight.inputs % LEAST or weight.data.stride(1) != 1:
             return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"

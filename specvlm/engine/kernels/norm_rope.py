@@ -70,52 +70,59 @@ def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, P
 
 @triton.jit
 def _rope_kernel(
-    part_ptr, b0, b1, b2, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, capacity,
-    S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    part_ptr, b0, b1, b2, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, QB, stride_b, capacity,
+    S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries turned into q (Q, H, D); keys turned, and values, into the slots base + at + row. Grid (Q, H + 2 J)."""
+    """Queries turned into q (Q, H, D); keys turned, and values, into the slots base + at + row. Grid (Q, H + 2 J).
+
+    QB: rows of a request, stride_b: elements from one request's keys to the next one's.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     HALF: tl.constexpr = D // 2
-    d = tl.arange(0, HALF)
+    d = tl.arange(0, BLOCK)
+    ok = d < HALF
     n = (H + 2 * J) * D
     kind = q_ptr.dtype.element_ty
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    low = tl.zeros((HALF,), dtype=tl.float32)
-    high = tl.zeros((HALF,), dtype=tl.float32)
+    low = tl.zeros((BLOCK,), dtype=tl.float32)
+    high = tl.zeros((BLOCK,), dtype=tl.float32)
     for s in tl.static_range(S):
         source = part_ptr + (s * Q + row).to(tl.int64) * n + head * D + d
-        low += tl.load(source)
-        high += tl.load(source + HALF)
+        low += tl.load(source, mask=ok, other=0.0)
+        high += tl.load(source + HALF, mask=ok, other=0.0)
     if BIAS:
         bias = b0 + head * D + d
         if head >= H:
             bias = b1 + (head - H) * D + d
         if head >= H + J:
             bias = b2 + (head - H - J) * D + d
-        low += tl.load(bias).to(tl.float32)
-        high += tl.load(bias + HALF).to(tl.float32)
+        low += tl.load(bias, mask=ok, other=0.0).to(tl.float32)
+        high += tl.load(bias + HALF, mask=ok, other=0.0).to(tl.float32)
     low = low.to(kind).to(tl.float32)
     high = high.to(kind).to(tl.float32)
     if head < H + J:
-        cos = tl.load(cos_ptr + row * HALF + d).to(tl.float32)
-        sin = tl.load(sin_ptr + row * HALF + d).to(tl.float32)
+        cos = tl.load(cos_ptr + row * HALF + d, mask=ok, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * HALF + d, mask=ok, other=0.0).to(tl.float32)
         # Each product is rounded before the sum, as in the Hugging Face layer.
         turned = (low * cos).to(kind).to(tl.float32) - (high * sin).to(kind).to(tl.float32)
         high = (high * cos).to(kind).to(tl.float32) + (low * sin).to(kind).to(tl.float32)
         low = turned
-    slot = tl.load(base_ptr) + at + row
+    request = row // QB
+    slot = tl.load(base_ptr + request) + at + row % QB
+    shift = request.to(tl.int64) * stride_b
     if head < H:
         to = q_ptr + (row * H + head) * D + d
     else:
         if head < H + J:
-            to = k_ptr + ((head - H) * capacity + slot).to(tl.int64) * D + d
+            to = k_ptr + shift + ((head - H) * capacity + slot).to(tl.int64) * D + d
         else:
-            to = v_ptr + ((head - H - J) * capacity + slot).to(tl.int64) * D + d
-    tl.store(to, low.to(kind))
-    tl.store(to + HALF, high.to(kind))
+            to = v_ptr + shift + ((head - H - J) * capacity + slot).to(tl.int64) * D + d
+    tl.store(to, low.to(kind), mask=ok)
+    tl.store(to + HALF, high.to(kind), mask=ok)
 
 
 def add_norm(
@@ -146,13 +153,18 @@ def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
 ) -> Tensor:  # fmt: skip
-    """(Q, H, D) rotated queries; keys and values go to the cache. cos and sin: (Q, D/2). base: one integer on the device."""
-    kv_heads, capacity, width = keys_JCD.shape
+    """(Q, H, D) rotated queries; keys and values go to the cache. cos and sin: (Q, D/2). base: one integer on the device.
+
+    Of B requests, of as many rows each: base is (B,), keys and values (B, J, C, D).
+    """
+    kv_heads, capacity, width = keys_JCD.shape[-3:]
     rows = parts_SQN.shape[1]
     q = torch.empty(rows, heads, width, dtype=keys_JCD.dtype, device=keys_JCD.device)
     three = biases if biases else (q, q, q)
     _rope_kernel[(rows, heads + 2 * kv_heads)](
-        parts_SQN, *three, cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at, rows, capacity,
-        S=len(parts_SQN), H=heads, J=kv_heads, D=width, BIAS=bool(biases), **options_of(Tile(warps=1)),
+        parts_SQN, *three, cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at,
+        rows, rows // base.numel(), keys_JCD.stride(0) if keys_JCD.ndim == 4 else 0, capacity,
+        S=len(parts_SQN), H=heads, J=kv_heads, D=width,
+        BLOCK=triton.next_power_of_2(width // 2), BIAS=bool(biases), **options_of(Tile(warps=1)),
     )  # fmt: skip
     return q
