@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 
 def worst(codes: Iterable[int]) -> int:
-    """Combine exit codes of several jobs: MISMATCH if there is one, since only it means a wrong output; else the highest."""
+    """Combine exit codes of several jobs: MISMATCH if any, since only it means a wrong output, else the highest."""
     codes = [ExitCode.OK, *codes]
     return ExitCode.MISMATCH if ExitCode.MISMATCH in codes else max(codes)
 

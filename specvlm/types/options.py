@@ -14,8 +14,8 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Most tokens to generate; a stop id ends the answer earlier.
         ratio: Share of the video tokens hidden from the drafter, 0..1. At 1 it sees only the text.
-        positions: Rotary positions of the drafter: `original` (those of the full prompt) or `reindexed` (contiguous, as in
-            the paper's code).
+        positions: Rotary positions of the drafter: `original` (those of the full prompt) or `reindexed` (contiguous, as
+            in the paper's code).
         seed: Seed of every random draw for this request.
         repetition_penalty: None uses the value of the target's checkpoint; 1 turns it off.
         stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.

@@ -58,7 +58,7 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """Parse a shape: `paper`, `chain:5`, `4x2x1` (children per node of each level), a list of nodes or a .json file.
+        """Parse `paper`, `chain:5`, `4x2x1` (children per node of each level), a list of nodes, or a .json file of one.
 
         Raises:
             ValueError: The text is none of these, or the tree is too large.
@@ -238,7 +238,7 @@ class DraftTree:
 
     @cached_property
     def mask(self) -> Tensor:
-        """(M, M) bool attention mask on the host: a node (row) attends to itself and its ancestors, never to a sibling."""
+        """(M, M) bool attention mask on the host: a node (row) attends to itself and its ancestors, not to siblings."""
         return self.kept(ancestor_mask)(self.parents)
 
     def kept(self, made: Callable[..., T]) -> Callable[..., T]:

@@ -53,8 +53,8 @@ class VideoPrompt:
         tokens: (S,) int64, on the host.
         video_index: (N,) slots of all video tokens, ascending, over all videos.
         grids: One per video; their lengths add up to N.
-        videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also has
-            its `origin`, a `specvlm.video.codec.Origin`.
+        videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also
+            has its `origin`, a `specvlm.video.codec.Origin`.
         images: One dict of tensors per image.
     """
 
@@ -103,8 +103,8 @@ class KeepSet:
     Attributes:
         index: (K,) int64 indices of the kept tokens: sorted, unique, within 0..total-1.
         total: N, the number of video tokens.
-        pool: For merging, a sparse (K, N) matrix whose rows sum to 1, applied to the drafter's own features; row k takes
-            the position of token index[k]. None: plain selection.
+        pool: For merging, a sparse (K, N) matrix whose rows sum to 1, applied to the drafter's own features; row k
+            takes the position of token index[k]. None: plain selection.
         note: One line to show the user, such as what the pruner did when its signal was uninformative.
 
     Raises:
