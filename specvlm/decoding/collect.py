@@ -32,7 +32,7 @@ def state_layer(pruner: Pruner, target: VideoLM) -> int:
         return 0
     layer = pruner.state_layer(target.layers)
     if not 1 <= layer <= target.layers:
-        raise UserError(f"pruner={pruner.name} reads states behind {layer} layers: the target has {target.layers}")
+        raise UserError(f"pruner={pruner.name} reads states after {layer} layers, but the target has {target.layers}")
     return layer
 
 

@@ -96,7 +96,7 @@ class AttentionCollector:
         if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
             raise ValueError(
                 f"row_weights gave {tuple(weights_Q.shape)} weights of sum {total} for {len(embeds_QD)} rows of text:"
-                " wanted one a row, none negative, not all zero"
+                " expected one per row, none negative, not all zero"
             )
         self._weights_Q = ranks.first((weights_Q / total).contiguous())
 

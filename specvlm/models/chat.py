@@ -48,7 +48,7 @@ def processor_template(folder: Path) -> Any:
 
     settings, legacy = read_json(folder / "processor_config.json"), folder / "chat_template.json"
     if "audio_tokenizer" in settings or (folder / "audio_tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: names an audio tokenizer, which would be another model: not supported")
+        raise UserError(f"{folder}: names an audio tokenizer, which is not supported")
     if legacy.is_file() and "chat_template" not in read_json(legacy):
         raise UserError(f"{legacy}: has no chat_template in it")
     with explained(f"{folder}: the chat template cannot be read"):

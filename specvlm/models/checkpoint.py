@@ -112,7 +112,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: has a config.json but no *.safetensors weights: {name} is not there")
     if any(folder.glob("shard-*-model-*.safetensors")):
-        raise UserError(f"{folder}: holds shards of a distributed checkpoint: save it anew with save_pretrained")
+        raise UserError(f"{folder}: holds shards of a distributed checkpoint: save it again with save_pretrained")
     return [folder / name for name in names]
 
 
@@ -125,7 +125,7 @@ def _shards(index: Path) -> list[str]:
 
 def _plain(folder: Path, name: Any, where: str) -> str:
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{folder}: {where} wants weights from {name!r}: only *.safetensors in the folder itself are read")
+        raise UserError(f"{folder}: {where} names weights {name!r}: only *.safetensors in the folder itself are read")
     return name
 
 
@@ -172,7 +172,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
     if not found:
         return None
     if not isinstance(found, dict):
-        raise UserError(f"{folder}: quantization_config in config.json is no object of settings")
+        raise UserError(f"{folder}: quantization_config in config.json is not an object of settings")
     method = method_of(config)
     with explained(f"{folder}: is quantised by {method}, which cannot be loaded here"):
         if not AutoHfQuantizer.supports_quant_method(found):

@@ -269,9 +269,9 @@ class CacheLease(AbstractContextManager["CacheLease"]):
             ValueError: The role is taken or reserved, or the request has ROLES caches.
         """
         if role in self._taken:
-            raise ValueError(f"there is a cache for {role!r} already: take one under another name")
+            raise ValueError(f"the request has a cache for {role!r} already: take one under another name")
         if role in self._reserved or len(self._taken) >= ROLES:
-            raise ValueError(f"no cache for {role!r}: a drafter takes at most {ROLES}, none for {', '.join(self._reserved)}")
+            raise ValueError(f"no cache for {role!r}: a drafter may take {ROLES}, none for {', '.join(self._reserved)}")
         cache = self._taken[role] = self._pool.take(role, model, capacity)
         return cache
 

@@ -100,8 +100,8 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
     wanted = sum(weight.numel() for weight in model.hf.parameters())
     if wanted > 2 * held:
         raise UserError(
-            f"{model.folder}: config.json describes a model of {wanted:,} weights, and the files hold {held:,}: "
-            "are both of one checkpoint, and is it whole?"
+            f"{model.folder}: config.json describes a model of {wanted:,} weights, but the files hold {held:,}: "
+            "is the checkpoint complete, and does config.json belong to it?"
         )
 
 

@@ -26,7 +26,7 @@ def expanded(
                 "config.json gives them another token"
             )
     if (largest := max(ids, default=0)) >= vocabulary:
-        raise UserError(f"the tokenizer makes token {largest}, and the model has {vocabulary}: they do not go together")
+        raise UserError(f"the tokenizer gives token id {largest}, but the model has {vocabulary}: they do not match")
     lengths = {video_token: iter(map(len, grids)), image_token: iter(int(image["tokens"]) for image in images)}
     tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
     tokens_S = torch.tensor(tokens)
@@ -34,6 +34,6 @@ def expanded(
     prompt = VideoPrompt(tokens_S, video_index, tuple(grids), tuple(videos), tuple(images))
     if prompt.cut == len(prompt):
         raise UserError(
-            "no text follows the video: put the question behind it, since its attention is what scores the video tokens"
+            "no text follows the video: put the question after it, since its attention is what scores the video tokens"
         )
     return prompt

@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> Any:
         _check_depth(text)
         root = yaml.compose(text, Loader=Loader)
         if root is not None and _size(root, {}) > MOST_NODES:
-            raise UserError(f"{path} comes to more than {MOST_NODES} values, with its aliases")
+            raise UserError(f"{path} has more than {MOST_NODES} values, with its aliases expanded")
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):

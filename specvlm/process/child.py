@@ -91,4 +91,4 @@ def _read(source: int) -> bytes:
         parts.append(part)
         size += len(part)
         if size > LONGEST:
-            raise ChildError(f"it makes more than {LONGEST:,} characters")
+            raise ChildError(f"its output has more than {LONGEST:,} bytes")
