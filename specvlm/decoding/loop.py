@@ -271,7 +271,7 @@ class DecodingGraph:
         return self._view(prompt, self.options.ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Set the budget. The pruner is skipped if all or no tokens are kept, or if the drafter sees no video."""
+        """Return the budget and who chooses. Nothing is pruned if all or no tokens are kept, or if no video is seen."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))

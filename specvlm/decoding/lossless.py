@@ -187,24 +187,27 @@ class _Passes:
             yield penalty(row_V[None])[0]
             penalty.add(torch.tensor([token]))
 
-    def _behind_the_prompt(self) -> KVCache:
+    def _rewound_cache(self) -> KVCache:
+        """Return the cache, cut back to the prompt."""
         self.cache.length = len(self.prompt)
         return self.cache
 
     def _one_row(self) -> Iterator[Tensor]:
-        cache = self._behind_the_prompt()
+        """(V,) logits of each token, from passes of one row."""
+        cache = self._rewound_cache()
         yield self.first_1V[0]
         for token in self.output[:-1]:
             yield self.engine.append(self.target, torch.tensor([token]), cache)[0]
 
     def _causal(self) -> Iterator[Tensor]:
-        cache = self._behind_the_prompt()
+        """(V,) logits of each token, from one causal pass over the whole output."""
+        cache = self._rewound_cache()
         yield self.first_1V[0]
         if len(self.output) > 1:
             yield from self.engine.append(self.target, torch.tensor(self.output[:-1]), cache)
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
-        """Replay the draft trees; yields the logits behind each token. Raises _ReplayError after a row that differs."""
+        """Replay the draft trees; yields the logits that give each token. Raises _ReplayError if one differs."""
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
         def checked(logits_V: Tensor) -> Iterator[Tensor]:
@@ -214,7 +217,7 @@ class _Passes:
                 raise _ReplayError(at, f"replaying the round gives token {token}")
             penalty.add(torch.tensor([token]))
 
-        cache, at = self._behind_the_prompt(), 0
+        cache, at = self._rewound_cache(), 0
         yield from checked(self.first_1V[0])
         for step in self.steps[1:]:
             base, added = cache.length, self.output[at : at + len(step.tokens)]

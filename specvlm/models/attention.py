@@ -213,7 +213,7 @@ def attend(
     """Scaled dot-product attention. Without a mask it is causal, and the rows are the last of the keys."""
     rows, keys = query.shape[2], key.shape[2]
     if attention_mask is None and 1 < rows < keys:
-        out = _behind_a_prefix(query, key, value, scaling)
+        out = _causal_after_prefix(query, key, value, scaling)
     else:
         causal, grouped = attention_mask is None and rows > 1, key.shape[1] != query.shape[1]
         out = scaled_dot_product_attention(
@@ -224,7 +224,7 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _behind_a_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _causal_after_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Causal attention of the last Q of K tokens: row i attends to the first K - Q + i + 1 keys.
 
     `is_causal` of scaled_dot_product_attention aligns the triangle at the upper left. The flash kernel aligns it at the
@@ -275,16 +275,16 @@ def attend_windows(
     if sight is not None:
         sight.observe(module, query_QHD, key_QHD, lengths, scaling)
     if len(kinds := lengths.unique().tolist()) == 1:
-        return _inside(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
+        return _in_windows(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
     length_of_row = lengths.repeat_interleave(lengths)
     out_QHD = torch.empty_like(query_QHD, memory_format=torch.contiguous_format)
     for length in kinds:
         rows = (length_of_row == length).nonzero().flatten().to(query.device)
-        out_QHD[rows] = _inside(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
+        out_QHD[rows] = _in_windows(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
     return out_QHD[None], None
 
 
-def _inside(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
+def _in_windows(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
     """(R, H, D) attention inside windows of `length` consecutive rows."""
     query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query_RHD, key_RHD, value_RHD))
     return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)

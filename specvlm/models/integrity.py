@@ -1,4 +1,4 @@
-"""Detect and undo what a strategy changed of the state that requests share: weights, modules, settings, specvlm's code.
+"""Detect and undo changes that a strategy made to shared state: weights, modules, settings and specvlm's code.
 
 A strategy is third-party code in this process, with access to the models. Anything it changes, by mistake or not, would
 affect the baseline, the verdict and later requests. So the shared state is compared after every request and restored.

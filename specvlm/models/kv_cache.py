@@ -197,7 +197,7 @@ class CachePool:
         return CacheLease(self, ("target",) if drafter else ())
 
     def reserve(self, role: str, model: Shaped, capacity: int) -> None:
-        """Allocate a free cache ahead of time, sized for the longest request to come."""
+        """Allocate a free cache ahead, large enough for all coming requests to reuse it."""
         self.give_back(role, self.take(role, model, capacity))
 
     def take(self, role: str, model: Shaped, capacity: int) -> KVCache:

@@ -216,6 +216,6 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
 
 
 def _text_linears(hf: Any) -> list[tuple[nn.Module, str]]:
-    """Linear layers that `quantize_text` replaces, as (owner, name): references to them would keep their weights."""
+    """(owner, name) of the layers that `quantize_text` replaces; references to the layers would keep their weights."""
     owners = [module for module in hf.model.language_model.layers.modules() if not isinstance(module, nn.Linear)]
     return [*((o, name) for o in owners for name, child in o.named_children() if isinstance(child, nn.Linear)), (hf, "lm_head")]

@@ -166,7 +166,7 @@ class HiddenStateProbe:
 
 
 def mean_cosine(video_ND: Tensor, text_TD: Tensor) -> Tensor:
-    """(N,) mean over the text of cos(video token, text token); 0 for zero rows. Costs N x D, independent of T."""
+    """(N,) mean over the text of cos(video token, text token); 0 for zero rows. Costs N x D, not N x T x D."""
     wide = torch.promote_types(video_ND.dtype, torch.float32)
     mean_D = normalize(text_TD.to(wide), dim=-1).mean(0)
     return torch.cat([normalize(piece.to(wide), dim=-1) @ mean_D for piece in video_ND.split(ROWS)])

@@ -94,7 +94,7 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
 
 
 def parse(kind: Any, value: Any, where: object) -> Any:
-    """Validate a value read from a file. Strict about types: "3" and true are no numbers, and 3.0 is no integer.
+    """Validate a value read from a file. Strict about types: "3" and true are not numbers, 3.0 is not an integer.
 
     Args:
         kind: Type with bounds, such as a dataclass or a TypedDict.

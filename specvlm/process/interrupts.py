@@ -19,7 +19,7 @@ class _Names(threading.local):
 
 
 class Interrupts:
-    """Counts Ctrl-C.
+    """Counts presses of Ctrl-C, and knows which strategies each thread is in.
 
     Attributes:
         heard: How often Ctrl-C was pressed since the command began.

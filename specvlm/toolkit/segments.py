@@ -90,12 +90,15 @@ def apportion(total: int, sizes_G: Tensor) -> Tensor:
 
 
 def spread(count: int, budget: int, device: torch.device | str = "cpu") -> Tensor:
-    """Pick `budget` evenly spaced numbers of 0..count-1, the middles of equal parts; ascending and unique."""
+    """(budget,) evenly spaced indices within 0..count-1, the middles of equal parts; ascending and unique."""
     return (2 * torch.arange(budget, device=device) + 1) * count // max(2 * budget, 1)
 
 
 def block_of(height: int, width: int, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """(P,) index of the middle cell of each cell's block, in a grid of `side` x `side` blocks, smaller at the edges."""
+    """(P,) index of the middle cell of the block that each cell lies in.
+
+    Blocks have `side` x `side` cells, fewer at the bottom and right edges of the grid; P = height * width.
+    """
 
     def middle(count: int) -> Tensor:
         start = torch.arange(count, device=device) // side * side

@@ -43,7 +43,7 @@ class TreeShape:
         """Build a shape from its nodes, each written as the ranks on its path from the root: [[0], [1], [0, 0]].
 
         Raises:
-            ValueError: A node's parent is missing, a rank is no whole number from 0 up, or the tree is too large.
+            ValueError: A node's parent is missing, a rank is not a whole number from 0, or the tree is too large.
         """
         try:
             _check_size(len(paths), max(map(len, paths), default=0))
@@ -132,7 +132,7 @@ def _check_size(guesses: int, depth: int) -> None:
 
 
 def _json(text: str) -> object:
-    """Parse JSON text, or the .json file that the text names. Returns None if it is no JSON or cannot be opened."""
+    """Parse JSON text, or the .json file that the text names. Returns None if it is not JSON or cannot be opened."""
     try:
         return json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
     except UserError:
