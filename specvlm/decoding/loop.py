@@ -236,6 +236,7 @@ class DecodingGraph:
                 token, shown, attention = verdict.bonus, None, None
 
     def _session(self, context: DraftContext) -> DraftSession:
+        """Start the drafter; with a draft on rank 0 only, broadcast its trees."""
         ranks = self.target.ranks
         on_rank0_only = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
         with inside(self.drafter):

@@ -9,6 +9,7 @@ class Output:
 
     @property
     def done(self) -> bool:
+        """Whether the answer has ended."""
         return self.room == 0
 
     def take(self, tokens: list[int]) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ class Ticket:
         self.work.close()
 
     def _next(self, rows: Rows | None) -> Pass | Step:
+        """Resume the generator with a pass's result and store what it yields."""
         with inferring():
             item = self.work.send(rows)
         self.rows = None
@@ -117,6 +118,7 @@ class Scheduler:
             self._run(group)
 
     def _run(self, group: Sequence[Ticket]) -> None:
+        """Run the pending passes of requests on one model in one call of the engine."""
         passes = [ticket.wanted for ticket in group if ticket.wanted is not None]
         try:
             with inferring():

@@ -117,6 +117,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
+    """Names of the weight files in an index. Raises UserError if it has none."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{index}: has no weight_map, which says where each tensor is")
@@ -124,6 +125,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _plain(folder: Path, name: Any, where: str) -> str:
+    """Return a weight file's name. Raises UserError unless it is a plain *.safetensors name without a path."""
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         raise UserError(f"{folder}: {where} names weights {name!r}: only *.safetensors in the folder itself are read")
     return name

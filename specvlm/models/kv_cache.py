@@ -104,6 +104,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on all devices."""
         return sum(tensor.nbytes for store in self.stores for tensor in store)
 
     @property
@@ -127,6 +128,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of slots in use, as Hugging Face's layers ask for it."""
         return self.length
 
     def advance(self, rows: int) -> None:
@@ -243,9 +245,11 @@ class CachePool:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.held)
 
     def bytes_on(self, device: torch.device) -> int:
+        """Bytes of all caches on one device."""
         tensors = [t for cache in self.held for store in cache.stores for t in store]
         return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
 

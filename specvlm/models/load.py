@@ -212,6 +212,7 @@ def try_out(model: VideoLM) -> None:
 
 
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read the weights; returns the Hugging Face model and its loading info. spread: see `spread_of`."""
     from transformers import AutoModelForImageTextToText
 
     asked: dict[str, Any] = {"config": found.config, "dtype": dtype, "output_loading_info": True}

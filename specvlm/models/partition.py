@@ -29,6 +29,7 @@ class Stage:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return self.end - self.start
 
 

@@ -46,10 +46,12 @@ class Within:
 
     @property
     def least(self) -> str:
+        """Wording of the lower bound, or `what`."""
         return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
 
     @property
     def most(self) -> str:
+        """Wording of the upper bound, or of both after `what`."""
         return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:

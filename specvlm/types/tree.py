@@ -89,10 +89,12 @@ class TreeShape:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """(M,) depth of each node; the root has 0."""
         return depths_of(self.parents)
 
     @property
     def depth(self) -> int:
+        """Depth of the deepest node."""
         return max(self.depths)
 
     @cached_property
@@ -126,6 +128,7 @@ def children_of(parents: tuple[int, ...]) -> list[list[int]]:
 
 
 def _check_size(guesses: int, depth: int) -> None:
+    """Raise ValueError for a tree beyond the limits."""
     if guesses > MOST_GUESSES or depth > DEEPEST:
         most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
         raise ValueError(f"the shape of a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
@@ -197,6 +200,7 @@ class DraftTree:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """(M,) depth of each node; the root has 0."""
         return depths_of(self.parents)
 
     def way_to(self, node: int) -> tuple[int, ...]:

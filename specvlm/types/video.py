@@ -36,10 +36,12 @@ class TokenGrid:
 
     @property
     def per_frame(self) -> int:
+        """Tokens per frame."""
         return self.height * self.width
 
     @property
     def cells(self) -> int:
+        """Tokens of all frames, without newline tokens."""
         return self.frames * self.per_frame
 
 
@@ -129,6 +131,7 @@ class KeepSet:
         return len(self.index)
 
     def cpu(self) -> KeepSet:
+        """Copy the keep set to the host."""
         return KeepSet(self.index.cpu(), self.total, None if self.pool is None else self.pool.cpu(), self.note)
 
     @staticmethod
