@@ -41,7 +41,7 @@ from specvlm.strategies.fence import (
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-MOST_PASSES = 4096  # of a drafter in one round; more than the depth of any tree
+MOST_PASSES = 4096  # limit of a drafter's passes per round, above the depth of any tree
 
 
 def generator_for(seed: int) -> torch.Generator:

@@ -3,8 +3,8 @@
 A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
 bfloat16 two tokens with (nearly) equal logits may swap. Such a numeric tie is measured, never assumed:
 
-1. The run is replayed from its draft trees, by code that shares neither mask, positions, cache moves nor the
-   acceptance rule with it. An engine is deterministic, so the replay must give the same tokens in every round.
+1. The run is replayed from its draft trees, by code that does not share its mask, positions, cache moves or
+   acceptance rule. An engine is deterministic, so the replay must give the same tokens in every round.
 2. The replay and the run share only the model's pass over masked rows. On average over the answer, its logits must be
    as close to those of the one-row pass as the logits of a plain causal pass over the same tokens are.
 3. No token of the output may lie further below the target's one-row choice than rounding moves logits.
