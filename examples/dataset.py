@@ -1,4 +1,4 @@
-"""A folder of videos, each with its question in a text file of the same name."""
+"""Read a data set from a folder of videos, each with its question in a text file of the same name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from specvlm import Dataset, Sample, UserError, hookimpl
 
 @dataclass(frozen=True)
 class TextFilesDataset(Dataset):
-    """NAME.txt holds a question about NAME.mp4, one each.
+    """A folder of pairs: NAME.txt holds one question about NAME.mp4.
 
-    root: the folder.
+    root: path of the folder.
     """
 
     name = "text_files"
@@ -21,7 +21,7 @@ class TextFilesDataset(Dataset):
 
     @property
     def version(self) -> str:
-        """A checksum of the questions: equal versions mean equal questions."""
+        """Checksum of the questions: equal versions mean equal questions."""
         return sha256("\0".join(f"{sample.id}\0{sample.question}" for sample in self.samples()).encode()).hexdigest()[:12]
 
     def samples(self) -> Sequence[Sample]:

@@ -1,4 +1,4 @@
-"""Draft a chain of the best tokens, one forward pass of the draft model each."""
+"""Draft a chain of the draft model's best tokens, with one forward pass per token."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,9 @@ from specvlm.models.passes import Pass, Routine
 
 @dataclass(frozen=True)
 class BestChainDrafter(Drafter):
-    """Guess the draft's best token, then the best behind it, and so on.
+    """Guess the draft's best token, then the best token after it, and so on.
 
-    length: tokens a round. Cost: length + 1 passes of the draft model a round.
+    length: tokens per round. Cost: length + 1 passes of the draft model per round.
     """
 
     name = "best_chain"
@@ -29,7 +29,7 @@ class BestChainDrafter(Drafter):
 
 
 class BestChainSession(DraftSession):
-    """One request: a cache of the draft model with the pruned prompt and all that was accepted."""
+    """State of one request: the draft model's cache with the pruned prompt and all accepted tokens."""
 
     def __init__(self, ctx, length):
         model, prompt, keep = ctx.draft, ctx.prompt, ctx.keep
@@ -37,8 +37,8 @@ class BestChainSession(DraftSession):
         self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + 2 * length + 2)
         model.prefill(embeds, positions, self.cache)
         self.parents, self.bonus = tuple(range(-1, length)), ctx.bonus
-        self.slot = self.cache.length  # of the last accepted token
-        unused = self.cache.capacity - length - 1  # where a capture may write before there is anything to draft
+        self.slot = self.cache.length  # slot of the last accepted token
+        unused = self.cache.capacity - length - 1  # slots that the warm-up run may write to
         self.round = Routine(
             work=partial(guess, length, ctx.vocabulary),
             key=("best_chain", length, ctx.vocabulary),
@@ -56,10 +56,10 @@ class BestChainSession(DraftSession):
 
 
 def guess(length, vocabulary, model, cache, state):
-    """A round on the device. state: slot of the last accepted token, that token, position minus slot."""
+    """Draft one round on the device. state: slot of the last accepted token, that token, position minus slot."""
     slot, token, offset = state.split(1)
     tokens = [token]
-    for row in range(length + 1):  # the last guess is fed too: if all are accepted, its row is there
+    for row in range(length + 1):  # feed the last guess too: the cache needs its row if all guesses are accepted
         rows = yield Pass(model, cache, tokens[-1], (0,), None, slot + row, offset)
         tokens.append(rows.best(rows.logits()[:, :vocabulary], 1)[0])
     return (torch.cat(tokens[: length + 1]),)

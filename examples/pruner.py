@@ -1,4 +1,4 @@
-"""Keep the video tokens nearest to the middle of their frame."""
+"""Keep the video tokens closest to the centre of their frame."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from specvlm import KeepSet, PruneContext, Pruner, TokenGrid, hookimpl
 
 @dataclass(frozen=True)
 class CentrePruner(Pruner):
-    """Keep what is nearest to the middle of the frame, of every frame alike.
+    """Keep the tokens closest to the centre of their frame, in all frames alike.
 
-    height: what a step up or down counts, against a step to the side.
+    height: weight of vertical distance, relative to horizontal distance.
 
-    Cost: none to speak of; no signal is read. Limits: blind to what happens at the border.
+    Cost: negligible; reads no signal. Limits: drops everything that happens at the border.
     """
 
     name = "centre"
@@ -30,7 +30,7 @@ class CentrePruner(Pruner):
         return KeepSet.top(ctx.flatten(scores_FP).to(ctx.device), ctx.budget)
 
     def distance(self, grid: TokenGrid) -> Tensor:
-        """(P,) squared distance of each cell of a frame to its middle."""
+        """(P,) squared distance of each cell to the centre of the frame."""
         rows_H = torch.linspace(-1, 1, grid.height) if grid.height > 1 else torch.zeros(1)
         columns_W = torch.linspace(-1, 1, grid.width) if grid.width > 1 else torch.zeros(1)
         return (self.height * rows_H[:, None] ** 2 + columns_W**2).flatten()

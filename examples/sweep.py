@@ -1,4 +1,4 @@
-"""Start a sweep from Python and read its rows back.
+"""Run a sweep from Python and read its rows back.
 
 python examples/sweep.py FOLDER
 """
@@ -11,7 +11,7 @@ from specvlm.results.rows import rows_of
 
 
 def sweep(folder: Path, scenes: int = 4) -> dict[str, float]:
-    """Guesses accepted a round, by job: mean over the scenes."""
+    """Run the sweep; returns each job's number of guesses accepted per round, averaged over the scenes."""
     words = ["pruner=uniform,two_stage", "dataset=synthetic", f"dataset.scenes={scenes}"]
     code = main(["-m", *words, f"hydra.sweep.dir={folder}"])
     if code:

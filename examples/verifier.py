@@ -1,4 +1,4 @@
-"""Accept guesses that equal the target's best token, where the target is sure of it."""
+"""Accept guesses that equal the target's best token, if the target is confident in it."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from specvlm import Verdict, Verifier, VerifyContext, hookimpl
 
 @dataclass(frozen=True)
 class SureVerifier(Verifier):
-    """Greedy, but a guess is accepted only where the target's best logit leads the second by `margin`.
+    """Greedy verification that accepts a guess only if the target's best logit leads the second best by `margin`.
 
-    margin: in logits; 0 is plain greedy verification.
+    margin: lead in logits; 0 is plain greedy verification.
 
-    Lossless: where a guess is refused, the target's own best token follows. Cost: one copy of M numbers to the host.
+    Lossless: after a rejected guess, the target's own best token follows. Cost: one copy of M numbers to the host.
     """
 
     name = "sure"
@@ -19,7 +19,7 @@ class SureVerifier(Verifier):
 
     def verify(self, ctx: VerifyContext) -> Verdict:
         top_M2 = ctx.logits_MV.topk(2).values
-        best = ctx.logits_MV.argmax(-1).tolist()  # of equal logits the lowest id, as the target alone chooses
+        best = ctx.logits_MV.argmax(-1).tolist()  # ties go to the lowest id, as in plain decoding
         sure = ((top_M2[:, 0] - top_M2[:, 1]) >= self.margin).tolist()
         guesses, path = ctx.tree.tokens.tolist(), [0]
         while sure[path[-1]]:

@@ -1,10 +1,11 @@
-"""Lossless speculative decoding for video LLMs, as a framework of exchangeable strategies.
+"""Lossless speculative decoding for video LLMs, built from interchangeable strategies.
 
     from specvlm import DecodingGraph, load, registry
     graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
     for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
 
-All is imported at first use: the command line says something before torch is there, and plugins do not wait for transformers.
+Names are imported on first use, so that the command line answers before torch is loaded and plugins need not wait for
+transformers.
 """
 
 from importlib import import_module

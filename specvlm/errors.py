@@ -1,5 +1,6 @@
-"""The caller's mistakes: what was seen, what is allowed, what to do, on one line. And how a process ends. Knows nothing else of
-specvlm.
+"""Exceptions, exit codes and the text of error messages. Imports nothing else from specvlm.
+
+The message of a `UserError` is one line: the value seen, the values allowed, what to do.
 """
 
 import re
@@ -8,50 +9,50 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
 
-# Control characters but tab and newline, and those that change the direction of the text around them.
+# Control characters except tab and newline, and characters that change the direction of the surrounding text.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-LONGEST_WORD, LONGEST_LINE = 200, 590  # characters of a message
+LONGEST_WORD, LONGEST_LINE = 200, 590  # characters; longer parts of a message are cut in the middle
 
 
 class ExitCode(IntEnum):
-    """Of a process, and of each job."""
+    """Exit code of the process, and of each job of a sweep."""
 
-    OK = 0  # the output is the target's own
-    MISMATCH = 1
-    MISTAKE = 2  # the caller's; one line says which
-    FAULT = 3  # of specvlm or a plugin; with its traceback
+    OK = 0  # every output equals the target's own
+    MISMATCH = 1  # an output differs from the target's own
+    MISTAKE = 2  # a UserError, explained in one line
+    FAULT = 3  # a bug in specvlm or in a plugin, shown with its traceback
     LOST = 4  # another rank died
-    FAILED = 5  # samples failed; all others are done
+    FAILED = 5  # some samples failed, all others are done
     INTERRUPTED = 130
     PIPE_CLOSED = 141
     TERMINATED = 143
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The exit code of several jobs: MISMATCH if any, since it alone says that an output is wrong, else the highest."""
+    """Combine exit codes of several jobs: MISMATCH if any, since only it means a wrong output, else the highest."""
     codes = [ExitCode.OK, *codes]
     return ExitCode.MISMATCH if ExitCode.MISMATCH in codes else max(codes)
 
 
 class UserError(ValueError):
-    """A mistake of the caller's that one line explains; the command line prints it and exits with code 2."""
+    """A mistake of the caller, explained in one line. The command line prints that line and exits with code 2."""
 
 
 class MissingVideo(UserError):
-    """The video is not there; in a data set its sample is skipped and counted, since no copy is complete."""
+    """The video file is missing. A data set skips and counts such samples, since few local copies are complete."""
 
 
 class OutOfMemory(UserError):
-    """Found out only by trying; what was done until then is kept."""
+    """Memory ran out during a run. Results written before that are kept."""
 
 
 class Told(UserError):
-    """On another rank than the first, which has heard of it and says it."""
+    """A user error on a non-zero rank; rank 0 reports it."""
 
 
 class JobFailed(Exception):
-    """Ends a sweep with an exit code, where a job ends it or runs in another process."""
+    """End a sweep with this exit code: a job of it failed, perhaps in another process."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -59,38 +60,40 @@ class JobFailed(Exception):
 
 
 class StrategyError(Exception):
-    """What a strategy did wrong, named; also in place of what it raised, where that would pass for something else: an OSError
-    (it is not the disk that results are written to), an exit of the process.
+    """A fault of a strategy; the message names the strategy.
+
+    Replaces some exceptions that a strategy raises and that would be misread: an OSError would look like a fault of the
+    results' disk, a SystemExit would end the process.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, with its type in front unless it is one whose text is for the user."""
+    """Format an error as one line, prefixed with its type unless its text is for users (UserError, StrategyError)."""
     if isinstance(error, UserError | StrategyError):
         return message(error)
     try:
         notes = [note for note in getattr(error, "__notes__", []) if isinstance(note, str) and note.startswith("in ")]
-    except BaseException:  # it may be a property of a plugin's
+    except BaseException:  # a plugin's exception may define __notes__ as a property that raises
         notes = []
     return f"{type(error).__name__}: {message(error)}" + (f" ({line(notes[0])})" if notes else "")
 
 
 def message(error: BaseException) -> str:
-    """What an error says, on one line of bearable length. A text that cannot be made is none."""
+    """Return an error's text as one line of limited length, or a placeholder if its `__str__` raises."""
     try:
         return line(str(error))
-    except BaseException as broken:  # an exception of a plugin may have a __str__ of its own
+    except BaseException as broken:  # a plugin's exception may define __str__
         return f"(its text raises {type(broken).__name__})"
 
 
 def line(text: str) -> str:
-    """Text on one line, as a terminal may have it; long words and long lines are cut in the middle."""
+    """Return text as one line that is safe to print. Long words and long lines are cut in the middle."""
     words = (_cut(word, LONGEST_WORD) for word in visible(text).split())
     return _cut(" ".join(words), LONGEST_LINE)
 
 
 def visible(text: str) -> str:
-    """Text as a terminal may have it: nothing in it moves the cursor, rings the bell or turns the text around it."""
+    """Remove characters that would move the terminal's cursor, ring its bell or reverse the text around them."""
     return SURROGATE.sub("\ufffd", HIDDEN.sub("", text))
 
 
@@ -101,19 +104,19 @@ def _cut(text: str, most: int) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Whatever a library raises over a checkpoint's files becomes a UserError: `what`, and the first line of what was said."""
+    """Turn a library's exception over a checkpoint's files into a UserError: `what` and the error's first line."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the tokenizers library panics, which is no Exception
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import: not the files' fault
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
+        if type(error).__name__ == "OutOfMemoryError":  # not the files' fault; matched by name to avoid importing torch
             raise
         raise UserError(f"{what} ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What it says; its type too where the text alone would be a riddle."""
+    """Return the first line of an error's text, prefixed with its type where the text alone is too short or unclear."""
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -123,7 +126,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``' Did you mean "two_stage"?'`` for the nearest known name, or ``''`` where none is near."""
+    """Return ``' Did you mean "two_stage"?'`` for the closest known name, or ``''`` if none is close."""
     if len(name) > LONGEST_WORD:
         return ""
     near = get_close_matches(name, list(known), n=1)
@@ -131,14 +134,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise UserError, with what is allowed and what may have been meant, where `value` is none of `allowed`."""
+    """Raise UserError if `value` is not in `allowed`. The message lists the allowed values and suggests the closest."""
     allowed = list(allowed)
     if value not in allowed:
         raise UserError(f"{what} must be {' or '.join(allowed)}, got {value!r}.{did_you_mean(str(value), allowed)}")
 
 
 def check_range(what: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise UserError where `value` is not within low..high, both allowed."""
+    """Raise UserError if `value` is outside low..high (inclusive)."""
     if not low <= value <= high:
         bounds = f"at least {low}" if high == float("inf") else f"within {low} and {high}"
         raise UserError(f"{what} must be {bounds}, got {value}")

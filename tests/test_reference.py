@@ -97,7 +97,7 @@ def behind_a_prefix(monkeypatch, mask_of):
         mask = mask_of(query.shape[2], key.shape[2])
         return attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
 
-    monkeypatch.setattr(attention, "_behind_a_prefix", masked)
+    monkeypatch.setattr(attention, "_causal_after_prefix", masked)
 
 
 def causal_mask_at_the_upper_left(monkeypatch):

@@ -202,7 +202,7 @@ def test_nothing_is_gathered_unless_named():
 
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     assert collector_for(Plain(), lm, request) is None
-    with pytest.raises(UserError, match="states behind 4 layers: the target has 3"):
+    with pytest.raises(UserError, match="states after 4 layers, but the target has 3"):
         DecodingGraph(lm, tiny.draft_of("qwen2_5_vl"), Curious(4), TreeDrafter(), GreedyVerifier())
 
 

@@ -1,1 +1,1 @@
-"""The decoding loop: a request, several in turn, and what is checked and collected on the way."""
+"""Decoding loop, scheduler, losslessness check and collection of signals."""

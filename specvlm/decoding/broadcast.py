@@ -1,4 +1,4 @@
-"""Where ranks share the target and the draft lies on the first alone: that one drafts, and tells the others its trees."""
+"""Draft on rank 0 and broadcast the trees, for a tensor-parallel target whose draft lies on rank 0 only."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from specvlm.types import DraftTree, Verdict
 
 
 class BroadcastSession(DraftSession):
-    """Any drafter's session as all ranks know it: its own on the first rank, None on the others."""
+    """Session that proposes rank 0's trees on every rank. Wraps the drafter's session on rank 0, None elsewhere."""
 
     def __init__(self, drafter: Drafter, session: DraftSession | None, ctx: DraftContext) -> None:
         self.session, self.ranks, self.device = session, ctx.target.ranks, ctx.target.device
         self.shape = drafter.fixed
-        ctx.generator.set_state(self.ranks.share(ctx.generator.get_state))  # what the session drew of it, all have drawn
+        # The drafter may have drawn from the generator on rank 0.
+        ctx.generator.set_state(self.ranks.share(ctx.generator.get_state))
         self._wide = torch.promote_types(ctx.target.dtype, torch.float32)
         self._vocabulary = ctx.vocabulary
-        self._drawn: bool | None = None  # are guesses drawn? The first tree tells
+        self._drawn: bool | None = None  # whether trees carry `q`; known from the first tree on
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         tree = None
         if self.session is not None:
             proposed: Work[DraftTree] | DraftTree = self.session.propose(last)
             tree = (yield from driven(proposed)).to(self.device)
-        return self._told(tree) if self.shape is None else self._filled(tree)
+        return self._share_any_shape(tree) if self.shape is None else self._share_fixed_shape(tree)
 
-    def _told(self, tree: DraftTree | None) -> DraftTree:
-        """A tree of any shape, by way of the host."""
+    def _share_any_shape(self, tree: DraftTree | None) -> DraftTree:
+        """Broadcast a tree of any shape through the host."""
 
-        def told() -> DraftTree:
+        def on_cpu() -> DraftTree:
             assert tree is not None
             return tree.to(torch.device("cpu"))
 
-        return self.ranks.share(told).to(self.device)
+        return self.ranks.share(on_cpu).to(self.device)
 
-    def _filled(self, tree: DraftTree | None) -> DraftTree:
-        """One of the shape that all know: its tokens go from device to device, and so does what they were drawn from."""
+    def _share_fixed_shape(self, tree: DraftTree | None) -> DraftTree:
+        """Broadcast tokens and `q` from device to device, for a tree whose shape every rank knows."""
         shape = self.shape
         assert shape is not None
         if tree is not None and tree.parents != shape.parents:
@@ -50,7 +51,7 @@ class BroadcastSession(DraftSession):
             tokens = torch.zeros(len(shape), dtype=torch.int64, device=self.device)
             q = torch.zeros(len(shape), self._vocabulary, dtype=self._wide, device=self.device) if self._drawn else None
             tree = DraftTree(tokens, shape.parents, q, ranks=shape.ranks)
-        elif tree.q is not None:  # the others do not know the draft's dtype
+        elif tree.q is not None:  # the other ranks do not know the draft's dtype
             tree = replace(tree, q=tree.q.to(self._wide))
         for tensor in (tree.tokens, tree.q):
             if tensor is not None:

@@ -1,8 +1,8 @@
-"""From what a pruner needs to what is gathered on the way, and from there to the tensors it is handed (`strategy.SIGNALS`).
+"""Gather the signals that strategies need (`strategies.signals`) from the target's prefill and from the video file.
 
-All ranks hold the same: means over heads are summed over ranks, and all else is computed from replicated tensors.
+Every rank holds the same signals: means over heads are summed over ranks, the rest is computed from replicated tensors.
 
-Shape suffixes: T sampled frames of a clip, F frames of the grid, P its tokens of one frame, N video tokens, D width.
+Shape suffixes: T sampled frames of a clip, F frames of the grid, P tokens per frame, N video tokens, D hidden size.
 """
 
 from contextlib import suppress
@@ -20,25 +20,31 @@ from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
 from specvlm.types import TokenGrid, VideoPrompt
 from specvlm.video.codec import Stream, read_stream
 
-KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # one layer's states are held for these
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # signals from stored hidden states
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
-    """Behind how many layers states are read; 0 where none are. Raises UserError for more layers than there are."""
+    """Number of layers after which the pruner reads hidden states; 0 if it reads none.
+
+    Raises UserError if the target has fewer layers.
+    """
     if not pruner.needs & STATE_SIGNALS:
         return 0
     layer = pruner.state_layer(target.layers)
     if not 1 <= layer <= target.layers:
-        raise UserError(f"pruner={pruner.name} reads states behind {layer} layers: the target has {target.layers}")
+        raise UserError(f"pruner={pruner.name} reads states after {layer} layers, but the target has {target.layers}")
     return layer
 
 
 def collector_for(
     pruner: Pruner | None, target: VideoLM, prompt: VideoPrompt, more: frozenset[str] = frozenset(), hidden: bool = False
 ) -> AttentionCollector | None:
-    """The collector for what is read of the target on the way; None when nothing is. pruner: None where nothing is chosen.
+    """Make the collector that reads signals from the target's prefill; None if nothing is read.
 
-    more: signals that the drafter needs. hidden: the verifier reads the video tokens' last hidden states.
+    Args:
+        pruner: None if nothing is pruned.
+        more: Signals that the drafter needs.
+        hidden: Whether the verifier reads the video tokens' last hidden states.
     """
     needs = more | (pruner.needs if pruner else frozenset())
     layer = state_layer(pruner, target) if pruner else 0
@@ -62,10 +68,13 @@ def collector_for(
 def gathered(
     needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features_ND: Tensor
 ) -> dict[str, Tensor]:
-    """The signals of the target and of the file; what was not gathered is left out."""
+    """Return the requested signals of the target and of the video file, on the device of the features.
+
+    Signals that were not collected are left out.
+    """
     signals, device = {}, features_ND.device
     if "features" in needs:
-        signals["features"] = features_ND.clone()  # a strategy's own
+        signals["features"] = features_ND.clone()  # strategies may write to their signals
     if needs & CODEC_SIGNALS:
         signals.update(zip(("motion", "packet_bytes", "intra"), codec(prompt).to(device), strict=True))
     if collector is None:
@@ -86,15 +95,15 @@ def gathered(
     if (states := collector.states) is not None:
         made = {"hidden_text": states.text, "final_norm": states.norm}
         made["text_similarity"] = partial(states.similarity, features_ND)
-        made["hidden"] = states.video  # last: what `similarity` has joined is handed out, and not joined once more
+        made["hidden"] = states.video  # last: returns the tensor that `similarity` has concatenated, without a copy
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
 def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Of what is gathered of so many video tokens and grows with the model's width or heads, while a request lasts, on a rank.
+    """Bytes of the signals that one rank holds during a request, counting those that grow with hidden size or heads.
 
-    hidden: as in `collector_for`. Scores a KV head count with the sort that `drafter=sparse` makes of them.
+    Includes the sorting of scores per KV head that `drafter=sparse` does. tokens: N. hidden: as in `collector_for`.
     """
     width = int(target.hf.config.get_text_config().hidden_size)
     states = tokens * width * dtype.itemsize * (bool(needs & KEPT_STATES) + hidden)
@@ -105,19 +114,22 @@ def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int
 
 
 def codec(prompt: VideoPrompt) -> Tensor:
-    """(3, N): motion, packet_bytes and intra of each token, from the prompt's own files; zeros for a video without one."""
+    """(3, N) motion, packet_bytes and intra of each token, from the prompt's video files; zeros without a file."""
     parts = []
     for grid, video in zip(prompt.grids, prompt.videos, strict=True):
         origin, per_token = video.get("origin"), torch.zeros(3, grid.cells)
         if origin is not None:
-            with suppress(UserError):  # the pruner sees zeros, and says so
+            with suppress(UserError):  # the pruner gets zeros, and reports them
                 per_token = on_grid(read_stream(origin), grid)
         parts.append(pad(per_token, (0, grid.newline)))
     return torch.cat(parts, 1)
 
 
 def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
-    """(3, F * P). A frame of the grid may be several of the clip's: their motion and intra are averaged, their bytes added."""
+    """(3, F * P) codec signals of each token of a grid.
+
+    If a frame of the grid covers several frames of the clip, their motion and intra are averaged and their bytes added.
+    """
     group = -(-len(stream.size) // grid.frames)
     pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)
     motion_FP = torch.stack([part.mean(0) for part in pooled_TP.split(group)])

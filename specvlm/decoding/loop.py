@@ -1,4 +1,4 @@
-"""The decoding loop, and the plain loop it must agree with. Both in one file, in the order things happen.
+"""The speculative decoding loop, and the plain autoregressive loop whose output it must reproduce.
 
 embed → prefill the target → select → start the drafter → (propose → score → verify → keep)*
 """
@@ -41,7 +41,7 @@ from specvlm.strategies.fence import (
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-MOST_PASSES = 4096  # of a drafter in one round: more than a tree can be deep
+MOST_PASSES = 4096  # limit of a drafter's passes per round, above the depth of any tree
 
 
 def generator_for(seed: int) -> torch.Generator:
@@ -49,14 +49,14 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """The verifier's own, apart from the one that drafters are given: a guess must not know the dice it is judged by."""
+    """Seed the verifier's generator, apart from the drafter's: a guess must not depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fill the target's cache; returns the video features (N, D) and the logits (1, V) of the next token."""
+    """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
     features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
     if collector is not None:
@@ -75,9 +75,15 @@ def autoregressive(
     caches: CachePool | None = None,
     engine: Engine | None = None,
 ) -> Iterator[Step]:
-    """The target on its own, a token a step: the truth, and the baseline. Same prefill, cache and stop rules as `decode`.
+    """Decode with the target alone, one token per step: the reference output and the speed baseline.
 
-    options: or how many new tokens, of a request that asks for nothing else.
+    Uses the same prefill, cache and stop rules as `DecodingGraph.decode`. Yields the steps as they happen.
+
+    Args:
+        options: An int sets `max_new_tokens` and leaves the rest at the defaults.
+        verifier: Chooses each token (`Verifier.first`).
+        caches: Caches to reuse; new ones by default.
+        engine: How passes run; the eager engine by default.
     """
     engine = engine or Engine()
     return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
@@ -91,7 +97,7 @@ def autoregressive_work(
     caches: CachePool,
     engine: Engine,
 ) -> Generator[Pass | Step, Any, None]:
-    """The same as a generator of passes and steps, for a `Scheduler`."""
+    """`autoregressive` as a generator of passes and steps, for a `Scheduler`."""
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
     output, generator = Output(asked.max_new_tokens, stop_ids), verifier_generator(asked.seed)
@@ -114,24 +120,22 @@ def autoregressive_work(
 
 
 class View(NamedTuple):
-    """What the drafter may see of a video: so many tokens, by a choice of its `own`. pruned: does the pruner choose them?"""
+    """How many video tokens the drafter may see, and who chooses them."""
 
     budget: int
-    own: bool
-    pruned: bool
+    own: bool  # the drafter chooses them itself
+    pruned: bool  # the pruner chooses them
 
 
 @dataclass
 class DecodingGraph:
-    """A target, a draft and three strategies. `decode` yields a request's steps as they happen.
-
-    Nothing of a request lives here: there may be several at once, in several threads, too.
+    """A target, a draft and three strategies, which decode requests. Safe to share between requests and threads.
 
     Attributes:
-        draft: A skeleton on ranks where it does not lie.
-        options: What a request asks for that does not say otherwise.
-        vocabulary: Token ids known to both models.
-        caches: Kept between requests.
+        draft: The draft model; on the meta device on ranks that do not hold it.
+        options: Defaults for requests that pass no options.
+        vocabulary: Token ids below it are known to both models. 0 takes the smaller vocabulary of the two.
+        caches: KV caches, kept between requests.
         engine: How passes run, see `specvlm.engine`.
     """
 
@@ -149,16 +153,21 @@ class DecodingGraph:
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
         state_layer(self.pruner, self.target)
-        # Read once: what a rule claims decides what its output is held to.
+        # Read only once: these claims decide how the output is checked.
         self.lossless, self.sampling = claims_of(self.verifier)
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     def decode(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Iterator[Step]:
-        """The steps of a request, as they happen. options: or how many new tokens; all else as `options` of the graph."""
+        """Run one request and yield its steps as they happen.
+
+        Args:
+            prompt: From `target.prompt`.
+            options: An int sets `max_new_tokens`. What is not given is taken from the graph's `options`.
+        """
         return alone(self.engine, self.work(prompt, options))
 
     def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
-        """A request as a generator of passes and steps, for a `Scheduler`."""
+        """`decode` as a generator of passes and steps, for a `Scheduler`."""
         target, drafter, verifier = self.target, self.drafter, self.verifier
         asked, clock = self.options.asked(options), Clock(target.device)
         stop_ids, generator = asked.stop_ids_or(target.stop_ids), generator_for(asked.seed)
@@ -172,7 +181,7 @@ class DecodingGraph:
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, lossless=self.lossless)
             features_ND, logits_MV = prefill(target, prompt, cache, clock, collector)
-            copy = prompt.copy()  # for strategies; made while a GPU is still busy with the prefill
+            copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
             clock.mark("prefill")
             yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
@@ -207,7 +216,7 @@ class DecodingGraph:
                 clock.wait(self.draft.device)
             clock.mark("draft_prefill")
 
-            ours = is_ours(session) and is_ours(drafter)  # a session of ours may pass on trees of others
+            ours = is_ours(session) and is_ours(drafter)  # our session may pass on trees of a plugin's drafter
             shown = keep if drafter.model and not view.own else None
             if collector is not None and collector.hidden:
                 request = replace(request, video_ND=collector.video_hidden())
@@ -227,6 +236,7 @@ class DecodingGraph:
                 token, shown, attention = verdict.bonus, None, None
 
     def _session(self, context: DraftContext) -> DraftSession:
+        """Start the drafter; with a draft on rank 0 only, broadcast its trees."""
         ranks = self.target.ranks
         on_rank0_only = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
         with inside(self.drafter):
@@ -237,7 +247,7 @@ class DecodingGraph:
     def _proposed(
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Passes[DraftTree]:
-        """What a drafter proposes, and the passes that it asks for on the way, which are to its own caches alone."""
+        """Run the drafter's `propose`; yields the passes it asks for, which may only write to its own caches."""
         label = label_of(self.drafter)
         guard, check = partial(inside, label), partial(check_pass, label)
         with inside(self.drafter):
@@ -258,11 +268,11 @@ class DecodingGraph:
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt) -> int:
-        """Video tokens the drafter may see, at the ratio of the graph's options."""
+        """Number of video tokens the drafter may see, at the ratio of the graph's options."""
         return self._view(prompt, self.options.ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Asks the drafter. Nothing is pruned where all or nothing is kept, nor for a drafter that sees no video."""
+        """Return the budget and who chooses. Nothing is pruned if all or no tokens are kept, or if no video is seen."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -272,7 +282,7 @@ class DecodingGraph:
         return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
 
     def _collector(self, prompt: VideoPrompt, view: View, record: bool) -> AttentionCollector | None:
-        """The collector for what the strategies read of the target on the way; None when they read nothing."""
+        """Collector for the target signals that the strategies read; None if they read none."""
         if not len(prompt.video_index):
             return None
         pruner = self.pruner if view.pruned else None
@@ -287,7 +297,7 @@ class DecodingGraph:
         features_ND: Tensor,
         generator: torch.Generator,
     ) -> KeepSet:
-        """`select`, and where several ranks run this loop the first one's word for all: it may be the only one with a draft."""
+        """Run `select`; with several ranks, broadcast rank 0's choice, since the draft may lie on rank 0 only."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
         keep = self.select(prompt, collector, features_ND, generator, view) if here else None
         if ranks.size > 1:
@@ -304,9 +314,10 @@ class DecodingGraph:
         generator: torch.Generator,
         view: View | None = None,
     ) -> KeepSet:
-        """The pruner's choice, held to its budget. Raises ValueError naming the pruner when it keeps too much.
+        """Ask the pruner which video tokens to keep.
 
-        view: None for that at the ratio of the graph's options.
+        view: None takes the budget at the ratio of the graph's options. Raises ValueError, naming the pruner, if it
+        exceeds its budget or returns no `KeepSet`.
         """
         total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
         if not pruned:
@@ -321,10 +332,10 @@ class DecodingGraph:
                 kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
                 got = kept or f"gave a {type(keep).__name__}"
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
-            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # checked again, whatever its class
+            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped its checks
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
-        """(L, N) of the drafter's first layers over the whole video: its own prefill, stopped at the layer asked for."""
+        """(L, N) attention of the drafter's first layers over the unpruned video, from a prefill stopped after them."""
         model = self.target if self.drafter.model == "target" else self.draft
         assert model is not None
         features = features_ND if model is self.target else model.features(prompt)

@@ -1,18 +1,18 @@
-"""Is the output the target's own? Compares it with `autoregressive`, and explains the first difference.
+"""Check that an output is the target's own: compare it with `autoregressive` and explain the first difference.
 
-A check of several rows and a pass of one row add numbers in another order. In float32 that hardly ever shows; in
-bfloat16 two tokens whose logits (almost) tie may change places. Such a tie is measured, never assumed:
+A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
+bfloat16 two tokens with (nearly) equal logits may swap. Such a numeric tie is measured, never assumed:
 
-1. The run is decoded again from its draft trees, by code that shares neither mask, nor positions, nor cache moves,
-   nor the rule with it. An engine repeats its bits, so every token and every round must come out again.
-2. What that decoding and the run do share is the model's pass over masked rows. It must lie as near the one-row pass
-   as a plain causal pass over the same tokens does, on average over the whole answer.
-3. No token may lie further below the target's one-row choice than rounding moves logits.
+1. The run is replayed from its draft trees, by code that does not share its mask, positions, cache moves or
+   acceptance rule. An engine is deterministic, so the replay must give the same tokens in every round.
+2. The replay and the run share only the model's pass over masked rows. On average over the answer, its logits must be
+   as close to those of the one-row pass as the logits of a plain causal pass over the same tokens are.
+3. No token of the output may lie further below the target's one-row choice than rounding moves logits.
 
 `tests/campaign/planted_faults.py` plants 42 faults on 40 prompts of real footage. Of the outputs that they changed, 3
-of 977 were excused in bfloat16 and 0 of 920 in float32; of 130 genuine ties on CPU and H200 none was called a mismatch.
+of 977 were excused in bfloat16 and 0 of 920 in float32. None of 130 genuine ties on CPU and H200 was called a mismatch.
 
-Limit: a fault that every pass of several rows shares, plain causal ones too, is seen from DRIFT on.
+Limit: a fault common to all passes over several rows, plain causal ones included, is only detected beyond DRIFT.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,28 +30,34 @@ from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
 
 GREEDY = GreedyVerifier()
-NEAR = 8  # best tokens whose logits, against each other, tell how far two passes lie apart
-# Passes over guesses move logits as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and H200
-# (the embedded pairs and random 7B weights, both engines). A hidden slot or a wrong position moves them 1.3 to 10 times
-# as far in bfloat16, 2,000 times in float32. RATIO is that of whole answers; SPREAD / sqrt(tokens) are three standard
-# deviations of short ones.
+NEAR = 8  # the distance of two passes is measured over the logits of this many best tokens, relative to their mean
+# Passes over guesses move logits about as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and
+# H200 (the embedded pairs and random 7B weights, both engines). A hidden slot or a wrong position moves them 1.3 to 10
+# times as far in bfloat16, 2,000 times in float32. RATIO is the limit for long answers; SPREAD / sqrt(tokens) adds
+# three standard deviations for short ones.
 RATIO, SPREAD = 1.2, 1.2
-GAP = 12  # of a token below the one-row choice, over the drift: 6.0 at most in the same ties
-LEAST = 0.125  # of a rounding of the largest logit: what the drift is taken for where a few tokens happen to move less
-PIECES = 4  # of a prefill, where a third right pass is wanted
-# What no drift may pass, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs, 1.1
-# in a 7B model; in float32 2.6. It grows with the root of the number of layers.
+GAP = 12  # most that a token may lie below the one-row choice, in units of drift; at most 6.0 in the same ties
+LEAST = 0.125  # lower bound of the drift, in roundings of the largest logit: a few tokens may happen to move less
+PIECES = 4  # chunks of the prefill when a third correct pass is needed
+# Largest drift allowed, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs, 1.1 in
+# a 7B model; in float32 2.6. It grows with the square root of the number of layers.
 DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """verdict: identical, tie or mismatch. token: index of the first difference, or of the first fault.
+    """Result of `compare`.
 
-    candidates: what came out there, and what the target prefers in a one-row pass; gap, gap_many_rows: by how much it prefers
-    the second to the first in a one-row and in a many-row pass, in logits (below 0 where the latter decides for the first);
-    drift: how far rounding moves a logit against the others, on average over the answer. ties: tokens of the output that
-    are not the target's one-row choice. exact: by the engine's arithmetic no tree changes a bit of the target's rows.
+    Attributes:
+        verdict: identical, tie or mismatch.
+        token: Index of the first difference, or of the first fault.
+        gap: How much the target prefers the second candidate to the first in a one-row pass, in logits.
+        drift: How far rounding moves a logit relative to the others, on average over the answer.
+        reason: Why it is a mismatch; empty otherwise.
+        candidates: The output's token there, and the target's choice in a one-row pass.
+        gap_many_rows: The gap in a pass over several rows; below 0 if that pass prefers the first candidate.
+        ties: Number of output tokens that are not the target's one-row choice.
+        exact: Whether the engine gives a tree's rows the bits of sequential steps.
     """
 
     verdict: str
@@ -84,19 +90,25 @@ def compare(
     verifier: Verifier = GREEDY,
     options: GenerationOptions = GenerationOptions(),  # noqa: B008
 ) -> Comparison:
-    """Tie: a right decoding of the same draft trees gives this very output, and rounding explains where it differs.
+    """Compare an output with the target's own and classify the first difference as a numeric tie or a mismatch.
 
-    Costs nothing when identical; else a prefill, a one-row pass a token, a pass over the answer and a pass a round, and
-    where these look like a fault the first two again.
+    It is a tie if a correct replay of the same draft trees gives the same output and rounding explains the difference.
+
+    Free when the two are identical. Otherwise it costs a prefill, a one-row pass per token, a pass over the answer and
+    a pass per round; where these look like a fault, the first two are repeated.
 
     Args:
-        caches: memory to use again.
-        engine: the one that the output came from, since its arithmetic is what is judged: one that rounds rows to 8 bits
-            is another model's.
-        steps: the run's, whose tokens are the output. Without them a pass over the answer stands for those of the run: a
-            fault that moves logits no further than rounding does is then taken for a tie.
-        verifier: the run's.
-        options: what the run asked for.
+        target: The model whose output is checked.
+        prompt: The request's prompt.
+        baseline: Tokens of `autoregressive`.
+        output: Tokens of the run.
+        caches: Caches to reuse.
+        engine: The engine that made the output. Its arithmetic is part of the check: an engine that rounds activations
+            to 8 bits computes another model.
+        steps: The run's steps, whose tokens are the output. Without them a plain causal pass stands in for the replay,
+            and a fault that moves logits no further than rounding does passes for a tie.
+        verifier: The run's verifier.
+        options: The run's options.
     """
     first, exact = alike(output, baseline), bool(engine and engine.exact(target))
     if first == len(output) == len(baseline):
@@ -118,16 +130,16 @@ def compare(
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers begin with in common."""
+    """Length of the common prefix of two answers."""
     return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
-class _Wrong(Exception):
-    """A token, or a round, that a right decoding does not have: at which token, and why."""
+class _ReplayError(Exception):
+    """The replay differs from the run. Arguments: the index of the token, and the reason."""
 
 
 class _Passes:
-    """The output's logits by several passes behind one prefill, with the penalty.
+    """Logits of the output from several kinds of pass after one prefill, repetition penalty applied.
 
     Shape suffixes: T tokens of the output, M tree nodes, K watched tokens, V vocabulary.
     """
@@ -150,7 +162,7 @@ class _Passes:
         self.first_1V = target.head(target.prefill(*self.inputs, self.cache, prompt.cut)[None])
 
     def judge(self, preferred: int, first: int, verifier: Verifier) -> Comparison:
-        """preferred: the baseline's token, at the first one that differs."""
+        """Run all passes and compare. first: index of the first difference. preferred: the baseline's token there."""
         ids_TK, one_TK, scale = list[list[int]](), list[Tensor](), 0.0
         for at, row_V in enumerate(self._penalised(self._one_row())):
             best = preferred if at == first else int(row_V.argmax())
@@ -162,89 +174,94 @@ class _Passes:
         try:
             for row_V in self._replayed(verifier) if self.steps else ():
                 many_TK.append(row_V[ids_TK[len(many_TK)]])
-        except _Wrong as found:
+        except _ReplayError as found:
             wrong = found.args
         tables = _table(one_TK), _table(causal_TK), _table(many_TK if self.steps else causal_TK)
         return _Evidence(ids_TK, *tables, first, wrong).verdict(scale, self.target.dtype, self._prefilled_otherwise)
 
     def _prefilled_otherwise(self, ids_TK: list[list[int]]) -> Tensor:
-        """(T, K) by one-row passes behind a prefill in other pieces, whose keys and values are rounded otherwise."""
+        """(T, K) logits of one-row passes after a prefill in other chunks, whose keys and values round differently."""
         self.cache.clear()
         self.target.prefill(*self.inputs, self.cache, self.prompt.cut, chunk=max(1, len(self.prompt) // PIECES))
         return _table([row_V[ids] for row_V, ids in zip(self._penalised(self._one_row()), ids_TK, strict=True)])
 
     def _penalised(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """(V,) a token, which have seen the prompt and the output before it."""
+        """Apply the repetition penalty to the (V,) logits of each token, given the prompt and the output before it."""
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
         for row_V, token in zip(rows, self.output, strict=True):
             yield penalty(row_V[None])[0]
             penalty.add(torch.tensor([token]))
 
-    def _behind_the_prompt(self) -> KVCache:
+    def _rewound_cache(self) -> KVCache:
+        """Return the cache, cut back to the prompt."""
         self.cache.length = len(self.prompt)
         return self.cache
 
     def _one_row(self) -> Iterator[Tensor]:
-        cache = self._behind_the_prompt()
+        """(V,) logits of each token, from passes of one row."""
+        cache = self._rewound_cache()
         yield self.first_1V[0]
         for token in self.output[:-1]:
             yield self.engine.append(self.target, torch.tensor([token]), cache)[0]
 
     def _causal(self) -> Iterator[Tensor]:
-        cache = self._behind_the_prompt()
+        """(V,) logits of each token, from one causal pass over the whole output."""
+        cache = self._rewound_cache()
         yield self.first_1V[0]
         if len(self.output) > 1:
             yield from self.engine.append(self.target, torch.tensor(self.output[:-1]), cache)
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
-        """The rows that a right decoding of the same trees goes by. Raises _Wrong behind one that says another token."""
+        """Replay the draft trees; yields the logits that give each token. Raises _ReplayError if one differs."""
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
-        def said(logits_V: Tensor) -> Iterator[Tensor]:
+        def checked(logits_V: Tensor) -> Iterator[Tensor]:
             row_V = penalty(logits_V[None])[0]
             yield row_V
             if (token := int(row_V.argmax())) != self.output[at]:
-                raise _Wrong(at, f"the same pass, done again, gives token {token}")
+                raise _ReplayError(at, f"replaying the round gives token {token}")
             penalty.add(torch.tensor([token]))
 
-        cache, at = self._behind_the_prompt(), 0
-        yield from said(self.first_1V[0])
+        cache, at = self._rewound_cache(), 0
+        yield from checked(self.first_1V[0])
         for step in self.steps[1:]:
-            base, spelled = cache.length, self.output[at : at + len(step.tokens)]
-            tree = DraftTree(torch.tensor(spelled[:1]), (-1,)) if step.tree is None else step.tree
-            tokens, ways = tree.tokens.tolist(), map(tree.way_to, range(len(tree)))
-            way = max((w for w in ways if [tokens[node] for node in w] == spelled[: len(w)]), key=len, default=())
-            if not way:
-                raise _Wrong(at + 1, "its round did not begin with the last token")
+            base, added = cache.length, self.output[at : at + len(step.tokens)]
+            tree = DraftTree(torch.tensor(added[:1]), (-1,)) if step.tree is None else step.tree
+            tokens, paths = tree.tokens.tolist(), map(tree.way_to, range(len(tree)))
+            path = max((p for p in paths if [tokens[node] for node in p] == added[: len(p)]), key=len, default=())
+            if not path:
+                raise _ReplayError(at + 1, "its round did not begin with the last token")
             logits_MV = self.engine.rescore(self.target, tree.to(self.target.device), cache)
-            for node in way:
+            for node in path:
                 at += 1
-                yield from said(logits_MV[node])
-            if len(way) < len(spelled):
-                raise _Wrong(at + 1, "it was not guessed, and comes out of no row")
-            more = (tokens[node] for node, parent in enumerate(tree.parents) if parent == way[-1])
+                yield from checked(logits_MV[node])
+            if len(path) < len(added):
+                raise _ReplayError(at + 1, "it was not guessed, so no row of the pass gives it")
+            more = (tokens[node] for node, parent in enumerate(tree.parents) if parent == path[-1])
             if step.full and type(verifier) is GreedyVerifier and self.output[at] in more:
-                raise _Wrong(at, "its round ends though the guess behind it was right")
-            _keep(cache, base, way)
+                raise _ReplayError(at, "its round ends although the next guess was right")
+            _keep(cache, base, path)
 
 
-def _keep(cache: KVCache, base: int, way: Sequence[int]) -> None:
-    """As `KVCache.keep`, whose slips it does not share."""
+def _keep(cache: KVCache, base: int, path: Sequence[int]) -> None:
+    """Do what `KVCache.keep` does, independently of it, so that a fault there shows."""
     for store in cache.stores:
         for tensor in store:
-            tensor[:, :, :, base : base + len(way)] = tensor[:, :, :, [base + node for node in way]]
-    cache.length = base + len(way)
+            tensor[:, :, :, base : base + len(path)] = tensor[:, :, :, [base + node for node in path]]
+    cache.length = base + len(path)
 
 
 def _table(rows: Sequence[Tensor]) -> Tensor:
+    """(T, K) float64 on the host, from rows (K,)."""
     return torch.stack([row_K.double().cpu() for row_K in rows])
 
 
 @dataclass(frozen=True, eq=False)
 class _Evidence:
-    """Logits of some tokens by three passes, (T, K) each, with ids: what came out, what is preferred, the best ones.
+    """Logits of the watched tokens from three kinds of pass, (T, K) each.
 
-    first: the token that first differs. wrong: where the run did not come out again, and why; many_TK ends there.
+    Watched tokens per row: the output's, the preferred one, then the NEAR best. first: index of the first difference.
+    wrong: where and why the replay differs from the run; many_TK ends there.
     """
 
     ids_TK: list[list[int]]
@@ -255,12 +272,12 @@ class _Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """How far the best tokens' logits moved against each other from the one-row pass, on average over the answer."""
-        moved_TK = (other_TK - self.one_TK[: len(other_TK)])[1:, 2:]  # the first token comes of the prefill
+        """Mean distance of the best tokens' logits from those of the one-row pass, without each row's mean shift."""
+        moved_TK = (other_TK - self.one_TK[: len(other_TK)])[1:, 2:]  # the first token comes from the prefill
         return float((moved_TK - moved_TK.mean(1, True)).square().mean(1).sqrt().mean()) if len(moved_TK) else 0.0
 
     def verdict(self, scale: float, dtype: torch.dtype, otherwise: Callable[[list[list[int]]], Tensor]) -> Comparison:
-        """scale: the largest logit. otherwise: gives one more right pass, where that is needed."""
+        """Classify the difference. scale: the largest logit. otherwise: runs one more correct pass, if needed."""
         many, room = self.drift(self.many_TK), RATIO + SPREAD / max(1, len(self.one_TK) - 1) ** 0.5
         drift = max(self.drift(self.causal_TK), torch.finfo(dtype).eps * scale * LEAST)
         if self.wrong is None and many > drift * room:
@@ -274,7 +291,10 @@ class _Evidence:
         return Comparison("mismatch" if wrong else "tie", at, gap, drift, why, (got, preferred), lead, ties)
 
     def _excess(self, many: float, drift: float, room: float, most: float) -> tuple[int, str] | None:
-        """What rounding does not explain, and where. many, drift: of passes over guesses, and of others."""
+        """Return where and why rounding cannot explain the output, else None.
+
+        many, drift: drift of the passes over guesses, and of the others. room: limit of their ratio. most: of each.
+        """
         if not (drift <= most and many <= most):
             return self.first, f"passes over several rows move logits by {max(drift, many):.1g}, more than rounding does"
         if not many <= drift * room:

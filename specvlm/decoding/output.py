@@ -1,17 +1,19 @@
-"""Where an answer ends."""
+"""Stop rules of an answer."""
 
 
 class Output:
-    """The answer so far: cut exactly at the first stop id (which is kept) and at the token limit."""
+    """Ends an answer after the first stop id (which is kept) or at the token limit."""
 
     def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
         self.room, self.stop_ids = limit, stop_ids
 
     @property
     def done(self) -> bool:
+        """Whether the answer has ended."""
         return self.room == 0
 
     def take(self, tokens: list[int]) -> tuple[int, ...]:
+        """Append a round's tokens; returns those that belong to the answer."""
         tokens = tokens[: self.room]
         stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
         self.room = 0 if stop else self.room - len(tokens)

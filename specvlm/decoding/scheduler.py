@@ -1,4 +1,4 @@
-"""Requests in turns: each runs until it wants a pass, and passes wanted at the same time are one call of the engine."""
+"""Interleave requests: each runs until it needs a forward pass, and the engine runs the pending passes together."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ NOTHING = nullcontext()
 
 
 def inferring() -> AbstractContextManager[None]:
-    """torch's inference mode, where nobody has entered it yet or a strategy has left it."""
+    """Enter torch's inference mode unless it is on already; a strategy may have left it."""
     return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was handed in. steps: those that nobody took yet. error: what it ended with, if anything."""
+    """A submitted request.
+
+    Attributes:
+        work: The request's generator of passes and steps.
+        steps: Steps not read yet.
+        error: Exception that ended the request, if any.
+        done: Whether the request has ended.
+        wanted: Pass that it waits for.
+        rows: Result of its last pass.
+    """
 
     work: Decoding
     steps: deque[Step] = field(default_factory=deque)
@@ -37,24 +46,25 @@ class Ticket:
     rows: Rows | None = None
 
     def advance(self, on: bool) -> None:
-        """Run up to the next pass, the next step or the end; `on`: past one step. A request's error is its own."""
+        """Run to the next pass, the next step or the end; `on` runs past one step. Stores the request's error."""
         try:
             item = self._next(self.rows)
             if isinstance(item, Step) and on:
                 self._next(None)
         except StopIteration:
             self.done = True
-        except BaseException as error:  # whoever reads this request must not take what it has for an answer
+        except BaseException as error:  # the reader must not take the steps so far for a whole answer
             self.done, self.error = True, error
             if not isinstance(error, Exception):
                 raise
 
     def fail(self, error: Exception) -> None:
-        """End it with an error: its caches are free again, although nobody may read it."""
+        """End the request with an error and release its caches now, since its steps may never be read."""
         self.done, self.error = True, error
         self.work.close()
 
     def _next(self, rows: Rows | None) -> Pass | Step:
+        """Resume the generator with a pass's result and store what it yields."""
         with inferring():
             item = self.work.send(rows)
         self.rows = None
@@ -66,15 +76,15 @@ class Ticket:
 
 
 class Scheduler:
-    """Several requests over one engine. They may be of different models, drafters and rules.
+    """Runs several requests over one engine. They may use different models, drafters and verifiers.
 
-    A request is a generator of passes and steps, as `DecodingGraph.work` and `autoregressive_work` make them. Whoever asks for
-    its steps moves all requests on, so none is ahead of another by more than a round. Not for several threads at once: each
-    has its own scheduler, over the same graph if it likes.
+    A request is a generator of passes and steps, as `DecodingGraph.work` and `autoregressive_work` make them. Reading
+    the steps of one request advances all of them, so none is ahead of another by more than one round. Not thread-safe:
+    give each thread its own scheduler; they may share a graph.
 
     Attributes:
-        asked: Passes that requests asked for so far.
-        run: Calls of the engine that gave them.
+        asked: Passes requested so far.
+        run: Engine calls that served them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -83,15 +93,20 @@ class Scheduler:
         self.asked = self.run = 0
 
     def submit(self, work: Decoding) -> Ticket:
+        """Add a request. Read its steps with `steps`.
+
+        Args:
+            work: From `DecodingGraph.work` or `autoregressive_work`.
+        """
         ticket = Ticket(work)
         self.live.append(ticket)
         return ticket
 
     def turn(self) -> None:
-        """Move every request on by a pass."""
-        together = len(self.live) > 1  # one by itself shows a step before it goes on
+        """Advance every request by one pass."""
+        together = len(self.live) > 1  # a single request returns each step before it goes on
         for ticket in self.live:
-            if ticket.wanted is None:  # else an interrupt came before its pass was run
+            if ticket.wanted is None:  # else an interrupt came before its pass ran
                 ticket.advance(together)
         self.live = [ticket for ticket in self.live if not ticket.done]
         groups: dict[int, list[Ticket]] = {}  # by model
@@ -103,6 +118,7 @@ class Scheduler:
             self._run(group)
 
     def _run(self, group: Sequence[Ticket]) -> None:
+        """Run the pending passes of requests on one model in one call of the engine."""
         passes = [ticket.wanted for ticket in group if ticket.wanted is not None]
         try:
             with inferring():
@@ -115,11 +131,12 @@ class Scheduler:
             if len(group) == 1:
                 group[0].fail(error)
                 return
-        for ticket in group:  # what one of them did is not the others' affair; what the failed pass took is free by now
+        # Run them one by one, so that only the request at fault fails. The failed pass has freed its memory by now.
+        for ticket in group:
             self._run([ticket])
 
     def steps(self, ticket: Ticket) -> Iterator[Step]:
-        """A request's steps, as they come. Raises what the request raised."""
+        """Yield a request's steps as they happen, advancing all requests. Raises the error that ended the request."""
         try:
             while True:
                 while ticket.steps:
@@ -134,18 +151,18 @@ class Scheduler:
                 try:
                     raise error
                 finally:
-                    del error  # else its frames, and what lies in them on a GPU, wait for the garbage collector
+                    del error  # break the reference cycle, which would keep the frames' GPU tensors alive
         finally:
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give a request up: its caches are free again."""
+        """Stop a request and release its caches."""
         ticket.done = True
         self.live = [other for other in self.live if other is not ticket]
         ticket.work.close()
 
 
 def alone(engine: Engine, work: Decoding) -> Iterator[Step]:
-    """The steps of a request that has the engine to itself."""
+    """Run a single request on an engine and yield its steps."""
     scheduler = Scheduler(engine)
     return scheduler.steps(scheduler.submit(work))

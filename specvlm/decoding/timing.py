@@ -1,4 +1,4 @@
-"""What a request's time goes to."""
+"""Per-stage timing of a request."""
 
 from itertools import pairwise
 from time import perf_counter
@@ -8,8 +8,10 @@ import torch
 
 
 class Clock:
-    """Seconds by part since the last `lap`. On a GPU by events in its stream, so that no mark waits for the device: a part
-    pays for its own work, and for what the device waited for the host.
+    """Measures seconds per stage since the last `lap`.
+
+    On a GPU it records events in the stream, so that marking never waits for the device. A stage then includes its own
+    work and the time its device waited for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,20 +26,22 @@ class Clock:
         return event
 
     def mark(self, part: str) -> None:
+        """End the stage `part` here."""
         self.marks.append((part, self._now()))
 
     def wait(self, device: torch.device) -> None:
-        """Work on another GPU counts up to now as this one's: its stream waits for it, the host does not."""
+        """Count another GPU's work up to now: this clock's stream waits for that GPU, the host does not."""
         if device.type == self.device.type == "cuda" and device != self.device:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def resume(self) -> None:
-        """What the consumer did since the last step is not ours."""
+        """Restart the clock here: leave out the time that the caller spent on the last step."""
         self.marks[-1] = ("", self._now())
 
     def lap(self) -> dict[str, float]:
+        """Return seconds per stage since the last lap and start a new one. Waits for the device."""
         if self.device.type == "cuda":
             self.marks[-1][1].synchronize()
         parts: dict[str, float] = {}

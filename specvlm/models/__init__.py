@@ -1,1 +1,1 @@
-"""Model families, and how a checkpoint folder becomes one."""
+"""Model families, checkpoints, forward passes and KV caches."""

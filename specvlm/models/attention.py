@@ -1,10 +1,10 @@
-"""The attention functions our forward passes run through, and the side computation that reads guidance from the text's.
+"""Attention functions of our forward passes, and the collector that reads attention to the video from them.
 
-Registered with Hugging Face's own AttentionInterface, so that no modeling file is forked. Masks and the guidance
-collector are arguments of the forward pass; nothing is set on a model.
+Registered with Hugging Face's AttentionInterface, so that no modeling file is forked. Masks and the collector are
+arguments of the forward pass; nothing is set on a model.
 
-Shape suffixes: H heads (of the keys, where G is there too), G query heads of one KV head, Q rows of this pass, R rows of some
-windows, K keys, N video tokens, D head width.
+Shape suffixes: H heads (KV heads if G is present), G query heads per KV head, Q rows of the pass, R rows of several
+windows, K keys, N video tokens, D head dimension, L layers.
 """
 
 from collections.abc import Callable
@@ -22,28 +22,35 @@ from specvlm.models.vision_probe import BLOCK, HiddenStateProbe, VisionProbe
 from specvlm.parallel.ranks import ProcessGroup
 
 NAME = "specvlm"
-# Hugging Face hands a vision tower's attention the whole sequence and its windows only under a name with "flash" in it; under
-# any other it calls it once a window, thousands of times a video.
+# Hugging Face passes a vision tower's whole sequence and its windows only to a function with "flash" in its name. Any
+# other is called once per window, thousands of times per video.
 VISION = "specvlm_flash_windows"
-# For a loaded model's `set_attn_implementation`; at loading, that word in a name would ask for a kernel of the hub.
+# Set on a loaded model (`set_attn_implementation`): while loading, "flash" in a name would fetch a kernel from the hub.
 IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
 
 
 class StopForward(Exception):
-    """Raised inside a forward pass when the guidance asked for needs no deeper layer."""
+    """Ends a forward pass early: the collector needs no deeper layer."""
 
 
 @dataclass(eq=False, repr=False)
 class AttentionCollector:
-    """Attention from the rows of one pass to the video tokens, reduced layer by layer as it happens (SpecVLM, section 3).
+    """Collects attention from the rows of one pass to the video tokens, layer by layer (SpecVLM, section 3).
 
-    Holds as many KV heads' (H, G, Q, K) scores at once as fit BLOCK, or rows of one head where even that is too much, and about
-    twice that beside them; what is kept is (N,) sums or, where asked for, (L, N). heads: keep what `rows` reads for each KV
-    head too, (L, H, N), a query head's group added up: 33 MB for 64 layers, 8 KV heads and 16,384 video tokens. hidden: keep
-    the video tokens' last hidden states, (N, D).
-    video_index: key slots of the video tokens. depth: stop the forward pass after that many layers (None: run it all).
-    weigh: from (Q, D) embeddings of the rows and (N, D) features to a weight a row, for a second mean. keys: the layer whose
-    keys' L1 norms are read. states, sight: what else is gathered of the model, by others.
+    Computes scores (H, G, Q, K) in blocks of BLOCK bytes: several KV heads, or some rows of one head. Peak memory is
+    about three blocks. It keeps only means over heads and rows, one (N,) tensor per layer.
+
+    Attributes:
+        video_index: (N,) key slots of the video tokens.
+        rows: Collect the mean over all rows.
+        last_row: Collect the last row.
+        depth: Stop the forward pass after this many layers. None runs all.
+        weigh: Maps (Q, D) embeddings of the rows and (N, D) features to (Q,) row weights, for a weighted mean.
+        keys: Layer whose keys' L1 norms are collected.
+        states: Collects hidden states.
+        sight: Collects attention of the vision tower.
+        heads: Also keep the mean over rows per KV head, (L, H, N): 33 MB for 64 layers, 8 KV heads and 16,384 tokens.
+        hidden: Keep the video tokens' last hidden states, (N, D) with D the hidden size.
     """
 
     video_index: Tensor
@@ -65,36 +72,36 @@ class AttentionCollector:
 
     @property
     def whole(self) -> bool:
-        """Must all rows watched come in one pass?"""
+        """Whether all rows read must be in one pass."""
         return self.rows or self.weigh is not None
 
     @property
     def reads(self) -> bool:
-        """Is there anything to gather at all?"""
+        """Whether anything is collected."""
         others = any(part is not None for part in (self.keys, self.states, self.sight))
         return self.whole or self.last_row or self.hidden or others
 
     def ahead(self) -> Self | None:
-        """For passes before the one that is watched: sees nothing, and stops where this one stops."""
+        """Collector for earlier passes: collects nothing, but stops at the same layer. None if `depth` is None."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
     def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: ProcessGroup) -> None:
-        """Before the pass: what each row counts for, the first rank's word for all. Raises ValueError for bad weights."""
+        """Set the row weights before the pass; rank 0's apply to all ranks. Raises ValueError for bad weights."""
         if self.weigh is None:
             return
-        # Copies: these rows go on into the target.
+        # Pass copies: the target reads these rows next.
         wide = torch.promote_types(embeds_QD.dtype, torch.float32)
         weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(embeds_QD.device, wide)
         total = float(weights_Q.sum())
         if weights_Q.shape != embeds_QD.shape[:1] or bool((weights_Q < 0).any()) or not 0 < total < float("inf"):
             raise ValueError(
                 f"row_weights gave {tuple(weights_Q.shape)} weights of sum {total} for {len(embeds_QD)} rows of text:"
-                " wanted one a row, none negative, not all zero"
+                " expected one per row, none negative, not all zero"
             )
         self._weights_Q = ranks.first((weights_Q / total).contiguous())
 
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """query (1, H * G, Q, D), key (1, H, K, D), after rotation. Reads only: the pass itself is not touched."""
+        """Collect from one layer, without changing the pass. query (1, H * G, Q, D), key (1, H, K, D), rotated."""
         if self.whole or self.last_row:
             first = 0 if self.whole else query.shape[2] - 1
             read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
@@ -114,11 +121,12 @@ class AttentionCollector:
             raise StopForward
 
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
-        """Weights (N,) of the video tokens, mean over heads: of the rows from `first` on, of the last row, of weighted rows.
-        Also (H, N), those of each KV head, or nothing.
+        """Attention to the video tokens, mean over heads: (N,) of rows from `first` on, the last row, weighted rows.
+
+        Also (H, N), the mean over rows per KV head, or (0, N).
         """
         heads, group, count, _ = query_HGQD.shape
-        wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # 8 bits of mantissa would make false ties
+        wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # bfloat16 would give unequal scores equal values
         row_bytes = group * key_HKD.shape[1] * wide.itemsize
         rows = max(1, min(count - first, BLOCK // row_bytes))
         step = max(1, BLOCK // (rows * row_bytes))
@@ -147,19 +155,19 @@ class AttentionCollector:
         return mean_N / count_all, last_N / (heads * group), weighted_N / (heads * group), heads_HN
 
     def see(self, start: int, hidden_QD: Tensor) -> None:
-        """What a pass left of its rows, the first of which stands in slot `start`."""
+        """Collect last hidden states from a finished pass. start: slot of its first row."""
         if self.hidden:
             inside = (self.video_index >= start) & (self.video_index < start + len(hidden_QD))
             rows_ND = hidden_QD[(self.video_index[inside] - start).to(hidden_QD.device)]
             self._hidden.append(normalize(rows_ND.float(), dim=-1).to(rows_ND.dtype))
 
     def video_hidden(self) -> Tensor:
-        """(N, D) last hidden states of the video tokens, to unit length."""
-        self._hidden = [torch.cat(self._hidden)]  # the pieces are let go
+        """(N, D) last hidden states of the video tokens, scaled to unit length."""
+        self._hidden = [torch.cat(self._hidden)]  # frees the parts
         return self._hidden[0]
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """From this rank's heads to all heads: means of means, since every rank holds as many, and sums of norms."""
+        """Reduce over ranks: average the means, since every rank has equally many heads, and add the norms."""
         if ranks.size == 1:
             return
         for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
@@ -168,25 +176,25 @@ class AttentionCollector:
                 kept.update(zip(sorted(kept), all_LN, strict=True))
 
     def per_layer(self) -> Tensor:
-        """(L, N), mean over heads and rows."""
+        """(L, N) mean over heads and rows."""
         return torch.stack([self._mean[layer] for layer in sorted(self._mean)])
 
     def per_head(self) -> Tensor:
-        """(L, H, N), mean over rows and a KV head's query heads; of this rank's KV heads."""
+        """(L, H, N) mean over rows and query heads, for each KV head of this rank."""
         all_LHN = torch.stack([self._heads[layer] for layer in sorted(self._heads)])
-        self._heads = dict(zip(sorted(self._heads), all_LHN, strict=True))  # the pieces are let go
+        self._heads = dict(zip(sorted(self._heads), all_LHN, strict=True))  # frees the parts
         return all_LHN
 
     def last_rows(self) -> Tensor:
-        """(L, N), the last row alone, mean over heads."""
+        """(L, N) attention of the last row, mean over heads."""
         return torch.stack([self._last[layer] for layer in sorted(self._last)])
 
     def weighted(self) -> Tensor:
-        """(L, N), mean over heads, weighted mean over rows."""
+        """(L, N) mean over heads, weighted mean over rows."""
         return torch.stack([self._weighted[layer] for layer in sorted(self._weighted)])
 
     def key_norms(self) -> tuple[Tensor, Tensor]:
-        """(N,) and (T,): of the video tokens, and of all that follows the last of them. Over all heads' dimensions together."""
+        """L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last of them."""
         (norms_K,) = self._norms.values()
         return norms_K[self.video_index], norms_K[int(self.video_index[-1]) + 1 :]
 
@@ -202,10 +210,10 @@ def attend(
     collector: AttentionCollector | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; without a mask it is causal, the rows being the last of the keys."""
+    """Scaled dot-product attention. Without a mask it is causal, and the rows are the last of the keys."""
     rows, keys = query.shape[2], key.shape[2]
     if attention_mask is None and 1 < rows < keys:
-        out = _behind_a_prefix(query, key, value, scaling)
+        out = _causal_after_prefix(query, key, value, scaling)
     else:
         causal, grouped = attention_mask is None and rows > 1, key.shape[1] != query.shape[1]
         out = scaled_dot_product_attention(
@@ -216,15 +224,15 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _behind_a_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of the last rows: row i of Q sees the first K - Q + i + 1 keys.
+def _causal_after_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last Q of K tokens: row i attends to the first K - Q + i + 1 keys.
 
-    `is_causal` of scaled_dot_product_attention aligns the triangle at the upper left, where rows and keys differ in number. The
-    flash kernel itself aligns it at the lower right, reads grouped keys as they lie and needs no mask; it is called by the
-    name that torch.nn.attention.bias.causal_lower_right calls it by (the same in torch 2.11 to 2.13). That class is not used
-    since it is a prototype, pads odd head widths by a copy of all keys, and prefers an efficient-attention kernel to a mask
-    where flash cannot be had. Elsewhere (CPU, float32, float64, head widths flash has no kernel for): a mask, exact and simple,
-    (Q, K) in size.
+    `is_causal` of scaled_dot_product_attention aligns the triangle at the upper left. The flash kernel aligns it at the
+    lower right, reads grouped keys in place and needs no mask. It is called by the operator that
+    torch.nn.attention.bias.causal_lower_right uses (the same in torch 2.11 to 2.13). That class itself is a prototype,
+    pads odd head dimensions by copying all keys, and without flash prefers an efficient-attention kernel to a mask.
+
+    Where flash has no kernel (CPU, float32, float64, some head dimensions), use an exact (Q, K) mask.
     """
     grouped = key.shape[1] != query.shape[1]
     if query.is_cuda and query.shape[-1] % 8 == 0:
@@ -249,10 +257,15 @@ def attend_windows(
     sight: VisionProbe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a vision tower: everything to everything (SigLIP's images) or, of one sequence, inside its windows.
+    """Attention of a vision tower: over the whole image (SigLIP), or inside the windows of one sequence.
 
-    query, key, value: (B, H, Q, D). cu_seq_lens_q: where the windows of the only sequence start, and its end; best on the
-    CPU, since their lengths are read here. Windows of one length are a batch of one call: as exact as a call each, anywhere.
+    Windows of equal length are batched into one call, which is as exact as a call per window.
+
+    Args:
+        query: (B, H, Q, D), like key and value.
+        cu_seq_lens_q: Starts of the windows and the end of the only sequence; best on the CPU, since lengths are read
+            on the host.
+        sight: Records the attention that tokens receive.
     """
     if cu_seq_lens_q is None:
         out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -262,23 +275,23 @@ def attend_windows(
     if sight is not None:
         sight.observe(module, query_QHD, key_QHD, lengths, scaling)
     if len(kinds := lengths.unique().tolist()) == 1:
-        return _inside(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
+        return _in_windows(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
     length_of_row = lengths.repeat_interleave(lengths)
     out_QHD = torch.empty_like(query_QHD, memory_format=torch.contiguous_format)
     for length in kinds:
         rows = (length_of_row == length).nonzero().flatten().to(query.device)
-        out_QHD[rows] = _inside(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
+        out_QHD[rows] = _in_windows(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
     return out_QHD[None], None
 
 
-def _inside(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
-    """(R, H, D): attention inside each `length` rows, one window after the other."""
+def _in_windows(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
+    """(R, H, D) attention inside windows of `length` consecutive rows."""
     query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query_RHD, key_RHD, value_RHD))
     return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
 
 
 def register() -> None:
-    """Make IMPLEMENTATIONS known. The mask function keeps a bare `generate` right under those names too."""
+    """Register IMPLEMENTATIONS with Hugging Face, with a mask function so that its own `generate` works too."""
     for name, function in ((NAME, attend), (VISION, attend_windows)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)

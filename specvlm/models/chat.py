@@ -1,5 +1,6 @@
-"""How a question becomes the tokens of a prompt: by the checkpoint's tokenizer and chat template, as Hugging Face's processors
-do it. Those themselves need torchvision.
+"""Turn a question into prompt tokens with the checkpoint's tokenizer and chat template.
+
+Does what Hugging Face's processors do, which themselves need torchvision.
 """
 
 import json
@@ -12,11 +13,14 @@ from specvlm.errors import UserError, explained
 from specvlm.process.child import ChildError, in_child
 from specvlm.video.settings import read_json
 
-PLAIN = "x"  # a question without anything in it that a tokenizer might take for more than text
+PLAIN = "x"  # a question that no tokenizer can read as anything but text
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Its chat template is the processor's, where the folder has one for that. Raises UserError."""
+    """Load the checkpoint's tokenizer, with the processor's chat template if there is one, else its own.
+
+    Raises UserError if either cannot be used.
+    """
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -35,14 +39,16 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def processor_template(folder: Path) -> Any:
-    """What Hugging Face's processor would take, a text or a dict of named ones: by its own function, which looks into
-    processor_config.json, chat_template.json, chat_template.jinja and additional_chat_templates. None where there is none.
+    """Chat template that Hugging Face's processor would use: a text, a dict of named ones, or None.
+
+    Uses Hugging Face's own function, which looks into processor_config.json, chat_template.json, chat_template.jinja
+    and additional_chat_templates.
     """
     from transformers.processing_utils import ProcessorMixin
 
     settings, legacy = read_json(folder / "processor_config.json"), folder / "chat_template.json"
     if "audio_tokenizer" in settings or (folder / "audio_tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: names an audio tokenizer, which would be another model: not supported")
+        raise UserError(f"{folder}: names an audio tokenizer, which is not supported")
     if legacy.is_file() and "chat_template" not in read_json(legacy):
         raise UserError(f"{legacy}: has no chat_template in it")
     with explained(f"{folder}: the chat template cannot be read"):
@@ -51,10 +57,11 @@ def processor_template(folder: Path) -> Any:
 
 
 def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
-    """A user's turn of `content` and then the question, up to where the assistant begins.
+    """Token ids of a user turn, `content` followed by the question, up to where the assistant begins.
 
-    Raises UserError where the template fails, and for a question that puts control tokens into the prompt. Those are found by
-    what comes out, compared with a harmless question: tokenizers and templates may change a text before they look for them.
+    Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found in the
+    result, by comparison with a harmless question: tokenizers and templates may transform a text before they match
+    control tokens in it.
     """
     text, plain = rendered(tokenizer, content, (question, PLAIN))
     ids = encoded(tokenizer, text)
@@ -69,7 +76,7 @@ def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str)
 
 
 def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
-    """The text of the prompt of each. The template is somebody else's program: it gets seconds, and some memory."""
+    """Render the prompt text of each question. The template is untrusted code, so its time and memory are limited."""
     chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
 
     def render() -> str:
@@ -82,7 +89,7 @@ def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Seque
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
-    """As the processors do: special tokens that the tokenizer itself puts around a text come too, unless they are there."""
+    """Encode a prompt text as the processors do: add the tokenizer's special tokens unless it begins with BOS."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     with explained("the question cannot be encoded"):
         return tokenizer(text, add_special_tokens=not begun)["input_ids"]

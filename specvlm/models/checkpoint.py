@@ -1,5 +1,6 @@
-"""What lies in a checkpoint folder: its files, its configuration, the files of its weights. All of it is somebody else's, so
-whatever is wrong with it ends in one line, before any weight is read.
+"""Read and validate the files of a checkpoint folder: configuration, weight files, quantisation.
+
+A checkpoint comes from elsewhere, so any fault in it becomes a one-line UserError before the weights are read.
 """
 
 import re
@@ -16,18 +17,26 @@ from specvlm.video.settings import read_json
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
-MOST_PARTS = 1000  # layers, experts, labels: what a configuration counts and Python would loop over
+MOST_PARTS = 1000  # largest count of layers, experts or labels in a config.json, since code loops over them
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
-LARGEST = 2**31  # of any number in a config.json
-SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # how models are loaded
-PACKAGES = {"quark": "amd-quark"}  # of methods that are not called as what has to be installed for them
+LARGEST = 2**31  # largest other number in a config.json
+SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # arguments of from_pretrained
+PACKAGES = {"quark": "amd-quark"}  # packages of quantisation methods with another name
 
 
 TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
-    """The checkpoint's folder; a name of the hub is fetched, its weights only if they are wanted. Raises UserError."""
+    """Return the checkpoint's folder, downloading it if `path` is a name on the hub.
+
+    Args:
+        path: Folder, or "owner/name" on the hub.
+        weights: Download the weights as well.
+
+    Raises:
+        UserError: There is no such model, or it is not a Hugging Face model folder.
+    """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
         raise UserError(f"{path}: no such model folder")
@@ -39,13 +48,13 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
-    for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and a pipe never ends
+    for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and would read a pipe forever
         check_entry(found)
     return folder
 
 
 def check_entry(path: Path) -> None:
-    """Raises UserError for what is neither a file nor a folder, and for a text file of more than a checkpoint has."""
+    """Raise UserError for a pipe or device, and for a text file too large to belong to a checkpoint."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a pipe or a device, not a file")
     if path.is_file() and path.suffix in TEXTS and path.stat().st_size > MOST_BYTES:
@@ -53,7 +62,10 @@ def check_entry(path: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """The configuration, its attention a stand-in for ours. Raises UserError if unusable, or of files elsewhere."""
+    """Load the configuration. Raises UserError if it cannot be used or refers to files elsewhere.
+
+    Its attention implementation is a placeholder for ours.
+    """
     from transformers import AutoConfig
 
     check_numbers(folder, read_json(folder / "config.json"))
@@ -61,7 +73,7 @@ def config_of(folder: Path) -> Any:
         raise UserError(f"{folder}: has an adapter_config.json: merge the adapter into the weights, or take the file out")
     with explained(f"{folder}: the config.json cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        config._attn_implementation = "sdpa"  # whatever it names may not be installed, and ours takes its place
+        config._attn_implementation = "sdpa"  # the one it names may not be installed; ours replaces it later
     own = config.dtype
     if own is not None and str(own).removeprefix("torch.") not in DTYPES:
         raise UserError(f"{folder}: dtype={own} in config.json is none of {', '.join(DTYPES)}")
@@ -69,7 +81,7 @@ def config_of(folder: Path) -> Any:
 
 
 def check_numbers(folder: Path, found: Any, key: str = "") -> None:
-    """Raise UserError for numbers that no model has, since making a model of them would never end."""
+    """Raise UserError for absurdly large numbers, with which building the model would never end."""
     if isinstance(found, dict):
         for name, value in found.items():
             check_numbers(folder, value, str(name))
@@ -83,8 +95,10 @@ def check_numbers(folder: Path, found: Any, key: str = "") -> None:
 
 
 def weight_files(folder: Path, config: Any) -> list[Path]:
-    """The files that Hugging Face will read, by its rules: what config.json names, else model.safetensors, else those of the
-    index. Raises UserError where there are none, or where one is anything but a safetensors file in this very folder.
+    """Weight files that Hugging Face will read: those named in config.json, else model.safetensors, else the index's.
+
+    Raises:
+        UserError: There are none, or one is not a safetensors file in this very folder.
     """
     name = getattr(config, "transformers_weights", None)
     if name is None:
@@ -98,11 +112,12 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: has a config.json but no *.safetensors weights: {name} is not there")
     if any(folder.glob("shard-*-model-*.safetensors")):
-        raise UserError(f"{folder}: holds shards of a distributed checkpoint: save it anew with save_pretrained")
+        raise UserError(f"{folder}: holds shards of a distributed checkpoint: save it again with save_pretrained")
     return [folder / name for name in names]
 
 
 def _shards(index: Path) -> list[str]:
+    """Names of the weight files in an index. Raises UserError if it has none."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{index}: has no weight_map, which says where each tensor is")
@@ -110,13 +125,17 @@ def _shards(index: Path) -> list[str]:
 
 
 def _plain(folder: Path, name: Any, where: str) -> str:
+    """Return a weight file's name. Raises UserError unless it is a plain *.safetensors name without a path."""
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{folder}: {where} wants weights from {name!r}: only *.safetensors in the folder itself are read")
+        raise UserError(f"{folder}: {where} names weights {name!r}: only *.safetensors in the folder itself are read")
     return name
 
 
 def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
-    """By name each tensor's dtype, as safetensors writes it, and size. Raises UserError for a damaged file."""
+    """Map each tensor's name to its dtype (as safetensors spells it) and number of elements.
+
+    Raises UserError for a damaged file.
+    """
     from safetensors import safe_open
 
     with explained(f"{path}: the weights cannot be loaded"), safe_open(path, framework="pt") as held:
@@ -125,7 +144,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
-    """What weights are held in. "auto": as config.json says, else as the first tensor of floats, like Hugging Face."""
+    """Dtype to hold the weights in. "auto": that of config.json, else of the first float tensor, like Hugging Face."""
     if dtype != "auto":
         return DTYPES[dtype]
     if config.dtype is not None:
@@ -136,26 +155,26 @@ def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
 
 
 def quantization_of(config: Any) -> Any:
-    """What a checkpoint that is quantised says of it, as in its config.json; None for another."""
+    """Quantisation settings from config.json; None if the checkpoint is not quantised."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     return found.to_dict() if found and not isinstance(found, dict) and hasattr(found, "to_dict") else found
 
 
 def method_of(config: Any) -> str | None:
-    """By which a checkpoint is quantised, None for not at all."""
+    """Name of the checkpoint's quantisation method; None if it is not quantised."""
     found = quantization_of(config)
     return str(found.get("quant_method") or "bitsandbytes") if found else None
 
 
 def quantizer_of(folder: Path, config: Any) -> Any:
-    """Hugging Face's reader of a quantised checkpoint, else None. Raises UserError if it cannot be read here."""
+    """Hugging Face's quantizer for the checkpoint; None if not quantised. Raises UserError if it cannot be used."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = quantization_of(config)
     if not found:
         return None
     if not isinstance(found, dict):
-        raise UserError(f"{folder}: quantization_config in config.json is no object of settings")
+        raise UserError(f"{folder}: quantization_config in config.json is not an object of settings")
     method = method_of(config)
     with explained(f"{folder}: is quantised by {method}, which cannot be loaded here"):
         if not AutoHfQuantizer.supports_quant_method(found):
@@ -171,7 +190,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
 
 
 def packed_bytes(folder: Path, config: Any) -> int | None:
-    """Memory of a quantised checkpoint's weights, if they stay as in its files; None for any other checkpoint."""
+    """Bytes of a quantised checkpoint's weights, if they stay in memory as stored; None for any other checkpoint."""
     reader = quantizer_of(folder, config)
     if reader is None or getattr(reader.quantization_config, "dequantize", False):
         return None

@@ -1,4 +1,4 @@
-"""A checksum of tensors, on whatever device they lie, in one pass over their memory."""
+"""Checksum of tensors on any device, in one pass over their memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from specvlm.parallel.ranks import local_shard
 
-WORDS = 65_537  # of 8 bytes: words so far apart are summed before they are weighted; prime, as no width of a matrix is
-SMALL = 2**16  # bytes
+WORDS = 65_537  # words (8 bytes) this far apart are summed before weighting; prime, unlike any matrix width
+SMALL = 2**16  # bytes; smaller tensors are concatenated
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of every byte and its place, on any device.
+    """Compute a checksum of every byte and its position. Skips tensors on meta.
 
-    Words of 8 bytes, weighted by their place modulo 65,537, summed modulo 2**64. It takes one pass over the memory, which is
-    what a token of plain decoding takes. It is no defence against somebody who computes a change that leaves it as it is.
+    Sums 8-byte words modulo 2**64, weighted by their position modulo 65,537. Costs one pass over the memory, about as
+    much as one token of plain decoding. It detects accidents, not changes computed to keep the checksum.
     """
-    small: dict[torch.device, list[Tensor]] = {}  # one after the other: a pass over each would take longer than reading it
+    small: dict[torch.device, list[Tensor]] = {}  # summed together: launching kernels for each would cost more
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    weights = cache(_weights)  # for this call alone: between calls they could be written to
+    weights = cache(_weights)  # cached for this call only: a strategy could write to them between calls
     for number, tensor in enumerate(tensors):
         if tensor.device.type == "meta":
             continue
@@ -39,8 +39,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
-    """() int64 each, of bytes: of whole rows of words, of the words behind them, of the bytes behind those."""
-    flat = flat.clone() if flat.storage_offset() % 8 else flat  # else it is no row of words
+    """Partial sums of a byte tensor, () int64 each: whole rows of words, the remaining words, the remaining bytes."""
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # viewing bytes as words needs alignment
     count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
     rows = count // WORDS
@@ -53,5 +53,5 @@ def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Itera
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd numbers, all different; their products wrap around."""
+    """(count,) odd, distinct weights; products wrap around."""
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D

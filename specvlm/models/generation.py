@@ -1,4 +1,4 @@
-"""What a checkpoint's generation config sets: what is applied here, and what changes greedy output and is not."""
+"""Read a checkpoint's generation config, and list its settings that change greedy output but are not applied here."""
 
 import math
 from collections.abc import Iterator
@@ -10,24 +10,24 @@ from specvlm.video.settings import read_json
 
 FILE = "generation_config.json"
 APPLIED = ("eos_token_id", "repetition_penalty")
-# Fields of transformers' GenerationConfig that leave the greedy answer as it is, or give way to our own keys. Whatever else the
-# installed release has is named where a checkpoint sets it, so that a new field is not passed over in silence.
+# Fields of transformers' GenerationConfig that do not change the greedy answer, or that our own keys override. Any
+# other field that a checkpoint sets is reported, so that fields of new releases are not ignored silently.
 HARMLESS = frozenset(
     (
-        *("max_length", "max_new_tokens"),  # our max_new_tokens stands
+        *("max_length", "max_new_tokens"),  # overridden by our max_new_tokens
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-        *("early_stopping", "length_penalty", "num_return_sequences"),  # of beams and of samples
+        *("early_stopping", "length_penalty", "num_return_sequences"),  # for beams and samples
         *("use_cache", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "low_memory"),
-        *("renormalize_logits", "remove_invalid_values"),  # the largest logit stays the largest
+        *("renormalize_logits", "remove_invalid_values"),  # keep the argmax
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # of batches, and of models with an encoder
+        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # for batches, and for models with an encoder
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
         *("target_lookbehind", "speculation_type", "use_mtp"),  # Hugging Face's own lossless speculation
         *("continuous_batching_config", "transformers_version"),
     )
 )
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, beside those that say "not set"
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, besides those that mean "not set"
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("diversity_penalty", "penalty_alpha"), (0,)),
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, beside th
 
 
 def generation_of(folder: Path) -> Any:
-    """The folder's GenerationConfig, if any. Raises UserError for a bad one, which Hugging Face passes over."""
+    """Load the folder's GenerationConfig, if any. Raises UserError for an invalid one, which Hugging Face ignores."""
     from transformers import GenerationConfig
 
     if not (folder / FILE).is_file():
@@ -47,7 +47,7 @@ def generation_of(folder: Path) -> Any:
 
 
 def stop_ids(config: Any) -> frozenset[int]:
-    """Tokens that end an answer. Raises UserError for anything but token ids."""
+    """Token ids that end an answer. Raises UserError if eos_token_id is not made of token ids."""
     found = config.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
@@ -56,7 +56,7 @@ def stop_ids(config: Any) -> frozenset[int]:
 
 
 def penalty_of(config: Any) -> float:
-    """Its repetition penalty; 1 for none. Raises UserError for one that is no positive number."""
+    """Repetition penalty of a generation config; 1 if none. Raises UserError if it is not a positive number."""
     found = config.repetition_penalty
     if found is None:
         return 1.0
@@ -66,7 +66,7 @@ def penalty_of(config: Any) -> float:
 
 
 def not_applied(config: Any) -> Iterator[str]:
-    """Names of what it sets that changes greedy output and is not applied here."""
+    """Names of settings that change greedy output and are not applied here."""
     from transformers import GenerationConfig
 
     for name in vars(GenerationConfig()):

@@ -1,9 +1,9 @@
-"""What requests share — weights, modules, settings, specvlm's own code — is the same after a strategy has run as before.
+"""Detect and undo changes that a strategy made to shared state: weights, modules, settings and specvlm's code.
 
-A strategy is code of somebody else's in this process, with the models in its hands. What it changes, by mistake or not, would
-reach the baseline, the verdict and the requests that follow. So it is looked for behind every request and put right. A mistake
-cannot hide from it, nor can a patch of what it looks at; code that reaches into C, or a thread that acts later, can. A check
-that shares no code with the loop is `check=hf`.
+A strategy is third-party code in this process, with access to the models. Anything it changes, by mistake or not, would
+affect the baseline, the verdict and later requests. So the shared state is compared after every request and restored.
+This finds any accidental change and any patch of the state compared. It cannot find code that reaches into C, or a
+thread that acts later. `check=hf` is a check that shares no code with the decoding loop.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from specvlm.process.settings import set_again, settings
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # beside specvlm's own modules
+FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # compared besides specvlm's modules
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 SPECIAL = [f"__{word}__" for word in ("call", "init", "getattr", "getattribute", "setattr", "eq", "len", "iter", "next")]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def weights_of(model: VideoLM) -> int:
-    """The checksum of a model's parameters and buffers."""
+    """Checksum of a model's parameters and buffers."""
     return checksum(tensor for _, tensor in sorted((*model.hf.named_parameters(), *model.hf.named_buffers())))
 
 
 def structure(model: VideoLM) -> dict[str, Any]:
-    """Its modules, what is hooked into them or set on them, its configuration and its own attributes, to be compared."""
+    """Comparable description of a model: its modules, their hooks and attributes, its configuration, its attributes."""
     found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
     for name, module in model.hf.named_modules():
         found[f"its module {name or 'root'}"] = _module(module)
@@ -54,12 +54,13 @@ def structure(model: VideoLM) -> dict[str, Any]:
 
 
 def _config(config: object) -> object:
-    """Its attributes, and those of the configurations in it."""
+    """Attributes of a configuration, and of the configurations nested in it."""
     inner = {key: _config(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
     return repr(inner)
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
+    """Comparable description of a module: its type, tensors, children, hooks and attributes."""
     attributes = vars(module)
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
@@ -69,25 +70,29 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(value: object) -> object:
+    """A value to compare by; objects that may change are compared by identity."""
     return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
 
 
 class Code:
-    """What specvlm's modules and classes define, those of torch's that decoding stands on, and the models' classes.
+    """Recorded definitions of specvlm's modules and classes, of the modules in FOREIGN and of the models' classes.
 
-    As it was when last looked at. Of names that come later, what is called goes from classes, where it would stand before what
-    they inherit, and from specvlm's modules, where it would stand before a built-in.
+    `undo` also deletes callables added later to classes, where they would override inherited ones, and to specvlm's
+    modules, where they would shadow built-ins.
     """
 
     def __init__(self) -> None:
         self.watched = False
         self.owners: set[Any] = set()
-        self.names: dict[Any, set[str]] = {}  # of those that should get no more
+        self.names: dict[Any, set[str]] = {}  # names of owners that may get no new callables
         self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For a command: what is there now, before plugins are imported, has to stay; else what a request began on."""
+        """For a command: hold on to the definitions recorded now, before plugins are imported.
+
+        Outside of it, each request restores the definitions that it began with.
+        """
         self.owners.clear()
         self.entries = []
         self.look()
@@ -98,6 +103,7 @@ class Code:
             self.watched = False
 
     def look(self, classes: Iterable[type] = ()) -> None:
+        """Record definitions: all of them, or while watching only those of new modules and classes."""
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inside = ((value, module.__name__) for module in modules for value in vars(module).values())
         inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
@@ -108,14 +114,14 @@ class Code:
             if owner not in self.owners:
                 self.owners.add(owner)
                 fresh.add(owner)
-                known += [(owner, name) for name in list(vars(owner)) if _told(name)]
+                known += [(owner, name) for name in list(vars(owner)) if _compared(name)]
         self.entries = old + [(owner, name, value := vars(owner)[name], _inside(name, value)) for owner, name in known]
         looked_at = fresh if self.watched else self.owners
         closed = (owner for owner in looked_at if isinstance(owner, type) or _ours(owner.__name__))
         self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
 
     def undo(self) -> list[str]:
-        """Put back what differs; returns its names."""
+        """Restore definitions that differ; returns their names."""
         changed = []
         for owner, name, value, inside in self.entries:
             now = vars(owner).get(name)
@@ -143,7 +149,7 @@ def _ours(name: str) -> bool:
 
 
 def _theirs(owner: Any, now: Any) -> bool:
-    """torch replaces some of its functions itself, such as where it first compiles one, and transformers adds to torch's."""
+    """Whether torch or transformers made the change: both replace some of torch's functions, such as when compiling."""
     if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
         return False
     homes = (vars(sys.modules[name])["__file__"] for name in ("torch", "transformers") if name in sys.modules)
@@ -151,51 +157,57 @@ def _theirs(owner: Any, now: Any) -> bool:
 
 
 def _called(value: object) -> bool:
+    """Whether a value is callable or a descriptor."""
     return not isinstance(value, ModuleType) and (callable(value) or hasattr(type(value), "__get__"))
 
 
-def _told(name: str) -> bool:
+def _compared(name: str) -> bool:
+    """Whether a name is recorded: all but most special names."""
     return not (name.startswith("__") and name.endswith("__")) or name in SPECIAL
 
 
 def _inside(name: str, value: Any) -> tuple[Any, ...]:
-    """What can be changed of it in place: a function's code and defaults, the content of a table."""
+    """The parts of a value that can change in place: a function's code and defaults, a constant dict's content."""
     if type(value) is FunctionType:
         return value.__code__, value.__defaults__
     return (*value.keys(), *value.values()) if name.isupper() and type(value) is dict else ()
 
 
 def classes_of(model: VideoLM) -> set[type]:
-    """Of its modules, with what they inherit from."""
+    """Classes of a model and of its modules, with their base classes."""
     found = {base for module in model.hf.modules() for base in type(module).__mro__}
     return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
 
 
-CODE = Code()  # of this process
+CODE = Code()  # the process's own
 
 
 class Snapshot:
-    """Of all that is looked at, before strategies run. weights: the checksum of each of `models`, as it was loaded."""
+    """Shared state before strategies run. weights: checksum of each of `models` when it was loaded."""
 
     def __init__(
         self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
     ) -> None:
         self.models, self.weights, self.caches, self.engine = models, weights, caches, engine
-        # Not those of `ModelCache`: with ranks, modules differ from what was loaded.
+        # Recorded here and not by `ModelCache`: with several ranks, modules change after loading.
         self.structures, self.running = [structure(model) for model in models], self._running()
         code.look({cls for model in models for cls in classes_of(model)})
         self.settings = settings()
-        # Held here, so that a patch of this module changes nothing of a snapshot that was taken before it.
+        # Keep references, so that a later patch of this module does not affect this snapshot.
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Methods that were set on the pool, a cache or the engine itself, and caches of other kinds."""
+        """Ids of methods set on the pool, a cache or the engine instance, and of caches of other classes."""
         held = self.caches.held
         own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
-        """Undo changes of code and settings. Returns their names, and those of models and caches that are spoilt."""
+        """Undo changes of code and settings.
+
+        Returns:
+            Names of the changes undone, and of the models and caches whose changes cannot be undone.
+        """
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]
         spoilt = ["caches or engine"] if self._running() != self.running else []

@@ -1,4 +1,4 @@
-"""Preallocated key/value storage. The only file that does cache surgery."""
+"""Preallocated KV caches and the pool that reuses them. Only this file moves rows inside a cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def pooled(slots: int) -> int:
-    """Capacity of a pool's cache for a request of so many slots: in steps, so that the next, a little longer, still fits."""
+    """Round a capacity up to a multiple of 256 slots, so that a slightly longer request fits the same cache."""
     return -(-slots // 256) * 256
 
 
-ROLES = 8  # of caches that are kept, and that one request may have
+ROLES = 8  # most roles that the pool keeps caches for, and most caches of one request
 
 
 class Shaped(Protocol):
-    """What a cache must know of the model that it is for."""
+    """Properties of a model that determine its cache's shape."""
 
     kv_heads: int
     head_dim: int
@@ -35,13 +35,13 @@ class Shaped(Protocol):
 
 
 class Store(NamedTuple):
-    """Keys and values of neighbouring layers, on the device where those layers are, (L, 1, H, C, D) each."""
+    """Keys and values of one pipeline stage's layers on its device, (L, 1, H, C, D) each."""
 
     keys: Tensor
     values: Tensor
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """As `KVCache.keep`, with nothing the host must know: `length` is left to the caller."""
+        """`KVCache.keep` with indices on the device, so that it can be captured. Does not set `length`."""
         to = base_1 + torch.arange(len(path_D), device=path_D.device)
         for store in self:
             rows = store.flatten(0, 2)
@@ -49,15 +49,21 @@ class Store(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of one sequence, (L, 1, H, C, D): layers, KV heads, capacity in slots, head width.
+    """Keys and values of one sequence, (L, 1, H, C, D): layers, KV heads, capacity in slots, head dimension.
 
-    Slots and rotary positions are separate: with M-RoPE, and with a pruned prompt, they differ. Behind the prompt
-    both grow by one a token, so one number, `offset` = position - slot, carries one to the other.
+    A slot is not a rotary position: with M-RoPE or a pruned prompt they differ. After the prompt both grow by one per
+    token, so their difference is constant: `offset` = position - slot.
 
     Hugging Face attention layers call `update` and `get_seq_length`; nothing else of their Cache class is used.
-    A forward pass writes its rows behind `length`; rows of rejected guesses are overwritten after `keep`.
+    A forward pass writes its rows from slot `length` on; rows of rejected guesses are overwritten after `keep`.
 
-    devices: one for all layers, or for each neighbourhood of layers its length and its device, in order.
+    Args:
+        layers: Number of layers.
+        heads: KV heads of this rank.
+        capacity: Slots.
+        width: Head dimension.
+        dtype: Of keys and values.
+        devices: One device for all layers, or one (layer count, device) pair per pipeline stage, in order.
     """
 
     def __init__(
@@ -71,7 +77,7 @@ class KVCache:
     ) -> None:
         parts = ((layers, devices),) if isinstance(devices, torch.device) else tuple(devices)
         assert sum(count for count, _ in parts) == layers
-        # Zeros, since an engine warms up over slots that nobody wrote: they give it numbers.
+        # Zeros, since an engine warms up over unwritten slots, which must not hold NaN.
         shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
         self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
         self._at = [(store, row) for store in self.stores for row in range(len(store.keys))]
@@ -81,22 +87,24 @@ class KVCache:
 
     @property
     def keys(self) -> Tensor:
-        """Of a cache that lies on one device."""
+        """Keys of all layers, for a cache on one device."""
         (store,) = self.stores
         return store.keys
 
     @property
     def values(self) -> Tensor:
+        """Values of all layers, for a cache on one device."""
         (store,) = self.stores
         return store.values
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, (1, H, C, D) each."""
+        """Keys and values of one layer, (1, H, C, D) each."""
         store, row = self._at[number]
         return store.keys[row], store.values[row]
 
     @property
     def nbytes(self) -> int:
+        """Bytes on all devices."""
         return sum(tensor.nbytes for store in self.stores for tensor in store)
 
     @property
@@ -105,14 +113,14 @@ class KVCache:
         return self.length + self.offset
 
     def fits(self, model: Shaped, capacity: int) -> bool:
-        """Would `model` find `capacity` slots of its own shape here?"""
+        """Whether the cache has the model's shape, dtype and devices, and at least `capacity` slots."""
         first = self.stores[0].keys
         here = [(len(store.keys), store.keys.device) for store in self.stores]
         same = (first.shape[2], first.shape[4], first.dtype) == (model.kv_heads, model.head_dim, model.dtype)
         return same and self.capacity >= capacity and here == [(stage.layers, stage.device) for stage in model.stages]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write rows (1, H, Q, D) behind `length` and return all that a row may attend to. `advance` makes them count."""
+        """Write rows (1, H, Q, D) from slot `length` on; returns all keys and values so far. `advance` counts them."""
         end = self.length + key.shape[2]
         keys, values = self.layer(layer_idx)
         keys[:, :, self.length : end] = key
@@ -120,13 +128,15 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of slots in use, as Hugging Face's layers ask for it."""
         return self.length
 
     def advance(self, rows: int) -> None:
+        """Count `rows` newly written rows as part of the sequence."""
         self.length += rows
 
     def keep(self, base: int, path: Sequence[int]) -> None:
-        """Of the rows from slot `base` on, keep those at `base + path` (ascending), moved together in place."""
+        """Keep only rows `base + path` (ascending) of those from slot `base` on, moved together in place."""
         end = base + len(path)
         if list(path) != list(range(len(path))):
             for store in self.stores:
@@ -136,12 +146,15 @@ class KVCache:
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """As `keep`, with nothing the host must know: `length` is left to the caller."""
+        """`keep` with indices on the device, so that it can be captured. The caller sets `length`."""
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 
     def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
-        """Fill an empty cache with rows of another of the same model, for every layer and KV head its own; ascending slots."""
+        """Fill an empty cache with rows of another cache of the same model.
+
+        slots_LHK: Slots to copy, for each layer and KV head; ascending.
+        """
         for number, slots_HK in enumerate(slots_LHK):
             for mine, theirs in zip(self.layer(number), source.layer(number), strict=True):
                 rows_HKD = slots_HK.to(theirs.device)[..., None].expand(-1, -1, theirs.shape[-1])
@@ -158,15 +171,18 @@ class KVCache:
         self.length = end
 
     def clear(self) -> None:
+        """Forget the sequence."""
         self.length = self.offset = 0
 
 
 class CachePool:
-    """Caches kept across requests. A request leases those it needs, and no other has them until it ends.
+    """KV caches reused across requests. A request leases the caches it needs and owns them until it ends.
 
-    Free ones are kept by role and handed out again, the last one given back first: what an engine captured for a cache serves
-    the next request that gets it. changes: how often one was made so far, or all
-    were given up: with a cache goes what an engine captured for it.
+    Free caches are kept per role and reused last-in first-out, so that the graphs an engine captured for a cache serve
+    the next request.
+
+    Attributes:
+        changes: How often a cache was allocated or all were dropped. Graphs captured for a dropped cache are invalid.
     """
 
     def __init__(self) -> None:
@@ -176,22 +192,25 @@ class CachePool:
         self._lock = Lock()
 
     def lease(self, drafter: bool = False) -> CacheLease:
-        """For one request; release it when the request ends. drafter: for its drafter, which never has the target's."""
+        """Open a lease for one request; release it when the request ends.
+
+        drafter: The lease is for the drafter, which may not take the target's cache.
+        """
         return CacheLease(self, ("target",) if drafter else ())
 
     def reserve(self, role: str, model: Shaped, capacity: int) -> None:
-        """Make room for a request to come, so that a longer one behind it finds the same cache."""
+        """Allocate a free cache ahead, large enough for all coming requests to reuse it."""
         self.give_back(role, self.take(role, model, capacity))
 
     def take(self, role: str, model: Shaped, capacity: int) -> KVCache:
-        """An empty cache that nobody else has until it is given back. Called by leases."""
+        """Take an empty cache out of the pool, or allocate one. Called by leases."""
         with self._lock:
             free = self._free.setdefault(role, [])
             cache = next((cache for cache in reversed(free) if cache.fits(model, capacity)), None)
             if cache is not None:
                 free.remove(cache)
             elif free:
-                free.pop()  # of another shape, or too small: before the new one is there
+                free.pop()  # too small or of another shape; free it before allocating the new one
         if cache is None:
             cache = model.new_cache(pooled(capacity))
             self.changes += 1
@@ -201,6 +220,7 @@ class CachePool:
         return cache
 
     def give_back(self, role: str, cache: KVCache) -> None:
+        """Return a cache to the pool. Ignored if the pool was emptied meanwhile."""
         with self._lock:
             for number, (_, leased) in enumerate(self._leased):
                 if leased is cache:
@@ -211,7 +231,7 @@ class CachePool:
                     return
 
     def empty(self) -> None:
-        """Forget all; what is leased is not kept when it comes back."""
+        """Drop all caches, leased ones too: they are not kept when given back."""
         with self._lock:
             self._free.clear()
             self._leased.clear()
@@ -219,38 +239,52 @@ class CachePool:
 
     @property
     def held(self) -> list[KVCache]:
+        """All caches, free and leased."""
         with self._lock:
             return [*(cache for free in self._free.values() for cache in free), *(cache for _, cache in self._leased)]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.held)
 
     def bytes_on(self, device: torch.device) -> int:
+        """Bytes of all caches on one device."""
         tensors = [t for cache in self.held for store in cache.stores for t in store]
         return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
 
 
 class CacheLease(AbstractContextManager["CacheLease"]):
-    """Caches of one request, by role; given back to their pool when it ends. reserved: roles that it may not take."""
+    """Caches of one request, by role; given back to the pool when it ends. reserved: roles that it may not take."""
 
     def __init__(self, pool: CachePool, reserved: tuple[str, ...] = ()) -> None:
         self._pool, self._reserved = pool, reserved
         self._taken: dict[str, KVCache] = {}
 
     def take(self, role: str, model: Shaped, capacity: int) -> KVCache:
-        """An empty cache of at least `capacity` slots. Raises ValueError for a role that the request has one of already."""
+        """Take an empty cache.
+
+        Args:
+            role: Name of the cache within the request, such as "draft".
+            model: Model whose keys and values it will hold.
+            capacity: Least number of slots.
+
+        Raises:
+            ValueError: The role is taken or reserved, or the request has ROLES caches.
+        """
         if role in self._taken:
-            raise ValueError(f"there is a cache for {role!r} already: take one under another name")
+            raise ValueError(f"the request has a cache for {role!r} already: take one under another name")
         if role in self._reserved or len(self._taken) >= ROLES:
-            raise ValueError(f"no cache for {role!r}: a drafter takes at most {ROLES}, none for {', '.join(self._reserved)}")
+            raise ValueError(f"no cache for {role!r}: a drafter may take {ROLES}, none for {', '.join(self._reserved)}")
         cache = self._taken[role] = self._pool.take(role, model, capacity)
         return cache
 
     def has(self, cache: object) -> bool:
+        """Whether the lease took this very cache."""
         return any(taken is cache for taken in self._taken.values())
 
     def release(self) -> None:
+        """Give all caches back."""
         while self._taken:
             self._pool.give_back(*self._taken.popitem())
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token behind each video."""
+"""LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token after each video."""
 
 import math
 from functools import cached_property
@@ -17,11 +17,11 @@ from specvlm.video.preprocess import LlavaVideoConfig, llava_video
 from specvlm.video.settings import SamplingSettings
 from specvlm.video.video import Clip, VideoInfo
 
-FRAMES = 32  # of a video, where the checkpoint names no number
+FRAMES = 32  # frames per video, if the checkpoint sets no number
 
 
 class LlavaOneVision(VideoLM):
-    """videos: {"pixels": (F, 3, height, width)}."""
+    """LLaVA-OneVision. Videos are {"pixels": (F, 3, height, width)}."""
 
     family = "llava_onevision"
     axes = 1
@@ -36,9 +36,9 @@ class LlavaOneVision(VideoLM):
             raise UserError(f"{self.folder}: frames are {ours.height}x{ours.width} for the processor, {side} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """As its video processor samples, else 32 frames, evenly spaced; never more than there are.
+        """Sample frames as the video processor does; by default 32, evenly spaced. Never more than the video has.
 
-        Hugging Face bounds a rate by nothing; here `max_frames` of the settings does, else 32.
+        If the settings give a rate, their `max_frames` limits the number, else 32. Hugging Face sets no limit.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Llava",))
         if settings.fps:
@@ -52,7 +52,7 @@ class LlavaOneVision(VideoLM):
         return self.grid(len(pixels)), {"pixels": pixels}
 
     def grid(self, frames: int) -> TokenGrid:
-        """The tower's patch grid halved on both sides, rounded up; the newline token counts as a video token."""
+        """Token grid: the tower's patch grid halved on both sides and rounded up, plus the newline token."""
         vision = self.hf.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / 2)
         return TokenGrid(frames, side, side, newline=1)
@@ -81,17 +81,15 @@ class LlavaOneVision(VideoLM):
 
     @property
     def _last_attention(self) -> Any:
-        """Of the last of the tower's layers whose output is used."""
+        """Attention module of the last vision layer whose output is used."""
         core = self.hf.model
         layers = getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
         chosen = self.hf.config.vision_feature_layer
-        state = chosen if isinstance(chosen, int) else chosen[-1]  # of the states: what enters the first layer is number 0
+        state = chosen if isinstance(chosen, int) else chosen[-1]  # index of a hidden state; 0 enters the first layer
         return layers[max(0, (state if state >= 0 else len(layers) + 1 + state) - 1)].self_attn
 
     def _seen(self, hidden_FRD: Tensor) -> Tensor:
-        """(F * P, C) attention that tokens receive, mean over heads and queries, and their keys, mean over heads; pooled as the
-        projector's output is.
-        """
+        """(F * P, C) attention that tokens receive, and their keys: head means, pooled like the projector's output."""
         module = self._last_attention
         query, key = (
             x(hidden_FRD).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (module.q_proj, module.k_proj)
@@ -99,7 +97,7 @@ class LlavaOneVision(VideoLM):
         received_FR = received(query, key, float(module.scale))
         seen_FRC = torch.cat([received_FR[..., None], key.to(received_FR.dtype).mean(1)], -1)
         side = math.isqrt(seen_FRC.shape[1])
-        seen_FRC = seen_FRC[:, seen_FRC.shape[1] - side**2 :]  # a class token stands first
+        seen_FRC = seen_FRC[:, seen_FRC.shape[1] - side**2 :]  # drop the class token in front, if any
         pooled = interpolate(seen_FRC.mT.unflatten(2, (side, side)), size=[math.ceil(side / 2)] * 2, mode="bilinear")
         return pooled.flatten(2).mT.flatten(0, 1)
 

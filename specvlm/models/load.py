@@ -1,4 +1,4 @@
-"""How a checkpoint folder becomes a VideoLM, and when two of them make a pair."""
+"""Load a checkpoint folder as a VideoLM, and check that two models form a pair."""
 
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -18,19 +18,20 @@ from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
+from specvlm.video.video import Clip
 
 FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
 
 
 def family_of(folder: Path, config: Any) -> type[VideoLM]:
-    """Raises UserError when the configuration is of none that there is."""
+    """Return the model family of a configuration. Raises UserError if it is not supported."""
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
     return FAMILIES[config.model_type]
 
 
 class Checkpoint(NamedTuple):
-    """A folder that everything but its weights was read of. method: by which its files are quantised, None for not at all."""
+    """Everything read from a checkpoint folder except the weights. method: quantisation of its files, or None."""
 
     folder: Path
     config: Any
@@ -41,8 +42,13 @@ class Checkpoint(NamedTuple):
 
 
 def opened(path: str | Path, weights: bool) -> Checkpoint:
-    """Read all of a folder but its weights, which are fetched if they are wanted, or tell the dtype. Where they lie is checked
-    even so, unless the folder is one without any, as a report needs it. Raises UserError.
+    """Read everything in a checkpoint folder except the weights.
+
+    From the hub, the weight files are fetched only if `weights` is set or only they tell the dtype. Their presence is
+    checked, except for a folder without any weights, which suffices for a report.
+
+    Raises:
+        UserError: Something in the folder cannot be used.
     """
     folder = checkpoint.folder_of(path, weights)
     config = checkpoint.config_of(folder)
@@ -57,10 +63,18 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
 
 
 def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
-    """The model without weights: makes prompts, checks a pair, plans memory. Raises UserError for a bad folder."""
+    """Load a model without weights, to make prompts, check a pair or plan memory.
+
+    Args:
+        path: Folder, or name on the hub.
+        mrope: As in `VideoLM`.
+
+    Raises:
+        UserError: The folder cannot be used.
+    """
     found = opened(path, weights=False)
     with explained(f"{found.folder}: no model can be made of its config.json"):
-        hf = _bare(found.config).eval()
+        hf = _on_meta(found.config).eval()
         hf.generation_config = found.generation or hf.generation_config
         model = found.family(hf, found.tokenizer, found.folder, mrope)
         model.check_settings()
@@ -69,8 +83,8 @@ def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
     return model
 
 
-def _bare(config: Any) -> Any:
-    """The Hugging Face model on meta."""
+def _on_meta(config: Any) -> Any:
+    """Make the Hugging Face model on the meta device, without weights."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
@@ -78,28 +92,41 @@ def _bare(config: Any) -> Any:
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
-    """Raise UserError, before room is made, for a model far larger than its files. Few missing tensors come later."""
+    """Raise UserError if the model is over twice as large as its files, before it is allocated.
+
+    `load` itself reports single missing tensors.
+    """
     held = sum(count for file in files for _, count in checkpoint.tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
     if wanted > 2 * held:
         raise UserError(
-            f"{model.folder}: config.json describes a model of {wanted:,} weights, and the files hold {held:,}: "
-            "are both of one checkpoint, and is it whole?"
+            f"{model.folder}: config.json describes a model of {wanted:,} weights, but the files hold {held:,}: "
+            "is the checkpoint complete, and does config.json belong to it?"
         )
 
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
-    """What `load` will hold the weights in: the checkpoint's own dtype under "auto"."""
+    """Dtype in which `load` holds the weights. "auto" is the checkpoint's own."""
     return checkpoint.dtype_in(model.folder, model.hf.config, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As the configuration has it: `float32`."""
+    """Name of a dtype as in the configuration: `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """What linear layers are quantised to, if at all. Raises UserError, naming `key`, if dtype or files gainsay it."""
+    """Kind to quantise linear layers to, or None.
+
+    Args:
+        weights: Value of the key: null, "bf16" or one of KINDS.
+        dtype: Dtype of the weights.
+        key: Name of the key, for messages.
+        quantised: Quantisation method of the checkpoint's own files, if any.
+
+    Raises:
+        UserError: The value is unknown, or contradicts the dtype or the files.
+    """
     if weights is not None and quantised:
         raise UserError(f"{key}={weights}, but the checkpoint is quantised already, by {quantised}: leave {key} out")
     if weights not in (None, "bf16", *KINDS):
@@ -119,18 +146,26 @@ def load(
     split: Sequence[tuple[int, torch.device]] = (),
     ranks: ProcessGroup = SINGLE,
 ) -> VideoLM:
-    """A folder, or a name of the hub, as a VideoLM: weights from safetensors alone, no remote code.
+    """Load a checkpoint as a VideoLM. Reads safetensors weights only and runs no remote code.
 
-    dtype: "auto" is the checkpoint's own. weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`);
-    "bf16" does not, and wants a dtype that is bfloat16. For one device the checkpoint is read into the host's memory, from
-    where `device` gets its text part block by block, quantised on arrival: it holds little more than it will keep, and does
-    the arithmetic.
-    progress: let Hugging Face draw its bars, where they are not turned off.
-    split: how many layers on which device, each read into its own, by Hugging Face's `device_map`; instead of `device`.
-    ranks: who shares every layer, by its `tp_plan`; each rank reads its share onto its device, all of it, and quantises it
-    there: while it loads, that takes what the share does unquantised. Both need accelerate; weights of split layers cannot be
-    quantised.
-    Raises UserError when anything of it cannot be used.
+    On one device the checkpoint is read into host memory and its text part is moved to `device` block by block and
+    quantised there, so that the device never holds much more than the final weights. A rank of `ranks` reads its whole
+    share onto its device before it quantises it: its peak memory is that of the unquantised share.
+
+    Args:
+        path: Folder, or name on the hub.
+        dtype: Dtype of the weights; "auto" is the checkpoint's own.
+        device: Device of the whole model.
+        mrope: As in `VideoLM`.
+        weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`). "bf16" only checks that the
+            dtype is bfloat16.
+        progress: Show Hugging Face's progress bars.
+        split: (number of layers, device) pairs, by Hugging Face's `device_map`; replaces `device`. Needs accelerate.
+            Split layers cannot be quantised.
+        ranks: Processes that share every layer, by Hugging Face's `tp_plan`. Needs accelerate.
+
+    Raises:
+        UserError: The checkpoint or an argument cannot be used.
     """
     if dtype != "auto" and dtype not in checkpoint.DTYPES:
         raise UserError(f"dtype={dtype} is none of auto, {', '.join(checkpoint.DTYPES)}")
@@ -161,11 +196,23 @@ def load(
     model.left_full = left
     if not split and ranks.size == 1:
         with explained(f"{path}: the config.json does not fit the weights"):
-            model.try_out()
+            try_out(model)
     return model
 
 
+def try_out(model: VideoLM) -> None:
+    """Run one small frame and some text through Hugging Face's own forward pass.
+
+    Errors in config.json that no weight's shape reveals, such as a wrong number of heads, show here and not in a
+    request. Some libraries unpack quantised weights in this first pass.
+    """
+    clip = Clip(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), (0.0,), 1.0, "", 1, 1.0)
+    grid, video = model.process_video(clip)
+    model.hf(**model.generate_inputs(model.expand([0, model.video_token, 0], [grid], [video])), logits_to_keep=1)
+
+
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read the weights; returns the Hugging Face model and its loading info. spread: see `spread_of`."""
     from transformers import AutoModelForImageTextToText
 
     asked: dict[str, Any] = {"config": found.config, "dtype": dtype, "output_loading_info": True}
@@ -179,7 +226,10 @@ def spread_of(
     kind: str | None,
     quantised_on: str | None = None,
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told of devices. quantised_on: where quantised files go. Raises UserError."""
+    """Device arguments of `from_pretrained`. quantised_on: device of a checkpoint whose files are quantised.
+
+    Raises UserError for a combination that is not supported, and without accelerate.
+    """
     if not split and ranks.size == 1 and not quantised_on:
         return {}
     if quantised_on and (split or ranks.size > 1):
@@ -192,14 +242,14 @@ def spread_of(
     if quantised_on:
         return {"device_map": {"": quantised_on}}
     if split:
-        return {"device_map": device_map(_bare(config), [n for n, _ in split], [device for _, device in split])}
+        return {"device_map": device_map(_on_meta(config), [n for n, _ in split], [device for _, device in split])}
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=tensor_plan(config, ranks.size))}
 
 
 def make_plain(hf: Any) -> None:
-    """Parameters that every rank holds in full are tensors like any other again, tied ones still tied."""
+    """Turn replicated DTensor parameters back into plain tensors; tied ones stay tied."""
     plain: dict[int, torch.nn.Parameter] = {}
     for module in hf.modules():
         for name, held in list(module.named_parameters(recurse=False)):
@@ -210,7 +260,7 @@ def make_plain(hf: Any) -> None:
 
 
 def settle(hf: Any) -> None:
-    """Take off accelerate's hooks, since our passes cross devices by themselves; and a tied head goes to the last one."""
+    """Remove accelerate's hooks, since our passes move tensors themselves, and put a tied head on the last device."""
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(hf)
@@ -221,6 +271,7 @@ def settle(hf: Any) -> None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
+    """Turn Hugging Face's progress bars off."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -233,9 +284,15 @@ def _no_bars() -> Iterator[None]:
 
 
 def check_pair(target: VideoLM, draft: VideoLM) -> int:
-    """The number of token ids both models know. Raises UserError for two that cannot draft for one another.
+    """Check that a draft can draft for a target.
 
-    Padded vocabularies may differ in size; the tokenizers may not differ at all, since ids are what the two exchange.
+    Vocabularies may be padded to different sizes. The tokenizers must be equal, since the models exchange token ids.
+
+    Returns:
+        The number of token ids that both models know.
+
+    Raises:
+        UserError: Their families, tokenizers or vision settings differ.
     """
     if target.family != draft.family:
         families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"

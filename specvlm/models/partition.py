@@ -1,8 +1,8 @@
-"""How one model is spread over several devices: its layers split into stages, or every layer shared by ranks.
+"""Spread one model over several devices: split its layers into pipeline stages, or share every layer among ranks.
 
-Split: neighbouring layers on one device, a stage each; the embedding and the vision tower are with the first stage, the last
-norm and the head with the last. Only the rows of a pass go from stage to stage, through `cross` or into the inputs of a
-captured stage.
+A stage is a run of consecutive layers on one device. The embedding and the vision tower are on the first stage's
+device, the final norm and the head on the last one's. Only the rows of a pass move between stages, through `cross` or
+into the inputs of a captured stage.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from specvlm.models.vision_probe import HiddenStateProbe
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers start..end-1 of a language model, and where they are."""
+    """Pipeline stage: layers start..end-1 of a language model, and their device."""
 
     device: torch.device
     start: int
@@ -29,11 +29,12 @@ class Stage:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return self.end - self.start
 
 
 def stages_of(text: Any) -> tuple[Stage, ...]:
-    """As the weights of a language model lie."""
+    """Read the stages of a language model from the devices of its weights."""
     devices = [layer.input_layernorm.weight.device for layer in text.layers]
     found, start = [], 0
     for device, same in groupby(devices):
@@ -44,7 +45,7 @@ def stages_of(text: Any) -> tuple[Stage, ...]:
 
 
 def cross(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """To the next stage's device. The streams of both wait for one another, the host for neither."""
+    """Move tensors to the next stage's device. The two streams wait for each other; the host does not wait."""
     return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
@@ -58,10 +59,11 @@ def through(
     extra: dict[str, Any],
     states: HiddenStateProbe | None = None,
 ) -> Tensor:
-    """(Q, D) hidden states: what a language model's own forward does with its layers, with a crossing between two devices'.
+    """Run a language model's layers as its own forward does, moving rows between devices. Returns (Q, D) hidden states.
 
-    states: told what every layer puts out. accelerate's hooks would do as well, at the price of Python's looking at every
-    argument of every layer in every pass.
+    accelerate's hooks do the same, but inspect every argument of every layer in every pass.
+
+    states: Receives every layer's output.
     """
     hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
@@ -85,14 +87,22 @@ def through(
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels of our own are launched on the current device, wherever their tensors are."""
+    """Make `device` the current one, since our own kernels launch on the current device, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def split(layers: int, room: Sequence[float]) -> list[int]:
-    """Layers of each device, by the room that each has for them: every device gets its share, each at least one layer.
+    """Split layers over devices in proportion to their free memory, at least one layer each.
 
-    Raises UserError where there are more devices than layers.
+    Args:
+        layers: Number of layers.
+        room: Memory for layers on each device, in any unit.
+
+    Returns:
+        Number of layers per device.
+
+    Raises:
+        UserError: There are more devices than layers.
     """
     if layers < len(room):
         raise UserError(f"{layers} layers cannot be split over {len(room)} devices: use at most {layers} of them")
@@ -104,7 +114,10 @@ def split(layers: int, room: Sequence[float]) -> list[int]:
 
 
 def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Hugging Face's `device_map` for so many layers on each device. No name stands above another. hf: may lie on meta."""
+    """Hugging Face's `device_map` for the given number of layers per device. No entry is a prefix of another.
+
+    hf: May be on meta.
+    """
     text, first, last = hf.model.language_model, devices[0], devices[-1]
     placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != "language_model"}
     placed |= {f"model.{name}": first for name, _ in hf.model.named_parameters(recurse=False)}
@@ -121,9 +134,10 @@ SHARED = {
 
 
 def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
-    """Hugging Face's `tp_plan`, written out, since releases differ in whether "auto" shares embedding and head.
+    """Hugging Face's `tp_plan`, spelled out because releases differ in whether "auto" shards embedding and head.
 
-    Whole on every rank: embedding, vision tower, and a head that is the embedding or whose rows the ranks do not divide.
+    Replicated on every rank: the embedding, the vision tower, and a head that is tied to the embedding or whose rows
+    cannot be divided evenly.
     """
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -134,12 +148,15 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
         whole.append("lm_head")
     else:
         plan["lm_head"] = "colwise_gather_output"
-    # In 5.23 a plan is laid over the class's own, which shares both; in 5.17 it stands for it, and knows no such style.
+    # transformers 5.23 merges the plan into the class's own, which shards both; 5.17 replaces it, and lacks this style.
     return plan | (dict.fromkeys(whole, "replicate") if "replicate" in ALL_PARALLEL_STYLES else {})
 
 
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
-    """Raises UserError for a model whose heads or MLP the ranks do not divide. asked: the words for it; instead: others."""
+    """Raise UserError if heads or MLP columns cannot be divided by the number of ranks.
+
+    asked: What the user asked for, to begin the message. instead: What to do instead.
+    """
     text = config.get_text_config()
     counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}
     counts["MLP columns"] = text.intermediate_size

@@ -1,9 +1,10 @@
-"""A forward pass as a value. Whoever needs one yields it, and is sent the rows that come out of it.
+"""Forward passes as values: a generator yields a `Pass` and is sent the resulting `Rows`.
 
-The loop, its checks and every drafter are generators of passes, so who runs a pass is for others to decide: an engine may run
-it alone or captured, and a scheduler may join it with those of other requests (see `specvlm.decoding.scheduler`).
+The decoding loop, its checks and every drafter are such generators, so they do not decide how a pass runs. An engine
+may run it alone or replay a captured graph, and a scheduler may batch it with passes of other requests (see
+`specvlm.decoding.scheduler`).
 
-Shape suffixes: Q rows of a pass, T slots from `base` on, D width of the model, V vocabulary.
+Shape suffixes: Q rows of a pass, T slots from `base` on, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ T = TypeVar("T")
 Y = TypeVar("Y")
 Guard: TypeAlias = Callable[[], AbstractContextManager[Any]]
 Passes: TypeAlias = "Generator[Pass, Any, T]"
-Work: TypeAlias = "Generator[Pass | Call, Any, T]"  # of a drafter, which may have a routine run
+Work: TypeAlias = "Generator[Pass | Call, Any, T]"  # a drafter's generator, which may also call a routine
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What comes out of a pass.
+    """Result of a pass.
 
     Attributes:
-        hidden_QD: The last hidden states, normed.
-        head: Logits of hidden states.
-        best: (Q, count) ids of the highest of some logits, best first.
+        hidden_QD: (Q, D) last hidden states, after the final norm.
+        head: Maps hidden states to logits.
+        best: Maps (Q, V) logits and a count to (Q, count) ids of the highest, best first.
     """
 
     hidden_QD: Tensor
@@ -45,22 +46,24 @@ class Rows:
     best: Callable[[Tensor, int], Tensor] = lambda logits_QV, count: logits_QV.topk(count).indices
 
     def logits(self, last: int = 0) -> Tensor:
-        """(Q, V), or those of the `last` rows alone."""
+        """(Q, V) logits, or those of the `last` rows only."""
         return self.head(self.hidden_QD[-last:])
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """Rows of text for a model to run, whose keys and values go to the slots from `base + at` on of a cache.
+    """A forward pass over text rows, which writes their keys and values to cache slots from `base + at` on.
 
     Attributes:
-        tokens_Q: Token ids.
-        depths_Q: Position of each row above that of slot `base`.
-        seen_QT: Which of the slots from `base` to the last row's own each row attends to; it attends to all before. None: to
-            all up to its own.
-        base: Of the cache, a number; or (1,) int64 on the device, inside a `Routine`.
-        offset: Position minus slot, as `base`.
-        at: First slot written, counted from `base`.
+        model: Model to run.
+        cache: Its KV cache.
+        tokens_Q: (Q,) token ids.
+        depths_Q: (Q,) rotary position of each row, relative to that of slot `base`.
+        seen_QT: (Q, T) which slots from `base` to the last row's own each row attends to; it attends to all slots
+            before `base`. None: causal.
+        base: Slot number; inside a `Routine`, (1,) int64 on the device.
+        offset: Position minus slot (`KVCache.offset`), of the same type as `base`.
+        at: First slot written, relative to `base`.
     """
 
     model: VideoLM
@@ -77,19 +80,19 @@ class Pass:
 
     @property
     def start(self) -> int:
-        """First slot written. Waits for the device where `base` lies there. Raises IndexError outside of the cache."""
+        """First slot written. Waits for the device if `base` is a tensor. Raises IndexError if outside the cache."""
         base, at, capacity = int(self.base), self.at, self.cache.capacity
         if base < 0 or not base <= base + at <= capacity - self.tokens_Q.numel():
             raise IndexError(f"a pass to slots from {base + at} on, its cache has {capacity}")
         return base + at
 
     def placed(self) -> Pass:
-        """The same with numbers for `base` and `offset`, read here and now. Raises IndexError as `start` does."""
+        """Copy with `base` and `offset` read to the host as numbers. Raises IndexError as `start` does."""
         base, offset = self.start - self.at, int(self.offset)
         return Pass(self.model, self.cache, self.tokens_Q, self.depths_Q, self.seen_QT, base, offset, self.at)
 
     def seen(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """`seen_QT` there, made out where it is None, and made there: a captured step may wait for no copy."""
+        """(Q, T) mask on a device. A causal one is made on the device, since a captured step cannot wait for a copy."""
         if self.seen_QT is not None:
             return self.seen_QT.to(device, dtype)
         return torch.ones(len(self), self.at + len(self), dtype=dtype, device=device).tril(self.at)
@@ -97,17 +100,19 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Routine:
-    """Work that a drafter does in every round, on the device alone: captured once by an engine that can, else run as it is.
+    """Work that a drafter repeats every round on the device; an engine that captures graphs captures it once.
 
-    `work(model, cache, state, *inputs)` yields passes and returns tensors. It must not read a tensor on the host. It is kept
-    for later requests, so nothing of one may be in it but by way of the state and the inputs.
+    `work(model, cache, state, *inputs)` yields passes and returns a tuple of tensors. It must not read tensors on the
+    host. It is reused for later requests, so data of a request may only enter through the state and the inputs.
 
     Attributes:
-        work: A function of a module, or a `partial` of one: what is made anew for each request would be captured anew, too.
-        key: What it depends on beside model, cache, state and inputs. Equal keys of one function mean equal work.
+        work: A module-level function, or a `partial` of one. A function made per request would be captured per request.
+        key: All it depends on besides model, cache, state and inputs. Equal keys of one function mean equal work.
+        model: Model of its passes.
+        cache: Cache of its passes.
         widest: Most rows of one of its passes.
-        state: Integers that are harmless to run it with: what it then writes must lie behind all rows in use.
-        inputs: Tensors to run it with, of the sizes and dtypes that all later ones have.
+        state: Integers for the warm-up run, which must only write to slots that are not in use.
+        inputs: Example tensors; later inputs must have their shapes and dtypes.
     """
 
     work: Callable[..., Passes[tuple[Tensor, ...]]]
@@ -120,23 +125,25 @@ class Routine:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """Of its work, without what a `partial` gives it."""
+        """The function of `work`, unwrapped from a `partial`."""
         return self.work.func if type(self.work) is partial else self.work
 
     def __call__(self, state: Sequence[int], *inputs: Tensor | None) -> Call:
-        """To be yielded; sent back are the tensors, valid until the routine is called again."""
+        """Make a call to yield. The tensors sent back are valid until the next call of the routine."""
         return Call(self, tuple(state), inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A routine to be run.
+    """A call of a routine, to be run by an engine.
 
     Attributes:
-        inputs: None where one is what it was when the routine was made.
-        guard: Put around all that the routine itself does.
-        check: Told of its passes, to raise where one cannot be run.
-        ours: Is it a session of specvlm's own that asks for a function of specvlm's own?
+        routine: Routine to run.
+        state: Integers passed to it.
+        inputs: Tensors passed to it. None takes the routine's own input.
+        guard: Context manager around every stretch of the routine's own code.
+        check: Called with each of its passes; raises if one cannot run.
+        ours: Whether both the session and the function belong to specvlm.
     """
 
     routine: Routine
@@ -148,15 +155,16 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
+        """Inputs of this call, with the routine's own in place of None."""
         return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:
-        """The call as it is, pass by pass."""
+        """Run the call uncaptured, pass by pass."""
         state = torch.tensor(self.state, device=self.routine.model.head_device)
         return self.begin(state, *self.given, read=state.device.type == "cpu")
 
     def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
-        """The routine's work on state and inputs, each stretch of it under the guard. read: may slots be read on the host?"""
+        """Run the routine under the guard, checking its passes. read: read slots to the host (not while capturing)."""
         routine = self.routine
 
         def checked(item: object) -> Pass:
@@ -177,7 +185,7 @@ class Call:
 
 
 def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[object], Y]) -> Generator[Y, Any, T]:
-    """What a generator yields, `checked`, and what it returns; it runs under the guard, and what it asks for does not."""
+    """Drive a generator under a guard and yield its items, `checked`. The guard is left while an item is served."""
     result: Any = None
     while True:
         with guard():
@@ -189,14 +197,14 @@ def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[objec
 
 
 def driven(value: Generator[Any, Any, T] | T) -> Generator[Any, Any, T]:
-    """The result of a function that may or may not be a generator of passes."""
+    """Return a plain value, or run a generator of passes and return its result."""
     if isinstance(value, GeneratorType):
         return (yield from value)
     return value  # type: ignore[return-value]
 
 
 def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any]) -> T:
-    """What a generator of passes comes to, when `run` gives what each yields."""
+    """Run a generator of passes to its end and return its result. run: serves each yielded item."""
     try:
         item = next(work)
         while True:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with true M-RoPE."""
+"""Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with M-RoPE positions."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from specvlm.video.video import MAX_FRAMES, Clip, VideoInfo
 
 
 class Qwen2_5_VL(VideoLM):
-    """videos: {"pixels": (t*h*w, patch values), "thw": patch grid, "seconds": of one temporal patch}."""
+    """Qwen2.5-VL. Videos are {"pixels": (t*h*w, patch values), "thw": patch grid, "seconds": per temporal patch}."""
 
     family = "qwen2_5_vl"
     axes = 3
@@ -40,9 +40,9 @@ class Qwen2_5_VL(VideoLM):
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """As its video processor samples; two frames a second where that names no rate.
+        """Sample frames as the video processor does; at 2 frames per second if it sets no rate.
 
-        Capped at what is there: a video that is too short for `num_frames` is not refused, as Hugging Face does.
+        Takes all frames of a video that has fewer than `num_frames`, where Hugging Face raises an error.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Qwen",))
         if settings.num_frames:
@@ -65,7 +65,7 @@ class Qwen2_5_VL(VideoLM):
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Tensor:
-        """(t*h*w / merge², D). Where windows start stays on the CPU: attention reads it in every layer, and need not wait."""
+        """(t*h*w / merge², D) features. Window starts stay on the CPU, where every layer's attention reads them."""
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
         extra = {} if sight is None else {"sight": sight.of(visual.blocks[-1].attn)}
@@ -77,7 +77,7 @@ class Qwen2_5_VL(VideoLM):
             cu_window_seqlens=cu_window_seqlens,
             **extra,
         ).pooler_output
-        if sight is not None:  # patches of a merge are neighbours, and merges stand in the order of their windows
+        if sight is not None:  # patches of one token are adjacent, and tokens are in window order
             merged_NC = sight.take().unflatten(0, (-1, self._merge**2)).mean(1)
             sight.add(merged_NC[window_index.argsort().to(merged_NC.device)])
         return out
@@ -107,11 +107,11 @@ class Qwen2_5_VL(VideoLM):
         }
 
     def _kinds(self, prompt: VideoPrompt) -> Tensor:
-        """(1, S): 0 text, 1 image, 2 video, as transformers 5 wants them for 3-D positions."""
+        """(1, S) token types for transformers' 3-D positions: 0 text, 1 image, 2 video."""
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S). "hf" asks the installed transformers, whose rules differ between releases, so that `generate` is matched."""
+        """(3, S) M-RoPE positions. "hf" uses the installed transformers' rules, which differ between releases."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
         position_ids, _ = self.hf.model.get_rope_index(
@@ -120,7 +120,7 @@ class Qwen2_5_VL(VideoLM):
         return position_ids[:, 0]
 
     def _reference_positions(self, prompt: VideoPrompt) -> Tensor:
-        """Qwen's own rule: a video's (t, h, w) start where the text stopped, text goes on after the largest of the three."""
+        """Qwen's own rule: a video's (t, h, w) start where the text ends; text continues after the largest of them."""
         kinds = self._kinds(prompt)[0]
         images, videos = iter(prompt.images), iter(prompt.videos)
         positions, slot, start = [], 0, 0

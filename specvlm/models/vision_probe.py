@@ -1,7 +1,8 @@
-"""What is read of a target beside its text attention: its vision tower's attention, and hidden states on the way.
+"""Probes that read a vision tower's attention and a language model's hidden states, without changing their outputs.
 
-Shape suffixes: W windows, H heads, L patches of a window, R patches in the tower's own order, F frames, P tokens of one frame,
-Q rows of one pass, S prompt tokens, T tokens of the text after the video, N video tokens, D width, C = 1 + a key's width.
+Shape suffixes: W windows, H heads, L patches of a window, R patches in the tower's own order, F frames, P tokens per
+frame, Q rows of one pass, S prompt tokens, T tokens of the text after the video, N video tokens, D hidden size, C = 1 +
+the size of a key.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-BLOCK = 2**28  # bytes of attention scores held at once
-ROWS = 4096  # of hidden states widened to float32 at once
+BLOCK = 2**28  # bytes of attention scores in memory at once
+ROWS = 4096  # rows of hidden states converted to float32 at once
 
 
 def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
-    """(W, L) attention that each key gets inside its window: the mean over heads and queries, so 1 in sum over a window."""
+    """(W, L) attention that each key receives in its window, mean over heads and queries. Sums to 1 over a window."""
     windows, heads, length, _ = query_WHLD.shape
     wide = torch.promote_types(query_WHLD.dtype, torch.float32)
     row_bytes = heads * length * wide.itemsize
@@ -33,9 +34,10 @@ def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
 
 
 class VisionProbe:
-    """Attention that the patches receive in one layer of a vision tower, and their keys, pooled to video tokens by the family.
+    """Records the attention that patches receive in one layer of a vision tower, and their keys.
 
-    Read on the side: what the tower puts out stays bit-equal. Holds BLOCK bytes of scores, and keeps (N, C).
+    The model family pools them to video tokens. The tower's output stays bit-identical. Needs BLOCK bytes for scores
+    and keeps (N, C).
     """
 
     def __init__(self) -> None:
@@ -44,12 +46,12 @@ class VisionProbe:
         self._seen_RC: Tensor | None = None
 
     def of(self, module: nn.Module) -> Self:
-        """Itself, with an eye on that attention module alone."""
+        """Select the attention module to record; returns the probe itself."""
         self._module = module
         return self
 
     def observe(self, module: nn.Module, query_RHD: Tensor, key_RHD: Tensor, lengths: Tensor, scaling: float | None) -> None:
-        """Rows in the order of their windows, whose lengths lie on the host."""
+        """Record one call of an attention module. Rows are in window order; lengths: of the windows, on the host."""
         if module is not self._module:
             return
         scaling = float(scaling or query_RHD.shape[-1] ** -0.5)
@@ -65,33 +67,33 @@ class VisionProbe:
         self._seen_RC = torch.cat([received_R[:, None], key_RHD.to(seen.dtype).mean(1)], 1)
 
     def take(self) -> Tensor:
-        """(R, C) what the last pass of the tower gave: attention received, and the key, mean over heads."""
-        assert self._seen_RC is not None, "the layer watched did not run"
+        """(R, C) record of the tower's last pass: attention received, then the key, mean over heads."""
+        assert self._seen_RC is not None, "the selected layer did not run"
         seen_RC, self._seen_RC = self._seen_RC, None
         return seen_RC
 
     def add(self, tokens_NC: Tensor) -> None:
-        """The next video tokens of the prompt."""
+        """Append the record of the prompt's next video tokens, pooled by the family."""
         self.parts.append(tokens_NC)
 
     def add_newlines(self, count: int) -> None:
-        """Tokens that the tower does not know."""
+        """Append zeros for tokens that the tower does not see."""
         self.parts.append(self.parts[-1].new_zeros(count, self.parts[-1].shape[1]))
 
     def attention(self) -> Tensor:
-        """(N,)."""
+        """(N,) attention that each video token received."""
         return torch.cat([part[:, 0] for part in self.parts])
 
     def keys(self) -> Tensor:
-        """(N, C - 1)."""
+        """(N, C - 1) key of each video token."""
         return torch.cat([part[:, 1:] for part in self.parts])
 
 
 @contextmanager
 def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """The hidden states that enter a module while this block runs; for towers that hand no arguments on to their attention.
+    """Collect the hidden states that enter a module within this block; none if there is no module.
 
-    Without a module, none.
+    For towers that do not pass our extra arguments on to their attention.
     """
     found: list[Tensor] = []
 
@@ -109,10 +111,16 @@ def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
 
 
 class HiddenStateProbe:
-    """Hidden states behind the first `layer` layers of a language model, of the video tokens and of the text after the last.
+    """Records hidden states after the first `layer` layers: (N, D) of the video tokens, (T, D) of the text after them.
 
-    Passes come in the order of the prompt, in pieces of any length; of each, only those rows are kept: (N, D) and (T, D) in the
-    model's dtype, and the (T, D) that entered the first layer. norm_D: the weight of the model's final norm.
+    Also records the (T, D) embeddings of that text. All are in the model's dtype. Passes must come in prompt order;
+    they may have any length.
+
+    Args:
+        video_index: (N,) prompt slots of the video tokens.
+        cut: First slot of the text after the last video.
+        layer: Number of layers after which states are read.
+        norm_D: Weight of the model's final norm.
     """
 
     def __init__(self, video_index: Tensor, cut: int, layer: int, norm_D: Tensor | None = None) -> None:
@@ -123,11 +131,11 @@ class HiddenStateProbe:
         self._text: list[Tensor] = []
 
     def enter(self, hidden_QD: Tensor) -> None:
-        """A pass begins, with these rows."""
+        """Begin a pass over these rows."""
         self._entering.append(hidden_QD[max(self.cut - self._start, 0) :].clone())
 
     def observe(self, layers: int, hidden_QD: Tensor) -> None:
-        """What came out of so many layers."""
+        """Record the output of the first `layers` layers, if that is the selected depth."""
         if layers != self.layer:
             return
         inside = (self.video_index >= self._start) & (self.video_index < self._start + len(hidden_QD))
@@ -137,28 +145,28 @@ class HiddenStateProbe:
         self._start += len(hidden_QD)
 
     def video(self) -> Tensor:
-        """(N, D)."""
-        self._video = [torch.cat(self._video)]  # the pieces are let go
+        """(N, D) hidden states of the video tokens."""
+        self._video = [torch.cat(self._video)]  # frees the parts
         return self._video[0]
 
     def text(self) -> Tensor:
-        """(T, D)."""
+        """(T, D) hidden states of the text after the video."""
         return torch.cat(self._text)
 
     def norm(self) -> Tensor:
-        """(D,) a strategy's own."""
+        """(D,) weight of the final norm, a copy that the strategy may write to."""
         assert self._norm_D is not None, "made without a norm"
         return self._norm_D.detach().clone()
 
     def similarity(self, features_ND: Tensor) -> Tensor:
-        """(2, N): see `mean_cosine`, of what entered the first layer and of what came out of `layer` layers."""
+        """(2, N) `mean_cosine` of the states entering the first layer, and of those after `layer` layers."""
         entering_TD = torch.cat(self._entering)
         before_N = mean_cosine(features_ND.to(entering_TD), entering_TD)
         return torch.stack([before_N, mean_cosine(self.video(), self.text()).to(before_N)])
 
 
 def mean_cosine(video_ND: Tensor, text_TD: Tensor) -> Tensor:
-    """(N,) mean over the text of cos(video token, text token), by one product a piece; 0 for zero rows. Costs N x D."""
+    """(N,) mean over the text of cos(video token, text token); 0 for zero rows. Costs N x D, not N x T x D."""
     wide = torch.promote_types(video_ND.dtype, torch.float32)
     mean_D = normalize(text_TD.to(wide), dim=-1).mean(0)
     return torch.cat([normalize(piece.to(wide), dim=-1) @ mean_D for piece in video_ND.split(ROWS)])

@@ -1,1 +1,1 @@
-"""Several processes and GPUs that share one model."""
+"""Tensor parallelism: several processes and GPUs that share one model."""

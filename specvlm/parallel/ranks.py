@@ -1,10 +1,10 @@
-"""The processes that hold one model together, each a share of every layer (tensor parallelism), and what passes between them.
+"""Process groups for tensor parallelism, where each rank holds a share of every layer, and their collectives.
 
-All ranks run the same loop on the same input. What could differ is decided from tensors that are the same on all of them (sums,
-gathered logits), or on the first rank, which tells the others. Collectives run in the stream of the work around them and may be
-captured in a CUDA graph; each rank must come to each of them, in the same order.
+All ranks run the same loop on the same input. Decisions are computed from tensors that are equal on all ranks (sums,
+gathered logits), or made on rank 0 and broadcast. Collectives run in the current stream and may be captured in a CUDA
+graph. Every rank must call each of them, in the same order.
 
-Shape suffixes: Q rows of a pass, N outputs of a layer.
+Shape suffixes: Q rows of a pass, N outputs of a layer, R ranks.
 """
 
 import gc
@@ -27,16 +27,19 @@ from specvlm.parallel import torchrun
 from specvlm.parallel.watchdog import Watch
 
 T = TypeVar("T")
-_JOINED = count()  # in every rank alike
-ROOM = 64  # most rows of a pass of the lean language model
+_JOINED = count()  # groups joined so far; equal on all ranks
+ROOM = 64  # rows of a symmetric buffer: the most rows of a pass of the lean language model
 
 
 @dataclass(frozen=True)
 class SymmetricBuffer:
-    """Memory of all ranks in which they meet, by one width and dtype (see `engine/kernels/fused_all_reduce.py`).
+    """Memory that all ranks can read, for all-reduces of one width and dtype (`engine/kernels/fused_all_reduce.py`).
 
-    shares: (R,) addresses of (2, ROOM, width) rows, each rank's. marks: (R,) addresses of (R, ROOM) int32, by who marked.
-    turns: (ROOM,) int32, meetings of each row so far. held: what the addresses are of.
+    Attributes:
+        shares: (R,) address of each rank's (2, ROOM, width) rows.
+        marks: (R,) address of each rank's (R, ROOM) int32 flags, indexed by the rank that sets them.
+        turns: (ROOM,) int32 number of all-reduces of each row so far.
+        held: Tensors that own the memory.
     """
 
     shares: Tensor
@@ -46,29 +49,29 @@ class SymmetricBuffer:
 
 
 class ProcessGroup:
-    """One process, alone: there is nobody to talk to, and nothing costs anything."""
+    """A group of one process. Its collectives return their input."""
 
     rank = 0
     size = 1
 
     def sum(self, share: Tensor) -> Tensor:
-        """The sum over all ranks, in place, in the tensor's own dtype."""
+        """Sum a tensor over all ranks, in place, in its own dtype."""
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Where ranks may meet to add up (rows, width); None where they cannot."""
+        """Symmetric buffer for a fused all-reduce of (rows, width); None if the GPUs or the size do not allow one."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
-        """(Q, N * ranks): every rank's columns side by side."""
+        """(Q, N * R) concatenated columns of all ranks."""
         return share_QN
 
     def first(self, tensor: Tensor) -> Tensor:
-        """The first rank's, in place on the others."""
+        """Broadcast rank 0's tensor, in place on the other ranks."""
         return tensor
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank; elsewhere it is not called. Pickled, so keep it small and on the host."""
+        """Call `make` on rank 0 only and broadcast its result. Pickled, so keep it small and on the host."""
         return make()
 
 
@@ -76,7 +79,7 @@ SINGLE = ProcessGroup()
 
 
 class ProcessRanks(ProcessGroup):
-    """All processes of torch.distributed's default group, which must be there already."""
+    """All processes of torch.distributed's default group, which must be initialised."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -84,27 +87,29 @@ class ProcessRanks(ProcessGroup):
         self.reach = device.type == "cuda" and self._reach(device)
 
     def _reach(self, device: torch.device) -> bool:
-        """Can all ranks have memory that all of them read? One without it is enough for a no."""
+        """Whether all ranks can allocate memory that all of them can read."""
         others = [n for n in range(self.size) if n != device.index]
         mine = all(torch.cuda.can_device_access_peer(device, other) for other in others)
         if all(self._all(mine)):
             try:
                 self._room(16, torch.float32, device)
-            except RuntimeError:  # no driver or container gives it for certain
+            except RuntimeError:  # some drivers and containers do not support it
                 mine = False
         return all(self._all(mine))
 
     def _all(self, mine: bool) -> list[bool]:
-        told = [False] * self.size
-        dist.all_gather_object(told, mine)
-        return told
+        """Gather a flag from every rank."""
+        flags = [False] * self.size
+        dist.all_gather_object(flags, mine)
+        return flags
 
     def _room(self, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer:
+        """Return the symmetric buffer for a width and dtype; make it on first use."""
         if (width, dtype) not in self.rooms:
             rows = symmetric_memory.empty(2, ROOM, width, dtype=dtype, device=device)
             marks = symmetric_memory.empty(self.size, ROOM, dtype=torch.int32, device=device).zero_()
             torch.cuda.synchronize(device)
-            dist.barrier()  # what follows holds Python still: a rank that died before would be heard of by nobody
+            dist.barrier()  # the rendezvous below holds the GIL: a rank that died before it would go unnoticed
             held = [symmetric_memory.rendezvous(x, dist.group.WORLD.group_name) for x in (rows, marks)]  # type: ignore[union-attr]
             shares, places = (torch.tensor(handle.buffer_ptrs, device=device) for handle in held)
             turns = torch.zeros(ROOM, dtype=torch.int32, device=device)
@@ -116,7 +121,7 @@ class ProcessRanks(ProcessGroup):
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Rooms are made outside of captures, since a step runs once before it is captured, and kept."""
+        """Make and keep a buffer. Never runs during a capture, since a step runs once before it is captured."""
         return self._room(width, dtype, device) if self.reach and rows <= ROOM else None
 
     def gather(self, share_QN: Tensor) -> Tensor:
@@ -129,23 +134,30 @@ class ProcessRanks(ProcessGroup):
         return tensor
 
     def share(self, make: Callable[[], T]) -> T:
-        told = [make() if self.rank == 0 else None]
-        dist.broadcast_object_list(told, 0)
-        return told[0]  # type: ignore[return-value]
+        values = [make() if self.rank == 0 else None]
+        dist.broadcast_object_list(values, 0)
+        return values[0]  # type: ignore[return-value]
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's share of a parameter that Hugging Face has spread over ranks as a DTensor; any other tensor as it is."""
+    """This rank's shard of a DTensor, as which Hugging Face shares parameters; any other tensor as it is."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
 
 
 @contextmanager
 def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[ProcessGroup]:
-    """The ranks that torchrun started, joined for this block: gloo on the CPU, NCCL on GPUs, each of which is one rank's.
+    """Join the ranks that torchrun started: gloo on the CPU, NCCL with one GPU per rank.
 
-    When one of them dies, the others end with one line (see `watch`, also for `save`). Raises UserError for ranks on several
-    machines, and Told on another rank than the first for a mistake of the caller's.
+    If a rank dies, the others exit with a one-line message (see `Watch`).
+
+    Args:
+        device: This rank's device.
+        save: See `Watch`.
+
+    Raises:
+        UserError: The ranks are on several machines.
+        Told: A UserError on a non-zero rank.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():
@@ -153,19 +165,19 @@ def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Proc
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
-        # Multicast gains nothing for few rows, and is not everybody's to use.
+        # Multicast gains nothing for few rows, and not every machine permits it.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     store, _, _ = next(rendezvous("env://"))
-    name = f"specvlm-{next(_JOINED)}"  # a store remembers: words of an earlier block, in the same process, are not for this one
+    name = f"specvlm-{next(_JOINED)}"  # a new prefix, since the store keeps the keys of earlier groups of this process
     watch = Watch(PrefixStore(f"{name}-watch", store.clone()), rank, size, save)
     try:
         shared, backend = PrefixStore(name, store), "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=shared, rank=rank, world_size=size, device_id=device if gpu else None)
         yield ProcessRanks(device)
         watch.ended()
-        gc.collect()  # captured collectives go before what they were captured with, or its end waits for theirs
-        with watch.patience("the ranks cannot part"):
+        gc.collect()  # free captured collectives first, or destroying their process group hangs
+        with watch.patience("the process group does not shut down"):
             dist.destroy_process_group()
     except BaseException as error:
         watch.failed(error)

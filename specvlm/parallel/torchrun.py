@@ -1,4 +1,4 @@
-"""What torchrun tells its processes, by their environment. Needs no torch, so that a mistake is found before it is imported."""
+"""Read the environment variables that torchrun sets. Needs no torch, so that mistakes are reported before it loads."""
 
 import os
 from pathlib import Path
@@ -6,28 +6,30 @@ from tempfile import gettempdir
 
 
 def started() -> bool:
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank_here() -> int:
-    """Of this process; 0 without torchrun."""
+    """Rank of this process; 0 without torchrun."""
     return int(os.environ["RANK"]) if started() else 0
 
 
 def size_here() -> int:
-    """Processes in all; 1 without torchrun."""
+    """Number of processes; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if started() else 1
 
 
 def local_rank() -> int:
-    """Which GPU of this machine is this process's own."""
+    """Index of this process's GPU on this machine."""
     return int(os.environ["LOCAL_RANK"]) if started() else 0
 
 
 def several_machines() -> bool:
+    """Whether the ranks are spread over several machines."""
     return started() and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
 
 
 def nowhere() -> Path | None:
-    """Instead of a run's folder, on all ranks but the first, which alone writes: Hydra makes it, and nobody fills it."""
+    """Empty folder that replaces the run's folder on non-zero ranks, since only rank 0 writes results."""
     return Path(gettempdir()) / f"specvlm-{os.getpid()}" if rank_here() else None

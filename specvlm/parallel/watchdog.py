@@ -1,9 +1,9 @@
-"""What tells a rank that another one is gone: a thread that waits for the other processes of this machine to end.
+"""Watchdog: exits this rank when a peer dies. A thread waits for the other processes on this machine to end.
 
-A collective whose partner died waits for minutes (NCCL's timeout) or for ever (inside a replayed graph), and nothing in Python
-can interrupt it. So this thread ends its own process; the first rank, or the lowest left where that is the dead one, says in
-one line who ended and why. It also hears the SIGTERM that torchrun sends to those that are left, which the main thread, deep in
-a collective, would not, and the end of torchrun itself.
+A collective whose peer died blocks for minutes (NCCL's timeout) or forever (inside a replayed graph), and Python cannot
+interrupt it. So the thread exits its own process. Rank 0, or the lowest rank left if rank 0 died, reports in one line
+which rank ended and why. The thread also handles torchrun's own death, and the SIGTERM that torchrun sends to the
+remaining ranks, which a main thread blocked in a collective would not see.
 """
 
 import contextlib
@@ -17,16 +17,22 @@ from typing import Any, NoReturn
 
 from specvlm.errors import ExitCode, OutOfMemory, UserError
 
-DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # kinds of ending; one that was killed has said none
-PATIENCE_S = 3.0  # between what an end does to a collective, or to torchrun, and the news of whose it was
-HANGS_S = 20.0  # what takes as long does not come back
+DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
+PATIENCE_S = 3.0  # wait for the news of a peer's death, which may come later than its effects
+HANGS_S = 20.0  # a shutdown that takes longer hangs
 
 
 class Watch:
-    """store: torch.distributed's, of a connection of its own. save: called on the first rank where another one runs out of
-    memory; what it returns ends the line. To be made in the main thread, and closed there.
+    """Watches the other ranks and torchrun. Create and close it in the main thread.
 
-    Raises UserError where there is no waiting for the end of a process that is no child: outside Linux.
+    Args:
+        store: A torch.distributed store with a connection of its own.
+        rank: This process's rank.
+        size: Number of ranks.
+        save: Called on rank 0 when another rank runs out of memory, to save results; its text is added to the message.
+
+    Raises:
+        UserError: Not on Linux: elsewhere a process can only wait for its own children.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -39,40 +45,40 @@ class Watch:
         self.there = {os.pidfd_open(pid): other for other, pid in pids.items()}
         self.opened = [self.torchrun, *self.there]
         self.ending = threading.Lock()
-        self.hears, self.tells = os.pipe()
-        os.set_blocking(self.tells, False)
-        # Python's own part of a signal does nothing; the pipe hears of it at once.
+        self.pipe_out, self.pipe_in = os.pipe()
+        os.set_blocking(self.pipe_in, False)
+        # The Python handler does nothing: the signal's number is written to the pipe at once.
         self.handler = signal.signal(signal.SIGTERM, lambda *_: None)
-        self.wakes = signal.set_wakeup_fd(self.tells)
+        self.old_wakeup_fd = signal.set_wakeup_fd(self.pipe_in)
         self.thread = threading.Thread(target=self._wait, daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """Watch no longer, and leave signals as they were."""
-        os.write(self.tells, b"\0")  # no signal's number
+        """Stop watching and restore the signal handlers."""
+        os.write(self.pipe_in, b"\0")  # not a signal's number
         self.thread.join()
-        signal.set_wakeup_fd(self.wakes)
+        signal.set_wakeup_fd(self.old_wakeup_fd)
         signal.signal(signal.SIGTERM, signal.SIG_DFL if self.handler is None else self.handler)
-        for fd in (*self.opened, self.hears, self.tells):
+        for fd in (*self.opened, self.pipe_out, self.pipe_in):
             os.close(fd)
 
     def ended(self, kind: str = DONE, why: str = "") -> None:
-        """For the others, before this process ends: its last word. From now on this rank's own end is its own affair."""
+        """Tell the other ranks how this one ends. From now on the watchdog no longer exits this process."""
         self.ending.acquire(blocking=False)
         self.store.set(f"ended/{self.rank}", f"{kind} {why}")
 
     def failed(self, error: BaseException) -> None:
-        """`ended`, unless another rank's end is behind the error: then the thread says so, and ends this process."""
+        """Call `ended`, unless a dead peer caused the error: then the thread reports that and exits this process."""
         if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
-            self.thread.join(PATIENCE_S)  # it may be what another's end does to a collective
+            self.thread.join(PATIENCE_S)  # a dead peer may have made a collective fail
         if self.rank:
-            self.thread.join(PATIENCE_S)  # the first rank most likely met the same, and says it
+            self.thread.join(PATIENCE_S)  # rank 0 most likely has the same error and reports it
         why = " ".join(str(error).split()) or type(error).__name__
         self.ended(MEMORY if isinstance(error, OutOfMemory) else FAILED, why)
 
     @contextlib.contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """For what may hang: it has a few seconds, then this process ends with a line that says what it was."""
+        """Run a block that may hang. After HANGS_S seconds, exit the process with the message `what`."""
 
         def give_up() -> None:
             os.write(2, f"specvlm: rank {self.rank} of {self.size}: {what}\n".encode())
@@ -87,20 +93,21 @@ class Watch:
             timer.cancel()
 
     def _wait(self) -> None:
+        """Body of the thread: wait for deaths and signals."""
         poll = select.poll()
-        for fd in (self.hears, self.torchrun, *self.there):
+        for fd in (self.pipe_out, self.torchrun, *self.there):
             poll.register(fd, select.POLLIN)
         deadline: float | None = None
         while True:
             events = poll.poll(deadline)
             if not events:
-                self._follow(ExitCode.TERMINATED)  # from outside, not because of another rank
+                self._follow(ExitCode.TERMINATED)  # no peer died, so the SIGTERM came from outside
             for fd, _ in events:
-                if fd == self.hears:
-                    heard = os.read(self.hears, 64)
-                    if 0 in heard:
+                if fd == self.pipe_out:
+                    received = os.read(self.pipe_out, 64)
+                    if 0 in received:
                         return
-                    deadline = 1000 * PATIENCE_S if signal.SIGTERM in heard else deadline
+                    deadline = 1000 * PATIENCE_S if signal.SIGTERM in received else deadline
                     continue
                 poll.unregister(fd)
                 if fd in self.there:
@@ -110,44 +117,48 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Ends this process, if that rank was not done."""
+        """Handle the end of a rank: exit this process unless that rank was done."""
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
-            return  # whoever it followed, this rank will hear of as well
+            return  # after FOLLOWED, this rank will also see the death that the other one followed
         if not kind:
             said = f"rank {rank} of {self.size} died without a word: killed, out of the host's memory, or crashed"
             self._say(f"{said}; the run cannot go on", self.rank < min(self.there.values(), default=self.size))
-        elif rank and self.rank == 0:  # of its own end the first rank speaks itself
-            with self.patience("what was done cannot be saved"):
+        elif rank and self.rank == 0:  # rank 0 reports its own end itself
+            with self.patience("the results so far cannot be saved"):
                 saved = self._saved() if kind == MEMORY else ""
             self._say(f"rank {rank} of {self.size} ended: {why}{saved}; the run cannot go on", True)
         self._follow(ExitCode.LOST)
 
     def _saved(self) -> str:
+        """Save results; returns text for the message."""
         try:
             return self.save()
-        except Exception as error:  # nothing of it shall keep this thread from ending the process
-            return f"; what was done cannot be saved ({' '.join(str(error).split())})"
+        except Exception as error:  # the thread must still exit the process
+            return f"; the results so far cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
+        """How and why a rank ended, from the store; empty if it did not say."""
         key = f"ended/{rank}"
         try:
             kind, _, why = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")
-        except RuntimeError:  # the store was the dead one's
+        except RuntimeError:  # the dead rank hosted the store
             return "", ""
         return kind, why
 
     def _say(self, line: str, mine: bool) -> None:
+        """Print a message, if it is this rank's turn to report."""
         if mine:
             os.write(2, f"specvlm: {line}\n".encode())
 
     def _follow(self, code: int) -> NoReturn:
-        """End this process because of another one's end."""
+        """Exit this process because another one ended."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"ended/{self.rank}", FOLLOWED)
         self._exit(code)
 
     def _exit(self, code: int) -> NoReturn:
+        """Exit at once: other threads may be blocked in a collective."""
         if sys.stdout is not None:
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""What comes from outside, parsed within bounds."""
+"""Parse external input within bounds."""

@@ -1,7 +1,7 @@
-"""Parse what comes from outside into types with bounds: keys of a run, fields of strategies, files.
+"""Check external values against types with bounds: keys of a run, fields of strategies, content of files.
 
-A bound stands beside the type, once: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one has that of its
-type. Keys and fields get their types from Hydra and their bounds from `check`; files get both from `parse`.
+A bound is part of the type: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one gets the default
+bounds of its type. Hydra checks the types of keys and fields, `check` their bounds; `parse` checks both for files.
 """
 
 import json
@@ -13,12 +13,19 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from specvlm.errors import SURROGATE, UserError, line, message
 
-SHOWN = 100  # characters of a value that was not as expected
+SHOWN = 100  # most characters of an unexpected value to show
 
 
 @dataclass(frozen=True)
 class Within:
-    """The bounds of a number. what: it is; above: `low` itself is not allowed."""
+    """Bounds of a number.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value, itself allowed.
+        what: Description for messages, such as "a share"; replaces the wording of the lower bound.
+        above: The value must be larger than `low`.
+    """
 
     low: float
     high: float
@@ -31,7 +38,7 @@ class Within:
             raise ValueError(f"Within({self.low!r}, {self.high!r}): expected two numbers, the lower one first")
 
     def __contains__(self, value: float) -> bool:
-        """NaN is in no bounds."""
+        """Whether the value is within the bounds; False for NaN."""
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
@@ -39,10 +46,12 @@ class Within:
 
     @property
     def least(self) -> str:
+        """Wording of the lower bound, or `what`."""
         return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
 
     @property
     def most(self) -> str:
+        """Wording of the upper bound, or of both after `what`."""
         return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -61,15 +70,22 @@ Seconds = Annotated[float, Within(0, 1e9)]
 
 
 KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # as `check` says it
-INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # of numbers that have no bounds of their own
+INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # bounds of numbers that declare none
 
 
 def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
-    """Hold values, by field, against the bounds in the hints of a dataclass, whose types they have already. Raises UserError
-    naming the key, the value and the bounds. wording: KEY of keys of a run, FIELD of fields of a strategy.
+    """Check values against the bounds in a dataclass's type hints.
+
+    Args:
+        owner: The dataclass.
+        values: Value of each field; their types are correct already.
+        wording: KEY for keys of a run, FIELD for fields of a strategy.
+
+    Raises:
+        UserError: A value is out of bounds; names the key, the value and the bounds.
     """
     for name, hint in get_type_hints(owner, include_extras=True).items():
-        if hint is Any:  # such as a strategy among the keys of a run, which is checked on its own
+        if hint is Any:  # such as a strategy among the keys of a run, which is checked separately
             continue
         for number, bounds in _numbers(values.get(name), hint):
             own = bounds or (INTEGER if isinstance(number, int) else REAL,)
@@ -80,10 +96,15 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
 
 
 def parse(kind: Any, value: Any, where: object) -> Any:
-    """A value that a file holds, as `kind`: a type with bounds, such as a dataclass or a TypedDict.
+    """Validate a value read from a file. Strict about types: "3" and true are not numbers, 3.0 is not an integer.
 
-    Raises UserError, which names `where` and the first part that is not as it should be. No type is stretched: "3" and true
-    are no numbers, and 3.0 is no integer.
+    Args:
+        kind: Type with bounds, such as a dataclass or a TypedDict.
+        value: Plain data, as read from JSON or YAML.
+        where: Name of the file, to begin the message.
+
+    Raises:
+        UserError: The value is not valid; names the first invalid part.
     """
     from pydantic import ValidationError
 
@@ -92,7 +113,7 @@ def parse(kind: Any, value: Any, where: object) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
-    except (TypeError, ValueError, RecursionError) as error:  # what YAML knows and JSON does not
+    except (TypeError, ValueError, RecursionError) as error:  # data that YAML allows and JSON does not
         raise UserError(f"{where} is no plain data ({message(error)})") from None
 
 
@@ -104,7 +125,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def _described(error: Mapping[str, Any]) -> str:
-    """What pydantic found, in our words."""
+    """Reword an error of pydantic."""
     place = ".".join(map(str, error["loc"])) or "content"
     if error["type"] in ("missing", "missing_argument"):
         return f"has no {place!r}"
@@ -116,12 +137,15 @@ def _described(error: Mapping[str, Any]) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or what is annotated."""
+    """Members of a union, also of an annotated one."""
     return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
 
 
 def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
-    """All numbers in a value, with the bounds of its type and those around it; a dataclass in it checks its own."""
+    """Yield each number in a value with its bounds: those of its type and of the enclosing types.
+
+    Nested dataclasses are checked by themselves.
+    """
     if metadata := getattr(hint, "__metadata__", ()):
         around = (*around, *(part for part in metadata if isinstance(part, Within)))
         hint = hint.__origin__

@@ -1,4 +1,4 @@
-"""Read files that somebody else wrote: within bounds, as plain data, with nothing in them carried out or filled in."""
+"""Read untrusted files as plain data, within size limits, without executing or interpolating anything in them."""
 
 import json
 import os
@@ -10,18 +10,23 @@ import yaml
 
 from specvlm.errors import UserError, message
 
-MOST_BYTES = 64 * 2**20  # of a file that is read whole
-MOST_YAML = 2**20
-DEEPEST = 100  # a parser that calls itself ends the process where texts are nested deeply
+MOST_BYTES = 64 * 2**20  # limit of a file that is read as a whole
+MOST_YAML = 2**20  # bytes
+DEEPEST = 100  # limit of nesting, which crashes recursive parsers
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MOST_NODES = 100_000  # of a YAML file, with what aliases stand for counted each time
+MOST_NODES = 100_000  # limit of nodes in a YAML file, with aliases expanded
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A file's content. Raises UserError for a pipe or the like, and if too long; OSError for what cannot be read."""
+    """Read a file of at most `most` bytes.
+
+    Raises:
+        UserError: It is not a regular file, or too long.
+        OSError: It cannot be read.
+    """
     try:
         opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # not a valid file name
         raise UserError(f"{path} is no file ({error})") from None
     with opened as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -33,7 +38,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The same as text. Raises UserError for what is not UTF-8, too."""
+    """Read a UTF-8 text file. Raises like `read_bytes`, and UserError if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -41,7 +46,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def json_of(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, and for what is nested too deeply."""
+    """Parse JSON. Raises ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -49,19 +54,22 @@ def json_of(text: str | bytes) -> Any:
 
 
 def nested(value: Any, most: int = DEEPEST) -> bool:
-    """Are there more than `most` lists and objects in each other? What is read back has to be parsed."""
+    """Whether lists and objects are nested more than `most` deep. Such data could be written, but not parsed again."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return most < 0 or any(nested(part, most - 1) for part in inner)
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file's plain data, interpolations as text. Raises UserError if none, or over MOST_NODES values."""
+    """Read a YAML file as plain data, interpolations as text.
+
+    Raises UserError if it is invalid or has more than MOST_NODES values.
+    """
     text = read_text(path, MOST_YAML)
     try:
         _check_depth(text)
         root = yaml.compose(text, Loader=Loader)
         if root is not None and _size(root, {}) > MOST_NODES:
-            raise UserError(f"{path} comes to more than {MOST_NODES} values, with its aliases")
+            raise UserError(f"{path} has more than {MOST_NODES} values, with its aliases expanded")
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -70,6 +78,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_depth(text: str) -> None:
+    """Raise ValueError if a YAML text is nested more than DEEPEST deep."""
     depth = 0
     for event in yaml.parse(text, Loader=Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -78,10 +87,10 @@ def _check_depth(text: str) -> None:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values below a node, an alias's as often as it stands there. One that holds itself is endless."""
+    """Number of values of a node, with aliases expanded. A node that contains itself counts as more than MOST_NODES."""
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = MOST_NODES + 1  # while it is open
+    known[id(node)] = MOST_NODES + 1  # until it is counted
     inner = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         inner = [part for pair in node.value for part in pair]
@@ -90,7 +99,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def literal(value: Any) -> Any:
-    """The same value as OmegaConf takes it for plain text: `${HOME}` is what somebody wrote, not what it would stand for."""
+    """Escape all texts in a value, so that OmegaConf reads `${HOME}` literally and does not interpolate it."""
     if isinstance(value, dict):
         return {key: literal(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -99,11 +108,11 @@ def literal(value: Any) -> Any:
 
 
 def escaped(text: str) -> str:
-    """Text whose `${` OmegaConf reads as these two characters."""
+    """Escape `${` in a text for OmegaConf."""
     if "${" not in text:
         return text
     head, *tail = text.split("${")
-    for part in tail:  # backslashes before it count, too
+    for part in tail:  # backslashes before `${` must be doubled
         slashes = len(head) - len(head.rstrip("\\"))
         head += "\\" * (slashes + 1) + "${" + part
     return head

@@ -1,1 +1,1 @@
-"""What belongs to the process: settings, interrupts, forked children, tables kept between requests."""
+"""Process-wide state: settings, interrupts, forked children, tensors cached between requests."""

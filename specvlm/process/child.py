@@ -1,4 +1,4 @@
-"""Run what a stranger wrote in a fork of this process: it may loop, crash or take memory, and only the fork ends."""
+"""Run untrusted code in a fork of this process: if it loops, crashes or exhausts memory, only the fork ends."""
 
 import gc
 import os
@@ -11,23 +11,22 @@ from time import monotonic
 
 import psutil
 
-SECONDS = 5  # of the processor: a busy machine takes longer
-PATIENCE = 60.0  # seconds on the clock, for what waits instead of working
-MEMORY = 2**29  # bytes beside what the process has already
-LONGEST = 2**22  # characters of an answer
+SECONDS = 5  # limit of processor time, which does not depend on other load
+PATIENCE = 60.0  # limit of wall time in seconds, for code that waits
+MEMORY = 2**29  # limit of memory in bytes, beyond what the process already uses
+LONGEST = 2**22  # limit of the result in bytes
 
-_ALONE = Lock()  # a lock that another thread holds at a fork is never let go in it: so no two of ours at once
+_ALONE = Lock()  # one fork at a time: a lock that another thread holds during a fork stays locked in the child
 
 
 class ChildError(Exception):
-    """It raised, took too long, or too much; says which."""
+    """The child raised, crashed or exceeded a limit; the message says which."""
 
 
 def in_child(action: Callable[[], str]) -> str:
-    """What `action` returns, called in a fork. Where a system cannot fork, it is called here.
+    """Call `action` in a fork and return its result; in this process if the system cannot fork.
 
-    Costs some milliseconds. The fork may use Python and what is in memory, not CUDA, not torch's threads.
-    Raises ChildError.
+    Takes a few milliseconds. The action must not use CUDA or torch's threads. Raises ChildError.
     """
     if not hasattr(os, "fork"):
         return action()
@@ -53,9 +52,9 @@ def in_child(action: Callable[[], str]) -> str:
 
 
 def _answer(action: Callable[[], str], sink: int) -> None:
-    """The fork's own life; it never returns. The first byte says whether an answer or an error follows."""
+    """Run the action in the child; never returns. The first byte written tells a result from an error."""
     try:
-        gc.disable()  # what it would clear away may wait for a thread, and a fork has none of them
+        gc.disable()  # a finaliser may wait for a thread, and the child has no other threads
         _limit()
         answer = b"=" + action().encode()
     except BaseException as error:
@@ -67,6 +66,7 @@ def _answer(action: Callable[[], str], sink: int) -> None:
 
 
 def _limit() -> None:
+    """Set the child's limits of processor time and memory."""
     import resource
 
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
@@ -78,7 +78,7 @@ def _limit() -> None:
 
 
 def _read(source: int) -> bytes:
-    """All that the fork writes. Raises ChildError where that takes too long, or is too much."""
+    """Read the child's output. Raises ChildError if it takes too long or is too large."""
     parts: list[bytes] = []
     size, end = 0, monotonic() + PATIENCE
     while True:
@@ -91,4 +91,4 @@ def _read(source: int) -> bytes:
         parts.append(part)
         size += len(part)
         if size > LONGEST:
-            raise ChildError(f"it makes more than {LONGEST:,} characters")
+            raise ChildError(f"its output has more than {LONGEST:,} bytes")

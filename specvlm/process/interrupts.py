@@ -1,4 +1,4 @@
-"""Ctrl-C: told from a KeyboardInterrupt that a strategy raises itself, and heard although a strategy catches it."""
+"""Handle Ctrl-C, even if a strategy catches it, and tell it from a KeyboardInterrupt that a strategy raises."""
 
 import os
 import signal
@@ -12,13 +12,18 @@ from specvlm.errors import ExitCode, line
 
 
 class _Names(threading.local):
+    """Names of the strategies that the current thread is in."""
+
     def __init__(self) -> None:
         self.names: list[str] = []
 
 
 class Interrupts:
-    """heard: how often Ctrl-C came since the command began. installed: is anybody listening? names: of the strategies that a
-    thread is in, the innermost last.
+    """Counts presses of Ctrl-C, and knows which strategies each thread is in.
+
+    Attributes:
+        heard: How often Ctrl-C was pressed since the command began.
+        installed: Whether the signal handler is installed.
     """
 
     def __init__(self) -> None:
@@ -27,20 +32,21 @@ class Interrupts:
 
     @property
     def names(self) -> list[str]:
+        """Strategies that the calling thread is in, the innermost last."""
         return self._local.names
 
     @property
     def where(self) -> str:
-        """`` in drafter=tree``, the strategy that the calling thread is in; empty outside of one."""
+        """Text such as `` in drafter=tree``, naming the strategy that the calling thread is in; empty outside."""
         return f" in {line(self.names[-1])}" if self.names else ""
 
     def pressed(self, heard: int) -> bool:
-        """Was Ctrl-C pressed since so many were heard? Where nobody listens, a KeyboardInterrupt is taken for one."""
+        """Whether Ctrl-C was pressed more than `heard` times. Without a handler, any KeyboardInterrupt counts."""
         return self.heard > heard or not self.installed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """In the main thread alone, and only where nobody else listens."""
+        """Install the handler for this block, if in the main thread and if nobody else has installed one."""
         here = threading.current_thread() is threading.main_thread()
         if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
@@ -54,7 +60,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """The first one interrupts. A second one ends the process: the first may have been caught, or its cleaning up hangs."""
+        """Interrupt on the first Ctrl-C. Exit on the second: the first may have been caught, or its cleanup hangs."""
         self.heard += 1
         if self.heard > 1:
             os.write(2, f"specvlm: interrupted{self.where}, and ended at once\n".encode())

@@ -1,4 +1,4 @@
-"""Tensors that are made once a shape and kept from request to request, with copies that tell whether they were written to."""
+"""Cache tensors per shape across requests, with copies to detect and undo writes to them."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -17,10 +17,10 @@ _COPIES: list[tuple[ref[Tensor], Tensor]] = []
 
 
 def remembered(most: int | None = None) -> Callable[[F], F]:
-    """A cached function of shapes, whose tensors are never to be written to. `__wrapped__` makes them anew.
+    """Decorator that caches a function of shapes. Its tensors must not be written to. `__wrapped__` is uncached.
 
     Args:
-        most: how many results are kept; None for all, as captured steps need that know the addresses.
+        most: Number of results to keep. None keeps all, for tensors whose addresses a captured graph holds.
     """
 
     def decorated(made: F) -> F:
@@ -32,19 +32,19 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
 
         @wraps(made)
         def remembering(*shape: Any) -> Any:
-            with _LOCK:  # of two threads that make the same, one would have what is not kept; a graph keeps addresses alone
+            with _LOCK:  # two threads must not make the same entry: a graph would hold the address of the one dropped
                 return kept(*shape)
 
         remembering.cache_clear, remembering.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
-        remembering.__wrapped__ = made  # what varies is made without a copy; torch.compile looks through a cache, too
+        remembering.__wrapped__ = made  # uncached, for shapes that vary; torch.compile unwraps caches too
         return remembering  # type: ignore[return-value]
 
     return decorated
 
 
-@torch.inference_mode()  # else those that a request made cannot be written to
+@torch.inference_mode()  # tensors made in inference mode cannot be written to outside of it
 def restored() -> bool:
-    """Put back what was written to; was there any?"""
+    """Restore cached tensors that were written to; returns whether there were any."""
     with _LOCK:
         _COPIES[:] = [pair for pair in _COPIES if pair[0]() is not None]
         pairs = list(_COPIES)

@@ -1,4 +1,4 @@
-"""The process's settings that requests share, such as torch's default dtype: read, compared and put back."""
+"""Read, compare and restore process-wide settings that requests share, such as torch's default dtype."""
 
 import os
 import signal
@@ -19,17 +19,17 @@ GLOBAL_HOOKS = tuple(
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the process's: how it is read, how it is set again, and whether two values of it are the same."""
+    """A process-wide setting: how to read it, set it, and compare two values."""
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
     same: Callable[[Any, Any], bool] = eq
-    blamed: bool = True  # else it is put back without a word: a video may be read meanwhile, which uses it too
+    blamed: bool = True  # report a change; False restores silently, since reading a video may change it too
 
 
 def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
-    """Tables whose content is put back, whoever holds them."""
+    """Setting made of dicts; their content is restored in place."""
 
     def write(before: list[dict[Any, Any]]) -> None:
         for table, content in zip(found(), before, strict=False):
@@ -40,17 +40,17 @@ def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
 
 
 def _set_device(device: torch.device) -> None:
-    """The CPU is what there is without a default, which is a mode that stays."""
+    """Set torch's default device. For the CPU, set none: a default device would stay as a mode."""
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def modes_entered() -> tuple[int, int]:
-    """How many modes torch is in, of functions and of dispatch."""
+    """Depth of torch's stacks of function modes and dispatch modes."""
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
 def leave_modes(before: tuple[int, int]) -> str:
-    """Leave the modes entered since there were so many; returns what they are called."""
+    """Leave the modes entered since the stacks had the depths `before`; returns a text that names their kinds."""
     functions, dispatch = before
     found = []
     while torch._C._len_torch_function_stack() > functions:
@@ -63,17 +63,19 @@ def leave_modes(before: tuple[int, int]) -> str:
 
 
 def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Has every name its value? New ones may come: modules are imported late, libraries leave notes in the environment."""
+    """Whether all old entries are unchanged. New ones are fine: late imports, libraries' environment variables."""
     return all(now.get(name) == value for name, value in before.items())
 
 
 def _modules() -> dict[str, Any]:
-    """Those of specvlm that are imported: without their entries pickle, pydantic and late imports find others."""
-    found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # the quickest: there are thousands
+    """Imported modules of specvlm. If entries were replaced, pickle, pydantic and late imports would find others."""
+    found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter of thousands
     return {name: sys.modules[name] for name in found if name.partition(".")[0] == "specvlm"}
 
 
 def _signal(number: int) -> Setting:
+    """A signal's handler; only the main thread can set it."""
+
     def write(handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)
@@ -82,11 +84,12 @@ def _signal(number: int) -> Setting:
 
 
 def _stream(name: str) -> Setting:
+    """A standard stream of `sys`."""
     return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream), blamed=False)
 
 
 def _interfaces() -> list[Any]:
-    """Hugging Face's tables of attention functions, where they have been imported."""
+    """Hugging Face's registries of attention functions, if imported."""
     places = (("transformers.modeling_utils", "AttentionInterface"), ("transformers.masking_utils", "AttentionMaskInterface"))
     return [vars(sys.modules[module])[name]._global_mapping for module, name in places if module in sys.modules]
 
@@ -95,7 +98,7 @@ SETTINGS = (
     _tables("attention functions", _interfaces),
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device", torch.get_default_device, _set_device),
-    Setting("torch's modes", modes_entered, leave_modes),  # behind the default device, which is one
+    Setting("torch's modes", modes_entered, leave_modes),  # after the default device, which is a mode too
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
     Setting("torch's threads", torch.get_num_threads, torch.set_num_threads),
     Setting("torch's float32 precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -114,18 +117,20 @@ SETTINGS = (
 
 
 def settings() -> list[Any]:
+    """Read the current values of SETTINGS."""
     return [_read(setting) for setting in SETTINGS]
 
 
 def _read(setting: Setting) -> Any:
+    """Read a setting; None if it cannot be read."""
     try:
         return setting.read()
-    except (OSError, RuntimeError):  # the working directory was removed; torch's older and newer settings are mixed
+    except (OSError, RuntimeError):  # the working directory was removed, or torch's old and new settings were mixed
         return None
 
 
 def set_again(before: Sequence[Any]) -> list[str]:
-    """Undo what differs; returns its names."""
+    """Restore settings that differ; returns the names of those to report."""
     changed = []
     for setting, was in zip(SETTINGS, before, strict=True):
         if (now := _read(setting)) is was or setting.same(was, now):
@@ -138,7 +143,7 @@ def set_again(before: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Around calls into strategies outside of a request: the settings are the same behind them."""
+    """Restore all settings after this block, for calls into strategies outside of a request."""
     before = settings()
     try:
         yield

@@ -1,1 +1,1 @@
-"""What pruners share."""
+"""Building blocks for pruners: clustering, segmentation, budgets."""

@@ -1,25 +1,32 @@
 """Density-peak clustering of a frame's tokens (DPC-kNN), for authors of pruners and mergers.
 
-Rodriguez and Laio, Science 344 (2014); with k nearest neighbours: Du et al., Knowledge-Based Systems 99 (2016). FlashVID,
-FastVID, HoliTom and PruneVid all pick centres by it.
+Rodriguez and Laio, Science 344 (2014); with k nearest neighbours: Du et al., Knowledge-Based Systems 99 (2016).
+FlashVID, FastVID, HoliTom and PruneVid all pick their centres this way.
 
-Shape suffixes: G groups (frames, segments), P tokens of a group, D width.
+Shape suffixes: G groups (frames, segments), P tokens per group, D feature size.
 """
 
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 25  # of a distance matrix held at once
+ENTRIES = 1 << 25  # distances in memory at once
 
 
 def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> Tensor:
-    """(G, P) how well a token serves as a centre: the log of density times distance to anything denser.
+    """Score tokens as cluster centres: log(density * distance to the nearest denser token).
 
-    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest, i itself among them); gamma_i = min
-    d_ij over denser j, for the densest max d_ij. Of equally dense tokens the earlier counts as denser, where the published
-    codes add noise. In logs, since exp(-d^2) of wide features is 0 in float32. Outside of `mask_GP`: -inf.
+    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest, including i itself);
+    gamma_i = min d_ij over denser j, or max d_ij for the densest token. Of equally dense tokens the earlier counts as
+    denser, where the published codes add noise. Computed in logs, since exp(-d^2) underflows to 0 in float32 for wide
+    features. Costs G P^2 D.
 
-    Costs G P^2 D. Groups with fewer than k tokens use those they have.
+    Args:
+        x_GPD: (G, P, D) features.
+        k: Neighbours; groups with fewer tokens use all of them.
+        mask_GP: (G, P) bool, tokens to use; all by default.
+
+    Returns:
+        (G, P) scores in float32; -inf outside of the mask.
     """
     return torch.cat([_scores(_squares(x, m), k) for x, m in _parts(x_GPD, _or_all(x_GPD, mask_GP))])
 
@@ -27,12 +34,20 @@ def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> 
 def cluster(
     x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None = None, capped: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Clusters of each group's masked tokens round its `count_G` best centres.
+    """Cluster each group's tokens around its best centres by `density_scores`. Ties go to the earlier token.
 
-    capped: a group of fewer than k centres takes as many neighbours as centres, as HoliTom and FlashVID do.
+    Costs G P^2 D.
 
-    Returns centres (G, P) bool, and owners (G, P): the place of the nearest centre in the same group; -1 outside of the mask
-    and in groups without a centre. A centre owns itself. Among equals the earlier token leads. Costs G P^2 D.
+    Args:
+        x_GPD: (G, P, D) features.
+        count_G: (G,) number of centres per group.
+        k: Neighbours used for the density.
+        mask_GP: (G, P) bool, tokens to use; all by default.
+        capped: Use at most as many neighbours as the group has centres, as HoliTom and FlashVID do.
+
+    Returns:
+        (G, P) bool, the centres; and (G, P) int64, the index in its group of each token's nearest centre. A centre has
+        itself; -1 outside of the mask and in groups without a centre.
     """
     mask_GP = _or_all(x_GPD, mask_GP)
     centres, owners = [], []
@@ -51,16 +66,18 @@ def cluster(
 
 
 def _or_all(x_GPD: Tensor, mask_GP: Tensor | None) -> Tensor:
+    """The mask, or one of all tokens."""
     return x_GPD.new_ones(x_GPD.shape[:2], dtype=torch.bool) if mask_GP is None else mask_GP
 
 
 def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split features and mask into batches of groups with at most ENTRIES distances."""
     step = max(1, ENTRIES // max(x_GPD.shape[1] ** 2, 1))
     return list(zip(x_GPD.split(step), mask_GP.split(step), strict=True))
 
 
 def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
-    """(G, P, P) squared distances over D; inf where either token is outside of the mask; 0 on the diagonal inside."""
+    """(G, P, P) squared distances divided by D; inf where either token is outside of the mask; 0 on the diagonal."""
     x_GPD = x_GPD.float()
     gram_GPP = x_GPD @ x_GPD.mT
     norm_GP = gram_GPP.diagonal(dim1=1, dim2=2)
@@ -70,6 +87,7 @@ def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
 
 
 def _scores(squares_GPP: Tensor, k: int, most_G1: Tensor | None = None) -> Tensor:
+    """`density_scores` from squared distances. most_G1: (G, 1) limit of k per group."""
     near_GPK = squares_GPP.topk(min(k, squares_GPP.shape[-1]), dim=-1, largest=False).values
     there_GPK = near_GPK.isfinite()
     if most_G1 is not None:

@@ -1,7 +1,7 @@
-"""What the parts of a decoding graph hand each other. Needs torch, little else.
+"""Data types that the parts of a decoding graph exchange. Depends on torch and little else.
 
 Shape suffixes, here and elsewhere: S prompt tokens, N video tokens, K kept video tokens, M tree nodes (root included),
-V vocabulary, F frames, P tokens of one frame, A rotary axes (3 for M-RoPE, 1 otherwise), D width.
+V vocabulary, F frames, P tokens per frame, A rotary axes (3 for M-RoPE, 1 otherwise), D hidden size.
 """
 
 from specvlm.parsing.bounds import Within

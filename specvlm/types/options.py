@@ -1,4 +1,4 @@
-"""What a request asks for."""
+"""Options of one request."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from specvlm.errors import UserError
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """All that is a request's own, beside its prompt. Raises UserError for a value that is not allowed.
+    """Everything that one request sets besides its prompt.
 
     Attributes:
-        max_new_tokens: The answer ends here, or at a stop id.
-        ratio: Share of the video tokens that the drafter does not see, 0..1; 1 leaves it the text alone.
-        positions: The drafter's rotary positions, `original` (of the full prompt) or `reindexed` (contiguous, as the paper's
-            code has them).
-        seed: Of everything that is drawn for this request.
-        repetition_penalty: None: as the target's checkpoint has it; 1 turns it off.
-        stop_ids: None: those of the target's checkpoint.
-        record: Hand out the target's attention to the video, too.
+        max_new_tokens: Most tokens to generate; a stop id ends the answer earlier.
+        ratio: Share of the video tokens hidden from the drafter, 0..1. At 1 it sees only the text.
+        positions: Rotary positions of the drafter: `original` (those of the full prompt) or `reindexed` (contiguous, as
+            in the paper's code).
+        seed: Seed of every random draw for this request.
+        repetition_penalty: None uses the value of the target's checkpoint; 1 turns it off.
+        stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.
+        record: Also return the target's attention to the video (`Step.attention`).
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -41,11 +44,11 @@ class GenerationOptions:
             raise UserError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
-        """What a caller asks for: other options, these with another number of tokens, or these."""
+        """Resolve a caller's argument: an int replaces `max_new_tokens`, options replace these, None keeps these."""
         if options is None:
             return self
         return replace(self, max_new_tokens=options) if isinstance(options, int) else options
 
     def stop_ids_or(self, own: frozenset[int]) -> frozenset[int]:
-        """Those that end the answer. own: the target's."""
+        """Return the token ids that end the answer. own: the target's, used when the request sets none."""
         return own if self.stop_ids is None else self.stop_ids

@@ -1,4 +1,4 @@
-"""A round as it happened."""
+"""Record of one decoding round."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,18 +11,20 @@ from specvlm.types.video import KeepSet
 
 @dataclass(frozen=True)
 class Step:
-    """One round as it happened: the guesses, the target's word on them, and what was added to the output.
+    """One decoding round: the draft tree, the verdict on it, and the tokens it adds to the output.
 
     Attributes:
-        tokens: What the round adds to the output, its stop id included, never past a stop id or the limit. Round 0 is the
-            prefill: one token, nothing drafted.
-        tree: The guesses as they were checked, on the host; None where nothing was drafted.
-        verdict: What the rule made of them, before the output was cut.
-        times_s: Seconds by part, of embed, prefill, prune, draft_prefill, draft, verify, and capture where the engine met a
-            new shape; they add up to the time since the step before.
-        keep: What the drafter sees, in the step that started it.
-        attention: (N,) what the target's question attends to, in the same step, where a request asks to `record` it.
-        lossless: Does the rule claim to be? What a lossy one accepts says nothing of the target's own choice.
+        tokens: Tokens added to the output, cut at the token limit and after the first stop id (which is included).
+            Round 0 is the prefill: one token, nothing drafted.
+        tree: The verified draft tree, on the host. None when nothing was drafted.
+        verdict: The verifier's verdict, before the output was cut.
+        times_s: Seconds per stage since the previous step: embed, prefill, prune, draft_prefill, draft, verify, and
+            capture when the engine met a new shape.
+        keep: Video tokens that the drafter sees. Set only in the first drafted step.
+        attention: (N,) attention of the question to each video token in the target, set in the same step if the request
+            has `record`.
+        lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
+            target would have chosen.
     """
 
     tokens: tuple[int, ...]
@@ -35,32 +37,32 @@ class Step:
 
     @property
     def drafted(self) -> int:
-        """Guesses that were checked."""
+        """Number of guesses verified."""
         return len(self.tree) - 1 if self.tree else 0
 
     @property
     def depth(self) -> int:
-        """Most guesses on one path."""
+        """Depth of the draft tree: the most guesses on one path."""
         return max(self.tree.depths) if self.tree else 0
 
     @property
     def accepted(self) -> int:
-        """Guesses that the rule took, before the output was cut."""
+        """Number of guesses accepted, before the output was cut."""
         return self.verdict.accepted if self.verdict else 0
 
     @property
     def full(self) -> bool:
-        """Was the round's output not cut by a stop id or the limit?"""
+        """Whether the round's output is complete, not cut by a stop id or the token limit."""
         return self.verdict is None or len(self.tokens) == self.verdict.accepted + 1
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of the accepted guesses (`DraftTree.ranks_on`)."""
+        """Rank of each accepted guess among its siblings (see `DraftTree.ranks_on`)."""
         return self._ranks_and_widths[0]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many guesses were tried behind the root, and behind each accepted one."""
+        """Number of guesses tried below the root and below each accepted guess."""
         return self._ranks_and_widths[1]
 
     @cached_property
@@ -71,5 +73,5 @@ class Step:
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """Guesses behind the accepted ones that the target did not take (`DraftTree.refused`), of a round that was not cut."""
+        """Rejected best guesses after the accepted ones (see `DraftTree.refused`); empty if the output was cut."""
         return self.tree.refused(self.verdict.path) if self.tree and self.verdict and self.full else ()

@@ -1,4 +1,4 @@
-"""Guesses as a tree, and what the target made of them.
+"""Draft trees and the verifier's verdict on them.
 
 Shape suffixes: M tree nodes (root included), V vocabulary.
 """
@@ -22,16 +22,17 @@ from specvlm.parsing.files import json_of, read_bytes
 from specvlm.process.memo import remembered
 
 T = TypeVar("T")
-MOST_GUESSES, DEEPEST = 1024, 128  # of a tree: far more than ever paid
-LONGEST_FILE = 1_000_000  # bytes of a tree as JSON
+MOST_GUESSES, DEEPEST = 1024, 128  # limits of a tree, far above any size that was ever worth its cost
+LONGEST_FILE = 1_000_000  # bytes of a tree stored as JSON
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """A static draft tree as data: parents (M,) with parents[i] < i and node 0 the root, rank[i] = how good a child.
+    """Shape of a static draft tree, without tokens. It is fixed for a session; derived values are cached on the host.
 
-    Node i is the `rank[i]`-th best guess of the drafter below its parent. Everything else is derived and cached on
-    the host, since the shape is fixed for a session.
+    Attributes:
+        parents: (M,) parent of each node, parents[i] < i. Node 0 is the root, with parent -1.
+        ranks: (M,) node i is the drafter's `ranks[i]`-th best guess below its parent, counted from 0.
     """
 
     parents: tuple[int, ...]
@@ -39,7 +40,11 @@ class TreeShape:
 
     @classmethod
     def from_paths(cls, paths: list[list[int]]) -> TreeShape:
-        """From nodes written as the ranks on the way down, e.g. [[0], [1], [0, 0]]; every prefix must be there."""
+        """Build a shape from its nodes, each written as the ranks on its path from the root: [[0], [1], [0, 0]].
+
+        Raises:
+            ValueError: A node's parent is missing, a rank is not a whole number from 0, or the tree is too large.
+        """
         try:
             _check_size(len(paths), max(map(len, paths), default=0))
             ordered = sorted({tuple(map(_rank, path)) for path in paths}, key=lambda p: (len(p), p))
@@ -53,7 +58,12 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """`paper`, `chain:5`, `4x2x1` (children of every node, a number a level), a list of nodes, or a .json file of one."""
+        """Parse `paper`, `chain:5`, `4x2x1` (children per node of each level), a list of nodes, or a .json file of one.
+
+        Raises:
+            ValueError: The text is none of these, or the tree is too large.
+            UserError: The .json file cannot be read as one.
+        """
         if text == "paper":
             return cls.from_paths(PAPER_TREE)
         head, _, tail = text.partition(":")
@@ -79,20 +89,22 @@ class TreeShape:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """(M,) depth of each node; the root has 0."""
         return depths_of(self.parents)
 
     @property
     def depth(self) -> int:
+        """Depth of the deepest node."""
         return max(self.depths)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Children of each node, best first."""
+        """Child nodes of each node, best first."""
         return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n])) for nodes in children_of(self.parents))
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Nodes that have children, by depth: each level is one forward pass of the drafter."""
+        """Inner nodes of each depth. Expanding one level takes one forward pass of the drafter."""
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
@@ -100,7 +112,7 @@ class TreeShape:
 
 @lru_cache(256)
 def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """How many nodes lie above each."""
+    """Depth of each node; the root has 0."""
     depths = [0]
     for parent in parents[1:]:
         depths.append(depths[parent] + 1)
@@ -108,7 +120,7 @@ def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def children_of(parents: tuple[int, ...]) -> list[list[int]]:
-    """Children of each node, in the order of their numbers."""
+    """Child nodes of each node, in ascending order."""
     below: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], start=1):
         below[parent].append(node)
@@ -116,13 +128,14 @@ def children_of(parents: tuple[int, ...]) -> list[list[int]]:
 
 
 def _check_size(guesses: int, depth: int) -> None:
+    """Raise ValueError for a tree beyond the limits."""
     if guesses > MOST_GUESSES or depth > DEEPEST:
         most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
         raise ValueError(f"the shape of a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
 
 
 def _json(text: str) -> object:
-    """What a text or the .json file of that name holds; None where that is no JSON, or cannot be read."""
+    """Parse JSON text, or the .json file that the text names. Returns None if it is not JSON or cannot be opened."""
     try:
         return json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
     except UserError:
@@ -132,12 +145,12 @@ def _json(text: str) -> object:
 
 
 def _number(text: str) -> int:
-    """A whole number in plain digits; 0 for anything else."""
+    """Parse a whole number written in plain digits; 0 for anything else."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def _rank(value: object) -> int:
-    """Raises TypeError for what is no whole number."""
+    """Return `value` if it is an int, else raise TypeError."""
     if type(value) is not int:
         raise TypeError(value)
     return value
@@ -152,12 +165,16 @@ PAPER_TREE += [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0, 0], [0, 0,
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """Guesses of one round. tokens (M,), parents (M,) with parents[i] < i; node 0 is the last accepted token.
+    """Draft tree of one round. Node 0 is the last accepted token.
 
-    q: (M, V) the distribution each node's children were drawn from, in the order of their numbers and without
-    replacement (rows of leaves are unused); None when children are not random given the context (top-k, look-up).
-    varies: another shape comes in the next round, of as many nodes: what is kept or captured for a shape would be kept in vain.
-    ranks: which of its parent's best guesses each node is, from 0; None: siblings come best first, without a gap.
+    Attributes:
+        tokens: (M,) token of each node.
+        parents: (M,) parent of each node, parents[i] < i.
+        q: (M, V) distribution that each node's children were drawn from, without replacement, in the order of their
+            numbers. Rows of leaves are unused. None when the children are not random (top-k, prompt lookup).
+        varies: The shape changes every round while the number of nodes stays the same: skip shape-keyed caches.
+        ranks: (M,) rank of each node among its parent's best guesses, from 0. None: siblings are listed best first,
+            without gaps.
     """
 
     tokens: Tensor
@@ -170,32 +187,38 @@ class DraftTree:
         return len(self.parents)
 
     def to(self, device: torch.device) -> DraftTree:
-        """Itself, where it is there already."""
+        """Move the tree to a device; returns `self` if it is there already."""
         if self.tokens.device == device and (self.q is None or self.q.device == device):
             return self
         q = None if self.q is None else self.q.to(device)
         return DraftTree(self.tokens.to(device), self.parents, q, self.varies, self.ranks)
 
     def on_host(self) -> DraftTree:
-        """A copy for the record. Of `q` only that there is one."""
+        """Copy the tree to the host for a `Step`. An empty `q` marks that there was one."""
         q = None if self.q is None else torch.empty(len(self), 0)
         return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, q, self.varies, self.ranks)
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """(M,) depth of each node; the root has 0."""
         return depths_of(self.parents)
 
     def way_to(self, node: int) -> tuple[int, ...]:
-        """The nodes from the root to `node`, both included."""
+        """Return the nodes on the path from the root to `node`, both included."""
         way = [node]
         while self.parents[way[-1]] >= 0:
             way.append(self.parents[way[-1]])
         return tuple(reversed(way))
 
     def ranks_on(self, path: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What a path of accepted nodes, root first, tells of the draft: the rank of each guess on it, and for each node of
-        the path how many guesses were tried behind it, the best ones without a gap. Nothing where guesses were drawn: they
-        have no rank.
+        """Ranks and widths along a path of accepted nodes, for statistics of the draft.
+
+        Args:
+            path: Accepted nodes, root first.
+
+        Returns:
+            The rank of each guess on the path, and for each node of the path how many of the best guesses below it were
+            tried without a gap. Both are empty where guesses were drawn at random: those have no rank.
         """
         if self.q is not None:
             return (), ()
@@ -206,9 +229,10 @@ class DraftTree:
         return tuple(of[node] for node in path[1:]), tuple(widths)
 
     def refused(self, path: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens of the line of best guesses behind the last node of a path of accepted ones: what the target would not have.
+        """Tokens of the best guesses that follow an accepted path and were rejected.
 
-        Nothing where that node is a leaf. Where guesses were drawn, the first drawn is taken for the best.
+        Follows the best child from the last node of `path` down to a leaf; empty if that node is a leaf. Where guesses
+        were drawn at random, the first one drawn counts as the best.
         """
         line, last, below = [], path[-1], children_of(self.parents)
         while below[last]:
@@ -218,17 +242,17 @@ class DraftTree:
 
     @cached_property
     def mask(self) -> Tensor:
-        """(M, M) bool on the host: may row attend column? A node sees itself and its ancestors, never a sibling."""
+        """(M, M) bool attention mask on the host: a node (row) attends to itself and its ancestors, not to siblings."""
         return self.kept(ancestor_mask)(self.parents)
 
     def kept(self, made: Callable[..., T]) -> Callable[..., T]:
-        """A cached function of shapes; without its cache where this shape will not come back."""
+        """Return `made`, a cached function of shapes; bypass its cache if the shape changes every round."""
         return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 
 @remembered(64)
 def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
-    """(M, M) bool, not to be written to: which nodes, itself among them, lie above a node."""
+    """(M, M) bool, read-only: entry (i, j) is set if j is i or an ancestor of i."""
     mask = torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -238,12 +262,17 @@ def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the target made of a tree. path: accepted nodes, root first, on the host; bonus: the target's own next token."""
+    """The verifier's decision on a draft tree.
+
+    Attributes:
+        path: Accepted nodes, root first, on the host.
+        bonus: The target's own next token after them.
+    """
 
     path: tuple[int, ...]
     bonus: int
 
     @property
     def accepted(self) -> int:
-        """Accepted draft tokens, the bonus token not counted (the paper's tau)."""
+        """Number of accepted draft tokens, not counting the bonus token (tau in the paper)."""
         return len(self.path) - 1

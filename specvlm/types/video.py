@@ -1,6 +1,6 @@
-"""A video as tokens, a request about it, and which of the tokens the drafter sees.
+"""Video token grids, prompts, and the set of video tokens that the drafter sees.
 
-Shape suffixes: S prompt tokens, N video tokens, K kept video tokens, E entries of a merger.
+Shape suffixes: S prompt tokens, N video tokens, K kept video tokens, E entries of a merge.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How the tokens of one video lie in time and space, after the model's own merger.
+    """Layout of one video's tokens in time and space, after the vision tower's own merging.
 
-    `newline` counts tokens that follow the last frame and belong to none (LLaVA-OneVision appends one); they are
-    video tokens like the others, last in the order, and can be dropped.
+    Attributes:
+        frames: Frames of the grid.
+        height: Rows of tokens per frame.
+        width: Columns of tokens per frame.
+        newline: Tokens after the last frame that belong to no frame (LLaVA-OneVision appends one). They count as video
+            tokens, come last, and can be dropped.
     """
 
     frames: int
@@ -32,21 +36,28 @@ class TokenGrid:
 
     @property
     def per_frame(self) -> int:
+        """Tokens per frame."""
         return self.height * self.width
 
     @property
     def cells(self) -> int:
+        """Tokens of all frames, without newline tokens."""
         return self.frames * self.per_frame
 
 
 @dataclass(frozen=True, eq=False)
 class VideoPrompt:
-    """One request: tokens with every placeholder expanded, and the pixels that belong to them.
+    """One prompt: token ids with every placeholder expanded, and the pixels that belong to them.
 
-    tokens (S,) int64 on the host; video_index (N,) the slots of all video tokens, ascending, over all videos;
-    grids one a video, lengths adding up to N; videos / images: what the family's vision tower wants, one entry each
-    (a dict of tensors; a video from a file has its `origin` there too, a `specvlm.video.codec.Origin`). Text must
-    follow the last video token, since that text is what scores the video.
+    Text must follow the last video token, since the attention of that text scores the video tokens.
+
+    Attributes:
+        tokens: (S,) int64, on the host.
+        video_index: (N,) slots of all video tokens, ascending, over all videos.
+        grids: One per video; their lengths add up to N.
+        videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also
+            has its `origin`, a `specvlm.video.codec.Origin`.
+        images: One dict of tensors per image.
     """
 
     tokens: Tensor
@@ -63,7 +74,7 @@ class VideoPrompt:
         return len(self.tokens)
 
     def copy(self, pixels: bool = True) -> VideoPrompt:
-        """One that shares nothing with this; without `pixels` one that has none."""
+        """Copy the prompt and its tensors. pixels: False leaves out the videos and images."""
 
         def of(value: Any) -> Any:
             return value.clone() if isinstance(value, Tensor) else copy(value)
@@ -76,11 +87,11 @@ class VideoPrompt:
 
     @property
     def cut(self) -> int:
-        """First slot of the text after the last video; 0 without a video. The prefill is split here."""
+        """First slot of the text after the last video, where the prefill is split. 0 without a video."""
         return int(self.video_index[-1]) + 1 if len(self.video_index) else 0
 
     def kept_slots(self, index_K: Tensor) -> Tensor:
-        """Slots of the prompt that stay when only the video tokens `index_K` do; ascending."""
+        """Prompt slots that remain when only the video tokens `index_K` are kept; ascending, on the host."""
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[self.video_index] = False
         keep[self.video_index[index_K.cpu()]] = True
@@ -89,11 +100,17 @@ class VideoPrompt:
 
 @dataclass(frozen=True, eq=False)
 class KeepSet:
-    """Which of `total` video tokens the drafter sees: sorted, unique, in range. Empty means a text-only drafter.
+    """Video tokens that the drafter sees. Empty means a text-only drafter.
 
-    pool: for mergers, a sparse (K, N) matrix with rows that sum to 1, applied to the drafter's own features; row k
-    stands at the position of token index[k]. None is plain selection. note: one line that the user should read, such as what
-    the pruner did where its signal told it nothing.
+    Attributes:
+        index: (K,) int64 indices of the kept tokens: sorted, unique, within 0..total-1.
+        total: N, the number of video tokens.
+        pool: For merging, a sparse (K, N) matrix whose rows sum to 1, applied to the drafter's own features; row k
+            takes the position of token index[k]. None: plain selection.
+        note: One line to show the user, such as what the pruner did when its signal was uninformative.
+
+    Raises:
+        ValueError: `index` or `pool` breaks one of these rules.
     """
 
     index: Tensor
@@ -114,19 +131,29 @@ class KeepSet:
         return len(self.index)
 
     def cpu(self) -> KeepSet:
+        """Copy the keep set to the host."""
         return KeepSet(self.index.cpu(), self.total, None if self.pool is None else self.pool.cpu(), self.note)
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:
-        """Tokens that stay when the share `ratio` is dropped: floor(N (1 - ratio)), for N below 2^22.
+        """Number of tokens kept when the share `ratio` is dropped: floor(N (1 - ratio)), for N below 2^22.
 
-        Free of the error of 1 - 0.9 in binary: of 480 tokens 48 stay, where the released SpecVLM's int(480 * (1 - 0.9)) is 47.
+        Corrects the binary rounding of 1 - 0.9: keeps 48 of 480 tokens, where the released SpecVLM's
+        int(480 * (1 - 0.9)) gives 47.
         """
         return math.floor(total * (1 - ratio) + 1e-9)
 
     @classmethod
     def top(cls, scores_N: Tensor, budget: int) -> KeepSet:
-        """The `budget` highest scores; among equals the earlier token wins, on every device."""
+        """Keep the `budget` tokens with the highest scores. Ties go to the earlier token, on every device.
+
+        Args:
+            scores_N: (N,) score of each video token.
+            budget: Tokens to keep.
+
+        Raises:
+            ValueError: A score is NaN.
+        """
         if bool(scores_N.isnan().any()):
             raise ValueError(f"cannot rank {len(scores_N)} video tokens: {int(scores_N.isnan().sum())} of their scores are NaN")
         order = scores_N.sort(descending=True, stable=True).indices
@@ -134,24 +161,30 @@ class KeepSet:
 
     @classmethod
     def uniform(cls, total: int, budget: int, device: torch.device | str = "cpu") -> KeepSet:
-        """`budget` tokens at linspace(0, total - 1), cut to whole numbers; one token is the first.
+        """Keep `budget` evenly spaced tokens: linspace(0, total - 1) rounded down. A budget of 1 keeps token 0.
 
-        In integers, since a float linspace cut to int64 depends on how its last bit was rounded.
+        Uses integer arithmetic, since truncating a float linspace depends on how its last bit was rounded.
         """
         return cls(torch.arange(budget, device=device) * (total - 1) // max(budget - 1, 1), total)
 
     @classmethod
     def merge(cls, owner_E: Tensor, source_E: Tensor, weight_E: Tensor, total: int) -> KeepSet:
-        """A merger's keep set: token `owner` stays where it is and becomes the weighted mean of its sources.
+        """Merge tokens: each owner keeps its position and becomes the weighted mean of its sources.
 
-        Entry e says that `source_E[e]` counts with `weight_E[e]` (not negative) towards `owner_E[e]`; entries of one pair add
-        up, each owner's weights are scaled to sum to 1. A source may have several owners or none (it is dropped then), an
-        owner need not be a source of itself; one whose weights are all 0 keeps its own feature. An owner below 0 is no entry.
+        Entries for the same (owner, source) pair add up, and each owner's weights are scaled to sum to 1. A source may
+        have several owners; one without an owner is dropped. An owner need not be among its own sources. An owner whose
+        weights are all 0 keeps its own feature.
+
+        Args:
+            owner_E: (E,) token that entry e contributes to; entries below 0 are ignored.
+            source_E: (E,) token that contributes.
+            weight_E: (E,) weight of the contribution, not negative.
+            total: N, the number of video tokens.
         """
         there_E = owner_E >= 0
         owner_E, source_E, weight_E = owner_E[there_E], source_E[there_E], weight_E[there_E].double()
         index_K, row_E = owner_E.unique(return_inverse=True)
-        # index_add_ would add in another order each time on a GPU.
+        # index_add_ adds in a nondeterministic order on a GPU.
         sum_K = weight_E.new_zeros(len(index_K)).index_put_((row_E,), weight_E, accumulate=True)
         row_E = torch.cat([row_E, torch.arange(len(index_K), device=row_E.device)])
         weight_E = torch.cat([weight_E / torch.where(sum_K > 0, sum_K, 1)[row_E[: len(weight_E)]], (sum_K <= 0).double()])
@@ -162,4 +195,5 @@ class KeepSet:
 
     @classmethod
     def everything(cls, total: int, device: torch.device | str = "cpu") -> KeepSet:
+        """Keep all `total` video tokens."""
         return cls(torch.arange(total, device=device), total)
