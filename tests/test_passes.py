@@ -156,11 +156,11 @@ class FailingSession(DraftSession):
 
 FAULTS = {
     "raises": "no",
-    "target": "a cache that it did not take for itself",
-    "seen": r"sees \(2, 2\)",
+    "target": "a cache that the session did not take",
+    "seen": r"must be \(2, 2\)",
     "slots": "its cache has 256",
     "tokens": r"\(Q,\) int64",
-    "depths": "2 rows has so many depths, got 1",
+    "depths": "2 rows needs 2 depths, got 1",
     "item": "wanted a Pass or a call of a Routine",
     "endless": "asks for more than 30 passes in a round",
 }

@@ -113,12 +113,18 @@ class Drafter(Strategy, ABC):
 
     @property
     def fixed(self) -> TreeShape | None:
-        """Shape of every tree, or None if it varies. Ranks without a draft model receive only the tokens of a fixed tree."""
+        """Shape of every tree, or None if it varies.
+
+        Of a fixed tree, only the tokens are sent to ranks without a draft model.
+        """
         return None
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a round writes to the drafter's cache. Exceeds `max_nodes` if the tree is grown and then cut back."""
+        """Most rows that a round writes to the drafter's cache.
+
+        Exceeds `max_nodes` for a tree that is grown and then cut back.
+        """
         return self.max_nodes
 
     @property

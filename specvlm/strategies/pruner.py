@@ -176,7 +176,7 @@ class Pruner(Strategy, ABC):
 
     @property
     def draft_layers(self) -> int:
-        """Number of drafter layers to run over the unpruned video, for signals of the drafter. 0 without such signals."""
+        """Number of drafter layers to run over the unpruned video for signals of the drafter; 0 without these."""
         return 0
 
     def state_layer(self, layers: int) -> int:

@@ -40,5 +40,5 @@ def signal_of(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
     """Look up a signal. Raises ValueError if the strategy (`whose`, such as "pruner") does not name it in `needs`."""
     if name not in signals:
         there = ", ".join(sorted(signals)) or "none"
-        raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the {whose}')
+        raise ValueError(f'signal "{name}" is not available (available: {there}): add it to the `needs` of the {whose}')
     return signals[name]
