@@ -20,7 +20,8 @@ class Sample:
 
     Attributes:
         id: Stable identifier within the data set.
-        video: A file, or a function that returns a clip of all frames. Opened or called only when the sample is decoded.
+        video: A file, or a function that returns a clip of all frames. Opened or called only when the sample is
+            decoded.
         question: The full question as put to the model, including the options of a multiple choice.
         answer: The right answer; None if unknown.
         options: The possible answers, in the form that `answer` has.

@@ -229,7 +229,8 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
         root: The last accepted token.
         most: The drafter's `max_nodes` when the request began, which sized the caches.
         vocabulary: Size of the target's vocabulary.
-        ours: True for a session of specvlm's own. On a GPU its tokens are not touched, since each change costs a launch.
+        ours: True for a session of specvlm's own. On a GPU its tokens are not touched, since each change costs a
+            launch.
 
     Raises:
         StrategyError: The proposal is not a valid tree.

@@ -68,7 +68,8 @@ class VerifyContext:
             size; None otherwise.
         hidden_MD: (M, D) The target's last hidden states of the nodes. None unless the verifier sets `reads_hidden`,
             and without a video or without guesses.
-        video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None as `hidden_MD`.
+        video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None as
+            `hidden_MD`.
     """
 
     tree: DraftTree
@@ -153,15 +154,15 @@ class Verifier(Strategy, ABC):
     def decide(self, ctx: VerifyContext) -> Tensor:
         """Verify a tree on the device, without reading a tensor on the host.
 
-        Control flow may depend on the shape of the tree, never on the value of a tensor. Keep tensors that are built from
-        the shape alive (functools.cache) unless `tree.varies`, since a captured step refers to them by address.
+        Control flow may depend on the shape of the tree, never on the value of a tensor. Keep tensors that are built
+        from the shape alive (functools.cache) unless `tree.varies`, since a captured step refers to them by address.
 
         Args:
             ctx: The tree and the target's logits.
 
         Returns:
-            (2,) integers on the device: the last accepted node, and the target's next token after it. The token is -1 if
-            the logits give no distribution.
+            (2,) integers on the device: the last accepted node, and the target's next token after it. The token is -1
+            if the logits give no distribution.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
 
