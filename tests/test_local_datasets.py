@@ -516,7 +516,7 @@ def test_bad_folders_of_frames_end_with_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no frames"):
         read_frames(folder, 3)
     Image.new("RGB", (16, 8)).save(folder / "1.png")
-    with pytest.raises(UserError, match="wanted frames a second above 0, got fps=0"):
+    with pytest.raises(UserError, match="wanted frames per second above 0, got fps=0"):
         read_frames(folder, 0)
     with pytest.raises(UserError, match="is a file, not a folder of frames"):
         read_frames(folder / "1.png", 3)
