@@ -62,7 +62,7 @@ def test_the_moving_cells_win_over_a_still_background(tmp_path, options, share):
     ctx = context(Origin(str(draw(tmp_path / "moving.mp4", options)), INDEX), 40)
     keep = CodecPruner(share).select(ctx).index
     assert len(keep) == 40
-    for index in keep[(keep >= GRID.per_frame) & (keep < GRID.cells)].tolist():  # the first frame has the bytes of the key frame
+    for index in keep[(keep >= GRID.per_frame) & (keep < GRID.cells)].tolist():  # frame 0 has the key frame's bytes
         frame, row, column = index // 64, index // 8 % 8, index % 8
         first, last = place(4 * frame - 1), place(4 * frame + 3) + SQUARE
         assert row in (3, 4) and first // 32 <= column <= last // 32, (frame, row, column)
