@@ -1,6 +1,7 @@
 """Keep the video tokens that are least similar to a few pivots.
 
-Shape suffixes: N video tokens, T tokens of the text after the video, V video pivots, X text pivots, P pivots, D width.
+Symbols and shape suffixes: B budget, N video tokens, T tokens of the text after the video, V video pivots, X text
+pivots, P pivots, D width.
 """
 
 from __future__ import annotations

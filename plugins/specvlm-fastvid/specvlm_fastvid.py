@@ -1,7 +1,7 @@
 """FastVID: keep salient tokens of every frame, and anchors that gather the other tokens of a segment.
 
-Shape suffixes: N video tokens of one video, F frames, P tokens of one frame, G anchor frames, C anchors of an anchor
-frame, T tokens that anchors gather, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, P tokens of one frame, G anchor frames, C
+anchors of an anchor frame, T tokens that anchors gather, D width.
 """
 
 import math

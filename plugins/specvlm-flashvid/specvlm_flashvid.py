@@ -1,7 +1,7 @@
 """FlashVID: keep diverse tokens of every frame, and merge the rest along trees over time.
 
-Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame,
-S segments, L links, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P
+tokens of one frame, S segments, L links, D width.
 """
 
 import math

@@ -1,7 +1,7 @@
 """HoliTom: split time optimally, merge static cells over each window, and keep the rest by saliency.
 
-Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, W windows, P tokens of
-one frame, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, W
+windows, P tokens of one frame, D width.
 """
 
 from dataclasses import dataclass

@@ -18,9 +18,10 @@ PICKS = ("first", "medoid")
 class KeyframePruner(Pruner):
     """Keep one frame of every scene in full, and leave the rest to the text. Inspired by CMVC (arXiv 2408.08093).
 
-    The video is cut into ceil(B / P) scenes, with P tokens per frame, at the least similar neighbouring frames (cosine
-    of mean features; ties go to the earlier cut), as METok (arXiv 2506.02850) cuts its events. If the budget does not
-    hold all key frames whole, the one of the shortest scene (of equally short ones the last) is thinned out evenly.
+    The video is cut into ceil(B / P) scenes, for a budget B and P tokens per frame, at the least similar neighbouring
+    frames (cosine of mean features; ties go to the earlier cut), as METok (arXiv 2506.02850) cuts its events. If the
+    budget does not hold all key frames whole, the one of the shortest scene (of equally short ones the last) is thinned
+    out evenly.
 
     Deviations: CMVC codes a video as key frames and text, and a trained model generates the frames between. Only the
     idea is used that key frames and text are enough. CMVC, too, finds key frames by cosine, of CLIP features and to the

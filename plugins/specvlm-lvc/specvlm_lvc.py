@@ -1,6 +1,6 @@
 """LVC: pool every segment to one frame, weighting frames by the question's attention.
 
-Shape suffixes: N video tokens of one video, F frames, P tokens of one frame.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, P tokens of one frame.
 """
 
 from dataclasses import dataclass

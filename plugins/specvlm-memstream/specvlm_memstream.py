@@ -1,7 +1,7 @@
 """MemStream: keep patches that changed, from the frames that two retrievals rank highest.
 
-Shape suffixes: N video tokens of one video, X experts, F frames, E = F - 1 pairs of neighbouring frames, P tokens of
-one frame, U units that are ranked (frames or tokens).
+Symbols and shape suffixes: B budget, N video tokens of one video, X experts, F frames, E = F - 1 pairs of neighbouring
+frames, P tokens of one frame, U units that are ranked (frames or tokens).
 """
 
 from dataclasses import dataclass

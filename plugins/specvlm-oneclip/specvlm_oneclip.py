@@ -1,6 +1,6 @@
 """OneClip-RAG: cut the video into clips around the peaks of its relevance, and keep frames of the best clips.
 
-Shape suffixes: F frames, R runs of neighbouring clips, P tokens of one frame.
+Symbols and shape suffixes: B budget, N video tokens, F frames, R runs of neighbouring clips, P tokens of one frame.
 """
 
 import math

@@ -1,6 +1,6 @@
 """PruneVid: average static cells over segments, cluster similar tokens, and keep clusters by the target's attention.
 
-Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Keep the video tokens that the question's relevant words attend to, thinned out layer by layer.
 
-Shape suffixes: L layers, N video tokens, T tokens of the text after the video, D width.
+Symbols and shape suffixes: B budget, L layers, N video tokens, T tokens of the text after the video, D width.
 """
 
 from __future__ import annotations

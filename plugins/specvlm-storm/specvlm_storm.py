@@ -1,6 +1,6 @@
 """STORM's reduction over time: average neighbouring frames, and sample the averages evenly.
 
-Shape suffixes: N video tokens of one video, F frames, H and W rows and columns of a frame.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, H and W rows and columns of a frame.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """A memory of fixed size: when it overflows, the tokens most similar to their next one are dropped.
 
-Shape suffixes: N video tokens of one video, K tokens in memory, J of these whose next token changed, P tokens of one
-frame, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, K tokens in memory, J of these whose next token
+changed, P tokens of one frame, D width.
 """
 
 from dataclasses import dataclass

@@ -160,7 +160,8 @@ class PruneContext:
 class Pruner(Strategy, ABC):
     """Base class of pruners: select (or merge) the video tokens that the drafter sees.
 
-    The target always sees the full video, so a pruner affects speed, never the output.
+    The target always sees the full video, so a pruner affects speed, never the output. In docstrings of pruners, N is
+    the number of video tokens, B the budget, F the number of frames and P the number of tokens of one frame.
 
     Attributes:
         keeps_all: True if nothing is ever dropped. The loop then ignores the ratio and does not call `select`.

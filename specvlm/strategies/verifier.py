@@ -19,7 +19,7 @@ class Sampling:
     """How the target's next token is drawn.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: Divides the logits; 0 is greedy.
         top_k: Number of tokens that remain; 0 is off.
         top_p: Probability mass that remains, in (0, 1]; 1 is off.
     """

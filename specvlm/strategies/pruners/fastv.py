@@ -12,18 +12,18 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 
 @dataclass(frozen=True)
 class FastVPruner(Pruner):
-    """Keep the B tokens of highest attention from the last prompt token in layer K, counted from 1, mean over heads.
+    """Keep the tokens of highest attention from the last prompt token in one layer, mean over heads.
 
-    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, with K =
-    2 by default. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter starts.
-    Ties go to the earlier token.
+    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, by
+    default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
+    starts. Ties go to the earlier token.
 
     Deviations: none.
 
     Cost: a sort of N. Limits: one row of one layer is a noisy score.
 
     Attributes:
-        layer: K, from 1.
+        layer: The layer K, counted from 1.
         source: Whose attention. `target` is free, a by-product of its prefill; `draft` is as in FastV, and costs K
             layers of the drafter over the unpruned video.
 

@@ -44,7 +44,7 @@ class SamplingVerifier(Verifier):
     Limits: a seed may give different output on two devices.
 
     Attributes:
-        temperature: Above 0.
+        temperature: Divides the logits; above 0.
         top_k: Number of tokens that remain; 0 is off.
         top_p: Probability mass that remains, in (0, 1]; 1 is off.
 
