@@ -20,7 +20,7 @@ from specvlm.types import KeepSet, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PruneContext:
-    """Input of a pruner. All tensors are copies, so a pruner may change them.
+    """Input of a pruner. Its tensors are copies; leave them unchanged all the same (`check_pruner` checks it).
 
     Attributes:
         grids: Token grid of each video, in prompt order. The tokens of all videos are numbered 0 to total - 1.
