@@ -198,8 +198,7 @@ def check_pass(label: str, one: Pass) -> None:
     if len(one.depths_Q) != rows:
         raise StrategyError(f"{label}: a pass of {rows} rows needs {rows} depths, got {len(one.depths_Q)}")
     if not 0 <= one.at <= one.cache.capacity - rows:
-        capacity = one.cache.capacity
-        raise StrategyError(f"{label}: a pass of {rows} rows at base + {one.at} exceeds its cache of {capacity} slots")
+        raise StrategyError(f"{label}: a pass of {rows} rows at base + {one.at} exceeds its {one.cache.capacity} slots")
 
 
 def _check_call(label: str, call: Call) -> None:
