@@ -360,7 +360,7 @@ def test_folder_reads_a_table_as_it_reads_lines(tmp_path, video):
         ('{"video": "a.mp4", "options": "One"}', "line 2: options='One': wanted a list of texts"),
         ('{"video": "a.mp4", "start": "soon"}', "line 2: start='soon': wanted a number from 0"),
         ('{"video": "a.mp4", "start": 3, "end": 2}', "line 2: end=2.0: wanted seconds after start=3.0"),
-        ('{"video": "pictures"}', "line 2: pictures is a folder of frames: say how many a second"),
+        ('{"video": "pictures"}', "line 2: pictures is a folder of frames: add the frames per second"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
@@ -465,7 +465,7 @@ def test_lists_that_are_none_and_entries_that_lack_a_key_are_named(tmp_path):
     (tmp_path / "videos").mkdir()
     path = write(tmp_path / "lvb_val.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     data = LongVideoBenchDataset(str(tmp_path))
-    with pytest.raises(UserError, match="lvb_val.json is not JSON .*LFS, fetch it again"):
+    with pytest.raises(UserError, match="lvb_val.json is not JSON .*LFS, download it again"):
         data.samples()
     write(path, {"a": 1})
     with pytest.raises(UserError, match="lvb_val.json: wanted a list of objects"):
@@ -479,7 +479,7 @@ def test_parquet_that_is_none_is_named(tmp_path):
     pytest.importorskip("pyarrow", reason="two data sets are lists in Parquet")
     (tmp_path / "data").mkdir()
     write(tmp_path / "videomme" / "test-00000-of-00001.parquet", "version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match="is not Parquet .*LFS, fetch it again"):
+    with pytest.raises(UserError, match="is not Parquet .*LFS, download it again"):
         VideoMMEDataset(str(tmp_path)).samples()
 
 
@@ -516,7 +516,7 @@ def test_bad_folders_of_frames_end_with_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no frames"):
         read_frames(folder, 3)
     Image.new("RGB", (16, 8)).save(folder / "1.png")
-    with pytest.raises(UserError, match="wanted frames a second above 0, got fps=0"):
+    with pytest.raises(UserError, match="wanted frames per second above 0, got fps=0"):
         read_frames(folder, 0)
     with pytest.raises(UserError, match="is a file, not a folder of frames"):
         read_frames(folder / "1.png", 3)

@@ -156,11 +156,11 @@ class FailingSession(DraftSession):
 
 FAULTS = {
     "raises": "no",
-    "target": "a cache that it did not take for itself",
-    "seen": r"sees \(2, 2\)",
+    "target": "a cache that the session did not take",
+    "seen": r"must be \(2, 2\)",
     "slots": "its cache has 256",
     "tokens": r"\(Q,\) int64",
-    "depths": "2 rows has so many depths, got 1",
+    "depths": "2 rows needs 2 depths, got 1",
     "item": "wanted a Pass or a call of a Routine",
     "endless": "asks for more than 30 passes in a round",
 }
@@ -271,17 +271,17 @@ def guessed(count, model, cache, state, *given, fault=""):
 
 
 ROUTINES = {
-    "seen": (r"sees \(2, 2\), got \(2, 9\)", {"work": partial(guessed, 2, fault="seen")}, {}),
+    "seen": (r"must be \(2, 2\), got \(2, 9\)", {"work": partial(guessed, 2, fault="seen")}, {}),
     "result": ("a tuple of tensors, got Tensor", {"work": partial(guessed, 2, fault="result")}, {}),
     "wide": ("widest pass has 2 rows yielded one of 3", {"work": partial(guessed, 3)}, {}),
     "closure": (
-        "a function of a module or a partial of one",
+        "a module-level function or a partial of one",
         {"work": (lambda count: lambda *given: guessed(count, *given))(2)},
         {},
     ),
     "key": ("unhashable", {"key": ([],)}, {}),
-    "state": (r"state of 2 int was called with \(3,\)", {}, {"state": (3,)}),
-    "count": (r"made with inputs \['\(2,\) torch.float32'\] was called with \[\]", {"inputs": (torch.ones(2),)}, {}),
+    "state": (r"state of 2 ints was called with \(3,\)", {}, {"state": (3,)}),
+    "count": (r"with inputs \['\(2,\) torch.float32'\] was called with \[\]", {"inputs": (torch.ones(2),)}, {}),
     "inputs": (r"was called with \['\(1,\)", {"inputs": (torch.ones(2),)}, {"inputs": (torch.ones(1),)}),
 }
 

@@ -1,4 +1,4 @@
-"""Keep what moves, as the compressed stream already tells.
+"""Keep what moves, by the motion vectors and packet sizes of the compressed stream.
 
 Shape suffixes: N video tokens, F frames of one video, P tokens of one frame.
 """
@@ -20,27 +20,30 @@ GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class CodecPruner(Pruner):
-    """Keep what moves in the compressed stream, with budgets by its bytes. Inspired by CoPE-VideoLM (arXiv 2602.13191).
+    """Keep what moves, by the motion vectors and packet sizes of the file. Inspired by CoPE-VideoLM (arXiv 2602.13191).
 
-    A cell's saliency is the length of its motion vectors less the frame's median vector (the camera's), added up since the
-    sampled frame before. Each frame's share of the budget goes by what `share` names, at most its moving cells, or all of
-    its cells where it stands for a frame that refers to no other; only what is left then goes to still cells. Inside a
-    frame the cells of the highest saliency are kept, and of equal ones, as in frames without vectors, some spread over the
-    frame.
+    The saliency of a cell is the length of its motion vectors, less the frame's median vector (the camera's), summed
+    since the previous sampled frame. Each frame's share of the budget follows `share`, and is at most its moving cells,
+    or all its cells if it covers a frame that refers to no other. Only what is left goes to still cells. Within a frame
+    the cells of highest saliency are kept; ties, and frames without vectors, are spread over the frame.
 
-    share: "bytes", compressed bytes of the frames it stands for, which a cut or a key frame has many of (our default);
-    "motion", their saliency in sum; "even".
+    Deviations: from CoPE-VideoLM it takes only the idea that the codec's motion tells what is new. The paper shows a
+    frame that refers to others as a few tokens, from encoders trained on motion vectors and residuals. Here nothing is
+    trained, residuals are not read, and shares and saliency are ours.
 
-    Deviations: of CoPE-VideoLM only the idea is taken, that the codec's motion tells what is new. It shows a frame that
-    refers to others as a few tokens of encoders trained on motion vectors and residuals; nothing here is trained, residuals
-    are not read, and the shares and the saliency are ours.
+    Signals: motion, packet_bytes, intra. Cost: the file is decoded once more, up to the last sampled frame, and a sort
+    of P per frame. Limits: a video without motion (no file, all-intra coding, or a codec whose decoder exports no
+    vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, and `KeepSet.note` says so. Moving blocks that are
+    coded anew have no vector and count as still. Vectors count as coded, also if their reference is several frames
+    away. Videos of a prompt share the budget in proportion to their tokens; newline tokens (LLaVA-OneVision) are kept
+    last.
 
-    Signals: motion, packet_bytes, intra. Cost: the file is decoded once more, up to the last sampled frame, and a sort of P
-    a frame. Limits: a file that gives no motion (no file, all-intra coding, a codec whose decoder exports no vectors: HEVC,
-    VP9, AV1) is pruned evenly over all its tokens, as `KeepSet.note` says in one line. Blocks of moving things that the
-    coder wrote anew have no vector and count as still. Vectors count as coded, also where their reference is several frames
-    away. Videos of a prompt share the budget by their tokens; newline tokens (LLaVA-OneVision) are kept last. Raises
-    ValueError for another share.
+    Attributes:
+        share: What splits the budget among frames: `bytes` (ours, the default), the compressed bytes of the frames it
+            covers, which are many at cuts and key frames; `motion`, their total saliency; or `even`.
+
+    Raises:
+        ValueError: `share` is none of these.
     """
 
     name = "codec"
@@ -78,7 +81,7 @@ class CodecPruner(Pruner):
 
     @staticmethod
     def _no_motion(motion_FP: Tensor, size_FP: Tensor, intra_FP: Tensor) -> str:
-        """Why there is none; empty where there is some."""
+        """Say why a video has no motion; empty if it has some."""
         if motion_FP.numel() and bool((motion_FP > 0).any()):
             return ""
         if not bool((size_FP > 0).any()):
@@ -89,10 +92,10 @@ class CodecPruner(Pruner):
 
 
 def shares(weights_F: Tensor, room: int, most_F: Tensor) -> Tensor:
-    """(F,) whole numbers on the CPU, in proportion to the weights (even for zero ones), none above its `most_F`.
+    """Split `room` into (F,) whole numbers on the CPU, in proportion to the weights (evenly if all are 0).
 
-    They add up to `room` where there is so much room. What one frame cannot take, the others share. Largest remainders are
-    rounded up, the earlier frame on a tie.
+    None exceeds its `most_F`; the excess goes to the other frames. They add up to `room`, or to the sum of `most_F` if
+    that is less. The largest remainders are rounded up; ties go to the earlier frame.
     """
     weights_F, most_F = weights_F.double().cpu(), most_F.cpu()
     out_F, open_F = torch.zeros_like(most_F), most_F > 0
@@ -113,7 +116,7 @@ def shares(weights_F: Tensor, room: int, most_F: Tensor) -> Tensor:
 
 
 def ranks_of(motion_FP: Tensor) -> Tensor:
-    """(F, P) place of each cell in its frame, the highest first; equal ones in an order whose every beginning is spread out."""
+    """(F, P) rank of each cell in its frame, highest motion first. Any first cells of equal ones are spread out."""
     count = motion_FP.shape[1]
     spread_P = (torch.arange(count, dtype=torch.float64) * GOLDEN % 1).sort(stable=True).indices.to(motion_FP.device)
     order_FP = spread_P[motion_FP[:, spread_P].sort(dim=1, descending=True, stable=True).indices]

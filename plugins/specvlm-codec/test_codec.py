@@ -1,4 +1,4 @@
-"""The contract, and clips of one moving square: what moves is kept, and a file that tells nothing falls back, saying so."""
+"""The contract, and clips of one moving square: moving cells are kept; a file without motion falls back with a note."""
 
 import math
 from fractions import Fraction
@@ -62,7 +62,7 @@ def test_the_moving_cells_win_over_a_still_background(tmp_path, options, share):
     ctx = context(Origin(str(draw(tmp_path / "moving.mp4", options)), INDEX), 40)
     keep = CodecPruner(share).select(ctx).index
     assert len(keep) == 40
-    for index in keep[(keep >= GRID.per_frame) & (keep < GRID.cells)].tolist():  # the first frame holds the key frame's bytes
+    for index in keep[(keep >= GRID.per_frame) & (keep < GRID.cells)].tolist():  # frame 0 has the key frame's bytes
         frame, row, column = index // 64, index // 8 % 8, index % 8
         first, last = place(4 * frame - 1), place(4 * frame + 3) + SQUARE
         assert row in (3, 4) and first // 32 <= column <= last // 32, (frame, row, column)
@@ -80,7 +80,7 @@ def test_a_camera_that_moves_by_itself_is_no_motion(tmp_path):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode())
     motion = context(Origin(str(path), INDEX), 9).signals["motion"][: GRID.cells].unflatten(0, (-1, 8, 8))
-    assert motion[:, 1:-1, 1:-2].median() < 0.5  # the square of the other test moves 6 pixels a frame, 24 a sample
+    assert motion[:, 1:-1, 1:-2].median() < 0.5  # the square of the other test moves 6 pixels per frame, 24 per sample
 
 
 def fallback(origin):
@@ -163,7 +163,7 @@ def test_equal_cells_are_spread_over_the_frame():
 
 
 def given(weights, room, most):
-    """`room` in proportion to whole weights, none above its most; in fractions."""
+    """Split `room` in proportion to integer weights, with an upper bound each; in fractions."""
     out = [0] * len(weights)
     free = [f for f in range(len(weights)) if most[f]]
     while room and free:
@@ -184,7 +184,7 @@ def given(weights, room, most):
 
 
 def naive(motion, size, intra, budget, share):
-    """How many cells each frame shows, and of which saliency."""
+    """Number of cells kept of each frame, and their saliency."""
     per_frame = len(motion[0])
     weights = {"bytes": size, "motion": [sum(row) for row in motion], "even": [1] * len(motion)}[share]
     new = [per_frame if i else sum(m > 0 for m in row) for i, row in zip(intra, motion, strict=True)]

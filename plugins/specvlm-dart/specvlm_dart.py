@@ -1,6 +1,7 @@
-"""Keep the video tokens that duplicate a few pivots least.
+"""Keep the video tokens that are least similar to a few pivots.
 
-Shape suffixes: N video tokens, T tokens of the text after the video, V pivots of the video, X pivots of the text, D width.
+Symbols and shape suffixes: B budget, N video tokens, T tokens of the text after the video, V video pivots, X text
+pivots, P pivots, D width.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ STATES = ("normed", "raw")
 
 @dataclass(frozen=True)
 class DARTPruner(Pruner):
-    """Keep the tokens that duplicate a few pivots least, and read no attention. DART (arXiv 2502.11494).
+    """Keep the tokens that are least similar to a few pivots, without reading attention. DART (arXiv 2502.11494).
 
-    Pivots are the V = `video_pivots` video tokens and the `text_pivots` text tokens of the largest L1 norm of the key. The
-    video pivots are kept. Then each pivot in turn, video first, by falling norm, takes its share of the B - V others: of
-    those left, the tokens of the lowest cosine between its state and theirs, behind K = `layer` layers and the model's
-    final norm. That norm divides a state by its length and multiplies it by a weight w, so that the cosine is cos(w x, w
-    y). Ties go to the earlier token.
-
-    layer: K, the paper's 2; a shallower target gives its last. video_pivots, text_pivots: 4 each, as in copies of the
-    released code. states: `normed` is the released code's; `raw` leaves the final norm out, and is ours.
+    Pivots are the V = `video_pivots` video tokens and the `text_pivots` text tokens of largest L1 norm of the key. The
+    video pivots are kept. Then each pivot in turn, video first, by falling norm, takes its share of the B - V others:
+    of those left, the tokens of lowest cosine between its state and theirs, after layer K = `layer` and the model's
+    final norm. That norm divides a state by its length and multiplies it by a weight w, so the cosine is cos(w x, w y).
+    Ties go to the earlier token.
 
     Deviations: the paper prunes the model's own layers from K on; here the target's states choose what the drafter sees
-    from its first. Exactly B tokens are kept: the shares are equal, and what does not divide goes to the first pivots,
-    where the released code gives each floor(B / pivots) and adds the video pivots on top. The order of the pivots is by
-    norm; there it is that of a Python set.
+    from its first layer on. Exactly B tokens are kept: the shares are equal, and the remainder goes to the first
+    pivots; the released code gives each floor(B / pivots) and adds the video pivots on top. The pivots are ordered by
+    norm; in the code their order is that of a Python set.
 
-    Reads `key_norm`, `key_norm_text`, `hidden`, `hidden_text`, and `final_norm` for `normed`. Cost: pivots x N x D
-    products, N D for the norms, and a loop over the pivots with a sort of N each. Limits: several videos of a prompt share
-    the pivots; newline tokens are tokens like others. Raises ValueError for fields out of range.
+    Signals: key_norm, key_norm_text, hidden, hidden_text, and final_norm for `normed`. Cost: pivots x N x D products, N
+    D for the norms, and a loop over the pivots with a sort of N each. Limits: several videos of a prompt share the
+    pivots; newline tokens are treated like others.
+
+    Attributes:
+        video_pivots: Number of video pivots; 4 as in copies of the released code.
+        text_pivots: Number of text pivots; 4 as in copies of the released code.
+        layer: K, the paper's 2. A shallower target uses its last layer.
+        states: `normed` as in the released code; `raw`, ours, leaves the final norm out.
+
+    Raises:
+        ValueError: A field is out of range.
     """
 
     name = "dart"
@@ -87,7 +94,7 @@ class DARTPruner(Pruner):
 
     @staticmethod
     def similarity(hidden_ND: Tensor, pivots_PD: Tensor, weight_D: Tensor, rows: int = 4096) -> Tensor:
-        """(P, N) cosines of the weighted states, in float32 or better, a piece of the tokens at a time."""
+        """(P, N) cosines of the weighted states, in float32 or wider, computed `rows` tokens at a time."""
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight_D = weight_D.to(wide)
         pivots_DP = normalize(pivots_PD.to(wide) * weight_D, dim=-1).T

@@ -1,4 +1,4 @@
-"""The contract, a naive loop, and what the method is for: no duplicates."""
+"""The contract, a comparison with a naive loop, and the method's purpose: no duplicates."""
 
 import math
 
@@ -30,7 +30,7 @@ def signals(total, text, seed=0):
 
 
 def rms_norm(x, weight):
-    """What a Qwen2 model applies behind its last layer."""
+    """The norm that a Qwen2 model applies after its last layer."""
     size = sum(value * value for value in x) / len(x)
     return [w * value / math.sqrt(size + 1e-6) for w, value in zip(weight, x, strict=True)]
 
@@ -54,7 +54,7 @@ def naive(pruner, found, budget):
 
 
 def exact(x_ND):
-    """States whose cosines come out without rounding: four of eight numbers are 1 or -1, the others 0."""
+    """States with exact cosines: four of eight numbers are 1 or -1, the others 0."""
     return x_ND.sign() * (x_ND.argsort(1).argsort(1) < 4)
 
 

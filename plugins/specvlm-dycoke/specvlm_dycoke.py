@@ -1,6 +1,6 @@
-"""DyCoke's merging over time: of four frames one whole, and of the others what changed.
+"""DyCoke's merging over time: keep one of four frames whole, and of the others the cells that changed.
 
-Shape suffixes: F frames, R frames that are no anchors, P tokens of one frame, D width.
+Shape suffixes: F frames, R frames that are not anchors, P tokens of one frame, D width.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from specvlm.toolkit.segments import apportion, cosine, spread
 from specvlm.types import KeepSet
 
 GROUP = 4
-REFERENCE = (0, 0, 0, 2)  # of frames 1, 2 and 3 of a group; frame 0 is the anchor
+REFERENCE = (0, 0, 0, 2)  # frame that each frame of a group is compared to; frame 0 is the anchor
 
 
 @dataclass(frozen=True)
 class DyCokePruner(Pruner):
     """Keep the first of every four frames whole, and of the others the cells least similar to a reference frame.
 
-    Temporal merging of DyCoke (arXiv 2411.15024): in a group of four, frames 1 and 2 are compared to frame 0 and frame 3 to
-    frame 2, cell by cell, by cosine; every such frame keeps the same number of its least similar cells. The paper's k = 0.7
-    keeps 30 % of them, 47.5 % of all tokens; here the budget says how many.
+    Temporal merging of DyCoke (arXiv 2411.15024): in a group of four, frames 1 and 2 are compared to frame 0, and frame
+    3 to frame 2, cell by cell, by cosine. Each of these frames keeps the same number of its least similar cells. The
+    paper's k = 0.7 keeps 30 % of them, 47.5 % of all tokens; here the budget sets the number.
 
-    Deviations: a budget below one frame in four, which no k gives, is spent on those anchors alone, by the same rule
-    among themselves (which are then one in sixteen), and so on; one frame that is still too large is sampled evenly. The
-    paper's other half, a key-value cache that changes while decoding, is left out: a drafter's context stays as it is. Tokens
-    keep their raster order and a last group of fewer than four frames is treated alike; the released code orders
-    them by similarity, loses a last odd frame and fails on four.
+    Deviations: a budget below one frame in four, which no k gives, is spent only on those first frames, by the same
+    rule among themselves (so that one in sixteen is whole), and so on; a single frame that is still too large is
+    sampled evenly. The paper's other half, a KV cache that changes while decoding, is left out: a drafter's context
+    stays as it is. Tokens keep their raster order, and a last group of fewer than four frames is treated alike; the
+    released code orders tokens by similarity, loses a last odd frame and fails on four frames.
 
-    Signals: features. Cost: N D. Limits: a cell is compared to the same cell only, so a moving camera defeats it; at a tenth of
-    the tokens it shows a quarter of the frames.
+    Signals: features. Cost: N D. Limits: a cell is compared only to the same cell, so a moving camera defeats it; a
+    tenth of the tokens shows a quarter of the frames.
     """
 
     name = "dycoke"
@@ -57,7 +57,7 @@ class DyCokePruner(Pruner):
 
 
 def merged(x_FPD: Tensor, budget: int) -> Tensor:
-    """(F, P) bool: the anchors, and `budget` less these of the other cells."""
+    """(F, P) bool: all cells of the anchors, and other cells up to the budget."""
     frames, per_frame, _ = x_FPD.shape
     frame_F = torch.arange(frames, device=x_FPD.device)
     rest_R = frame_F[frame_F % GROUP != 0]

@@ -1,4 +1,4 @@
-"""DyCoke: the whole equals plain loops; groups of four, raster order, the last group, budgets below the anchors."""
+"""DyCoke: the result equals plain loops; groups of four, raster order, the last group, budgets below the anchors."""
 
 import naive
 import pytest

@@ -1,7 +1,7 @@
-"""FastVID: salient tokens of every frame, and anchors that gather what else a segment shows.
+"""FastVID: keep salient tokens of every frame, and anchors that gather the other tokens of a segment.
 
-Shape suffixes: N video tokens of one video, F frames, P tokens of one frame, G anchor frames, C anchors of an anchor frame,
-T tokens that anchors gather, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, P tokens of one frame, G anchor frames, C
+anchors of an anchor frame, T tokens that anchors gather, D width.
 """
 
 import math
@@ -23,27 +23,37 @@ from specvlm.types import KeepSet
 class FastVidPruner(Pruner):
     """Keep salient tokens, and per segment a few dense anchors that gather the rest. FastVID (arXiv 2503.11187).
 
-    Segments are cut at the `segments` - 1 least similar neighbouring frames (mean features) and wherever the cosine is below
-    `segment`. Of a frame's share r = floor(B / F), s = r - floor(d r) are its most salient tokens. The other (r - s) times
-    the length of a segment go to its anchor frames, every p-th counted back from the last, in equal whole parts: tokens
-    of best DPC-kNN score (k = 4) among those not salient. Every other token of the segment goes to its most similar
-    anchor of each anchor frame: anchor := w anchor + (1 - w) mean(gathered), w = max(1 / (count + 1), beta). Positions stay.
-    The defaults are the paper's for LLaVA-OneVision; it has segment=0.84 for Qwen2.5-VL.
+    Segments are cut at the `segments` - 1 least similar neighbouring frames (by mean features), and wherever the cosine
+    is below `segment`. Of a frame's share r = floor(B / F), s = r - floor(d r) are its most salient tokens. The other r
+    - s, times the length of the segment, go to its anchor frames, every p-th counted back from the last, in equal whole
+    parts: the tokens of best DPC-kNN score (k = 4) among those not salient. Every other token of the segment goes to
+    its most similar anchor in each anchor frame: anchor := w anchor + (1 - w) mean(gathered), w = max(1 / (count + 1),
+    beta). Positions stay. The defaults are the paper's for LLaVA-OneVision; it has segment=0.84 for Qwen2.5-VL.
 
-    Deviations: what rounding leaves of B goes to the most salient tokens left, in any frame, where the paper keeps fewer. The
+    Deviations: what rounding leaves of B goes to the most salient tokens left, in any frame; the paper keeps fewer. The
     frame vector is the mean of a frame's tokens (the paper's fallback for its pooling head, which the targets lack). Of
-    equal densities the earlier token counts as denser, where the code adds noise. The code's deduplication above 0.95
-    for Qwen is left out. In the code an anchor is gathered too, by itself and by the anchors of other frames, so that it
-    counts twice; the paper's text reads as if only other tokens were, which is the default (gather_anchors=False). The saliency
-    is the attention in the vision encoder's last layer, as in the paper for Qwen2.5-VL, on SigLIP too, where the
-    paper has that of the pooling head.
+    equal densities the earlier token counts as denser; the code adds noise. The code's deduplication above 0.95 for
+    Qwen is left out. In the code an anchor is itself gathered, by itself and by the anchors of other frames, so that it
+    counts twice; the paper's text suggests that only other tokens are, which is the default (gather_anchors=False). The
+    saliency is the attention in the last layer of the vision encoder, as in the paper for Qwen2.5-VL; for SigLIP the
+    paper uses that of the pooling head.
 
-    gather_anchors: True does as the code does. saliency: a signal of one number a token. Ours, verifier_attention, is the
-    target's: on the embedded pairs as many guesses are accepted with it, or clearly more (experiments/strategies).
+    Signals: features and the saliency. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop over
+    segments. Limits: with fewer than one token per frame only the saliency counts.
 
-    Signals: features and the saliency. Cost: a product of N D by a segment's anchors, and one of G P^2 D; a loop
-    over segments. Limits: with fewer than one token a frame only saliency counts.
-    Raises UserError for fields out of range; ValueError where the saliency holds NaN.
+    Attributes:
+        segments: Fewest segments.
+        segment: Cosine of neighbouring frames below which a segment is cut.
+        d: Share of a frame's tokens that goes to the anchors, 0 to 1.
+        p: Distance of anchor frames.
+        beta: Least weight of an anchor in its mean, 0 to 1.
+        gather_anchors: True does as the code does.
+        saliency: A signal of one number per token. verifier_attention (ours) is the target's: on the embedded pairs as
+            many guesses are accepted with it, or clearly more (experiments/strategies).
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The saliency contains NaN.
     """
 
     name = "fastvid"
@@ -102,17 +112,17 @@ class FastVidPruner(Pruner):
         return KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), ctx.total)
 
     def shares(self, share: int) -> tuple[int, int]:
-        """A frame's share in salient tokens, and in what it gives to the anchor frames."""
+        """Split a frame's share into salient tokens and tokens for the anchor frames."""
         context = math.floor(written(self.d) * share)
         return share - context, context
 
     def anchors(self, start: int, stop: int, context: int, most: int) -> tuple[list[int], int]:
-        """The anchor frames of a segment, and how many anchors each holds."""
+        """Return the anchor frames of a segment, and the number of anchors in each."""
         frames = list(range(stop - 1, start - 1, -self.p))[::-1]
         return frames, min(context * (stop - start) // len(frames), most)
 
     def centres(self, x_FPD: Tensor, kept_N: Tensor, anchors: list[tuple[list[int], int]]) -> Tensor:
-        """(N,) bool: the anchors of all segments."""
+        """(N,) bool: True for the anchors of all segments."""
         device = x_FPD.device
         frame_G = torch.tensor([frame for frames, _ in anchors for frame in frames], device=device)
         count_G = torch.tensor([count for frames, count in anchors for _ in frames], device=device)
@@ -122,7 +132,7 @@ class FastVidPruner(Pruner):
         return centre_FP.flatten()
 
     def gathered(self, count_C: Tensor) -> Tensor:
-        """Weight of one gathered token, where the anchor itself weighs 1: (1 - w) / (w count)."""
+        """Weight of one gathered token relative to its anchor: (1 - w) / (w count)."""
         own_C = (1 / (count_C + 1.0)).clamp(min=self.beta)
         return (1 - own_C) / (own_C * count_C.clamp(min=1))
 

@@ -1,4 +1,4 @@
-"""FastVID: the whole equals plain loops; what anchors weigh, where anchor frames lie, and an exact budget."""
+"""FastVID: the result equals plain loops; weights of anchors, places of anchor frames, and an exact budget."""
 
 import naive
 import pytest

@@ -1,7 +1,7 @@
-"""FlashVID: diverse tokens of every frame, and the rest merged along trees over time.
+"""FlashVID: keep diverse tokens of every frame, and merge the rest along trees over time.
 
-Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame, S
-segments, L links, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P
+tokens of one frame, S segments, L links, D width.
 """
 
 import math
@@ -21,31 +21,42 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class FlashVidPruner(Pruner):
-    """Keep diverse, salient tokens of every frame, and merge the rest into trees over time. FlashVID (arXiv 2602.08024).
+    """Keep diverse, salient tokens of each frame, and merge the rest into trees over time. FlashVID (arXiv 2602.08024).
 
-    Segments are cut between frames whose mean features have a cosine below `segment`, and at the least similar ones until
-    there are `segments`. ADTS: p = ceil(alpha ceil(P B / N)) tokens of a frame, by greedy max-min diversity under
-    d_ij = (1 - cos_ij) a_j e_j with saliency a and the relevance to the segment e_j = x_j . (mean of its frames): first the
-    token furthest from its nearest neighbour, then again and again the one furthest from those picked. TSTM: every other
-    token links to the most similar other token one frame earlier in its segment where their cosine is above `merge`; links
-    form trees, and a tree becomes the mean of all its tokens at the place of its first. The B - p F tokens left are shared out
-    among segments by length. Trees over the share of a segment are clustered frame by frame (DPC-kNN,
-    k = min(7, clusters)), a cluster being the mean of its trees at its centre. Fields are the paper's or its code's.
+    Segments are cut between frames whose mean features have a cosine below `segment`, and at the least similar ones
+    until there are `segments`. ADTS: p = ceil(alpha ceil(P B / N)) tokens per frame, by greedy max-min diversity under
+    d_ij = (1 - cos_ij) a_j e_j, with the saliency a and the relevance to the segment e_j = x_j . (mean of its frames):
+    first the token furthest from its nearest neighbour, then repeatedly the one furthest from those picked. TSTM: every
+    other token links to the most similar other token one frame earlier in its segment if their cosine exceeds `merge`.
+    Links form trees, and a tree becomes the mean of all its tokens at the place of its first. The B - p F tokens left
+    are split among segments by length. If a segment has more trees than its share, they are clustered frame by frame
+    (DPC-kNN, k = min(7, clusters)); a cluster is the mean of its trees at its centre. Defaults are the paper's or its
+    code's.
 
-    Deviations: B tokens come out, where the code rounds up in every frame: p is at most B / F, shares are rounded by largest
-    remainders, and where a segment has fewer trees than its share the weakest links are cut. The paper's expansion of the
-    budget by 1.25 is 1, since the pruning inside of the language model that pays it back is left out. Of equal densities the
-    earlier token counts as denser, where the code adds noise. Faults of the code are avoided: the mean of a chain weighs every
-    token alike, no token is picked twice, a short video has no empty segments.
-
-    relevance: False leaves e out, as the code's attn_div does. quota: `segment`, or `video` (ours): all segments share what is
-    left. mean: `tree`, or `token` (ours): a cluster is the mean of all tokens of its trees. saliency: a signal of one number a
-    token. The paper's is the vision encoder's attention. Ours, verifier_attention, is the target's: on the embedded pairs as
-    many guesses are accepted with it, or clearly more (experiments/strategies).
+    Deviations: exactly B tokens are kept, where the code rounds up in every frame: p is at most B / F, shares are
+    rounded by largest remainders, and if a segment has fewer trees than its share, the weakest links are cut. The paper
+    expands the budget by 1.25, and pays that back by pruning inside the language model; both are left out. Of equal
+    densities the earlier token counts as denser; the code adds noise. Faults of the code are avoided: the mean of a
+    chain weighs all tokens equally, no token is picked twice, and a short video has no empty segments.
 
     Signals: features and the saliency. Cost: three products of N P D, a loop of p short steps and one over segments.
-    Limits: a frame whose share of the last budget is nothing loses its unpicked trees.
-    Raises UserError for fields out of range; ValueError where the saliency holds NaN.
+    Limits: a frame whose share of the remaining budget is 0 loses its unpicked trees.
+
+    Attributes:
+        alpha: Share of a frame's tokens that ADTS picks, 0 to 1.
+        merge: Least cosine for linking two tokens.
+        segment: Cosine of neighbouring frames below which a segment is cut.
+        segments: Fewest segments.
+        relevance: False leaves e out, as attn_div of the code does.
+        quota: How the remaining budget is split: by `segment`, or over the whole `video` (ours).
+        mean: What a cluster is the mean of: its trees (`tree`), or all tokens of its trees (`token`, ours).
+        saliency: A signal of one number per token. The paper uses the vision encoder's attention. verifier_attention
+            (ours) is the target's: on the embedded pairs as many guesses are accepted with it, or clearly more
+            (experiments/strategies).
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The saliency contains NaN.
     """
 
     name = "flashvid"
@@ -105,13 +116,16 @@ class FlashVidPruner(Pruner):
     def links(
         self, unit_FPD: Tensor, picked_FP: Tensor, cut_E: Tensor, part_F: Tensor, most_S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(E, P) whether a token of the later frame is linked, and to which of the earlier; at most `most_S` a part."""
+        """(E, P) True if a token of the later frame is linked, and (E, P) the token it is linked to.
+
+        Each part has at most `most_S` links.
+        """
         cosine_EPP = unit_FPD[1:] @ unit_FPD[:-1].mT
         best_EP, parent_EP = cosine_EPP.masked_fill_(picked_FP[:-1, None, :], float("-inf")).max(-1)
         link_EP = (best_EP > self.merge) & ~picked_FP[1:] & ~cut_E[:, None]
         part_L = part_F[1:, None].expand_as(link_EP).flatten()
         order_L = best_EP.masked_fill(~link_EP, float("-inf")).flatten().sort(descending=True, stable=True).indices
-        order_L = order_L[part_L[order_L].sort(stable=True).indices]  # part by part, in each the strongest first
+        order_L = order_L[part_L[order_L].sort(stable=True).indices]  # by part, the strongest first in each
         before_S = torch.bincount(part_L, minlength=len(most_S)).cumsum(0)
         before_S = torch.cat([before_S.new_zeros(1), before_S[:-1]])
         rank_L = torch.empty_like(order_L)
@@ -120,7 +134,7 @@ class FlashVidPruner(Pruner):
 
 
 def trees(link_EP: Tensor, parent_EP: Tensor) -> Tensor:
-    """(N,) the root of each token's tree, itself for one without a link."""
+    """(N,) root of each token's tree; the token itself without a link."""
     frames, per_frame = len(link_EP) + 1, link_EP.shape[1]
     here_FP = torch.arange(frames * per_frame, device=link_EP.device).view(frames, per_frame)
     roots = [here_FP[0]]
@@ -130,10 +144,10 @@ def trees(link_EP: Tensor, parent_EP: Tensor) -> Tensor:
 
 
 def clustered(x_FPD: Tensor, owner_N: Tensor, tokens_N: Tensor, root_FP: Tensor, count_F: Tensor) -> Tensor:
-    """(N,) owners once more, the trees of each frame merged until `count_F` are left. tokens_N: how many a root owns."""
+    """(N,) owners after merging the trees of each frame until `count_F` are left. tokens_N: tokens of each root."""
     frames, per_frame = root_FP.shape
     x_ND = x_FPD.flatten(0, 1)
-    sum_ND = torch.zeros_like(x_ND).index_put_((owner_N,), x_ND, accumulate=True)  # in the same order on a GPU, too
+    sum_ND = torch.zeros_like(x_ND).index_put_((owner_N,), x_ND, accumulate=True)  # deterministic on a GPU, too
     mean_ND = sum_ND / tokens_N.clamp(min=1)[:, None]
     _, centre_FP = cluster(mean_ND.view_as(x_FPD), count_F, mask_GP=root_FP, capped=True)
     first_F1 = per_frame * torch.arange(frames, device=owner_N.device)[:, None]
@@ -143,7 +157,7 @@ def clustered(x_FPD: Tensor, owner_N: Tensor, tokens_N: Tensor, root_FP: Tensor,
 
 
 def diverse(unit_FPD: Tensor, saliency_FP: Tensor, picks: int) -> Tensor:
-    """(F, P) bool: of every frame `picks` tokens by greedy max-min diversity; among equals the earlier."""
+    """(F, P) bool: `picks` tokens of every frame, by greedy max-min diversity; ties go to the earlier token."""
     picked_FP = torch.zeros_like(saliency_FP, dtype=torch.bool)
     if picks == 0:
         return picked_FP

@@ -1,4 +1,4 @@
-"""FlashVID: the whole and its picks equal plain loops, a merged chain is a plain mean, the budget is met exactly."""
+"""FlashVID: the result and its picks equal plain loops, a merged chain is a plain mean, the budget is met exactly."""
 
 from math import ceil
 
@@ -35,7 +35,7 @@ def test_contract(fields):
 
 @pytest.mark.parametrize("length", [2, 3, 6])
 def test_a_merged_chain_is_the_plain_mean_of_its_tokens(length):
-    """The published code adds direct children alone and scales a chain of T by T / 2."""
+    """The published code adds only direct children, and scales a chain of T by T / 2."""
     step = torch.arange(length)[:, None] * torch.tensor([[0.0, 0.0, 0.01]])
     still = torch.tensor([1.0, 0.0, 0.0]).expand(length, 3) + step
     x_FPD = torch.stack([still, torch.tensor([0.0, 1.0, 0.0]) + step], dim=1)
@@ -55,7 +55,7 @@ def test_a_tree_with_branches_is_the_plain_mean_too():
 
 @pytest.mark.parametrize(("segment", "members"), [(0.9, [0, 1]), (0.8, [0, 1, 2, 3])])
 def test_trees_end_at_a_cut(segment, members):
-    """Frames 1 and 2 are alike enough to be linked (cosine 0.85). A budget of 1 leaves no weakest link to be cut for it."""
+    """Frames 1 and 2 have a cosine of 0.85 and are linked. A budget of 1 leaves no weakest link to cut."""
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.85, (1 - 0.85**2) ** 0.5]])
     pruner = FlashVidPruner(alpha=0.0, segments=1, segment=segment)
     keep = pruner.select(context(TokenGrid(4, 1, 1), 1, torch.cat([a, a, b, b])))

@@ -1,7 +1,7 @@
-"""ForestPrune: token trees grown over time, of which the roots are kept first.
+"""ForestPrune: grow token trees over time, and keep their roots first.
 
-Shape suffixes: F frames, P tokens of one frame, C of these that enter the forest, M = F C tokens of the forest, E of them
-in earlier frames, R roots, D width.
+Shape suffixes: F frames, P tokens of one frame, C of these that enter the forest, M = F C tokens of the forest, E of
+them in earlier frames, G frames at a time, R roots, D width.
 """
 
 from __future__ import annotations
@@ -20,38 +20,47 @@ from specvlm.strategies.plugins import hookimpl
 from specvlm.toolkit.segments import at_once, written
 from specvlm.types import KeepSet, TokenGrid
 
-NEIGHBOUR, TEMPERATURE, STEPS = 0.5, 0.03, 5  # of the graph inside a frame
-NO_EDGE = -5000.0  # a logit
-LISTED = 32  # similar earlier roots remembered of each root
+NEIGHBOUR, TEMPERATURE, STEPS = 0.5, 0.03, 5  # of the graph within a frame
+NO_EDGE = -5000.0  # logit of a missing edge
+LISTED = 32  # similar earlier roots remembered per root
 
 
 @dataclass(frozen=True)
 class ForestPrunePruner(Pruner):
-    """Keep the roots of token trees that grow over time, the most alike merged, then the nodes next to the roots.
+    """Keep the roots of token trees that grow over time, the most alike merged, then the nodes closest to the roots.
 
-    ForestPrune (arXiv 2603.22911); after the authors' released code, llava/model/llava_arch_forest.py of
-    github.com/luminousllsa/ForestPrune. Of the paper itself only the abstract could be read, so no equation is cited.
+    ForestPrune (arXiv 2603.22911), after the authors' released code, llava/model/llava_arch_forest.py of
+    github.com/luminousllsa/ForestPrune. Only the abstract of the paper was available to us, so no equation is cited.
 
-    1. Inside a frame: A = softmax over a row of cos(x_i, x_j) / 0.03 where that cosine is 0.5 or more, nothing elsewhere. The
-       best `intra` of the tokens by (|x| A^5)_j / (neighbours of j) enter the forest.
-    2. Frame by frame, a token joins a tree that has any token in an earlier frame of cosine `similarity` or more, not further
-       than 1 - `spatial` away in either direction, the frame being 1 high and 1 wide: the tree of the most similar such
-       token, of equal ones the nearest, then the oldest tree. It becomes a child of the tree's newest token, so that
-       its depth is the number of earlier frames in which the tree has tokens. Other tokens are roots of new trees.
-    3. Where there are more roots than the budget holds, the root most similar to an earlier root is merged into that, again
-       and again, until as many are left. Otherwise tokens are kept by depth, then by frame.
+    1. Within a frame: A = softmax over a row of cos(x_i, x_j) / 0.03 where that cosine is at least 0.5, and 0
+       elsewhere. The best `intra` of the tokens by (|x| A^5)_j / (neighbours of j) enter the forest.
+    2. Frame by frame, a token joins a tree that has a token in an earlier frame with a cosine of at least `similarity`,
+       at most 1 - `spatial` away in either direction, with the frame 1 high and 1 wide. It takes the tree of the most
+       similar such token; ties go to the nearest one, then to the oldest tree. It becomes a child of the tree's newest
+       token, so its depth is the number of earlier frames in which the tree has tokens. Other tokens become roots of
+       new trees.
+    3. If there are more roots than the budget, the root most similar to an earlier root is merged into that one,
+       repeatedly, until the budget is met. Otherwise tokens are kept by depth, then by frame.
 
-    The defaults are those of the scripts for MLVU and MVBench; that for Video-MME has similarity=0.8 spatial=0.5.
+    The defaults are those of the scripts for MLVU and MVBench; the script for Video-MME has similarity=0.8 spatial=0.5.
 
-    Deviations: it acts on the drafter's context. A budget of more than `intra` of the tokens lets so many of each frame in
-    that it is met; the code then keeps fewer. A frame's last token is never left out. The grid may be any rectangle (square
-    in the code). The code sorts by depth + frame / 1000, which mixes the two in long videos. Ties, arbitrary
-    there, go to the earlier token. In float32 or wider, the code in the model's dtype.
+    Deviations: it acts on the drafter's context. If the budget exceeds `intra` of the tokens, more tokens of each frame
+    enter the forest, so that it is met; the code then keeps fewer. At least one token of each frame enters. The
+    grid may be any rectangle (a square in the code). The code sorts by depth + frame / 1000, which mixes the two in
+    long videos. Ties, which are arbitrary in the code, go to the earlier token. Computed in float32 or wider; the code
+    uses the model's dtype.
 
-    Signals: features. Cost: F P^2 D inside frames, M^2 D / 2 for the trees, and R^2 D where roots are merged, in slices, with a
-    loop over the roots on the host; M D numbers are copied. Limits: newline tokens come last; each video of a prompt is treated
-    on its own; P^2 numbers of one frame are held at once.
-    Raises UserError for fields out of range.
+    Signals: features. Cost: F P^2 D within frames, M^2 D / 2 for the trees, and R^2 D if roots are merged, in slices,
+    with a loop over the roots on the host; M D numbers are copied. Limits: newline tokens come last; each video of a
+    prompt is treated on its own; P^2 numbers of one frame are held at once.
+
+    Attributes:
+        similarity: Least cosine for joining a tree, -1 to 1.
+        spatial: 1 minus the largest distance for joining a tree, 0 to 1.
+        intra: Share of a frame's tokens that enter the forest, 0 to 1.
+
+    Raises:
+        UserError: A field is out of range.
     """
 
     name = "forestprune"
@@ -86,7 +95,10 @@ class ForestPrunePruner(Pruner):
         return KeepSet(token_FC.flatten()[kept].sort().values, ctx.total)
 
     def depths(self, unit_FCD: Tensor, cell_FC: Tensor, grid: TokenGrid) -> Tensor:
-        """(F, C) depth of every token in its tree. A tree bears the number of its root, so that older trees have lower ones."""
+        """(F, C) depth of every token in its tree.
+
+        A tree has the number of its root, so that older trees have lower numbers.
+        """
         frames, count = cell_FC.shape
         tree_FC = torch.arange(frames * count, device=cell_FC.device).view(frames, count)
         depth_FC, newest_M = torch.zeros_like(tree_FC), torch.zeros_like(tree_FC).flatten()
@@ -102,9 +114,9 @@ class ForestPrunePruner(Pruner):
         return depth_FC
 
     def tree(self, unit_ED: Tensor, cell_E: Tensor, tree_E: Tensor, unit_CD: Tensor, cell_C: Tensor, grid: TokenGrid) -> Tensor:
-        """(C,) the tree of earlier tokens that each token joins; -1 where it fits none."""
+        """(C,) tree that each token joins; -1 if it fits none."""
         cosine_EC, distance_EC = unit_ED @ unit_CD.T, distance(cell_E, cell_C, grid)
-        # 1e-9: a distance of just 1 - spatial counts, however either was rounded.
+        # 1e-9: a distance of exactly 1 - spatial counts, however it was rounded.
         fits_EC = (cosine_EC >= self.similarity) & (distance_EC <= 1 - self.spatial + 1e-9)
         fits_EC &= cosine_EC == cosine_EC.masked_fill(~fits_EC, float("-inf")).amax(0)
         fits_EC &= distance_EC == distance_EC.masked_fill(~fits_EC, float("inf")).amin(0)
@@ -114,7 +126,7 @@ class ForestPrunePruner(Pruner):
 
 
 def centrality(x_FPD: Tensor) -> Tensor:
-    """(F, P) what a token collects from the tokens of its frame in STEPS steps along the graph, by its neighbours."""
+    """(F, P) norm that a token collects in STEPS steps along the frame's graph, divided by its number of neighbours."""
     wide = torch.promote_types(x_FPD.dtype, torch.float32)
     scores = []
     for part in x_FPD.split(max(1, at_once(x_FPD.device) // max(x_FPD.shape[1] ** 2, x_FPD[0].numel(), 1))):
@@ -130,9 +142,9 @@ def centrality(x_FPD: Tensor) -> Tensor:
 
 
 def distance(cell_E: Tensor, cell_C: Tensor, grid: TokenGrid) -> Tensor:
-    """(E, C) how far two cells lie apart, the larger of the two directions, in heights and widths of the frame.
+    """(E, C) distance of two cells: the larger one of both directions, in heights and widths of the frame.
 
-    From differences of whole numbers, so that equal distances are equal.
+    Computed from differences of integers, so that equal distances compare equal.
     """
     down_EC = (cell_E[:, None] // grid.width - cell_C // grid.width).abs().double() / max(grid.height - 1, 1)
     across_EC = (cell_E[:, None] % grid.width - cell_C % grid.width).abs().double() / max(grid.width - 1, 1)
@@ -140,13 +152,13 @@ def distance(cell_E: Tensor, cell_C: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def apart(unit_RD: Tensor, keep: int) -> Tensor:
-    """(keep,) which roots are left, ascending, when the one most similar to an earlier one left goes, until `keep` are.
+    """Remove the root most similar to an earlier remaining one until `keep` are left. Returns those, ascending.
 
-    Exact, but holds `LISTED` similarities a root, not all: a list that runs out is made anew from the roots that are left.
-    Among equals the earlier root goes.
+    Ties remove the earlier root. The result is exact, although only `LISTED` similarities per root are held: a list
+    that runs out is rebuilt from the remaining roots.
     """
     left = [True] * len(unit_RD)
-    nearest = earlier(unit_RD)  # of each root, most similar last
+    nearest = earlier(unit_RD)  # per root, the most similar one last
     heap = [(-near[-1][0], root) for root, near in enumerate(nearest) if near]
     heapify(heap)
     gone = 0
@@ -169,7 +181,7 @@ def apart(unit_RD: Tensor, keep: int) -> Tensor:
 
 
 def earlier(unit_RD: Tensor) -> list[list[tuple[float, int]]]:
-    """Of each root the most similar earlier ones, at most `LISTED`, as (cosine, root), most similar last."""
+    """List the most similar earlier roots of each root, at most `LISTED`, as (cosine, root), the best last."""
     found: list[list[tuple[float, int]]] = []
     place_R = torch.arange(len(unit_RD), device=unit_RD.device)
     for rows in place_R.split(max(1, at_once(unit_RD.device) // max(len(unit_RD), 1))):

@@ -1,4 +1,4 @@
-"""ForestPrune beside the method in plain loops: the graph inside a frame, trees, merged roots, an exact budget."""
+"""ForestPrune equals the method in plain loops: the graph within a frame, trees, merged roots, an exact budget."""
 
 import math
 
@@ -89,7 +89,7 @@ def naive(video, grid, budget, central, similarity=0.9, spatial=0.8, intra=0.5):
 
 
 def videos():
-    """Random ones, a static one, scenes that alternate, slow change, and equal tokens whose sums are exact; in float64."""
+    """Videos in float64: random, static, alternating scenes, slow change, and equal tokens with exact sums."""
     generator = torch.Generator().manual_seed(0)
     for number in range(50):
         grid = TokenGrid(1 + number % 6, 1 + number % 2, 2 + number % 3)
@@ -118,11 +118,11 @@ def test_it_equals_the_method_in_plain_loops(x_FPD, grid):
 
 
 def test_the_graph_of_a_frame_is_that_of_the_formula():
-    """Frames of much alike tokens, so that every step along the graph moves something."""
+    """Frames of similar tokens, so that every step along the graph has an effect."""
     generator = torch.Generator().manual_seed(4)
     x_FPD = 1 + 0.3 * torch.randn(5, 7, 5, generator=generator, dtype=torch.float64)
     found = torch.tensor([naive_centrality(frame) for frame in x_FPD.tolist()], dtype=torch.float64)
-    # What a cosine is off by (an inner product and two lengths of width 5) counts 1 / 0.03 times in a weight, once a step.
+    # The error of a cosine (inner product and two norms of width 5) counts 1 / 0.03 times in a weight, once per step.
     assert_same_sums(centrality(x_FPD), found, 5 * (2 * 7 + round(3 * 5 / 0.03)), float(x_FPD.norm(dim=-1).sum(1).max()))
     assert not torch.equal(centrality(x_FPD).argsort(1), x_FPD.norm(dim=-1).argsort(1))
 
@@ -135,7 +135,7 @@ def test_of_equally_similar_trees_the_nearest_is_joined_and_of_these_the_oldest(
 
 
 def test_depth_grows_with_the_tree_and_not_with_the_nearest_node():
-    """A, then A far off, then A again at the first place: a grandchild, since the newest token of the tree is its parent."""
+    """A, A far away, then A at the first place: a grandchild, since the tree's newest token is its parent."""
     x_FCD = torch.eye(4)[torch.tensor([[0, 1], [2, 0], [0, 3]])]
     depth = ForestPrunePruner(spatial=0.0).depths(x_FCD, torch.arange(2).expand(3, 2), TokenGrid(3, 1, 2))
     assert depth.tolist() == [[0, 0], [0, 1], [2, 0]]
@@ -163,14 +163,14 @@ def test_roots_are_merged_as_by_a_search_of_all_pairs_however_few_are_remembered
 
 
 def test_a_static_video_is_its_first_frame_then_the_second():
-    """Its roots are the first frame's tokens, and every later frame is one deeper."""
+    """The roots are the first frame's tokens, and every later frame is one level deeper."""
     x_FPD = torch.eye(4)[None].expand(5, 4, 4)
     assert select(x_FPD, TokenGrid(5, 2, 2), 4, intra=1.0) == [0, 1, 2, 3]
     assert select(x_FPD, TokenGrid(5, 2, 2), 6, intra=1.0) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_token_that_moved_too_far_is_a_new_root():
-    """One thing goes from the left edge to the right; of four cells, one is 1/3 of the width away."""
+    """An object moves from the left edge to the right; with four cells, the next one is 1/3 of the width away."""
     x_FPD = torch.eye(8)[torch.tensor([[0, 1, 2, 3], [4, 5, 6, 0]])]
     grid, cell_FC = TokenGrid(2, 1, 4), torch.arange(4).expand(2, 4)
     near, far = (ForestPrunePruner(spatial=spatial).depths(x_FPD, cell_FC, grid) for spatial in (0.0, 0.5))
@@ -187,7 +187,7 @@ def test_a_distance_of_just_the_limit_counts_and_the_larger_direction_decides():
 
 
 def test_the_depth_counts_the_frames_in_which_the_tree_has_tokens():
-    """A, B, A, A and A: two tokens of one frame are siblings, and the gap adds nothing."""
+    """A, B, A, A and A: two tokens of one frame are siblings, and the gap adds no depth."""
     x_FCD = torch.eye(5)[torch.tensor([[0, 1], [2, 3], [0, 0], [0, 4]])]
     depth = ForestPrunePruner(spatial=0.0).depths(x_FCD, torch.arange(2).expand(4, 2), TokenGrid(4, 1, 2))
     assert depth.tolist() == [[0, 0], [0, 0], [1, 1], [2, 0]]

@@ -13,11 +13,13 @@ from specvlm import KeepSet, PruneContext, Pruner, hookimpl
 class FrameDiffPruner(Pruner):
     """Rank tokens by cosine distance to the same cell one frame earlier (cf. DyCoke, arXiv 2411.15024).
 
-    first_frame: the score of every token of frame 0, which has no predecessor; distances lie in 0..2. Each video of
-    a prompt is scored on its own. A trailing newline token is kept last.
+    Each video of a prompt is scored on its own. Trailing newline tokens are kept last.
 
-    Cost: one pass over the target's features. Limits: a moving camera changes every cell; a slow change is none from frame to
-    frame.
+    Cost: one pass over the target's features. Limits: a moving camera changes every cell; slow changes are not
+    detected.
+
+    Attributes:
+        first_frame: Score of the tokens of frame 0, which has no predecessor; distances lie in 0..2.
     """
 
     name = "frame_diff"

@@ -1,4 +1,4 @@
-"""HIPPO's score: attention, change over time and local variety.
+"""HIPPO: rank tokens by attention, change over time and local variety.
 
 Shape suffixes: F frames, P tokens of one frame, H and W its rows and columns, O shifts to a neighbour, D width.
 """
@@ -15,28 +15,35 @@ from specvlm.strategies.plugins import hookimpl
 from specvlm.toolkit.segments import adjacent_cosine, at_once
 from specvlm.types import KeepSet
 
-ROUNDING = 1e-6  # of a cosine in float32
+ROUNDING = 1e-6  # rounding error of a cosine in float32
 
 
 @dataclass(frozen=True)
 class HippoPruner(Pruner):
-    """Keep the B tokens of highest weighted sum of three scores, each scaled to 0..1 in its frame. HIPPO (arXiv 2601.08273).
+    """Keep the tokens of highest weighted sum of three scores, each scaled to 0..1 per frame. HIPPO (arXiv 2601.08273).
 
-    score = w_a scale(attention) + w_n scale(novelty) + w_v scale(variety), scale(x) = (x - min x) / (max x - min x) over a
-    frame's tokens. Attention: the target's, of the text to the token. Novelty over time: 1 - cos to the same cell one frame
-    earlier (of the first frame: one frame later). Variety in space: the variance of the cosines to the neighbours in a
-    square of `crop` cells, cut off by the frame's edge. A score that is equal all over a frame counts nothing there. Ties
-    go to the earlier token.
+    score = w_a scale(attention) + w_n scale(novelty) + w_v scale(variety), where scale(x) = (x - min x) / (max x - min
+    x) over a frame's tokens. Attention: the target's, from the text to the token. Novelty over time: 1 - cosine to the
+    same cell one frame earlier (for the first frame, one frame later). Variety in space: the variance of the cosines to
+    the neighbours in a square of `crop` cells, cut off at the edge of the frame. A score that is constant over a frame
+    counts 0 there. Ties go to the earlier token.
 
-    attention, novelty, variety: the weights. crop: 3, 5, 7 … cells.
+    Deviations: the three scores are the paper's. Its weights were not found, so they are equal here. The scaling
+    (lowest to 0, highest to 1), the novelty of the first frame and the edge of the frame are ours, too. Its parallel
+    drafting and checking is not part of a pruner.
 
-    Deviations: the three scores are the paper's; its weights were not found, so they are equal here, and the scaling
-    (lowest to 0, highest to 1), the first frame's novelty and the frame's edge are ours too. Its parallel drafting and
-    checking is no pruner's matter, and absent.
+    Signals: features, verifier_attention. Cost: (crop^2 - 1) / 2 products of N D, and a sort of N. Limits: scores are
+    scaled per frame, so all frames count alike, whatever the attention.
 
-    Signals: features, verifier_attention. Cost: (crop^2 - 1) / 2 products of N D, and a sort of N. Limits: scaled frame by
-    frame, all frames matter alike, whatever the attention says. Raises UserError for a crop that is even or below 3,
-    ValueError where a score is NaN.
+    Attributes:
+        attention: Weight w_a of the attention.
+        novelty: Weight w_n of the change over time.
+        variety: Weight w_v of the local variety.
+        crop: Side of the square of neighbours in cells: 3, 5, 7 …
+
+    Raises:
+        UserError: `crop` is even or below 3.
+        ValueError: A score is NaN.
     """
 
     name = "hippo"
@@ -67,13 +74,13 @@ class HippoPruner(Pruner):
 
 
 def novelties(x_FPD: Tensor) -> Tensor:
-    """(F, P) 1 - cosine to the same cell of the frame before; of the first frame, of the frame after."""
+    """(F, P) 1 - cosine to the same cell of the previous frame; for the first frame, of the next one."""
     change_EP = 1 - adjacent_cosine(x_FPD)
     return torch.cat([change_EP[:1], change_EP]) if len(change_EP) else x_FPD.new_zeros(x_FPD.shape[:2])
 
 
 def varieties(x_FHWD: Tensor, crop: int) -> Tensor:
-    """(F, H, W) variance of the cosines of a cell to its neighbours within the crop; 0 without a neighbour."""
+    """(F, H, W) variance of the cosines between a cell and its neighbours in the crop; 0 without neighbours."""
     unit_FHWD = normalize(x_FHWD, dim=-1)
     frames, height, width, _ = x_FHWD.shape
     count_HW = x_FHWD.new_zeros(height, width)
@@ -96,7 +103,7 @@ def varieties(x_FHWD: Tensor, crop: int) -> Tensor:
 
 
 def scaled(score_FP: Tensor, least: float = 0.0) -> Tensor:
-    """Each frame's scores from its lowest, 0, to its highest, 1; 0 where they differ by no more than `least`."""
+    """Scale each frame's scores to 0..1; all 0 if they differ by no more than `least`."""
     low_F1, high_F1 = score_FP.amin(1, keepdim=True), score_FP.amax(1, keepdim=True)
     range_F1 = high_F1 - low_F1
     flat_F1 = range_F1 <= least

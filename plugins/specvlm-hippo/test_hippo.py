@@ -81,7 +81,7 @@ def test_kept_tokens_are_the_highest_of_a_brute_force(kind):
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         grid = TokenGrid(1 if kind == "one frame" else (5, 4)[seed % 2], 3, 4)
-        x_FPD = torch.randn(grid.frames, 12, 16, generator=generator).sign()  # cosines of such are far apart, or equal
+        x_FPD = torch.randn(grid.frames, 12, 16, generator=generator).sign()  # their cosines are far apart or equal
         attention_FP = torch.randint(9, (grid.frames, 12), generator=generator).float()
         if kind == "ties":
             x_FPD, attention_FP = x_FPD[:, :, :1].expand(-1, -1, 16), (attention_FP > 4).float()
@@ -93,7 +93,7 @@ def test_kept_tokens_are_the_highest_of_a_brute_force(kind):
             signals = {"features": x_FPD.flatten(0, 1).contiguous(), "verifier_attention": attention_FP.flatten()}
             index = HippoPruner(*weights, crop).select(PruneContext((grid,), budget, signals)).index
             dropped = torch.ones(len(grid), dtype=torch.bool).index_fill(0, index, False)
-            # Scores that are equal on paper are rounded apart in float32; a range below 1 / 64 would magnify it.
+            # Equal scores differ by rounding in float32; a range below 1 / 64 would magnify the difference.
             slack = rounding(3 * 16 + 2 * crop**2, 64 * sum(weights), torch.float32)
             assert len(index) == budget and scores_N[index].min() >= scores_N[dropped].max() - slack
 

@@ -1,7 +1,7 @@
-"""HoliTom: an optimal split of time, cells that stand still merged over it, the rest by saliency.
+"""HoliTom: split time optimally, merge static cells over each window, and keep the rest by saliency.
 
-Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, W windows, P tokens of one
-frame, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, W
+windows, P tokens of one frame, D width.
 """
 
 from dataclasses import dataclass
@@ -19,27 +19,34 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class HoliTomPruner(Pruner):
-    """Split time so that most tokens are redundant, average these over their window, thin out the rest.
-    HoliTom (arXiv 2505.21334), the part outside of the language model.
+    """Split time into windows of mostly static cells, average these, and thin out the rest. HoliTom (arXiv 2505.21334).
 
-    A cell stands still in a window of frames when each two neighbouring ones have a cosine above `tau` there. Windows are the
-    partition of the frames that maximises the sum of (cells that stand still) (length - 1), found by dynamic programming; of
-    equally good ones the one with the latest beginnings is taken. In a window of two frames or more each such cell becomes
-    its mean over time, at the first frame. Then every set (the moving tokens of a frame, the still means of a window) keeps
-    the same share of its tokens, B / (N - removed): moving ones by saliency, still ones as the c centres of DPC-kNN
-    (k = min(7, c)), centre := own centre + (1 - own) mean of the others of its cluster, as in the released code. tau is 0.8
-    in the paper (0.65 where it keeps 10 %), own 0.6.
+    This is the part of HoliTom outside the language model. A cell is static in a window of frames if every two
+    neighbouring frames have a cosine above `tau` there. The windows are the partition of the frames that maximizes the
+    sum of (static cells) (length - 1), found by dynamic programming; of equally good ones, the one whose windows start
+    latest. In a window of two or more frames each static cell becomes its mean over time, at the first frame. Then
+    every set (the moving tokens of a frame, the static means of a window) keeps the same share of its tokens, B / (N -
+    removed): moving tokens by saliency, static means as the c centres of DPC-kNN (k = min(7, c)), centre := own centre
+    + (1 - own) mean of the others of its cluster, as in the released code. tau is 0.8 in the paper (0.65 where it keeps
+    10 %), own 0.6.
 
-    Deviations: merging inside of the language model is left out, since a drafter's context is chosen before it runs. Shares
-    are rounded by largest remainders, where the code rounds each set up or to the nearest, so that B tokens come out. Of equal
-    densities the earlier token counts as denser, where the code adds noise.
+    Deviations: merging inside the language model is left out, since a drafter's context is chosen before it runs.
+    Shares are rounded by largest remainders, so that exactly B tokens are kept; the code rounds each set up or to the
+    nearest. Of equal densities the earlier token counts as denser; the code adds noise.
 
-    saliency: a signal of one number a token. The paper's is the vision encoder's attention. Ours, verifier_attention, is the
-    target's: on the embedded pairs as many guesses are accepted with it, or clearly more (experiments/strategies).
+    Signals: features and the saliency. Cost: N D, F^2 for the partition, and W P^2 D. Limits: sets of a token or two
+    may lose all; if most of the video is static, moving tokens and static means together may be fewer than B.
 
-    Signals: features and the saliency. Cost: N D, F^2 for the partition, and W P^2 D. Limits: sets of a token or two may go;
-    where most of the video stands still, moving tokens and still means together may be fewer than B. Raises UserError for
-    fields out of range; ValueError where the saliency holds NaN.
+    Attributes:
+        tau: Cosine above which a cell counts as static from one frame to the next.
+        own: Weight of a centre in its cluster's mean, 0 to 1.
+        saliency: A signal of one number per token. The paper uses the vision encoder's attention. verifier_attention
+            (ours) is the target's: on the embedded pairs as many guesses are accepted with it, or clearly more
+            (experiments/strategies).
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The saliency contains NaN.
     """
 
     name = "holitom"
@@ -91,15 +98,15 @@ class HoliTomPruner(Pruner):
 
 
 def partition(still_EP: Tensor) -> list[tuple[int, int]]:
-    """The best windows, each as (first frame, one past its last)."""
+    """Return the best windows, each as (first frame, last frame + 1)."""
     frames, device = len(still_EP) + 1, still_EP.device
     pair_E1 = torch.arange(frames - 1, device=device)[:, None]
-    # The last pair up to here in which a cell moves; it stands still in all windows that begin behind that.
+    # The last pair so far in which a cell moves. It is static in all windows that start after that pair.
     moved_EP = pair_E1.where(~still_EP, -1).cummax(0).values
     first_EF = torch.zeros(frames - 1, frames, dtype=torch.int64, device=device)
     first_EF.scatter_add_(1, moved_EP + 1, torch.ones_like(moved_EP))
     frame_F = torch.arange(frames, device=device)
-    gain_FF = torch.zeros(frames, frames, dtype=torch.int64, device=device)  # of a window, by first and last frame
+    gain_FF = torch.zeros(frames, frames, dtype=torch.int64, device=device)  # gain of a window by first and last frame
     gain_FF[:, 1:] = (first_EF.cumsum(1) * (pair_E1 + 1 - frame_F).clamp(min=0)).T
     gain_FF = gain_FF.cpu()
     best, begin = torch.zeros(frames + 1, dtype=torch.int64), []

@@ -1,4 +1,4 @@
-"""HoliTom: the whole and the partition equal brute force, still cells become means over time."""
+"""HoliTom: the result and the partition equal brute force, static cells become means over time."""
 
 from itertools import combinations, pairwise
 
@@ -39,7 +39,7 @@ def test_the_partition_gains_as_much_as_the_best_of_all():
 
 
 def scene():
-    """Six frames of four cells: cells 0 and 1 stand still, then all changes at frame 3; cells 2 and 3 are noise."""
+    """Six frames of four cells: cells 0 and 1 are static but for a change at frame 3; cells 2 and 3 are noise."""
     generator = torch.Generator().manual_seed(3)
     x_FPD = torch.randn(6, 4, 16, generator=generator)
     for start in (0, 3):
@@ -130,7 +130,7 @@ def test_the_budget_is_met_exactly():
 
 
 def test_a_cell_of_just_tau_moves():
-    """Cosines 0.5, exact in float32, and 1; what moves stays twice, what stands still once."""
+    """Cosines 0.5, exact in float32, and 1: the moving cell is kept twice, the static one once."""
     x_FPD = torch.tensor([[[1.0, 1, 1, 1]] * 2, [[1, 1, 1, -1], [1, 1, 1, 1]]])
     signals = {"features": x_FPD.flatten(0, 1), "vision_attention": torch.ones(4)}
     for tau, index in ((0.5, [0, 1, 2]), (0.49, [0, 1])):

@@ -1,4 +1,4 @@
-"""Key frames in full, and of the others nothing."""
+"""Keep key frames in full, and nothing of the others."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,26 @@ PICKS = ("first", "medoid")
 
 @dataclass(frozen=True)
 class KeyframePruner(Pruner):
-    """Show the drafter one frame of every scene in full, and leave the rest to the text. Inspired by CMVC (arXiv 2408.08093).
+    """Keep one frame of every scene in full, and leave the rest to the text. Inspired by CMVC (arXiv 2408.08093).
 
-    ceil(B / P) scenes of P tokens a frame, cut at the least similar neighbouring frames (cosine of mean features; of equals
-    the earlier), as METok (arXiv 2506.02850) cuts its events. The key frame of the shortest scene (of equals the last) is
-    thinned out evenly where the budget does not hold it whole.
+    The video is cut into ceil(B / P) scenes, for a budget B and P tokens per frame, at the least similar neighbouring
+    frames (cosine of mean features; ties go to the earlier cut), as METok (arXiv 2506.02850) cuts its events. If the
+    budget does not hold all key frames whole, the one of the shortest scene (of equally short ones the last) is thinned
+    out evenly.
 
-    pick: which frame of a scene is its key frame, `first`, as a codec's, or `medoid`, whose mean feature has the highest
-    cosine to the scene's mean (of equals the earlier).
+    Deviations: CMVC codes a video as key frames and text, and a trained model generates the frames between. Only the
+    idea is used that key frames and text are enough. CMVC, too, finds key frames by cosine, of CLIP features and to the
+    last key frame; here their number is given, so all scenes are cut at once.
 
-    Deviations: of CMVC, which codes a video as key frames and text and lets a trained model generate the frames between,
-    only the idea is taken that key frames and text are enough. It finds key frames by cosine too, of CLIP features and to
-    the last key frame; here their number is given, so scenes are cut all at once.
+    Signals: features. Cost: one pass over N D, and a loop over scenes. Limits: the drafter does not see what happens
+    between key frames.
 
-    Signals: features. Cost: one pass over N D, and a loop over scenes. Limits: what happens between key frames is not seen.
-    Raises UserError for another pick.
+    Attributes:
+        pick: The key frame of a scene: `first`, as in codecs, or `medoid`, whose mean feature has the highest cosine to
+            the scene's mean (ties go to the earlier frame).
+
+    Raises:
+        UserError: `pick` is neither.
     """
 
     name = "keyframe"

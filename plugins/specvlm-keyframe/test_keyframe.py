@@ -1,4 +1,4 @@
-"""Keyframe: one whole frame a scene, the rest of the budget in the shortest scene."""
+"""Keyframe: one whole frame per scene, the rest of the budget in the shortest scene."""
 
 import math
 from itertools import pairwise
@@ -18,7 +18,7 @@ def test_contract(fields):
 
 
 def scenes(lengths):
-    """Frames of 2 x 2 tokens: each scene a direction of its own, its frames turning a little."""
+    """Frames of 2 x 2 tokens: each scene has its own direction, and its frames turn slightly."""
     frames = []
     for scene, length in enumerate(lengths):
         for f in range(length):
@@ -51,7 +51,7 @@ def test_the_budget_is_met_exactly(budget):
 
 
 def naive(means, per_frame, budget, pick):
-    """Tokens kept: scenes by cutting at the least alike neighbours, one after the other."""
+    """Tokens kept, with scenes cut at the least similar neighbours one by one."""
     alike = [(round(cosine(a, b), 5), f) for f, (a, b) in enumerate(pairwise(means))]
     wanted = math.ceil(budget / per_frame)
     starts = [0, *sorted(f + 1 for _, f in sorted(alike)[: wanted - 1])]

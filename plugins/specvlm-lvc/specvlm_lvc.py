@@ -1,6 +1,6 @@
-"""LVC: every segment pooled to one frame, each frame weighing as much as the question attends to it.
+"""LVC: pool every segment to one frame, weighting frames by the question's attention.
 
-Shape suffixes: N video tokens of one video, F frames, P tokens of one frame.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, P tokens of one frame.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,26 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class LvcPruner(Pruner):
-    """Pool every segment of the video, cell by cell, to one pseudo-frame by the question's interest. LVC (arXiv 2504.06835).
+    """Pool every segment of the video, cell by cell, to one frame weighted by the question. LVC (arXiv 2504.06835).
 
-    The video is split into ceil(B / P) even segments. Token (g, i) = sum over the frames f of segment g of w_f x_{f,i} with
-    w_f = a_f^(1/T) / sum over the segment, a_f the target's attention to frame f. This is the softmax of log a_f / T. A
-    pseudo-frame stands where its heaviest frame stood (of equals the earlier). The one of least attention (of equals the last)
-    is thinned out evenly where the budget does not hold it whole.
+    The video is split into ceil(B / P) even segments. Token (g, i) = sum over the frames f of segment g of w_f x_{f,i}
+    with w_f = a_f^(1/T) / sum over the segment, where a_f is the target's attention to frame f. This is the softmax of
+    log a_f / T. A pooled frame takes the place of its heaviest frame (the earlier one on a tie). If the budget does not
+    hold all pooled frames whole, the one of least attention (of equals the last) is thinned out evenly.
 
-    Deviations: the paper takes the softmax of query times frame feature; a target has no encoder that puts both into one
-    space, so its own attention stands for the product. The layer that the paper tunes behind the compression is left out.
-    How many segments there are follows from the budget.
+    Deviations: the paper takes the softmax of query times frame feature; a target has no encoder that maps both into
+    one space, so its attention replaces the product. The layer that the paper tunes after the compression is left out.
+    The number of segments follows from the budget.
 
-    temperature: T; 1 weighs by attention, near 0 takes the best frame, large ones the plain mean. The paper's was not
-    found. Signals: verifier_attention. Cost: N. Limits: what moves blurs within a segment.
-    Raises UserError for a temperature that is not positive; ValueError where the attention is NaN or negative.
+    Signals: verifier_attention. Cost: N. Limits: moving objects blur within a segment.
+
+    Attributes:
+        temperature: T, above 0. 1 weights by attention, values near 0 take the best frame, large ones the plain mean.
+            The paper's value was not found.
+
+    Raises:
+        UserError: The temperature is not positive.
+        ValueError: The attention is NaN or negative.
     """
 
     name = "lvc"
@@ -51,7 +57,7 @@ class LvcPruner(Pruner):
         frames, per_frame = attention_FP.shape
         mass_F = attention_FP.sum(1)
         if not bool((mass_F >= 0).all()):
-            raise ValueError(f"lvc weighs frames by attention, and one has {mass_F.min().item()}")
+            raise ValueError(f"lvc weights frames by attention, but one has {mass_F.min().item()}")
         wanted = -(-ctx.budget // per_frame)
         segments = even_spans(frames, wanted)
         masses = mass_F.tolist()
@@ -69,7 +75,7 @@ class LvcPruner(Pruner):
 
 
 def weights(mass_F: Tensor, temperature: float) -> Tensor:
-    """Softmax of log mass over temperature; equal where there is no attention at all."""
+    """(F,) softmax of log mass / temperature; equal weights if there is no attention at all."""
     peak = mass_F.max()
     share_F = torch.where(peak > 0, mass_F / peak.clamp(min=torch.finfo(mass_F.dtype).tiny), 1.0) ** (1 / temperature)
     return share_F / share_F.sum()

@@ -1,4 +1,4 @@
-"""LVC: the whole equals plain loops; weights are the softmax of log attention, pseudo-frames its weighted sums."""
+"""LVC: the result equals plain loops; weights are the softmax of log attention, pooled frames the weighted sums."""
 
 import naive
 import pytest

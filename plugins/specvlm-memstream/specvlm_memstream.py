@@ -1,7 +1,7 @@
-"""MemStream: patches that changed, of the frames that two retrievals rank highest together.
+"""MemStream: keep patches that changed, from the frames that two retrievals rank highest.
 
-Shape suffixes: N video tokens of one video, X experts, F frames, P tokens of one frame, U units that are ranked (frames or
-tokens).
+Symbols and shape suffixes: B budget, N video tokens of one video, X experts, F frames, E = F - 1 pairs of neighbouring
+frames, P tokens of one frame, U units that are ranked (frames or tokens).
 """
 
 from dataclasses import dataclass
@@ -22,30 +22,40 @@ FUSIONS = ("reciprocal", "mean")
 
 @dataclass(frozen=True)
 class MemStreamPruner(Pruner):
-    """Keep the patches that changed, of the frames that an internal and an external retrieval rank highest together.
-    MemStream (arXiv 2602.18434).
+    """Keep the patches that changed, from the frames that two retrievals rank highest. MemStream (arXiv 2602.18434).
 
-    Adaptive key selection: a token is a key where its cosine distance to the same cell one frame earlier is above
-    `change`; so is every token of the first frame. Retrieval: score(f) = sum over experts e of 1 / (c + rank_e(f)), reciprocal
-    rank fusion; rank_e(f) is 1 for the frame of highest mean s_e over its tokens, and equal frames share the better rank. The
+    Adaptive key selection: a token is a key if its cosine distance to the same cell one frame earlier exceeds `change`;
+    all tokens of the first frame are keys. Retrieval: score(f) = sum over experts e of 1 / (c + rank_e(f)), reciprocal
+    rank fusion. rank_e(f) is 1 for the frame of highest mean s_e over its tokens; ties share the better rank. The
     internal expert is the model's own query . key, `verifier_attention`; the external one compares the vision tower's
-    features with the question's embeddings, `text_similarity` as it enters layer 0. Keys are taken frame by frame from the
-    highest score on, of the last frame in raster order, until there are B; then the other tokens in the same order.
-
-    Deviations: the paper drops keys while it encodes and retrieves the cache of whole frames; here both choose the drafter's
-    context after one full prefill. Its external encoder is another model, which a target does not have. B tokens are kept,
-    where it retrieves a number of frames. The paper's `change` was not found, 0.1 is ours; c = 60 is what reciprocal rank
-    fusion has by custom.
+    features with the question's embeddings, `text_similarity` at the input of layer 0. Keys are taken frame by frame,
+    from the highest score on and in raster order within the last frame, until there are B; then the other tokens in the
+    same order.
 
     Options of ours: experts may also name `verifier_attention_last_row` (the last prompt row's attention, mean over
-    layers) and `features` (the change itself; the first frame has that of the second). fusion=mean takes the mean of
-    ranks in 0..1 instead, equal ones sharing the mean of their ranks. detrend subtracts the least-squares line through an
-    expert's frame means over time, since similarity to the question drifts upwards. unit=token ranks tokens, not frames.
-    change below 0 makes every token a key.
+    layers) and `features` (the change itself; the first frame has that of the second).
 
-    Signals: those of the experts, and features. Cost: N D and a sort of N; (N, D) of the target kept until its prefill ends for
-    text_similarity. Limits: ranks forget by how much an expert prefers a frame; a slow change is none from frame to
-    frame. Raises UserError for fields that are not among these, ValueError where a score is NaN.
+    Deviations: the paper drops keys while it encodes, and retrieves whole frames of the cache; here both choose the
+    drafter's context after one full prefill. Its external encoder is another model, which a target does not have. B
+    tokens are kept, where the paper retrieves a number of frames. The paper's `change` was not found; 0.1 is ours. c =
+    60 is customary for reciprocal rank fusion.
+
+    Signals: those of the experts, and features. Cost: N D and a sort of N; for text_similarity one (N, D) tensor of the
+    target, held until its prefill ends. Limits: ranks do not tell by how much an expert prefers a frame; slow changes
+    are not detected.
+
+    Attributes:
+        experts: Signals to rank by.
+        change: Cosine distance to the previous frame above which a token is a key; below 0 all tokens are keys.
+        c: Constant of the reciprocal rank fusion, 0 or more.
+        fusion: `reciprocal`, or `mean` (ours): the mean of ranks in 0..1, where ties share the mean of their ranks.
+        detrend: Subtract the least-squares line over time from each expert's frame means (ours), since similarity to
+            the question drifts upwards.
+        unit: Rank each `frame`, or each `token` (ours).
+
+    Raises:
+        UserError: A field has none of these values.
+        ValueError: A score is NaN.
     """
 
     name = "memstream"
@@ -72,7 +82,10 @@ class MemStreamPruner(Pruner):
         return frozenset(self.experts) | ({"features"} if self.change >= 0 else frozenset())
 
     def state_layer(self, layers: int) -> int:
-        """Any will do, since `text_similarity` is read where it enters. DART's, so that a sweep reads both in one prefill."""
+        """DART's layer, so that a sweep reads both in one prefill.
+
+        Any layer would do, since `text_similarity` is read at the input.
+        """
         return min(2, layers)
 
     def select(self, ctx: PruneContext) -> KeepSet:
@@ -95,7 +108,7 @@ class MemStreamPruner(Pruner):
         return KeepSet(order_N[: ctx.budget].sort().values, ctx.total)
 
     def keys(self, ctx: PruneContext) -> Tensor:
-        """(N,) bool: which tokens changed."""
+        """(N,) bool: True for tokens that changed."""
         if self.change < 0:
             return torch.ones(ctx.total, dtype=torch.bool, device=ctx.device)
         change_EP = changes(ctx)
@@ -103,7 +116,7 @@ class MemStreamPruner(Pruner):
         return torch.cat([first_P, change_EP > self.change]).flatten()
 
     def scores(self, expert: str, ctx: PruneContext) -> Tensor:
-        """(N,) in float64, since a line may be subtracted."""
+        """(N,) scores of an expert, in float64, since a line may be subtracted."""
         if expert == "features":
             change_EP = changes(ctx)
             first_P = change_EP[:1] if len(change_EP) else change_EP.new_zeros(1, ctx.total)
@@ -114,7 +127,7 @@ class MemStreamPruner(Pruner):
         return signal[0] if expert == "text_similarity" else signal
 
     def fused(self, scores_XU: Tensor) -> Tensor:
-        """(U,) the experts' ranks as one score."""
+        """(U,) the experts' ranks, fused to one score."""
         if self.fusion == "mean":
             return torch.stack([ranks(score_U) for score_U in scores_XU]).mean(0)
         return torch.stack([1 / (self.c + places(score_U)) for score_U in scores_XU]).sum(0)
@@ -127,14 +140,14 @@ def changes(ctx: PruneContext) -> Tensor:
 
 
 def places(score_U: Tensor) -> Tensor:
-    """1 for the highest score, and so on; equal scores share the better place. Scores are compared in float32."""
+    """(U,) places, 1 for the highest score; ties share the better place. Scores are compared in float32."""
     ordered_U = score_U.float().sort().values
     place_U = 1 + len(score_U) - torch.searchsorted(ordered_U, score_U.float(), right=True)
     return place_U.double().masked_fill(score_U.isnan(), float("nan"))
 
 
 def detrended(scores_XFP: Tensor) -> Tensor:
-    """Less the least-squares line in time through the frame means."""
+    """Subtract the least-squares line over time through the frame means."""
     frames = scores_XFP.shape[1]
     time_F = torch.arange(frames, device=scores_XFP.device, dtype=scores_XFP.dtype) - (frames - 1) / 2
     slope_X = (scores_XFP.mean(2) * time_F).sum(1) / time_F.square().sum().clamp(min=1e-9)
@@ -142,7 +155,7 @@ def detrended(scores_XFP: Tensor) -> Tensor:
 
 
 def ranks(score_N: Tensor) -> Tensor:
-    """Ranks in 0..1, the highest score 1; equal scores share the mean of their ranks. Scores are compared in float32."""
+    """(N,) ranks in 0..1, 1 for the highest score; ties share the mean rank. Scores are compared in float32."""
     ordered_N = score_N.float().sort(stable=True).values
     low_N = torch.searchsorted(ordered_N, score_N.float())
     high_N = torch.searchsorted(ordered_N, score_N.float(), right=True)

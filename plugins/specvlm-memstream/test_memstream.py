@@ -1,4 +1,4 @@
-"""MemStream: the whole equals plain loops; its default is fused by reciprocal ranks; what was ours stays as options."""
+"""MemStream: the result equals plain loops; the default fuses by reciprocal ranks; our own variants are options."""
 
 import naive
 import pytest
@@ -80,7 +80,7 @@ def test_a_frame_that_both_retrievals_rank_well_comes_before_each_ones_first():
 
 
 def test_of_a_frame_only_what_changed_is_shown_while_there_is_more_of_it():
-    """Cell 0 stands still, cell 1 turns about in every frame: it is shown in each, cell 0 in the first alone."""
+    """Cell 0 is static and kept only in the first frame; cell 1 is reversed in every frame and kept in each."""
     x_FPD = torch.ones(3, 2, 2)
     x_FPD[1, 1] = -1
     signals = {"features": x_FPD.flatten(0, 1), "verifier_attention": torch.arange(6.0), "text_similarity": torch.zeros(2, 6)}

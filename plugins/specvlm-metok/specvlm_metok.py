@@ -1,6 +1,7 @@
-"""METok's first stage: events, and frames pooled the coarser the less they matter.
+"""METok's first stage: cut the video into events, and pool frames more coarsely the less relevant they are.
 
-Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame, D width.
+Shape suffixes: N video tokens of one video, F frames, E = F - 1 pairs of neighbouring frames, P tokens of one frame,
+D width.
 """
 
 from dataclasses import dataclass
@@ -16,23 +17,31 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class MeTokPruner(Pruner):
-    """Pool frames to several resolutions, the finest where the question points. METok, its first stage (arXiv 2506.02850).
+    """Pool frames at several resolutions, finest where the question points. METok, first stage (arXiv 2506.02850).
 
-    The video is cut at the `events` - 1 least similar neighbouring frames (cosine of mean features, of equals the earlier).
-    A frame's relevance is the target's attention to it, summed over its tokens; an event's that of its best frame; the
-    `key_events` best events are key. In a key event the `top_frames` most relevant frames are pooled with stride 2, the
-    others with 4; in another event with 4 and 8. A pooled token is the mean of its block of cells and stands at its middle.
+    The video is cut into events at the `events` - 1 least similar neighbouring frames (cosine of mean features; ties go
+    to the earlier cut). The relevance of a frame is the target's attention to it, summed over its tokens; that of an
+    event is its best frame's. The `key_events` best events are key events. In a key event, the `top_frames` most
+    relevant frames are pooled with stride 2, the others with 4; in other events with 4 and 8. A pooled token is the
+    mean of its block of cells, placed at the middle of the block.
 
-    events, key_events, top_frames: the paper's 5, 3 and 6.
+    Deviations: the paper's relevance is the cosine of SigLIP's image and text towers, which a target need not have, and
+    its pooling is bilinear. It has no budget: here all strides are halved or doubled together, to the finest that fit.
+    Then frames, ordered by stride and relevance, are each pooled one level finer while the budget allows. If one token
+    per frame is too much, the least relevant frames are dropped. Its stages 2 and 3, which prune inside the language
+    model, are left out.
 
-    Deviations: the paper's relevance is the cosine of SigLIP's image and text towers, which a target need not have, and its
-    pooling is bilinear. It has no budget: here all strides are halved or doubled together, to the finest that fits; then
-    frames, by stride and relevance, are pooled once less each while that fits, and where one token a frame is too much, the
-    least relevant frames are dropped. Its stages 2 and 3, pruning inside the language model, are left out.
+    Signals: features, verifier_attention. Cost: N D, and a loop over frames on the host. Limits: small budgets lose
+    fine detail everywhere; some of the budget may stay unspent.
 
-    Signals: features, verifier_attention. Cost: N D, and a loop over frames on the host. Limits: fine detail is lost
-    everywhere at small budgets; some of the budget may stay unspent. Raises UserError for fields below 1; ValueError where
-    the attention holds NaN.
+    Attributes:
+        events: Number of events; the paper's 5.
+        key_events: Number of key events; the paper's 3.
+        top_frames: Frames per event that are pooled more finely; the paper's 6.
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The attention contains NaN.
     """
 
     name = "metok"
@@ -65,7 +74,7 @@ class MeTokPruner(Pruner):
         return KeepSet.merge(owner_FP.flatten(), here_N, torch.ones_like(here_N), ctx.total)
 
     def levels(self, relevance: list[float], events: list[tuple[int, int]]) -> list[int]:
-        """log2 of the paper's stride of each frame."""
+        """Return log2 of the paper's stride for each frame."""
         levels = [0] * len(relevance)
         order = sorted(range(len(events)), key=lambda e: -max(relevance[slice(*events[e])]))
         for place, event in enumerate(order):
@@ -76,7 +85,7 @@ class MeTokPruner(Pruner):
 
 
 def fitted(levels: list[int], relevance: list[float], height: int, width: int, budget: int) -> list[int]:
-    """Stride of each frame, 0 for one that is dropped, so that all pooled tokens fit the budget."""
+    """Return the stride of each frame, 0 for a dropped one, so that all pooled tokens fit the budget."""
     coarsest = (max(height, width) - 1).bit_length()
 
     def tokens(level: int) -> int:

@@ -59,7 +59,7 @@ def test_events_and_strides_equal_a_brute_force(kind):
 
 @pytest.mark.parametrize("budget", [4, 9, 21, 50])
 def test_a_whole_selection_is_what_its_strides_say(budget):
-    """Every pooled token is the mean of a block of one frame, and all blocks of a frame are there or none."""
+    """Every pooled token is the mean of a block of one frame, and a frame has all its blocks or none."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         x_ND, attention = torch.randn(7 * 15, 4, generator=generator), torch.rand(7 * 15, generator=generator)

@@ -1,6 +1,6 @@
-"""OneClip-RAG: cut the video into clips round the peaks of its relevance, and show the drafter frames of the best clips.
+"""OneClip-RAG: cut the video into clips around the peaks of its relevance, and keep frames of the best clips.
 
-Shape suffixes: F frames, R runs of neighbouring clips, P tokens of one frame.
+Symbols and shape suffixes: B budget, N video tokens, F frames, R runs of neighbouring clips, P tokens of one frame.
 """
 
 import math
@@ -20,29 +20,37 @@ CENTRES, SHARES = ("all", "peaks"), ("clips", "length")
 
 @dataclass(frozen=True)
 class OneClipPruner(Pruner):
-    """Show the drafter whole frames, of the clips that the question is about. OneClip-RAG (arXiv 2512.08410).
+    """Keep whole frames of the clips that the question is about. OneClip-RAG (arXiv 2512.08410).
 
-    s_f = the target's attention to frame f, summed over its tokens. The height of a frame is g_f = 2 s_f - (lowest s
-    reached going left while s does not rise) - (the same, right). The ceil(F / clip) frames of greatest height are centres.
-    Between two centres the lowest frame, the earlier of equals, ends the earlier clip; of two that are neighbours the first
-    does. A clip scores the maximum of its s; the best `clips` are taken, and those that touch are joined to runs. Of n
-    frames a run of c clips gets n c / (all clips taken), at even distances from its first frame to its last. B / P frames
-    fit the budget whole; the rest of it thins out, evenly, the frame of highest s that is left.
+    s_f is the target's attention to frame f, summed over its tokens. The height of a frame is g_f = 2 s_f - (lowest s
+    reached going left while s does not rise) - (the same to the right). The ceil(F / clip) frames of greatest height
+    are centres. Between two centres, the earlier clip ends with the lowest frame (the earlier one on a tie), or with
+    its centre if the two are neighbours. A clip scores the maximum of its s. The best `clips` are taken, and those that
+    touch are joined to runs. Of n frames, a run of c clips gets n c / (all clips taken), evenly spaced from its first
+    frame to its last. The budget holds floor(B / P) whole frames; the rest of it thins out the remaining frame of
+    highest s, evenly.
 
-    clip: frames a clip spans on average; the paper's 10 s at one frame a second. clips: 16, as released. centres: of which
-    frames. `all` as released; `peaks`, local maxima only, is ours. shares: `clips` as released. `length` is ours: clips are
-    not joined, each gets one frame, the others go by the clips' lengths, and stand in the middles of as many equal parts.
+    Deviations: in the paper, s is the softmax of a retriever's image-question logits; the target's attention needs no
+    other model. Frames are those that the target saw; the released code reads the file again between the ends of a run.
+    If a run is too short for its share, the others take it, and when all are used up, the next best clips follow. At
+    most as many clips are taken as frames fit. A single frame is its run's highest; the released code shows none, or
+    the run's first, a minimum. Shares are rounded to add up to n; the code rounds all down. A run ends with its own
+    last frame; in the code, with the first frame of the next clip.
 
-    Deviations: s is the softmax of a retriever's image-question logits there; the target's attention needs no other model.
-    Frames are those that the target saw, where the released code reads the file again between a run's ends: what a short
-    run cannot take the others share, and when all are used up the next best clips follow. No more clips are taken than
-    frames fit, and one frame alone is its run's highest, where the released code shows none or the run's first, a minimum.
-    Shares are rounded to add up to n; there all are rounded down. A run ends with its own last frame, there with the next
-    clip's first.
+    Signals: verifier_attention. Cost: N, and a loop over F numbers on the host. Limits: the drafter sees nothing of
+    other frames, so a budget of a few frames covers a few moments; with two frames per run these are its ends, which
+    are the least relevant.
 
-    Signals: verifier_attention. Cost: N, and a loop over F numbers on the host. Limits: of frames that are not taken the
-    drafter sees nothing, so with a budget of a few frames it knows a few moments; two frames of a run are its ends, which
-    are the least relevant. Raises UserError for fields out of range; ValueError where the attention holds NaN.
+    Attributes:
+        clip: Mean frames per clip; the paper's 10 s at one frame per second.
+        clips: Number of clips taken; 16 as released.
+        centres: Candidates for centres: `all` frames as released, or `peaks` (ours), only local maxima.
+        shares: How frames are split among runs: `clips` as released, or `length` (ours), where clips are not joined,
+            each gets one frame, the others go by length, and frames are in the middle of equal parts.
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The attention contains NaN.
     """
 
     name = "oneclip"
@@ -77,7 +85,7 @@ class OneClipPruner(Pruner):
         return KeepSet(index.sort().values, ctx.total)
 
     def frames(self, relevance: list[float], count: int) -> set[int]:
-        """`count` frames of the best clips."""
+        """Choose `count` frames of the best clips."""
         clips = self.cut(relevance)
         order = sorted(range(len(clips)), key=lambda c: -max(relevance[slice(*clips[c])]))
         taken: set[int] = set()
@@ -95,14 +103,14 @@ class OneClipPruner(Pruner):
         return taken
 
     def cut(self, relevance: list[float]) -> list[tuple[int, int]]:
-        """First frame of each clip, and one past its last."""
+        """Cut the video into clips, each as (first frame, last frame + 1)."""
         heights = {f: height(relevance, f) for f in range(len(relevance)) if self.centres == "all" or is_peak(relevance, f)}
         centres = sorted(sorted(heights, key=lambda f: -heights[f])[: math.ceil(len(relevance) / self.clip)])
         ends = [boundary(relevance, left, right) + 1 for left, right in pairwise(centres)]
         return list(pairwise([0, *ends, len(relevance)]))
 
     def shared(self, runs: list[tuple[int, int]], joined: list[int], count: int) -> list[int]:
-        """Frames of each run: `count`, or all that there are."""
+        """Split `count` frames among the runs; all frames if there are fewer."""
         length_R, clips_R = torch.tensor([stop - start for start, stop in runs]), torch.tensor(joined)
         count = min(count, int(length_R.sum()))
         if self.shares == "length":
@@ -114,12 +122,12 @@ class OneClipPruner(Pruner):
 
 
 def height(relevance: list[float], frame: int) -> float:
-    """How far a frame stands above what lies on either side of it."""
+    """How far the relevance of a frame rises above the lows on either side."""
     return 2 * relevance[frame] - lowest(relevance[frame::-1]) - lowest(relevance[frame:])
 
 
 def is_peak(relevance: list[float], frame: int) -> bool:
-    """Whether it is a local maximum; of a plateau its first frame. There is always one."""
+    """True for a local maximum, or the first frame of a plateau. Every video has one."""
     value = relevance[frame]
     after = next((later for later in relevance[frame:] if later != value), -math.inf)
     before = relevance[frame - 1] if frame else -math.inf
@@ -127,7 +135,7 @@ def is_peak(relevance: list[float], frame: int) -> bool:
 
 
 def lowest(way: list[float]) -> float:
-    """The value reached along a way while it does not rise."""
+    """Return the lowest value before a sequence first rises."""
     low = way[0]
     for value in way[1:]:
         if value > low:
@@ -137,12 +145,12 @@ def lowest(way: list[float]) -> float:
 
 
 def boundary(relevance: list[float], left: int, right: int) -> int:
-    """The last frame of the clip of the centre `left`, before that of `right`: the lowest between, the earlier of equals."""
+    """Return the last frame of the clip around `left`: the lowest one between both centres, the earlier on a tie."""
     return min(range(left + 1, right), key=lambda f: relevance[f], default=left)
 
 
 def join(clips: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Runs of clips that touch, and how many each has. In order of time."""
+    """Join clips that touch to runs, in order of time. Returns the runs, and the number of clips in each."""
     runs, joined = clips[:1], [1]
     for start, stop in clips[1:]:
         if start == runs[-1][1]:

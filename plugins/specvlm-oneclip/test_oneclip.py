@@ -1,4 +1,4 @@
-"""OneClip: clips as the released code cuts them, whole frames of the best, against a brute force; and our own variants."""
+"""OneClip: clips as the released code cuts them, and frames of the best, equal brute force; and our own variants."""
 
 import math
 import random
@@ -23,7 +23,7 @@ def test_contract(fields):
 
 
 def curves():
-    """50 curves of whole numbers, so that ties are ties: random, with plateaus, static, alternating, of one frame."""
+    """50 curves of integers, so that ties are exact: random, with plateaus, static, alternating, of one frame."""
     draw = random.Random(0)
     for number in range(40):
         yield [draw.randint(0, (3, 9, 1000)[number % 3]) for _ in range(draw.choice((2, 3, 7, 20, 33)))]
@@ -61,7 +61,7 @@ def released_clips(s, k):
 
 
 def released_frames(s, count, clip, most):
-    """Frames of the best clips, handed out one way after the other."""
+    """Frames of the best clips, computed step by step."""
     clips = released_clips(s, math.ceil(len(s) / clip))
     ranked, kept = sorted(clips, key=lambda c: (-max(s[f] for f in c), c[0])), []
     while len(kept) < count:
@@ -116,7 +116,7 @@ def test_shares_go_by_clips_or_by_length():
     by_clips, by_length = OneClipPruner(clip=6), OneClipPruner(clip=6, shares="length")
     assert by_clips.cut(s) == [(0, 8), (8, 12)]
     assert by_clips.shared([(0, 8), (9, 13)], [1, 1], 6) == [3, 3] and by_length.shared([(0, 8), (9, 13)], [1, 1], 6) == [4, 2]
-    assert by_clips.shared([(0, 2), (9, 19)], [3, 1], 8) == [2, 6]  # what the first cannot take, the second does
+    assert by_clips.shared([(0, 2), (9, 19)], [3, 1], 8) == [2, 6]  # the second run takes the excess of the first
 
 
 def test_peaks_are_parted_at_the_lowest_frame_between_them():

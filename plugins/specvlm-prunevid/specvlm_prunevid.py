@@ -1,6 +1,6 @@
-"""PruneVid: segments, still cells averaged over them, clusters of what is alike, and the target's attention for the rest.
+"""PruneVid: average static cells over segments, cluster similar tokens, and keep clusters by the target's attention.
 
-Shape suffixes: N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, G scenes, P tokens of one frame, D width.
 """
 
 import math
@@ -17,30 +17,39 @@ from specvlm.toolkit.cluster import cluster
 from specvlm.toolkit.segments import apportion, spans, written
 from specvlm.types import KeepSet
 
-SMALL = 14  # sets of this size or less are not clustered
+SMALL = 14  # sets up to this size are not clustered
 
 
 @dataclass(frozen=True)
 class PruneVidPruner(Pruner):
-    """Merge what stands still in a segment and what is alike in a frame; of these keep what the target attends to.
-    PruneVid (arXiv 2412.16117).
+    """Merge static cells of a segment and similar tokens of a frame, and keep the most attended clusters.
 
-    Segments: frames are clustered by DPC-kNN (k = 7) on their mean features round S = ceil(`scenes` F) centres, and cut where
-    the cluster changes. Where that makes more than S segments, neighbours are joined again, first those whose adjoining
-    frames are most alike, until S are left. Cells whose mean pairwise cosine over their segment is above `tau` are static and
-    become their mean over time, at the segment's first frame. The static cells of a segment, and the others of each
-    frame, are merged by DPC-kNN to ceil(`merge` size) clusters, if there are more than 14. The B clusters of highest
-    attention stay, static and moving ones ranked together (Eq. 8); a cluster has the highest attention of its tokens.
-    tau = 0.8, scenes = 0.25 and merge = 0.5 are the paper's.
+    PruneVid (arXiv 2412.16117). Segments: frames are clustered by DPC-kNN (k = 7) on their mean features around S =
+    ceil(`scenes` F) centres, and cut where the cluster changes. If that gives more than S segments, neighbours are
+    joined, those with the most similar adjoining frames first, until S are left. Cells whose mean pairwise cosine over
+    their segment exceeds `tau` are static; they become their mean over time, at the first frame of the segment. The
+    static cells of a segment, and the other cells of each frame, are merged by DPC-kNN to ceil(`merge` size) clusters
+    if there are more than 14. The B clusters of highest attention are kept, static and moving ones ranked together (Eq.
+    8); the attention of a cluster is the highest of its tokens. tau = 0.8, scenes = 0.25 and merge = 0.5 are the
+    paper's.
 
-    Deviations: attention is the target's mean over layers, heads and rows, where the paper takes the maximum over heads
-    and rows of its layer 10, since that is what is gathered of a prefill. B is the run's budget, where the paper keeps 40 %.
-    Where clusters are fewer than B, `merge` is raised to what fills it. Of equal densities the earlier token counts as
-    denser, where the code adds noise. How runs are joined is ours: the paper wants S consecutive segments and does not say
-    how; the code drops short runs of a cluster, which joins scenes, and fails on segments of one frame.
+    Deviations: attention is the target's mean over layers, heads and rows, which is what a prefill provides; the paper
+    takes the maximum over heads and rows of its layer 10. B is the run's budget; the paper keeps 40 %. If there are
+    fewer clusters than B, `merge` is raised to fill the budget. Of equal densities the earlier token counts as denser;
+    the code adds noise. How segments are joined is ours: the paper wants S consecutive segments and does not say how;
+    the code drops short runs of a cluster, which joins scenes, and fails on segments of one frame.
 
-    Signals: features, verifier_attention. Cost: N D and (F + S) P^2 D. Limits: where little moves, static means and moving
-    tokens together may be fewer than B. Raises UserError for fields out of range; ValueError where the attention holds NaN.
+    Signals: features, verifier_attention. Cost: N D and (F + S) P^2 D. Limits: if little moves, static means and moving
+    tokens together may be fewer than B.
+
+    Attributes:
+        tau: Mean cosine above which a cell is static.
+        scenes: Segments per frame, 0 to 1.
+        merge: Clusters per token of a set, 0 to 1.
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The attention contains NaN.
     """
 
     name = "prunevid"
@@ -64,7 +73,7 @@ class PruneVidPruner(Pruner):
         scene_F, first_G, length_G = self.split(x_FPD.mean(1))
         mean_GPD, static_GP = still(x_FPD, length_G, self.tau)
 
-        x_RPD = torch.cat([mean_GPD, x_FPD])  # R = G + F sets: static cells of a scene, then moving ones of a frame
+        x_RPD = torch.cat([mean_GPD, x_FPD])  # R = G + F sets: static cells of each scene, then moving ones of each frame
         mask_RP = torch.cat([static_GP, ~static_GP[scene_F]])
         count_R = self.counts(mask_RP.sum(1), ctx.budget)
         _, owner_RP = cluster(x_RPD, count_R, mask_GP=mask_RP)
@@ -77,10 +86,10 @@ class PruneVidPruner(Pruner):
         return KeepSet.merge(owner_N, here_N, torch.ones_like(here_N), ctx.total)
 
     def split(self, frame_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scene of each frame, and first frame and length of each scene."""
+        """Return the scene of each frame, and the first frame and length of each scene."""
         count = max(math.ceil(written(self.scenes) * len(frame_FD)), 1)
         (label_F,) = cluster(frame_FD[None], torch.tensor([count], device=frame_FD.device))[1]
-        # Every cluster has a frame, so the labels change count - 1 times or more often.
+        # Every cluster has a frame, so the labels change at least count - 1 times.
         gap_E = (frame_FD[1:] - frame_FD[:-1]).square().sum(-1).masked_fill(label_F[1:] == label_F[:-1], float("-inf"))
         cut_E = torch.zeros_like(gap_E, dtype=torch.bool)
         cut_E[gap_E.sort(descending=True, stable=True).indices[: count - 1]] = True
@@ -90,7 +99,7 @@ class PruneVidPruner(Pruner):
         return torch.repeat_interleave(torch.arange(len(runs), device=frame_FD.device), length_G), first_G, length_G
 
     def counts(self, size_R: Tensor, budget: int) -> Tensor:
-        """Clusters of each set: the paper's share, or all that fit the budget where that is more."""
+        """Return the number of clusters of each set: the paper's share, or more if the budget has room."""
         merge = written(self.merge)
         merged = [math.ceil(merge * size) for size in size_R.tolist()]
         count_R = torch.where(size_R > SMALL, torch.tensor(merged, device=size_R.device), size_R)
@@ -100,11 +109,11 @@ class PruneVidPruner(Pruner):
 
 
 def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Means over each scene (G, P, D), and (G, P) bool: is the mean cosine of all pairs of its frames above `tau`?"""
+    """(G, P, D) mean of each cell over its scene, and (G, P) True if the mean cosine of its frame pairs exceeds tau."""
     lengths = length_G.tolist()
     mean_GPD = torch.stack([x.mean(0) for x in x_FPD.split(lengths)])
     unit_FPD = normalize(x_FPD, dim=-1)
-    # The sum over all pairs is the square of the sum, less the squares.
+    # The sum over all pairs equals the square of the sum minus the sum of squares.
     square_GP = torch.stack([unit.sum(0).square().sum(-1) for unit in unit_FPD.split(lengths)])
     own_GP = torch.stack([own.sum(0) for own in unit_FPD.square().sum(-1).split(lengths)])
     pairs_G1 = (length_G * (length_G - 1))[:, None]
@@ -112,7 +121,7 @@ def still(x_FPD: Tensor, length_G: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 
 
 def attended(owner_N: Tensor, attention_N: Tensor, budget: int) -> Tensor:
-    """Owners, less the clusters that the budget has no room for: those of highest attention stay."""
+    """(N,) owners of the `budget` clusters of highest attention; -1 for tokens of the others."""
     member_N = owner_N >= 0
     best_N = torch.full_like(attention_N, float("-inf"))
     best_N.scatter_reduce_(0, owner_N[member_N], attention_N[member_N], "amax")

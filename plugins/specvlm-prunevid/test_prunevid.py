@@ -1,4 +1,4 @@
-"""PruneVid: the whole against plain loops after the paper's text; static cells, means over segments, attention of clusters."""
+"""PruneVid: the result equals plain loops after the paper; static cells, means over segments, attention of clusters."""
 
 from itertools import combinations, pairwise
 from math import ceil
@@ -55,7 +55,7 @@ def test_clusters_stay_by_the_highest_attention_among_their_tokens():
 
 
 def test_static_and_moving_clusters_are_ranked_together():
-    """Of a static cell and two moving tokens the one attended to most stays, which is the static one (Eq. 8)."""
+    """Of a static cell and two moving tokens the most attended one is kept, here the static one (Eq. 8)."""
     x_FPD = torch.zeros(2, 2, 4)
     x_FPD[:, 0, 0] = x_FPD[0, 1, 1] = x_FPD[1, 1, 2] = 1
     attention = torch.tensor([[1.0, 0.1], [1.0, 0.2]])
@@ -80,7 +80,7 @@ def brute_force(x_FPD, attention, budget, tau=0.8, gamma=0.25, beta=0.5):
         if label[frame] != label[frame - 1]:
             segments.append([])
         segments[-1].append(frame)
-    while len(segments) > wanted:  # join the two whose adjoining frames are most alike, of equals the later two
+    while len(segments) > wanted:  # join the two with the most similar adjoining frames, on a tie the later two
         gap = [float((mean_FD[a[-1]] - mean_FD[b[0]]).square().sum()) for a, b in pairwise(segments)]
         at = max(range(len(gap)), key=lambda i: (-gap[i], i))
         segments[at : at + 2] = [segments[at] + segments[at + 1]]

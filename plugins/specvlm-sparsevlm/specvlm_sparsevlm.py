@@ -1,6 +1,6 @@
-"""Keep the video tokens that the question's own words attend to, thinned out layer by layer.
+"""Keep the video tokens that the question's relevant words attend to, thinned out layer by layer.
 
-Shape suffixes: L layers, N video tokens, T tokens of the text after the video, D width.
+Symbols and shape suffixes: B budget, L layers, N video tokens, T tokens of the text after the video, D width.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class SparseVLMPruner(Pruner):
-    """Keep what the question's own words attend to, thinned out layer by layer. SparseVLM (arXiv 2410.04417).
+    """Keep what the question's relevant words attend to, thinned out layer by layer. SparseVLM (arXiv 2410.04417).
 
-    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of softmax over
-    text of V X^T; text tokens with r above its mean rate, all where none is (equal words). Score of a video token at a
-    layer: the target's attention from the raters, mean over heads and raters. Stages at `layers`, counted from 0: stage i
-    keeps the floor(B schedule_i / schedule_last) best of what the stage before kept, so the last keeps B. Ties go to the
-    earlier token.
+    Raters: with V (N, D) and X (T, D) as they enter the target's first layer, r = mean over video tokens of the softmax
+    over text of V X^T. Text tokens with r above its mean are raters; all are if none is (equal words). The score of a
+    video token in a layer is the target's attention from the raters, mean over heads and raters. Stages are at
+    `layers`, counted from 0: stage i keeps the floor(B schedule_i / schedule_last) best tokens of the stage before, so
+    the last keeps B. Ties go to the earlier token.
 
-    layers, schedule: 2, 6, 15, and 300, 200, 110 of 576 tokens, as the released code has them. Only the ratios to the last
-    count, worked out in fractions: of B = 11 the first keeps 30. A target of fewer layers gives its last for those it
-    lacks.
+    Deviations: the paper prunes inside the model, so that later stages attend only to the tokens left; here the target
+    sees everything, and one prefill gives its attention at all three layers. The first version of the paper sets the
+    number dropped per stage by the rank of the attention matrix, and recycles dropped tokens into clusters; both are
+    left out, as in the released second version.
 
-    Deviations: the paper prunes inside the model, so that later stages attend among survivors alone; here the target sees
-    everything, and its attention at all three layers is there after one prefill. The first version sets the number dropped
-    in a stage by the rank of the attention matrix, and recycles dropped tokens into clusters; both are left out, as the
-    released second version does.
+    Signals: verifier_attention_weighted, of which only (L, N) is kept. Cost: N x T x D for the raters, in pieces, and a
+    sort of N per stage. Limits: several videos of a prompt are ranked together; newline tokens are treated like others.
 
-    Reads `verifier_attention_weighted`: on the way, only (L, N) is kept. Cost: N x T x D for the raters, in pieces, and a
-    sort of N a stage. Limits: several videos of a prompt are ranked together; newline tokens are tokens like others. Raises
-    ValueError for a schedule that does not fit the layers or goes below its last.
+    Attributes:
+        layers: Layers of the stages; 2, 6, 15 as in the released code. A target with fewer layers uses its last for the
+            others.
+        schedule: Tokens kept per stage; 300, 200, 110 of 576 as in the released code. Only the ratios to the last
+            count, computed in fractions: of B = 11 the first stage keeps 30.
+
+    Raises:
+        ValueError: The schedule does not fit the layers, or goes below its last value.
     """
 
     name = "sparsevlm"
@@ -57,12 +61,12 @@ class SparseVLMPruner(Pruner):
             raise ValueError(f"schedule={self.schedule}: tokens of each stage, above 0 and none below the last")
 
     def kept(self, budget: int) -> list[int]:
-        """Tokens that each stage keeps."""
+        """Return the number of tokens that each stage keeps."""
         last = written(self.schedule[-1])
         return [math.floor(budget * written(share) / last) for share in self.schedule]
 
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
-        """(T,) 1 for a rater, 0 for another word."""
+        """(T,) 1 for raters, 0 for other text tokens."""
         wide = torch.promote_types(text_TD.dtype, torch.float32)
         text_DT = text_TD.to(wide).T
         sums_T = torch.zeros(len(text_TD), dtype=wide, device=text_TD.device)

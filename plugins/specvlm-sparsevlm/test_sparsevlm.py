@@ -40,7 +40,7 @@ def test_equal_words_all_rate():
 
 
 def naive(scores_LN, budget):
-    """The three stages of 300, 200 and 110 tokens, one after the other, in whole numbers."""
+    """The three stages of 300, 200 and 110 tokens, one after the other, in integers."""
     left = list(range(scores_LN.shape[1]))
     for layer, tokens in ((2, 300), (6, 200), (15, 110)):
         scores = scores_LN[min(layer, len(scores_LN) - 1)].tolist()

@@ -1,6 +1,6 @@
-"""STORM's reduction over time: means of neighbouring frames, and every so many of them.
+"""STORM's reduction over time: average neighbouring frames, and sample the averages evenly.
 
-Shape suffixes: N video tokens of one video, F frames, H and W rows and columns of a frame.
+Symbols and shape suffixes: B budget, N video tokens of one video, F frames, H and W rows and columns of a frame.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,26 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class StormPruner(Pruner):
-    """Average neighbouring frames cell by cell, and take every so many of the averages. STORM (arXiv 2503.04130).
+    """Average neighbouring frames cell by cell, and keep evenly spaced averages. STORM (arXiv 2503.04130).
 
-    Token (g, i) = mean over the frames f of group g of x_{f,i}, i a cell; with `spatial` above 1 also over its s x s cells.
-    B / (cells of a pooled frame) groups fit the budget. Where these can hold the whole video in groups of `pool` frames
-    or fewer, they do, as evenly as they can (temporal pooling); otherwise they hold `pool` frames each, at even
-    distances, and what lies between is dropped (temporal stride sampling). A pooled token stands at the middle frame (and
-    cell) of its group.
+    Token (g, i) = mean over the frames f of group g of x_{f,i}, where i is a cell; with `spatial` above 1 also over
+    blocks of s x s cells. The budget holds B / (cells of a pooled frame) groups. If these can cover the whole video
+    with at most `pool` frames each, they do, as evenly as possible (temporal pooling). Otherwise they have `pool`
+    frames each, evenly spaced, and the frames between are dropped (temporal stride sampling). A pooled token is placed
+    at the middle frame (and cell) of its group.
 
-    Deviations: the paper's Mamba layers, which carry time into each token before it is pooled, are trained and left out; what
-    is pooled are the drafter's features as they are. The paper pools 4 frames and samples with stride 2; here the budget
-    says how many groups there are.
+    Deviations: the paper's Mamba layers, which carry time into each token before it is pooled, are trained, and left
+    out; the drafter's features are pooled as they are. The paper pools 4 frames and samples with stride 2; here the
+    budget sets the number of groups.
 
-    pool: most frames of a group. spatial: s; doubled until one pooled frame fits the budget. No signal. Cost: N.
-    Limits: what moves blurs; up to one pooled frame of the budget stays unspent.
-    Raises UserError for fields below 1.
+    Signals: none. Cost: N. Limits: moving objects blur; up to one pooled frame of the budget stays unspent.
+
+    Attributes:
+        pool: Most frames per group.
+        spatial: Side s of the pooled blocks in cells; doubled until one pooled frame fits the budget.
+
+    Raises:
+        UserError: A field is below 1.
     """
 
     name = "storm"
@@ -59,7 +64,7 @@ class StormPruner(Pruner):
         return KeepSet.merge(owner_FP.flatten(), here_N, torch.ones_like(here_N), ctx.total)
 
     def windows(self, frames: int, groups: int) -> list[tuple[int, int]]:
-        """The frames of each group: even parts of the video, of `pool` frames at most in the middle of each."""
+        """Return the frames of each group: at most `pool` frames in the middle of each even part of the video."""
         parts = even_spans(frames, groups)
         trimmed = []
         for start, stop in parts:
@@ -69,7 +74,7 @@ class StormPruner(Pruner):
 
 
 def blocks(height: int, width: int, side: int) -> int:
-    """How many blocks of side x side cells a frame has, those cut off by its edge included."""
+    """Number of side x side blocks in a frame, including those cut off by its edge."""
     return -(-height // side) * -(-width // side)
 
 

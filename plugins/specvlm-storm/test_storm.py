@@ -1,4 +1,4 @@
-"""STORM: the whole equals plain loops; pooled tokens are plain means, and strides leave out whole frames."""
+"""STORM: the result equals plain loops; pooled tokens are plain means, and strides skip whole frames."""
 
 import naive
 import pytest

@@ -1,7 +1,7 @@
-"""A memory of fixed size over the video: when it overflows, the tokens most like their next are forgotten.
+"""A memory of fixed size: when it overflows, the tokens most similar to their next one are dropped.
 
-Shape suffixes: N video tokens of one video, K tokens in memory, J of these that have a new next, P tokens of one frame, D
-width.
+Symbols and shape suffixes: B budget, N video tokens of one video, K tokens in memory, J of these whose next token
+changed, P tokens of one frame, D width.
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,26 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class StreamingPruner(Pruner):
-    """Read the video in chunks into a memory of B tokens, forgetting those most like the token after them.
+    """Read the video in chunks into a memory of B tokens, dropping those most similar to the token after them.
 
-    After every `chunk` frames, of the tokens in memory in raster order, those of highest cosine to the next one in memory
-    go at once until B are left; among equals the later ones go; the newest token has no next and stays. The discarding
-    memory of video-SALMONN S (arXiv 2510.11129), which finds discarding better than merging.
+    After every `chunk` frames, the tokens in memory, in raster order, of highest cosine to the next one in memory are
+    dropped at once until B are left; of equal ones the later is dropped. The newest token has no next one and stays.
+    This is the discarding memory of video-SALMONN S (arXiv 2510.11129), which finds discarding better than merging.
 
-    chunk: frames of the token grid; the paper's chunks have 12 to 16. 1, which forgets after every frame, is ours.
+    Deviations: the paper's memory layer learns at test time, and its reader attends to the memory by the prompt. Both
+    are trained, and left out.
 
-    Deviations: the paper's memory layer learns at test time, and its reader attends to memory by the prompt; both are
-    trained, and neither is part of this.
+    Signals: features. Cost: N D, and a sort of B + one chunk per chunk; only neighbours that changed are compared
+    again. On a GPU the time is that of about 20 small operations per chunk: 128 frames take 8 passes with chunks of 16,
+    and 128 with chunks of 1. Limits: the next token is the one to the right, so vertical repetition is not seen; tokens
+    dropped early cannot return.
 
-    Signals: features. Cost: N D, and a sort of B + one chunk per chunk: only neighbours that changed are compared again.
-    About 20 small operations a chunk, which on a GPU are all that counts: 128 frames take 8 passes with chunks of 16, 128
-    with 1. Limits: the next token is the one to the right, so vertical repetition goes unseen; what was forgotten early
-    cannot return. Raises UserError for a chunk below 1.
+    Attributes:
+        chunk: Frames of the token grid per chunk. The paper's chunks have 12 to 16; 1, which drops after every frame,
+            is ours.
+
+    Raises:
+        UserError: `chunk` is below 1.
     """
 
     name = "streaming"
@@ -50,7 +55,7 @@ class StreamingPruner(Pruner):
     def of_video(self, ctx: PruneContext) -> KeepSet:
         x_ND, step = ctx.features, ctx.grid.per_frame * self.chunk
         memory_K = torch.empty(0, dtype=torch.int64, device=ctx.device)
-        similar_K = torch.empty(0, device=ctx.device)  # to the next in memory
+        similar_K = torch.empty(0, device=ctx.device)  # cosine to the next token in memory
         for start in range(0, ctx.total, step):
             new = torch.arange(start, min(start + step, ctx.total), device=ctx.device)
             size = len(memory_K)
@@ -67,9 +72,7 @@ class StreamingPruner(Pruner):
 
 
 def renew(similar_K: Tensor, memory_K: Tensor, x_ND: Tensor, at_J: Tensor) -> None:
-    """Compare the tokens at places `at_J` of the memory, the last not among them, to their next anew, in place; that has none:
-    -inf.
-    """
+    """Update in place the similarity of the tokens at `at_J` to their next one. The last token has none: -inf."""
     similar_K[at_J] = cosine(x_ND[memory_K[at_J]], x_ND[memory_K[at_J + 1]])
     similar_K[-1] = float("-inf")
 

@@ -1,4 +1,4 @@
-"""Streaming: exactly the budget, and what a naive loop forgets."""
+"""Streaming: the exact budget, and the same tokens dropped as by a naive loop."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ def test_contract(fields):
 
 
 def naive(x_ND, budget, step):
-    """Chunk by chunk, all neighbours in memory compared anew."""
+    """Chunk by chunk, comparing all neighbours in memory again."""
     memory, rows = [], x_ND.tolist()
     for start in range(0, len(rows), step):
         memory += range(start, min(start + step, len(rows)))
@@ -58,7 +58,7 @@ def test_a_chunk_is_one_pass(monkeypatch):
     for pruner, expected in ((StreamingPruner(), 8), (StreamingPruner(chunk=1), 128)):
         passes.clear()
         pruner.select(PruneContext((TokenGrid(128, 2, 2),), 1, {"features": torch.ones(512, 2)}))
-        assert len(passes) == 2 * expected  # what is new, and what lost its next
+        assert len(passes) == 2 * expected  # new tokens, and tokens that lost their next one
 
 
 def test_the_token_most_like_its_next_goes_first():

@@ -15,26 +15,32 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class UVPrunePruner(Pruner):
-    """Keep what early layers of the target move towards the text. UV-Prune of ParallelVLM (arXiv 2603.19610).
+    """Keep the tokens that the target's early layers move most towards the text. UV-Prune (arXiv 2603.19610).
 
-    With video states V_i and text states X_j behind layer l of the target, the score is what each early layer adds: score_i
-    = sum_j sum_{l=1..L} [cos(V_i^l, X_j^l) - cos(V_i^{l-1}, X_j^{l-1})]. The highest are kept, of equals the earlier. No
-    attention is read, hence no bias towards first frames.
+    UV-Prune is the pruner of ParallelVLM. With video states V_i and text states X_j after layer l of the target, the
+    score sums what each early layer adds: score_i = sum_j sum_{l=1..L} [cos(V_i^l, X_j^l) - cos(V_i^{l-1}, X_j^{l-1})].
+    The tokens of highest score are kept; ties go to the earlier token. No attention is read, so there is no bias
+    towards the first frames.
 
-    The sum over l telescopes, so that layers 0 and L are enough, and the sum over j is one product with the mean of the
-    normalised text, a mean instead of a sum, which changes no order; the target's prefill hands over both
+    The sum over l telescopes, so only layers 0 and L are needed. The sum over j is one product with the mean of the
+    normalized text; a mean instead of a sum does not change the order. The target's prefill provides both
     (`text_similarity`).
 
-    layer: L, from 1 to the target's layers; 0 takes the share `depth` of them, to the nearest whole number (a half to the
-    even one), at least one. L is not published: a quarter is our choice for the paper's "early layers".
-
-    Deviations: none. The paper's drafter starts while the target still prefills; here it starts after it, on the same
+    Deviations: none. The paper's drafter starts while the target still prefills; here it starts afterwards, on the same
     tokens.
 
-    Signals: text_similarity. Cost: one (N, D) of the target kept until its prefill ends, N x D operations there, and a sort
-    of N here. Limits: the text is all that follows the last video, the chat template's words too; several videos of a
-    prompt are ranked together; a newline token (LLaVA-OneVision) is scored like any other. Raises ValueError for fields out
-    of range, UserError where the target has fewer than `layer` layers.
+    Signals: text_similarity. Cost: one (N, D) tensor of the target held until its prefill ends, N x D operations there,
+    and a sort of N here. Limits: the text is everything after the last video, including the chat template; several
+    videos of a prompt are ranked together; newline tokens (LLaVA-OneVision) are scored like others.
+
+    Attributes:
+        layer: L, from 1 to the target's number of layers; 0 uses `depth` instead.
+        depth: L as a share of the target's layers, rounded (halves to even), at least one layer. The paper does not
+            publish L; a quarter is our choice for its "early layers".
+
+    Raises:
+        ValueError: A field is out of range.
+        UserError: The target has fewer than `layer` layers.
     """
 
     name = "uv_prune"

@@ -1,4 +1,4 @@
-"""The contract, and that two layers are as good as all that lie between them."""
+"""The contract, and that two layers give the same result as all layers between them."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_kept_tokens_are_the_highest_of_the_papers_sum(kind):
         for budget in range(1, len(grid)):
             index = UVPrunePruner().select(PruneContext((grid,), budget, {"text_similarity": signal})).index
             dropped = torch.ones(len(grid), dtype=torch.bool).index_fill(0, index, False)
-            slack = rounding(3 * 6 + 2 * layers * 4, 2 * layers * 4)  # copies of a token are rounded apart
+            slack = rounding(3 * 6 + 2 * layers * 4, 2 * layers * 4)  # copies of a token differ by rounding
             assert len(index) == budget and scores_N[index].min() >= scores_N[dropped].max() - slack
 
 

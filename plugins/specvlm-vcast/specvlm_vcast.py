@@ -1,4 +1,4 @@
-"""V-CAST: more tokens for frames where the video turns, and of each frame the tokens that are least like its mean.
+"""V-CAST: give more tokens to frames where the video turns, and keep the tokens least similar to their frame's mean.
 
 Shape suffixes: F frames, P tokens of one frame, D width.
 """
@@ -23,25 +23,34 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class VCastPruner(Pruner):
-    """Share the budget out by how sharply the video turns, then keep each frame's outlying and strong tokens.
+    """Split the budget by how sharply the video turns, then keep each frame's outlying and strong tokens.
 
-    V-CAST (arXiv 2603.27650); after the authors' released code, compressor/v_cast/modeling_qwen3_vl_v_cast.py of
-    github.com/xinyouu/V-CAST. Of the paper itself only abstract and introduction could be read, so no equation is cited.
+    V-CAST (arXiv 2603.27650), after the authors' released code, compressor/v_cast/modeling_qwen3_vl_v_cast.py of
+    github.com/xinyouu/V-CAST. Only abstract and introduction of the paper were available to us, so no equation is
+    cited.
 
-    With r_t the normalised mean of frame t's tokens and v_t = r_t - r_(t-1), a frame's curvature is
-    c_t = 1 - cos(v_t, v_(t+1)), from 0 (straight on) to 2 (back again); 1 for the first and the last frame and where the
-    video stands still. Every frame gets `least` tokens, and the share softmax(c / temperature) of the rest, at most all of
-    its tokens. Inside a frame the tokens of the highest (1 - cos(x, r_t)) + n are kept, n the length of x scaled to 0 .. 1
-    between the frame's shortest and longest. Ties go to the earlier token. Positions stay, nothing is merged.
+    With r_t the normalized mean of frame t's tokens and v_t = r_t - r_(t-1), the curvature of a frame is c_t = 1 -
+    cos(v_t, v_(t+1)), from 0 (straight on) to 2 (reversed); it is 1 for the first and the last frame, and where the
+    video stands still. Every frame gets `least` tokens, and the share softmax(c / temperature) of the rest, up to all
+    its tokens. Within a frame the tokens of highest (1 - cos(x, r_t)) + n are kept, where n is the length of x, scaled
+    to 0..1 between the frame's shortest and longest. Ties go to the earlier token. Positions stay, and nothing is
+    merged.
 
-    Deviations: it acts on the drafter's context. What rounding down leaves over goes one token a frame, by the largest
-    fractions, in rounds; the code gives all of it to one frame until that is full, which is a slip. The budget is met exactly:
-    the code takes at least `least` tokens a frame and keeps a video of one frame whole; here a budget below that is shared
-    out without the minimum, and one frame is ranked like others. In float32 or wider, the code in the model's dtype.
+    Deviations: it acts on the drafter's context. The remainder of rounding down goes to the frames of largest
+    fractions, one token each, in rounds; the code gives all of it to one frame until that is full, which is a fault.
+    The budget is met exactly: the code takes at least `least` tokens per frame, and keeps a video of one frame whole;
+    here a smaller budget is split without the minimum, and a single frame is ranked like others. Computed in float32 or
+    wider; the code uses the model's dtype.
 
-    Signals: features. Cost: O(N D), a slice of frames at a time, and one copy of F numbers to the host.
-    Limits: newline tokens come last; each video of a prompt is treated on its own.
-    Raises UserError for a temperature that is not positive, or a `least` below 0.
+    Signals: features. Cost: O(N D), a slice of frames at a time, and one copy of F numbers to the host. Limits: newline
+    tokens come last; each video of a prompt is treated on its own.
+
+    Attributes:
+        temperature: Of the softmax over frames, above 0. Low values favour frames where the video turns.
+        least: Fewest tokens per frame.
+
+    Raises:
+        UserError: The temperature is not positive, or `least` is below 0.
     """
 
     name = "vcast"
@@ -67,7 +76,7 @@ class VCastPruner(Pruner):
         return KeepSet(kept_FP.flatten().nonzero().flatten(), ctx.total)
 
     def shares(self, curvature_F: list[float], budget: int, per_frame: int) -> list[int]:
-        """How many tokens each frame keeps; they add up to `budget`, which is at most all tokens."""
+        """Return the number of tokens to keep of each frame. They sum to `budget`, which is at most all tokens."""
         least = min(self.least, per_frame)
         least = least if budget >= least * len(curvature_F) else 0
         room, rest = per_frame - least, budget - least * len(curvature_F)
@@ -84,7 +93,7 @@ class VCastPruner(Pruner):
 
 
 def looks(x_FPD: Tensor) -> tuple[Tensor, Tensor]:
-    """(F, D) normalised mean of each frame, and (F, P) how far a token stands out of it."""
+    """(F, D) normalized mean of each frame, and (F, P) score of each token: its distance to the mean plus its norm."""
     wide = torch.promote_types(x_FPD.dtype, torch.float32)
     means, scores = [], []
     for part in x_FPD.split(max(1, at_once(x_FPD.device) // max(x_FPD[:1].numel(), 1))):
@@ -99,7 +108,7 @@ def looks(x_FPD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def curvature(mean_FD: Tensor) -> Tensor:
-    """(F,) 1 - cosine of a frame's step in and its step out; 1 at both ends and where either step is nothing."""
+    """(F,) 1 - cosine between a frame's step in and its step out; 1 at both ends and where a step is 0."""
     step_ED = mean_FD.diff(dim=0)
     turn = torch.ones_like(mean_FD[:, 0])
     if len(mean_FD) > 2:

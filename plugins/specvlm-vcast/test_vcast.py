@@ -1,4 +1,4 @@
-"""V-CAST beside the formula in plain loops: frames' shares, tokens of a frame, an exact budget."""
+"""V-CAST equals the formula in plain loops: shares of frames, tokens of a frame, an exact budget."""
 
 import math
 
@@ -47,7 +47,7 @@ def turns(video):
 
 
 def naive_shares(turn, budget, per_frame, temperature=0.7, least=1):
-    """Token by token: the minimum, the whole parts, then whatever is left to the largest fractions."""
+    """Token by token: the minimum, the integer parts, then the remainder by largest fractions."""
     share = [least if budget >= least * len(turn) else 0 for _ in turn]
     rest = budget - sum(share)
     total = math.fsum(math.exp(c / temperature) for c in turn)
@@ -70,7 +70,7 @@ def naive_scores(frame, mean):
 
 
 def videos():
-    """Random ones, a static one, scenes that alternate, one and two frames, equal tokens; in float64."""
+    """Videos in float64: random, static, with alternating scenes, of one and two frames, of equal tokens."""
     generator = torch.Generator().manual_seed(0)
     for number in range(50):
         frames, per_frame = 1 + number % 9, 1 + number % 7
@@ -101,18 +101,18 @@ def test_it_equals_the_formula_in_plain_loops(x_FPD):
         for t, count in enumerate(share):
             scores = scores_F[t]
             mine = [scores[k % per_frame] for k in keep if k // per_frame == t]
-            # Of scores that only rounding tells apart any may be kept; which of equal tokens is a test of its own.
+            # Of scores that differ only by rounding, any may be kept; ties of equal tokens have their own test.
             best, bound = sorted(scores, reverse=True)[:count], rounding(TERMS, 3.0)
             assert sorted(mine, reverse=True) == pytest.approx(best, rel=0, abs=bound)
 
 
 def test_a_frame_where_the_video_turns_back_gets_more_than_one_it_passes_through():
-    """Means at angles 0, 10, 20, 30, 20, 10, 0 degrees: only the middle one turns, by half a circle."""
+    """Means at angles 0, 10, 20, 30, 20, 10, 0 degrees: only the middle frame turns, by 180 degrees."""
     angles = torch.tensor([0.0, 10, 20, 30, 20, 10, 0], dtype=torch.float64).deg2rad()
     mean = torch.stack([angles.cos(), angles.sin()], 1)
     turn = curvature(mean)
     small = 1 - math.cos(math.radians(10))
-    # A step of 10 degrees is 0.17 long: differences of numbers up to 1 lose what their quotient is off by.
+    # A step of 10 degrees has length 0.17, so the rounding of differences counts more in the quotient.
     assert_same_sums(turn, torch.tensor([1, small, small, 2, small, small, 1], dtype=torch.float64), TERMS, 3 / 0.17)
     share = VCastPruner().shares(turn.tolist(), 28, 20)
     assert share == naive_shares(turn.tolist(), 28, 20) and share[3] == max(share) > 2 * share[1]

@@ -1,7 +1,7 @@
-"""Keep what the vision tower itself looks at, and fold the rest of each frame into a few means.
+"""Keep the tokens that the vision tower attends to, and merge the rest of each frame into a few means.
 
-Shape suffixes: N video tokens, F frames of one video, P tokens of one frame, G frames of one budget, M dominant tokens and
-C contextual tokens of a frame, R its other tokens, D width of a key.
+Shape suffixes: N video tokens, F frames of one video, P tokens of one frame, G frames of the same budget, M dominant
+and C contextual tokens of a frame, R its other tokens, D width of a key.
 """
 
 from __future__ import annotations
@@ -23,25 +23,31 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class VisionZipPruner(Pruner):
-    """Keep what the vision tower looks at, and means of the rest; no question is read. VisionZip (arXiv 2412.04467).
+    """Keep the tokens that the vision tower attends to, and means of the rest. VisionZip (arXiv 2412.04467).
 
-    Every frame gets its share of the budget. Of k tokens of a frame, the M = floor(dominant k + 1/2) (at least one) of the
-    highest attention received in the vision tower are dominant. Of the others, in raster order, k - M at equal strides are
-    contextual: every other one joins the contextual token of the highest cosine of keys, the earlier on a tie, and each is
-    then the plain mean of itself and what joined it, at its own position. Where k - M = 0 nothing is merged.
+    The question is ignored. Every frame gets its share of the budget. Of the k tokens kept of a frame, the M =
+    floor(dominant k + 1/2), at least one, of highest attention received in the vision tower are dominant. Of the
+    others, in raster order, k - M at equal strides are contextual. Every other token joins the contextual token of
+    highest cosine of keys (the earlier one on a tie). Each contextual token then is the plain mean of itself and what
+    joined it, at its own position. If k - M = 0, nothing is merged.
 
-    dominant: share of a frame's tokens that are dominant, above 0 and at most 1. The paper's 54 of 64; the released code's
-    default is 191 of 221.
+    Deviations: the layer is the last one of the tower whose output is used. The paper takes CLIP's penultimate layer,
+    and the row of its class token as attention; towers without one give the mean over all rows. Both signals are pooled
+    to tokens as the features are; the paper has one token per patch. The released code adds the mean of what joined to
+    the contextual token, so that its scale grows; that is not repeated. The code keeps the same number of tokens of
+    every frame; here the budgets of frames differ by at most one, larger ones evenly spread, and if there are fewer
+    tokens than frames, some frames keep none.
 
-    Deviations: the layer is the tower's last one whose output is used, where the paper takes the penultimate of CLIP, whose
-    class token's row is the attention; towers without one have the mean over all rows. Both signals are pooled to tokens as
-    the features are, where the paper has a token a patch. The released code adds the mean of what joined to the contextual
-    token, so that its scale grows; that is not repeated. It keeps the same number of every frame; here budgets of frames
-    differ by at most one, larger ones evenly spread, and with fewer tokens than frames some frames keep none.
+    Signals: vision_attention, vision_keys (mean over heads; after rotation in Qwen2.5-VL). Cost: N x C x D for the
+    cosines, at most N x P x D / 4, in two batches per video. Limits: newline tokens (LLaVA-OneVision) are kept after
+    all others. Each video of a prompt has its share.
 
-    Signals: vision_attention, vision_keys (mean over heads; after rotation in Qwen2.5-VL). Cost: N x C x D for the cosines,
-    at most N x P x D / 4, in two batches a video. Limits: newline tokens (LLaVA-OneVision) are kept when all else is. Each
-    video of a prompt has its share. Raises ValueError for a share out of range.
+    Attributes:
+        dominant: Share of a frame's kept tokens that are dominant, above 0 and at most 1. The paper has 54 of 64; the
+            default of the released code is 191 of 221.
+
+    Raises:
+        ValueError: `dominant` is out of range.
     """
 
     name = "visionzip"
@@ -65,7 +71,7 @@ class VisionZipPruner(Pruner):
         return KeepSet(index, ctx.total, pool)
 
     def _parts(self, ctx: PruneContext) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of token numbers (root, member): each root's row is the mean of its members, itself among them."""
+        """Yield pairs of token numbers (root, member). A root becomes the mean of its members, itself included."""
         cells = sum(grid.cells for grid in ctx.grids)
         room, done, start = min(ctx.budget, cells), 0, 0
         newlines = max(0, ctx.budget - cells)
@@ -86,7 +92,7 @@ class VisionZipPruner(Pruner):
             done, start = done + grid.cells, start + len(grid)
 
     def frame_parts(self, attention_GP: Tensor, x_GPD: Tensor, budget: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs (root, member), numbers inside each frame: of the dominant tokens, of the contextual ones, of what joined."""
+        """Yield pairs (root, member) within each frame: dominant tokens, then contextual ones, then those that join."""
         dominant = min(budget, max(1, math.floor(written(self.dominant) * budget + Fraction(1, 2))))
         order_GP = attention_GP.sort(dim=1, descending=True, stable=True).indices
         yield order_GP[:, :dominant], order_GP[:, :dominant]
@@ -107,7 +113,7 @@ class VisionZipPruner(Pruner):
 
 
 def taken(x_GPD: Tensor, index_GR: Tensor) -> Tensor:
-    """(G, R, D) rows of each frame."""
+    """(G, R, D) the rows `index_GR` of each frame."""
     return x_GPD.gather(1, index_GR[..., None].expand(-1, -1, x_GPD.shape[2]))
 
 

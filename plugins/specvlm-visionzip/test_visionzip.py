@@ -28,7 +28,7 @@ def context(grids, budget, seed=0):
 
 
 def naive(ctx, tenths):
-    """{position: members} of one video without newline tokens, token by token. tenths: of a frame's share that are dominant."""
+    """{position: members} of a video without newline tokens, token by token. tenths: dominant share of a frame."""
     attention, features = ctx.signals["vision_attention"].tolist(), ctx.signals["vision_keys"].tolist()
     grid, budget, found = ctx.grid, ctx.budget, {}
     for frame in range(grid.frames):

@@ -1,7 +1,9 @@
-"""The four kinds of strategy, and what each is given: a file each. A plugin needs this package and `specvlm.types`.
+"""Base classes of the four kinds of strategy, with the contexts they are called with. One file per kind.
 
-A strategy is a frozen dataclass of plain values: its fields are its Hydra config, its repr is its log line. What
-changes during a request lives in the session and the cache, made per request.
+A plugin needs only this package and `specvlm.types`.
+
+A strategy is a frozen dataclass of plain values. Its fields are its Hydra config, its repr is its log line. State
+that changes during a request lives in the draft session and the caches, which are created per request.
 """
 
 from specvlm.strategies.base import Strategy

@@ -1,14 +1,18 @@
-"""What all kinds of strategy are."""
+"""The base class of all strategies."""
 
 from typing import ClassVar
 
 
 class Strategy:
-    """Base of all kinds. `name` is the registered name and the file name; `kind` is the Hydra group.
+    """Base class of pruners, drafters, verifiers and data sets.
 
-    paper: what the strategy is named after, as "FastV (arXiv 2403.06764)"; empty where it is our own. fidelity: how close
-    it is to the paper: "exact" does the paper's method on what a drafter reads, "adapted" differs where `Deviations:` of
-    its docstring says, "inspired by" takes an idea. The list of options shows both.
+    Attributes:
+        kind: The Hydra group: "pruner", "drafter", "verifier" or "dataset". Set by each base class.
+        name: The registered name, an identifier. Also the name of the file.
+        paper: The source, such as "FastV (arXiv 2403.06764)". Empty if the strategy is our own.
+        fidelity: How close the strategy is to its paper. "exact": the same method, applied to the drafter's context.
+            "adapted": differs as listed under `Deviations:` in the docstring. "inspired by": borrows an idea.
+            `--help` shows it together with `paper`.
     """
 
     kind: ClassVar[str]

@@ -1,4 +1,4 @@
-"""What is decoded, where that is more than one clip."""
+"""Base class of data sets, and the samples they list."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One video and what is asked about it.
+    """One video with a question about it.
 
-    id: names it in its data set, today and in a year. video: a file, or a function that makes a clip of every frame there is;
-    neither is opened or called before it is the sample's turn. start, end: the part of it that is meant, in seconds; None: to
-    its end. question: as the model is asked, options and all. answer: the right one, if one is known, and `options` those to
-    choose from, as `answer` has them. meta: what rows may be grouped by, such as category or duration; plain JSON.
+    Attributes:
+        id: Stable identifier within the data set.
+        video: A file, or a function that returns a clip of all frames. Opened or called only when the sample is
+            decoded.
+        question: The full question as put to the model, including the options of a multiple choice.
+        answer: The right answer; None if unknown.
+        options: The possible answers, in the form that `answer` has.
+        meta: Values to group results by, such as category or duration. Plain JSON.
+        start: Start of the video section, in seconds.
+        end: End of the video section, in seconds; None for the end of the video.
     """
 
     id: str
@@ -35,22 +41,30 @@ class Sample:
 
 
 class Dataset(Strategy, ABC):
-    """Samples in a fixed order, the same on every machine. `split` and `version` are recorded with every result."""
+    """Base class of data sets: samples in a fixed order, the same on every machine.
+
+    `split` and `version` are recorded with every result.
+    """
 
     kind = "dataset"
 
     @property
     def split(self) -> str:
-        """Which part of the data set this is, by its publishers' name for it. A class attribute or a field will do."""
+        """The publisher's name of this part, such as "test". May be a class attribute or a field."""
         return ""
 
     @property
     def version(self) -> str:
-        """Which edition of it: a date, a commit, a checksum. A class attribute or a field will do."""
+        """Version of the data set: a date, a commit or a checksum. May be a class attribute or a field."""
         return ""
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
-        """Every sample. Cheap: reads lists, opens no video. Raises UserError where the list cannot be read, saying what to
-        fetch and where to put it.
+        """List all samples, without opening a video.
+
+        Returns:
+            The samples in their fixed order.
+
+        Raises:
+            UserError: A list cannot be read. The message says what to download and where to put it.
         """

@@ -1,4 +1,7 @@
-"""What guesses."""
+"""Base classes and context of drafters, which guess the tokens that the target verifies.
+
+Shape suffixes: N video tokens, D width of the target.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class DraftContext:
-    """What a drafter starts from. bonus: the first output token, already decided by the target's prefill.
+    """Input of a draft session: one request after the target's prefill.
 
-    prompt and signals are copies. Models must be left as they are: a request behind which they differ fails.
-    draft is None for a drafter whose `model` is not "draft". features_ND: the target's video features, which a
-    drafter that *is* the target shares. vocabulary: ids below it are known to both models. caches: to take the session's own
-    from; they are given back when the request ends. signals: those that the drafter `needs`. cache: the target's own, to be
-    read and never written: all of the output so far but its last token. captured: is a `Routine` captured at its first call?
-    Then one for all rounds pays, else the cheapest for each.
+    Do not modify the models: a request that leaves them changed fails.
+
+    Attributes:
+        prompt: A copy of the request's prompt.
+        keep: The video tokens that the pruner kept.
+        bonus: The first output token, taken from the target's prefill. Root of the first draft tree.
+        target: The target model.
+        draft: The draft model; None unless the drafter's `model` is "draft".
+        features_ND: (N, D) The target's video features, for drafters that run the target.
+        positions: Rotary positions of the drafter: "original" (of the full prompt) or "reindexed" (contiguous).
+        max_new_tokens: Most tokens of the answer.
+        vocabulary: Ids below this number are known to both models.
+        sampling: The distribution of the target's next token. Drafters that sample warp theirs the same way.
+        generator: Random generator on the CPU, seeded per request.
+        caches: Source of the session's KV caches. They are returned when the request ends.
+        signals: Copies of the signals in the drafter's `needs`, by name. Read them with `signal`.
+        cache: The target's KV cache, read-only. Holds the prompt and the output except its last token.
+        captured: True if the engine captures each `Routine` at its first call. Then use one routine for all rounds;
+            otherwise use the cheapest one for each round.
     """
 
     prompt: VideoPrompt
@@ -50,29 +66,42 @@ class DraftContext:
     captured: bool = False
 
     def signal(self, name: str) -> Tensor:
+        """Return a signal in the shape that `SIGNALS` lists.
+
+        Raises:
+            ValueError: The signal is not in the drafter's `needs`.
+        """
         return signal_of(self.signals, name, "drafter")
 
 
 class DraftSession(ABC):
-    """The drafter's side of one request."""
+    """Drafter state of one request, created by `Drafter.start`."""
 
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree | Work[DraftTree]:
-        """Guesses below the last accepted token, which is node 0: `last.bonus`, and `ctx.bonus` in the first round.
+        """Propose a tree of guesses that continue the output.
 
-        At most `max_nodes` nodes. The loop checks the tree, and writes the last accepted token to node 0 itself.
+        Node 0 is the last accepted token: `last.bonus`, or `ctx.bonus` in the first round. The loop fills it in, and
+        checks the tree.
 
-        One that needs a model is a generator. It yields a `Pass` and is sent the `Rows` that come out of it; or it yields a
-        call of a `Routine`, which may be captured, and is sent its tensors. It returns the tree. Passes go to the session's
-        own caches alone.
+        A session that runs a model writes `propose` as a generator that returns the tree. It yields either a `Pass`,
+        and receives its `Rows`, or a call of a `Routine`, which may be captured, and receives its tensors. Passes may
+        write only to caches taken from `ctx.caches`.
 
         Args:
-            last: What became of the previous tree, whose nodes `last.path` were accepted; None in the first round.
+            last: Verdict on the previous tree; None in the first round.
+
+        Returns:
+            A tree of at most `max_nodes` nodes, or a generator that returns one.
         """
 
 
 class Drafter(Strategy, ABC):
-    """How guesses are made. `model`: whose weights draft, "draft", "target" or None."""
+    """Base class of drafters: guess the next tokens as a tree that the target verifies in one pass.
+
+    Attributes:
+        model: Whose weights the drafter runs: "draft", "target", or None without a model.
+    """
 
     kind = "drafter"
     model: ClassVar[str | None] = "draft"
@@ -80,25 +109,38 @@ class Drafter(Strategy, ABC):
     @property
     @abstractmethod
     def max_nodes(self) -> int:
-        """Most nodes of a tree, root included: the target's cache keeps room for them."""
+        """Most nodes of a tree, root included. The target's cache reserves slots for them."""
 
     @property
     def fixed(self) -> TreeShape | None:
-        """The shape of every tree; None where they vary. Ranks without a draft need only be told the tokens of a fixed one."""
+        """Shape of every tree, or None if it varies.
+
+        Of a fixed tree, only the tokens are sent to ranks without a draft model.
+        """
         return None
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a round writes to the drafter's cache: a tree that is cut back needs more than its nodes."""
+        """Most rows that a round writes to the drafter's cache.
+
+        Exceeds `max_nodes` for a tree that is grown and then cut back.
+        """
         return self.max_nodes
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals of the target that a session reads, of those in `SIGNALS`. A class attribute will do."""
+        """Names of the target's signals that a session reads, out of `SIGNALS`. May be a class attribute."""
         return frozenset()
 
     def own_budget(self, prompt: VideoPrompt) -> int | None:
-        """How many video tokens it sees by a choice of its own, made without the pruner; None: those that the pruner leaves."""
+        """Return the number of video tokens for a drafter that chooses them itself.
+
+        Args:
+            prompt: A copy of the prompt without pixels.
+
+        Returns:
+            Number of video tokens, and the pruner is not called; None if the pruner chooses them.
+        """
         return None
 
     def __init_subclass__(cls, **more: object) -> None:
@@ -108,4 +150,12 @@ class Drafter(Strategy, ABC):
             cls.own_budget = vars(cls)["sees"]  # type: ignore[method-assign]
 
     @abstractmethod
-    def start(self, ctx: DraftContext) -> DraftSession: ...
+    def start(self, ctx: DraftContext) -> DraftSession:
+        """Create the session of a request. Called once, after the target's prefill and the pruner.
+
+        Args:
+            ctx: The request, the models and the caches.
+
+        Returns:
+            The session, which the loop asks for a tree in every round.
+        """

@@ -1,10 +1,10 @@
-"""Calls into strategies: what one raises is its own affair, and what one returns is checked before the loop uses it."""
+"""Guarded calls into strategies: attribute their errors to them, and check what they return before the loop uses it."""
 
 import signal
 import sys
 import threading
 
-# `signal.getsignal` tries to make an Enum of the answer, which takes longer than all the rest of `inside`.
+# `signal.getsignal` converts its result to an Enum, which takes longer than the rest of `inside`.
 from _signal import getsignal  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from specvlm.types import DraftTree, Verdict
 
 
 def label_of(strategy: object) -> str:
-    """`drafter=tree`, as the command line takes it: of a strategy or its class; a text as it is."""
+    """Return the command-line form of a strategy or class, such as "drafter=tree". Strings are returned unchanged."""
     if type(strategy) is str:
         return strategy
     return _label(strategy if isinstance(strategy, type) else type(strategy))
@@ -41,7 +41,7 @@ def _label(cls: type) -> str:
 
 
 PACKAGE = Path(__file__).parents[1]
-# Names of specvlm's own modules, by its files: what calls itself one of them is none of these.
+# Names of specvlm's own modules, taken from its files: a plugin could call its module "specvlm.something".
 OURS = frozenset(
     ".".join(("specvlm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
@@ -49,12 +49,13 @@ OURS = frozenset(
 
 
 class ThirdPartyCalls:
-    """calls: how many calls into strategies of others this process made."""
+    """Counts this process's calls into strategies that are not specvlm's own."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def met(self, strategy: object) -> None:
+        """Count a call, unless the strategy is specvlm's own or only its label is given."""
         self.calls += not (
             isinstance(strategy, str) or defined_here(strategy if isinstance(strategy, type) else type(strategy))
         )
@@ -64,16 +65,17 @@ THIRD_PARTY_CALLS = ThirdPartyCalls()
 
 
 class inside:
-    """Around a call into a strategy.
+    """Context manager for a call into a strategy: name the strategy in errors, undo its changes to the process.
 
-    A plain error gets a note that names the strategy. What would pass for something else becomes a StrategyError: an OSError
-    (it is not the results' disk), an exit of the process, a subclass of UserError, a KeyboardInterrupt that nobody pressed.
+    Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
+    OSError (which would look like a full results disk), SystemExit, subclasses of UserError, and a KeyboardInterrupt
+    that the user did not press. The SIGINT handler and torch's modes are restored.
 
-    A class, since a round enters it a dozen times: `contextmanager` takes three times as long.
+    It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
     Raises:
-        KeyboardInterrupt: the user's, also where the strategy caught it and went on.
-        StrategyError: see above.
+        KeyboardInterrupt: The user pressed Ctrl-C, even if the strategy caught it and went on.
+        StrategyError: The strategy raised one of the errors above, or left a torch mode active.
     """
 
     __slots__ = ("handler", "heard", "label", "modes", "names")
@@ -90,8 +92,8 @@ class inside:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.names.pop()
         if getsignal(signal.SIGINT) is not self.handler and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.handler)  # now: the next call may hang
-        # Now, too: what the loop makes under somebody else's mode may be kept.
+            signal.signal(signal.SIGINT, self.handler)  # restore it at once: the next call may hang
+        # Leave the modes at once, too: the loop may cache tensors that it creates under them.
         left = leave_modes(self.modes) if modes_entered() != self.modes else ""
         if error is not None:
             self._tell(error)
@@ -101,13 +103,13 @@ class inside:
             raise _interrupted(self.label)
 
     def _tell(self, error: BaseException) -> None:
-        """Raise it as what it is, or return where it may be raised as it is."""
+        """Raise the error in its proper form, or return if it may propagate unchanged."""
         label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
-            raise _interrupted(label) from error  # which the strategy made something else of
+            raise _interrupted(label) from error  # the strategy turned the user's Ctrl-C into another error
         if isinstance(error, StrategyError) or type(error) in (UserError, MissingVideo):
             return
-        ends_jobs = type(error).__module__.partition(".")[0] == "specvlm"  # of our own, with which a sweep ends
+        ends_jobs = type(error).__module__.partition(".")[0] == "specvlm"  # our own errors would end the whole sweep
         plain = isinstance(error, Exception) and not isinstance(error, OSError | UserError | StopIteration) and not ends_jobs
         if plain or (isinstance(error, KeyboardInterrupt) and INTERRUPTS.pressed(heard)):
             if f"in {label}" not in getattr(error, "__notes__", ()):
@@ -124,7 +126,7 @@ def _interrupted(label: str) -> KeyboardInterrupt:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Around what strategies have a word in here and there. Raises StrategyError for what would end the process."""
+    """Context manager for code that may call strategies: StrategyError replaces what would end the process."""
     try:
         yield
     except (Exception, GeneratorExit, KeyboardInterrupt):
@@ -134,7 +136,7 @@ def contained() -> Iterator[None]:
 
 
 def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
-    """Does a rule claim to be lossless, and of which distribution? Raises StrategyError for what is none."""
+    """Read and check a verifier's `lossless` and `sampling`. Raises TypeError or ValueError for an invalid one."""
     with inside(verifier):
         lossless, sampling = bool(verifier.lossless), verifier.sampling
         if type(sampling) is not Sampling:
@@ -147,7 +149,7 @@ def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
 
 
 def needs_of(strategy: Pruner | Drafter) -> frozenset[str]:
-    """The signals that it asks for. Raises StrategyError for what is no set of names."""
+    """Read and check a strategy's `needs`. Raises TypeError unless it is a frozenset of names."""
     with inside(strategy):
         found = strategy.needs
         if type(found) is not frozenset or not all(type(name) is str for name in found):
@@ -156,7 +158,7 @@ def needs_of(strategy: Pruner | Drafter) -> frozenset[str]:
 
 
 def sizes_of(drafter: Drafter) -> tuple[int, int]:
-    """A drafter's `max_nodes` and `max_rows`, which caches are made for. Raises StrategyError for what is no number of them."""
+    """Read and check `max_nodes` and `max_rows`, which size the caches. Raises ValueError unless both are ints >= 1."""
     with inside(drafter):
         found = drafter.max_nodes, drafter.max_rows
         for name, value in zip(("max_nodes", "max_rows"), found, strict=True):
@@ -166,15 +168,15 @@ def sizes_of(drafter: Drafter) -> tuple[int, int]:
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
-    """What a drafter yields, as the engine takes it. Raises StrategyError for anything but passes to caches of its own."""
+    """Check what a drafter yields. Raises StrategyError unless it is a pass or call on the session's own caches."""
     label = label_of(drafter)
     if not isinstance(item, (Pass, Call)):
         raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
     cache = item.cache if isinstance(item, Pass) else item.routine.cache
     if not lease.has(cache):
-        raise StrategyError(f"{label}: a pass to a cache that it did not take for itself: use ctx.caches.take")
+        raise StrategyError(f"{label}: a pass writes to a cache that the session did not take: use ctx.caches.take")
     if not cache.fits(item.model if isinstance(item, Pass) else item.routine.model, 0):
-        raise StrategyError(f"{label}: a pass of another model than its cache was taken for")
+        raise StrategyError(f"{label}: a pass runs another model than its cache was taken for")
     if isinstance(item, Call):
         _check_call(label, item)
         return item
@@ -186,41 +188,51 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
 
 
 def check_pass(label: str, one: Pass) -> None:
-    """Are a pass's tensors of sizes that go together? Reads none of them. Raises StrategyError."""
+    """Check the shapes of a pass without reading its tensors. Raises StrategyError if they do not match."""
     tokens, seen = one.tokens_Q, one.seen_QT
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
-        raise StrategyError(f"{label}: a pass has tokens (Q,) int64, got {_told(tokens)}")
+        raise StrategyError(f"{label}: tokens of a pass must be (Q,) int64, got {_described(tokens)}")
     wanted = (rows, one.at + rows)
     if seen is not None and (not isinstance(seen, Tensor) or seen.shape != wanted):
-        raise StrategyError(f"{label}: a pass at {one.at} of {rows} rows sees {wanted}, got {_told(seen)}")
+        raise StrategyError(f"{label}: `seen` of a pass of {rows} rows at {one.at} must be {wanted}, got {_described(seen)}")
     if len(one.depths_Q) != rows:
-        raise StrategyError(f"{label}: a pass of {rows} rows has so many depths, got {len(one.depths_Q)}")
+        raise StrategyError(f"{label}: a pass of {rows} rows needs {rows} depths, got {len(one.depths_Q)}")
     if not 0 <= one.at <= one.cache.capacity - rows:
-        raise StrategyError(f"{label}: a pass to slots from base + {one.at} on, its cache has {one.cache.capacity}")
+        raise StrategyError(f"{label}: a pass of {rows} rows at base + {one.at} exceeds its {one.cache.capacity} slots")
 
 
 def _check_call(label: str, call: Call) -> None:
-    """Is it what a captured routine can be given? Asked of every engine, so that an author hears of it on a CPU."""
+    """Check that a routine call can be captured. Done on every engine, so that authors see errors on a CPU, too."""
     routine, made = call.routine, call.routine.function
     if not isinstance(made, FunctionType) or "<locals>" in made.__qualname__:
-        raise StrategyError(f"{label}: a routine's work is a function of a module or a partial of one, got {made!r:.100}")
+        raise StrategyError(f"{label}: a routine's work must be a module-level function or a partial of one, got {made!r:.100}")
     hash(routine.key)
     if len(call.state) != len(routine.state) or any(type(number) is not int for number in call.state):
-        raise StrategyError(f"{label}: a routine made with a state of {len(routine.state)} int was called with {call.state}")
+        raise StrategyError(f"{label}: a routine with a state of {len(routine.state)} ints was called with {call.state}")
     pairs = zip(routine.inputs, call.inputs, strict=False)
     unlike = any(new is not None and (new.shape, new.dtype) != (old.shape, old.dtype) for old, new in pairs)
     if unlike or len(call.inputs) != len(routine.inputs):
-        made_with, given = ([*map(_told, tensors)] for tensors in (routine.inputs, call.inputs))
-        raise StrategyError(f"{label}: a routine made with inputs {made_with} was called with {given}")
+        made_with, given = ([*map(_described, tensors)] for tensors in (routine.inputs, call.inputs))
+        raise StrategyError(f"{label}: a routine with inputs {made_with} was called with {given}")
 
 
 def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabulary: int, ours: bool = False) -> DraftTree:
-    """A proposal as the loop takes it: a plain DraftTree of its own, with the last accepted token, `root`, at node 0.
+    """Check a proposal and copy it to a plain DraftTree with the last accepted token at node 0.
 
-    most: the drafter's `max_nodes` when the request began, for which the caches have room. vocabulary: of the target. On a CPU
-    a guess out of it is refused; elsewhere it is clamped, since reading it would wait for the device, and a guess never decides
-    what is accepted. ours: from a session of specvlm's own. On a GPU its tokens are left as they are, since each change costs a
-    launch. Raises StrategyError for what is no tree.
+    On a CPU, token ids outside the vocabulary are refused. On a GPU they are clamped, since reading them would wait for
+    the device; a wrong guess never changes what is accepted.
+
+    Args:
+        drafter: Named in errors.
+        tree: The proposal.
+        root: The last accepted token.
+        most: The drafter's `max_nodes` when the request began, which sized the caches.
+        vocabulary: Size of the target's vocabulary.
+        ours: True for a session of specvlm's own. On a GPU its tokens are not touched, since each change costs a
+            launch.
+
+    Raises:
+        StrategyError: The proposal is not a valid tree.
     """
     label = label_of(drafter)
     if not isinstance(tree, DraftTree):
@@ -231,13 +243,13 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
         raise StrategyError(f"{label}: {one_line(error)}") from None
     count, tokens, q = len(parents), tree.tokens, tree.q
     if count > most:
-        raise StrategyError(f"{label}: a tree of {count} nodes, and its max_nodes is {most}")
+        raise StrategyError(f"{label}: a tree of {count} nodes exceeds its max_nodes of {most}")
     if not isinstance(tokens, Tensor) or tokens.shape != (count,) or tokens.dtype != torch.int64:
-        raise StrategyError(f"{label}: tokens must be ({count},) int64, got {_told(tokens)}")
+        raise StrategyError(f"{label}: tokens must be ({count},) int64, got {_described(tokens)}")
     if q is not None and (not isinstance(q, Tensor) or q.ndim != 2 or len(q) != count or not q.is_floating_point()):
-        raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_told(q)}")
+        raise StrategyError(f"{label}: q must be ({count}, V) of floating point, got {_described(q)}")
     if tokens.device.type == "cpu":
-        guesses = tokens.as_subclass(Tensor).tolist()[1:]  # as numbers: quicker than two reductions
+        guesses = tokens.as_subclass(Tensor).tolist()[1:]  # faster than two tensor reductions
         low, high = min(guesses, default=0), max(guesses, default=0)
         if low < 0 or high >= vocabulary:
             raise StrategyError(f"{label}: guessed token {low if low < 0 else high}, the target has 0..{vocabulary - 1}")
@@ -250,7 +262,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
 
 @lru_cache(maxsize=256)
 def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Both as plain integers. Checked once a shape."""
+    """Check the parents and ranks of a tree; cached, since shapes recur."""
     for name, values in (("parents", parents), ("ranks", ranks)):
         if values is not None and not (type(values) is tuple and all(type(value) is int for value in values)):
             raise TypeError(f"{name} must be a tuple of int, got {values!r:.200}")
@@ -262,21 +274,21 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 
 def is_ours(value: object) -> bool:
-    """Is its class defined in specvlm, and found there?"""
+    """Is this an unmodified instance of a class that specvlm defines?"""
     own = vars(value) if hasattr(value, "__dict__") else {}
-    fields = getattr(type(value), "__dataclass_fields__", None)  # of a strategy: it has nothing else of its own
+    fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets
     changed = "propose" in own or (fields is not None and not own.keys() <= fields.keys())
     return not changed and defined_here(type(value))
 
 
 def defined_here(cls: Any) -> bool:
-    """Is it specvlm's own class or function, and found there by its name?"""
+    """Is this a class or function of specvlm's own, reachable under its name in its module?"""
     home = cls.__module__
     return type(home) is str and home in OURS and getattr(sys.modules.get(home), cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:
-    """A rule's verdict as the loop takes it. Raises StrategyError unless its path leads down from the root to a node."""
+    """Check a verdict and copy it. Raises StrategyError unless its path leads from the root to a node of the tree."""
     path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
     whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
     if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]
@@ -286,5 +298,5 @@ def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocab
     return Verdict(path, bonus)
 
 
-def _told(value: object) -> str:
+def _described(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,10 +1,10 @@
-"""Where strategies come from: the built-ins and every installed package of the entry-point group `specvlm`.
+"""Load strategies: the built-ins, and every installed package with an entry point in the group `specvlm`.
 
-Both come through one hook. Plugins load one by one; a broken one is named and left out, the rest go on.
+Both use the same hook. Plugins load one by one; a broken plugin is reported and skipped.
 
-SPECVLM_PLUGINS=a,b          only these installed plugins load (empty: none); the built-ins always do
-SPECVLM_STRICT_PLUGINS=1     a broken plugin is an error
-SPECVLM_PLUGIN_TRACEBACK=1   show the whole traceback of a broken plugin
+SPECVLM_PLUGINS=a,b          load only these installed plugins (empty: none), and always the built-ins
+SPECVLM_STRICT_PLUGINS=1     treat a broken plugin as an error
+SPECVLM_PLUGIN_TRACEBACK=1   show the full traceback of a broken plugin
 """
 
 import importlib
@@ -42,20 +42,26 @@ log = logging.getLogger(__name__)
 
 
 class Hooks:
-    """What a plugin may implement, as a function marked with `@hookimpl` in the module its entry point names."""
+    """Hooks of a plugin: functions marked with `@hookimpl` in the module that its entry point names."""
 
     @hookspec
     def specvlm_strategies(self) -> list[type]:  # type: ignore[empty-body]
-        """The strategy classes that this plugin brings."""
+        """Return the strategy classes of this plugin."""
 
 
 class PluginError(UserError):
-    """A plugin that cannot be used as it is; the message says which and why."""
+    """A plugin or one of its classes cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One source of strategies. name: the distribution's; label: as users see it, with its version."""
+    """A package that provides strategies.
+
+    Attributes:
+        name: Name of the distribution; "specvlm" for the built-ins.
+        version: Version of the distribution; empty for the built-ins.
+        strategies: Its classes, unchecked.
+    """
 
     name: str
     version: str
@@ -63,13 +69,15 @@ class Plugin:
 
     @property
     def label(self) -> str:
+        """Name and version, as users see them."""
         return f"{self.name} {self.version}".strip()
 
 
 def load() -> list[Plugin]:
     """Load the built-ins, then the installed plugins in alphabetical order.
 
-    Raises PluginError for a broken plugin under SPECVLM_STRICT_PLUGINS=1 and whatever a broken built-in raises.
+    Raises:
+        PluginError: A plugin is broken and SPECVLM_STRICT_PLUGINS=1 is set.
     """
     plugins = [Plugin("specvlm", "", strategies_of(importlib.import_module(module))) for module in BUILTINS]
     code, heard = Code(), INTERRUPTS.heard
@@ -79,7 +87,7 @@ def load() -> list[Plugin]:
         try:
             strategies = strategies_of(point.load())
             if changed := code.undo():
-                raise PluginError(f"importing it changes {', '.join(changed[:3])}, which the target's own output comes from")
+                raise PluginError(f"importing it changes {', '.join(changed[:3])}, which computes the target's own output")
             plugins.append(Plugin(name, version, strategies))
         except BaseException as err:
             if isinstance(err, KeyboardInterrupt) and INTERRUPTS.pressed(heard):
@@ -90,20 +98,27 @@ def load() -> list[Plugin]:
 
 
 def installed() -> list[str]:
-    """`name version` of every installed plugin, loaded or not."""
+    """List "name version" of every installed plugin, loaded or not."""
     return list(_installed(entry_points, tuple(sys.path)))
 
 
-@lru_cache(maxsize=8)  # it reads a file of each installed package, and every sample asks
+@lru_cache(maxsize=8)  # it is called for every sample, and reads a file of each installed package
 def _installed(points: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[str, ...]:
-    """path: where `points` looks."""
+    """List the plugins that `points` finds on `path`. The path is there only as a cache key."""
     return tuple(sorted({" ".join(_distribution(point)).strip() for point in points(group=GROUP)}))
 
 
 def strategies_of(plugin: object) -> tuple[Any, ...]:
-    """Ask one plugin for its classes, in a manager of its own so that it cannot break another's.
+    """Call a plugin's hook, in a plugin manager of its own so that it cannot break other plugins.
 
-    Raises PluginError where it implements no hook, a hook that does not exist, or returns no list.
+    Args:
+        plugin: The plugin's module, or any object with a method marked as hook.
+
+    Returns:
+        The classes that the hook returns, unchecked.
+
+    Raises:
+        PluginError: The plugin implements no hook or an unknown one, or its hook does not return a list.
     """
     _check_hook_names(plugin)
     manager = pluggy.PluginManager(GROUP)
@@ -116,7 +131,7 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
 
 
 def report(label: str, reason: str, cause: BaseException | None = None) -> None:
-    """Name a broken plugin on one line, or raise it where SPECVLM_STRICT_PLUGINS=1 asks for that."""
+    """Log a broken plugin on one line; raise PluginError instead if SPECVLM_STRICT_PLUGINS=1 is set."""
     line = f"specvlm: plugin {label} {reason}"
     if os.environ.get("SPECVLM_STRICT_PLUGINS") == "1":
         raise PluginError(line.removeprefix("specvlm: ")) from cause
@@ -133,7 +148,7 @@ def _check_hook_names(plugin: object) -> None:
     marked = [name for name, value in routines.items() if isinstance(getattr(value, "specvlm_impl", None), dict)]
     for name in marked:
         if name != HOOK:
-            raise PluginError(f'it implements the hook "{name}", and the only hook is "{HOOK}".{did_you_mean(name, [HOOK])}')
+            raise PluginError(f'it implements the hook "{name}", but the only hook is "{HOOK}".{did_you_mean(name, [HOOK])}')
     if not marked:
         near = [name for name in routines if did_you_mean(name, [HOOK])]
         found = f'; it has a function "{near[0]}"' if near else ""
@@ -143,7 +158,7 @@ def _check_hook_names(plugin: object) -> None:
 
 
 def _unambiguous(points: Any) -> list[EntryPoint]:
-    """Leave out entry points that share a name: pluggy would drop the second one without a word."""
+    """Leave out entry points that share a name, with a warning: pluggy would silently drop the second one."""
     by_name: dict[str, list[EntryPoint]] = defaultdict(list)
     for point in points:
         by_name[point.name].append(point)
@@ -155,7 +170,7 @@ def _unambiguous(points: Any) -> list[EntryPoint]:
 
 
 def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
-    """Apply SPECVLM_PLUGINS, which may say the entry point's name or the distribution's."""
+    """Apply SPECVLM_PLUGINS, which lists names of entry points or of distributions."""
     wish = os.environ.get("SPECVLM_PLUGINS")
     if wish is None:
         return points

@@ -1,4 +1,8 @@
-"""What chooses the video tokens that the drafter sees."""
+"""Base class and context of pruners, which choose the video tokens that the drafter sees.
+
+Shape suffixes: N video tokens, K kept video tokens, F frames, P tokens of one frame, T text tokens after the video,
+D width of the target.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,10 +20,14 @@ from specvlm.types import KeepSet, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PruneContext:
-    """What a pruner may look at: copies. Signals it did not ask for are absent, and asking for one is an error that says so.
+    """Input of a pruner. Its tensors are copies; leave them unchanged all the same (`check_pruner` checks it).
 
-    grids: one a video, in prompt order; their tokens lie one after the other in 0..total-1. budget: how many tokens
-    may be kept. generator: on the CPU, seeded per request.
+    Attributes:
+        grids: Token grid of each video, in prompt order. The tokens of all videos are numbered 0 to total - 1.
+        budget: Number of tokens that may be kept.
+        signals: Signals by name: only those in the pruner's `needs`. Read them with `signal`.
+        generator: Random generator on the CPU, seeded per request.
+        device: Device of the signals.
     """
 
     grids: tuple[TokenGrid, ...]
@@ -30,20 +38,34 @@ class PruneContext:
 
     @property
     def total(self) -> int:
+        """Number of video tokens N, over all videos."""
         return sum(map(len, self.grids))
 
     @property
     def grid(self) -> TokenGrid:
-        """The grid of the only video; a pruner that handles several uses `grids` and `by_frame`."""
+        """Grid of the only video. Use `grids` and `by_frame` to support several.
+
+        Raises:
+            ValueError: The prompt has more than one video, or none.
+        """
         if len(self.grids) != 1:
             raise ValueError(f"this pruner handles one video a prompt, this prompt has {len(self.grids)}")
         return self.grids[0]
 
     def signal(self, name: str) -> Tensor:
+        """Return a signal in the shape that `SIGNALS` lists.
+
+        Raises:
+            ValueError: The signal is not in the pruner's `needs`.
+        """
         return signal_of(self.signals, name, "pruner")
 
     def scores(self, name: str) -> Tensor:
-        """A signal to rank tokens by, in float32. Raises ValueError where it holds NaN."""
+        """Return a signal in float32, for ranking tokens.
+
+        Raises:
+            ValueError: The signal contains NaN, or is not in the pruner's `needs`.
+        """
         scores_N = self.signal(name).float()
         if bool(scores_N.isnan().any()):
             raise ValueError(f"cannot rank video tokens by {name}: {int(scores_N.isnan().sum())} of {scores_N.numel()} are NaN")
@@ -51,28 +73,52 @@ class PruneContext:
 
     @property
     def verifier_attention(self) -> Tensor:
+        """(N,) The signal "verifier_attention"."""
         return self.signal("verifier_attention")
 
     @property
     def features(self) -> Tensor:
+        """(N, D) The signal "features"."""
         return self.signal("features")
 
     def by_frame(self, values_N: Tensor) -> list[Tensor]:
-        """Values (N, ...) as one (F, P, ...) tensor a video; a trailing newline token is left out."""
+        """Reshape per-token values to frames.
+
+        Args:
+            values_N: (N, ...) One entry per video token.
+
+        Returns:
+            One (F, P, ...) tensor per video, without trailing newline tokens.
+        """
         parts = values_N.split([len(grid) for grid in self.grids])
         return [part[: g.cells].unflatten(0, (g.frames, g.per_frame)) for part, g in zip(parts, self.grids, strict=True)]
 
     def flatten(self, values_FP: Sequence[Tensor], newline: float = float("-inf")) -> Tensor:
-        """The inverse of `by_frame` for one value a token: (N,), newline tokens get the value `newline`."""
+        """Invert `by_frame` for one value per token.
+
+        Args:
+            values_FP: One (F, P) tensor per video.
+            newline: Value of the newline tokens. The default ranks them last.
+
+        Returns:
+            (N,) One value per video token.
+        """
         pairs = zip(values_FP, self.grids, strict=True)
         return torch.cat([torch.cat([x.flatten(), x.new_full((grid.newline,), newline)]) for x, grid in pairs])
 
     def each_video(self, select: Callable[[Self], KeepSet]) -> KeepSet:
-        """`select` for every video on its own, joined: a pruner that knows how to treat one video treats several.
+        """Call a single-video `select` for each video and join the results.
 
-        Each call gets one grid without its newline, the signals of these tokens, and a share of the budget in proportion to
-        the video's tokens, 0 < budget < total; a video whose share is all of it is kept, one without a share dropped. Newline
-        tokens are kept last: when the video's share holds more than its cells.
+        The budget is split in proportion to the videos' tokens. A video with a share of 0 is dropped, one whose share
+        covers all its tokens is kept whole; `select` is called for neither. Newline tokens are kept only if the
+        share exceeds the number of cells.
+
+        Args:
+            select: Called with a context of one video: its grid without newline tokens, the signals of its tokens,
+                and its share as budget, where 0 < budget < total.
+
+        Returns:
+            The tokens kept in all videos, with the first note that `select` gave.
         """
         device = self.device
         shares = apportion(self.budget, torch.tensor([len(grid) for grid in self.grids])).tolist()
@@ -106,15 +152,19 @@ class PruneContext:
         return replace(KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), self.total), note=note)
 
     def _within(self, name: str, start: int, stop: int) -> Tensor:
-        """The signal of tokens start..stop-1 alone; one without a token axis whole."""
+        """Slice a signal to tokens start to stop - 1. A signal without a token axis is returned whole."""
         axes = axes_of(name)
         return self.signals[name].narrow(axes.index("N"), start, stop - start) if "N" in axes else self.signals[name]
 
 
 class Pruner(Strategy, ABC):
-    """Picks (or merges) the video tokens the drafter sees.
+    """Base class of pruners: select (or merge) the video tokens that the drafter sees.
 
-    keeps_all: nothing is ever dropped; the loop then ignores the ratio and does not select.
+    The target always sees the full video, so a pruner affects speed, never the output. In docstrings of pruners, N is
+    the number of video tokens, B the budget, F the number of frames and P the number of tokens of one frame.
+
+    Attributes:
+        keeps_all: True if nothing is ever dropped. The loop then ignores the ratio and does not call `select`.
     """
 
     kind = "pruner"
@@ -122,25 +172,46 @@ class Pruner(Strategy, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals `select` reads, of those in `SIGNALS`. A class attribute will do."""
+        """Names of the signals that `select` reads, out of `SIGNALS`. May be a class attribute."""
         return frozenset()
 
     @property
     def draft_layers(self) -> int:
-        """How many drafter layers a signal of the drafter needs; its prefill over the unpruned video stops there."""
+        """Number of drafter layers to run over the unpruned video for signals of the drafter; 0 without these."""
         return 0
 
     def state_layer(self, layers: int) -> int:
-        """Behind how many of the target's `layers` layers the signals of `STATE_SIGNALS` are read, from 1 to all of them."""
+        """Return the target layer after which the signals in `STATE_SIGNALS` are read.
+
+        Args:
+            layers: Number of layers of the target.
+
+        Returns:
+            1 to `layers`, counted from 1. 0 if the pruner needs none of these signals.
+        """
         return 0
 
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
-        """(T,) what each token of the text after the video counts for in `verifier_attention_weighted`, before it is known.
+        """Weight the text tokens whose attention makes up the signal "verifier_attention_weighted".
 
-        text_TD, features_ND: as they enter the target's first layer. None negative, not all zero; the sum does not matter.
+        Called before the attention is computed.
+
+        Args:
+            text_TD: (T, D) Embeddings of the text after the video, as they enter the target's first layer.
+            features_ND: (N, D) Video features, as they enter the target's first layer.
+
+        Returns:
+            (T,) Weights, none negative and not all 0. Their sum does not matter.
         """
         return text_TD.new_ones(len(text_TD))
 
     @abstractmethod
     def select(self, ctx: PruneContext) -> KeepSet:
-        """At most `ctx.budget` tokens, 1 to all of them. The loop does not ask where it is all, or none."""
+        """Choose the tokens to keep.
+
+        Args:
+            ctx: The videos, the budget and the signals. The loop calls `select` only if 0 < budget < total.
+
+        Returns:
+            1 to `ctx.budget` of the tokens.
+        """

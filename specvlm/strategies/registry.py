@@ -1,6 +1,6 @@
-"""Every strategy by kind and name: checked, as a Hydra option, and built from its config.
+"""Registry of strategies by kind and name: check their classes, offer them as Hydra options, build them from configs.
 
-A name is written once, in its class.
+A strategy's name is written only in its class.
 """
 
 import dataclasses
@@ -25,15 +25,20 @@ from specvlm.strategies.fence import inside
 from specvlm.strategies.plugins import PluginError
 
 KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
-# A field of one of these names would shadow the run's own value, or the class's.
+# Fields may not have these names: they would shadow a key of the run or an attribute of the class.
 RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "needs"})
 
 
 @dataclass(frozen=True)
 class StrategyInfo:
-    """A registered class. plugin: where it is from; summary: one line; config: the dataclass that Hydra sees.
+    """A registered strategy class.
 
-    source: how close it is to which paper, as "adapted: FastV (arXiv 2403.06764)"; empty where it names none.
+    Attributes:
+        cls: The class.
+        plugin: Label of the package that provides it; "specvlm" for the built-ins.
+        summary: First line of its docstring.
+        config: The dataclass that Hydra sees: `name` and the fields of the class.
+        source: Its fidelity and paper, such as "adapted: FastV (arXiv 2403.06764)"; empty without a paper.
     """
 
     cls: type[Strategy]
@@ -44,15 +49,22 @@ class StrategyInfo:
 
     @property
     def fields(self) -> tuple[dataclasses.Field[Any], ...]:
+        """The fields of the class that its constructor takes."""
         return _fields(self.cls)
 
 
 @cache
 def collect() -> dict[str, dict[str, StrategyInfo]]:
-    """All usable strategies, `{kind: {name: info}}`, both sorted as registered. Cached: plugins load once a process.
+    """Collect all usable strategies. Cached, so that plugins load once per process.
 
-    A class that breaks the rules is reported and left out; of two classes with one name a built-in stays, and of two
-    plugins' neither does, since any choice would be a silent one. Raises PluginError under SPECVLM_STRICT_PLUGINS=1.
+    A class that breaks the rules is reported and left out. If two classes share a name, the built-in one stays; if both
+    come from plugins, both are left out, rather than choosing one silently.
+
+    Returns:
+        `{kind: {name: info}}`, in order of registration.
+
+    Raises:
+        PluginError: A class is left out and SPECVLM_STRICT_PLUGINS=1 is set.
     """
     found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
     for plugin in plugins.load():
@@ -72,7 +84,15 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
 
 
 def describe(cls: Any, plugin: str) -> StrategyInfo:
-    """Check a class and make its Hydra config. Raises PluginError with the class and the rule it breaks."""
+    """Check a class and create its Hydra config.
+
+    Args:
+        cls: The class to check.
+        plugin: Label of the package that provides it.
+
+    Raises:
+        PluginError: The class breaks a rule; the message names both.
+    """
     if not isinstance(cls, type) or not issubclass(cls, Strategy):
         raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier or Dataset")
     _check_class(cls)
@@ -84,7 +104,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 
 def store() -> None:
-    """Make every strategy an option of its Hydra group, and the schema of the run known. Can be called again."""
+    """Register the run's schema and every strategy with Hydra. May be called repeatedly."""
     options = ConfigStore.instance()
     options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
     options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
@@ -94,7 +114,15 @@ def store() -> None:
 
 
 def find(kind: str, name: str) -> StrategyInfo:
-    """Raises UserError that lists what exists."""
+    """Look up a strategy.
+
+    Args:
+        kind: "pruner", "drafter", "verifier" or "dataset".
+        name: The registered name.
+
+    Raises:
+        UserError: There is no such kind or name. The message lists the known ones.
+    """
     table = collect()
     if kind not in table:
         raise UserError(f'there is no kind of strategy "{kind}"; there is {", ".join(table)}.{did_you_mean(kind, table)}')
@@ -104,14 +132,20 @@ def find(kind: str, name: str) -> StrategyInfo:
 
 
 def unknown(kind: str, name: str, names: list[str]) -> str:
+    """Return the message for an unknown name, with the known ones and the closest match."""
     there = ", ".join(sorted(names)) or "none"
     return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
 
 
 def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
-    """What `node` says of a strategy, as a `StrategyInfo.config`: its name and a value of each field, of the field's type.
+    """Convert a strategy's config to its typed dataclass, `StrategyInfo.config`.
 
-    Raises UserError for an unknown name or field, a wrong type and a missing value.
+    Args:
+        kind: "pruner", "drafter", "verifier" or "dataset".
+        node: The strategy's `name` and any of its fields. Other fields take their defaults.
+
+    Raises:
+        UserError: The name or a field is unknown, a value has the wrong type, or a required one is missing.
     """
     if not isinstance(node, Mapping) or "name" not in node:
         raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
@@ -122,7 +156,7 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
         if key not in there:
             has = ", ".join(there[1:]) or "no keys"
             raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
-        if plain[key] == MISSING:  # merged with a default it would be taken for that
+        if plain[key] == MISSING:  # merging would replace it with the default
             raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
     try:
         return OmegaConf.to_object(OmegaConf.merge(config.schema(info.config), literal(plain)))
@@ -133,9 +167,17 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
 
 
 def build(kind: str, chosen: Any) -> Any:
-    """The strategy that `chosen` describes: a name, its fields with the key `name`, or its `settings`.
+    """Build a strategy.
 
-    Raises UserError as `settings` does, for a number out of bounds, and where the class refuses a value.
+    Args:
+        kind: "pruner", "drafter", "verifier" or "dataset".
+        chosen: A registered name, a mapping of `name` and fields, or the result of `settings`.
+
+    Returns:
+        An instance of the strategy's class.
+
+    Raises:
+        UserError: The config is invalid (see `settings`), a number is out of bounds, or the class refuses a value.
     """
     if not dataclasses.is_dataclass(chosen):
         chosen = settings(kind, {"name": chosen} if isinstance(chosen, str) else chosen)
@@ -146,7 +188,7 @@ def build(kind: str, chosen: Any) -> Any:
         with settled(), inside(info.cls):
             made = info.cls(**{f.name: _as_tuple(values[f.name], hints[f.name]) for f in info.fields})
             if type(made) is not info.cls:
-                raise TypeError(f"{info.cls.__name__} makes a {type(made).__name__} of itself")
+                raise TypeError(f"{info.cls.__name__}() returned a {type(made).__name__}")
             return made
     except (ValueError, ArithmeticError) as err:
         raise UserError(f"{kind}={info.cls.name}: {err}") from err
@@ -164,7 +206,7 @@ def _check_class(cls: type[Strategy]) -> None:
     if missing:
         raise PluginError(f"{_full(cls)} does not implement {', '.join(sorted(missing))}")
     if any(field.name == "name" for field in _fields(cls)):
-        return  # the check of field names says it better
+        return  # the check of field names has a better message
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise PluginError(f'{_full(cls)}: name must be an identifier like "two_stage", got {name!r}')
@@ -182,7 +224,7 @@ def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | Non
 
 
 def _config_class(cls: type[Strategy]) -> type:
-    """A copy of the dataclass for Hydra, with the name in it."""
+    """Create the dataclass that Hydra sees: the fields of the class, preceded by its name."""
     try:
         hints = get_type_hints(cls)
     except NameError as err:
@@ -204,7 +246,7 @@ def _config_class(cls: type[Strategy]) -> type:
 
 
 def described(strategy: object) -> str:
-    """A strategy's repr, its log line; its name where a plugin's repr raises."""
+    """Return a strategy's repr, which is its log line. If the repr raises, return its name."""
     try:
         with inside(strategy):
             return repr(strategy)
@@ -223,7 +265,7 @@ def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _as_tuple(value: Any, hint: Any) -> Any:
-    """OmegaConf turns tuples into lists; a frozen dataclass wants them back."""
+    """Convert lists back to tuples, which OmegaConf does not keep."""
     if get_origin(hint) is not tuple or not isinstance(value, list):
         return value
     inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
@@ -232,7 +274,7 @@ def _as_tuple(value: Any, hint: Any) -> Any:
 
 def _summary(cls: type) -> str:
     text = cls.__doc__ or ""
-    if text.startswith(f"{cls.__name__}("):  # what @dataclass writes where there is none
+    if text.startswith(f"{cls.__name__}("):  # @dataclass writes this if the class has no docstring
         text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
     return text.strip().split("\n")[0]
 

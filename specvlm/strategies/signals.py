@@ -1,4 +1,4 @@
-"""What may be read of the target, the drafter and the video's file: what a strategy `needs` is named here."""
+"""Signals of the target, the drafter and the video file that strategies can ask for in `needs`."""
 
 from torch import Tensor
 
@@ -7,37 +7,38 @@ SIGNALS: dict[str, str] = {
     "verifier_attention_per_layer": "(L, N) the same, mean over heads and rows",
     "verifier_attention_per_kv_head": "(L, J, N) the same for each KV head of this process, mean over its query heads and rows",
     "verifier_attention_last_row": "(L, N) the target's attention of the last prompt row, mean over heads",
-    "draft_attention_last_row": "(L, N) the drafter's own, over the unpruned video, of its first `draft_layers` layers",
+    "draft_attention_last_row": "(L, N) the same of the drafter, in its first `draft_layers` layers over the unpruned video",
     "features": "(N, D) the target's video features as they enter its language model",
-    "verifier_attention_weighted": "(L, N) as per layer, with the rows weighted by the pruner's `row_weights`",
-    "vision_attention": "(N,) attention received in the last layer of the target's vision tower, inside frame or window",
-    "vision_keys": "(N, D) the keys of that layer, after rotation where it has one, mean over heads; 0 for a newline token",
-    "text_similarity": "(2, N) mean cosine to the text after the video, of states entering layer 0 and behind `state_layer`",
-    "hidden": "(N, D) the target's hidden states of the video tokens behind `state_layer` layers",
+    "verifier_attention_weighted": "(L, N) the target's attention per layer, rows weighted by the pruner's `row_weights`",
+    "vision_attention": "(N,) attention received in the last layer of the target's vision tower, within frame or window",
+    "vision_keys": "(N, D) the keys of that layer, after any rotary embedding, mean over heads; 0 for a newline token",
+    "text_similarity": "(2, N) mean cosine similarity to the text after the video: at the input and after `state_layer`",
+    "hidden": "(N, D) the target's hidden states of the video tokens after layer `state_layer`",
     "hidden_text": "(T, D) the same of the text after the video",
-    "final_norm": "(D,) weight of the norm behind the target's last layer: behind it, cosines are those of states times weight",
-    "key_norm": "(N,) L1 norm of the video tokens' keys in the last of these layers, all KV heads together",
+    "final_norm": "(D,) weight of the target's final norm; scale hidden states by it for cosines as after the norm",
+    "key_norm": "(N,) L1 norm of the video tokens' keys in layer `state_layer`, over all KV heads",
     "key_norm_text": "(T,) the same of the text after the video",
-    "motion": "(N,) pixels that a cell moved since the frame before, against the whole frame, by the file's vectors",
+    "motion": "(N,) pixels that a cell moved since the previous frame, less the camera's motion, by the file's vectors",
     "packet_bytes": "(N,) compressed bytes of the frames that the token's frame stands for",
-    "intra": "(N,) share of these frames that refer to no other; 0 where the file tells nothing",
+    "intra": "(N,) share of these frames that are coded without reference to others; 0 if the file does not tell",
 }
 STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm", "key_norm", "key_norm_text"})
 CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 
 def token_signals() -> list[str]:
-    """Signals of one number a video token, (N,): what a pruner may take as saliency, whatever its `state_layer`."""
+    """Names of the (N,) signals that need no `state_layer`. Pruners accept these as saliency."""
     return [name for name in SIGNALS if axes_of(name) == ["N"] and name not in STATE_SIGNALS]
 
 
 def axes_of(name: str) -> list[str]:
-    """The letters of a signal's shape, from its line in SIGNALS."""
+    """Parse the axes of a signal from its line in SIGNALS: ["L", "N"] for "(L, N) …"."""
     return [axis.strip() for axis in SIGNALS[name].partition("(")[2].partition(")")[0].split(",") if axis.strip()]
 
 
 def signal_of(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
+    """Look up a signal. Raises ValueError if the strategy (`whose`, such as "pruner") does not name it in `needs`."""
     if name not in signals:
         there = ", ".join(sorted(signals)) or "none"
-        raise ValueError(f'the signal "{name}" is not there (there is {there}): name it in the `needs` of the {whose}')
+        raise ValueError(f'signal "{name}" is not available (available: {there}): add it to the `needs` of the {whose}')
     return signals[name]

@@ -1,4 +1,7 @@
-"""What accepts guesses, and the distribution that it is exact for."""
+"""Base class and context of verifiers, which accept or reject guesses, and the sampling settings they are exact for.
+
+Shape suffixes: M tree nodes, N video tokens, V vocabulary of the target, D width of the target.
+"""
 
 from abc import ABC
 from dataclasses import dataclass
@@ -13,14 +16,30 @@ from specvlm.types import DraftTree, Verdict
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the target's next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How the target's next token is drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Number of tokens that remain; 0 is off.
+        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., V) logits to probabilities, in float32 or better: temperature, top-k, top-p, in Hugging Face's order."""
+        """Warp logits by temperature, top-k and top-p, in Hugging Face's order.
+
+        Args:
+            logits: (..., V)
+
+        Returns:
+            (..., V) Probabilities in float32, or in float64 for float64 logits.
+
+        Raises:
+            ValueError: The temperature is 0.
+        """
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} gives no distribution to sample from (0 is greedy)")
         scores = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits) / self.temperature
@@ -28,7 +47,7 @@ class Sampling:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], float("-inf"))
         if self.top_p < 1.0:
             ascending, order = scores.sort(dim=-1)
-            # A token goes when it and everything below it weigh at most 1 - top_p; the best one always stays.
+            # Drop a token if it and all less likely ones sum to at most 1 - top_p. The best token always stays.
             drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
             drop[..., -1:].fill_(False)
             scores = scores.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
@@ -37,12 +56,20 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class VerifyContext:
-    """logits_MV: the target's, one row a tree node, sliced to the shared vocabulary never (it is the target's own).
+    """Input of a verifier: one tree and the target's logits for it.
 
-    dice: uniform numbers drawn ahead, on the device, for a captured step; None: they are drawn when asked for. tables: what
-    `Verifier.tables` gave for this tree, on the device, in a step captured for every tree of its size; None: in others.
-    hidden_MD, video_ND: the target's last hidden states of the nodes, and of the video tokens, these to unit length, for a
-    rule that `reads_hidden`; None: for others, and where there is no video or nothing was guessed.
+    Attributes:
+        tree: The draft tree of M nodes.
+        logits_MV: (M, V) The target's logits, one row per node, over the target's full vocabulary.
+        generator: Random generator, seeded per request.
+        dice: Uniform random numbers on the device, drawn ahead of a captured step; None if drawn on demand. Read them
+            with `numbers`.
+        tables: Result of `Verifier.tables` for this tree, on the device, if the captured step serves all trees of one
+            size; None otherwise.
+        hidden_MD: (M, D) The target's last hidden states of the nodes. None unless the verifier sets `reads_hidden`,
+            and without a video or without guesses.
+        video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None as
+            `hidden_MD`.
     """
 
     tree: DraftTree
@@ -54,7 +81,17 @@ class VerifyContext:
     video_ND: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
-        """(count,) uniform in [0, 1), float64, on the device of the logits."""
+        """Return uniform random numbers.
+
+        Args:
+            count: How many; what `Verifier.dice` returns for this tree if they were drawn ahead.
+
+        Returns:
+            (count,) float64 in [0, 1), on the device of the logits.
+
+        Raises:
+            ValueError: Another number of them was drawn ahead.
+        """
         if self.dice is not None:
             if len(self.dice) != count:
                 raise ValueError(f"the verifier asks for {count} random numbers, and its `dice` announced {len(self.dice)}")
@@ -63,65 +100,111 @@ class VerifyContext:
 
 
 def uniform(count: int, generator: torch.Generator) -> Tensor:
-    """(count,) random numbers in [0, 1), float64, drawn where the generator lives."""
+    """Draw (count,) float64 random numbers in [0, 1) on the generator's device."""
     return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 class Verifier(Strategy, ABC):
-    """The rule that accepts guesses: a pure function of its context.
+    """Base class of verifiers: decide which guesses are accepted, as a pure function of the context.
 
-    Write `decide`, on the device alone, and the rule runs inside a captured step; or `verify`, free to read on the host.
+    Implement one of two methods: `decide`, which works on the device only and can be captured, or `verify`, which may
+    read tensors on the host.
 
-    Of a rule that is not `lossless` the loop cuts the path where it would end the answer, or lengthen it, by a guess: a stop id
-    stands where the target's argmax is one (where the rule samples: where a draw from `sampling` is), and nowhere else. Its
-    checks are not captured.
+    A lossy verifier cannot change where the answer ends: the loop cuts the accepted path at any guess that would end
+    the answer, or continue it, against the target's own choice (its argmax, or a draw from `sampling`). Verification
+    with a lossy verifier is not captured.
+
+    Attributes:
+        lossless: True if the output is exactly the target's own (greedy) or has exactly its distribution (sampling).
+        reads_hidden: True if `verify` reads `hidden_MD` and `video_ND`. Costs an (N, D) tensor per request.
     """
 
     kind = "verifier"
     lossless: ClassVar[bool] = True
-    reads_hidden: ClassVar[bool] = False  # of rules that write `verify`; (N, D) more are kept for a request
+    reads_hidden: ClassVar[bool] = False
 
     @property
     def sampling(self) -> Sampling:
-        """The distribution that this rule is exact for; drafters that sample draw from theirs warped alike."""
+        """The distribution that this verifier is exact for. Drafters that sample warp theirs the same way."""
         return Sampling()
 
     @property
     def on_device(self) -> bool:
+        """True if the verifier implements `decide`, so that a step can be captured."""
         return type(self).verify is Verifier.verify
 
     def dice(self, nodes: int) -> int:
-        """How many uniform numbers `decide` asks of `ctx.numbers` for a tree of so many nodes."""
+        """Return how many random numbers `decide` reads from `ctx.numbers` for a tree of `nodes` nodes."""
         return 0
 
     def tables(self, parents: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-        """All that `decide` reads of a tree's shape, as tensors on the host whose sizes and types go by the number of nodes
-        alone.
+        """Encode the shape of a tree as tensors, so that one captured step can verify all trees of one size.
 
-        Given these in `ctx.tables`, `decide` must not look at `ctx.tree.parents`: one captured step then checks every tree of a
-        size, as drafters need whose trees vary. None: it goes by `parents`, and trees that vary are checked uncaptured.
+        With `ctx.tables` set, `decide` must read the shape from there and not from `ctx.tree.parents`.
+
+        Args:
+            parents: Parent of each node; -1 for the root.
+
+        Returns:
+            Host tensors whose shapes and dtypes depend only on the number of nodes. None if `decide` needs `parents`;
+            trees whose shape varies are then verified without a capture.
         """
         return None
 
     def decide(self, ctx: VerifyContext) -> Tensor:
-        """(2,) integers on the device: the last accepted node, and the target's own next token (-1: there is none).
+        """Verify a tree on the device, without reading a tensor on the host.
 
-        What it does may depend on the shape of the tree, never on the value of a tensor. Tensors made from that shape must be
-        kept (functools.cache), unless `tree.varies`: a captured step knows their addresses alone.
+        Control flow may depend on the shape of the tree, never on the value of a tensor. Keep tensors that are built
+        from the shape alive (functools.cache) unless `tree.varies`, since a captured step refers to them by address.
+
+        Args:
+            ctx: The tree and the target's logits.
+
+        Returns:
+            (2,) integers on the device: the last accepted node, and the target's next token after it. The token is -1
+            if the logits give no distribution.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
 
     def verify(self, ctx: VerifyContext) -> Verdict:
+        """Verify a tree. The default calls `decide` and reads its result.
+
+        Args:
+            ctx: The tree and the target's logits.
+
+        Returns:
+            The accepted path and the target's next token after it.
+
+        Raises:
+            ValueError: The target's logits contain NaN or +inf.
+        """
         last, bonus = self.decide(ctx).tolist()
         return self.verdict(last, bonus, ctx.tree)
 
     def verdict(self, last: int, bonus: int, tree: DraftTree) -> Verdict:
-        """What `decide` gave, on the host. Raises ValueError where the logits gave no next token."""
+        """Convert the two integers of `decide` to a verdict.
+
+        Args:
+            last: The last accepted node.
+            bonus: The target's next token after it; -1 if there is none.
+            tree: The tree that was verified.
+
+        Raises:
+            ValueError: `bonus` is -1.
+        """
         if bonus < 0:
             raise ValueError("the target's logits hold NaN or +inf: there is no distribution to draw from")
         return Verdict(tree.way_to(last), bonus)
 
     def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """The next token where nothing was guessed: after the prefill, and in `autoregressive`. A tree of the root alone."""
+        """Choose the next token without guesses: after the prefill, and in `autoregressive`.
+
+        Args:
+            logits_V: (V,) The target's logits.
+            generator: Random generator of the request.
+
+        Returns:
+            The next token. The default verifies a tree of only the root.
+        """
         root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
         return self.verify(VerifyContext(root, logits_V[None], generator)).bonus

@@ -1,7 +1,7 @@
-"""Contract checks for the authors of strategies: one line in a plugin's tests, e.g. `check_pruner(FrameDiffPruner)`.
+"""Contract checks for strategies: one line in a plugin's tests, such as `check_pruner(FrameDiffPruner)`.
 
-Needs no video and no test framework; drafters are checked on tiny random models made for it. A broken contract is an
-AssertionError that says which and where.
+They need no video, no checkpoint and no test framework; drafters run on tiny random models. A violation raises an
+AssertionError that names the rule and the failing case.
 """
 
 import dataclasses
@@ -36,25 +36,32 @@ GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
     (TokenGrid(2, 2, 2), TokenGrid(3, 1, 4)),
     (TokenGrid(2, 3, 2, newline=1), TokenGrid(1, 2, 2, newline=1)),
 )
-LAYERS, WIDTH = 32, 8  # of the invented target
+LAYERS, WIDTH = 32, 8  # of the simulated target
 
 
 def __getattr__(name: str) -> Any:
-    """The other two suites, loaded when asked for: an author of a pruner does not wait for Hugging Face's models."""
+    """Import the other two suites on first use, so that `check_pruner` does not wait for Hugging Face's models."""
     if name in ("check_drafter", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
-    """Assert that a pruner keeps the contract of `Pruner.select`, for its class (with `fields`) or one instance.
+    """Check that a pruner keeps the contract of `Pruner.select`. Takes a second or two.
 
-    Checked on small grids (one frame, one token a frame, a single token, newline tokens, two videos), every budget from 1 to
-    N, random, equal and zero signals in float32 and bfloat16, on the CPU and on CUDA where there is one: the budget, the
-    device, the rows of `pool`, the same tokens for the same seed whatever torch's global generator did, inputs left
-    alone, and that a missing signal is refused. A pruner may refuse several videos with a ValueError, nothing else.
+    Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos), budgets from 1 to
+    N, random, equal and zero signals, float32 and bfloat16, on the CPU and, if available, on CUDA.
 
-    It takes a second or two and needs no test framework: call it from a test, or from a line of Python.
+    Checks: the budget, the device, the rows of `pool`; the same tokens for the same seed, whatever the state of torch's
+    global generator; inputs are not changed; a missing signal raises a ValueError. A pruner may refuse several videos,
+    but only with a ValueError.
+
+    Args:
+        pruner: A class, which must work without arguments, or an instance.
+        **fields: Values of its fields.
+
+    Raises:
+        AssertionError: The pruner breaks the contract.
     """
     pruner = made(pruner, Pruner, fields)  # type: ignore[type-abstract]
     _check_fields(type(pruner))
@@ -72,15 +79,15 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
 
 def _check_fields(cls: type[Pruner]) -> None:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} would hide the run's own: read ctx.budget"
-        assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: a run's config has that name, rename the field"
+        assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} hides the run's own: read ctx.budget"
+        assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: the name is reserved, rename the field"
 
 
 def _check_needs(pruner: Pruner) -> None:
     needs = pruner.needs
     assert isinstance(needs, frozenset), f"{pruner!r}: needs must be a frozenset of names, got {needs!r}"
     unknown = sorted(needs - SIGNALS.keys())
-    assert not unknown, f"{pruner!r} needs {unknown}, and the engine has only {sorted(SIGNALS)}"
+    assert not unknown, f"{pruner!r} needs {unknown}, but the only signals are {sorted(SIGNALS)}"
     asks_drafter = any(name.startswith("draft_") for name in needs)
     assert (pruner.draft_layers > 0) == asks_drafter, (
         f"{pruner!r}: draft_layers is {pruner.draft_layers}; it must be positive for signals of the drafter and 0 without"
@@ -100,7 +107,7 @@ def _check_row_weights(pruner: Pruner) -> None:
             text_TD = scale * torch.randn(rows, WIDTH, generator=seeded()).to(dtype)
             weights_T = pruner.row_weights(text_TD, scale * torch.randn(9, WIDTH, generator=seeded(1)).to(dtype))
             good = weights_T.shape == (rows,) and bool((weights_T >= 0).all()) and 0 < float(weights_T.sum()) < float("inf")
-            assert good, f"{pruner!r}: row_weights must be one a row, none negative, not all zero; got {weights_T} for {rows}"
+            assert good, f"{pruner!r}: row_weights must be {rows} weights, none negative, not all zero; got {weights_T}"
 
 
 def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
@@ -110,7 +117,7 @@ def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
             for kind in ("random", "equal", "zero"):
                 for dtype in (torch.float32, torch.bfloat16):
                     signals = {name: _signal(name, total, kind, dtype, pruner).to(device) for name in sorted(pruner.needs)}
-                    # Where signals are rounded, or all alike, some budgets stand for the others.
+                    # For rounded or constant signals, a few budgets are enough.
                     step = 1 if kind == "random" and dtype == torch.float32 else max(1, total // 4)
                     for budget in sorted({*range(1, total + 1, step), total - 1, total} - {0}):
                         where = f"{grids}, budget {budget} of {total}, {kind} signals of {dtype} on {device}"
@@ -118,7 +125,7 @@ def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
 
 
 def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
-    """An invented signal of the shape that its line in SIGNALS begins with."""
+    """Make a signal of the shape that SIGNALS lists."""
     layers = pruner.draft_layers if name.startswith("draft_") else LAYERS
     sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6, "J": 4}
     shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes_of(name)]
@@ -128,7 +135,7 @@ def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner
 
 
 def _select(pruner: Pruner, ctx: PruneContext, where: str) -> KeepSet | None:
-    """The keep set, or None where several videos are refused."""
+    """Call `select`. Returns None if the pruner properly refuses several videos."""
     try:
         return pruner.select(ctx)
     except Exception as error:
@@ -146,23 +153,23 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
     assert isinstance(keep, KeepSet), f"{what}: select returned {type(keep).__name__}, not a KeepSet"
     assert keep.total == ctx.total, f"{what}: keep set over {keep.total} tokens"
     if pruner.keeps_all:
-        assert len(keep) == ctx.total, f"{what}: keeps_all, and yet {len(keep)} tokens were kept"
+        assert len(keep) == ctx.total, f"{what}: keeps_all is set, but {len(keep)} tokens were kept"
     else:
         assert len(keep) <= ctx.budget, f"{what}: {len(keep)} tokens kept"
     assert keep.index.device.type == ctx.device.type, f"{what}: keep set on {keep.index.device}"
-    assert "\n" not in keep.note, f"{what}: note is to be one line, got {keep.note!r}"
-    # KeepSet checked this when it was made; a subclass need not have.
+    assert "\n" not in keep.note, f"{what}: note must be one line, got {keep.note!r}"
+    # KeepSet checks this in its constructor, but a subclass may not.
     ordered = bool((keep.index[1:] > keep.index[:-1]).all())
     assert ordered, f"{what}: index is not sorted and unique"
     if keep.pool is not None:
         fits = keep.pool.is_floating_point() and keep.pool.device == keep.index.device
-        assert fits, f"{what}: pool must hold weights where the index is, got {keep.pool.dtype} on {keep.pool.device}"
+        assert fits, f"{what}: pool must be floats on the index's device, got {keep.pool.dtype} on {keep.pool.device}"
         sums_K = keep.pool.to_dense().float().sum(1)
         assert torch.allclose(sums_K, torch.ones_like(sums_K), atol=1e-2), f"{what}: rows of pool must sum to 1, got {sums_K}"
 
 
 def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
-    """The same seed and signals once more, from another state of torch's global generator, which must stay untouched."""
+    """Select again with the same seed and signals, and another state of torch's global generator."""
     with other_global_state(repr(pruner)):
         again = pruner.select(ctx)
     same = torch.equal(keep.index, again.index) and (keep.pool is None) == (again.pool is None)
@@ -172,7 +179,7 @@ def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: s
 
 
 def _check_missing(pruner: Pruner) -> None:
-    """Each declared signal is really read, and its absence refused in a sentence."""
+    """Check that `select` reads each signal in `needs`, and raises a readable ValueError if one is missing."""
     grids = (PLAIN,)
     total = sum(map(len, grids))
     signals = {name: _signal(name, total, "random", torch.float32, pruner) for name in pruner.needs}
@@ -185,4 +192,4 @@ def _check_missing(pruner: Pruner) -> None:
                 continue
             what = f"{pruner!r} without {missing} fails with {type(error).__name__}: {error}"
             raise AssertionError(f"{what}; read it with ctx.signal") from error
-        raise AssertionError(f"{pruner!r} declares that it needs {missing} and works without it")
+        raise AssertionError(f"{pruner!r} declares that it needs {missing}, but works without it")

@@ -1,4 +1,4 @@
-"""The contract suites behind `specvlm.testing`: one module a kind of strategy, beside what they share."""
+"""Helpers shared by the contract suites of `specvlm.testing`."""
 
 import dataclasses
 import enum
@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Strategy)
 
 
 def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
-    """An instance to check, whose class is checked first: a frozen dataclass of plain values that works without arguments."""
+    """Return the instance to check, after checking its class."""
     cls: type[S] = strategy if isinstance(strategy, type) else type(strategy)
     check_class(cls, base)
     if isinstance(strategy, type):
@@ -24,32 +24,35 @@ def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
 
 
 def check_class(cls: type[Any], base: type[Strategy]) -> None:
+    """Check that a class is a frozen dataclass of plain values that can be built without arguments."""
     what = cls.__name__
     assert issubclass(cls, base), f"{what} is not a subclass of specvlm.strategies.{base.__name__}"
     name = getattr(cls, "name", None)
-    assert str(name).isidentifier(), f"{what}.name must be a name like two_stage, got {name!r}"
+    assert str(name).isidentifier(), f"{what}.name must be an identifier like two_stage, got {name!r}"
     frozen = "__dataclass_fields__" in vars(cls) and cls.__dict__["__dataclass_params__"].frozen
     assert frozen, f"{what} must be a @dataclass(frozen=True): its fields are its config"
     try:
         default: Any = cls()
     except TypeError as error:
-        raise AssertionError(f"{what}() must work, so that {base.kind}={name} alone does: {error}") from None
+        raise AssertionError(f"{what}() must work, since {base.kind}={name} calls it: {error}") from None
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
         assert isinstance(value, PLAIN), f"{what}.{field.name} must be a plain value that a config can hold, got {value!r}"
 
 
 def seeded(seed: int = 0) -> torch.Generator:
+    """Return a CPU generator with a seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def devices() -> list[torch.device]:
+    """Return the CPU and, if available, the CUDA device."""
     return [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
 
 
 @contextmanager
 def other_global_state(what: str) -> Iterator[None]:
-    """A block that meets another state of torch's global generator, and must leave it untouched."""
+    """Run a block with another state of torch's global generator, and check that it does not draw from it."""
     before, state = torch.get_rng_state(), seeded(1).get_state()
     try:
         torch.set_rng_state(state)

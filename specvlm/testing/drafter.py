@@ -1,4 +1,4 @@
-"""What holds for every drafter: its trees, its seed, and that the loop's output is the target's own whatever it guesses."""
+"""Contract checks for drafters: their trees, their use of the seed, and that the output is the target's own."""
 
 from __future__ import annotations
 
@@ -26,26 +26,34 @@ RATIOS = (0.0, 0.9, 1.0)
 
 
 def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
-    """Assert that a drafter keeps the contract of `Drafter`, for its class (with `fields`) or one instance.
+    """Check that a drafter keeps the contract of `Drafter`. Takes seconds; does not judge the quality of the guesses.
 
-    Checked on tiny random models of both families (made here, in float64, on the CPU), with the loop of a real request. At
-    ratio 0, 0.9 and 1, with a draft that is good, that is the target itself, and that knows fewer and more tokens than the
-    target: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes and tokens that
-    exist; the output is that of `autoregressive`. Beside that: answers of one and of few tokens; the same trees for the same
-    seed whatever torch's global generator holds; two requests of one drafter that take turns; a session that sees every node
-    of its trees accepted once; and under a verifier that samples, q of as many rows as nodes whose children were drawn without
-    replacement.
+    Runs the decoding loop on tiny random models of both families, in float64 on the CPU.
 
-    It takes seconds, needs no test framework, and says nothing about how good the guesses are.
+    Cases: ratios 0, 0.9 and 1; as draft model a good one, the target itself, and ones with fewer and more tokens than
+    the target; answers of one and of few tokens; two interleaved requests; a session in which every node of its trees
+    is accepted once; a verifier that samples.
+
+    Checks: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes, and tokens
+    that both models know; the output equals that of `autoregressive`; the same seed gives the same trees, whatever the
+    state of torch's global generator; q, if given, has one row per node, and children may have been drawn from it
+    without replacement.
+
+    Args:
+        drafter: A class, which must work without arguments, or an instance.
+        **fields: Values of its fields.
+
+    Raises:
+        AssertionError: The drafter breaks the contract.
     """
     drafter = made(drafter, Drafter, fields)  # type: ignore[type-abstract]
     what = repr(drafter)
     assert drafter.model in ("draft", "target", None), f"{what}: model must be draft, target or None, got {drafter.model!r}"
     most = drafter.max_nodes
-    assert isinstance(most, int) and most >= 1, f"{what}: max_nodes must count the nodes of a tree, root included, got {most!r}"
+    assert isinstance(most, int) and most >= 1, f"{what}: max_nodes must be an int from 1, root included, got {most!r}"
     unknown = sorted(drafter.needs - SIGNALS.keys()) + sorted(name for name in drafter.needs if name.startswith("draft_"))
     assert not unknown, (
-        f"{what} needs {unknown}; the target has only {sorted(n for n in SIGNALS if not n.startswith('draft_'))}"
+        f"{what} needs {unknown}, but the target has only {sorted(n for n in SIGNALS if not n.startswith('draft_'))}"
     )
     for family in tiny.FAMILIES:
         target = tiny.model(family)
@@ -71,7 +79,7 @@ def _drafts(family: str, drafter: Drafter) -> list[tuple[str, VideoLM | None]]:
 
 
 def _watched(drafter: Drafter, where: str) -> tuple[Drafter, list[DraftTree]]:
-    """One like it, and its trees, which are checked as they come."""
+    """Return a copy of the drafter whose trees are checked and recorded, and the list of them."""
     trees: list[DraftTree] = []
     start = {"start": lambda _, ctx: _WatchedSession(drafter, where, trees, ctx)}
     values = {f.name: getattr(drafter, f.name) for f in fields(drafter) if f.init}  # type: ignore[arg-type]
@@ -79,6 +87,8 @@ def _watched(drafter: Drafter, where: str) -> tuple[Drafter, list[DraftTree]]:
 
 
 class _WatchedSession(DraftSession):
+    """Checks and records the trees of another session."""
+
     def __init__(self, drafter: Drafter, where: str, trees: list[DraftTree], ctx: DraftContext) -> None:
         self.drafter, self.where, self.trees, self.ctx, self.session = drafter, where, trees, ctx, drafter.start(ctx)
         assert isinstance(self.session, DraftSession), f"{drafter!r}: start returned {type(self.session).__name__}"
@@ -97,7 +107,7 @@ def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, wha
     assert isinstance(parents, tuple), f"{what}: parents must be a tuple of integers, got {type(parents).__name__}"
     ordered = count > 0 and parents[0] == -1 and all(0 <= parent < node for node, parent in enumerate(parents) if node)
     assert ordered, f"{what}: parents must be -1 for the root and parents[i] < i for the others, got {parents}"
-    assert count <= drafter.max_nodes, f"{what}: {count} nodes, max_nodes is {drafter.max_nodes}"
+    assert count <= drafter.max_nodes, f"{what}: {count} nodes exceed max_nodes={drafter.max_nodes}"
     tokens = tree.tokens
     fits = tokens.shape == (count,) and tokens.dtype == torch.int64
     assert fits, f"{what}: tokens must be ({count},) int64, got {tuple(tokens.shape)} {tokens.dtype}"
@@ -109,7 +119,7 @@ def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, wha
 
 
 def _check_q(tree: DraftTree, what: str) -> None:
-    """Children that can have been drawn from q one after the other, without replacement."""
+    """Check that the children may have been drawn from q one after the other, without replacement."""
     assert tree.q is not None
     assert len(tree.q) == len(tree), f"{what}: q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}"
     for parent in sorted(set(tree.parents[1:])):
@@ -140,8 +150,8 @@ def _decode(
 def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
     if got == alone:
         return
-    where = f"{where}: the output leaves the target's own at token {alike(got, alone)}"
-    raise AssertionError(f"{what} on {where} ({got} against {alone})")
+    where = f"{where}: the output differs from the target's own at token {alike(got, alone)}"
+    raise AssertionError(f"{what} on {where} (got {got}, expected {alone})")
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
@@ -153,7 +163,7 @@ def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
 
 
 def _check_repeatable(drafter: Drafter, family: str) -> None:
-    """The same trees for the same seed: greedy and sampled."""
+    """Check that the same seed gives the same trees, with a greedy and with a sampling verifier."""
     draft = _drafts(family, drafter)[0][1]
     rules: tuple[Verifier, ...] = (GreedyVerifier(), SamplingVerifier(temperature=0.8, top_k=20))
     for verifier in rules:
@@ -164,11 +174,11 @@ def _check_repeatable(drafter: Drafter, family: str) -> None:
         alike = len(first) == len(second) and all(
             one.parents == two.parents and torch.equal(one.tokens, two.tokens) for one, two in zip(first, second, strict=True)
         )
-        assert alike, f"{drafter!r} on {where} drafted other trees for the same seed"
+        assert alike, f"{drafter!r} on {where} drafted different trees for the same seed"
 
 
 def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """What changes during a request lives in its session: two of them, in turns, do not meet."""
+    """Check that interleaved requests do not affect each other: state must be in the session, not in the drafter."""
     draft, where = _drafts(family, drafter)[0][1], f"a tiny {family}, two requests in turns"
     watched, _ = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), GenerationOptions(ratio=0.5))
@@ -182,7 +192,7 @@ def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
 
 @dataclass(frozen=True)
 class _Forced(Verifier):
-    """Accepts the way to one node after the other whatever the target says, and goes on with tokens of all its vocabulary."""
+    """Accepts one node after the other, whatever the target says, with bonus tokens from all of its vocabulary."""
 
     name = "forced"
     lossless = False
@@ -190,7 +200,7 @@ class _Forced(Verifier):
     seen: list[int] = field(default_factory=list)
 
     def verify(self, ctx: VerifyContext) -> Verdict:
-        if len(ctx.tree) == 1 and not self.seen:  # the prefill's own
+        if len(ctx.tree) == 1 and not self.seen:  # the first token, after the prefill
             self.seen.append(0)
             return Verdict((0,), 7)
         turn = self.start + len(self.seen)

@@ -1,6 +1,6 @@
-"""Random models of both families, of a few thousand weights each, and a prompt for them: what a drafter is checked on.
+"""Tiny random models of both families, of a few thousand weights each, and prompts for them, to check drafters on.
 
-In float64, so that a difference is a fault and never a rounding.
+The models are float64, so that any difference is a fault and never rounding.
 """
 
 import copy
@@ -28,7 +28,7 @@ TEXT = dict(
 
 @cache
 def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
-    """Random weights; the same for the same arguments, whatever torch's global generator holds."""
+    """Build a model with random weights that depend only on the arguments, not on torch's global generator."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return wrapped(built(family, vocabulary).double())
@@ -36,7 +36,7 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """The model of seed 0 with noise on its weights: a draft that is right often, not always."""
+    """The model of seed 0 with noise on its weights: a draft model that is often right, but not always."""
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():
         weight.data += noise * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -44,6 +44,7 @@ def noisy(family: str, noise: float = 0.02) -> VideoLM:
 
 
 def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
+    """Build a prompt of 14 random words around a random video."""
     generator = torch.Generator().manual_seed(100 + seed)
     words = torch.randint(5, 80, (14,), generator=generator).tolist()
     grid = TokenGrid(frames, 3, 3, newline=1)
@@ -55,6 +56,7 @@ def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
 
 
 def wrapped(hf: Any) -> VideoLM:
+    """Wrap a Hugging Face model in its family's `VideoLM`, with specvlm's attention."""
     attention.register()
     hf = hf.eval().requires_grad_(False)
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
@@ -62,7 +64,7 @@ def wrapped(hf: Any) -> VideoLM:
 
 
 def built(family: str, vocabulary: int, **text: Any) -> Any:
-    """Hugging Face's model with weights drawn from torch's global generator. text: other settings of its language model."""
+    """Build a Hugging Face model, weights from torch's global generator. text: settings of its language model."""
     return (_qwen if family == "qwen2_5_vl" else _llava)(TEXT | {"vocab_size": vocabulary} | text)
 
 

@@ -1,4 +1,4 @@
-"""What holds for every verifier, on invented logits: no model and no drafter.
+"""Contract checks for verifiers, on random logits. Needs no model and no drafter.
 
 Shape suffixes: M tree nodes, V vocabulary.
 """
@@ -31,19 +31,27 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
-    """Assert that a verifier keeps the contract of `Verifier`, for its class (with `fields`) or one instance.
+    """Check that a verifier keeps the contract of `Verifier`.
 
-    Checked on invented logits in float32, float64 and bfloat16, over trees of one node, chains, siblings (some with one
-    token), and uneven ones, with and without q: the verdict is a path from the root and a token that exists; it is the same
-    for the same context and seed, whatever was asked before and whatever torch's global generator holds; inputs are left
-    alone; `decide`, where there is one, says the same, asks for as many numbers as `dice` announces, and does not ask for the
-    value of a tensor.
+    Cases: random logits in float32, float64 and bfloat16; trees of one node, chains, siblings (some with the same
+    token) and uneven trees, with and without q.
 
-    A lossless rule is held to its word: with `sampling.temperature` 0 every accepted token and the bonus are the argmax, in
-    trees as in `first`; above 0 the first token of a verdict, and the one behind every accepted guess, have the distribution
-    that `sampling` warps the logits to (by chi-square over some thousand drawn verdicts; seeds are fixed). And it accepts a
-    chain that the target is certain of. What cannot be seen here: `.tolist()` in `decide`, which only a capture on a GPU
-    refuses.
+    Checks: the verdict is a path from the root and a token of the vocabulary; it is the same for the same context and
+    seed, whatever was verified before and whatever the state of torch's global generator; inputs are not changed;
+    `decide`, if implemented, gives the same verdict, reads as many random numbers as `dice` says, and does not read the
+    value of a tensor. Calls of `.tolist()` in `decide` are not detected: only a capture on a GPU refuses them.
+
+    Checks of lossless verifiers: at temperature 0, all accepted tokens and the bonus are the argmax, in trees as in
+    `first`. Above 0, the first token of a verdict and the token after every accepted guess have the distribution that
+    `sampling` gives (chi-square over some thousand verdicts, with fixed seeds). A chain that the target is certain of
+    is accepted in full.
+
+    Args:
+        verifier: A class, which must work without arguments, or an instance.
+        **fields: Values of its fields.
+
+    Raises:
+        AssertionError: The verifier breaks the contract.
     """
     verifier = made(verifier, Verifier, fields)
     assert isinstance(verifier.lossless, bool), f"{verifier!r}: lossless must be True or False, got {verifier.lossless!r}"
@@ -72,7 +80,7 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
     kinds, dtypes = ("mixed", "equal tokens", "flat", "drawn"), (torch.float64, torch.float32, torch.bfloat16)
     for device, (seed, (shape, parents)), kind, dtype in product(devices(), enumerate(SHAPES.items()), kinds, dtypes):
         chance, count = seeded(seed), len(parents)
-        # Few ids: guesses are often right, and siblings often alike.
+        # With few ids, guesses are often right and siblings often equal.
         tokens = torch.randint(3, (count,), generator=chance)
         logits = torch.randn(count, V, generator=chance, dtype=torch.float64)
         logits[:, :3] += 1.0
@@ -114,7 +122,7 @@ def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, whe
 def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
     other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
     assert ctx.hidden_MD is not None
-    # What was asked in between.
+    # Verify something else in between.
     verifier.verify(_again(ctx, tree=other, logits_MV=-ctx.logits_MV[:1], hidden_MD=ctx.hidden_MD[:1]))
     with other_global_state(f"{verifier!r} on {where}"):
         again = verifier.verify(_again(ctx))
@@ -122,11 +130,11 @@ def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where:
 
 
 class _NoReads(TorchDispatchMode):
-    """Fails where a tensor's value decides what happens next."""
+    """Fails if the value of a tensor is read on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in READS, f"it asks for the value of a tensor ({name}), which a captured step cannot: write `verify`"
+        assert name not in READS, f"it reads the value of a tensor ({name}), which a captured step cannot: write `verify`"
         return func(*args, **(kwargs or {}))
 
 
@@ -140,15 +148,15 @@ def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
     except (AssertionError, ValueError) as error:
         raise AssertionError(f"{what}: decide: {error}") from error
     fits = decision.shape == (2,) and not decision.is_floating_point() and decision.device == ctx.logits_MV.device
-    assert fits, f"{what}: decide must give two integers where the logits are, got {decision!r}"
+    assert fits, f"{what}: decide must return two integers on the logits' device, got {decision!r}"
     last, bonus = decision.tolist()
     same = verifier.verdict(last, bonus, ctx.tree)
-    assert same == verdict, f"{what}: {same} with numbers drawn ahead, {verdict} without"
+    assert same == verdict, f"{what}: {same} with random numbers drawn ahead, {verdict} without"
 
 
 def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
     best, tokens = ctx.logits_MV.argmax(-1).tolist(), ctx.tree.tokens.tolist()
-    what = f"{verifier!r} on {where} is no lossless rule"
+    what = f"{verifier!r} on {where} is not lossless"
     for above, node in zip(verdict.path, verdict.path[1:], strict=False):
         right = tokens[node] == best[above]
         assert right, f"{what}: it accepts token {tokens[node]} where the target's own is {best[above]}"
@@ -167,7 +175,7 @@ def _check_certain(verifier: Verifier) -> None:
 
 
 def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
-    """Every token behind a node reached has the distribution of that node's logits, which go by the node's token alone."""
+    """Check the distribution of the token after every accepted node. A node's logits depend only on its token."""
     parents, chance, rule = SHAPES[shape], seeded(5), verifier.sampling
     target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")
     p_VV, q_VV = rule.probabilities(target), rule.probabilities(draft)
@@ -190,12 +198,12 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
         alone[verifier.first(target[1], chance)] += 1
     how = "drawn from q" if drawn else "given"
     for token, seen_V in counts.items():
-        _plausible(seen_V, p_VV[token], f"{verifier!r} on {shape} with guesses {how}, the token behind {token}")
+        _plausible(seen_V, p_VV[token], f"{verifier!r} on {shape} with guesses {how}, the token after {token}")
     _plausible(alone, p_VV[1], f"{verifier!r}, its `first`")
 
 
 def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
-    """Chi-square, so wide that chance alone fails it once in millions."""
+    """Chi-square test with bounds so wide that chance fails it once in millions."""
     never = seen_V[p_V == 0].sum()
     assert never == 0, f"{what} is one that the target never gives"
     expected_V = p_V * seen_V.sum()
@@ -206,5 +214,5 @@ def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
     degrees = int(common.sum())
     most = degrees + 5.5 * (2 * degrees) ** 0.5 + 10
     assert chi < most, (
-        f"{what} has not the target's distribution: {seen_V.tolist()}, expected {expected_V.round(decimals=1).tolist()}"
+        f"{what} does not have the target's distribution: {seen_V.tolist()}, expected {expected_V.round(decimals=1).tolist()}"
     )

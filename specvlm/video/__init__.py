@@ -1,1 +1,1 @@
-"""Video in: readers, sampling and preprocessing, and the synthetic world."""
+"""Video input: readers, frame sampling, preprocessing, and synthetic videos."""

@@ -1,6 +1,6 @@
-"""A video file opened with PyAV: which stream is shown, which frames come out of it, and how they are turned.
+"""Open a video file with PyAV: choose the stream, decode its frames, and find their orientation.
 
-FFmpeg's own tool is the standard for all three.
+All three follow FFmpeg's own tool.
 """
 
 import math
@@ -16,42 +16,48 @@ import numpy as np
 
 from specvlm.errors import UserError
 
-# Formats that name other files, or addresses, to be opened.
+# Formats that list other files or URLs to open.
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
-# Decoders that may work on several frames at once. FFmpeg's Theora decoder gives wrong pixels then, about 1 time in 40.
+# Decoders that may use frame threads. With these, FFmpeg's Theora decoder gives wrong pixels about 1 time in 40.
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
 LOSSY = frozenset(("mpegts", "mpeg", "asf", "h264", "hevc", "m4v", "mpegvideo"))
-DEFAULT_PIXELS = 5_000_000  # what the mark of a default stream counts as, in the ffmpeg tool's choice
+DEFAULT_PIXELS = 5_000_000  # pixels that a stream marked as default counts more when the ffmpeg tool chooses
 
 
 class WrongIndex(Exception):
-    """The packets' time stamps do not tell the frames; these have to be counted."""
+    """The frame index made from the packets' time stamps is wrong: the frames must be counted."""
 
 
 class Undecodable(Exception):
-    """A packet that cannot be decoded; what several threads make of its neighbours is not what one thread makes."""
+    """A packet cannot be decoded. Its neighbours may then depend on the number of decoder threads."""
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a picture is turned for showing: transposed first, then its rows and columns reversed."""
+    """How a picture is turned for display: transposed first, then its rows and columns reversed."""
 
     transposed: bool = False
     rows: bool = False
     columns: bool = False
 
     def apply(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(H, W, …) as stored to (H, W, …) as shown; a view."""
+        """Turn a picture (H, W, …) as stored into one as shown. Returns a view."""
         picture = picture.swapaxes(0, 1) if self.transposed else picture
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 
     @classmethod
     def of(cls, frame: Any, path: Path, before: Self | None = None) -> Self:
-        """Of a decoded frame, from its display matrix; a frame without one is turned as those before it.
+        """Read the orientation of a decoded frame from its display matrix.
 
-        Raises UserError for an angle that is no multiple of 90 degrees.
+        Args:
+            frame: A frame of PyAV.
+            path: The file, for messages.
+            before: Orientation of a frame without a display matrix.
+
+        Raises:
+            UserError: The angle is not a multiple of 90 degrees.
         """
-        kinds = _side_data_types()  # before the frame's are looked at
+        kinds = _side_data_types()  # must come before any access to the frame's side data
         found = frame.side_data.get(kinds.DISPLAYMATRIX)
         if found is None:
             return before or cls()
@@ -66,20 +72,20 @@ class Orientation:
 
 @contextmanager
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
-    """Open a file: its container, and the stream that FFmpeg would show.
+    """Context manager: open a file. Gives its container, and the stream that FFmpeg would show.
 
     Args:
-        path: a regular file.
-        threads: of the decoder, where it gives the same frames with several.
-        options: FFmpeg's options of the decoder.
+        path: A regular file.
+        threads: Threads of the decoder, if it gives the same frames with several.
+        options: FFmpeg options of the decoder.
 
     Raises:
-        UserError: the file is no video, or of a kind that cannot be read; also for what FFmpeg raises while it is open.
+        UserError: The file is not a video or cannot be read, or FFmpeg failed in the context.
     """
     import av
 
     try:
-        # An absolute path, since FFmpeg takes 12:30.mp4 for an address. It may open no other file and no address.
+        # Use an absolute path, since FFmpeg takes 12:30.mp4 for a URL. Do not let it open other files or URLs.
         may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
             stream = _shown(container, path)
@@ -87,33 +93,34 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
             stream.codec_context.thread_count = threads if together else 1
             stream.thread_type = "AUTO" if together else "SLICE"
             stream.codec_context.options = options
-            stream.codec_context.flags |= av.codec.context.Flags.unaligned  # cut to the picture, to the pixel
+            stream.codec_context.flags |= av.codec.context.Flags.unaligned  # crop exactly to the picture
             yield container, stream
-    except (av.FFmpegError, IndexError) as error:  # IndexError: a stream that turned up while reading
+    except (av.FFmpegError, IndexError) as error:  # IndexError: a stream that appeared while reading
         raise _unreadable(path, error) from None
 
 
 def video_streams(container: Any) -> list[Any]:
-    """All but covers."""
+    """List the video streams of a container, without cover pictures."""
     from av.stream import Disposition
 
     return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
-    """All frames from where the container stands, as FFmpeg shows them.
+    """Decode all frames from the container's current position, as FFmpeg shows them.
 
-    Skips packets that cannot be decoded before the first key frame, as in a stream that was cut, and a last packet. In
-    formats that are made to lose packets, or that store other things among the pictures, it skips them anywhere.
+    Packets that cannot be decoded are skipped before the first key frame, as in a stream that was cut, and at the end.
+    In formats that tolerate lost packets, or that mix other data into the stream, they are skipped anywhere.
 
     Args:
-        container: as `opened` gives it.
-        stream: likewise.
-        path: for messages.
-        strict: raise Undecodable for what would be skipped.
+        container: From `opened`.
+        stream: From `opened`.
+        path: The file, for messages.
+        strict: Raise Undecodable instead of skipping.
 
     Raises:
-        UserError: what lies in between cannot be decoded.
+        UserError: A packet in the middle cannot be decoded.
+        Undecodable: With `strict`, a packet cannot be decoded.
     """
     import av
 
@@ -133,14 +140,17 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
             failed = packet if started and not forgiving else None
     try:
         yield from stream.codec_context.decode(None)
-    except av.FFmpegError:  # the last packet, in a decoder that is behind
+    except av.FFmpegError:  # the last packet, in a decoder with delay
         if strict:
             raise Undecodable from None
 
 
 @lru_cache(maxsize=1)
 def _side_data_types() -> Any:
-    """PyAV's enum of them. It raises for those that FFmpeg has had since, such as EXIF, whichever is asked for."""
+    """Return PyAV's enum of side data types, made to accept types that FFmpeg added later, such as EXIF.
+
+    Otherwise a frame with such a type raises on any access to its side data.
+    """
     from av.sidedata.sidedata import Type
 
     def unknown(cls: Any, value: int) -> Any:
@@ -154,14 +164,14 @@ def _side_data_types() -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    with suppress(OSError), path.open("rb") as file:  # it may have been removed meanwhile
+    with suppress(OSError), path.open("rb") as file:  # the file may be gone by now
         if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
             return UserError(f"{path} is a list of other files, not a video")
     return UserError(f"{path} is damaged or not a video: PyAV cannot read it ({' '.join(str(error).split())[:120]})")
 
 
 def _shown(container: Any, path: Path) -> Any:
-    """The stream that the ffmpeg tool takes: the largest picture, one marked as default before others."""
+    """Choose the stream as the ffmpeg tool does: the largest picture, with a bonus for a stream marked as default."""
     from av.stream import Disposition
 
     kind = container.format.name

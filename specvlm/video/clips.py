@@ -1,4 +1,4 @@
-"""The clips that travel with specvlm, and how `video=…` finds one."""
+"""The clips that come with specvlm, which `video=…` finds by name."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,16 @@ FOLDER = Path(__file__).parent.parent / "assets" / "clips"
 
 
 def names() -> list[str]:
+    """List the names of the clips."""
     return sorted(path.stem for path in FOLDER.glob("*.mp4"))
 
 
 def find_clip(video: str) -> Path:
-    """A file, or an embedded clip by name. Raises UserError naming what there is for something that looks like a name."""
+    """Resolve a value of `video=` to a clip by name, or else to a path.
+
+    Raises:
+        UserError: There is no such file, and the value looks like a name. The message lists the clips.
+    """
     if video in names():
         return FOLDER / f"{video}.mp4"
     path = Path(os.path.expanduser(video))

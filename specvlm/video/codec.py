@@ -1,4 +1,4 @@
-"""What a compressed video tells without its pixels: motion vectors, packet sizes, which frames stand alone. Through PyAV.
+"""Read signals of the compressed video through PyAV: motion vectors, packet sizes and intra-coded frames.
 
 Shapes: T sampled frames, h and w cells of CELL pixels.
 """
@@ -16,12 +16,17 @@ from specvlm.errors import UserError
 from specvlm.video.av_file import Orientation, WrongIndex, frames_of, opened
 from specvlm.video.frame_index import FrameIndex, index_of
 
-CELL = 8  # pixels; blocks with a vector of their own are seldom smaller
+CELL = 8  # pixels; blocks with their own vector are rarely smaller
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the frames of a video of a prompt come from: a file, and their places in it, counted as shown."""
+    """Where the sampled frames of a prompt's video come from.
+
+    Attributes:
+        path: The file.
+        index: Numbers of the frames in the file, in display order.
+    """
 
     path: str
     index: tuple[int, ...]
@@ -29,10 +34,13 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Of each sampled frame, with the frames since the sampled one before (the first stands alone).
+    """Signals of the sampled frames. Each covers the frames after the previous sampled one (the first only itself).
 
-    motion (T, h, w): pixels that a cell moved, added up over these frames, each less the median motion of its frame (the
-    camera's); 0 where a block has no vector. size (T,): compressed bytes. intra (T,): share of frames that refer to no other.
+    Attributes:
+        motion: (T, h, w) Pixels that a cell moved, less the frame's median motion (the camera's), summed over the
+            frames; 0 for blocks without a vector.
+        size: (T,) Compressed bytes of the frames.
+        intra: (T,) Share of the frames that are coded without reference to others.
     """
 
     motion: Tensor
@@ -41,10 +49,13 @@ class Stream:
 
 
 def read_stream(origin: Origin) -> Stream:
-    """Decode the file from its start to the last sampled frame, with FFmpeg's `export_mvs`. Costs about what decoding costs.
+    """Read the signals of a video, by decoding it up to the last sampled frame with FFmpeg's `export_mvs`.
 
-    Only some decoders export vectors (H.264, MPEG-1, -2 and -4, VP8 and older; not HEVC, VP9, AV1): others' motion is zero.
-    A vector counts as it is coded, however far its reference lies. Raises UserError where PyAV cannot read the file.
+    Only some decoders export motion vectors (H.264, MPEG-1, -2 and -4, VP8 and older). For others (HEVC, VP9, AV1) the
+    motion is 0. Vectors are used as coded, whatever the distance of their reference frame.
+
+    Raises:
+        UserError: PyAV is not installed or cannot read the file.
     """
     try:
         import av
@@ -94,7 +105,7 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
 
 
 def _moved(av: Any, frame: Any) -> np.ndarray[Any, Any]:
-    """(h, w) length in pixels of each cell's motion, less the frame's median."""
+    """(h, w) length of each cell's motion in pixels, after subtracting the frame's median motion."""
     rows, columns = -(-frame.height // CELL), -(-frame.width // CELL)
     found = frame.side_data.get(av.sidedata.sidedata.Type.MOTION_VECTORS)
     vectors = None if found is None else found.to_ndarray()

@@ -1,7 +1,8 @@
-"""What a file says about itself before any decoder sees it: that it is there, and whole.
+"""Check before decoding that a video file exists and is complete.
 
-Decoders read a truncated file up to the cut, some without a word. Containers declare their length, so a cut shows. Some
-writers declare too much, so the length alone proves nothing. What follows the declared end, such as a tag, is ignored.
+Decoders read a truncated file up to the cut, some of them silently. Containers declare their length, which reveals the
+cut. Some writers declare too much, so the length alone proves nothing. Data after the declared end, such as a tag, is
+ignored.
 """
 
 import stat
@@ -16,7 +17,12 @@ BOXES = frozenset(
 
 
 def check_file(path: Path) -> None:
-    """Check that a file can be read. Raises MissingVideo for none, UserError for no file, or one unreadable or empty."""
+    """Check that a file can be read.
+
+    Raises:
+        MissingVideo: There is no such file.
+        UserError: It is a folder, pipe or device, is empty, or cannot be opened.
+    """
     try:
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
@@ -28,7 +34,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError:
         raise UserError(f"cannot read {str(path)!r}: it has a null character in its name") from None
-    if not stat.S_ISREG(found.st_mode):  # a pipe would keep its reader waiting, a device may have no end
+    if not stat.S_ISREG(found.st_mode):  # a pipe would block its reader, a device may never end
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
         raise UserError(f"{path} is {what}, not a video file")
     if found.st_size == 0:
@@ -36,18 +42,19 @@ def check_file(path: Path) -> None:
 
 
 def truncated(path: Path, declared: int, size: int) -> UserError:
+    """Return the error for a file of `size` bytes that declares `declared`."""
     return UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
 
 
 def declared_size(path: Path) -> int:
-    """The bytes that an MP4/MOV, AVI or Matroska/WebM file should have by its own words; 0 where it does not say."""
+    """Return the size in bytes that an MP4/MOV, AVI or Matroska/WebM file declares; 0 if it declares none."""
     with path.open("rb") as file:
         head = file.read(64)
         if head[4:8] in BOXES:
             return _mp4_size(file, path.stat().st_size)
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
-        return 0 if length >= 2**31 - 1 else 7 + length  # so long: unknown when written; the last byte may be padding
+        return 0 if length >= 2**31 - 1 else 7 + length  # huge: unknown to the writer; the last byte may be padding
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_size(head)
     return 0
@@ -56,7 +63,7 @@ def declared_size(path: Path) -> int:
 def _mp4_size(file: BinaryIO, size: int) -> int:
     """Follow the top-level boxes, each (size, type), to the end of the last one (ISO/IEC 14496-12, 4.2).
 
-    What runs past the end and is of a type that no standard has there is no box, but something appended.
+    Data of an unknown type that seems to run past the end of the file is not a box, but something appended.
     """
     place = 0
     while place + 8 <= size:
@@ -65,7 +72,7 @@ def _mp4_size(file: BinaryIO, size: int) -> int:
         length = int.from_bytes(head[:4], "big")
         if length == 1:  # the size is in the next eight bytes
             length = int.from_bytes(head[8:16], "big")
-        if length < 8:  # 0: up to the end of the file; anything else is no box
+        if length < 8:  # 0: the box ends with the file; 1 to 7: not a box
             return size
         if place + length > size and head[4:8] not in BOXES:
             return size
@@ -74,7 +81,7 @@ def _mp4_size(file: BinaryIO, size: int) -> int:
 
 
 def _matroska_size(head: bytes) -> int:
-    """Return where the segment ends that follows the EBML header (RFC 8794, 4: lengths are variable-size integers)."""
+    """Return the end of the segment after the EBML header (RFC 8794, 4: lengths are variable-size integers)."""
     length, used = _vint(head[4:])
     segment = 4 + used + length
     if head[segment : segment + 4] != b"\x18\x53\x80\x67":
@@ -85,7 +92,7 @@ def _matroska_size(head: bytes) -> int:
 
 
 def _vint(data: bytes) -> tuple[int, int]:
-    """Read a variable-size integer; return it and the bytes it took (0 where there is none)."""
+    """Read a variable-size integer. Returns it and its number of bytes (0 if there is none)."""
     used = 9 - data[0].bit_length() if data and data[0] else 0
     value = int.from_bytes(data[:used], "big")
     return value & ((1 << 7 * used) - 1), used

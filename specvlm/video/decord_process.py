@@ -1,6 +1,6 @@
-"""decord in a process of its own, since it aborts on some damaged files: that costs the process, and one error here.
+"""Run decord in a process of its own, since it aborts on some damaged files: an abort is then an ordinary error here.
 
-Run as a script, this file is that process. It imports neither torch nor specvlm, so that it starts quickly.
+The process runs this file as a script. It imports neither torch nor specvlm, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-PATIENCE = 60.0  # seconds without a word before the process counts as hanging
-LENGTH = 8  # bytes that say how long the message behind them is
+PATIENCE = 60.0  # seconds without an answer after which the process counts as hanging
+LENGTH = 8  # bytes of the length that precedes each message
 
 
 class DecordFailed(Exception):
-    """Why decord cannot be used for a file, in a few words."""
+    """decord cannot be used for a file; the message says why in a few words."""
 
 
 class DecordProcess:
-    """One for all files; a new one after it has died, or in a forked process."""
+    """A client of the decord process. The process serves all files, and is restarted after a crash or a fork."""
 
     _shared: ClassVar[DecordProcess | None] = None
 
@@ -38,13 +38,14 @@ class DecordProcess:
 
     @classmethod
     def shared(cls) -> DecordProcess:
+        """Return the client of this process, which is shared by all readers."""
         if cls._shared is None or cls._shared._owner != os.getpid():
             cls._shared = cls()
             atexit.register(cls._shared.end)
         return cls._shared
 
     def open(self, path: Path) -> tuple[list[float], float]:
-        """Returns the seconds of each frame that decord lists, and its rate. Raises DecordFailed."""
+        """Return the seconds of each frame that decord lists, and the frame rate. Raises DecordFailed."""
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path)})
             said = self._hear()
@@ -53,7 +54,7 @@ class DecordProcess:
         return [float(time) for time in said["times"]], float(said["fps"])
 
     def frames(self, path: Path, index: Sequence[int]) -> Generator[np.ndarray[Any, Any], None, None]:
-        """The frames at ascending places, each (H, W, colours). Raises DecordFailed."""
+        """Yield the frames at ascending places, each (H, W, colours). Raises DecordFailed."""
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path), "index": list(index)})
             for _ in index:
@@ -62,7 +63,7 @@ class DecordProcess:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """After an interrupt the process is ended: the rest of its answer would be taken for the next one."""
+        """Kill the process after an interrupt, since the rest of its answer would be read as the next answer."""
         try:
             yield
         except DecordFailed:
@@ -72,7 +73,7 @@ class DecordProcess:
             raise
 
     def end(self) -> None:
-        """Kill it; the next question starts another."""
+        """Kill the process. The next request starts another."""
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
             process.kill()
@@ -81,9 +82,9 @@ class DecordProcess:
     def _ask(self, words: dict[str, Any]) -> None:
         if self._process is None or self._process.poll() is not None:
             self.end()
-            command = [sys.executable, "-P", __file__]  # -P: nothing is imported from this file's folder
-            pipe = subprocess.PIPE
-            quiet = subprocess.DEVNULL  # a session of its own, since Ctrl-C in a terminal is for us
+            command = [sys.executable, "-P", __file__]  # -P: import nothing from this file's folder
+            pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+            # A new session keeps Ctrl-C in a terminal away from the process.
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, start_new_session=True)
         assert self._process.stdin is not None
         try:
@@ -114,11 +115,11 @@ class DecordProcess:
     def _died(self) -> None:
         code = self._process.wait() if self._process else 0
         self.end()
-        raise DecordFailed(f"decord's process died of the file ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+        raise DecordFailed(f"the file crashed decord's process ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
 
 def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
-    """What the process does: answer questions, a line each, until there are no more."""
+    """Main loop of the process: answer requests, one JSON object per line, until the input ends."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -157,6 +158,6 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    with os.fdopen(os.dup(1), "wb") as kept:  # what decord prints goes elsewhere
+    with os.fdopen(os.dup(1), "wb") as kept:  # decord prints to stdout: send that to /dev/null
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         serve(sys.stdin.buffer, kept)

@@ -1,11 +1,11 @@
-"""Which frames of a file are shown, in what order and when: the one list that all readers and the codec signals share.
+"""Index the frames of a file in display order, with their times. All readers and the codec signals share this index.
 
 A packet is not always a frame on the screen. Edit lists hide packets; a cut in an open group of pictures leaves packets
-that cannot be decoded; some containers have no time stamps, or take them from the order of storage. So the list is made
-from the packets' time stamps only where container and codec are known to show one frame for each packet. Everywhere
-else every frame is decoded once and counted. FFmpeg's output is the standard: a frame that it drops is not on the list.
+that cannot be decoded; some containers have no time stamps, or derive them from the order of storage. So the index is
+made from the packets' time stamps only if container and codec are known to show one frame per packet. Otherwise every
+frame is decoded once and counted. FFmpeg's output is the reference: a frame that it drops is not in the index.
 
-Shape suffixes: N frames in the order of showing.
+Shape suffixes: N frames in display order.
 """
 
 import os
@@ -21,27 +21,27 @@ from specvlm.video.av_file import Orientation, Undecodable, frames_of, opened, v
 from specvlm.video.container import declared_size, truncated
 from specvlm.video.packets import Entries, Packets
 
-STEP = (1e-5, 86_400.0)  # seconds between two frames, on average: shorter or longer ones are no times of a video
-ANY_RATE = 25.0  # frames a second, where a file names none
-BROADCAST = ("mpegts", "mpeg")  # their clock may jump
-JUMP = (-0.1, 10.0)  # seconds from one frame to the next: what is not between is a jump
-NO_CLOCK = 128  # FFmpeg's mark of formats without time stamps
+STEP = (1e-5, 86_400.0)  # plausible mean seconds between two frames
+ANY_RATE = 25.0  # frames per second of a file that states none
+BROADCAST = ("mpegts", "mpeg")  # formats whose clock may jump
+JUMP = (-0.1, 10.0)  # seconds from one frame to the next; outside this range the clock has jumped
+NO_CLOCK = 128  # FFmpeg's flag of formats without time stamps
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a video stream.
+    """Properties of a video stream.
 
     Attributes:
         kind: FFmpeg's name of the container.
         codec: FFmpeg's name of the decoder.
         pixels: FFmpeg's name of the pixel format.
-        fps: the rate that the container names; 0 where it names none.
-        base: seconds of one tick of its time stamps; 0 where these are made up.
-        streams: how many video streams the file has, covers not counted.
-        orientation: how the first frame is turned for showing.
-        width: pixels of a frame as stored.
-        height: likewise.
+        fps: Frames per second that the container states; 0 if it states none.
+        base: Seconds per tick of the time stamps; 0 if the format has none.
+        streams: Number of video streams in the file, without covers.
+        orientation: Orientation of the first frame.
+        width: Width of a frame as stored, in pixels.
+        height: Height of a frame as stored, in pixels.
     """
 
     kind: str
@@ -56,6 +56,7 @@ class Facts:
 
     @classmethod
     def of(cls, container: Any, stream: Any, orientation: Orientation) -> Self:
+        """Read the properties of an open stream."""
         codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
         made_up = container.format.flags & NO_CLOCK
         base = 0.0 if made_up else float(stream.time_base or 0)
@@ -63,7 +64,7 @@ class Facts:
         return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
 
     def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
-        """Seconds after the first frame: by its time stamps where they ascend and are plausible, else by the rate."""
+        """Return the seconds of each frame after the first: from the time stamps if plausible, else from the rate."""
         found = [stamp * self.base for stamp in stamps if stamp is not None]
         if len(found) == len(stamps):
             found = self._mended(found) if self.kind in BROADCAST else found
@@ -74,7 +75,7 @@ class Facts:
         return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
 
     def _mended(self, seconds: list[float]) -> list[float]:
-        """Go on by a frame where the clock jumps."""
+        """Replace jumps of the clock by the duration of one frame."""
         out, shift = seconds[:1], 0.0
         for time in seconds[1:]:
             if not JUMP[0] <= time + shift - out[-1] <= JUMP[1]:
@@ -85,16 +86,16 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class FrameIndex:
-    """The frames of one video stream as they are shown.
+    """The frames of one video stream in display order.
 
     Attributes:
-        times: seconds of each frame after the first (N).
-        stamps: time stamp of each frame, ascending (N); None where frames can only be counted from the start.
-        sizes: compressed bytes of each frame (N).
-        entries: where decoding can start.
-        packets: what the list was made from.
-        facts: what else is known of the stream.
-        clean: whether all packets could be decoded, so that several threads give what one gives.
+        times: Seconds of each frame after the first (N).
+        stamps: Time stamp of each frame, ascending (N); None if frames can only be counted from the start.
+        sizes: Compressed bytes of each frame (N).
+        entries: The key frames, where decoding can start.
+        packets: The packets that the index was made from.
+        facts: Properties of the stream.
+        clean: All packets can be decoded, so that the frames do not depend on the number of threads.
     """
 
     times: tuple[float, ...]
@@ -110,20 +111,20 @@ class FrameIndex:
 
     @cached_property
     def even(self) -> bool:
-        """Whether no frame is missing, as far as the distances of time stamps tell."""
+        """True if no frame seems to be missing, by the distances of time stamps."""
         steps = sorted(after - before for before, after in pairwise(self.stamps or ()))
         return bool(steps) and steps[-1] < 1.9 * steps[len(steps) // 2]
 
 
 def index_of(path: Path, counted: bool = False) -> FrameIndex:
-    """The frames of a file; kept for files that were asked for before and have not changed since.
+    """Index the frames of a file. Cached until the file changes.
 
     Args:
-        path: a regular file.
-        counted: decode every frame, since the list made of time stamps has turned out to be wrong.
+        path: A regular file.
+        counted: Decode and count every frame, since an index made from time stamps has turned out to be wrong.
 
     Raises:
-        UserError: PyAV is not installed, or the file is damaged, no video, or of a kind that cannot be read.
+        UserError: PyAV is not installed, or the file is damaged, not a video, or of a kind that cannot be read.
     """
     found = path.stat()
     file = (str(path), found.st_size, found.st_mtime_ns)
@@ -132,7 +133,7 @@ def index_of(path: Path, counted: bool = False) -> FrameIndex:
     return _index(*file, file in _wrong)
 
 
-_wrong: set[tuple[str, int, int]] = set()  # files whose time stamps did not tell their frames
+_wrong: set[tuple[str, int, int]] = set()  # files whose index from time stamps was wrong
 
 
 @lru_cache(maxsize=16)
@@ -154,7 +155,7 @@ def _index(name: str, size: int, changed: int, counted: bool) -> FrameIndex:
 
 
 def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
-    """The list of the packets' time stamps, less what FFmpeg drops at the start. None where they don't tell."""
+    """Make the index from the packets' time stamps, without frames that FFmpeg drops first. None if unreliable."""
     listed = sorted(s for s, hidden in zip(packets.stamp, packets.hidden, strict=True) if s is not None and not hidden)
     first_key = next((stamp for stamp, key in zip(packets.stamp, packets.key, strict=True) if key), None)
     if first_key is None:
@@ -165,7 +166,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
             if not shown:
                 facts = Facts.of(container, stream, Orientation.of(frame, path))
             shown.append(-1 if frame.pts is None else frame.pts)
-            if frame.pts is None or frame.pts >= first_key:  # only before the first key frame anything is dropped
+            if frame.pts is None or frame.pts >= first_key:  # FFmpeg drops frames only before the first key frame
                 break
     if not shown or not set(shown) <= set(listed) or shown != sorted(shown):
         return None
@@ -176,7 +177,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
-    """The list of all frames that are decoded. Costs about as much as decoding the file."""
+    """Make the index by decoding every frame, which costs about as much as decoding the file."""
     clean = not packets.corrupt
     try:
         stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)
@@ -191,7 +192,7 @@ def _by_counting(path: Path, packets: Packets) -> FrameIndex:
 
 def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Facts]:
     stamps: list[int | None] = []
-    decoded: list[int | None] = []  # what H.264 in AVI has in their place
+    decoded: list[int | None] = []  # H.264 in AVI has decoding times instead of display times
     options = {"skip_loop_filter": "all"} | ({"err_detect": "explode"} if strict else {})
     with opened(path, threads, **options) as (container, stream):
         for frame in frames_of(container, stream, path, strict):
@@ -206,7 +207,7 @@ def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Fa
 
 
 def _continued(stamps: list[int | None]) -> list[int | None]:
-    """The last frames of a decoder that is behind come without a time of decoding: go on in even steps."""
+    """Fill in the decoding times that a decoder with delay does not give for its last frames, in even steps."""
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) < 2 or stamps[: len(known)] != known:
         return stamps
@@ -220,7 +221,7 @@ def _ascend(stamps: Sequence[int | None]) -> bool:
 
 
 def _rate(container: Any, stream: Any) -> float:
-    guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()  # the other one is a constant there
+    guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()  # average_rate is a constant here
     for rate in (*guessed, stream.average_rate, stream.guessed_rate):
         if rate and 1 / STEP[1] <= rate <= 1 / STEP[0]:
             return float(rate)

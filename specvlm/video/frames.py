@@ -1,4 +1,4 @@
-"""A folder of pictures as a clip: the form in which videos are shared that may not be shared themselves."""
+"""Read a folder of pictures as a clip. Data sets that may not share their videos are distributed as frames."""
 
 import math
 import re
@@ -14,15 +14,22 @@ from specvlm.errors import MissingVideo, UserError
 from specvlm.video.video import Clip
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that a picture may have, whatever its suffix; no other decoder is tried
-MOST_PIXELS = 2**26  # of one picture: below the size at which Pillow warns
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, whatever the suffix
+MOST_PIXELS = 2**26  # per picture, below the size at which Pillow warns
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
-    """Every picture of a folder as a clip, `fps` of them a second, the first one at 0 s; all are held in memory.
+    """Read all pictures of a folder as a clip, in memory.
 
-    They follow one another by the numbers in their names: 2.jpg stands before 10.jpg. Raises MissingVideo where there is no
-    such folder; UserError where it holds no picture, a damaged one, or one of another size than the first.
+    They are sorted by the numbers in their names: 2.jpg comes before 10.jpg.
+
+    Args:
+        folder: The folder.
+        fps: Frames per second; the first frame is at 0 s.
+
+    Raises:
+        MissingVideo: There is no such folder.
+        UserError: The folder has no pictures, one is damaged, or they differ in size.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -30,7 +37,7 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder of frames")
     if not 0 < fps < math.inf:
-        raise UserError(f"{folder}: wanted frames a second above 0, got fps={fps}")
+        raise UserError(f"{folder}: wanted frames per second above 0, got fps={fps}")
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not paths:
         raise UserError(f"{folder} holds no frames: wanted pictures ({', '.join(SUFFIXES)})")
@@ -48,19 +55,22 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
 
 
 def read_picture(path: Path) -> Tensor:
-    """One picture, upright and in 8 bits, as uint8 (3, H, W).
+    """Read a picture, upright and with 8 bits per channel; of an animation, the first picture.
 
-    Equal to transformers' ``load_image``, which turns it as its EXIF orientation says and drops transparency; but for
-    16-bit grey, whose values Pillow would clip at 255. Of an animation the first picture.
+    Equal to transformers' ``load_image``, which applies the EXIF orientation and drops transparency. Except for 16-bit
+    grey, whose values Pillow would clip at 255.
+
+    Returns:
+        (3, H, W) uint8 RGB.
 
     Raises:
-        UserError: it is no picture, or damaged, or has more than `MOST_PIXELS`.
+        UserError: The file is not a picture, is damaged, or has more than `MOST_PIXELS` pixels.
     """
-    if not path.is_file():  # a pipe would block for ever
+    if not path.is_file():  # a pipe would block
         raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of transparency that is dropped and of EXIF that is broken
+            warnings.simplefilter("ignore")  # Pillow warns of dropped transparency and broken EXIF data
             pixels = np.array(_upright(path))
     except UserError:
         raise
@@ -74,7 +84,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def _upright(path: Path) -> Image.Image:
-    """As RGB. Of 16 bits the upper eight, which is what Pillow itself keeps of 16-bit colour."""
+    """Open a picture as upright RGB. Of 16 bits it keeps the upper eight, as Pillow does for 16-bit colour."""
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise UserError(f"{path} is {image.width}x{image.height}, more than {MOST_PIXELS} pixels: make it smaller")

@@ -1,6 +1,6 @@
-"""Still images, through Hugging Face's own image processors: the PIL ones, which need no torchvision.
+"""Preprocess still images with Hugging Face's PIL image processors, which need no torchvision.
 
-Where torchvision works, Hugging Face itself takes other ones, which differ in 0.1 % of the values by up to 2/255.
+With torchvision installed, Hugging Face uses other processors, which differ in 0.1 % of the values by up to 2/255.
 Shapes: H height, W width, P tiles, S tile side; grid (t, h, w) counts patches.
 """
 
@@ -15,9 +15,17 @@ from specvlm.errors import UserError, explained
 
 
 def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
-    """Turn an image uint8 (3, H, W) into patches float32 (h*w, C*temporal*patch*patch) and their grid (1, h, w).
+    """Preprocess an image for Qwen2.5-VL.
 
-    Raises UserError where the model folder has no image processor settings or a side is 200 times the other.
+    Args:
+        image: (3, H, W) uint8.
+        folder: The model folder.
+
+    Returns:
+        Patches (h*w, C*temporal*patch*patch) float32, and their grid (1, h, w).
+
+    Raises:
+        UserError: The folder has no image processor settings, or one side is more than 200 times the other.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -31,11 +39,21 @@ def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, in
 
 
 def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[Tensor, tuple[int, int], int]:
-    """Turn an image uint8 (3, H, W) into tiles float32 (P, 3, S, S), its (H, W), and the number of tokens it takes.
+    """Preprocess an image for LLaVA-OneVision.
 
-    The first tile is the whole image, the others are its parts at the best of the model's resolutions. An image that
-    shares its prompt with other images (``alone=False``) is one tile, padded to a square: give get_image_features
-    ``batch_num_images`` then. Raises UserError where the folder has no image processor settings.
+    The first tile is the whole image. The others are its parts, at the best of the model's resolutions.
+
+    Args:
+        image: (3, H, W) uint8.
+        folder: The model folder.
+        alone: False if the prompt has other images: the image is then one tile, padded to a square, and
+            get_image_features needs ``batch_num_images``.
+
+    Returns:
+        Tiles (P, 3, S, S) float32, the image's (H, W), and the number of its tokens.
+
+    Raises:
+        UserError: The folder has no image processor settings, or they do not fit the model.
     """
     from transformers import AutoConfig
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -43,7 +61,7 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
     _check(image)
     processor, config = _load(LlavaOnevisionImageProcessorPil, folder), AutoConfig.from_pretrained(folder)
     picture = image.numpy()
-    images = picture if alone else [[picture, picture]]  # two, of which one is dropped, say "not alone"
+    images = picture if alone else [[picture, picture]]  # the second one only marks the first as not alone
     tiles = processor.preprocess(images, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
     side = config.vision_config.image_size
     if tiles.shape[2:] != (side, side):
@@ -53,8 +71,11 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
 
 
 def _llava_tokens(size: tuple[int, int], config: Any) -> int:
-    """Count the rows of LlavaOnevisionModel.pack_image_features: the whole image, then its parts, cut to the image's
-    shape, shrunk to at most the number of tiles in ``anyres_max_9``, with a newline token after each row."""
+    """Count the tokens that LlavaOnevisionModel.pack_image_features makes of an image.
+
+    They are the whole image, then its parts: cropped to the image's shape, shrunk to at most the number of tiles in
+    ``anyres_max_9``, with a newline token after each row.
+    """
     from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
     side: int = config.vision_config.image_size
@@ -74,7 +95,7 @@ def _check(image: Tensor) -> None:
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
-    if not Path(folder).is_dir():  # Hugging Face would take it for a name on its hub
+    if not Path(folder).is_dir():  # Hugging Face would look it up on its hub
         raise UserError(f"no such model folder: {folder}")
     wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"
     with explained(f"{folder} has no usable image processor settings: wanted {wanted}"):

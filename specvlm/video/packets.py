@@ -1,4 +1,4 @@
-"""The packets of a video stream, read without decoding: what they say about its frames, and when to trust it.
+"""Read the packets of a video stream without decoding, and judge whether they describe its frames reliably.
 
 Shape suffixes: P packets in the order of storage, K key frames.
 """
@@ -10,32 +10,32 @@ from typing import Any, Self
 
 from specvlm.errors import UserError
 
-# Containers whose time stamps say when a frame is shown. AVI's say when it is decoded: the same without B-frames.
+# Containers whose time stamps are display times. AVI's are decoding times, which are the same without B-frames.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 WITHOUT_B_FRAMES = ("avi",)
-# Codecs that show a frame for each packet, in these containers.
+# Codecs that show one frame per packet in these containers.
 INTRA = ("mjpeg", "prores", "dnxhd", "ffvhuff", "huffyuv", "utvideo", "rawvideo", "v210", "png", "libopenjpeg", "jpeg2000")
 INTER = ("h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1", "ffv1", "qtrle", "cinepak", "svq3", "cfhd", "magicyuv")
-ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))  # the last two but for what `_may_be_invisible` finds
-MPEG4_EMPTY = 32  # bytes: a packet of MPEG-4 no longer than this may be one that says "as before" and shows nothing
-PROGRESSIVE = 1  # FFmpeg's number, 0 where it does not know; above are the orders of fields
-# Of NAL units: parameter sets, which a picture's size stands in, and pictures that nothing behind refers across.
-PARAMETERS = {"h264": (7,), "hevc": (33,)}
-SPLICES = (16, 17, 18)  # of HEVC: key frames behind which frames are dropped that refer to before
-ENDS = (36, 37)  # of HEVC: the end of a sequence or stream, with the same effect on the next key frame
-MOST = 5_000_000  # packets: a day at 57 frames a second
-WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}
+ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))  # the last two except for what `_may_be_invisible` finds
+MPEG4_EMPTY = 32  # bytes: an MPEG-4 packet up to this size may repeat the last picture and show nothing
+PROGRESSIVE = 1  # FFmpeg's code; 0 is unknown, above 1 are interlaced field orders
+# Types of NAL units.
+PARAMETERS = {"h264": (7,), "hevc": (33,)}  # parameter sets, which contain the picture size
+SPLICES = (16, 17, 18)  # HEVC key frames after which frames that refer to earlier ones are dropped
+ENDS = (36, 37)  # HEVC end of sequence or stream, with the same effect on the next key frame
+WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}  # key frames that no later frame refers across
+MOST = 5_000_000  # packets: a day at 57 frames per second
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Where decoding can start: the key frames of a file (K).
+    """The key frames of a file, where decoding can start (K).
 
     Attributes:
-        place: of each among the packets.
-        stamp: when it is shown.
-        seek: what to seek by.
-        place_of: place of every packet, by its time stamp (P).
+        place: Number of the packet of each key frame.
+        stamp: Display time of each, in ticks.
+        seek: Time stamp to seek to each by.
+        place_of: Number of every packet by its time stamp (P).
     """
 
     place: tuple[int, ...] = ()
@@ -44,29 +44,32 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """The number of the last key frame stored and shown before a frame, if any: all it refers to lies behind."""
+        """Return the number of the last key frame that is stored and shown before a frame; None if there is none.
+
+        The frame refers to nothing before that key frame.
+        """
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
-        while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame refers to what was before the key frame
+        while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame may refer to frames before the key frame
             entry -= 1
         return entry if entry >= 0 else None
 
 
 @dataclass(frozen=True, eq=False)
 class Packets:
-    """All packets of a stream (P).
+    """All packets of a stream (P), in the order of storage.
 
     Attributes:
         kind: FFmpeg's name of the container.
-        stamp: when each is shown, in ticks; None where the container does not say.
-        decoded: when each is decoded.
-        key: whether it is marked as a key frame.
-        hidden: whether an edit list hides it.
-        size: its bytes.
-        corrupt: whether some are marked as damaged.
-        invisible: whether some may show nothing.
-        whole: whether each key frame begins anew: no frame behind it refers to one before it.
-        steady: whether parameter sets stay as they were, so that the picture's size cannot change.
-        spliced: whether the decoder may drop frames in the middle, or an edit list goes back and forth.
+        stamp: Display time of each packet in ticks; None if the container does not state it.
+        decoded: Decoding time of each packet in ticks; None if the container does not state it.
+        key: True for packets marked as key frames.
+        hidden: True for packets that an edit list hides.
+        size: Bytes of each packet.
+        corrupt: Some packets are marked as damaged.
+        invisible: Some packets may show nothing.
+        whole: No frame refers across a key frame.
+        steady: The parameter sets do not change, so the picture size cannot change.
+        spliced: The decoder may drop frames in the middle, or an edit list jumps.
     """
 
     kind: str
@@ -83,7 +86,7 @@ class Packets:
 
     @classmethod
     def read(cls, container: Any, stream: Any, file_size: int) -> Self:
-        """Raises UserError for more packets than bytes, which a damaged table may promise."""
+        """Read all packets. Raises UserError for more packets than bytes, which a damaged table may claim."""
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False
         whole = steady = True
@@ -93,7 +96,7 @@ class Packets:
                 continue
             found._add(packet)
             if len(found.size) > min(file_size, MOST):
-                raise UserError(f"{container.name} is damaged: it promises more frames than it has bytes")
+                raise UserError(f"{container.name} is damaged: it claims more frames than it has bytes")
             corrupt |= packet.is_corrupt
             invisible |= _may_be_invisible(codec.name, packet)
             spliced |= found.kind.startswith("mov") and (packet.pos or 0) < place
@@ -116,7 +119,7 @@ class Packets:
         self.size.append(packet.size)
 
     def stamped(self, stream: Any) -> bool:
-        """Whether there is one frame for each packet that is not hidden, at the packet's own time."""
+        """True if each packet that is not hidden shows one frame, at the packet's time stamp."""
         codec = stream.codec_context
         container = self.kind in STAMPED or (self.kind in WITHOUT_B_FRAMES and not codec.has_b_frames)
         halves = codec.field_order > PROGRESSIVE  # a packet may be half a frame
@@ -126,7 +129,7 @@ class Packets:
 
     @property
     def hidden_between(self) -> bool:
-        """Whether an edit list hides packets in the middle."""
+        """True if an edit list hides packets in the middle."""
         pairs = [(stamp, hidden) for stamp, hidden in zip(self.stamp, self.hidden, strict=True) if stamp is not None]
         shown = [stamp for stamp, hidden in pairs if not hidden]
         first, last = min(shown, default=0), max(shown, default=0)
@@ -134,7 +137,7 @@ class Packets:
 
     @property
     def open_gop(self) -> bool:
-        """Whether a frame stored behind a key frame is shown before it."""
+        """True if a frame stored after a key frame is shown before it."""
         last = None
         for stamp, key in zip(self.stamp, self.key, strict=True):
             if key:
@@ -144,14 +147,15 @@ class Packets:
         return False
 
     def entries(self) -> Entries:
+        """List the key frames."""
         keys = [place for place, key in enumerate(self.key) if key and self.stamp[place] is not None]
-        by = self.decoded if self.kind.startswith("mov") else self.stamp  # what the container's own index is in
+        by = self.decoded if self.kind.startswith("mov") else self.stamp  # the unit of the container's own index
         seek = [by[place] if by[place] is not None else self.stamp[place] for place in keys]
         places = {stamp: place for place, stamp in enumerate(self.stamp) if stamp is not None}
         return Entries(tuple(keys), tuple(self.stamp[place] or 0 for place in keys), tuple(at or 0 for at in seek), places)
 
     def incomplete(self, container: Any, stream: Any, file_size: int) -> bool:
-        """Whether the container's own tables tell of more than there is, where it is shorter than it declares."""
+        """True if a file that is shorter than it declares really lacks frames, by the container's own tables."""
         if self.kind.startswith("mov"):
             return any(entry.pos + entry.size > file_size for entry in stream.index_entries)
         if self.kind == "avi":
@@ -171,9 +175,9 @@ def _may_be_invisible(codec: str, packet: Any) -> bool:
 
 
 def _units(packet: Any, codec: Any) -> Iterator[tuple[int, bytes]]:
-    """The NAL units of a packet of H.264 or HEVC, with their types (ISO/IEC 14496-15; Annex B of the standards)."""
+    """List the NAL units of an H.264 or HEVC packet with their types (ISO/IEC 14496-15; Annex B of the standards)."""
     data, extra, hevc = bytes(packet), codec.extradata or b"", codec.name == "hevc"
-    if extra[:1] == b"\1":  # lengths stand before the units, of as many bytes as these bits say
+    if extra[:1] == b"\1":  # each unit is preceded by its length; these bits give the width of the length
         width = (extra[21] if hevc and len(extra) > 21 else extra[4] if len(extra) > 4 else 3) % 4 + 1
         units, place = [], 0
         while place + width < len(data):

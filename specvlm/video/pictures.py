@@ -1,4 +1,4 @@
-"""Decoded frames as the pixels of a clip: turned upright, in RGB, of one size, in memory that is there."""
+"""Convert decoded frames to the pixels of a clip: upright, RGB, of one size. Checks the memory first."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,25 +17,33 @@ PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 
 
 class Pictures:
-    """The result of a decode, filled from several threads; made when the first picture tells its size."""
+    """The pixels of a decode, filled from several threads. Allocated when the size of the first picture is known.
+
+    Attributes:
+        pixels: (count, 3, H, W) uint8 RGB.
+    """
 
     def __init__(self, path: Path, count: int, orientation: Orientation | None = None) -> None:
-        """orientation: of a frame that does not say how it is turned."""
+        """Prepare for `count` frames. orientation: for frames that state none."""
         self._path, self._count, self._made = path, count, Lock()
         self._orientation, self._colours = orientation, Colours()
         self.pixels = torch.empty(0)
 
     def put(self, place: int, frame: Any, orientation: Orientation | None = None) -> None:
-        """A frame of PyAV. orientation: of a frame that does not say how it is turned."""
+        """Store a frame of PyAV at a place of the result. orientation: for a frame that states none."""
         self.put_array(place, self.shown(frame, orientation))
 
     def shown(self, frame: Any, orientation: Orientation | None = None) -> np.ndarray[Any, Any]:
-        """A frame of PyAV as it is shown, (H, W, 3)."""
+        """Convert a frame of PyAV to (H, W, 3) as shown."""
         turned = Orientation.of(frame, self._path, orientation or self._orientation)
         return turned.apply(self._colours.convert(frame))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
-        """(H, W, 3). Raises UserError for another size than that of the first, and where memory would not hold them all."""
+        """Store a picture (H, W, 3) at a place of the result.
+
+        Raises:
+            UserError: Its size differs from the first one's, or there is not enough memory for all frames.
+        """
         height, width = picture.shape[:2]
         with self._made:
             if not len(self.pixels):
@@ -48,30 +56,30 @@ class Pictures:
         needed, free = self._count * 3 * height * width, virtual_memory().available
         frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
         if needed > free:
-            raise UserError(f"{self._path}: {frames}, and {free / 2**30:.1f} GiB are free: take fewer (frames=…)")
+            raise UserError(f"{self._path}: {frames}, but {free / 2**30:.1f} GiB are free: take fewer (frames=…)")
         try:
             return torch.empty(self._count, 3, height, width, dtype=torch.uint8)
-        except RuntimeError:  # a limit on this process
-            raise UserError(f"{self._path}: {frames}, more than this process may have: take fewer (frames=…)") from None
+        except RuntimeError:  # a memory limit of this process
+            raise UserError(f"{self._path}: {frames}, more than this process may use: take fewer (frames=…)") from None
 
 
 class Colours:
-    """Converts frames to RGB as the ffmpeg tool does, by any number of threads."""
+    """Converts frames to RGB as the ffmpeg tool does. Thread-safe."""
 
     def __init__(self) -> None:
         self._own = local()
 
     def convert(self, frame: Any) -> np.ndarray[Any, Any]:
-        """(H, W, 3), uint8."""
+        """Convert a frame of PyAV to (H, W, 3) uint8."""
         even = not (frame.width % 2 or frame.height % 2)
         if frame.format.name in PLAIN and even and not frame.interlaced_frame:
-            return frame.to_ndarray(format="rgb24")  # the same pixels, and quicker
+            return frame.to_ndarray(format="rgb24")  # gives the same pixels faster
         graph = self._graph(frame)
         graph.vpush(frame)
         return graph.vpull().to_ndarray()
 
     def _graph(self, frame: Any) -> Any:
-        """FFmpeg's filters, which know of interlaced lines and choose a better scaler. One for each thread and kind."""
+        """FFmpeg's filters, which handle interlacing and choose a better scaler. One graph per thread and kind."""
         import av
 
         kind = (frame.width, frame.height, frame.format.name, frame.interlaced_frame)

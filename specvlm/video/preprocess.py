@@ -1,7 +1,7 @@
-"""Frames to the pixels that a model takes, bit-equal on the CPU to Hugging Face's video processors.
+"""Preprocess frames for a model, bit-equal on the CPU to Hugging Face's video processors.
 
-Those need torchvision; this needs torch alone, and works through the frames in chunks. Equality (``torch.equal``) is
-tested against transformers 5.17 and 5.23. It rests on resizing uint8 on the CPU: the float path differs by up to 17/255.
+Those need torchvision; this needs only torch, and processes the frames in chunks. Equality (``torch.equal``) is tested
+against transformers 5.17 and 5.23. It relies on resizing uint8 on the CPU: the float path differs by up to 17/255.
 
 Shapes: T frames, H height, W width, C = 3 colours, S side; grid (t, h, w) counts patches.
 Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_processing_llava_onevision.py``.
@@ -26,11 +26,22 @@ _CHUNK = 8  # frames resized at a time; even, for temporal patches of 2
 
 @dataclass(frozen=True)
 class QwenVideoConfig:
-    """How Qwen2.5-VL's frames are resized, normalised and cut up; defaults as in Qwen2VLVideoProcessor.
+    """How frames are resized, normalized and cut into patches for Qwen2.5-VL; defaults as in Qwen2VLVideoProcessor.
 
-    The pixel bounds are per frame. Released checkpoints carry the image bounds (``max_pixels`` 12,845,056), which
-    Hugging Face applies to video too: lower them with ``dataclasses.replace(config, max_pixels=…)``, or set
-    ``cap_pixels_per_frame``, which shares ``max_video_tokens`` out over the frames as qwen-vl-utils does.
+    Released checkpoints set the bounds of images (``max_pixels`` 12,845,056), which Hugging Face applies to videos,
+    too. Lower them with ``dataclasses.replace(config, max_pixels=…)``, or set ``cap_pixels_per_frame``.
+
+    Attributes:
+        patch_size: Side of a patch in pixels.
+        temporal_patch_size: Frames per patch.
+        merge_size: Side of the square of patches that becomes one token.
+        min_pixels: Fewest pixels of a resized frame.
+        max_pixels: Most pixels of a resized frame.
+        mean: Mean of each channel, on the scale 0 to 1.
+        std: Standard deviation of each channel, on the scale 0 to 1.
+        rescale: Factor from 8-bit values to the scale 0 to 1.
+        cap_pixels_per_frame: Split ``max_video_tokens`` over the frames, as qwen-vl-utils does.
+        max_video_tokens: Most tokens of a video, with ``cap_pixels_per_frame``.
     """
 
     patch_size: int = 14
@@ -67,11 +78,11 @@ class QwenVideoConfig:
         )
 
     def seconds_per_grid(self, fps: float) -> float:
-        """Seconds between two rows of the temporal grid (``second_per_grid_ts``), at ``fps`` sampled frames a second."""
+        """Seconds per step of the temporal grid (``second_per_grid_ts``), at ``fps`` sampled frames per second."""
         return self.temporal_patch_size / fps
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) to which each of so many frames is resized."""
+        """Return the (height, width) to which each of ``frames`` frames of this size is resized."""
         factor = self.patch_size * self.merge_size
         most = self.max_pixels
         if self.cap_pixels_per_frame:
@@ -80,14 +91,22 @@ class QwenVideoConfig:
         return _smart_resize(height, width, factor, self.min_pixels, most)
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return the patch grid (t, h, w) of a clip before any of it is decoded; its tokens are t*h*w / merge_size²."""
+        """Return the patch grid (t, h, w) of a clip. It has t*h*w / merge_size² tokens."""
         tall, wide = self.frame_size(frames, height, width)
         return -(-frames // self.temporal_patch_size), tall // self.patch_size, wide // self.patch_size
 
 
 @dataclass(frozen=True)
 class LlavaVideoConfig:
-    """How LLaVA-OneVision's frames are resized, without regard to their shape, and normalised; Hugging Face's defaults."""
+    """How frames are resized and normalized for LLaVA-OneVision; defaults as in Hugging Face.
+
+    Attributes:
+        height: Height of a resized frame in pixels. The aspect ratio is not kept.
+        width: Width of a resized frame in pixels.
+        mean: Mean of each channel, on the scale 0 to 1.
+        std: Standard deviation of each channel, on the scale 0 to 1.
+        rescale: Factor from 8-bit values to the scale 0 to 1.
+    """
 
     height: int = 384
     width: int = 384
@@ -108,10 +127,17 @@ class LlavaVideoConfig:
 
 
 def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[int, int, int]]:
-    """Turn frames uint8 (T, 3, H, W) into patches float32 (t*h*w, C*temporal*patch*patch) and their grid (t, h, w).
+    """Preprocess frames for Qwen2.5-VL. The last frame is repeated to fill the last temporal patch.
 
-    A last incomplete temporal patch is filled by repeating the last frame. Raises UserError for an empty clip and for a
-    side 200 times the other.
+    Args:
+        frames: (T, 3, H, W) uint8, on the CPU.
+        config: Sizes and normalization.
+
+    Returns:
+        Patches (t*h*w, C*temporal*patch*patch) float32, and their grid (t, h, w).
+
+    Raises:
+        UserError: The clip is empty, or one side is more than 200 times the other.
     """
     _check_frames(frames)
     count, _, height, width = frames.shape
@@ -133,7 +159,18 @@ def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[i
 
 
 def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
-    """Turn frames uint8 (T, 3, H, W) into pixels float32 (T, 3, height, width). Raises UserError for an empty clip."""
+    """Preprocess frames for LLaVA-OneVision.
+
+    Args:
+        frames: (T, 3, H, W) uint8, on the CPU.
+        config: Size and normalization.
+
+    Returns:
+        (T, 3, height, width) float32.
+
+    Raises:
+        UserError: The clip is empty.
+    """
     _check_frames(frames)
     size = (config.height, config.width)
     pixels = torch.empty(len(frames), 3, *size)
@@ -156,21 +193,21 @@ def _chunks(frames: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """As torchvision's v2 resize; uint8 in, uint8 out."""
+    """Resize uint8 frames as torchvision's v2 resize does."""
     if tuple(frames.shape[2:]) == size:
         return frames
     return interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def _normalise(frames: Tensor, config: QwenVideoConfig | LlavaVideoConfig) -> Tensor:
-    """Subtract and divide on the 0-255 scale in one step, as Hugging Face fuses rescaling with normalising."""
+    """Normalize on the 0-255 scale in one step, as Hugging Face fuses rescaling and normalization."""
     mean = torch.tensor(config.mean) * (1.0 / config.rescale)
     std = torch.tensor(config.std) * (1.0 / config.rescale)
     return (frames.float() - mean[:, None, None]) / std[:, None, None]
 
 
 def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size nearest in shape whose sides are multiples of ``factor`` and whose area is within the bounds."""
+    """Return the size of nearest aspect ratio with sides that are multiples of ``factor`` and an area within bounds."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     if max(height, width) / min(height, width) > 200:

@@ -1,6 +1,6 @@
-"""Video readers behind one small interface: PyAV, and decord where its frames are those that are shown.
+"""Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
 
-What frame n is, and when it is shown, both take from `frame_index`. Every fault of a file ends as one ``UserError``.
+Both take the numbers and times of frames from `frame_index`. Every fault of a file becomes a ``UserError``.
 """
 
 import importlib.util
@@ -25,16 +25,21 @@ from specvlm.video.frame_index import FrameIndex, index_of
 from specvlm.video.pictures import Pictures
 
 NAMES = ("auto", "decord", "pyav")
-MOST_DECODERS = 16  # side by side
-DECODER_BYTES = 256 * 2**20  # what their pictures may take together
-HELD = 20  # pictures that a decoder holds: those referred to, and those that wait for their turn
-LEAST_SIDE = 32  # pixels: of narrower pictures decord gives more columns than there are
+MOST_DECODERS = 16  # in parallel
+DECODER_BYTES = 256 * 2**20  # memory for the pictures of all decoders
+HELD = 20  # pictures that a decoder holds: reference pictures, and those waiting for output
+LEAST_SIDE = 32  # pixels: decord adds columns to narrower pictures
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 
 class Reader(Protocol):
-    """A video that can be decoded; it holds no file open. times: seconds of each frame after the first. fps: the rate that the
-    container names, or 0. name, reason: which reader it is, and why this one.
+    """A video that can be decoded. Holds no open file.
+
+    Attributes:
+        times: Seconds of each frame after the first.
+        fps: Frames per second that the container states; 0 if it states none.
+        name: Name of the reader.
+        reason: Why this reader was chosen.
     """
 
     times: tuple[float, ...]
@@ -43,15 +48,31 @@ class Reader(Protocol):
     reason: str
 
     def decode(self, index: Sequence[int]) -> Tensor:
-        """Return the frames at strictly ascending places, uint8 (n, 3, H, W), turned upright."""
+        """Decode frames.
+
+        Args:
+            index: Numbers of the frames, strictly ascending.
+
+        Returns:
+            (n, 3, H, W) uint8 RGB, upright.
+
+        Raises:
+            WrongIndex: The file has other frames than its index says.
+            UserError: The file is damaged.
+        """
 
 
 def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader:
     """Open a video file.
 
-    name: "pyav"; "decord", which means PyAV where decord would give other frames than are shown; "auto", which means PyAV
-    wherever it is installed. counted: count the frames, since `decode` raised WrongIndex. Raises UserError where the reader is
-    not installed, or the file is damaged, no video, or of a kind that cannot be read.
+    Args:
+        path: A regular file.
+        name: "pyav"; "decord", which falls back to PyAV if decord would give other frames than those shown; or "auto",
+            which is PyAV if it is installed, else decord.
+        counted: Count the frames by decoding, after `decode` raised WrongIndex.
+
+    Raises:
+        UserError: The reader is not installed, or the file is damaged, not a video, or of a kind that cannot be read.
     """
     if importlib.util.find_spec("av") is None:
         if name == "pyav":
@@ -69,30 +90,30 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
 
 
 def _not_for_decord(index: FrameIndex) -> str:
-    """Why decord's frames are not those shown, as far as that is known without asking it."""
+    """Say why decord would not give the frames that are shown, without running it; empty if there is no reason."""
     if index.stamps is None:
-        return "frames of this file have to be counted, which decord does not do"
+        return "the frames of this file must be counted, which decord does not do"
     if index.facts.kind == "flv" or min(index.facts.width, index.facts.height) < LEAST_SIDE:
-        return "decord gives other pictures of such files"
+        return "decord gives wrong pictures of such files"
     if index.facts.width % 2 or index.facts.height % 2:
         return "decord does not crop to odd sizes"
     if index.facts.streams > 1:
-        return "of several video streams decord may take another"
+        return "decord may choose another one of several video streams"
     if index.facts.orientation != Orientation():
-        return "decord does not turn every kind of file"
+        return "decord does not rotate every kind of file"
     if index.packets.open_gop or not index.packets.whole:
         return "frames refer across key frames, where decord's seeks are not exact"
     if index.facts.pixels not in DECORD_PIXELS:
-        return f"decord converts {index.facts.pixels} in another way"
-    return "" if index.packets.steady else "the picture size may change, and decord would scale"
+        return f"decord converts {index.facts.pixels} differently"
+    return "" if index.packets.steady else "the picture size may change, and decord would scale the pictures"
 
 
 class PyavReader:
-    """PyAV: every codec of FFmpeg.
+    """Reads videos with PyAV, which has every codec of FFmpeg.
 
-    Starts at the key frame before each wanted frame. Decodes several groups of pictures side by side, each with one
-    thread; skips frames that no other frame refers to; converts wanted frames only. A frame that does not come out
-    this way is looked for from the start of the file, and nothing is skipped.
+    Starts at the key frame before each wanted frame. Decodes several groups of pictures in parallel, each with one
+    thread, skips frames that no other frame refers to, and converts only wanted frames. A frame that cannot be decoded
+    this way is decoded from the start of the file, without skipping.
     """
 
     name = "pyav"
@@ -116,7 +137,7 @@ class PyavReader:
         return pictures.pixels
 
     def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
-        """Decode groups of pictures, by their key frame. Returns the time stamps of frames that did not come out."""
+        """Decode groups of pictures in parallel, by key frame. Returns the time stamps of frames that failed."""
         todo, stop = deque(groups.items()), Event()
         held = HELD * self._index.facts.width * self._index.facts.height * 3 // 2
         cores = _cores()
@@ -124,7 +145,7 @@ class PyavReader:
 
         def work(_: int) -> list[int]:
             missing = []
-            # explode: damage that the decoder would conceal is an error, since what it conceals with may differ here
+            # explode: raise on damage that the decoder would conceal, since the concealment may differ here
             with opened(self._path, cores // decoders, err_detect="explode") as (container, stream):
                 group = Group(container, stream, self._index, stop)
                 while not stop.is_set():
@@ -142,13 +163,15 @@ class PyavReader:
             try:
                 return [stamp for missing in pool.map(work, range(decoders)) for stamp in missing]
             finally:
-                stop.set()  # after an error, or Ctrl-C, no thread goes on
+                stop.set()  # stop all threads after an error or Ctrl-C
 
     def _twice(self, key: int, stamps: Sequence[int], wanted: Mapping[int, int], pictures: Pictures, stop: Event) -> list[int]:
-        """Decode frames again, forgiving errors, from their key frame and from the one before it.
+        """Decode frames again with errors ignored, from their key frame and from the one before it.
 
-        Many errors do no harm. A frame that is the same from both is what decoding from the start would give. Returns the
-        time stamps of the others.
+        Many errors are harmless: if both give the same picture, decoding from the start would give it, too.
+
+        Returns:
+            The time stamps of the frames that differ.
         """
 
         def decoded(start: int) -> dict[int, np.ndarray[Any, Any]]:
@@ -170,7 +193,7 @@ class PyavReader:
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
         """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
         left, orientation = dict(wanted), self._index.facts.orientation
-        several = self._index.clean and not by_stamp  # where a frame did not come out, something is damaged
+        several = self._index.clean and not by_stamp  # by_stamp: a frame failed, so the file is damaged
         with opened(self._path, _cores() if several else 1) as (container, stream):
             for count, frame in enumerate(frames_of(container, stream, self._path)):
                 place = left.pop(frame.pts if by_stamp else count, None)
@@ -183,20 +206,29 @@ class PyavReader:
 
 
 class Group:
-    """Decodes groups of pictures of one open file."""
+    """Decodes groups of pictures of an open file."""
 
     def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event, skips: bool = True) -> None:
         self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
         self._codec = stream.codec_context
         # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
-        # Where a frame is missing, what the decoder puts in its place may depend on the frames that were skipped.
+        # If a frame is missing, the decoder's replacement for it may depend on the skipped frames.
         self._skips = skips and index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Sequence[int], put: Callable[[int, Any], None]) -> list[int]:
-        """Put frames that are wanted by their time stamps.
+        """Decode wanted frames of the group that starts at a key frame.
 
-        Returns the time stamps of those that did not come out whole. A key frame must come out first: one that only
-        begins to refresh the picture does not. Raises WrongIndex for frames that are not listed, or in another order.
+        Args:
+            key: Number of the key frame. It must be the first frame that comes out whole; a key frame that only starts
+                a gradual refresh does not.
+            wanted: Time stamps of the wanted frames.
+            put: Called with the time stamp and the frame.
+
+        Returns:
+            The time stamps of the frames that did not come out whole.
+
+        Raises:
+            WrongIndex: A frame is not in the index, or is out of order.
         """
         import av
 
@@ -221,7 +253,7 @@ class Group:
         return list(left)
 
     def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
-        """From a key frame on; none where the container seeks past it."""
+        """Decode all frames from a key frame on; none if the container seeks past it."""
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
         for packet in self._container.demux(self._stream):
@@ -242,12 +274,12 @@ class Group:
 
 
 class DecordReader:
-    """decord 0.6, in a process of its own: what it aborts on or hangs in costs that process."""
+    """Reads videos with decord 0.6, in a process of its own, since it may abort or hang."""
 
     name = "decord"
 
     def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
-        """Raises DecordFailed where decord lists other frames than `index` has; None: they are taken as they are."""
+        """Raises DecordFailed if decord lists other frames than `index`. Without an index its frames are trusted."""
         self._path, self.reason = path, reason
         if importlib.util.find_spec("decord") is None:
             raise UserError('reader "decord" is not installed: pip install decord, or try reader=auto')
@@ -269,7 +301,7 @@ class DecordReader:
 
 
 def _decord_alone(path: Path) -> DecordReader:
-    """Without PyAV to tell which frames are shown: refuses what decord is seen to get wrong. Raises UserError."""
+    """Open a file with decord when PyAV is not installed. Raises UserError for files that decord clearly gets wrong."""
     declared, size = declared_size(path), path.stat().st_size
     if declared > size:
         raise truncated(path, declared, size)
@@ -283,7 +315,7 @@ def _decord_alone(path: Path) -> DecordReader:
 
 
 def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
-    """How decord's list of frames differs from those shown, by their times, which decord has in float32."""
+    """Describe how decord's frames differ from those shown, by their times, which decord has in float32."""
     if len(listed) != len(shown):
         return f"decord lists {len(listed)} frames, {len(shown)} are shown"
     far = (place for place, (a, b) in enumerate(zip(listed, shown, strict=True)) if not abs(a - b) <= 1e-3 + 1e-6 * b)
@@ -292,5 +324,5 @@ def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

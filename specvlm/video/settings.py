@@ -1,4 +1,4 @@
-"""The processor settings in a model folder, found where Hugging Face's AutoVideoProcessor finds them."""
+"""Read the video processor settings of a model folder, from the same files as Hugging Face's AutoVideoProcessor."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,8 +9,8 @@ from specvlm.errors import UserError
 from specvlm.parsing.files import json_of, read_text
 
 LARGEST = 2**31
-MOST_PIXELS = 16384 * 28 * 28  # that a small frame is blown up to: the released checkpoints' limit for a large one
-WHOLE = {  # what has to be a whole number from 1 to so much
+MOST_PIXELS = 16384 * 28 * 28  # most pixels that a small frame is enlarged to: the released checkpoints' max_pixels
+WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),
     **dict.fromkeys(("height", "width"), 8192),
     **dict.fromkeys(("min_pixels", "shortest_edge"), MOST_PIXELS),
@@ -23,9 +23,13 @@ FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a video processor says of sampling; None where it says nothing.
+    """Frame sampling as a video processor sets it. All None with ``do_sample_frames=false``.
 
-    A processor with ``do_sample_frames=false`` leaves sampling to whoever calls it: then all of it is None.
+    Attributes:
+        fps: Sampled frames per second; None if not set.
+        num_frames: Number of sampled frames; None if not set.
+        min_frames: Fewest sampled frames; None if not set.
+        max_frames: Most sampled frames; None if not set.
     """
 
     fps: float | None = None
@@ -35,7 +39,11 @@ class SamplingSettings:
 
     @classmethod
     def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
-        """Read a model folder. Raises UserError as `read_video_settings`, and for both a rate and a number of frames."""
+        """Read a model folder. families: as in `read_video_settings`.
+
+        Raises:
+            UserError: As in `read_video_settings`, or both a rate and a number of frames are set.
+        """
         found = read_video_settings(folder, families)
         if found.get("do_sample_frames") is False:
             return cls()
@@ -49,16 +57,21 @@ class SamplingSettings:
 
 
 def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings of the video processor; the image processor's where a folder has only those, as released ones.
+    """Read the settings of the video processor, or of the image processor if a folder has only those.
 
-    Raises UserError where there are none, where they are of another family than ``families`` (how class names begin),
-    and for steps that ``preprocess.py`` does not do.
+    Args:
+        folder: The model folder.
+        families: Allowed beginnings of the processor's class name.
+
+    Raises:
+        UserError: There are no settings, they belong to another family or have an invalid value, or they ask for a step
+            that ``preprocess.py`` does not support.
     """
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
     found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        content = read_json(folder / name)  # one that is broken is not passed over, though another would do
+        content = read_json(folder / name)  # a broken file is an error even if another one would do
         if found is None and (folder / name).is_file():
             found = content
     if found is None:
@@ -78,7 +91,7 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
 
 
 def _check(folder: Path, found: Any) -> None:
-    """Raise UserError for values that no video processor has."""
+    """Raise UserError for an invalid value."""
     if not isinstance(found, dict):
         raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
     size = found.get("size")
@@ -88,7 +101,7 @@ def _check(folder: Path, found: Any) -> None:
 
 
 def _wanted(name: str, value: Any) -> str:
-    """What a setting has to be and is not; empty where it is, or where nothing is known of it."""
+    """Describe the values that a setting may have; empty if its value is valid or the setting is unknown."""
     if name in WHOLE:
         return "" if type(value) is int and 1 <= value <= WHOLE[name] else f"a whole number from 1 to {WHOLE[name]}"
     if name in POSITIVE:
@@ -106,7 +119,7 @@ def _number(value: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is no file. Raises UserError for anything else."""
+    """Read a JSON object; empty if there is no file. Raises UserError for other content or an unreadable file."""
     if not path.exists():
         return {}
     try:

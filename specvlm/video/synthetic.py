@@ -1,8 +1,8 @@
-"""A procedural world of short videos with exact captions, for the embedded model pairs.
+"""Generate short synthetic videos with exact captions, for the embedded model pairs.
 
-One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly vanish
-again. Everything is a pure function of its seed: `sample_scene`, `questions` and `render` repeat exactly (the noise comes
-from a CPU generator). Seeds below `HELD_OUT` are never used in training.
+One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly
+disappear again. `sample_scene`, `questions` and `render` are pure functions of their seed (the noise comes from a CPU
+generator). Seeds below `HELD_OUT` are never used in training.
 
 Legend: B scenes, K object slots, C columns of an object row, T frames, S side of a sprite box in pixels.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 SECONDS, FPS, SIDE, MAX_OBJECTS = 16, 2, 224, 5
 HELD_OUT = 1_000_000
 NOISE = 4.0  # standard deviation in 8-bit steps
-SPRITE = 46  # pixels; the largest shape has a radius of 16 and its centre is rounded
+SPRITE = 46  # pixels: the largest shape has a radius of 16, and its centre is rounded
 
 SHAPES = ["circle", "square", "triangle", "cross", "ring", "diamond", "star", "bar"]
 COLORS = {"red": (225, 45, 45), "green": (50, 200, 70), "blue": (70, 110, 255), "yellow": (245, 220, 50),
@@ -51,7 +51,20 @@ VOCABULARY = SPECIAL_TOKENS + sorted({word for names in _NAMES for name in names
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `second` .. `end` is its life in whole seconds, end excluded; `start` and `stop` are places 0..8."""
+    """One object of a scene.
+
+    Attributes:
+        second: When it appears, in whole seconds.
+        end: When it disappears, excluded.
+        shape: Index in SHAPES.
+        color: Index in COLORS.
+        size: Index in SIZES.
+        start: First place, an index in PLACES.
+        stop: Last place, an index in PLACES.
+        turn: Index of the colour that it changes to halfway; None if it does not.
+        stays: It is still there when the video ends.
+        jitter: Pixels off the centre of start (x, y) and stop (x, y).
+    """
 
     second: int
     end: int
@@ -60,28 +73,46 @@ class Thing:
     size: int
     start: int
     stop: int
-    turn: int | None  # the colour it changes to halfway through its life
-    stays: bool  # still there when the video ends
-    jitter: tuple[float, float, float, float]  # pixels off the centres of start (x, y) and stop (x, y)
+    turn: int | None
+    stays: bool
+    jitter: tuple[float, float, float, float]
 
     @property
     def moves(self) -> bool:
+        """True if it changes its place."""
         return self.start != self.stop
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and objects sorted by their second of appearance."""
+    """A background with objects.
+
+    Attributes:
+        background: Index in BACKGROUNDS.
+        texture: Index in TEXTURES.
+        phase: Pixels by which the texture is shifted.
+        things: The objects, sorted by the second in which they appear.
+        seconds: Duration.
+    """
 
     background: int
     texture: int
-    phase: int  # pixels by which the texture is shifted
+    phase: int
     things: tuple[Thing, ...]
     seconds: int = SECONDS
 
 
 def sample_scene(seed: int | random.Random, seconds: int = SECONDS, min_objects: int = 1) -> Scene:
-    """Draw a scene of `seconds` (3..16) with 1..5 objects, no two of which appear together or cross places while alive."""
+    """Draw a scene of 1 to 5 objects, no two of which appear in the same second or share a place at the same time.
+
+    Args:
+        seed: A seed, or a generator to continue.
+        seconds: Duration, 3 to 16.
+        min_objects: Fewest objects, as far as the duration allows.
+
+    Raises:
+        ValueError: `seconds` is out of range.
+    """
     if not 3 <= seconds <= SECONDS:
         raise ValueError(f"seconds={seconds}: a scene lasts 3 to {SECONDS} seconds")
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
@@ -104,7 +135,7 @@ def _sample_thing(
 ) -> Thing | None:
     rest = seconds - second
     vanishes = rng.random() < 0.85 and rest >= 3
-    life = min(rng.randint(2, 5), rest - 1) if vanishes else rest  # a vanished object is gone for at least one second
+    life = min(rng.randint(2, 5), rest - 1) if vanishes else rest  # leave at least one second without it
     shape, size, moves = rng.randrange(8), rng.choices(range(3), [4, 3, 3])[0], rng.random() < 0.55
     for _ in range(30):
         start = rng.randrange(9)
@@ -150,9 +181,10 @@ def _opening(scene: Scene) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The full account of a scene, 40 to 140 words, separated by single spaces.
+    """Return the full caption of a scene, 40 to 140 words separated by single spaces.
 
-    The count comes first, so the first word already needs every object: this is what makes the target's attention informative.
+    The count comes first, so the first word already depends on every object, which makes the target's attention
+    informative.
     """
     left = sum(t.stays for t in scene.things)
     ending = "the scene is empty" if left == 0 else "one object remains" if left == 1 else f"{NUMBERS[left]} objects remain"
@@ -160,7 +192,7 @@ def caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, seed: int | random.Random) -> list[tuple[str, str]]:
-    """Five (question, answer) pairs in random order, one of each kind, about objects picked by the seed."""
+    """Return five (question, answer) pairs in random order, one of each kind, about objects that the seed picks."""
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     pairs = []
     for kind in rng.sample(range(5), 5):
@@ -187,13 +219,13 @@ def questions(scene: Scene, seed: int | random.Random) -> list[tuple[str, str]]:
 
 
 class Col(IntEnum):
-    """Columns of an object row: frames count at 2 fps, positions are in pixels, unused slots have ON = 0."""
+    """Columns of an object row. Frame numbers are at 2 fps, positions in pixels; unused slots have ON = 0."""
 
     ON, SHAPE, COLOR, SIZE, TURN, TURN_FRAME, FIRST, LAST, X0, Y0, X1, Y1, MOVE0, MOVE1, START, STOP, SECOND, STAYS = range(18)
 
 
 def pack(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes as numbers: objects float32 (B, K, C) by `Col`, backgrounds int64 (B, 3) as name, texture, phase."""
+    """Encode scenes: objects float32 (B, K, C) by `Col`, backgrounds int64 (B, 3) as name, texture, phase."""
     objects = np.zeros((len(scenes), MAX_OBJECTS, len(Col)), np.float32)
     for b, scene in enumerate(scenes):
         for k, o in enumerate(scene.things):
@@ -209,7 +241,7 @@ def pack(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def centers(objects: Tensor, frames: Tensor) -> Tensor:
-    """Object centres in pixels (B, K, T, 2) as x, y at the frame numbers (T,)."""
+    """Return the object centres in pixels (B, K, T, 2) as x, y at the frame numbers (T,)."""
     start, stop = objects[..., Col.MOVE0, None], objects[..., Col.MOVE1, None]
     way = ((frames - start) / (stop - start).clamp(min=1)).clamp(0, 1)[..., None]
     from_, to = objects[:, :, None, Col.X0 : Col.Y0 + 1], objects[:, :, None, Col.X1 : Col.Y1 + 1]
@@ -217,7 +249,14 @@ def centers(objects: Tensor, frames: Tensor) -> Tensor:
 
 
 def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Opacity 0..1 of the shapes (their index in SHAPES) at pixel offsets x, y from the centre; all broadcast."""
+    """Return the opacity 0..1 of shapes at pixel offsets x, y from their centre; all arguments broadcast.
+
+    Args:
+        shape: Indices in SHAPES.
+        x: Pixels to the right of the centre.
+        y: Pixels below the centre.
+        radius: Radius in pixels.
+    """
     ax, ay, far = x.abs(), y.abs(), (x * x + y * y).sqrt()
     fifth = 2 * torch.pi / 5
     spoke = ((torch.atan2(x + 0 * y, -y + 0 * x) % fifth) - fifth / 2).abs() / (fifth / 2)
@@ -240,7 +279,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def canvas(backgrounds: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The empty scenes (B, 3, H, W): colour, texture, and a light border that tells a vision tower where the edges are."""
+    """Draw empty scenes (B, 3, H, W): colour, texture, and a light border that shows a vision tower the edges."""
     device = backgrounds.device
     y, x = torch.meshgrid(torch.arange(SIDE, device=device), torch.arange(SIDE, device=device), indexing="ij")
     name, texture, phase = (c.view(-1, 1, 1) for c in backgrounds.unbind(1))
@@ -260,7 +299,15 @@ def draw(
     dtype: torch.dtype = torch.float32,
     cover: Callable[..., Tensor] = coverage,
 ) -> Tensor:
-    """Noise-free frames (B, T, 3, H, W) in 0..255 at the frame numbers (T,); only sprite boxes are touched, so it is cheap."""
+    """Draw frames without noise, (B, T, 3, H, W) in 0..255. Cheap, since only the boxes of objects are drawn.
+
+    Args:
+        objects: (B, K, C), from `pack`.
+        backgrounds: (B, 3), from `pack`.
+        frames: (T,) Frame numbers.
+        dtype: Of the result.
+        cover: The opacity of shapes; `coverage`, or a compiled version of it.
+    """
     device, batch, count = objects.device, len(objects), len(frames)
     video = canvas(backgrounds, dtype)[:, None].expand(-1, count, -1, -1, -1).clone()
     palette = torch.tensor(list(COLORS.values()), device=device, dtype=torch.float32)
@@ -286,7 +333,7 @@ def draw(
 
 
 def render(scene: Scene, seed: int = 0) -> np.ndarray:
-    """The video as uint8 (T, H, W, 3) at 2 frames a second, with seeded noise; 0.1 to 0.3 s on one core."""
+    """Render a video as uint8 (T, H, W, 3) at 2 frames per second, with seeded noise. 0.1 to 0.3 s on one core."""
     objects, backgrounds = (torch.from_numpy(a) for a in pack([scene]))
     video = draw(objects, backgrounds, torch.arange(scene.seconds * FPS).float())[0]
     video += NOISE * torch.randn(video.shape, generator=torch.Generator().manual_seed(seed))

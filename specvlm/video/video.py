@@ -1,4 +1,4 @@
-"""Read a video file into a few frames: which frames, at what times. Decoding itself is in ``readers.py``."""
+"""Sample frames of a video file: choose which frames, and read them. Decoding is in ``readers.py``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,15 @@ MAX_FRAMES = 768  # Hugging Face's own limit for Qwen2.5-VL
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file, or a part of it, holds: number of frames, mean frames per second, pixels as shown, seconds."""
+    """Properties of a video file, or of a section of it.
+
+    Attributes:
+        frames: Number of frames.
+        fps: Mean frames per second.
+        width: Width as shown, in pixels.
+        height: Height as shown, in pixels.
+        duration: Seconds.
+    """
 
     frames: int
     fps: float
@@ -34,37 +42,58 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames sampled from a video, as decoded: nothing is resized."""
+    """Frames sampled from a video, at their original size.
 
-    frames: Tensor  # uint8 (T, 3, H, W), RGB, on the CPU
-    times: tuple[float, ...]  # seconds of each frame after the first one of the file
-    fps: float  # sampled frames per second: T / frames in the window * source_fps, as Hugging Face's sampled_fps
+    Attributes:
+        frames: (T, 3, H, W) uint8 RGB, on the CPU.
+        times: Time of each frame in seconds, counted from the first frame of the file.
+        fps: Sampled frames per second: T / frames in the section * source_fps, as Hugging Face's sampled_fps.
+        source: The file, or another name of the video.
+        total_frames: Number of frames in the whole file.
+        source_fps: Mean frames per second of the whole file.
+        index: Number of each frame in the file, in display order; empty if the frames come from no file.
+        reader: The reader used, and why; empty if there was none.
+    """
+
+    frames: Tensor
+    times: tuple[float, ...]
+    fps: float
     source: str
-    total_frames: int  # of the whole file
-    source_fps: float  # mean over the file
-    index: tuple[int, ...] = ()  # places of the frames in the file, as shown; empty where they come from none
-    reader: str = ""  # what read the file, and why that; empty where nothing did
+    total_frames: int
+    source_fps: float
+    index: tuple[int, ...] = ()
+    reader: str = ""
 
     @property
     def origin(self) -> Origin | None:
+        """The file and the frame numbers, for the signals of `codec.py`; None if the frames come from no file."""
         return Origin(self.source, self.index) if self.index else None
 
 
-SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {  # which of `total` frames are `count` evenly spaced ones
+SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {  # rules that choose `count` of `total` frames
     # floor(i * total / count) exactly; Hugging Face's rule for LLaVA-OneVision (its 5.23 code; 5.17 rounds in float32)
     "uniform": lambda total, count: [place * total // count for place in range(count)],
     # Qwen2VLVideoProcessor.sample_frames: count rounded to an even number, then the same in float32
     "qwen": lambda total, count: torch.arange(0, total, total / count).int().tolist()[:count],
-    # round(i * (total - 1) / (count - 1)), first and last frame included; the rule of qwen-vl-utils
+    # round(i * (total - 1) / (count - 1)), so the first and the last frame are included; the rule of qwen-vl-utils
     "endpoints": lambda total, count: torch.linspace(0, total - 1, count).round().long().tolist(),
 }
 
 
 def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
-    """Describe a video file, or its part from ``start`` until before ``end`` (seconds): the frames and the duration are the
-    part's. Reads the index and decodes the part's first frame. Also a clip of every frame there is.
+    """Describe a video file or a section of it. Reads the file's index and decodes the section's first frame.
 
-    Raises UserError as ``read_video`` does.
+    Args:
+        source: A file, or a clip of all frames.
+        reader: "auto", "pyav" or "decord".
+        start: Start of the section, in seconds.
+        end: End of the section, in seconds, excluded; None for the end of the video.
+
+    Returns:
+        Frames and duration of the section; rate and size of the video.
+
+    Raises:
+        UserError: As in ``read_video``.
     """
 
     def describe(video: Reader | ClipReader) -> VideoInfo:
@@ -88,18 +117,31 @@ def read_video(
     max_frames: int = MAX_FRAMES,
     sampling: str = "uniform",
 ) -> Clip:
-    """Decode evenly spaced frames of a video file, those shown from ``start`` until before ``end`` (seconds).
+    """Decode evenly spaced frames of a video file or of a section of it.
 
-    A clip that holds every frame of its source is read as a file of these frames would be.
+    The number of frames is set by ``frames`` or ``fps``; without either, every frame is taken. Even spacing counts
+    frames, not seconds: if the frame rate varies, see ``times`` of the result.
 
-    ``frames=n`` takes n of them by the rule that ``sampling`` names (see ``SAMPLINGS``); ``fps=f`` takes
-    ``floor(seconds * f)``, at least ``min_frames``, at most what there is and ``max_frames``; neither takes every frame.
-    "qwen" makes the count even, and with ``fps`` at least 4 unless ``min_frames`` is given, as Hugging Face does. Even
-    spacing counts frames, not seconds: where the frame rate varies, ``times`` tells when each frame is shown.
+    Args:
+        source: A file, or a clip of all frames, which is read like a file of these frames.
+        frames: Number of frames.
+        fps: Frames per second: ``floor(seconds * fps)`` frames, at least ``min_frames``, at most ``max_frames`` and the
+            number there is.
+        start: Start of the section, in seconds.
+        end: End of the section, in seconds, excluded; None for the end of the video.
+        reader: "auto", "pyav" or "decord".
+        min_frames: Fewest frames with ``fps``. None: 1, or 4 for "qwen".
+        max_frames: Most frames.
+        sampling: The rule that spaces the frames, one of ``SAMPLINGS``. "qwen" makes their number even, as Hugging Face
+            does.
 
-    Raises UserError: a missing file, a folder, no video, a damaged or truncated one, one without frames; a reader that is
-    unknown, not installed or lacks the codec; a window without frames; more frames asked for than there are
-    (as Hugging Face, nothing is repeated) or than ``max_frames``.
+    Returns:
+        The frames, with their times and their places in the file.
+
+    Raises:
+        UserError: The file is missing, a folder, not a video, damaged, truncated, or has no frames; the reader is
+            unknown, not installed or lacks the codec; the section has no frames; more frames are asked for than it has
+            (as in Hugging Face, none is repeated) or than ``max_frames``.
     """
     _check(frames, fps, min_frames, max_frames, sampling)
 
@@ -136,7 +178,7 @@ def _check(frames: int | None, fps: float | None, min_frames: int | None, max_fr
 
 
 class ClipReader:
-    """A clip in memory, as if it were a file."""
+    """Reads a clip in memory as if it were a file."""
 
     name = reason = ""
 
@@ -152,11 +194,11 @@ def _name(source: str | Path | Clip) -> str:
 
 
 def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipReader], Found]) -> Found:
-    """Open a video and use it; count its frames and try again where the list of frames turns out to be wrong."""
+    """Open a video and use it. If its frame index turns out to be wrong, count the frames and try again."""
     for counted in (False, True):
         with suppress(WrongIndex):
             return use(_open(source, reader, counted))
-    raise UserError(f"{_name(source)} is damaged: it gives other frames each time it is decoded")
+    raise UserError(f"{_name(source)} is damaged: it gives different frames each time it is decoded")
 
 
 def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | ClipReader:
@@ -172,7 +214,7 @@ def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | Cli
 
 
 def _mean_fps(video: Reader | ClipReader) -> float:
-    """Frames per second by the clock of the frames, since containers name a wrong rate where it varies."""
+    """Frames per second by the frames' times, since containers state a wrong rate if it varies."""
     seconds = video.times[-1] - video.times[0]
     if seconds <= 0:
         return video.fps or 25.0
@@ -185,7 +227,7 @@ def _window(times: tuple[float, ...], start: float, end: float | None, path: str
         raise UserError(f"start={start}: wanted seconds from 0")
     if end is not None and not end > start:
         raise UserError(f"end={end}: wanted seconds after start={start}")
-    slack = 1e-3  # times of containers are rounded, decord's are float32
+    slack = 1e-3  # containers round times, and decord's are float32
     last = math.inf if end is None else end
     first = sum(time < start - slack for time in times)
     stop = sum(time < last - slack for time in times)
@@ -208,7 +250,7 @@ def _count(
     if fps is None:
         return total
     fewest, most = bounds
-    wanted = total / source_fps * fps + 1e-6  # times are rounded: 59.9999999 frames are 60
+    wanted = total / source_fps * fps + 1e-6  # times are rounded: 59.9999999 frames mean 60
     if sampling == "qwen":
         even = min(total, most) // 2 * 2
         return max(math.floor(min(max(wanted, fewest or 4), even) / 2) * 2, 1)

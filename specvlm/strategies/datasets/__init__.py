@@ -1,4 +1,4 @@
-"""The built-in data sets, one a file. `local.py` is what those on disk share."""
+"""Built-in data sets, one per file. `local.py` is the base class of those on disk."""
 
 from specvlm.strategies.datasets.folder import FolderDataset
 from specvlm.strategies.datasets.long_video_bench import LongVideoBenchDataset

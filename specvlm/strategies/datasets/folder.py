@@ -1,4 +1,4 @@
-"""Videos of one's own: a folder and a file of questions."""
+"""Your own videos: a folder with a file of questions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ NUMBERS = ("start", "end", "fps")
 
 @dataclass(frozen=True)
 class FolderDataset(LocalDataset):
-    """Your own videos and questions, the latter a line each in questions.jsonl.
+    """Your own videos and questions, one question per line in questions.jsonl.
 
-    A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path below `root`. Also an id (that path), an
-    answer, options (a list: multiple choice), start and end (seconds); without a question the generic caption is asked. A
-    video that is a folder of pictures needs fps. Any other key is kept with the results. questions: another file's name; .csv
-    has these keys as its header, and | between options.
+    A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path relative to `root`. Optional keys: id
+    (default: the path), answer, options (a list, for multiple choice), start and end (seconds). Without a question, the
+    generic caption is asked for. A video that is a folder of pictures needs fps. Any other key is kept with the
+    results.
+
+    Attributes:
+        questions: Name of the file with the questions. A .csv file has the keys in its header, and | between options.
     """
 
     name = "folder"
@@ -64,21 +67,21 @@ class FolderDataset(LocalDataset):
             raise UserError(f"end={end}: wanted seconds after start={start}")
         fps = _number(entry, "fps")
         if os.path.isdir(path) and fps is None:
-            raise UserError(f"{name} is a folder of frames: say how many a second, as in fps=3")
+            raise UserError(f"{name} is a folder of frames: add the frames per second, as in fps=3")
         return Sample(
             key,
             path if fps is None else partial(read_frames, path, fps),
             multiple_choice(question, options) if options else question,
             None if answer is None else _word("answer", answer),
             tuple(options),
-            {key: _bearable(key, value) for key, value in entry.items() if key not in OWN},
+            {key: _not_nested(key, value) for key, value in entry.items() if key not in OWN},
             start,
             end,
         )
 
 
 def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, words in enumerate(text.split("\n"), start=1):  # not splitlines: a JSON text may hold other breaks
+    for number, words in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may contain other breaks
         if not words.strip():
             continue
         try:
@@ -97,13 +100,13 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             entry: dict[str, Any] = {key: value for key, value in row.items() if key and value not in (None, "")}
             if "options" in entry:
                 entry["options"] = entry["options"].split("|")
-            yield reader.line_num, entry | {key: _told(entry[key]) for key in NUMBERS if key in entry}
+            yield reader.line_num, entry | {key: _number_or_text(entry[key]) for key in NUMBERS if key in entry}
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num + 1}: {error}") from None
 
 
-def _told(text: str) -> float | str:
-    """A number of a .csv, which has texts alone."""
+def _number_or_text(text: str) -> float | str:
+    """Parse a number of a .csv, which has only texts."""
     try:
         return float(text)
     except ValueError:
@@ -116,7 +119,7 @@ def _word(key: str, value: object) -> str:
     return str(value)
 
 
-def _bearable(key: str, value: object) -> object:
+def _not_nested(key: str, value: object) -> object:
     if nested(value):
         raise UserError(f"{line(key)} is nested too deeply to be kept with the results")
     return value

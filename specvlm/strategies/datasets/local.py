@@ -1,6 +1,7 @@
-"""What data sets on disk have in common: where they lie, how many samples in which order, and which question is asked.
+"""Base class of data sets on disk: their folder, the number and order of samples, and the question.
 
-Nothing is fetched. Lists are read whole; a video is looked for when it is its turn, and a missing one is skipped then.
+Nothing is downloaded. Lists are read whole. A video is opened only when its sample is decoded; a missing one is skipped
+then.
 """
 
 import hashlib
@@ -22,10 +23,10 @@ from specvlm.parsing.files import json_of, read_bytes, read_text
 from specvlm.strategies import Dataset, Sample
 from specvlm.types import Within
 
-# The one question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) puts to its other three data sets too.
+# The question of VideoDetailCaption, which SpecVLM (arXiv 2508.16201) asks of its other three data sets, too.
 CAPTION = "Please provide a detailed description of the video, focusing on the main subjects, their actions, and the background scenes."  # noqa: E501
 PROMPTS = ("own", "caption")
-SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # where a list names videos without one
+SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # tried if a list names videos without a suffix
 GUIDE = "docs/guides/datasets.md"
 MOST_LIST = 512 * 2**20  # bytes
 T = TypeVar("T")
@@ -33,15 +34,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LocalDataset(Dataset):
-    """A data set in its published layout.
+    """Base class of data sets in their published layout.
 
-    root: its folder. limit: the first so many samples; null is all. shuffle: the seed of the order in which `limit` takes
-    them, that of Hugging Face's `Dataset.shuffle`; null is as they are listed. prompt: own, the data set's questions, or
-    caption, one generic request for a long answer: what is asked has no known answer then.
+    Attributes:
+        layout: Content of `root`, for error messages.
+        choices: Allowed values by field.
+        root: Folder of the data set.
+        limit: Most samples; null for all.
+        shuffle: Seed of the order in which `limit` takes samples, as Hugging Face's `Dataset.shuffle`; null keeps the
+            listed order.
+        prompt: `own` asks the data set's questions; `caption` asks one generic question with a long answer, which has
+            no known answer.
     """
 
-    layout: ClassVar[str]  # what `root` holds, for those who have put it elsewhere
-    choices: ClassVar[Mapping[str, Iterable[object]]] = {}  # by field, what may be chosen
+    layout: ClassVar[str]
+    choices: ClassVar[Mapping[str, Iterable[object]]] = {}
     root: str
     limit: Annotated[int | None, Within(1, 10_000_000)] = None
     shuffle: Annotated[int | None, Within(0, 2**63 - 1)] = None
@@ -57,19 +64,20 @@ class LocalDataset(Dataset):
 
     @abstractmethod
     def lists(self) -> list[Path]:
-        """The files that say what there is."""
+        """Return the files that list the samples."""
 
     @abstractmethod
     def listed(self) -> Iterable[Sample]:
-        """Every sample of `lists`, with its own question."""
+        """Read every sample of `lists`, with the data set's question."""
 
     @property
     def folder(self) -> Path:
+        """`root` with ~ expanded."""
         return Path(os.path.expanduser(self.root))
 
     @cached_property
     def version(self) -> str:
-        """A checksum of the lists: the same questions in the same order, whoever downloaded them."""
+        """Checksum of the lists. Equal checksums mean the same questions in the same order."""
         digest = hashlib.sha256()
         for path in self.lists():
             digest.update(_content(path, self.layout, read_bytes))
@@ -87,10 +95,17 @@ class LocalDataset(Dataset):
         return chosen
 
     def video(self, below: Path, name: object) -> Path:
-        """Where a list says that a video lies, below a folder of `root`.
+        """Return the path of a video that a list names.
 
-        Raises UserError for a name that leads out of it, since lists come from elsewhere. Where a link in that folder leads is
-        its owner's choice.
+        Lists may come from strangers, so paths that lead out of the folder are refused. Symbolic links in the folder
+        are followed: they are the user's own.
+
+        Args:
+            below: The folder of videos.
+            name: Path relative to it, as listed.
+
+        Raises:
+            UserError: The name is not a path below the folder.
         """
         text = name if isinstance(name, str) else ""
         parts = PurePath(text).parts
@@ -99,18 +114,26 @@ class LocalDataset(Dataset):
         return below / text
 
     def place(self, *names: str) -> Path:
-        """The first of these folders below `root`. Raises UserError naming the first one where none is there."""
+        """The first of these folders of `root` that exists. Raises UserError naming the first one if none does."""
         for name in names:
-            if os.path.isdir(self.folder / name):  # False, too, for a name that no folder can have
+            if os.path.isdir(self.folder / name):  # also False for names that no folder can have
                 return self.folder / name
         raise UserError(f"no folder {self.folder / names[0]}: expected {self.layout}, see {GUIDE}")
 
     def entries(self, path: Path, kind: Any) -> list[dict[str, Any]]:
-        """The objects of a JSON list, of the TypedDict `kind`. Raises UserError for no such file, or other content."""
+        """Read a JSON list of objects.
+
+        Args:
+            path: The file.
+            kind: TypedDict that each object must match.
+
+        Raises:
+            UserError: The file is missing or has other content.
+        """
         try:
             found = json_of(_content(path, self.layout, read_bytes))
         except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); where git has cloned it without LFS, fetch it again") from None
+            raise UserError(f"{path} is not JSON ({error}); if git cloned it without LFS, download it again") from None
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise UserError(f"{path}: wanted a list of objects")
         return self._typed(found, kind, path)
@@ -124,7 +147,7 @@ class LocalDataset(Dataset):
         return found
 
     def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:
-        """The rows of a Parquet file. Raises UserError as `entries` does, and where PyArrow is not installed."""
+        """Read the rows of a Parquet file. Raises UserError as `entries` does, and if PyArrow is not installed."""
         content = _content(path, self.layout, read_bytes)
         try:
             import pyarrow as arrow
@@ -135,23 +158,23 @@ class LocalDataset(Dataset):
             table = parquet.ParquetFile(arrow.BufferReader(content)).read()
         except (arrow.ArrowInvalid, OSError) as error:
             why = str(error).splitlines()[0]
-            raise UserError(f"{path} is not Parquet ({why}); where git has cloned it without LFS, fetch it again") from None
+            raise UserError(f"{path} is not Parquet ({why}); if git cloned it without LFS, download it again") from None
         return self._typed(table.to_pylist(), kind, path)
 
 
 def multiple_choice(question: str, options: Sequence[str]) -> str:
-    """The question, an option a line behind its letter, and what is wanted: the form that LLaVA made usual."""
+    """Format a multiple-choice question as LLaVA does: the question, one lettered option per line, the instruction."""
     choices = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return "\n".join([question, *choices, "Answer with the option's letter from the given choices directly."])
 
 
 def first_there(*places: Path) -> Path:
-    """The first of several places that exists, else the first: the one that is named as missing then."""
+    """Return the first path that exists; if none does, the first one, which errors then name as missing."""
     return next((place for place in places if os.path.exists(place)), places[0])
 
 
 def text_of(path: Path, layout: str) -> str:
-    """The text of a list. Raises UserError where there is none."""
+    """Read a list as text. Raises UserError if it cannot be read."""
     return _content(path, layout, read_text)
 
 
@@ -164,7 +187,7 @@ def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples with ids of their own: the second of the same gets #2."""
+    """Make ids unique: the second sample of an id gets the suffix #2."""
     named: dict[str, Sample] = {}
     for sample in samples:
         key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)

@@ -16,7 +16,7 @@ DURATIONS = (15, 60, 600, 3600)
 
 
 class Entry(TypedDict):
-    """Of either list."""
+    """An entry of either list."""
 
     candidates: list[str]
     id: str
@@ -34,10 +34,14 @@ class Entry(TypedDict):
 class LongVideoBenchDataset(LocalDataset):
     """LongVideoBench: multiple choice on videos of 8 seconds to an hour.
 
-    arXiv 2407.15754; Hugging Face: longvideobench/LongVideoBench. Layout: lvb_val.json (1337 questions) and
-    lvb_test_wo_gt.json (5341, without answers), videos/. durations: some of the groups 15, 60, 600, 3600 (their longest,
-    seconds); none is all. As its publishers do, only the first `duration` seconds of a video are looked at. Asked without the
-    subtitles that many questions quote, so for speed rather than for accuracy.
+    arXiv 2407.15754; Hugging Face: longvideobench/LongVideoBench. Layout: lvb_val.json (1337 questions),
+    lvb_test_wo_gt.json (5341 without answers), and videos/. As in the publishers' code, only the first `duration`
+    seconds of a video are used. Subtitles, which many questions quote, are left out: use it to measure speed rather
+    than accuracy.
+
+    Attributes:
+        split: `val` or `test`.
+        durations: Groups of videos to use, by their longest duration in seconds: 15, 60, 600, 3600; empty for all.
     """
 
     name = "long_video_bench"

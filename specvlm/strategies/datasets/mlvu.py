@@ -19,7 +19,7 @@ ANSWERS = tuple(f"test-ground-truth/test_{kind}_gt.json" for kind in ("mcq", "ss
 
 
 class Answer(TypedDict):
-    """Of a list of test's answers."""
+    """An entry of an answer file of the test split."""
 
     video: str
     question: str
@@ -28,13 +28,13 @@ class Answer(TypedDict):
 
 
 class Entry(Answer):
-    """Of a list of dev."""
+    """An entry of a list of the dev split."""
 
     duration: Any
 
 
 class Asked(Entry):
-    """Of a list of test."""
+    """An entry of a list of the test split."""
 
     question_type: str
     question_id: NotRequired[str | None]
@@ -44,10 +44,14 @@ class Asked(Entry):
 class MLVUDataset(LocalDataset):
     """MLVU: videos of minutes to hours; multiple choice, and sub_scene and summary with long answers.
 
-    arXiv 2406.04264; Hugging Face: MLVU/MVLU (their spelling). Layout of dev: MLVU/json/1_plotQA.json …, MLVU/video/1_plotQA/
-    …; of test (MLVU/MLVU_Test, with tasks of its own): test_multi_choice_tasks.json, test_generation_tasks.json,
-    MLVU_Test/video/, and the answers where they are there: test-ground-truth/test_mcq_gt.json, …_ssc_gt.json, …_vs_gt.json.
-    tasks: some of the split's tasks; none is all.
+    arXiv 2406.04264; Hugging Face: MLVU/MVLU (their spelling). Layout of dev: MLVU/json/1_plotQA.json …,
+    MLVU/video/1_plotQA/ …. Layout of test (MLVU/MLVU_Test, with tasks of its own): test_multi_choice_tasks.json,
+    test_generation_tasks.json, MLVU_Test/video/, and optionally the answers: test-ground-truth/test_mcq_gt.json,
+    …_ssc_gt.json, …_vs_gt.json.
+
+    Attributes:
+        split: `dev` or `test`.
+        tasks: Names of the tasks to use, out of the split's; empty for all.
     """
 
     name = "mlvu"
@@ -74,7 +78,7 @@ class MLVUDataset(LocalDataset):
 
     @property
     def _inner(self) -> str:
-        """dev lies in a folder of its own within its repository."""
+        """Folder of the dev split: its repository has it in a subfolder MLVU."""
         return "." if os.path.isdir(self.folder / "json") else "MLVU"
 
     def _listed_dev(self) -> Iterator[Sample]:
@@ -100,7 +104,7 @@ class MLVUDataset(LocalDataset):
 
 
 def _asked(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a question from others: the published answers have all of it, and no number that every task has."""
+    """Key that matches a question with its published answer; the two have no common id in every task."""
     return entry["video"], entry["question"], *(entry.get("candidates") or ())
 
 

@@ -1,4 +1,4 @@
-"""MVBench: twenty short tasks on clips of eleven public data sets."""
+"""MVBench: twenty tasks on short clips from eleven public data sets."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from specvlm.strategies.datasets.local import LocalDataset, first_there, multipl
 from specvlm.video.frames import read_frames
 
 FRAMES, FRAMES_PER_SECOND = "tvqa/frames_fps3_hq", 3.0  # folders of frames
-# Where each task's videos lie below video/.
+# Folder of each task's videos below video/.
 FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
     "action_prediction": "star/Charades_v1_480",
@@ -38,9 +38,9 @@ FOLDERS = {
     "episodic_reasoning": FRAMES,
     "counterfactual_inference": "clevrer/video_validation",
 }
-# Of these tasks the part from `start` to `end` of a longer video is meant.
+# Tasks whose questions are about the section from `start` to `end` of a longer video.
 PARTS = frozenset({"action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"})
-# The repository's branch `video` has the parts already cut out, and frames joined to videos, in folders of their own.
+# Folders in the repository's branch `video`, where sections are already cut out and frames joined to videos.
 CUT = {
     "star/Charades_v1_480": "star/Charades_segment",
     "sta/sta_video": "sta/sta_video_segment",
@@ -51,7 +51,7 @@ CUT = {
 
 
 class Entry(TypedDict):
-    """Of json/TASK.json."""
+    """An entry of json/TASK.json."""
 
     video: str
     question: str
@@ -65,10 +65,13 @@ class Entry(TypedDict):
 class MVBenchDataset(LocalDataset):
     """MVBench: multiple choice, 20 tasks of 200 questions on short clips.
 
-    arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json; video/ with the archives unpacked in it, some
-    videos below video/data0613/; the branch `video` works too. Questions of five tasks are about a part of the video, one of
-    them comes as frames. tasks: some of the 20; none is all. The 320 NTU RGB+D videos are not in the repository:
+    arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json, and video/ with the archives unpacked in
+    it (some videos are below video/data0613/). The branch `video` works, too. Questions of five tasks are about a
+    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository:
     fine_grained_pose is skipped without them.
+
+    Attributes:
+        tasks: Names of the tasks to use, out of 20; empty for all.
     """
 
     name = "mvbench"
@@ -81,7 +84,7 @@ class MVBenchDataset(LocalDataset):
         return [self.folder / "json" / f"{task}.json" for task in self.tasks or FOLDERS]
 
     def listed(self) -> Iterator[Sample]:
-        cut = os.path.isdir(self.folder / "star")  # the branch `video` has its folders beside json/
+        cut = os.path.isdir(self.folder / "star")  # the branch `video` has its folders next to json/
         videos = self.folder if cut else self.place("video")
         for task, path in zip(self.tasks or FOLDERS, self.lists(), strict=True):
             for number, entry in enumerate(self.entries(path, Entry)):

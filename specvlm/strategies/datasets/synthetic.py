@@ -1,4 +1,4 @@
-"""Scenes of the embedded pairs' own world, made from their numbers: nothing is fetched, nothing lies on disk."""
+"""Synthetic scenes like those that the embedded pairs were trained on, rendered on demand: nothing is downloaded."""
 
 import random
 from collections.abc import Sequence
@@ -14,15 +14,19 @@ from specvlm.types import Within
 from specvlm.video import synthetic
 from specvlm.video.video import Clip
 
-FIRST = 77_000_000  # far above every seed of training (see experiments/embedded_pair)
+FIRST = 77_000_000  # seed of scene 0, far above all training seeds (see experiments/embedded_pair)
 
 
 @dataclass(frozen=True)
 class SyntheticDataset(Dataset):
-    """Held-out scenes of two to five objects, with exact answers; 16 s each, made in 0.2 s on one core.
+    """Held-out scenes of two to five objects, with exact answers; 16 s each, rendered in 0.2 s on one core.
 
-    scenes, first: how many, from which number on. Scene n is the same in every data set, and the one that
-    experiments/embedded_pair measures under this number. ask: caption (40 to 140 words) or question (one of five kinds).
+    Scene n is the same in every data set; experiments/embedded_pair uses the same numbers.
+
+    Attributes:
+        scenes: Number of scenes.
+        first: Number of the first scene.
+        ask: `caption` (40 to 140 words) or `question` (one of five kinds).
     """
 
     name = "synthetic"
@@ -52,7 +56,7 @@ class SyntheticDataset(Dataset):
 
 
 def clip(number: int) -> Clip:
-    """Scene `number`, all of it."""
+    """Render all frames of scene `number`."""
     scene = synthetic.sample_scene(FIRST + number, min_objects=2)
     frames = torch.from_numpy(synthetic.render(scene, FIRST + number)).permute(0, 3, 1, 2).contiguous()
     times = tuple(place / synthetic.FPS for place in range(len(frames)))

@@ -1,4 +1,4 @@
-"""VideoDetailCaption: long descriptions of 499 videos; what SpecVLM's main figures are measured on."""
+"""VideoDetailCaption: long descriptions of 499 videos. SpecVLM's main figures are measured on it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from specvlm.strategies.datasets.local import SUFFIXES, LocalDataset, first_ther
 
 
 class Entry(TypedDict):
+    """A row of the Parquet file."""
+
     video_name: str
     question: str
     answer: str | None
@@ -18,11 +20,11 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True)
 class VideoDetailCaptionDataset(LocalDataset):
-    """VideoDetailCaption: describe each of 499 videos in detail; long answers, the paper's main data set.
+    """VideoDetailCaption: describe each of 499 videos in detail; long answers, SpecVLM's main data set.
 
-    The videos are those of Video-ChatGPT's test set; each has a reference. Hugging Face: lmms-lab/VideoDetailCaption. Layout:
-    data/test-00000-of-00001.parquet (video_name, question, answer), Test_Videos/NAME.mp4. All questions are one. The 100
-    samples that SpecVLM's code takes are shuffle=42, limit=100.
+    The videos are those of Video-ChatGPT's test set, each with a reference answer. All samples ask the same question.
+    Hugging Face: lmms-lab/VideoDetailCaption. Layout: data/test-00000-of-00001.parquet (video_name, question, answer),
+    Test_Videos/NAME.mp4. SpecVLM's code uses the 100 samples that shuffle=42 limit=100 gives.
     """
 
     name = "video_detail_caption"

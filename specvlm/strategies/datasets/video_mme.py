@@ -15,6 +15,8 @@ DURATIONS = ("short", "medium", "long")
 
 
 class Entry(TypedDict):
+    """A row of the Parquet file."""
+
     question_id: str
     videoID: str
     question: str
@@ -31,7 +33,10 @@ class VideoMMEDataset(LocalDataset):
     """Video-MME: multiple choice, 2700 questions on 900 videos of 11 seconds to an hour.
 
     arXiv 2405.21075; Hugging Face: lmms-lab/Video-MME. Layout: videomme/test-00000-of-00001.parquet, data/VIDEOID.mp4.
-    durations: some of short, medium, long; none is all. Asked without subtitles.
+    Questions are asked without subtitles.
+
+    Attributes:
+        durations: Groups of videos to use: `short`, `medium`, `long`; empty for all.
     """
 
     name = "video_mme"
@@ -48,7 +53,7 @@ class VideoMMEDataset(LocalDataset):
         for row in self.rows(self.lists()[0], Entry):
             if self.durations and row["duration"] not in self.durations:
                 continue
-            # They come with their letters: "A. An apple."
+            # The options come with their letters: "A. An apple."
             lettered = zip(ascii_uppercase, row["options"], strict=False)
             options = tuple(option.removeprefix(f"{letter}.").strip() for letter, option in lettered)
             place = ascii_uppercase.find(row["answer"])

@@ -1,4 +1,4 @@
-"""Built-in drafters, brought in through the same hook as a plugin's."""
+"""Built-in drafters, one per file, registered through the same hook as plugins."""
 
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter

@@ -1,7 +1,7 @@
-"""Grow a tree where the draft model is sure of itself, and cut it back to its best nodes (EAGLE-2).
+"""Grow a tree where the draft model is confident, then cut it back to its best nodes (EAGLE-2).
 
-Shape suffixes: W nodes expanded on a level, R rows written below the root so far, C candidates (the root is number 0), M tree
-nodes, K best tokens, V vocabulary.
+Shape suffixes: W nodes expanded on a level, R rows written below the root so far, C candidates (the root is number 0),
+M tree nodes, K best tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,37 +27,43 @@ from specvlm.types import DEEPEST, MOST_GUESSES, DraftTree, Verdict, Within
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-WIDEST = 128  # nodes of a level that are expanded
+WIDEST = 128  # most nodes expanded on one level
 
 
 def candidates(depth: int, width: int) -> int:
-    """How many guesses so many levels of so many expanded nodes give, `width` below each."""
+    """Number of guesses if `width` nodes per level are expanded to `width` children each."""
     return width + (depth - 1) * width**2
 
 
 class Pace:
-    """What a request's rounds so far say of the next tree's depth and width. Here: nothing, both are fixed."""
+    """Chooses the next tree's depth and width from a request's rounds so far. This base class keeps both fixed.
+
+    Attributes:
+        extent: Depth and width of the next tree.
+    """
 
     def __init__(self, depth: int, width: int) -> None:
         self.extent = (depth, width)
 
     def went(self, accepted: int, confidence: float) -> None:
-        """Takes up a round: guesses accepted, and the draft's `confidence` below its root."""
+        """Record a round: the number of accepted guesses, and the draft's `confidence` below the root."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How a tree grows, all of it known before the first pass: so that one captured program serves every round of it.
+    """How a tree grows. All sizes are known before the first pass, so that one captured program serves every round.
+
+    See `grow` for the terms inner and open.
 
     Attributes:
-        columns: For each level, the most children of a node.
-        rows: For each level but the last, the nodes that are expanded: `open` ones first, then by probability.
-        nodes: Guesses that are kept at most: inner ones first (see `grow`), then by probability.
-        shares: For each level a number s: of a node reached with probability P only max(1, floor(s * (0.5 + P))) children
-            are inner ones. Empty: all are.
-        least: For each level but the last, the probability that an open node must exceed. Empty: all inner ones are open.
-        step: The tree, its root included, is filled up to a multiple of this.
-        top: Of how many tokens the entropy is taken for the confidence; 0: there is none.
+        columns: Most children of a node, per level.
+        rows: Number of nodes expanded, per level but the last. Open nodes come first, then the most probable ones.
+        nodes: Most guesses that are kept. Inner nodes come first, then the most probable ones.
+        shares: A number s per level. Of a node reached with probability P, the first max(1, floor(s * (0.5 + P)))
+            children are inner nodes. Empty: all children are.
+        least: Probability that an open node must exceed, per level but the last. Empty: all inner nodes are open.
+        step: The number of nodes, root included, is rounded up to a multiple of this.
+        top: Number of most probable tokens whose entropy gives the confidence; 0 without a confidence.
     """
 
     columns: tuple[int, ...]
@@ -70,20 +76,21 @@ class Growth:
 
 
 class GrownTreeDrafter(Drafter):
-    """Any drafter whose tree is grown. What it goes by from round to round is in the session's `Pace`, never in itself."""
+    """Base class of drafters that grow a tree. State that changes from round to round is in the session's `Pace`."""
 
     nodes: int
 
     @abstractmethod
     def extents(self) -> list[tuple[int, int]]:
-        """Every (depth, width) that a round's tree may have."""
+        """Return every (depth, width) that a tree may have."""
 
     @abstractmethod
-    def growth(self, depth: int, width: int) -> Growth: ...
+    def growth(self, depth: int, width: int) -> Growth:
+        """Return how a tree of this depth and width grows."""
 
     @abstractmethod
     def pace(self) -> Pace:
-        """A new one, for a request that begins."""
+        """Create the pace of a new request."""
 
     @property
     def max_nodes(self) -> int:
@@ -102,23 +109,30 @@ class GrownTreeDrafter(Drafter):
 
 @dataclass(frozen=True)
 class DynamicTreeDrafter(GrownTreeDrafter):
-    """Expand and re-rank: of all that was guessed, the `nodes` with the highest probability of being reached.
+    """Expand and re-rank: grow a wide tree and keep the `nodes` guesses that are most likely to be reached.
 
-    The value of a node is the product of the draft's own probabilities on the way to it from the root. Expansion phase: level
-    by level the `width` nodes of the highest value are expanded to their `width` best children each. Re-ranking phase: of all
-    candidates the `nodes` of the highest value stay. No child is worth more than its parent and equal values go to the earlier
-    one, so they are connected. As far as the draft's probabilities are the chances of acceptance (EAGLE-2 finds them close
-    to), no tree of as many nodes within the candidates accepts more in expectation. Children are the best tokens, never drawn,
-    so the tree is exact under every verifier.
+    The value of a node is the product of the draft's probabilities on the path from the root. Expansion phase: on each
+    level, the `width` nodes of highest value are expanded to their `width` best children each. Re-ranking phase: of all
+    candidates, the `nodes` of highest value stay. They form a tree, since no child is worth more than its parent and
+    ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
+    close), no other tree of this size within the candidates accepts more tokens in expectation. Children are the best
+    tokens, never drawn, so the tree is exact under every verifier.
 
     EAGLE-2 (arXiv 2406.16858), sections "Expansion Phase" and "Reranking Phase".
-    Deviations: any draft model in the place of EAGLE's head over the target's features. Defaults of size are SpecVLM's tree's:
-    25 guesses in 5 passes; EAGLE-2 has 60 in 6. width 10 is EAGLE-2's.
+    Deviations: any draft model instead of EAGLE's head on the target's features. Nodes and depth default to SpecVLM's
+    tree, 25 guesses in 5 passes; EAGLE-2 uses 60 in 6. A width of 10 is EAGLE-2's.
 
-    nodes: guesses; depth: passes of the draft a round; width: see above.
-    Cost: `depth` passes a round, of `width` rows after the first, a log-softmax of each, a sort of the candidates, and one
-    more read on the host than a static tree costs: the shape. Limits: a draft that is sure where it is wrong (one that sees
-    little of the video) grows in the wrong place. ValueError where depth and width give fewer than `nodes` guesses.
+    Cost: `depth` passes per round, of `width` rows each after the first, a log-softmax of each, a sort of the
+    candidates, and one more read on the host than a static tree: the shape. Limits: a draft that is confidently wrong,
+    such as one that sees little of the video, grows the tree in the wrong place.
+
+    Attributes:
+        nodes: Guesses per round.
+        depth: Draft passes per round, and levels of the tree.
+        width: Nodes expanded per level, and children of each.
+
+    Raises:
+        ValueError: A field is below 1, or depth and width give fewer than `nodes` guesses.
     """
 
     name = "dynamic_tree"
@@ -148,9 +162,14 @@ class DynamicTreeDrafter(GrownTreeDrafter):
 
 
 class Grown(NamedTuple):
-    """A tree as tensors. rows: where a node was written, counted from the root's row; -1: it was never expanded.
+    """A grown tree as tensors, of which only the first `count_1` nodes are valid.
 
-    count: nodes, the root included; what comes behind them is to be left away. confidence: of the draft below the root.
+    Attributes:
+        tokens_M: Token of each node.
+        parents_M: Parent of each node; -1 for the root.
+        rows_M: Cache row of each node, counted from the root's; -1 if the node was not expanded.
+        count_1: Number of nodes, root included.
+        confidence_1: The draft's confidence below the root, float64.
     """
 
     tokens_M: Tensor
@@ -160,13 +179,13 @@ class Grown(NamedTuple):
     confidence_1: Tensor
 
     def packed(self) -> Tensor:
-        """(3 M + 2,) integers, for one read on the host; the tokens come first."""
+        """Pack the tree into (3 M + 2,) integers, tokens first, so that the host reads it at once."""
         confidence = self.confidence_1.double().view(torch.int64)
         return torch.cat([self.tokens_M, self.parents_M, self.rows_M, self.count_1, confidence])
 
 
 def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int], float]:
-    """Tokens, parents, rows and confidence of what was `packed`."""
+    """Unpack the integers of `Grown.packed` to tokens, parents, rows and confidence."""
     *nodes, count, bits = integers
     most = len(nodes) // 3
     tokens, parents, rows = (nodes[start : start + count] for start in range(0, 3 * most, most))
@@ -174,10 +193,18 @@ def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int]
 
 
 def round_of(vocabulary: int, growth: Growth, model: VideoLM, cache: KVCache, state: Tensor) -> Passes[tuple[Tensor]]:
-    """A round: what was accepted moves together, its last token and the new root are fed, a tree is grown and cut. Packed.
+    """Draft one round: compact the accepted rows, feed the last accepted token and the new root, grow and cut a tree.
 
-    state: slot of the last root, slot of the accepted node, that node's token, the new root's, position minus slot, and the
-    rows on the way to the accepted node, counted from the last root's.
+    Args:
+        vocabulary: Ids below this number are known to both models.
+        growth: How the tree grows.
+        model: The model that drafts.
+        cache: Its cache.
+        state: Slot of the last root, slot of the accepted node, token of the accepted node, token of the new root,
+            position minus slot, and the rows on the path to the accepted node, counted from the last root's.
+
+    Returns:
+        The packed tree.
     """
     root, base, old, bonus, offset = state[:5].split(1)
     cache.move(root, state[5:])
@@ -196,13 +223,18 @@ def round_of(vocabulary: int, growth: Growth, model: VideoLM, cache: KVCache, st
 
 
 def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Any]) -> Passes[Grown]:
-    """A tree below the token `root`, with nothing the host must know. logits: below the root.
+    """Grow a tree below a root token and cut it back, without reading a tensor on the host.
 
-    Inner nodes are the children that `growth.shares` leaves of nodes that are open; the root is both. Places that they leave
-    free, of rows as of nodes, go to the best of the others: numbers of rows are fixed, and unused ones would cost as much.
+    The root is inner and open. Other inner nodes are the first children of open nodes, as many as `growth.shares` says.
+    Inner nodes above the threshold `growth.least` are open. Free places in rows and in the tree go to the most probable
+    other nodes: the number of rows is fixed, so unused rows would cost as much.
 
-    expand: (W, V) logits of tokens (W,) at a depth, given which of the rows below the root each sees, (W, R) with its own; a
-    generator of passes where it needs a model.
+    Args:
+        root_1: Token of the root.
+        logits_1V: Logits below the root.
+        growth: How the tree grows.
+        expand: Called with tokens (W,), their depth, and a mask (W, R) of the rows below the root that each sees, its
+            own included. Returns logits (W, V), or a generator of passes that returns them.
     """
     device, wide = logits_1V.device, torch.promote_types(logits_1V.dtype, torch.float32)
     tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=wide)]
@@ -210,7 +242,7 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
     inner_C = [torch.ones(1, dtype=torch.bool, device=device)]
     above_W, open_W, value_W = root_1.new_zeros(1), inner_C[0], values_C[0]  # the candidates expanded last
     logits_WV, seen_WR = logits_1V, torch.zeros(1, 0, dtype=torch.bool, device=device)
-    count, first = 1, 1  # candidates, and rows, so far
+    count, first = 1, 1  # candidates and rows so far
     for level, columns in enumerate(growth.columns):
         best = logits_WV.to(wide).log_softmax(-1).topk(columns)
         tokens, values = best.indices.flatten(), (value_W[:, None] + best.values).flatten()
@@ -228,7 +260,7 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
         width, opened = growth.rows[level], inner_C[-1]
         if growth.least:
             opened = opened & (values.exp() > growth.least[level])
-        # In the order of their numbers, so that rows, like nodes, come in the order they were guessed in.
+        # Sort by number, so that rows are in the order of the guesses, like nodes.
         chosen_W = _ranked(values, opened)[:width].sort().values
         rows_C[-1] = rows_C[-1].scatter(0, chosen_W, first + torch.arange(width, device=device))
         own_WW = torch.eye(width, dtype=torch.bool, device=device)
@@ -241,7 +273,7 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
 
 
 def _ranked(values: Tensor, before: Tensor) -> Tensor:
-    """Numbers, those `before` first, the highest values first, then the lowest numbers."""
+    """Sort indices: those marked in `before` first, then by descending value, then by index."""
     order = values.sort(descending=True, stable=True).indices
     return order[before[order].to(torch.int8).sort(descending=True, stable=True).indices]
 
@@ -249,12 +281,12 @@ def _ranked(values: Tensor, before: Tensor) -> Tensor:
 def _cut(
     growth: Growth, confidence_1: Tensor, tokens_C: Tensor, values_C: Tensor, parents_C: Tensor, rows_C: Tensor, inner_C: Tensor
 ) -> Grown:
-    """The root, the best inner nodes, and as many of the others as fill up the last step."""
+    """Keep the root, the best inner nodes, and as many other nodes as fill up the last step."""
     last, most = len(tokens_C) - 1, min(growth.nodes, len(tokens_C) - 1)
     steps_1 = (inner_C.sum(0, keepdim=True).clamp(max=most + 1) + growth.step - 1) // growth.step
     count_1 = (steps_1 * growth.step).clamp(max=most + 1)
     best = _ranked(values_C[1:], inner_C[1:])[:most] + 1
-    best = torch.where(torch.arange(1, most + 1, device=best.device) < count_1, best, last + 1)  # past the end, and sorted last
+    best = torch.where(torch.arange(1, most + 1, device=best.device) < count_1, best, last + 1)  # last + 1: sorted last
     kept_M = torch.cat([best.new_zeros(1), best.sort().values])
     at_M = kept_M.clamp(max=last)
     parents_M = torch.searchsorted(kept_M, parents_C[at_M])
@@ -263,8 +295,9 @@ def _cut(
 
 
 def _confidence(logits_1V: Tensor, top: int) -> Tensor:
-    """(1,) 1 - H / log k, H the entropy of the k best tokens' probabilities, which are made to add up to 1. 0 of logits that
-    give no distribution: what a draft guesses, however wrong, stops no request.
+    """Confidence 1 - H / log k, where H is the entropy of the k best tokens' normalized probabilities.
+
+    0 if the logits give no distribution, since a bad draft must not stop a request.
     """
     count = min(top, logits_1V.shape[-1])
     if count < 2:
@@ -274,7 +307,7 @@ def _confidence(logits_1V: Tensor, top: int) -> Tensor:
 
 
 class GrownSession(PrunedSession):
-    """Grows a tree a round. The host reads its shape, and writes back the rows on the accepted way."""
+    """Grows one tree per round. The host reads its shape, and passes the accepted path's rows to the next round."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)
@@ -299,13 +332,13 @@ class GrownSession(PrunedSession):
         if last is not None:
             self.pace.went(last.accepted, self.confidence)
             self.last = self.guesses[path[-1]]
-        # What was never expanded is fed again, so any row will do; behind its end a way goes straight on.
-        way = [self.rows[node] if node and self.rows[node] >= 0 else at for at, node in enumerate(path)]
-        way += range(len(way), self.deepest + 1)
+        # A node that was not expanded is fed again, so any row will do. Rows past the path stay where they are.
+        rows = [self.rows[node] if node and self.rows[node] >= 0 else at for at, node in enumerate(path)]
+        rows += range(len(rows), self.deepest + 1)
         base = self.root + len(path) - 1
-        state = (self.root, base, self.last, bonus, self.cache.offset, *way)
+        state = (self.root, base, self.last, bonus, self.cache.offset, *rows)
         (packed,) = yield self._round(self.drafter.growth(*self.pace.extent))(state)
-        # The one read of a round's draft.
+        # The only read on the host per round.
         self.guesses, parents, self.rows, self.confidence = unpacked(packed.tolist())
         self.root = base + 1
         return DraftTree(packed[: len(parents)], parents, varies=True)

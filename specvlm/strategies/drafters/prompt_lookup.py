@@ -1,4 +1,4 @@
-"""Guess that what followed these words before will follow them again; no model at all."""
+"""Guess the tokens that followed the last words when they occurred before. Needs no model."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ import torch
 from specvlm.strategies import DraftContext, Drafter, DraftSession
 from specvlm.types import MOST_GUESSES, DraftTree, Verdict, Within
 
-_GAP = -1  # stands in the history for a run of placeholders, and is no token
+_GAP = -1  # replaces a run of placeholders in the history; not a token id
 
 
 @dataclass(frozen=True)
 class PromptLookupDrafter(Drafter):
     """Find the last words earlier in the prompt or the answer, and propose the chain of tokens that followed there.
 
-    Of the n-grams that end the text so far, the longest with an earlier occurrence counts (max_ngram down to min_ngram
-    tokens). Of its occurrences the latest: it is nearest in topic, it lies in the answer rather than in the instructions
-    once the answer repeats itself, and a table with one entry an n-gram finds it. A chain that runs into the end of the
-    text goes on with its own beginning, so a loop of any period is proposed in full. Without a match the tree is the
-    root alone, and the round is an autoregressive step.
+    Takes the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs earlier. Of its
+    occurrences it takes the latest: that is closest in topic, lies in the answer once the answer repeats itself, and
+    needs a table of only one entry per n-gram. A chain that reaches the end of the text continues with its own
+    beginning, so that a loop of any period is proposed in full. Without a match the tree is only the root, and the
+    round is an autoregressive step.
 
-    With x the text of n tokens and s the size of the n-gram, j is the largest index below n with x[j - s : j] = x[n - s :], and
-    the guesses are x[j], x[j + 1], ...
+    With x the text of n tokens and s the size of the n-gram, j is the largest index below n with
+    x[j - s : j] = x[n - s :], and the guesses are x[j], x[j + 1], ...
 
-    Prompt look-up decoding: Saxena (2023), github.com/apoorvumang/prompt-lookup-decoding; LLMA (arXiv 2304.04487) copies from
-    reference texts in the same way. Deviations: the latest occurrence in the place of the first, and chains that go on past
-    the end of the text (both find more in answers that repeat themselves); 5 guesses, as deep as the paper's tree, for 10;
-    placeholders of videos and images are never proposed, n-grams do not span them and chains end before them.
+    Prompt look-up decoding: Saxena (2023), github.com/apoorvumang/prompt-lookup-decoding; LLMA (arXiv 2304.04487)
+    copies from reference texts in the same way.
+    Deviations: the latest occurrence instead of the first, and chains that go on past the end of the text (both find
+    more in answers that repeat themselves); 5 guesses, as deep as the paper's tree, instead of 10; placeholders of
+    videos and images are never proposed, n-grams do not span them, and chains end before them.
 
-    Cost: no forward pass; max_ngram table entries a token, a run of placeholders counting as one token without any.
-    Limits: pays where the answer repeats itself or words of the prompt, which a caption seldom does; trees differ in
-    size from round to round. ValueError unless 1 <= min_ngram <= max_ngram and length >= 1.
+    Cost: no forward pass; max_ngram table entries per token, and none for placeholders. Limits: pays only if the answer
+    repeats itself or the prompt, which captions rarely do. The size of the tree differs from round to round.
+
+    Attributes:
+        max_ngram: Tokens of the longest n-gram that is looked up.
+        min_ngram: Tokens of the shortest n-gram that is looked up.
+        length: Most guesses per round.
+
+    Raises:
+        ValueError: Unless 1 <= min_ngram <= max_ngram and length >= 1.
     """
 
     name = "prompt_lookup"
@@ -60,7 +68,7 @@ class PromptLookupDrafter(Drafter):
 
 
 class PromptLookupSession(DraftSession):
-    """The text so far and where each of its n-grams last ended. Grows by the accepted tokens of a round, never rescans."""
+    """Keeps the text so far and where each n-gram last ended. Appends accepted tokens, and never rescans the text."""
 
     def __init__(self, drafter: PromptLookupDrafter, ctx: DraftContext) -> None:
         self._length = drafter.length
@@ -85,7 +93,7 @@ class PromptLookupSession(DraftSession):
         return DraftTree(torch.tensor(self._chain), tuple(range(-1, len(self._chain) - 1)))
 
     def _append(self, token: int) -> None:
-        # An n-gram is entered when the token after it is known, so the end of the text never matches itself.
+        # Enter n-grams only once the token after them is known, so that the end of the text does not match itself.
         if token in self._placeholders:
             token = _GAP
         if token != _GAP:
@@ -94,7 +102,7 @@ class PromptLookupSession(DraftSession):
         self._history.append(token)
 
     def _endings(self) -> list[tuple[int, ...]]:
-        """The n-grams that end the history, longest first; none across a gap."""
+        """List the n-grams at the end of the history, longest first, without those that span a gap."""
         grams = [tuple(self._history[-size:]) for size in self._sizes if size <= len(self._history)]
         return [gram for gram in grams if _GAP not in gram]
 

@@ -1,4 +1,4 @@
-"""Self-speculation: the target drafts for itself from its pruned context, one copy of the weights (SpecVLM, "Self-SD")."""
+"""Self-speculation: the target drafts for itself from the pruned prompt (SpecVLM's "Self-SD")."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SelfDrafter(TreeDrafter):
 
     SpecVLM (arXiv 2508.16201), its Self-SD setting. Deviations: none.
 
-    Cost: as `tree`, each pass one of the target's own weights; a prefill of the pruned prompt. At batch 1 a draft pass reads
-    the same weights as a target pass, so this seldom pays; it needs no second checkpoint.
+    Cost: as `tree`, but each draft pass runs the target, plus a prefill of the pruned prompt. At batch 1 a draft pass
+    reads the same weights as a target pass, so this rarely pays. It needs no second checkpoint.
     """
 
     name = "self"

@@ -1,6 +1,7 @@
-"""The target drafts for itself over the most attended part of its own keys and values (Sparse-to-Dense).
+"""The target drafts for itself, attending only to the most attended part of its own KV cache (Sparse-to-Dense).
 
-Shape suffixes: L layers, J KV heads (of this process), N video tokens, K kept ones, T other tokens of the prompt, M nodes.
+Shape suffixes: L layers, J KV heads of this process, N video tokens, K kept video tokens, T other tokens of the prompt,
+M nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,21 +22,29 @@ from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 class SparseDrafter(Drafter):
     """A chain of the target's own guesses, each KV head of which sees its own K video tokens and all text.
 
-    A video token's score, by layer and KV head, is the attention that the prompt's text behind the video pays it in the
-    target's prefill, averaged over that text and the query heads of the KV head (StD adds these up, which orders tokens
-    alike). The K highest stay (equal ones go to the earlier token), K = entries - all other tokens of the prompt, chosen once.
-    Their keys and values are copied in their old order beside those of the rest: rotated already, they keep their positions,
-    and there is no second prefill. The output's own rows come from the dense checks. With K = N a round is the target's own,
-    and is accepted in full.
+    The score of a video token, per layer and KV head, is the attention it receives in the target's prefill from the
+    text after the video, averaged over that text and the query heads of the KV head (StD sums them, which gives the
+    same order). The K tokens of highest score stay, chosen once per request; ties go to the earlier token. K is
+    `entries` minus all other tokens of the prompt. Keys and values are copied in their order: already rotated, they
+    keep their positions, so there is no second prefill. Rows of accepted tokens are copied from the target's cache.
+    With K = N the draft equals the target, and every guess is accepted.
 
-    Sparse-to-Dense (arXiv 2505.19155): scores, one choice a request, entries 1024 = K + text and length 9. Deviations: none.
-    Cases that it does not have: tokens of images count as text and all stay; a prompt whose text alone takes `entries` leaves
-    K = 0; where the verifier samples, guesses are drawn from the draft's distribution. The pruner has no say.
+    Sparse-to-Dense (arXiv 2505.19155): scores, one choice per request, entries 1024 = K + text, and length 9.
+    Deviations: none. Cases that the paper does not cover: image tokens count as text and all stay; a prompt whose text
+    alone fills `entries` leaves K = 0; if the verifier samples, guesses are drawn from the draft's distribution. The
+    pruner is not used.
 
-    Signal: `verifier_attention_per_kv_head`, (L, J, N) floats while the request starts. Cost: a copy of entries rows of the
-    cache per request, `length` passes of the target a round, which read all its weights and `entries` of its keys. Limits: so
-    it pays only where reading keys is what takes the time, for batches or very long prompts, and at batch 1 over short ones it
-    is slower than the target alone. Passes are not captured. ValueError for entries or length below 1.
+    Cost: a copy of `entries` rows of the cache per request, (L, J, N) floats for the signal
+    `verifier_attention_per_kv_head`, and `length` target passes per round, which read all weights and `entries` keys.
+    Limits: pays only if reading keys takes most of the time, that is for batches or very long prompts; at batch 1 with
+    short prompts it is slower than the target alone. Passes are not captured.
+
+    Attributes:
+        entries: Tokens of the prompt that the draft attends to, text included.
+        length: Guesses per round.
+
+    Raises:
+        ValueError: `entries` or `length` is below 1.
     """
 
     name = "sparse"
@@ -64,7 +73,7 @@ class SparseDrafter(Drafter):
 
 
 class SparseSession(DraftSession):
-    """A compact cache beside the target's own, which it follows as that grows."""
+    """Keeps a compact copy of the target's cache, and appends the target's new rows to it in every round."""
 
     def __init__(self, drafter: SparseDrafter, ctx: DraftContext) -> None:
         assert ctx.cache is not None
@@ -81,7 +90,7 @@ class SparseSession(DraftSession):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def _slots(self, count: int) -> Tensor:
-        """(L, J, K + T) the prompt's slots that stay, ascending."""
+        """(L, J, K + T) slots of the prompt that are copied, ascending. count: K."""
         target, prompt = self.ctx.target, self.ctx.prompt
         text = prompt.kept_slots(torch.empty(0, dtype=torch.int64)).to(target.device)
         slots_LJT = text.expand(target.layers, target.kv_heads, -1)

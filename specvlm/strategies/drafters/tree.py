@@ -1,7 +1,7 @@
 """Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's).
 
-Shape suffixes: M tree nodes, Q rows of a pass, R rows below the two that are fed, C children, D nodes on the longest path, V
-vocabulary.
+Shape suffixes: M tree nodes, Q rows of a pass, R nodes that are expanded, C children, D nodes on the longest path,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,19 +26,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TreeDrafter(Drafter):
-    """A tree of fixed shape, one forward pass of the draft model a level.
+    """A tree of fixed shape, with one forward pass of the draft model per level.
 
-    Node i is the rank[i]-th best token of the draft below the way from the root to its parent; a node sees the prompt, the
-    answer so far, its ancestors and itself. All nodes of a depth that have children are expanded in one pass.
+    Node i is the rank[i]-th best token of the draft after the path from the root to its parent. A node attends to the
+    prompt, the answer so far, its ancestors and itself. All nodes of one depth are expanded in one pass.
 
-    SpecVLM (arXiv 2508.16201), which drafts from the pruned video with EAGLE-1's tree of 25 guesses (mc_sim_7b_63 in EAGLE's
-    code): 4, 8, 8, 3 and 2 by depth. Deviations: none.
+    SpecVLM (arXiv 2508.16201), which drafts from the pruned video with EAGLE-1's tree of 25 guesses (mc_sim_7b_63 in
+    EAGLE's code): 4, 8, 8, 3 and 2 guesses by depth. Deviations: none.
 
-    shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file of one.
-    children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
-    distribution, warped as the verifier's; `auto` samples when the verifier does. Both are exact under every verifier.
-    Cost: depth passes a round (5 for the paper's tree); the KV of accepted nodes is kept, and the last one's is computed
-    again with the next root. ValueError for a shape or children of other forms.
+    Cost: one pass per level and round (5 for the paper's tree). Keys and values of accepted nodes are reused. Those of
+    the last accepted node are computed again with the next root if it was a leaf, and always if the engine captures.
+
+    Attributes:
+        shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
+        children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
+            distribution, warped as the verifier's; `auto` samples if the verifier does. All are exact under every
+            verifier.
+
+    Raises:
+        ValueError: The shape or `children` is malformed.
     """
 
     name = "tree"
@@ -73,24 +79,33 @@ class TreeDrafter(Drafter):
 
 
 def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
-    """(Q, count) ids drawn without replacement: exponential races, the smallest arrival time first (Gumbel top-k)."""
-    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # q = 0 never arrives: it comes last, as inf
+    """Draw (Q, count) ids without replacement by exponential races (Gumbel top-k).
+
+    Args:
+        q_QV: Distribution of each row.
+        race_QV: Exponential random numbers, float64.
+        count: Ids per row, in the order drawn.
+    """
+    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # ids with q = 0 come last, as inf
 
 
 def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
-    """Of a drafter whose `model` is `which`."""
+    """Return the model that a drafter runs. which: the drafter's `model`, "draft" or "target"."""
     model = ctx.target if which == "target" else ctx.draft
     assert model is not None
     return model
 
 
 class PrunedSession(DraftSession):
-    """A draft model's own cache: pruned prompt, then accepted tokens; a tree's rows come and go behind them.
+    """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
 
-    A round feeds the last accepted token and the new root, behind what is moved together of the rows before. The last accepted
-    token is fed again where its row may be missing (a leaf is never expanded), and on a GPU two rows cost what one does.
+    A round compacts the accepted rows, then feeds the last accepted token and the new root. The last accepted token is
+    fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one.
 
-    rows: most of them that a round writes behind an accepted token.
+    Args:
+        ctx: Context of the request.
+        model: The model that drafts.
+        rows: Most rows that a round writes after the last accepted token.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
@@ -100,15 +115,15 @@ class PrunedSession(DraftSession):
         embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
         self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
         model.prefill(embeds, positions, self.cache)
-        self.root = self.cache.length - 1  # slot of the last root; before the first round, of the prompt's last token
-        self.free = self.cache.capacity - rows - 2  # a slot behind which a routine may write whenever it is tried
+        self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token
+        self.free = self.cache.capacity - rows - 2  # a trial run of a routine writes from this slot on
 
 
 class TreeSession(PrunedSession):
-    """A static tree, level by level."""
+    """Drafts a static tree, level by level."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
-        # Drawn where the logits are, seeded from the request's own generator.
+        # Random numbers are drawn on the logits' device, seeded from the request's generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
         super().__init__(ctx, model, len(shape))
         self.shape, self.sample = shape, sample
@@ -141,12 +156,20 @@ class TreeSession(PrunedSession):
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
 
-FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # what the last accepted token and the new root see of each other
+FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # mask of the last accepted token and the new root
 
 
 class Level(NamedTuple):
-    """A pass: tree nodes, the rows' positions above the last accepted token's, slot of the first, counted from its; what they
-    see (None: all); how many guesses are taken of each; and for each child its node, and which it is of all these guesses.
+    """Tables of one pass, which expands the nodes of one level.
+
+    Attributes:
+        nodes_Q: The nodes that are expanded.
+        depths_Q: Positions of the rows, relative to the last accepted token's.
+        at: Slot of the first row, relative to the last accepted token's.
+        seen_QT: Attention mask; None for causal.
+        widest: Number of best tokens taken per node.
+        children_C: The nodes that the pass fills in.
+        guesses_C: Index of each child's token among the (nodes x widest) best tokens.
     """
 
     nodes_Q: Tensor
@@ -159,7 +182,7 @@ class Level(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What a shape says of a round. ways_MD: for each node the rows on its way from the root."""
+    """Tables of one round, derived from the tree's shape. ways_MD: rows on the path from the root to each node."""
 
     ways_MD: Tensor
     levels: tuple[Level, ...]
@@ -167,8 +190,15 @@ class Tables(NamedTuple):
 
 @remembered(64)
 def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) -> Tables:
-    """Rows are the last accepted token's and the root's, then each level's expanded nodes. fed: of the first two, 2 or the root
-    alone.
+    """Build the tables of a shape.
+
+    Rows are numbered: the last accepted token, the root, then the expanded nodes of each level.
+
+    Args:
+        shape: Shape of the tree.
+        sample: True if children are drawn: child i of a node is its i-th draw, not its rank-th best token.
+        device: Where the tables are needed.
+        fed: Rows of the first pass: 2, or 1 for the root alone.
     """
     above_MM = ancestor_mask(shape.parents)
     levels, written, row_of = list[Level](), list[int](), {0: 0}
@@ -178,7 +208,7 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
             written += nodes
             row_of |= {node: at - 1 + row for row, node in enumerate(nodes)}
             own = above_MM[list(nodes)][:, written]
-            # A chain's only row sees everything, and attention without a mask is faster.
+            # The only row of a chain sees everything; attention without a mask is faster.
             seen = None if bool(own.all()) else torch.cat([torch.ones(len(nodes), 2, dtype=torch.bool), own], 1)
         below = [(child, row, order) for row, n in enumerate(nodes) for order, child in enumerate(shape.children[n])]
         children, rows, orders = zip(*below, strict=True)
@@ -196,7 +226,7 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
             )
         )
     ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
-    # What was never expanded is fed again, so any row will do. Behind its end a way goes straight on: rows stay where they are.
+    # A node that was not expanded is fed again, so any row will do. Rows past the path stay where they are.
     rows_MD = [[*(row_of.get(n, at) for at, n in enumerate(way)), *range(len(way), length)] for way in ways]
     return Tables(torch.tensor(rows_MD, device=device), tuple(levels))
 
@@ -211,10 +241,21 @@ def expand(
     old_M: Tensor,
     races_RV: Tensor,
 ) -> Passes[tuple[Tensor, Tensor]]:
-    """A round. Returns tokens (M,), and q (M, V), or (0,) where nothing is drawn.
+    """Draft one round: compact the accepted rows, then expand the tree level by level.
 
-    state: slot of the last root, slot of the accepted node, that node, the new root's token, position minus slot. old: tokens
-    of the tree before. races: exponential random numbers, a row a node that is expanded.
+    Args:
+        tables: Tables of the tree's shape.
+        vocabulary: Ids below this number are known to both models.
+        sampling: How children are drawn; None takes the best tokens.
+        model: The model that drafts.
+        cache: Its cache.
+        state_5: Slot of the last root, slot of the accepted node, the accepted node, token of the new root, position
+            minus slot.
+        old_M: Tokens of the previous tree.
+        races_RV: Exponential random numbers, one row per expanded node.
+
+    Returns:
+        Tokens (M,), and q (M, V), or (0,) without sampling.
     """
     root, base, node, bonus, offset = state_5.split(1)
     cache.move(root, tables.ways_MD.index_select(0, node)[0])

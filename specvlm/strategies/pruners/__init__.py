@@ -1,4 +1,4 @@
-"""The built-in pruners, one a file. They reach the registry through the hook that plugins use."""
+"""Built-in pruners, one per file, registered through the same hook as plugins."""
 
 from specvlm.strategies import Strategy
 from specvlm.strategies.plugins import hookimpl

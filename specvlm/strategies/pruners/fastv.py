@@ -1,4 +1,4 @@
-"""Keep the video tokens the last prompt row attends to at an early layer."""
+"""Keep the video tokens that the last prompt token attends to most in an early layer."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,19 +12,24 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 
 @dataclass(frozen=True)
 class FastVPruner(Pruner):
-    """Keep the B tokens of highest attention from the last prompt token in layer K, counted from 1, mean over heads.
+    """Keep the tokens of highest attention from the last prompt token in one layer, mean over heads.
 
-    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, its default
-    K = 2. There the model drops its own tokens behind that layer; here the choice is made before the drafter starts. Among
-    equal scores the earlier token is kept.
-
-    layer: K, from 1. source: whose attention. target is free, a by-product of its prefill; draft is FastV's own, and
-    costs K layers of the drafter over the unpruned video.
+    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, by
+    default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
+    starts. Ties go to the earlier token.
 
     Deviations: none.
 
-    Cost: a sort of N. Limits: one row of one layer is a noisy guide.
-    Raises UserError for a layer the model does not have or another `source`; ValueError where the attention holds NaN.
+    Cost: a sort of N. Limits: one row of one layer is a noisy score.
+
+    Attributes:
+        layer: The layer K, counted from 1.
+        source: Whose attention. `target` is free, a by-product of its prefill; `draft` is as in FastV, and costs K
+            layers of the drafter over the unpruned video.
+
+    Raises:
+        UserError: The model has no such layer, or `source` is unknown.
+        ValueError: The attention contains NaN.
     """
 
     name = "fastv"

@@ -8,9 +8,9 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class NonePruner(Pruner):
-    """Keep every video token, whatever the ratio: the upper bound that pruners are measured against (SD-Tree in the paper).
+    """Keep every video token, whatever the ratio: the upper bound for pruners (SD-Tree in SpecVLM's paper).
 
-    Cost: none, but the drafter prefills and attends to the full video.
+    Cost: none for the choice, but the drafter prefills and attends to the full video.
     """
 
     name = "none"

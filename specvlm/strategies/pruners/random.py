@@ -12,12 +12,15 @@ from specvlm.types import KeepSet
 class RandomPruner(Pruner):
     """Keep a uniformly random subset, drawn without replacement: the baseline SD-Rand of SpecVLM (arXiv 2508.16201).
 
-    The first B of a random permutation, in raster order. The generator of the request draws on the CPU, so a seed gives the
-    same tokens on every device.
+    Takes the first B of a random permutation, in raster order. The request's generator draws on the CPU, so a seed
+    gives the same tokens on every device.
 
     Deviations: none.
 
-    Cost: O(N) on the CPU, no signal. Raises ValueError where the context brings no generator.
+    Cost: O(N) on the CPU, no signal.
+
+    Raises:
+        ValueError: The context has no generator.
     """
 
     name = "random"
@@ -26,6 +29,6 @@ class RandomPruner(Pruner):
 
     def select(self, ctx: PruneContext) -> KeepSet:
         if ctx.generator is None:
-            raise ValueError("the random pruner draws from the generator of the request, and the context brings none")
+            raise ValueError("the random pruner draws from the generator of the request, but the context has none")
         chosen_K = torch.randperm(ctx.total, generator=ctx.generator)[: ctx.budget].sort().values
         return KeepSet(chosen_K.to(ctx.device), ctx.total)

@@ -8,14 +8,14 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class UniformPruner(Pruner):
-    """Keep token floor(i (N - 1) / (B - 1)) for i = 0..B-1: linspace over all N tokens in raster order, cut to whole numbers.
+    """Keep tokens at equal distances in raster order: token floor(i (N - 1) / (B - 1)) for i = 0..B-1.
 
-    Raster order is time, row, column, over all videos. The first and last token are always kept; a budget of one keeps
-    the first. The "uniform only" ablation of SpecVLM (arXiv 2508.16201) and its Stage II.
+    Raster order is time, row, column, over all videos. The first and the last token are always kept; a budget of one
+    keeps the first. The "uniform only" ablation of SpecVLM (arXiv 2508.16201), and its Stage II.
 
-    Deviations: none. In whole numbers, since a float linspace cut to int depends on how its last bit was rounded.
+    Deviations: none. Computed in integers, since truncating a float linspace depends on the rounding of its last bit.
 
-    Cost: O(B), no signal. Limits: where the stride divides a row, the kept tokens form columns.
+    Cost: O(B), no signal. Limits: if the stride divides the length of a row, the kept tokens form columns.
     """
 
     name = "uniform"

@@ -1,4 +1,4 @@
-"""Keep the video tokens the target attends to most."""
+"""Keep the video tokens that the target attends to most."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,15 @@ class VerifierAttentionPruner(Pruner):
     """Keep the B tokens of highest a_j, the target's attention from the text after the video to video token j.
 
     a_j is the mean over layers, heads and text rows. SpecVLM's Stage I alone (arXiv 2508.16201, "attention only"),
-    with the whole budget instead of a share of the attention. Among equal scores the earlier token is kept.
+    with the whole budget instead of a share of the attention. Ties go to the earlier token.
 
     Deviations: none.
 
-    Cost: a sort of N; the signal comes out of the target's prefill. Limits: attention is long-tailed and gathers in a
-    few frames, so others may go unseen. Raises ValueError where the attention holds NaN.
+    Cost: a sort of N; the signal is a by-product of the target's prefill. Limits: attention is long-tailed and
+    concentrates on few frames, so the drafter may not see others at all.
+
+    Raises:
+        ValueError: The attention contains NaN.
     """
 
     name = "verifier_attention"

@@ -13,15 +13,20 @@ PLACES = ("front", "middle", "back")
 
 @dataclass(frozen=True)
 class WindowPruner(Pruner):
-    """Keep B neighbouring tokens from 0 (front), floor((N - B) / 2) (middle) or N - B (back), in raster order over all videos.
+    """Keep B neighbouring tokens in raster order, at the front, in the middle or at the back of the video.
 
-    The window baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): a whole stretch of the video, nothing of the rest.
+    They start at token 0 (front), floor((N - B) / 2) (middle) or N - B (back), counted over all videos. The window
+    baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): all of one section of the video, nothing of the rest.
 
-    where: front, middle or back.
+    Deviations: the paper does not say how to round the start of the middle block; it is rounded down here.
 
-    Deviations: where a middle block of odd rest begins is not in the paper; it is rounded down here.
+    Cost: O(B), no signal.
 
-    Cost: O(B), no signal. Raises UserError for another `where`.
+    Attributes:
+        where: `front`, `middle` or `back`.
+
+    Raises:
+        UserError: `where` is none of these.
     """
 
     name = "window"

@@ -1,4 +1,4 @@
-"""The built-in verifiers, one a file."""
+"""Built-in verifiers, one per file, registered through the same hook as plugins."""
 
 from specvlm.strategies.plugins import hookimpl
 from specvlm.strategies.verifiers.greedy import GreedyVerifier

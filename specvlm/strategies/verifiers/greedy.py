@@ -1,4 +1,4 @@
-"""Accept what the target would have written itself with the highest logit at every step.
+"""Accept the guesses that equal the target's argmax.
 
 Shape suffixes: M tree nodes, V vocabulary.
 """
@@ -15,17 +15,16 @@ from specvlm.types import DraftTree, ancestor_mask
 
 @dataclass(frozen=True)
 class GreedyVerifier(Verifier):
-    """The longest path on which every token is the target's argmax below its parent; then the argmax that follows.
+    """Accept the longest path on which every token is the target's argmax below its parent.
 
-    Node i stands when tokens[j] = argmax logits[parents[j]] for every j on the way from the root to i, i included. The
-    deepest standing node wins, and the lowest number among equally deep ones, which needs siblings with one token.
+    Node i is accepted if tokens[j] = argmax logits[parents[j]] for every j on the path from the root to i, including i.
+    The deepest such node wins; of equally deep ones (siblings with the same token) the one of lowest number.
     Exact match of a tree is SpecInfer's greedy verification (arXiv 2305.09781); of a chain, Stern et al. (1811.03115).
     Deviations: none.
 
-    Equal logits go to the lowest id, in a tree as in the tree of one node that `first` is, so both decide alike where a
-    model (bf16!) gives exact ties.
-    The output is the autoregressive one as far as the logits of both are equal: a tree's forward pass may round
-    differently from a one-token pass.
+    Equal logits go to the lowest id, in trees as in `first`, so both agree on exact ties, which bfloat16 models give.
+    The output equals the autoregressive one if the logits of both do: the forward pass of a tree may round differently
+    from that of a single token.
 
     Cost: an argmax over (M, V), an (M, M) reduction, and one copy of two integers to the host.
     """
@@ -41,18 +40,19 @@ class GreedyVerifier(Verifier):
         layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
         up_M, root_M, beside_MM, order_M = layout
         best_M = ctx.logits_MV.argmax(-1)
-        fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root was accepted in the round before
-        stands_M = (fits_M | beside_MM).all(-1)
-        last_1 = torch.where(stands_M, order_M, -1).argmax(0, keepdim=True)
+        fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root is accepted already
+        accepted_M = (fits_M | beside_MM).all(-1)
+        last_1 = torch.where(accepted_M, order_M, -1).argmax(0, keepdim=True)
         return torch.cat([last_1, best_M[last_1]])
 
 
-@remembered()  # never let go: captured steps know the addresses
+@remembered()  # never freed: captured steps refer to them by address
 def _layout(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the shape of a tree alone decides, kept on the device: shapes recur in every round.
+    """Build the tensors that depend only on a tree's shape; cached, since shapes recur.
 
-    (M,) parents with the root its own; (M,) is it the root; (M, M) is column *not* on the way from the root to row; (M,)
-    keys without ties, higher for deeper nodes, then for lower numbers.
+    Returns:
+        (M,) parent of each node, the root's being itself; (M,) True for the root; (M, M) True if the column is not on
+        the path from the root to the row; (M,) distinct sort keys, higher for deeper nodes, then for lower numbers.
     """
     count = len(parents)
     depths = DraftTree(torch.empty(0), parents).depths

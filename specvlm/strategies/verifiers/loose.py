@@ -1,6 +1,6 @@
-"""Accept what the target would not have written, where the text says little about the video. Lossy (LVSpec).
+"""Accept guesses that differ from the target's choice if they are unrelated to the video. Lossy (LVSpec).
 
-Shape suffixes: M tree nodes, N video tokens, D width.
+Shape suffixes: M tree nodes, N video tokens, D width of the target.
 """
 
 import math
@@ -15,33 +15,42 @@ from specvlm.strategies import Verifier, VerifyContext
 from specvlm.toolkit.segments import written
 from specvlm.types import Verdict, Within, children_of
 
-ROWS = 4096  # of the video's states widened to float32 at once
+ROWS = 4096  # video states converted to float32 at a time
 
 
 @dataclass(frozen=True)
 class LooseVerifier(Verifier):
-    """Visual anchors must match the target's argmax; other guesses pass as they are. The output is NOT the target's own.
+    """Visual anchors must match the target's argmax; other guesses pass. The output is NOT the target's own.
 
-    As under every lossy rule, the loop decides where an answer ends: a guess that is a stop id passes only where the target
-    would have written it, and no other guess passes where the target would have written a stop id.
+    Each guess has a score A: the mean of the `nearest` largest cosine similarities between its last hidden state in the
+    target's check and the video tokens' in the prefill. Of a tree's guesses, the share `relaxed` with the lowest A is
+    relaxed (rounded down; ties go to the earlier guess). The others are anchors.
 
-    From the root on: the child that equals the target's argmax, if there is one; otherwise the first child (the drafter's
-    best), if it is no anchor, or if its token is among the target's argmaxes within `window` positions of its own on its way;
-    else the end, and the bonus is the argmax. A guess's score A is the mean of the `nearest` largest cosines between its last
-    hidden state in the target's check and those of the video tokens in the prefill. Of a tree's guesses the share `relaxed`
-    with the lowest A (rounded down; equal ones: the earlier) is relaxed, the others are anchors. relaxed = 0 and window = 0
-    are strict.
+    From the root down, the path takes the child that equals the target's argmax, if there is one. Otherwise it takes
+    the first child (the drafter's best) if that is relaxed, or if its token is among the target's argmaxes within
+    `window` positions on its path. Otherwise it ends, and the bonus is the argmax. relaxed = 0 with window = 0 is
+    strict. As with every lossy verifier, the loop decides where an answer ends: a stop id is accepted exactly where the
+    target chooses one.
 
     LVSpec (arXiv 2604.05650): anchors by A, relaxed = 0.7 (its λ), nearest = 10 (its N), the position-shift tolerance.
-    Deviations: strict stop ids, since a stop id passes for a filler else and answers are cut off. Where we found no word on it,
-    ours are: that λ is the share of the guesses of one round (a running quantile would be state, and a verdict is a pure
-    function of its context), which layer (the last), which row (the guess's own), window = 2, and what holds on trees (the
-    paper drafts chains of 10: use drafter.shape=chain:10).
+    Deviations: stop ids are strict, since they would pass as filler and cut answers off. The paper leaves these open,
+    as far as we can tell: λ is the share of one round's guesses (a running quantile would be state, and a verdict is a
+    pure function of its context), the hidden states are the last layer's, the row is the guess's own, window = 2, and
+    the rule for trees (the paper drafts chains of 10: use drafter.shape=chain:10).
 
-    `lossless = False`: a run's verdict is `lossy`, and its figures belong in no table with those of lossless rules. Negations
-    and words of logic score as irrelevant to the video, and pass: do not use it where they matter. Under prompts without a
-    video nothing is relaxed but the window. Cost: (N, D) hidden states of a request; M x N x D a round and a read of (M,)
-    scores on the host; checks are not captured. ValueError unless 0 <= relaxed <= 1, nearest >= 1 and window >= 0.
+    Limits: `lossless = False`, so a run's verdict is `lossy`; do not put its figures in a table with those of lossless
+    verifiers. Negations and logical words score as unrelated to the video, and pass: do not use it where they matter.
+    For prompts without a video, only the window is relaxed.
+    Cost: (N, D) hidden states per request; per round M x N x D operations and a read of (M,) scores on the host. Checks
+    are not captured.
+
+    Attributes:
+        relaxed: Share of guesses that need not match, 0 to 1.
+        nearest: Number of most similar video tokens whose mean is the score.
+        window: Distance in positions at which a guess may match another of the target's choices; 0 is off.
+
+    Raises:
+        ValueError: Unless 0 <= relaxed <= 1, nearest >= 1 and window >= 0.
     """
 
     name = "loose"
@@ -76,7 +85,7 @@ class LooseVerifier(Verifier):
         return Verdict(tuple(path), best[path[-1]])
 
     def _relaxed(self, ctx: VerifyContext) -> set[int]:
-        """Guesses that need not match."""
+        """Return the guesses that need not match."""
         count = math.floor(written(self.relaxed) * (len(ctx.tree) - 1))
         if not count or ctx.hidden_MD is None or ctx.video_ND is None:
             return set()
@@ -84,16 +93,16 @@ class LooseVerifier(Verifier):
         return set((scores_M.sort(stable=True).indices[:count] + 1).tolist())
 
     def _around(self, path: list[int], child: int, below: list[list[int]], best: list[int]) -> set[int]:
-        """The target's choices within `window` of the child's position: behind its way so far, down its first line."""
+        """The target's choices within `window` positions of the child, on its path and down its first children."""
         line = [*path, child]
         while len(line) < len(path) + self.window and below[line[-1]]:
             line.append(below[line[-1]][0])
-        at = len(path) - 1  # the row that chooses the child's position
+        at = len(path) - 1  # index of the node whose logits choose the child's token
         return {best[node] for node in line[max(0, at - self.window) : at + self.window + 1]} if self.window else set()
 
 
 def visual_scores(hidden_MD: Tensor, video_ND: Tensor, nearest: int) -> Tensor:
-    """(M,) mean of the largest cosines to the video. video: of unit length."""
+    """(M,) mean of the `nearest` largest cosine similarities to the video tokens, which have unit length."""
     unit_MD = normalize(hidden_MD.float(), dim=-1)
     cosines_MN = torch.cat([unit_MD @ piece.to(unit_MD).mT for piece in video_ND.split(ROWS)], 1)
     return cosines_MN.topk(min(nearest, cosines_MN.shape[1])).values.mean(-1)

@@ -1,6 +1,6 @@
 """Accept guesses at random so that the output is distributed exactly as if the target alone had drawn it.
 
-Shape suffixes: M tree nodes, V vocabulary (of the target and of the drafter, whichever is larger), n some nodes.
+Shape suffixes: M tree nodes, V vocabulary (the larger one of target and drafter), n a subset of the nodes.
 """
 
 import math
@@ -19,30 +19,38 @@ from specvlm.types import DraftTree, Within, children_of
 
 @dataclass(frozen=True)
 class SamplingVerifier(Verifier):
-    """Multi-branch rejection sampling: at every node the children are tried in order, then the residual is drawn from.
+    """Multi-branch rejection sampling: try the children of each node in order, then draw from the residual.
 
-    With p the target's distribution at a node, warped by temperature, top_k and top_p, and q the one its children were
-    drawn from, a child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes max(p - q, 0), q loses
-    x, both are normalised again, and the next child has its turn. Where all are rejected, and at a leaf, the bonus is
-    drawn from what p has become. Where q is None, or gives x nothing, q is the point mass at x: accept with p(x), else
-    take x out of p. One turn gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y);
-    by induction over the turns so does the node, and by induction over the depth so does the path.
+    With p the target's distribution at a node, warped by temperature, top_k and top_p, and q the distribution that its
+    children were drawn from, a child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes
+    max(p - q, 0), x is removed from q, both are normalized, and the next child is tried. If all are rejected, and at a
+    leaf, the bonus is drawn from the remaining p. If q is None, or q(x) = 0, q is the point mass at x: x is accepted
+    with probability p(x), or else removed from p.
 
-    Exact means: given all that came before, each token has the distribution of `first`. It needs that the children were
-    drawn from q without replacement, in node order, and that nobody dropped or reordered them after a look at
-    the draw. A drafter whose q has fewer tokens than the node has children may fill up with any. Siblings with one token are
-    legal: the second is never accepted. Ids that only one side knows have probability zero on the other.
+    One trial gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y). By induction
+    over the trials the node has the distribution p, and by induction over the depth so does the path.
+
+    Exact means: given everything before it, each token has the distribution of `first`. This requires that the children
+    were drawn from q without replacement, in node order, and that none was dropped or moved depending on the draw. If q
+    has fewer tokens than the node has children, any tokens may fill up. Siblings may share a token: the second one is
+    never accepted. Ids that only one model knows have probability 0 in the other.
 
     Sources: Leviathan et al. (arXiv 2211.17192, section 2.3) and Chen et al. (2302.01318) for one guess; SpecInfer's
-    multi-step speculative sampling (2305.09781) for several; without replacement, Sequoia (2402.12374), whose rule this is.
-    Deviations: none.
+    multi-step speculative sampling (2305.09781) for several; Sequoia (2402.12374) without replacement, the rule used
+    here. Deviations: none.
 
-    temperature: above 0. top_k: 0 is off. top_p: within (0, 1], 1 is off. ValueError for other values, for a q of other
-    length than the tree, and for logits that give no distribution (NaN, +inf).
+    Cost: all nodes are decided at once in float64: a few passes over (M, V), and one more over the siblings per trial.
+    Two uniform numbers per node are drawn on the generator's device, whatever the outcome, and moved to the logits.
+    Limits: a seed may give different output on two devices.
 
-    Cost: all nodes are decided at once, in float64, a few passes over (M, V) and one more over the siblings of each
-    turn. Two uniform numbers a node are drawn where ctx.generator lives, whatever the outcome, and moved to the logits. A
-    seed need not give the same output on two devices.
+    Attributes:
+        temperature: Divides the logits; above 0.
+        top_k: Number of tokens that remain; 0 is off.
+        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+
+    Raises:
+        ValueError: A field is out of range, q has another length than the tree, or the logits give no distribution
+            (NaN, +inf).
     """
 
     name = "sampling"
@@ -82,17 +90,27 @@ class SamplingVerifier(Verifier):
 
 
 def own_rule(sampling: Sampling) -> Verifier:
-    """Plain argmax; for a rule that samples, our own sampling from its distribution."""
+    """Return the built-in verifier that is exact for a distribution: greedy at temperature 0, else sampling."""
     return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
 
 
 def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule without the dice: (M,) the probability that a node is accepted once its parent is and its earlier
-    siblings are not; (M, V) the distribution of the token below a node once all its children are rejected.
+    """Compute the rule's probabilities, before any random numbers.
+
+    Args:
+        tree: The draft tree.
+        p_MV: The target's warped distribution at each node, float64.
+
+    Returns:
+        (M,) probability that a node is accepted, given that its parent is and its earlier siblings are not; (M, V)
+        distribution of the token below a node, given that all its children are rejected.
+
+    Raises:
+        ValueError: `tree.q` has another length than the tree.
     """
     known = p_MV.shape[-1]
     width = known if tree.q is None else max(known, tree.q.shape[-1])
-    # One column more than any vocabulary has, of probability zero: ids from beyond all end there.
+    # One extra column of probability 0 takes the ids beyond both vocabularies.
     tokens_M = tree.tokens.to(p_MV.device).clamp(max=width)
     p_MV = pad(p_MV / p_MV.sum(-1, keepdim=True), (0, width + 1 - known))
     q_MV = None
@@ -101,7 +119,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(f"DraftTree.q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}")
         q_MV = pad(tree.q.to(p_MV), (0, width + 1 - tree.q.shape[-1]))
     accept_M = torch.ones_like(p_MV[:, 0])
-    for above_n, child_n in tree.kept(_turns)(tree.parents, p_MV.device):
+    for above_n, child_n in tree.kept(_trials)(tree.parents, p_MV.device):
         x_n1, p_nV = tokens_M[child_n, None], p_MV[above_n]
         q_nV = _drawn_from(x_n1, p_nV, None if q_MV is None else q_MV[above_n])
         accept_M[child_n], p_MV[above_n] = _try(x_n1, p_nV, q_nV)
@@ -111,53 +129,53 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
-    """The distribution that x was drawn from: q normalised, or the point mass at x where q cannot have given x."""
+    """The distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
-    # The sum is taken afresh: once everything is struck out it is exactly zero, and then x was not drawn from q.
+    # Sum q anew: once all tokens are removed the sum is exactly 0, and x was not drawn from q.
     return torch.where(q_nV.gather(-1, x_n1) > 0, q_nV / q_nV.sum(-1, keepdim=True), point_nV)
 
 
 def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """One turn: (n,) the probability of accepting x, (n, V) what p becomes if x is rejected."""
+    """One trial: (n,) probability of accepting x, and (n, V) the distribution p after a rejection."""
     accept_n1 = (p_nV.gather(-1, x_n1) / q_nV.gather(-1, x_n1)).clamp(max=1.0)
     left_nV = (p_nV - q_nV).clamp(min=0.0)
     mass_n1 = left_nV.sum(-1, keepdim=True)
-    # Nothing left means p = q: x is accepted for certain, and the quotient misses 1 by rounding only.
+    # Nothing left means p = q: x is certainly accepted, and the quotient differs from 1 only by rounding.
     empty_n1 = mass_n1 <= 0
     return accept_n1.masked_fill(empty_n1, 1.0)[:, 0], torch.where(empty_n1, p_nV, left_nV / mass_n1)
 
 
 def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """For every node as if it were reached: (M,) the child that is accepted, 0 for none, and (M,) the bonus then."""
+    """Decide every node as if it were reached: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
     dice_M, dice_bonus_M = uniform.chunk(2)
     taken_M = dice_M < accept_M
     next_M = torch.zeros_like(taken_M, dtype=torch.int64)
-    # From the last child to the first, so that the earliest accepted one is what stays.
-    for above_n, child_n in reversed(tree.kept(_turns)(tree.parents, accept_M.device)):
+    # Write from the last child to the first, so that the earliest accepted one remains.
+    for above_n, child_n in reversed(tree.kept(_trials)(tree.parents, accept_M.device)):
         next_M[above_n] = torch.where(taken_M[child_n], child_n, next_M[above_n])
     return next_M, _draw(rest_MV, dice_bonus_M)
 
 
 def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
-    """(n,) one token a row by inverting the cumulated p; -1 where p is no distribution.
+    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if p is no distribution.
 
-    Only tokens with p > 0 count as hits: a parallel cumulated sum may creep up by rounding where p is zero.
+    Only tokens with p > 0 count as hits: a parallel cumulative sum may grow by rounding where p is 0.
     """
     cumulated_nV = p_nV.cumsum(-1)
     total_n1 = cumulated_nV[:, -1:]
     hit_nV = (cumulated_nV > uniform_n[:, None] * total_n1) & (p_nV > 0)
-    # No hit at all: the uniform number was so close to 1 that the product rounded up to the total.
+    # No hit means that the uniform number was so close to 1 that the product rounded up to the total.
     token_n = torch.where(hit_nV.any(-1), hit_nV.to(torch.uint8).argmax(-1), p_nV.argmax(-1))
     return token_n.where(total_n1[:, 0].isfinite(), -1)
 
 
-@remembered()  # never let go: captured steps know the addresses
-def _turns(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Turn r: the nodes with more than r children, and the r-th child of each; on the device, since shapes recur."""
-    below, turns = children_of(parents), list[Tensor]()
-    for turn in range(max(map(len, below))):
-        pairs = [(node, children[turn]) for node, children in enumerate(below) if len(children) > turn]
-        turns.append(torch.tensor(pairs, device=device))
-    return tuple((pairs_n2[:, 0], pairs_n2[:, 1]) for pairs_n2 in turns)
+@remembered()  # never freed: captured steps refer to them by address
+def _trials(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    """For trial r, list the nodes with more than r children, and the r-th child of each; cached, since shapes recur."""
+    below, trials = children_of(parents), list[Tensor]()
+    for trial in range(max(map(len, below))):
+        pairs = [(node, children[trial]) for node, children in enumerate(below) if len(children) > trial]
+        trials.append(torch.tensor(pairs, device=device))
+    return tuple((pairs_n2[:, 0], pairs_n2[:, 1]) for pairs_n2 in trials)
