@@ -26,13 +26,14 @@ from specvlm.errors import UserError, message
 from specvlm.models.load import name_of
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.parsing.bounds import parse
-from specvlm.parsing.files import json_of, read_text
+from specvlm.parsing.files import json_of, open_regular, read_text
 from specvlm.results import metrics
 from specvlm.results.folder import write_json
 from specvlm.results.records import KeptBaseline
 from specvlm.strategies import plugins
 from specvlm.types import Step, VideoPrompt
 
+KEYED = (".json", ".jinja", ".txt", ".safetensors")  # files of a checkpoint that tell it from others
 PIECE = 4096  # bytes read of a tensor at its beginning, middle and end
 
 
@@ -185,7 +186,7 @@ def fingerprint(folder: Path) -> str:
 
     Other weights differ in every tensor they changed, and reading 150 GB to notice would cost more than many a baseline.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt", ".safetensors"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in KEYED and path.is_file())
     return _fingerprint(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
@@ -197,7 +198,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
         if path.suffix != ".safetensors":
             found.update(path.read_bytes())
             continue
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(min(length, size))
             found.update(header)

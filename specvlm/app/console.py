@@ -136,7 +136,7 @@ class RunConsole:
         """The table behind a sweep, and why what failed did. jobs: names and summaries; go_on: words for the rest."""
         lines, reasons = list[tuple[str | Text, ...]](), []
         for label, found in jobs:
-            name = label or found.get("dataset", "")
+            name = label or found.get("dataset") or "job"  # alone, it has nothing that tells it from others
             failed = "-", *[""] * 6, styled(("failed", "bold red")), "", ""
             lines.append((name, *(totals(found) if "samples" in found else failed)))
             told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]

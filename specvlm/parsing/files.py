@@ -1,5 +1,6 @@
 """Read untrusted files as plain data, within size limits, without executing or interpolating anything in them."""
 
+import errno
 import json
 import os
 import stat
@@ -17,6 +18,31 @@ Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_NODES = 100_000  # limit of nodes in a YAML file, with aliases expanded
 
 
+def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
+    """Open a file without waiting: a pipe would block until somebody opens its other end.
+
+    Raises:
+        UserError: It is not a regular file.
+        OSError: It cannot be opened.
+    """
+    try:
+        file = open(path, mode, buffering, opener=_without_waiting)  # noqa: SIM115
+    except ValueError as error:  # not a valid file name
+        raise UserError(f"{path} is no file ({error})") from None
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
+            raise UserError(f"{path} is no file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is no file")
+    return file
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Read a file of at most `most` bytes.
 
@@ -24,14 +50,8 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         UserError: It is not a regular file, or too long.
         OSError: It cannot be read.
     """
-    try:
-        opened = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    except ValueError as error:  # not a valid file name
-        raise UserError(f"{path} is no file ({error})") from None
-    with opened as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError(f"{path} is no file")
-        content = file.read(most + 1)
+    with open_regular(path) as file:
+        content: bytes = file.read(most + 1)
     if len(content) > most:
         raise UserError(f"{path} has more than {most} bytes, the most that is read of such a file")
     return content

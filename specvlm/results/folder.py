@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specvlm.errors import UserError
+from specvlm.parsing.files import open_regular
 
 FILES = ("config.yaml", "steps.jsonl", "summary.json")
 ATTENTION = "attention"
@@ -47,7 +48,10 @@ def files_of(folder: Path | None) -> Iterator[None]:
 
 
 def steps_file(folder: Path | None) -> TextIO:
-    return Path(folder / "steps.jsonl" if folder else os.devnull).open("w")
+    if folder is None:
+        return Path(os.devnull).open("w")
+    file: TextIO = open_regular(folder / "steps.jsonl", "w")
+    return file
 
 
 def check_there(file: IO[Any]) -> None:

@@ -27,7 +27,7 @@ from specvlm import config
 from specvlm.config import RunConfig
 from specvlm.errors import UserError
 from specvlm.parsing.bounds import parse
-from specvlm.parsing.files import MOST_BYTES, json_of, read_text, read_yaml
+from specvlm.parsing.files import MOST_BYTES, json_of, open_regular, read_text, read_yaml
 from specvlm.results.folder import check_there, write_yaml
 from specvlm.results.records import Answered, Row, Summary, Totals
 
@@ -172,7 +172,7 @@ class Rows:
         for path in others:
             with _lock_of(path):
                 pass
-        self._files = [samples.open("ab", buffering=0), steps.open("ab")]
+        self._files = [open_regular(samples, "ab", buffering=0), open_regular(steps, "ab")]
         measured = list(_measured(samples))
         old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
@@ -264,7 +264,7 @@ def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], 
     if not path.exists():
         return
     end = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number in count(1):
             text = file.readline(MOST_BYTES + 1)
             if not text:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from specvlm.errors import UserError
+from specvlm.parsing.files import open_regular
 
 # Formats that list other files or URLs to open.
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
@@ -164,7 +165,7 @@ def _side_data_types() -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    with suppress(OSError), path.open("rb") as file:  # the file may be gone by now
+    with suppress(OSError, UserError), open_regular(path) as file:  # the file may be gone by now
         if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
             return UserError(f"{path} is a list of other files, not a video")
     return UserError(f"{path} is damaged or not a video: PyAV cannot read it ({' '.join(str(error).split())[:120]})")

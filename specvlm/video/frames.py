@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from specvlm.errors import MissingVideo, UserError
+from specvlm.parsing.files import open_regular
 from specvlm.video.video import Clip
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -85,7 +86,7 @@ def read_picture(path: Path) -> Tensor:
 
 def _upright(path: Path) -> Image.Image:
     """Open a picture as upright RGB. Of 16 bits it keeps the upper eight, as Pillow does for 16-bit colour."""
-    with Image.open(path, formats=FORMATS) as image:
+    with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise UserError(f"{path} is {image.width}x{image.height}, more than {MOST_PIXELS} pixels: make it smaller")
         upright = ImageOps.exif_transpose(image)
