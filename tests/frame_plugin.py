@@ -28,4 +28,4 @@ def plugin(monkeypatch):
     registry.collect.cache_clear()
     yield
     registry.collect.cache_clear()
-    ConfigStore.instance().repo["pruner"].pop("frame.yaml", None)
+    ConfigStore.instance().repo.get("pruner", {}).pop("frame.yaml", None)

@@ -268,10 +268,14 @@ def test_ranks_are_refused_before_they_are_asked_for(ranks, words, capsys, monke
     assert "the adviser runs in one process: leave torchrun and target.parallel=tensor out" in capsys.readouterr().err
 
 
-def test_help_names_every_word(capsys):
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_names_every_word_within_the_terminals_width(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{key}=…" in shown for key in OWN)
+    assert all(meaning in " ".join(shown.split()) for meaning in OWN.values())
+    assert max(map(len, shown.splitlines())) <= columns
 
 
 @pytest.mark.slow

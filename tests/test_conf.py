@@ -216,6 +216,8 @@ REFUSED = [
     ("-m pruner=none hydra.sweep.dir=", "hydra.sweep.dir= names no folder"),
     ("hydra.sweep.dir=x", "give hydra.run.dir=FOLDER"),
     ("-m pruner=none hydra.run.dir=x", "give hydra.sweep.dir=FOLDER"),
+    ("-p hydra", "--package needs --cfg job, hydra or all"),
+    ("--resolve ratio=0.5", "--resolve needs --cfg job, hydra or all"),
     ("--cfg job pruner=nope", 'there is no pruner "nope"'),
 ]
 

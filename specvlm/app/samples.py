@@ -1,4 +1,4 @@
-"""The samples of a data set as results need them: ids of their own, and what is told of them as plain JSON."""
+"""Prepare the samples of a data set for results: unique ids, and metadata as plain JSON."""
 
 import json
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from specvlm.strategies.registry import described
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
-    """Raises UserError for an id that is there twice, and for a data set without samples."""
+    """Read the samples of a data set. Raises UserError for a duplicate id, an id that is no str, and an empty data set."""
     with inside(dataset):
-        # An id is a str and no class of a plugin's, which would have a word in every comparison.
+        # Convert ids to plain str: a plugin's subclass would run its own code in every comparison.
         samples = [replace(s, id=str.__str__(s.id)) if isinstance(s.id, str) else s for s in dataset.samples()]
     seen = set[str]()
     for sample in samples:
@@ -30,7 +30,7 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
+    """Metadata of a sample; keys and values become texts if it is no plain JSON."""
     try:
         json.dumps(sample.meta)
         if not nested(sample.meta):
