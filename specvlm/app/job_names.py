@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from omegaconf import DictConfig, OmegaConf
 
-from specvlm.results.rows import NO_MATTER
+from specvlm.results.rows import NEUTRAL_KEYS
 
 LONGEST = 150  # characters of a folder name; file systems take 255
 
@@ -39,7 +39,7 @@ def folder_name(words: Sequence[str]) -> str:
 def label(words: Sequence[str], separator: str = " ") -> str:
     """Label of a job: its overrides, without those that change no result."""
     words = [re.sub(r"^(dataset\.\w+)='(.*)'$", r"\1=\2", word) for word in words]  # the quotes are for Hydra
-    return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NO_MATTER)
+    return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NEUTRAL_KEYS)
 
 
 def apart(labels: Sequence[str]) -> tuple[list[str], str]:
