@@ -285,7 +285,7 @@ def test_what_cannot_be_compared_says_why():
     for words, said in (
         ([], "not checked"),
         (["check=hf", "verifier=loose"], "lossy"),
-        (["check=hf", "verifier=sampling"], "not checked: what is sampled need not be the argmax"),
+        (["check=hf", "verifier=sampling"], "not checked: a sampled token need not be the argmax"),
     ):
         assert main([*ONE, "baseline=false", *words]) == 0
         assert summary()["hf_check"] == said, words

@@ -244,7 +244,7 @@ def test_the_screen_says_how_the_target_lies():
     )
     assert spread(job) == "3 layers on cuda:0, 5 layers on cuda:1"
     job = SimpleNamespace(places=Placement("tensor", gpu(0), gpu(0)[0], 2), layers=[], drafter=SimpleNamespace(model="draft"))
-    assert spread(job) == "every layer shared by 2 ranks, the draft on the first alone"
+    assert spread(job) == "every layer shared by 2 ranks, the draft on rank 0 alone"
 
 
 def test_a_gpu_has_one_name(monkeypatch):
