@@ -19,16 +19,16 @@ from specvlm.errors import check_choice
 Entries = list[tuple[str, str]]  # (name, description) pairs
 
 KINDS = {
-    "pruner": "which video tokens the drafter sees",
-    "drafter": "how the next tokens are guessed",
-    "verifier": "which guesses stand",
+    "pruner": "chooses the video tokens that the drafter sees",
+    "drafter": "guesses the next tokens",
+    "verifier": "accepts or rejects guesses",
     "dataset": "many videos and questions instead of one",
 }
 OTHERS = {
-    "pair": "which two models",
-    "experiment": "whole sweeps",
+    "pair": "the target and the draft",
+    "experiment": "predefined sweeps",
     "hydra/launcher": "where the jobs of a sweep run",
-    "tracker": "a mirror of jobs over a data set",
+    "tracker": "mirrors jobs over a data set",
 }
 GROUPS = (*KINDS, *OTHERS, "target", "draft", "preset")
 INTRODUCTION = """\

@@ -141,7 +141,7 @@ def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None =
         if value not in Within(1, most):
             raise UserError(f"{name} must be at least 1, got {value} (at most {most})")
     if out.suffix != ".json":
-        raise UserError(f"{out}: the name of a tree file must end in .json, by which drafter.shape recognises it")
+        raise UserError(f"{out}: a tree file's name ends in .json, so that drafter.shape recognises it")
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent} to write into")
     runs = [read(folder) for folder in folders]

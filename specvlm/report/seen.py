@@ -214,9 +214,7 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
         taken, new = step["accepted"], step["tokens"]
         guesses, own = new[:taken], new[taken:]
         accepted = spell(tokenizer, before, guesses)
-        refused = spell(
-            tokenizer, before + guesses, step.get("refused", []), skip=False
-        )  # show special tokens, such as a guessed end
+        refused = spell(tokenizer, before + guesses, step.get("refused", []), skip=False)  # also shows a guessed end
         rounds.append(Round(accepted, refused, spell(tokenizer, before + guesses, own)[0] if own else None))
         before += new
     return rounds
