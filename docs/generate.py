@@ -212,8 +212,8 @@ def summary() -> str:
         (
             "# Files of runs and jobs",
             "A run's folder holds `config.yaml`, `steps.jsonl` (a line per round, written as it happens) and `summary.json`. A "
-            "job over a data set also has [`samples.jsonl`](../guides/sweeps.md#what-a-job-writes), whose rows have the keys of "
-            "a run.",
+            "job over a data set also has [`samples.jsonl`](../guides/sweeps.md#what-a-job-writes), whose rows have the keys "
+            "of a run.",
             "## summary.json",
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.KEYS.items()]),
             "### Totals of a job",

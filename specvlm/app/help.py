@@ -19,7 +19,7 @@ from specvlm.errors import check_choice
 Entries = list[tuple[str, str]]  # (name, description) pairs
 
 KINDS = {
-    "pruner": "chooses the video tokens that the drafter sees",
+    "pruner": "chooses the drafter's video tokens",
     "drafter": "guesses the next tokens",
     "verifier": "accepts or rejects guesses",
     "dataset": "many videos and questions instead of one",
