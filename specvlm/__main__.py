@@ -4,8 +4,8 @@ Exit codes (`errors.ExitCode`):
 0 the output equals the target's own; 1 MISMATCH; 2 a user error, explained in one line; 3 a fault of specvlm, with its
 traceback; 4 another rank died; 5 some samples failed, listed in the table, all others are done; 130 Ctrl-C.
 
-A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1 for any code
-of a rank but 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
+A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1 for
+any code of a rank but 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
 """
 
 import importlib

@@ -362,7 +362,7 @@ def test_a_check_that_is_broken_off_goes_on_with_resume(checked, monkeypatch, ca
         broken.setattr(ReferenceModel, "check", breaking)
         assert main(words) == 130
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical", None, None]
-    assert "the same line with resume=true" in capsys.readouterr().out
+    assert "repeat the command with resume=true" in capsys.readouterr().out
     monkeypatch.setattr("specvlm.app.job.speculate", None)  # nothing is answered again
     assert main([*words, "resume=true"]) == 0 and len(checked) == 3
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical"] * 3

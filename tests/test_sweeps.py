@@ -736,7 +736,7 @@ def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
     assert sweep(THREE, "dataset.scenes=2") == 130
     shown, folder = capsys.readouterr().out, Path("sweep").absolute()
     assert "1/2" in shown and f"written to {folder}\n" in shown
-    assert f"with resume=true hydra.sweep.dir={folder} goes on" in shown
+    assert f"with resume=true hydra.sweep.dir={folder} to go on" in shown
     assert {summary_of(job)["status"] for job in jobs(Path("sweep")).values()} == {"incomplete"}
 
 

@@ -295,7 +295,7 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
 
 
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
-    """Decode with `candidate` twice and compare the faster decode with the prediction: round, accepted, ms per token."""
+    """Decode with `candidate` twice and compare the faster decode with the prediction."""
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]

@@ -16,8 +16,9 @@ from specvlm.results.records import Named, Share
 from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
-# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens. Used only if no ranks were measured.
-# The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each); 0.7 is a cautious middle.
+# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens. Used only if no ranks were
+# measured. The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each); 0.7 is a cautious
+# middle.
 SPREAD = 0.7
 
 
@@ -25,11 +26,12 @@ SPREAD = 0.7
 class Replay:
     """Replays the target's own answer from measured ranks.
 
-    Greedy verification accepts a guess exactly if it is the answer's token, so rounds of any tree can be replayed without a
-    model.
+    Greedy verification accepts a guess exactly if it is the answer's token, so rounds of any tree can be replayed
+    without a model.
 
     Attributes:
-        ranks: For each token of the answer after the first, its rank among the drafter's guesses given the tokens before.
+        ranks: For each token of the answer after the first, its rank among the drafter's guesses given the tokens
+            before.
         source: Origin of the ranks, for the table.
     """
 
@@ -56,8 +58,8 @@ class Chances:
     """Acceptance by chance: chances multiply along a path (Sequoia, arXiv 2402.12374).
 
     Attributes:
-        first: Chance that the drafter's best guess at depth 1, 2, 3 … is right, given that those above are. The last value
-            holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
+        first: Chance that the drafter's best guess at depth 1, 2, 3 … is right, given that those above are. The last
+            value holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
         source: Origin of the chances, for the table.
     """
 
@@ -117,7 +119,10 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 
 
 def of_words(text: str) -> Known:
-    """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders. Raises UserError."""
+    """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
+
+    Raises UserError.
+    """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         if os.path.isfile(os.path.join(word, "summary.json")):

@@ -83,7 +83,7 @@ def alone_s(costs: Costs, tokens: int) -> float:
 
 
 def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Candidate | None, list[str]]:
-    """Recommend a candidate for `tokens` tokens by end-to-end time, or None if speculation does not pay; with reasons."""
+    """Recommend a candidate for `tokens` tokens by end-to-end time, or None; with reasons in sentences."""
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"

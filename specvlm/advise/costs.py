@@ -39,7 +39,10 @@ Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 @dataclass(frozen=True)
 class Timing:
-    """Median times over a shape's rounds. context: length of the drafter's prompt; check_ms: includes other host work."""
+    """Median times over a shape's rounds.
+
+    context: length of the drafter's prompt; check_ms: includes other host work.
+    """
 
     drafter: str
     shape: str
@@ -51,7 +54,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds before the first round. first_s: embed + prefill of the target; draft_s: prune + prefill of the drafter."""
+    """Seconds before the first round.
+
+    first_s: embed + prefill of the target; draft_s: prune + prefill of the drafter.
+    """
 
     drafter: str
     ratio: Share
@@ -60,10 +66,10 @@ class Start:
 
 
 class Curve:
-    """Cost model of forward passes in ms: a constant, a cost by rows (linear between knots), a cost per slot of context.
+    """Cost model of forward passes in ms: a constant, a cost by rows (piecewise linear), a cost per slot of context.
 
-    Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. Costs are never negative:
-    terms that would be are left out.
+    Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. Costs are never
+    negative: terms that would be are left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
@@ -181,7 +187,7 @@ class Costs:
         return self._checks((len(TreeShape.parse(shape)),))
 
     def misfit(self) -> float:
-        """Worst relative error of the fit on the measured rounds: large if the machine was busy or the model is wrong."""
+        """Worst relative error of the fit on the measured rounds; large if the machine was busy."""
         rounds = ((self.draft_ms(t.drafter, t.shape, t.ratio) + self.check_ms(t.shape), t) for t in self.timings)
         return max((abs(fitted / (t.draft_ms + t.check_ms) - 1) for fitted, t in rounds), default=0.0)
 
@@ -211,8 +217,8 @@ def rows_of(shape: str) -> tuple[int, ...]:
 def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
     """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
 
-    The first pair needs the largest caches, so nothing is allocated twice. Each ratio also has a decode of a shape that was
-    decoded before: in the first one the engine captures while the drafter starts.
+    The first pair needs the largest caches, so nothing is allocated twice. Each ratio also has a decode of a shape
+    that was decoded before: in the first one the engine captures while the drafter starts.
     """
     ordered = sorted(set(ratios))
     main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
@@ -239,7 +245,7 @@ def profile(
     limit: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Measure costs by short decodes; measure again if the fit shows that the machine was busy, and take the better times.
+    """Measure costs by short decodes. If the fit shows a busy machine, measure again and take the better times.
 
     Args:
         graph: The pair and its options.

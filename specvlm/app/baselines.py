@@ -1,8 +1,8 @@
 """Cache of baselines: the target's own answers, decoded once and shared by jobs.
 
-Each baseline is a file `KEY.json` that also lists the inputs of its key: prompt, weights, options, machine and way to run.
-The machine counts because times do: a baseline of another GPU is a different one. A file that was changed is decoded again.
-The digest detects edits; it is no signature.
+Each baseline is a file `KEY.json` that also lists the inputs of its key: prompt, weights, options, machine and way to
+run. The machine counts because times do: a baseline of another GPU is a different one. A file that was changed is
+decoded again. The digest detects edits; it is no signature.
 """
 
 import errno
@@ -220,7 +220,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _spans(header: bytes) -> list[tuple[int, int]]:
-    """Offsets of the tensors of a safetensors file, relative to the end of its header; empty if the header is invalid."""
+    """Offsets of the tensors of a safetensors file after its header; empty if the header is invalid."""
     try:
         return sorted(tuple(entry["data_offsets"]) for name, entry in json.loads(header).items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -102,7 +102,10 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
 @contextmanager
 def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
-    """Initialise Hydra. folder: one more folder of YAML files; main: folder to use instead of conf/. Raises UserError."""
+    """Initialise Hydra. Raises UserError.
+
+    folder: one more folder of YAML files; main: folder to use instead of conf/.
+    """
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
     for path in folder.rglob("*.yaml") if folder else ():

@@ -171,7 +171,10 @@ class RunConsole:
         self.note(go_on and f"interrupted; repeat the command with {go_on} to go on")
 
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
-        """Print names and FIGURES of jobs, without empty columns. A narrow terminal gets the name on a line of its own."""
+        """Print names and FIGURES of jobs, without empty columns.
+
+        A narrow terminal gets the name on a line of its own.
+        """
         there = [at for at in range(len(FIGURES)) if not at or any(str(row[at]) for row in rows)]
         heads, lines = [FIGURES[at] for at in there], [[row[at] for at in there] for row in rows]
         sizes = [[self.console.measure(cell) for cell in column] for column in zip(heads, *lines, strict=True)]
@@ -299,8 +302,8 @@ def meaning(verdict: str) -> str:
 def two_digits(value: float) -> str:
     """Round a speed to two digits; files keep all digits.
 
-    Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A third
-    digit is noise even in a job of hundreds of samples.
+    Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A
+    third digit is noise even in a job of hundreds of samples.
     """
     return f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:#.2g}"
 

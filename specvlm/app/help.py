@@ -166,7 +166,7 @@ def _keys() -> Mapping[str, Entries]:
         above: list[str] = []
         for indent, key, value, comment in re.findall(r"^( *)(\w+):(?: +([^#\n]+?))?(?: # (.*))?$", block, re.M):
             above[len(indent) // 2 :] = [key]
-            default = "" if "${" in value or value == "???" else f"={value}"  # the comment says it
+            default = "" if "${" in value or value == "???" else f"={value}"  # described in the comment
             if comment:
                 found.setdefault(block.split("\n")[0].removeprefix("# "), []).append((f"{'.'.join(above)}{default}", comment))
     return found

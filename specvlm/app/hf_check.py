@@ -1,8 +1,9 @@
 """Check an answer with Hugging Face's own model, which shares only token ids and pixels with our decoding.
 
-The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in positions,
-attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with transformers' own class and
-attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging Face's.
+The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
+positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
+transformers' own class and attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging
+Face's.
 
 Shape suffixes: S prompt tokens, T output tokens, V vocabulary.
 """
@@ -123,10 +124,10 @@ class ReferenceModel:
     def check(
         self, prompt: VideoPrompt, output: Sequence[int], limit: int, penalty: float | None = None, generate: bool = False
     ) -> Agreement:
-        """Check that each token of the output is the model's argmax given those before it, and that the output ends right.
+        """Check that each token of the output is the model's argmax given those before it, and that the end is right.
 
-        Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per token,
-        and those two if a token differs.
+        Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
+        token, and those two if a token differs.
 
         Args:
             prompt: Only its token ids and pixels are read.
@@ -186,7 +187,7 @@ class ReferenceModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Model inputs as Hugging Face's processors make them. Avoids our `generate_inputs`, which may share a fault."""
+        """Model inputs as Hugging Face's processors make them; not ours, since they may share a fault."""
         if prompt.images:
             raise UserError("check reads prompts of videos and text: there are images in this one")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
@@ -222,8 +223,8 @@ class ReferenceModel:
 def perturbation(hf: Any) -> Iterator[None]:
     """Perturb each layer's output, of text and vision, as another order of summation might.
 
-    Adds uniform noise of up to half a unit in the last place; up to one unit in 32 and 64 bits, where sums are accumulated
-    in no wider type. Seeded, so that verdicts are reproducible.
+    Adds uniform noise of up to half a unit in the last place; up to one unit in 32 and 64 bits, where sums are
+    accumulated in no wider type. Seeded, so that verdicts are reproducible.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -295,8 +296,8 @@ def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
 def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exception], int]) -> list[int]:
     """Check the answers of jobs that share a target, sample by sample; write each row as it is checked.
 
-    Reads each video once more for all jobs, and checks equal answers once. A row that cannot be checked stays pending until
-    the next resume=true. tell: see `sweep.take_turns`. Returns the exit codes of failures.
+    Reads each video once more for all jobs, and checks equal answers once. A row that cannot be checked stays pending
+    until the next resume=true. tell: see `sweep.take_turns`. Returns the exit codes of failures.
     """
     waiting = [(index, at, row) for at, job in enumerate(jobs) for index, row in unchecked(job)]
     if not waiting:

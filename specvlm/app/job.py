@@ -37,11 +37,11 @@ from specvlm.types import Step
 class Job:
     """One configuration over many samples. Call `start`, then `turn` per sample, then `close`.
 
-    A sample that fails gets a row with the reason. Errors that concern every sample, such as weights that cannot be loaded,
-    are raised.
+    A sample that fails gets a row with the reason. Errors that concern every sample, such as weights that cannot be
+    loaded, are raised.
 
-    folder: None on a rank that writes nothing. above: folder of the sweep, where baselines are kept. label, group: names of the
-    job and the sweep. wandb: None for no mirror.
+    folder: None on a rank that writes nothing. above: folder of the sweep, where baselines are kept. label, group:
+    names of the job and the sweep. wandb: None for no mirror.
     """
 
     quiet = True  # several jobs share the screen
@@ -151,7 +151,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """End the job with an error and write the reason into its folder. Returns the summary of a job that never began."""
+        """End the job and write the reason into its folder. Returns a summary for a job that never began."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -274,9 +274,9 @@ class Job:
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
         """Warm up unless an earlier warm-up still serves.
 
-        A longer request needs larger caches. Captured graphs also need caches that no other job or comparison of outputs has
-        changed. A warm-up by another job of this process counts if models, options and strategies are the same. All ranks
-        warm up if one needs to: a draft's cache may be on rank 0 alone.
+        A longer request needs larger caches. Captured graphs also need caches that no other job or comparison of
+        outputs has changed. A warm-up by another job of this process counts if models, options and strategies are the
+        same. All ranks warm up if one needs to: a draft's cache may be on rank 0 alone.
         """
         most, _ = sizes_of(self.setup.drafter)
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + most)

@@ -19,8 +19,8 @@ def register() -> None:
 def _subdir(*, _root_: DictConfig) -> str:
     """Name the folder of a job.
 
-    A job over samples gets a name without a number: the same job finds its folder again in another sweep, and shards share
-    it. A single run gets its number too, since texts and paths are left out of its name.
+    A job over samples gets a name without a number: the same job finds its folder again in another sweep, and shards
+    share it. A single run gets its number too, since texts and paths are left out of its name.
     """
     if OmegaConf.select(_root_, "dataset") is None:
         return f"{_root_.hydra.job.num}_{_root_.hydra.job.override_dirname}"

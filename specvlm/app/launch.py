@@ -50,7 +50,10 @@ class Call:
         self.sweep = Sweep(self.folder, tell)
 
     def expect(self, jobs: Sequence[Job]) -> None:
-        """Register jobs that are about to start. Raises UserError if they should resume in a folder that does not exist."""
+        """Register jobs that are about to start.
+
+        Raises UserError if they should resume in a folder that does not exist.
+        """
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
             raise UserError(f"resume=true goes on in a folder that is there: give {self.key}=FOLDER")
         self.jobs += len(jobs)

@@ -64,7 +64,8 @@ def plan(
 
     Args:
         target: The target and its needs.
-        draft: The draft and its needs. If the target drafts, pass it again: it gets a second cache. None: no draft model.
+        draft: The draft and its needs. If the target drafts, pass it again: it gets a second cache. None: no draft
+            model.
         patches: Patches in one pass of the vision tower.
         places: Devices of target and draft.
         free: Free bytes by device.
@@ -107,8 +108,8 @@ def plan(
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
     """Weight bytes by device, on one rank.
 
-    A tied head on another device than the embedding counts twice. Layers of no stage do not count. A quantised checkpoint lies
-    on the first stage's device.
+    A tied head on another device than the embedding counts twice. Layers of no stage do not count. A quantised
+    checkpoint lies on the first stage's device.
     """
     if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
         return {stages[0][1]: packed}
@@ -177,7 +178,10 @@ def ran_out(error: BaseException) -> bool:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak memory statistics. A CPU peak can only be reset on Linux; elsewhere it covers the whole process."""
+    """Reset the peak memory statistics.
+
+    A CPU peak can only be reset on Linux; elsewhere it covers the whole process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

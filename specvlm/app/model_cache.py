@@ -56,7 +56,10 @@ class ModelCache:
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Plan the memory of a request, dropping models it does not use if needed. Raises UserError if it does not fit."""
+        """Plan the memory of a request, dropping models it does not use if needed.
+
+        Raises UserError if it does not fit.
+        """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:
             self.clear()
@@ -75,7 +78,10 @@ class ModelCache:
         return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
 
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
-        """Build the graph of a request, loading missing models. A draft that only rank 0 holds is a skeleton on other ranks."""
+        """Build the graph of a request, loading missing models.
+
+        A draft that only rank 0 holds is a skeleton on other ranks.
+        """
         self._restore_shared_state()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0
         layers = list(zip(request.layers, places.target, strict=True)) if request.layers else []

@@ -34,7 +34,8 @@ class RequestResult:
         out_of_memory: The stage in which memory ran out, or None.
         peak_bytes: Peak memory, once measured.
         captured_s: Capture seconds of the engine before this request.
-        save: Saves the work done before memory ran out, and returns a note; does nothing until there is something to save.
+        save: Saves the work done before memory ran out, and returns a note; does nothing until there is something to
+            save.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -47,7 +48,7 @@ class RequestResult:
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-    """Reserve cache slots for both decodes, so that captured graphs stay valid, and reset the peak memory statistics."""
+    """Reserve cache slots for both decodes, so that captured graphs stay valid, and reset the peak memory."""
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + sizes_of(graph.drafter)[0]
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)

@@ -63,7 +63,10 @@ class Run(Job):
         return self.code_of([{"status": "ok"} | summary])
 
     def _written(self, request: Prepared, record: RequestResult) -> dict[str, Any]:
-        """Decode and write summary.json; returns the summary. If memory runs out, saves the work until then and raises."""
+        """Decode and write summary.json; returns the summary.
+
+        If memory runs out, saves the work until then and raises.
+        """
         done = ""
         try:
             graph = self._graph(request, record)
@@ -109,7 +112,10 @@ class Run(Job):
         return Baseline.of(self._alone(request, graph, record))
 
     def _save(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> str:
-        """Save the work done before memory ran out, here or on another rank; returns a note. Computes nothing on a GPU."""
+        """Save the work done before memory ran out, here or on another rank; returns a note.
+
+        Computes nothing on a GPU.
+        """
         if self.folder is None:
             return ""
         record.out_of_memory = record.stage

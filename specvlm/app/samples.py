@@ -13,7 +13,10 @@ from specvlm.strategies.registry import described
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
-    """Read the samples of a data set. Raises UserError for a duplicate id, an id that is no str, and an empty data set."""
+    """Read the samples of a data set.
+
+    Raises UserError for a duplicate id, an id that is no str, and an empty data set.
+    """
     with inside(dataset):
         # Convert ids to plain str: a plugin's subclass would run its own code in every comparison.
         samples = [replace(s, id=str.__str__(s.id)) if isinstance(s.id, str) else s for s in dataset.samples()]

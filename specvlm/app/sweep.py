@@ -33,7 +33,7 @@ FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the 
 
 
 class Sweep:
-    """The jobs that Hydra starts. If `together` is set they wait for `finish` and then take turns; else each runs at once.
+    """The jobs that Hydra starts. If `together` is set they wait for `finish` and take turns; else each runs at once.
 
     Args:
         folder: Folder of the sweep, or of a single job.
@@ -62,7 +62,10 @@ class Sweep:
         self.name = " ".join([*presets, self.folder.name]).strip()
 
     def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
-        """Add a job; run it now unless jobs wait for `finish`. hydra: Hydra's own configuration. Returns the exit code."""
+        """Add a job; run it now unless jobs wait for `finish`.
+
+        hydra: Hydra's own configuration. Returns the exit code.
+        """
         if self.ended:
             return ExitCode.OK
         try:
@@ -218,8 +221,9 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
     """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
 
-    The order of jobs rotates by one after each turn, so that no job always comes first or after the same other one. It depends
-    only on sample indices, so an interrupted or sharded sweep has the same order. Shards of one configuration count as one job.
+    The order of jobs rotates by one after each turn, so that no job always comes first or after the same other one.
+    It depends only on sample indices, so an interrupted or sharded sweep has the same order. Shards of one
+    configuration count as one job.
     """
     folders = dict[Any, list[tuple[Job, set[int]]]]()
     for job in jobs:

@@ -14,7 +14,10 @@ from specvlm.parallel import torchrun
 
 
 class Terminal(Console):
-    """A console that prints text as it is: no markup, no emoji codes, no control characters. Only `styled` adds colour."""
+    """A console that prints text as it is: no markup, no emoji codes, no control characters.
+
+    Only `styled` adds colour.
+    """
 
     def __init__(self) -> None:
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)

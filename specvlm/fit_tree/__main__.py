@@ -1,4 +1,4 @@
-"""Fit a static tree to recorded runs: python -m specvlm.fit_tree RUN_FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
+"""Fit a static tree to recorded runs: python -m specvlm.fit_tree FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
 
     python -m specvlm drafter.shape=4x3x3x2 ...                  # record: a wide tree sees more ranks than a narrow one
     python -m specvlm.fit_tree outputs/run outputs/another
@@ -8,14 +8,14 @@ Each round in steps.jsonl records, per level, the rank of the guess that the tar
 guesses tried (`widths`). Beyond those the rank is unknown. The product-limit estimator (Kaplan and Meier, 1958) gives
 p(rank r at depth d | all above accepted); a round counts for a rank only if that rank was tried.
 
-Ranks at different depths are assumed independent. Then a node is accepted with the product of the chances along its path, and
-a tree accepts the sum over its nodes in expectation. The best tree of M nodes has the M most probable nodes. Greedy search
-finds it, since no node is more probable than its parent. A rank that was never tried counts as never accepted, so the tree
-grows only where the runs looked.
+Ranks at different depths are assumed independent. Then a node is accepted with the product of the chances along its
+path, and a tree accepts the sum over its nodes in expectation. The best tree of M nodes has the M most probable
+nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never tried counts as
+never accepted, so the tree grows only where the runs looked.
 
-The fit is judged on held-out data: every second folder, or every second round of a single run. A tree is fitted to the rest,
-and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is written is fitted
-to all data.
+The fit is judged on held-out data: every second folder, or every second round of a single run. A tree is fitted to
+the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
+written is fitted to all data.
 """
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ Paths = list[list[int]]
 
 @dataclass(frozen=True)
 class Round:
-    """One round. ranks: of the accepted guesses, by depth; widths: guesses tried per depth, one level more than ranks."""
+    """One round. ranks: of the accepted guesses, by depth; widths: guesses tried per depth, one more than ranks."""
 
     ranks: tuple[int, ...]
     widths: tuple[int, ...]
@@ -89,7 +89,10 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """The `nodes` most probable paths of ranks, or fewer if no others were ever accepted. Ties: shorter first, then by rank."""
+    """The `nodes` most probable paths of ranks, or fewer if no others were ever accepted.
+
+    Ties: shorter first, then by rank.
+    """
     order = count()
     paths: Paths = []
     heap: list[tuple[float, int, int, list[int]]] = [(-1.0, 0, next(order), [])]

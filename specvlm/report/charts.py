@@ -1,7 +1,8 @@
 """The charts of a report, as Vega-Lite specifications.
 
-Uses Altair: its whole script adds 0.9 MB to the file (Plotly: 4.6 MB). It draws SVG with the page's own CSS variables as
-colours, so one chart serves light and dark mode. Unlike a picture it has tooltips and selectable series, on a phone too.
+Uses Altair: its whole script adds 0.9 MB to the file (Plotly: 4.6 MB). It draws SVG with the page's own CSS variables
+as colours, so one chart serves light and dark mode. Unlike a picture it has tooltips and selectable series, on a
+phone too.
 """
 
 from collections.abc import Sequence
@@ -133,7 +134,10 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 
 
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """One line per job with point and interval, best first, for jobs of one ratio. reference: value of a dashed line."""
+    """One line per job with point and interval, best first, for jobs of one ratio.
+
+    reference: value of a dashed line.
+    """
     rows = sorted(figures_of(jobs, key), key=lambda row: -row["value"])
     if not rows:
         return None
@@ -155,7 +159,10 @@ def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = 
 
 
 def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """One curve per series with its band; jobs without a ratio are horizontal lines. reference: value of a dashed line."""
+    """One curve per series with its band; jobs without a ratio are horizontal lines.
+
+    reference: value of a dashed line.
+    """
     rows = figures_of(jobs, key)
     pruned = [row for row in rows if row["ratio"] is not None]
     if not rows:

@@ -53,7 +53,7 @@ def best(jobs: Sequence[Job]) -> Job:
 
 
 def facts(jobs: Sequence[Job]) -> list[str]:
-    """What was run, on what."""
+    """Facts about the jobs for the header: counts, data sets, models, dtypes, versions."""
 
     def each(key: str, before: str = "") -> list[str]:
         values = dict.fromkeys(str(job.settings[key]) for job in jobs if job.settings.get(key) is not None)

@@ -146,7 +146,8 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 def named(jobs: Sequence[Job]) -> list[Job]:
     """Name the series of each job and sort the jobs by series and ratio.
 
-    A name has the pruner and every setting in which the jobs differ, but not a drafter or verifier that most jobs share.
+    A name has the pruner and every setting in which the jobs differ, but not a drafter or verifier that most jobs
+    share.
     """
     keys = list(dict.fromkeys(key for job in jobs for key in job.settings if key not in APART))
     words: list[list[str]] = [[] for _ in jobs]

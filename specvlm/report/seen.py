@@ -1,7 +1,7 @@
 """Collect the drafter's view of a sample: frames, kept tokens, attention, and accepted and refused words.
 
-Reads the frames again from the sample's video, as the job did. That needs the target's folder (configuration and tokenizer,
-no weights). If something is missing, the report says so and goes on.
+Reads the frames again from the sample's video, as the job did. That needs the target's folder (configuration and
+tokenizer, no weights). If something is missing, the report says so and goes on.
 """
 
 import base64
@@ -41,7 +41,7 @@ CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 @dataclass(frozen=True)
 class Round:
-    """Texts of a round: accepted guesses, the refused ones after them, and the target's own token (alone in round 0)."""
+    """Texts of a round: accepted guesses, refused ones, and the target's own token (alone in round 0)."""
 
     accepted: list[str]
     refused: list[str]
@@ -94,7 +94,10 @@ class Seen:
     problem: str = ""
 
     def packed(self, numbers: Mapping[Job, int]) -> dict[str, Any]:
-        """Encode for the player: pictures as data URIs, kept tokens as bits, heat as bytes. numbers: index of each job."""
+        """Encode for the player: pictures as data URIs, kept tokens as bits, heat as bytes.
+
+        numbers: index of each job.
+        """
         grid = self.grid
         # All jobs share the target, so its attention is stored once.
         heat, top = next((scaled(view.heat) for view in self.views if view.heat is not None), (None, None))

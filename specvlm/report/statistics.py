@@ -1,8 +1,8 @@
 """Bootstrap intervals (95 %) of a job's metrics and of their differences to another job, paired by sample.
 
-Resamples samples, not rounds, since rounds of one answer are correlated. Pairing removes the variation between easy and hard
-samples (percentile bootstrap; Efron and Tibshirani, 1993, ch. 13). The metrics are those of `metrics.totals`: means over
-samples, and speed-ups as quotients of two sums.
+Resamples samples, not rounds, since rounds of one answer are correlated. Pairing removes the variation between easy
+and hard samples (percentile bootstrap; Efron and Tibshirani, 1993, ch. 13). The metrics are those of
+`metrics.totals`: means over samples, and speed-ups as quotients of two sums.
 """
 
 from collections.abc import Sequence
@@ -100,8 +100,8 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
 
     Args:
         jobs: All jobs.
-        name: Label, series or folder of the base; among several the one of the same ratio. None: the job with pruner=uniform
-            and otherwise the same settings and ratio; if no job has one, the first job.
+        name: Label, series or folder of the base; among several the one of the same ratio. None: the job with
+            pruner=uniform and otherwise the same settings and ratio; if no job has one, the first job.
 
     Returns:
         The base by job; None if there is none or it is the job itself.

@@ -229,9 +229,10 @@ def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {kind: n for kind in HF_CHECKS if (n := sum(text.startswith(kind) for text in told))}
 
 
-# Largest share of tied tokens that rounding explains, by dtype of the target: five times the share that the embedded pairs
-# show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %). They show none on their own
-# footage. A 7B model with random weights, whose logits lie closer than those of any trained model, shows 8 %.
+# Largest share of tied tokens that rounding explains, by dtype of the target: five times the share that the embedded
+# pairs show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %). They show none on
+# their own footage. A 7B model with random weights, whose logits lie closer than those of any trained model, shows 8
+# %.
 NORMAL_TIES = {"float64": 0.0, "float32": 0.0015, "float16": 0.003}
 MOST_TIES = 0.03  # for bfloat16 and quantised weights
 

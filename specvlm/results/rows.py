@@ -5,9 +5,9 @@
     steps.jsonl     one line per round, written before its sample's line; steps.0-of-4.jsonl for a shard
     summary.json    the totals over all rows, replaced atomically
 
-The .jsonl files only grow. A process that is killed leaves half a line, or rounds of a sample without a line: the process that
-resumes the job cuts them off. A sample that is tried again has two lines; the one that is ok counts. A sample that is checked
-after its answer has two lines too; the checked one counts.
+The .jsonl files only grow. A process that is killed leaves half a line, or rounds of a sample without a line: the
+process that resumes the job cuts them off. A sample that is tried again has two lines; the one that is ok counts. A
+sample that is checked after its answer has two lines too; the checked one counts.
 """
 
 import json
@@ -153,7 +153,8 @@ class Rows:
         shard: (index, number of shards).
 
     Raises:
-        Taken: Another process writes these files; or they hold rows and `resume` is off, or rows of another configuration.
+        Taken: Another process writes these files; or they hold rows and `resume` is off, or rows of another
+            configuration.
         CannotWrite: The folder cannot be written.
     """
 

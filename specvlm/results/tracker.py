@@ -155,7 +155,10 @@ class Tracker:
 
 
 def reachable(address: str) -> bool:
-    """Whether `address` answers in PATIENCE_S, through a proxy if one is set. In a thread: DNS look-ups have no timeout."""
+    """Whether `address` answers in PATIENCE_S, through a proxy if one is set.
+
+    In a thread: DNS look-ups have no timeout.
+    """
 
     def ask() -> None:
         with suppress(urllib.error.HTTPError):  # an error page is an answer too
@@ -200,7 +203,10 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """W&B settings: quiet, and without what would disturb timings. Skips settings that the installed W&B does not know."""
+    """W&B settings: quiet, and without what would disturb timings.
+
+    Skips settings that the installed W&B does not know.
+    """
     import wandb
 
     wishes: dict[str, Any] = {
