@@ -106,7 +106,7 @@ class RunConfig:
 
 
 KEYS = tuple(f.name for f in fields(RunConfig))
-NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # what may stand before "=" on the command line
+NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # the keys that may come before "=" on the command line
 
 
 def schema(frozen: type) -> Any:

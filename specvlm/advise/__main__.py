@@ -228,7 +228,7 @@ def measure(
         }
         found = candidates(seen.costs, known, trees)
         for drafter in others:
-            found.append(as_it_is(graph, job, drafter, limit, seen.costs.alone_first_s))
+            found.append(measured_candidate(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()
     return seen.costs, found, seen.answer
 
@@ -245,12 +245,12 @@ def shaped(name: str, shape: str = "") -> Drafter:
 
 
 def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:
-    """The same pair, caches and engine with another drafter."""
+    """Copy of `graph` with another drafter and perhaps another ratio; shares pair, caches and engine."""
     options = graph.options if ratio is None else replace(graph.options, ratio=ratio)
     return replace(graph, drafter=drafter, options=options)
 
 
-def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
+def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
     """Measure a drafter that has no fixed tree shape, at the ratio of the run.
 
     first_s: time to first token of the target alone; a drafter without a model does not change it.

@@ -30,7 +30,7 @@ ROUNDS = 20  # per probe; the first two are warm-up
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-APART = 1.3  # tree sizes within this factor share a knot, against noise
+KNOT_FACTOR = 1.3  # tree sizes within this factor share a knot, against noise
 CHECK = ("verify", "host")
 SHORTEST = 4  # fewest tokens of an answer to measure on
 MISFIT = 0.1  # a larger relative error means that the machine was busy
@@ -174,7 +174,7 @@ class Costs:
         ms = [t.check_ms for t in self.timings] + [self.alone_ms]
         knots = [1]
         for count in sorted(nodes):
-            if count >= APART * knots[-1]:
+            if count >= KNOT_FACTOR * knots[-1]:
                 knots.append(count)
         return Curve([(count,) for count in nodes], [0] * len(nodes), ms, knots)
 

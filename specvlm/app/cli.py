@@ -44,7 +44,7 @@ def full_errors() -> bool:
 def tell(err: Exception, full: bool) -> int:
     """Report an error on stderr; returns the exit code."""
     if isinstance(err, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED
     if isinstance(err, UserError | OSError):
         if full:

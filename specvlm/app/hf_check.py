@@ -261,7 +261,7 @@ def room(setup: Setup) -> Iterator[None]:
         ) from error
 
 
-def told(found: Agreement, tokenizer: Any) -> dict[str, Any]:
+def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
     """Format a result as hf_check and hf_difference, see `metrics.KEYS`."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
@@ -280,7 +280,7 @@ def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> 
     prompt = read(request, own_sample(cfg)).prompt
     with room(request):
         found = model.check(prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
-    return told(found, request.target.tokenizer)
+    return result_keys(found, request.target.tokenizer)
 
 
 def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
@@ -323,7 +323,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
                 traceback.print_exception(error)
             continue
         assert job.rows is not None
-        row |= told(found, job.setup.target.tokenizer)
+        row |= result_keys(found, job.setup.target.tokenizer)
         job.rows.begin()
         job.rows.end(row)
         job.screen.checked(row, job.label)

@@ -42,7 +42,7 @@ def label(words: Sequence[str], separator: str = " ") -> str:
     return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NEUTRAL_KEYS)
 
 
-def apart(labels: Sequence[str]) -> tuple[list[str], str]:
+def split_shared(labels: Sequence[str]) -> tuple[list[str], str]:
     """Split off the words that all labels share. Returns the shortened labels and the shared words."""
     words = [label.split(" ") for label in labels]
     common = [word for word in words[0] if all(word in others for others in words)]

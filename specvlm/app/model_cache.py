@@ -150,10 +150,10 @@ class ModelCache:
                 self.clear()  # a thread that is still running may hold references
             self.calls = THIRD_PARTY_CALLS.calls
             if (undone or spoilt) and not failed:
-                raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
+                raise StrategyError(f"{_suspects(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
 
 
-def _strangers(graph: DecodingGraph) -> str:
+def _suspects(graph: DecodingGraph) -> str:
     """Name the third-party strategies, as suspects; all three if there are none."""
     foreign = [one for one in _strategies(graph) if not is_ours(one)]
     return " or ".join(map(label_of, foreign or _strategies(graph)))

@@ -56,7 +56,7 @@ class Sweep:
         """Announce jobs. words: label of each job, by folder."""
         self.words |= words
         self.tracker = tracker
-        short, self.common = job_names.apart(list(self.words.values())) if self.words else ([], "")
+        short, self.common = job_names.split_shared(list(self.words.values())) if self.words else ([], "")
         self.labels = dict(zip(self.words, short, strict=True))
         presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
         self.name = " ".join([*presets, self.folder.name]).strip()

@@ -18,7 +18,7 @@ from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 COLOURS = [f"var(--c{number})" for number in range(8)]  # CSS variables of the page
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
-HEIGHT, MANY = 260, 5  # pixels, series
+HEIGHT, MANY = 260, 5  # height of a chart in pixels; series from which on bands are hidden
 QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": 400}
 LOOKS = {
     "background": "transparent",
@@ -97,15 +97,15 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
     """Specification of a chart as wide as its container, in the page's style."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return on_lines(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
+    return without_separators(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
 
 
-def on_lines(part: Any) -> Any:
+def without_separators(part: Any) -> Any:
     """Replace Unicode line and paragraph separators: Vega cannot parse an expression with one in a string."""
     if isinstance(part, dict):
-        return {on_lines(key): on_lines(value) for key, value in part.items()}
+        return {without_separators(key): without_separators(value) for key, value in part.items()}
     if isinstance(part, list):
-        return [on_lines(value) for value in part]
+        return [without_separators(value) for value in part]
     return part.translate(SEPARATORS) if isinstance(part, str) else part
 
 

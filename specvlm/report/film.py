@@ -67,7 +67,7 @@ def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
     panels = 1 if view.heat is None else 2
     tall = PANEL * seen.frames[0].height // seen.frames[0].width
     width = panels * (PANEL + MARGIN) + MARGIN
-    lines = min(LINES, len(laid(words, font, width - 2 * MARGIN)))
+    lines = min(LINES, len(broken_into_lines(words, font, width - 2 * MARGIN)))
     height = tall + 2 * MARGIN + 24 + (SIZE + 8) * lines
     size = (width + width % 2, height + height % 2)  # yuv420p needs even sizes
     for number, (frame, place) in enumerate(zip(seen.frames, seen.shown, strict=True), start=1):
@@ -82,7 +82,7 @@ def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
         line = f"{view.job.label}: frame {place + 1} of {seen.grid.frames}, {seen.seconds[number - 1]:.1f} s{kept}"
         pen.text((MARGIN, tall + MARGIN + 5), line, MUTED, ImageFont.load_default(13))
         said = words[: round(len(words) * number / len(seen.frames))]
-        write(pen, font, laid(said, font, width - 2 * MARGIN)[-LINES:], MARGIN, tall + MARGIN + 30)
+        write(pen, font, broken_into_lines(said, font, width - 2 * MARGIN)[-LINES:], MARGIN, tall + MARGIN + 30)
         yield canvas
 
 
@@ -131,7 +131,7 @@ def words_of(view: View) -> Iterator[Word]:
             yield "own", one.own
 
 
-def laid(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
+def broken_into_lines(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
     """Break words into lines of width `wide`, each word with its x position."""
     lines: list[Line] = [[]]
     x = 0.0

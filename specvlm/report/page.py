@@ -47,7 +47,7 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
 
 
 def best(jobs: Sequence[Job]) -> Job:
-    """The one that is shown first: fastest end to end, or else most accepted, of those that pruned if there are any."""
+    """The job to show first: the fastest end to end, else the most accepted. Prefers lossless jobs that prune."""
     pruned = [job for job in jobs if job.ratio and not job.lossy] or list(jobs)
     return max(pruned, key=lambda job: tuple(job.totals[key] or 0.0 for key in ("speedup_end_to_end", "accepted_per_round")))
 

@@ -29,13 +29,13 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parsing.bounds import parse
 from specvlm.report.reading import Job, Row
 from specvlm.results.folder import attention_file
-from specvlm.results.records import Round as Told
+from specvlm.results.records import Round as RoundRecord
 from specvlm.strategies import Sample, registry
 from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
 SIDE = 384  # most pixels on a frame's longer side
-TOLD = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys of a row
+ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys of a row
 CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
@@ -115,7 +115,7 @@ class Seen:
             "views": [
                 {"job": numbers[view.job], "kept": None if view.kept is None or not grid else bits(view.kept, len(grid))}
                 | {"rounds": [[one.accepted, one.refused, one.own] for one in view.rounds]}
-                | {key: view.row[key] for key in TOLD}
+                | {key: view.row[key] for key in ROW_KEYS}
                 for view in self.views
             ],
         }
@@ -189,7 +189,7 @@ def view(job: Job, row: Row, tokenizer: Any) -> View:
     """Collect one job's view of a sample. Raises UserError if its files are damaged."""
     steps, total = job.steps[row["sample"]], row["video_tokens"]
     for step in steps:
-        parse(Told, step, f"{job.folder}, a round of {line(row['sample'])}")
+        parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
         raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")

@@ -104,7 +104,7 @@ def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base
         right = sum(found.get(kind, 0) for kind in FINE)
         lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
     heads = [Column("job", "job", "", TWO_DIGITS), *columns, Column("verdict", "output", "", TWO_DIGITS)]
-    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, said_of(against), charts(jobs))
+    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, comparison_note(against), charts(jobs))
 
 
 def cell(job: Job, base: Job | None, column: Column) -> Cell:
@@ -170,7 +170,7 @@ def problems(jobs: Sequence[Job]) -> list[str]:
     return lines
 
 
-def said_of(against: Mapping[Job, Job | None]) -> str:
+def comparison_note(against: Mapping[Job, Job | None]) -> str:
     """Note that explains the second numbers of the table."""
     others = {base for base in against.values() if base}
     if not others:
