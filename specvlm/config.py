@@ -157,12 +157,12 @@ def validate(cfg: RunConfig) -> None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
-    _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder, in whose name no null character can be")
+    _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder name without null characters")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
         wish = f"target.weights={cfg.target.weights}"
-        raise UserError(f"target.parallel=layers does not go with {wish}: use tensor, or one device")
+        raise UserError(f"target.parallel=layers cannot be combined with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
-        raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
+        raise UserError("draft.parallel=tensor needs target.parallel=tensor")
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")

@@ -297,8 +297,11 @@ def test_what_cannot_be_compared_says_why():
     [
         (["check=true"], "check=True: expected null, hf or generate"),
         (["check=HF"], "check=HF: expected null, hf or generate"),
-        (["check=hf", "target.weights=int8"], "target.weights=int8 makes another of it: leave target.weights out, or check"),
-        (["check=generate", "mrope=reference"], "other ones than mrope=reference: take mrope=hf, or leave check out"),
+        (
+            ["check=hf", "target.weights=int8"],
+            "target.weights=int8 makes it a different model: leave out target.weights or check",
+        ),
+        (["check=generate", "mrope=reference"], "differ from mrope=reference: use mrope=hf, or leave check out"),
     ],
 )
 def test_what_is_no_check_of_the_target_is_refused_at_once(words, said, capsys):
@@ -308,8 +311,8 @@ def test_what_is_no_check_of_the_target_is_refused_at_once(words, said, capsys):
 
 def test_quantised_checkpoints_and_ranks_are_refused():
     for words, method, said in (
-        (["check=hf"], "awq", "not done for checkpoints quantised by awq: leave check out"),
-        (["check=hf", "target.parallel=tensor"], None, "take target.parallel=layers, or leave check out"),
+        (["check=hf"], "awq", "does not support checkpoints quantised by awq: leave check out"),
+        (["check=hf", "target.parallel=tensor"], None, "use target.parallel=layers, or leave check out"),
     ):
         with pytest.raises(UserError, match=said):
             check_reference(compose(words), SimpleNamespace(quantised=method, axes=3), None)

@@ -268,16 +268,16 @@ def test_a_damaged_line_in_the_middle_is_named(capsys):
     Path("out/samples.jsonl").write_text(lines[0][:50] + "\n" + lines[1])
     capsys.readouterr()
     assert main([*PLAIN, "resume=true", "hydra.run.dir=out"]) == 2
-    assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
+    assert "samples.jsonl, line 1: not a JSON object" in capsys.readouterr().err
 
 
 DAMAGED = {
     "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
-    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: this is no JSON object"),
-    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: this is no JSON object"),
+    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: not a JSON object"),
+    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: not a JSON object"),
     "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
     "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
-    "nothing": ("config.yaml", None, "holds samples and no config.yaml"),
+    "nothing": ("config.yaml", None, "holds samples but no config.yaml"),
 }
 
 
@@ -319,7 +319,7 @@ def test_results_are_not_overwritten_nor_mixed(capsys):
     finished("out", *PLAIN)
     before = Path("out/samples.jsonl").read_bytes()
     for more, why in (
-        ([], "holds 2 samples already: go on with resume=true"),
+        ([], "holds 2 samples already: give resume=true to go on"),
         (["resume=true", "ratio=0.5"], "was made with ratio=0.9, this is ratio=0.5"),
         (["resume=true", "dataset.first=3"], "was made with dataset.first=0, this is dataset.first=3"),
     ):
@@ -667,7 +667,7 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
     monkeypatch.setattr("specvlm.results.rows.shutil.disk_usage", lambda path: usage._replace(free=2**20))
     assert sweep("ratio=0.5,0.9") == 2
     error = capfd.readouterr().err
-    assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1
+    assert "has 1 MiB left, but results may take" in error and error.count("\n") == 1
 
 
 def test_shards_that_look_for_room_at_once_do_not_see_each_other(tmp_path):

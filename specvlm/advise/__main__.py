@@ -82,14 +82,14 @@ class Wishes:
             raise UserError(f"check={check}: expected true or false")
         known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
         if known and not (names := [name for name in names if any(name == of for of, _ in known)]):
-            raise UserError(f"acceptance={own['acceptance']} says nothing about drafters={own['drafters']}")
+            raise UserError(f"acceptance={own['acceptance']} does not cover drafters={own['drafters']}")
         costs = Costs.read(Path(own["costs"])) if "costs" in own else None
         if costs and (not known or check == "true"):
-            raise UserError("costs= loads no model: it needs acceptance=, and check=true does not go with it")
+            raise UserError("costs= loads no model: it needs acceptance=, and cannot be combined with check=true")
         if costs:
             names = [name for name in names if any(name == start.drafter for start in costs.starts)]
             if not names:
-                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} says something about")
+                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} covers")
         return cls(tuple(names), known, int(tokens), check == "true", costs)
 
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
@@ -139,7 +139,7 @@ def command(words: Sequence[str]) -> int:
     own = {key: word.partition("=")[2] for key, word in zip(keys, words, strict=True) if key in OWN}
     others = [word for key, word in zip(keys, words, strict=True) if key not in OWN]
     if options := [word for word in others if word.startswith("-")]:
-        raise UserError(f"{options[0]}: the adviser has no options but --help, which shows its words")
+        raise UserError(f"{options[0]}: the adviser has no options but --help, which lists its keys")
     wishes = Wishes.of_words(own)
     run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
     if run.cfg.dataset is not None:
@@ -202,7 +202,7 @@ def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ..
     ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
     widest = replace(cfg, drafter=largest, ratio=ratio)
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
-        raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
+        raise UserError("the adviser runs in one process: leave out torchrun and target.parallel=tensor, or use layers")
     setup = set_up(widest, places_of(widest))
     return MODEL_CACHE.plan(setup, read(setup, own_sample(widest)))
 

@@ -151,7 +151,7 @@ class Costs:
             TreeShape.parse(timing.shape)
         timed = {timing.drafter for timing in self.timings}
         if not self.starts or not timed.issuperset(start.drafter for start in self.starts):
-            raise ValueError("it has no timings and starts of the same drafters")
+            raise ValueError("its timings and starts are not of the same drafters")
 
     def context(self, ratio: float) -> int:
         """Length of the drafter's prompt at this ratio, in tokens."""

@@ -113,7 +113,7 @@ def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> No
         raise UserError("it was changed since it was written")
     ended = bool(tokens) and (len(tokens) == most or tokens[-1] in stop_ids)
     if not ended or len(tokens) > most or stop_ids & set(tokens[:-1]) or max(tokens) >= graph.target.vocabulary:
-        raise UserError("its tokens are no answer of this target")
+        raise UserError("its tokens cannot be an answer of this target")
     if not sum(found["times_s"].values()) > 0:
         raise UserError("its times add up to nothing")
 

@@ -133,7 +133,7 @@ def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictC
         raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
     for key, where in folders.items():
         if "\0" in where:
-            raise UserError(f"{key}={where}: no folder has a null character in its name")
+            raise UserError(f"{key}={where}: a folder name cannot contain a null character")
     return cfg
 
 
@@ -189,15 +189,15 @@ def _refuse_too_many(master: DictConfig) -> None:
     count: dict[str, int] = {}
     for override in _parsed(arguments_of(master)):
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+            raise UserError(f"{override.input_line}: an interval needs a sampling sweeper, such as hydra/sweeper=optuna")
         if _length(override) > MOST_JOBS:
-            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
+            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, more than a sweep may have jobs")
         values = len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
         if not values:
             raise UserError(f"{override.input_line}: nothing matches")
         count[override.get_key_element()] = values
     if (jobs := math.prod(count.values())) > MOST_JOBS:
-        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: start several")
+        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: split it into several")
 
 
 def is_basic(plugin: DictConfig) -> bool:
@@ -242,7 +242,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
             raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):
-            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder written by save_pretrained")
     kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
     if cfg.tracker is not None:

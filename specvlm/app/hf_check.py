@@ -189,7 +189,7 @@ class ReferenceModel:
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
         """Model inputs as Hugging Face's processors make them; not ours, since they may share a fault."""
         if prompt.images:
-            raise UserError("check reads prompts of videos and text: there are images in this one")
+            raise UserError("check supports prompts of videos and text only: this one has images")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
         ids_1S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])[None]
         made = {"input_ids": ids_1S, "attention_mask": torch.ones_like(ids_1S)}
@@ -343,6 +343,6 @@ def _of_row(
             readings.forget()
         prompt = readings.get(sample, job.read(index)).prompt
         if len(prompt) != row["prompt_tokens"]:
-            raise UserError(f"its prompt has {len(prompt)} tokens now, and had {row['prompt_tokens']}: the video has changed")
+            raise UserError(f"its prompt now has {len(prompt)} tokens, but had {row['prompt_tokens']}: the video has changed")
         known[asked] = model.check(prompt, *asked[1:4], cfg.check == "generate")
     return known[asked]

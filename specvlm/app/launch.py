@@ -55,7 +55,7 @@ class Call:
         Raises UserError if they should resume in a folder that does not exist.
         """
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
-            raise UserError(f"resume=true goes on in a folder that is there: give {self.key}=FOLDER")
+            raise UserError(f"resume=true needs an existing folder: give {self.key}=FOLDER")
         self.jobs += len(jobs)
         inner = {Path(os.path.abspath(self.folder / job.folder)): job.label for job in jobs if job.folder is not None}
         self.sweep.expect(inner, jobs[0].cfg.tracker)
@@ -190,7 +190,7 @@ def _once(cfg: DictConfig, task: Callable[[DictConfig], int], context: HydraCont
 def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
     written = call.folder / "multirun.yaml"
     if written.exists() and not written.is_file():  # Hydra would block on a pipe
-        raise UserError(f"{written} is no file: move it away, or give another folder")
+        raise UserError(f"{written} is not a file: move it away, or give another folder")
     over = None if compose.is_basic(cfg.hydra.launcher) else cfg.hydra.launcher
     with open_dict(cfg):
         cfg.hydra.sweep.dir = str(call.folder)  # one folder for all jobs: ${now} differs from job to job

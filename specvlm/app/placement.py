@@ -66,9 +66,9 @@ def places_of(cfg: RunConfig) -> Placement:
     parallel, named = cfg.target.parallel, cfg.device not in ("auto", "cpu", "cuda")
     if named and parallel:
         how = "set CUDA_VISIBLE_DEVICES"
-        raise UserError(f"target.parallel={parallel} takes every GPU there is, not device={cfg.device}: {how}")
+        raise UserError(f"target.parallel={parallel} uses every GPU, not device={cfg.device}: {how}")
     if (count := torchrun.size_here()) > 1 and parallel != "tensor":
-        raise UserError(f"torchrun started {count} ranks, which share a target: give target.parallel=tensor, or leave it out")
+        raise UserError(f"torchrun started {count} ranks: give target.parallel=tensor, or run without torchrun")
     device = device_of(cfg.device)
     drafts = registry.build("drafter", cfg.drafter).model == "draft"  # other drafters ignore the keys of the draft
     draft = None
@@ -84,12 +84,12 @@ def places_of(cfg: RunConfig) -> Placement:
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
     """target.parallel=layers: split over all GPUs but the draft's."""
     if device.type != "cuda":
-        raise UserError("target.parallel=layers splits a target over GPUs, and there is none to use")
+        raise UserError("target.parallel=layers splits a target over GPUs, but there is no GPU")
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     mine = tuple(d for d in devices if d != draft)
     if len(mine) < 2:
         beside = f" beside draft.device={draft}" if draft else ""
-        raise UserError(f"target.parallel=layers needs two GPUs or more{beside}, there is {len(mine)}: leave it out")
+        raise UserError(f"target.parallel=layers needs two GPUs or more{beside}, but there is {len(mine)}: leave it out")
     return Placement("layers", mine, draft or mine[0])
 
 
@@ -107,7 +107,7 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
         device = torch.device("cuda", local)
     elif torch.cuda.is_available():
         how = "hide them with CUDA_VISIBLE_DEVICES= for the CPU"
-        raise UserError(f"target.parallel=tensor takes the GPUs where there are some: {how}")
+        raise UserError(f"target.parallel=tensor uses GPUs if there are any: {how}")
     if torchrun.rank_here():  # rank 0 alone uses it; even querying a GPU's memory allocates some
         draft = None
     return Placement("tensor", (device,), draft or device, ranks, draft_shared)

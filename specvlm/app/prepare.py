@@ -129,15 +129,15 @@ def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
     """Raises UserError if `check=…` is set and Hugging Face's model would differ from the target."""
     if cfg.check is None:
         return
-    wanted = f"check={cfg.check} reads the answer over with Hugging Face's own model"
+    wanted = f"check={cfg.check} checks the answer with Hugging Face's own model"
     if kind:
-        raise UserError(f"{wanted}, and target.weights={kind} makes another of it: leave target.weights out, or check")
+        raise UserError(f"{wanted}, and target.weights={kind} makes it a different model: leave out target.weights or check")
     if target.quantised:
-        raise UserError(f"{wanted}, which is not done for checkpoints quantised by {target.quantised}: leave check out")
+        raise UserError(f"{wanted}, which does not support checkpoints quantised by {target.quantised}: leave check out")
     if cfg.target.parallel == "tensor":
-        raise UserError(f"{wanted}, for which ranks have no room: take target.parallel=layers, or leave check out")
+        raise UserError(f"{wanted}, which needs more memory than ranks have: use target.parallel=layers, or leave check out")
     if cfg.mrope != "hf" and target.axes > 1:
-        raise UserError(f"{wanted}, whose positions are other ones than mrope={cfg.mrope}: take mrope=hf, or leave check out")
+        raise UserError(f"{wanted}, whose positions differ from mrope={cfg.mrope}: use mrope=hf, or leave check out")
 
 
 def own_sample(cfg: RunConfig) -> Sample:
@@ -166,9 +166,9 @@ def reads_ahead(cfg: RunConfig, places: Placement) -> bool:
 def check_question(question: object) -> None:
     """Raises UserError if the question is no text or too long."""
     if not isinstance(question, str) or SURROGATE.search(question):
-        raise UserError(f"the question is no text: {line(repr(question))}")
+        raise UserError(f"the question is not a text: {line(repr(question))}")
     if len(question) > LONGEST_QUESTION:
-        raise UserError(f"the question has {len(question)} characters, at most {LONGEST_QUESTION} are asked")
+        raise UserError(f"the question has {len(question)} characters, at most {LONGEST_QUESTION} are allowed")
 
 
 def check_name(path: Path) -> None:
@@ -235,5 +235,5 @@ def plan(
         if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
             needed = f"{planned.total / 2**30:.1f} GiB on {device}"
-            raise UserError(f"the run needs about {needed}, {have / 2**30:.1f} GiB are free: {advice}")
+            raise UserError(f"the run needs about {needed}, but {have / 2**30:.1f} GiB are free: {advice}")
     return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)

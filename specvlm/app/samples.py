@@ -23,12 +23,12 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
-            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
+            raise UserError(f"dataset={dataset.name} has a sample with the id {line(repr(sample.id))}: an id must be a string")
         if sample.id in seen:
             raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
         seen.add(sample.id)
     if not samples:
-        raise UserError(f"dataset={dataset.name}: there are no samples in it")
+        raise UserError(f"dataset={dataset.name}: it has no samples")
     return samples
 
 

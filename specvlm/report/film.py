@@ -40,7 +40,7 @@ def film(seen: Seen, path: Path) -> None:
     """Write the film of the first view. Raises UserError if there are no frames to show."""
     kind = kind_of(path)
     if not seen.frames:
-        raise UserError(f"nothing to be seen of {seen.sample}: {seen.problem}")
+        raise UserError(f"cannot show {seen.sample}: {seen.problem}")
     pictures = list(pictures_of(seen, seen.views[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".gif":

@@ -37,7 +37,7 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
         known[row["sample"]].append(row["accepted_per_round"])
     for name in names:
         if name not in known:
-            raise UserError(f"no job did a sample {name!r}.{did_you_mean(name, known)}")
+            raise UserError(f"no job has a finished sample {name!r}.{did_you_mean(name, known)}")
     means = {sample: sum(values) / len(values) for sample, values in known.items() if values}
     if names or len(means) <= 3:
         return {name: name for name in names or list(known)[:3]}

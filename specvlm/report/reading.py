@@ -113,7 +113,7 @@ def folders_in(places: Sequence[Path]) -> list[Path]:
         folders = [file.parent.resolve() for file in sorted(place.rglob("config.yaml"))]
         mine = [folder for folder in folders if rows.is_job(folder) or (folder / "summary.json").is_file()]
         if not mine:
-            raise UserError(f"{place} is no folder that python -m specvlm wrote, and holds none")
+            raise UserError(f"{place} is not a results folder of python -m specvlm, and contains none")
         found.update(dict.fromkeys(mine))
     return list(found)
 

@@ -125,7 +125,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
     """Collect a sample over the jobs that answered it, as far as they share the grid. most: most frames to show."""
     did = {job: row for job in jobs if (row := job.row(sample))}
     if not did:
-        raise UserError(f"{'; '.join(job.label for job in jobs)}: no sample {sample} is done")
+        raise UserError(f"{'; '.join(job.label for job in jobs)}: sample {sample} is not done")
     first = next(iter(did))
     cfg: Any = SimpleNamespace(**first.config)  # plain values, nothing to resolve
     if cfg.dataset:
@@ -136,7 +136,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
             had = did[first]["video_tokens"]
-            raise UserError(f"the video makes {len(grid)} tokens now, the job had {had}: has it changed?")
+            raise UserError(f"the video now makes {len(grid)} tokens, but the job had {had}: has it changed?")
     except (UserError, OSError) as error:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
     # Leave out jobs with other frames or another model: their tokens lie on another grid.
@@ -192,7 +192,7 @@ def view(job: Job, row: Row, tokenizer: Any) -> View:
         parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
-        raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")
+        raise UserError(f"{job.folder} says that token {max(kept)} of {total} was kept: its files do not match")
     return View(job, row, kept, heat_of(attention_file(job.folder, row["index"]), total), rounds_of(steps, tokenizer))
 
 
@@ -203,9 +203,9 @@ def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
     try:
         heat: NDArray[np.float32] = load_file(file)["verifier_attention"].float().numpy()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is no record of attention ({message(error)}): run it again with record=true") from None
+        raise UserError(f"{file} is no attention file ({message(error)}): run it again with record=true") from None
     if heat.shape != (total,) or not np.isfinite(heat).all():
-        raise UserError(f"{file} is the attention of {heat.size} tokens, not of {total}: run it again with record=true")
+        raise UserError(f"{file} has the attention of {heat.size} tokens, not of {total}: run it again with record=true")
     return heat
 
 

@@ -181,7 +181,7 @@ def outcome(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     if len(rows) < samples:
         return {"status": "incomplete", "reason": None}
     if "ok" not in found:
-        why = next((row.get("reason") for row in rows if row["status"] == "failed"), None) or "no video of its samples is there"
+        why = next((row.get("reason") for row in rows if row["status"] == "failed"), None) or "all its videos are missing"
         return {"status": "failed", "reason": f"no sample is ok: {why}"}
     return {"status": "incomplete" if "failed" in found else "complete", "reason": None}
 

@@ -65,7 +65,7 @@ def room(folder: Path, samples: int, tokens: int) -> None:
         free = shutil.disk_usage(folder).free
     if free < needed:
         left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
-        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
+        raise CannotWrite(f"{folder} has {left} left, but results may take {most}: free some space, or use another disk")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
     found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
-        raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
+        raise UserError(f"{folder / 'config.yaml'} is no configuration of specvlm, or it is damaged")
     return found
 
 
@@ -134,7 +134,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
+        raise UserError(f"{path} is not valid JSON: run it again, or leave the folder out") from None
     parse(Totals if isinstance(found, dict) and "samples" in found else Summary, found, path)
     return found
 
@@ -196,11 +196,11 @@ class Rows:
         old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
-            raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
+            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to go on, or use another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _in_use(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():
-                raise Taken(f"{folder} holds samples and no config.yaml, which says of what: take another folder")
+                raise Taken(f"{folder} holds samples but no config.yaml: use another folder")
             _compare(config_of(folder), plain(cfg), folder)
         _cut(self._files[0], end)
         status, end = {row["sample"]: row["status"] for row in old}, 0
@@ -305,7 +305,7 @@ def _objects(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], i
             if isinstance(line, dict):
                 yield line, end
             elif line is not None or file.read(1):
-                raise UserError(f"{path}, line {number}: this is no JSON object; move the file away to start over")
+                raise UserError(f"{path}, line {number}: not a JSON object; move the file away to start over")
 
 
 def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ class Tracker:
         except Exception as error:
             self.run = None
             assert self.wandb
-            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); nothing of the results is lost")
+            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); results are not affected")
 
 
 def reachable(address: str) -> bool:
