@@ -299,7 +299,7 @@ def test_what_cannot_be_compared_says_why():
         (["check=HF"], "check=HF: expected null, hf or generate"),
         (
             ["check=hf", "target.weights=int8"],
-            "target.weights=int8 makes it a different model: leave out target.weights or check",
+            "makes it a different model: leave out target.weights or check",
         ),
         (["check=generate", "mrope=reference"], "differ from mrope=reference: use mrope=hf, or leave check out"),
     ],
