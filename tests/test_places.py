@@ -61,8 +61,13 @@ def test_where_everything_goes(machine):
     ("gpus", "ranks", "words", "said"),
     [
         (0, 1, ["target.parallel=layers"], "splits a target over GPUs, but there is no GPU"),
-        (1, 1, ["target.parallel=layers"], "needs two GPUs or more, there is 1"),
-        (2, 1, ["target.parallel=layers", "draft.device=cuda:1"], "two GPUs or more beside draft.device=cuda:1, there is 1"),
+        (1, 1, ["target.parallel=layers"], "needs two GPUs or more, but there is 1"),
+        (
+            2,
+            1,
+            ["target.parallel=layers", "draft.device=cuda:1"],
+            "two GPUs or more beside draft.device=cuda:1, but there is 1",
+        ),
         (2, 1, ["target.parallel=layers", "device=cuda:1"], "uses every GPU, not device=cuda:1"),
         (2, 1, ["target.parallel=tensor"], "needs two ranks or more: torchrun --nproc-per-node 2"),
         (1, 2, ["target.parallel=tensor"], "torchrun started 2 ranks for 1 GPUs: use --nproc-per-node 1"),

@@ -24,7 +24,7 @@ from specvlm.app.baselines import Baselines, inputs
 from specvlm.app.compose import compose
 from specvlm.app.compose import jobs as planned
 from specvlm.app.job import Job
-from specvlm.app.job_names import apart, folder_name
+from specvlm.app.job_names import folder_name, split_shared
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import read, set_up
@@ -751,7 +751,7 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
     names = {folder_name([f"target.path={path}"]) for path in ("/a/b", "/a-b", "../a/b", "x" * 400, "x" * 401)}
     assert len(names) == 5 and all("/" not in name and len(name) < 200 for name in names)
     assert folder_name([]) == "job"
-    assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
+    assert split_shared(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and split_shared(["a=1"]) == ([""], "a=1")
 
 
 REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft.path='a, b'"], ["drafter.shape=4x2"]]
