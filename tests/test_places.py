@@ -66,7 +66,7 @@ def test_where_everything_goes(machine):
             2,
             1,
             ["target.parallel=layers", "draft.device=cuda:1"],
-            "two GPUs or more beside draft.device=cuda:1, but there is 1",
+            "or more beside draft.device=cuda:1, but there is 1",
         ),
         (2, 1, ["target.parallel=layers", "device=cuda:1"], "uses every GPU, not device=cuda:1"),
         (2, 1, ["target.parallel=tensor"], "needs two ranks or more: torchrun --nproc-per-node 2"),
