@@ -1,6 +1,6 @@
-"""Write the reference pages that follow from the code: `python -m docs.generate`, in the repository's folder.
+"""Generate the reference pages from the code: `python -m docs.generate`, in the repository's folder.
 
-A test compares the committed pages with what this makes.
+A test compares the committed pages with the generated ones.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ NOTE = "<!-- Made by `python -m docs.generate`: change the code, not this page. 
 
 
 def pages() -> dict[Path, str]:
-    """Each generated page with its text."""
+    """Generate all pages: text by path."""
     made = {
         "strategies": strategies(),
         "packages": packages(),
@@ -38,7 +38,7 @@ def pages() -> dict[Path, str]:
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs in lines of at most 120 characters; headings, tables and directives stay as they are."""
+    """Wrap paragraphs at 120 characters; leaves headings, tables and directives alone."""
     blocks = [block.strip("\n") for block in text.split("\n\n")]
     prose = re.compile(r"(?![#|:])\S")
     lines = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False)
@@ -52,10 +52,11 @@ TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "
 
 
 def strategies() -> str:
+    """Page of the built-in strategies."""
     parts = [
         "# Strategies\n\nThe built-in ones, by kind. `python -m specvlm --help` lists the same, and those of installed "
-        "packages; [packages under `plugins/`](packages.md) have a page of their own. The last column says how close a "
-        "strategy is to the paper that it is named after: *exact*, *adapted* (its docstring lists the deviations) or "
+        "packages; [packages under `plugins/`](packages.md) have their own page. The last column says how close a "
+        "strategy is to the paper it is named after: *exact*, *adapted* (its docstring lists the deviations) or "
         "*inspired by*.",
     ]
     for kind, infos in registry.collect().items():
@@ -66,7 +67,7 @@ def strategies() -> str:
             parts.append("The preset `drafter=chain` is `drafter=tree drafter.shape=chain:5`.")
         if kind == "verifier":
             parts.append("`loose` is lossy: its output is not the target's own, and a run says `lossy` as its verdict.")
-    parts.append("## In their own words\n\nFormulas, costs and limits, from the docstrings.")
+    parts.append("## Details\n\nFormulas, costs and limits, from the docstrings.")
     for kind, infos in registry.collect().items():
         ours = [info for info in infos.values() if info.plugin == "specvlm"]
         parts += [f"### `{kind}={info.cls.name}`\n\n{docstring(info.cls)}" for info in ours]
@@ -74,6 +75,7 @@ def strategies() -> str:
 
 
 def packages() -> str:
+    """Page of the packages under plugins/."""
     rows = []
     for folder in sorted((ROOT / "plugins").glob("specvlm-*")):
         for cls in plugins.strategies_of(module_of(folder)):
@@ -81,24 +83,24 @@ def packages() -> str:
             rows.append((f"`{folder.name}`", name, what, options, source))
     return (
         "# Packages under `plugins/`\n\n"
-        "Published ways to drop or merge video tokens. They are lossy in their papers; here they act on the drafter's "
-        "context alone, so the output stays the target's own. Each is a package of its own: "
+        "Published ways to drop or merge video tokens. They are lossy in their papers; here they change only the drafter's "
+        "context, so the output stays the target's own. Each is a separate package: "
         "`pip install ./plugins/specvlm-flashvid` brings `pruner=flashvid`, `make plugins` installs all of them. "
-        "By default each does what its paper says, as far as that can act on a drafter's context. "
-        "Their docstrings have formulas, costs, limits and deviations.\n\n"
+        "By default each follows its paper, as far as a drafter's context allows. "
+        "Their docstrings list formulas, costs, limits and deviations.\n\n"
         + table(("package", "name", "what it does", "options", "source"), rows)
-        + "\n\nWhich of them pay is [measured](../results.md#pruners-compared). Left out, since neither the text of the method "
-        "nor code of its authors could be read: [KiToke](https://arxiv.org/abs/2604.03414) and "
+        + "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
+        "nor its authors' code was available: [KiToke](https://arxiv.org/abs/2604.03414) and "
         "[HieraVid](https://arxiv.org/abs/2604.01881)."
     )
 
 
 def module_of(folder: Path) -> ModuleType:
-    """The module of a package, whether it is installed or not."""
+    """Import the module of a package under plugins/, installed or not."""
     name = folder.name.replace("-", "_")
     spec = spec_from_file_location(name, folder / f"{name}.py")
     assert spec and spec.loader
-    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look there for their types
+    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look up their types there
     try:
         spec.loader.exec_module(module)
     finally:
@@ -130,9 +132,10 @@ def linked(paper: str) -> str:
 
 
 def keys() -> str:
+    """Page of all keys, groups and presets."""
     text = (config.conf_dir() / "config.yaml").read_text(encoding="utf-8")
     bounds = {name: within(hint) for name, hint in get_type_hints(config.RunConfig, include_extras=True).items()}
-    del bounds["threads"]  # its bound is the machine's
+    del bounds["threads"]  # depends on the machine
     groups, rows, parent = [], [], ""
     for line in text.splitlines():
         if choice := re.match(r"  - (\w+): (\w+)(?: +# (.*))?$", line):
@@ -144,7 +147,7 @@ def keys() -> str:
                 continue
             name = f"{parent}.{found[2]}" if found[1] else found[2]
             rows.append((f"`{name}=`", f"`{found[3]}`", " ".join(filter(None, [found[4], bounds.get(name, "")]))))
-    rows += [(f"`{side}.path=`", "of the pair", "a folder as `save_pretrained` writes it, or `embedded:…`") for side in SIDES]
+    rows += [(f"`{side}.path=`", "of the pair", "a folder written by `save_pretrained`, or `embedded:…`") for side in SIDES]
     presets = [
         (f"`{group}={path.stem}`", comment(path))
         for group in ("pair", "experiment", "drafter", "hydra/launcher")
@@ -152,14 +155,14 @@ def keys() -> str:
     ]
     return "\n\n".join(
         (
-            "# Keys\n\nWords of the form `key=value` behind `python -m specvlm`. Defaults stand in `conf/config.yaml`.",
-            "## Groups\n\nOne part of a run by name. The part's own fields follow as `pruner.mass=0.2`: see "
+            "# Keys\n\nOverrides of the form `key=value` for `python -m specvlm`. Defaults are in `conf/config.yaml`.",
+            "## Groups\n\nEach selects one part of a run by name. Set the part's own fields as `pruner.mass=0.2`: see "
             "[Strategies](strategies.md).",
-            table(("group", "default", "what it is"), groups),
+            table(("group", "default", "meaning"), groups),
             "## Keys of a run",
-            table(("key", "default", "what it does"), rows),
+            table(("key", "default", "meaning"), rows),
             "## Presets",
-            table(("preset", "what it is for"), presets),
+            table(("preset", "purpose"), presets),
             "`tracker=wandb` takes " + ", ".join(f"`tracker.{f.name}={default(f)}`" for f in wandb()) + ".",
         )
     )
@@ -178,7 +181,7 @@ def wandb() -> list[dataclasses.Field[object]]:
 
 
 def comment(path: Path) -> str:
-    """The sentence that a preset begins with."""
+    """First sentence of a preset's leading comment."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
     said = []
     for line in lines:
@@ -189,12 +192,13 @@ def comment(path: Path) -> str:
 
 
 def signals() -> str:
+    """Page of the signals."""
     rows = [(f"`{name}`", meaning) for name, meaning in SIGNALS.items()]
     return (
-        "# Signals\n\nWhat a pruner or a drafter may read of the target, the drafter and the video's file. Name it in `needs`, "
-        'read it with `ctx.signal("…")`. Nothing else is gathered.\n\n'
+        "# Signals\n\nData of the target, the drafter and the video file that a pruner or a drafter may use. Name a signal in "
+        '`needs` and read it with `ctx.signal("…")`. Nothing else is recorded.\n\n'
         "Axes: N video tokens, L layers, J KV heads of this process, D the width of the model, T tokens of the text after the "
-        "video. `state_layer` and `draft_layers` are what a pruner says of itself.\n\n" + table(("signal", "what it is"), rows)
+        "video. `state_layer` and `draft_layers` are attributes of the pruner.\n\n" + table(("signal", "meaning"), rows)
     )
 
 
@@ -202,19 +206,20 @@ def signals() -> str:
 
 
 def summary() -> str:
+    """Page of summary.json."""
     both = ("key", "meaning")
     return "\n\n".join(
         (
-            "# What runs and jobs write",
+            "# Files of runs and jobs",
             "A run's folder holds `config.yaml`, `steps.jsonl` (a line per round, written as it happens) and `summary.json`. A "
-            "job over a data set has [`samples.jsonl`](../guides/sweeps.md#what-a-job-writes) too, whose rows have the keys of "
-            "a run.",
+            "job over a data set also has [`samples.jsonl`](../guides/sweeps.md#what-a-job-writes), whose rows have the keys "
+            "of a run.",
             "## summary.json",
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.KEYS.items()]),
             "### Totals of a job",
-            "The `summary.json` of a job over samples. Figures of a run are there too, as means over the samples that have "
-            "them; what is the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, `devices`) as "
-            "it is.",
+            "The `summary.json` of a job over samples. It also has the metrics of a run, as means over the samples that have "
+            "them, and the keys that are the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, "
+            "`devices`).",
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.TOTALS.items()]),
         )
     )
@@ -237,27 +242,30 @@ GROUPS = {
 
 
 def api() -> str:
+    """Page of the Python API."""
     named = {name for names in GROUPS.values() for name in names}
-    public = set(specvlm.__all__) - {"registry"}  # a module, told of above
+    public = set(specvlm.__all__) - {"registry"}  # a module, described in the introduction
     assert named == public, f"in no group, or no longer there: {named ^ public}"
-    parts = ["# Python API\n\nWhat `from specvlm import …` has. `specvlm.registry.build(kind, name)` builds strategies."]
+    parts = [
+        "# Python API\n\nThe names that `from specvlm import …` offers. `specvlm.registry.build(kind, name)` builds strategies."
+    ]
     for title, names in GROUPS.items():
         parts.append(f"## {title}")
         parts += [entry(name, getattr(specvlm, name)) for name in names]
-    parts.append("## Contract suites\n\n`specvlm.testing` checks strategies, in a test or from a line of Python.")
+    parts.append("## Contract suites\n\n`specvlm.testing` checks strategies, in a test or from one line of Python.")
     parts += [entry(name, getattr(testing, name)) for name in testing.__all__]
     return "\n\n".join(parts)
 
 
 def entry(name: str, thing: Any) -> str:
-    """What mkdocstrings replaces with heading, signature and docstring."""
+    """Directive that mkdocstrings replaces with heading, signature and docstring."""
     if not hasattr(thing, "__qualname__"):
         return f"### {name}\n\nMarks `specvlm_strategies`, the function of a package that returns its classes."
     return f"::: {thing.__module__}.{thing.__qualname__}"
 
 
 def docstring(cls: type) -> str:
-    """The docstring alone."""
+    """Directive for the docstring alone."""
     options = ("show_root_heading: false", "show_root_toc_entry: false", "members: false")
     return "\n      ".join((f"::: {cls.__module__}.{cls.__qualname__}\n    options:", *options))
 

@@ -1,6 +1,6 @@
-"""Hooks of mkdocs: pages of experiments/ become part of the site, and links that leave it become plain text.
+"""Hooks of mkdocs: add the pages of experiments/ to the site, and turn links that leave the site into plain text.
 
-Links in pages are those of the repository, so that they work on a forge and in an editor, too.
+Pages use links relative to the repository, so that they also work on a forge and in an editor.
 """
 
 import posixpath
@@ -16,10 +16,10 @@ FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and pictures of experiments/, as they lie there."""
+    """Add the pages and pictures of experiments/ under their own paths."""
     for pattern in ("*.md", "*.png"):
         for path in sorted((ROOT / "experiments").rglob(pattern)):
-            if path.name == "LOG.md":  # a diary, for those who work here
+            if path.name == "LOG.md":  # the lab diary is not part of the site
                 continue
             uri = path.relative_to(ROOT).as_posix()
             content = path.read_bytes() if path.suffix == ".png" else path.read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
-    """Links between docs/ and the rest of the repository, as the site has them."""
+    """Rewrite links between docs/ and the rest of the repository for the site."""
     uri = page.file.src_uri
     if uri == "changelog.md":
         markdown = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -39,17 +39,18 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         there = posixpath.normpath(posixpath.join(home, target))
         inside = in_site(there)
         if files.get_file_from_path(inside) is None:
-            return text if (ROOT / there).exists() else found[0]  # one that leads nowhere stays, and is told
+            return text if (ROOT / there).exists() else found[0]  # keep a broken link: mkdocs reports it
         return f"{mark}[{text}]({posixpath.relpath(inside, posixpath.dirname(uri) or '.')}{anchor or ''})"
 
-    parts = FENCE.split(markdown)  # every second one is code
+    parts = FENCE.split(markdown)  # odd parts are code blocks
     return "".join(part if at % 2 else LINK.sub(link, part) for at, part in enumerate(parts))
 
 
 def in_repository(uri: str) -> str:
+    """Path in the repository of a page of the site."""
     return uri if uri.startswith("experiments/") else f"docs/{uri}"
 
 
 def in_site(path: str) -> str:
-    """Where the site has a file of the repository: docs/ is its root, and the README its front page."""
+    """Path in the site of a file of the repository: docs/ is the root, README.md the front page."""
     return "index.md" if path == "README.md" else "changelog.md" if path == "CHANGELOG.md" else path.removeprefix("docs/")

@@ -1,4 +1,4 @@
-"""specvlm's launcher, where Hydra looks for plugins: jobs that take turns, or another launcher's behind the same checks."""
+"""Hydra launcher of specvlm: check all jobs of a sweep, then run them in turn or pass them to another launcher."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class TurnsLauncher(Launcher):
-    """Composes each job once, checks all before the first starts, and lets them take turns.
+    """Composes and checks all jobs before the first starts, then runs them in turn.
 
-    over: another launcher, as it is configured: it starts them instead, each on its own.
+    over: configuration of another launcher that runs the jobs instead.
     """
 
     def __init__(self, over: DictConfig | None = None) -> None:
@@ -42,6 +42,7 @@ class TurnsLauncher(Launcher):
         return self.call.take_turns(list(zip(jobs, configs, strict=True)), self.context)
 
     def _other(self) -> Any:
+        """Instantiate the other launcher."""
         config = self.config.copy()
         with open_dict(config):
             config.hydra.launcher = self.over

@@ -1,10 +1,11 @@
-"""`python -m specvlm`: one run, or with -m a sweep.
+"""`python -m specvlm`: one run, or a sweep with -m.
 
-Exit codes (`errors.ExitCode`): 0 the output is the target's own, 1 MISMATCH, 2 the caller's mistake (one line says which), 3 a
-fault of specvlm (with its traceback), 4 another rank died, 5 samples failed (the table says which; all others are done), 130
-Ctrl-C. A sweep ends with 1 where any output was wrong, whatever else happened, else with the highest of its jobs'. Those are a
-rank's: torchrun itself ends with 1 for any of them but 0.
-HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
+Exit codes (`errors.ExitCode`):
+0 the output equals the target's own; 1 MISMATCH; 2 a user error, explained in one line; 3 a fault of specvlm, with its
+traceback; 4 another rank died; 5 some samples failed, listed in the table, all others are done; 130 Ctrl-C.
+
+A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1 for
+any code of a rank but 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
 """
 
 import importlib
@@ -26,10 +27,10 @@ from specvlm.results import metrics
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     full = full_errors()
-    for name in ("stdout", "stderr"):  # a shell may have closed them
+    for name in ("stdout", "stderr"):  # the shell may have closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if torchrun.rank_here():  # the first rank speaks for all
+    if torchrun.rank_here():  # rank 0 prints for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with INTERRUPTS.listening():
         try:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: list[str], full: bool) -> int:
-    """Check every job, then let Hydra run them."""
+    """Answer --version, --help and --cfg, or check every job and let Hydra run them; returns the exit code."""
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
@@ -54,20 +55,22 @@ def command(argv: list[str], full: bool) -> int:
 
     from specvlm.app import compose
     from specvlm.app.launch import Call, answer, start
-    from specvlm.models.integrity import CODE  # and torch with it
+    from specvlm.models.integrity import CODE  # imports torch
     from specvlm.strategies.plugins import BUILTINS
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun:
-        refuse("--experimental-rerun: a run is started again by its words")
+        refuse("--experimental-rerun is not supported: repeat the command line instead")
+    if not args.cfg and (args.package or args.resolve):
+        refuse(f"{'--resolve' if args.resolve else '--package'} needs --cfg job, hydra or all")
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
-        raise UserError("a sweep does not run under torchrun: start torchrun once a job")
+        raise UserError("a sweep does not run under torchrun: start torchrun once per job")
     args.overrides = compose.quoted(args.overrides, sweep)
     asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
-    if not asks:  # all that is to stay as it is, before a plugin is imported
+    if not asks:  # import everything that CODE watches before any plugin
         for module in ("specvlm.app.sweep", "specvlm.app.run", *BUILTINS):
             importlib.import_module(module)
     more, main_folder = (Path(args.config_dir) if args.config_dir else None), Path(__file__).parent / (args.config_path or "")

@@ -1,6 +1,6 @@
-"""The top-level keys of a run: their types and limits. Defaults and comments stand in conf/config.yaml.
+"""Types and limits of the top-level keys of a run. Defaults and comments are in conf/config.yaml.
 
-The strategies' own keys come from their fields (see registry.py).
+The keys of strategies come from their fields (see registry.py).
 """
 
 import os
@@ -17,18 +17,18 @@ from specvlm.errors import UserError, line
 from specvlm.parsing.bounds import KEY, Within, check
 
 EMBEDDED = "embedded:"
-CHECKS = ("hf", "generate")  # by a model of Hugging Face's own: one pass over the answer, or its own `generate`
-THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; many more end the process
+CHECKS = ("hf", "generate")  # with Hugging Face's own model: one pass over the answer, or its `generate`
+THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; far more would crash the process
 SHARDS = 4096
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
-# A choice is read and written by its name, which is its value.
+# Choices are read and written by name, which equals the value.
 Positions = StrEnum("Positions", "original reindexed")
 Mrope = StrEnum("Mrope", "hf reference")
 Reader = StrEnum("Reader", "auto pyav decord")
 Dtype = StrEnum("Dtype", "auto float32 float64 bfloat16 float16")
 EngineKind = StrEnum("EngineKind", "auto eager graphs")
-Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # of one side of the pair
+Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # of target or draft
 TargetParallel = StrEnum("TargetParallel", "layers tensor")
 DraftParallel = StrEnum("DraftParallel", "tensor")
 TrackerMode = StrEnum("TrackerMode", "online offline disabled")
@@ -36,7 +36,7 @@ TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One side of the pair. path: a folder as `save_pretrained` writes it, or `embedded:…` for one inside the package."""
+    """Target or draft. path: a folder written by `save_pretrained`, or `embedded:…` for one inside the package."""
 
     path: str = MISSING
     weights: Weights | None = None
@@ -44,12 +44,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TargetConfig(ModelConfig):
+    """Keys `target.…`. parallel: how to split the target over GPUs."""
+
     parallel: TargetParallel | None = None
 
 
 @dataclass(frozen=True)
 class DraftConfig(ModelConfig):
-    """device: a GPU for the draft alone."""
+    """Keys `draft.…`. parallel: how to split the draft; device: its own device."""
 
     parallel: DraftParallel | None = None
     device: str | None = None
@@ -57,7 +59,7 @@ class DraftConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """`tracker=wandb`. mode: online, offline or disabled; project, entity: W&B's own."""
+    """Keys of `tracker=wandb`. mode: online, offline or disabled; project, entity: as in W&B."""
 
     name: str = "wandb"
     mode: TrackerMode = TrackerMode.online
@@ -67,7 +69,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All keys of a run: the schema that Hydra checks, and the checked values. Strategies: see `registry.settings`."""
+    """All keys of a run: both Hydra's schema and the checked values. For strategies see `registry.settings`."""
 
     pruner: Any = MISSING
     drafter: Any = MISSING
@@ -104,11 +106,11 @@ class RunConfig:
 
 
 KEYS = tuple(f.name for f in fields(RunConfig))
-NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # what may stand before "=" on the command line
+NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # the keys that may come before "=" on the command line
 
 
 def schema(frozen: type) -> Any:
-    """A frozen dataclass as OmegaConf takes values for it; it would make read-only nodes of one."""
+    """Writable OmegaConf node of a frozen dataclass; OmegaConf itself would make it read-only."""
 
     def thaw(node: DictConfig) -> None:
         OmegaConf.set_readonly(node, None)
@@ -122,7 +124,7 @@ def schema(frozen: type) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A configuration, or a part of it, as it is written: dicts, lists, names of choices, numbers and texts."""
+    """Convert a configuration or a part of it to plain dicts, lists, strings and numbers; choices become names."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -133,7 +135,7 @@ def plain(value: Any) -> Any:
 
 
 def word(value: Any) -> str:
-    """A field's value as the command line takes it."""
+    """Format a value as an override on the command line."""
     if isinstance(value, tuple | list):
         return f"[{','.join(map(word, value))}]"
     if isinstance(value, bool) or value is None:
@@ -142,7 +144,7 @@ def word(value: Any) -> str:
 
 
 def validate(cfg: RunConfig) -> None:
-    """Check what a type cannot say. Raises UserError with the value seen and the values allowed."""
+    """Check what types cannot express. Raises UserError with the value seen and the values allowed."""
     check(RunConfig, vars(cfg), KEY)
     _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
@@ -155,31 +157,31 @@ def validate(cfg: RunConfig) -> None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
     _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
-    _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder, in whose name no null character can be")
+    _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder name without null characters")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
         wish = f"target.weights={cfg.target.weights}"
-        raise UserError(f"target.parallel=layers does not go with {wish}: use tensor, or one device")
+        raise UserError(f"target.parallel=layers cannot be combined with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
-        raise UserError("draft.parallel=tensor goes with target.parallel=tensor")
+        raise UserError("draft.parallel=tensor needs target.parallel=tensor")
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")
 
 
 def model_folder(path: str) -> Path:
-    """Where the weights lie: `embedded:qwen2_5_vl/target` is a folder of the package's assets, anything else is itself."""
+    """Folder of a model: `embedded:qwen2_5_vl/target` is inside the package, any other path is used as it is."""
     if path.startswith(EMBEDDED):
         return Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
     return home(path)
 
 
 def home(path: str) -> Path:
-    """With the folder that a ~ stands for; one of nobody's stays as it is, and is missed where it is opened."""
+    """Expand ~. An unknown user's ~ stays and fails when the path is opened."""
     return Path(os.path.expanduser(path))
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    """Folder of YAML files: inside the package in a wheel, beside it in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "config.yaml").is_file():

@@ -28,4 +28,4 @@ def plugin(monkeypatch):
     registry.collect.cache_clear()
     yield
     registry.collect.cache_clear()
-    ConfigStore.instance().repo.get("pruner", {}).pop("frame.yaml", None)  # no command may have been composed
+    ConfigStore.instance().repo.get("pruner", {}).pop("frame.yaml", None)

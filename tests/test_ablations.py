@@ -211,7 +211,7 @@ def test_speed_is_a_file_of_its_own_with_the_name_of_its_machine(sweep, tmp_path
 @pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"ablations: {tmp_path} is no folder that python -m specvlm wrote, and holds none\n"
+    assert capsys.readouterr().err == f"ablations: {tmp_path} is not a results folder of python -m specvlm, and contains none\n"
     assert small.main(["--pair", "embeded_qwen", "--scenes", "0"]) == 2
 
 
@@ -299,7 +299,9 @@ def test_the_page_of_real_footage_says_what_its_rows_say(tmp_path, capsys):
     text = footage.PAGE.read_text(encoding="utf-8")
     assert footage.readme(text) == text and "56 of 56 answers identical" in text
     assert footage.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"real_footage: {tmp_path} is no folder that python -m specvlm wrote, and holds none\n"
+    assert (
+        capsys.readouterr().err == f"real_footage: {tmp_path} is not a results folder of python -m specvlm, and contains none\n"
+    )
 
 
 def test_every_committed_answer_is_the_targets_own():

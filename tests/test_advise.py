@@ -243,7 +243,7 @@ def test_three_different_configurations_are_checked():
         (["acceptance=many"], "acceptance=many: expected a number such as 3.5"),
         (["acceptance=7"], "acceptance=7: expected 0 to 5 accepted"),
         (["acceptance="], "acceptance= has no value"),
-        (["acceptance=3", "drafters=self"], "acceptance=3 says nothing about drafters=self"),
+        (["acceptance=3", "drafters=self"], "acceptance=3 does not cover drafters=self"),
         (["dataset=synthetic"], "give video=FILE question=… instead of dataset=…"),
         (["costs=nowhere.json", "acceptance=3"], "costs=nowhere.json is no costs.json of an earlier profile"),
         (["ratoi=0.5"], 'there is no key "ratoi"'),
@@ -265,13 +265,17 @@ def test_ranks_are_refused_before_they_are_asked_for(ranks, words, capsys, monke
         for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": ranks, "RANK": 0}.items():
             monkeypatch.setenv(name, str(value))
     assert main(words) == 2
-    assert "the adviser runs in one process: leave torchrun and target.parallel=tensor out" in capsys.readouterr().err
+    assert "the adviser runs in one process: leave out torchrun and target.parallel=tensor" in capsys.readouterr().err
 
 
-def test_help_names_every_word(capsys):
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_names_every_word_within_the_terminals_width(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{key}=…" in shown for key in OWN)
+    assert all(meaning in " ".join(shown.split()) for meaning in OWN.values())
+    assert max(map(len, shown.splitlines())) <= columns
 
 
 @pytest.mark.slow

@@ -211,11 +211,13 @@ REFUSED = [
     ("-m pruner=none,two_stage pruner.mass=0.2", 'pruner "none" has no keys'),
     ("-m ratio=[1", r'cannot read "ratio=\[1"'),
     ("-m pruner=glob(zz*)", "nothing matches"),
-    ("-m ratio=interval(0,1)", "needs a sweeper that samples"),
+    ("-m ratio=interval(0,1)", "needs a sampling sweeper"),
     ("hydra.run.dir=", "hydra.run.dir= names no folder"),
     ("-m pruner=none hydra.sweep.dir=", "hydra.sweep.dir= names no folder"),
     ("hydra.sweep.dir=x", "give hydra.run.dir=FOLDER"),
     ("-m pruner=none hydra.run.dir=x", "give hydra.sweep.dir=FOLDER"),
+    ("-p hydra", "--package needs --cfg job, hydra or all"),
+    ("--resolve ratio=0.5", "--resolve needs --cfg job, hydra or all"),
     ("--cfg job pruner=nope", 'there is no pruner "nope"'),
 ]
 

@@ -463,13 +463,13 @@ def test_a_handler_of_ctrl_c_is_put_back_before_the_next_call():
 
 def test_weights_that_were_written_to_between_two_requests_are_loaded_again():
     held, graph = held_graph()
-    held._put_right()
+    held._restore_shared_state()
     write(graph)
-    held._put_right()
+    held._restore_shared_state()
     assert held.models, "nobody was there: they are not read again"
     with inside(Idle()):
         pass
-    held._put_right()
+    held._restore_shared_state()
     assert not held.models
 
 

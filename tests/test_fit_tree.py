@@ -138,7 +138,7 @@ def test_a_fit_that_does_not_help_is_called_so(tmp_path, capsys):
     ("rounds", "options", "message"),
     [
         (None, [], "has no steps.jsonl"),
-        ([], [], "tells no ranks"),
+        ([], [], "records no ranks"),
         ([Round((), (4,))], [], "no guess was ever accepted"),
         ([Round((0,), (4, 0))], ["--nodes", "0"], "at least 1, got 0"),
         ([Round((0,), (4, 0))], ["--out", "tree.txt"], "ends in .json"),

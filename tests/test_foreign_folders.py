@@ -236,4 +236,4 @@ def test_other_errors_are_told_with_their_type():
 def test_a_pipe_where_hydra_writes_its_own_file_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "multirun.yaml")
     assert main(["-m", "ratio=0.1,0.2", f"hydra.sweep.dir={tmp_path}"]) == 2
-    assert "multirun.yaml is no file" in capsys.readouterr().err
+    assert "multirun.yaml is not a file" in capsys.readouterr().err

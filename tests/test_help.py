@@ -75,7 +75,8 @@ def test_help_lists_every_key_and_preset(columns, capsys):
     }
     names = {name.partition("=")[0] for name in found}
     assert wanted <= names and all(found[name] for name in found if name.partition("=")[0] in wanted)
-    assert found["sampling"].startswith("The target's own distribution") and found["ratio_by_pruner"].startswith("How much")
+    assert found["sampling"].startswith("Sample from the target's own distribution")
+    assert found["ratio_by_pruner"].startswith("Acceptance and speed")
     assert "tracker.mode=online" in found["wandb"] and "\nhydra/launcher=NAME" in text and found["slurm"].endswith("[preset]")
     for path in config.conf_dir().glob("*/*.yaml"):
         assert path.stem in entries_of(helped(capsys, "preset")) and path.stem in found

@@ -285,7 +285,7 @@ def test_what_cannot_be_compared_says_why():
     for words, said in (
         ([], "not checked"),
         (["check=hf", "verifier=loose"], "lossy"),
-        (["check=hf", "verifier=sampling"], "not checked: what is sampled need not be the argmax"),
+        (["check=hf", "verifier=sampling"], "not checked: a sampled token need not be the argmax"),
     ):
         assert main([*ONE, "baseline=false", *words]) == 0
         assert summary()["hf_check"] == said, words
@@ -297,8 +297,11 @@ def test_what_cannot_be_compared_says_why():
     [
         (["check=true"], "check=True: expected null, hf or generate"),
         (["check=HF"], "check=HF: expected null, hf or generate"),
-        (["check=hf", "target.weights=int8"], "target.weights=int8 makes another of it: leave target.weights out, or check"),
-        (["check=generate", "mrope=reference"], "other ones than mrope=reference: take mrope=hf, or leave check out"),
+        (
+            ["check=hf", "target.weights=int8"],
+            "makes it a different model: leave out target.weights or check",
+        ),
+        (["check=generate", "mrope=reference"], "differ from mrope=reference: use mrope=hf, or leave check out"),
     ],
 )
 def test_what_is_no_check_of_the_target_is_refused_at_once(words, said, capsys):
@@ -308,8 +311,8 @@ def test_what_is_no_check_of_the_target_is_refused_at_once(words, said, capsys):
 
 def test_quantised_checkpoints_and_ranks_are_refused():
     for words, method, said in (
-        (["check=hf"], "awq", "not done for checkpoints quantised by awq: leave check out"),
-        (["check=hf", "target.parallel=tensor"], None, "take target.parallel=layers, or leave check out"),
+        (["check=hf"], "awq", "does not support checkpoints quantised by awq: leave check out"),
+        (["check=hf", "target.parallel=tensor"], None, "use target.parallel=layers, or leave check out"),
     ):
         with pytest.raises(UserError, match=said):
             check_reference(compose(words), SimpleNamespace(quantised=method, axes=3), None)
@@ -362,7 +365,7 @@ def test_a_check_that_is_broken_off_goes_on_with_resume(checked, monkeypatch, ca
         broken.setattr(ReferenceModel, "check", breaking)
         assert main(words) == 130
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical", None, None]
-    assert "the same line with resume=true" in capsys.readouterr().out
+    assert "repeat the command with resume=true" in capsys.readouterr().out
     monkeypatch.setattr("specvlm.app.job.speculate", None)  # nothing is answered again
     assert main([*words, "resume=true"]) == 0 and len(checked) == 3
     assert [row["hf_check"] for row in rows_of(Path("out"))] == ["identical"] * 3

@@ -60,14 +60,19 @@ def test_where_everything_goes(machine):
 @pytest.mark.parametrize(
     ("gpus", "ranks", "words", "said"),
     [
-        (0, 1, ["target.parallel=layers"], "splits a target over GPUs, and there is none to use"),
-        (1, 1, ["target.parallel=layers"], "needs two GPUs or more, there is 1"),
-        (2, 1, ["target.parallel=layers", "draft.device=cuda:1"], "two GPUs or more beside draft.device=cuda:1, there is 1"),
-        (2, 1, ["target.parallel=layers", "device=cuda:1"], "takes every GPU there is, not device=cuda:1"),
+        (0, 1, ["target.parallel=layers"], "splits a target over GPUs, but there is no GPU"),
+        (1, 1, ["target.parallel=layers"], "needs two GPUs or more, but there is 1"),
+        (
+            2,
+            1,
+            ["target.parallel=layers", "draft.device=cuda:1"],
+            "or more beside draft.device=cuda:1, but there is 1",
+        ),
+        (2, 1, ["target.parallel=layers", "device=cuda:1"], "uses every GPU, not device=cuda:1"),
         (2, 1, ["target.parallel=tensor"], "needs two ranks or more: torchrun --nproc-per-node 2"),
         (1, 2, ["target.parallel=tensor"], "torchrun started 2 ranks for 1 GPUs: use --nproc-per-node 1"),
-        (2, 2, ["target.parallel=tensor", "device=cpu"], "takes the GPUs where there are some"),
-        (2, 2, [], "torchrun started 2 ranks, which share a target: give target.parallel=tensor"),
+        (2, 2, ["target.parallel=tensor", "device=cpu"], "uses GPUs if there are any"),
+        (2, 2, [], "torchrun started 2 ranks: give target.parallel=tensor"),
         (2, 2, ["target.parallel=layers"], "torchrun started 2 ranks"),
         (2, 1, ["draft.device=cuda:7"], "draft.device=cuda:7: there are 2 CUDA devices here; use draft.device=cpu"),
         (2, 1, ["device=cuda:7"], "device=cuda:7: there are 2 CUDA devices here; use device=cpu or device=auto"),
@@ -91,8 +96,11 @@ def test_what_cannot_be_had_is_refused(machine, gpus, ranks, words, said):
     [
         (["target.parallel=tensors"], 'expected one of null, layers, tensor. Did you mean "tensor"'),
         (["draft.parallel=layers"], "draft.parallel=layers: expected one of null, tensor"),
-        (["draft.parallel=tensor"], "goes with target.parallel=tensor"),
-        (["target.parallel=layers", "target.weights=int8"], "target.parallel=layers does not go with target.weights=int8"),
+        (["draft.parallel=tensor"], "needs target.parallel=tensor"),
+        (
+            ["target.parallel=layers", "target.weights=int8"],
+            "layers cannot be combined with target.weights=int8",
+        ),
         (["target.parallel=tensor", "draft.parallel=tensor", "draft.device=cuda:1"], "draft.device=cuda:1"),
         (["draft.device=gpu"], "draft.device=gpu: expected cuda:1, cpu or null"),
     ],
@@ -244,7 +252,7 @@ def test_the_screen_says_how_the_target_lies():
     )
     assert spread(job) == "3 layers on cuda:0, 5 layers on cuda:1"
     job = SimpleNamespace(places=Placement("tensor", gpu(0), gpu(0)[0], 2), layers=[], drafter=SimpleNamespace(model="draft"))
-    assert spread(job) == "every layer shared by 2 ranks, the draft on the first alone"
+    assert spread(job) == "every layer shared by 2 ranks, the draft on rank 0 alone"
 
 
 def test_a_gpu_has_one_name(monkeypatch):

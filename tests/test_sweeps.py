@@ -24,7 +24,7 @@ from specvlm.app.baselines import Baselines, inputs
 from specvlm.app.compose import compose
 from specvlm.app.compose import jobs as planned
 from specvlm.app.job import Job
-from specvlm.app.job_names import apart, folder_name
+from specvlm.app.job_names import folder_name, split_shared
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import read, set_up
@@ -268,16 +268,16 @@ def test_a_damaged_line_in_the_middle_is_named(capsys):
     Path("out/samples.jsonl").write_text(lines[0][:50] + "\n" + lines[1])
     capsys.readouterr()
     assert main([*PLAIN, "resume=true", "hydra.run.dir=out"]) == 2
-    assert "samples.jsonl, line 1: this is no JSON" in capsys.readouterr().err
+    assert "samples.jsonl, line 1: not a JSON object" in capsys.readouterr().err
 
 
 DAMAGED = {
     "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
-    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: this is no JSON object"),
-    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: this is no JSON object"),
+    "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: not a JSON object"),
+    "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: not a JSON object"),
     "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
     "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
-    "nothing": ("config.yaml", None, "holds samples and no config.yaml"),
+    "nothing": ("config.yaml", None, "holds samples but no config.yaml"),
 }
 
 
@@ -319,7 +319,7 @@ def test_results_are_not_overwritten_nor_mixed(capsys):
     finished("out", *PLAIN)
     before = Path("out/samples.jsonl").read_bytes()
     for more, why in (
-        ([], "holds 2 samples already: go on with resume=true"),
+        ([], "holds 2 samples already: give resume=true to go on"),
         (["resume=true", "ratio=0.5"], "was made with ratio=0.9, this is ratio=0.5"),
         (["resume=true", "dataset.first=3"], "was made with dataset.first=0, this is dataset.first=3"),
     ):
@@ -667,7 +667,7 @@ def test_a_disk_that_is_too_small_or_not_to_be_written_is_found_before_weights_a
     monkeypatch.setattr("specvlm.results.rows.shutil.disk_usage", lambda path: usage._replace(free=2**20))
     assert sweep("ratio=0.5,0.9") == 2
     error = capfd.readouterr().err
-    assert "has 1 MiB left, and results may take" in error and error.count("\n") == 1
+    assert "has 1 MiB left, but results may take" in error and error.count("\n") == 1
 
 
 def test_shards_that_look_for_room_at_once_do_not_see_each_other(tmp_path):
@@ -736,7 +736,7 @@ def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
     assert sweep(THREE, "dataset.scenes=2") == 130
     shown, folder = capsys.readouterr().out, Path("sweep").absolute()
     assert "1/2" in shown and f"written to {folder}\n" in shown
-    assert f"with resume=true hydra.sweep.dir={folder} goes on" in shown
+    assert f"with resume=true hydra.sweep.dir={folder} to go on" in shown
     assert {summary_of(job)["status"] for job in jobs(Path("sweep")).values()} == {"incomplete"}
 
 
@@ -751,7 +751,7 @@ def test_folders_are_called_after_what_makes_a_job_what_it_is():
     names = {folder_name([f"target.path={path}"]) for path in ("/a/b", "/a-b", "../a/b", "x" * 400, "x" * 401)}
     assert len(names) == 5 and all("/" not in name and len(name) < 200 for name in names)
     assert folder_name([]) == "job"
-    assert apart(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and apart(["a=1"]) == ([""], "a=1")
+    assert split_shared(["a=1 b=2", "a=1 b=3"]) == (["b=2", "b=3"], "a=1") and split_shared(["a=1"]) == ([""], "a=1")
 
 
 REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft.path='a, b'"], ["drafter.shape=4x2"]]

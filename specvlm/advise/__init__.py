@@ -1,4 +1,4 @@
-"""The adviser: what speculation would bring on the machine at hand. `python -m specvlm.advise --help`."""
+"""The adviser: predict the gain of speculation on this machine. See `python -m specvlm.advise --help`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __all__ = ["Costs", "predict", "profile"]
 
 
-def __getattr__(name: str) -> Any:  # at first use, so that the command says something before torch is there
+def __getattr__(name: str) -> Any:  # import lazily, so that the command can print before torch is imported
     if name not in __all__:
         raise AttributeError(f"module 'specvlm.advise' has no attribute {name!r}")
     return getattr(import_module("specvlm.advise.costs"), name)

@@ -1,6 +1,7 @@
-"""`python -m specvlm.advise`: what speculation would bring on this machine, from a short profile, and whether to use it.
+"""`python -m specvlm.advise`: profile this machine and say if speculation pays.
 
-It takes the words of a run, such as pair=… video=… dtype=…, and its own, which follow. Exit codes are those of a run.
+Takes the words of a run, such as pair=… video=… dtype=…, and its own, below.
+Exit codes are those of a run.
 """
 
 if __name__ == "__main__":
@@ -17,6 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Self
 
+from rich.table import Column, Table
+
 from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
@@ -28,7 +31,7 @@ from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import SMALLER, Prepared, own_sample, read, set_up
 from specvlm.app.request import threads
-from specvlm.app.terminal import styled
+from specvlm.app.terminal import Terminal, styled
 from specvlm.config import RunConfig, word
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import ExitCode, UserError, did_you_mean
@@ -39,14 +42,14 @@ from specvlm.strategies import Drafter, registry
 from specvlm.types import Step, Within
 
 OWN = {
-    "acceptance": "guesses accepted a round: of the paper's tree, as 3.5 or by ratio as 0:4.8,0.9:4; or folders of earlier "
-    "runs; left out, it is measured on the video",
-    "drafters": "which to consider, such as tree,dynamic_tree (all that are installed)",
-    "tokens": "most new tokens of a decode (128)",
-    "check": "true: then decode as recommended and in two other ways, and compare with what was predicted (false)",
-    "costs": "the costs.json of an earlier profile, instead of one now; needs acceptance=",
+    "acceptance": "guesses accepted per round of the paper's tree, as 3.5, or by ratio, as 0:4.8,0.9:4; or folders of earlier "
+    "runs; left out: measured on the video",
+    "drafters": "the drafters to consider, such as tree,dynamic_tree (all that are installed)",
+    "tokens": "most new tokens per decode (128)",
+    "check": "true: decode with the recommended configuration and two others, and compare with the prediction (false)",
+    "costs": "the costs.json of an earlier profile, instead of a new profile; needs acceptance=",
 }
-TREES = ("tree", "self")  # of fixed shapes: what a few cost and accept tells it of all. Others are measured as they are
+TREES = ("tree", "self")  # fixed shapes: predicted from a few measured trees; other drafters are measured as they are
 RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
@@ -56,7 +59,7 @@ TOKENS = Within(8, 131_072)
 
 @dataclass(frozen=True)
 class Wishes:
-    """The adviser's own words, checked."""
+    """The adviser's own options, checked."""
 
     drafters: tuple[str, ...]
     known: Known = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Wishes:
 
     @classmethod
     def of_words(cls, own: dict[str, str]) -> Self:
-        """Raises UserError."""
+        """Parse and check `key=value` options. Raises UserError."""
         every = list(registry.collect()["drafter"])
         names = [name.strip() for name in own.get("drafters", ",".join(every)).split(",")]
         if unknown := [name for name in names if name not in every]:
@@ -79,20 +82,20 @@ class Wishes:
             raise UserError(f"check={check}: expected true or false")
         known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
         if known and not (names := [name for name in names if any(name == of for of, _ in known)]):
-            raise UserError(f"acceptance={own['acceptance']} says nothing about drafters={own['drafters']}")
+            raise UserError(f"acceptance={own['acceptance']} does not cover drafters={own['drafters']}")
         costs = Costs.read(Path(own["costs"])) if "costs" in own else None
         if costs and (not known or check == "true"):
-            raise UserError("costs= loads no model: it needs acceptance=, and check=true does not go with it")
+            raise UserError("costs= loads no model: it needs acceptance=, and cannot be combined with check=true")
         if costs:
             names = [name for name in names if any(name == start.drafter for start in costs.starts)]
             if not names:
-                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} says something about")
+                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} covers")
         return cls(tuple(names), known, int(tokens), check == "true", costs)
 
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
-        """The shapes and the ratios to predict, by drafter; those of the run itself are among them."""
+        """Shapes and ratios to predict, by drafter. Includes those of the run itself."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
-        if self.known:  # a drafter without video cannot be assumed to guess as well as one with it
+        if self.known:  # do not assume that a drafter without video guesses as well
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
         if registry.build("pruner", cfg.pruner).keeps_all:
             ratios = [0.0]
@@ -104,7 +107,7 @@ class Wishes:
         return {name: every[name] for name in self.drafters if name in TREES}
 
     def others(self, cfg: RunConfig) -> list[Drafter]:
-        """The drafters to measure: the run's own as it is configured, the rest with their defaults."""
+        """Drafters to measure: the run's own as configured, the rest with their defaults."""
         names = [name for name in self.drafters if name not in TREES]
         return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
 
@@ -113,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
-        own = "\n".join(f"  {key}=…  {meaning}" for key, meaning in OWN.items())
-        print(f"{(__doc__ or '').strip()}\n\n{own}")
+        show_help()
         return ExitCode.OK
     try:
         return guarded(lambda: command(words))
@@ -123,12 +125,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
+def show_help() -> None:
+    """Print the help, as wide as the terminal."""
+    own = Table(Column(no_wrap=True), Column(), show_header=False, box=None, padding=(0, 0, 0, 2))
+    for key, meaning in OWN.items():
+        own.add_row(f"{key}=…", meaning)
+    Terminal().print((__doc__ or "").strip(), "", own, sep="\n")
+
+
 def command(words: Sequence[str]) -> int:
+    """Split `words` into the adviser's and the run's, check both, and advise; returns the exit code."""
     keys = [word.partition("=")[0] for word in words]
     own = {key: word.partition("=")[2] for key, word in zip(keys, words, strict=True) if key in OWN}
     others = [word for key, word in zip(keys, words, strict=True) if key not in OWN]
     if options := [word for word in others if word.startswith("-")]:
-        raise UserError(f"{options[0]}: the adviser has no options but --help, which shows its words")
+        raise UserError(f"{options[0]}: the adviser has no options but --help, which lists its keys")
     wishes = Wishes.of_words(own)
     run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
     if run.cfg.dataset is not None:
@@ -140,7 +151,14 @@ def command(words: Sequence[str]) -> int:
 
 
 def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
-    """Profile, predict, print, and write costs.json and advice.json into `folder`. words: of the run, to be repeated."""
+    """Profile, predict, print, and write costs.json and advice.json into `folder`.
+
+    Args:
+        cfg: Configuration of the run to advise on.
+        folder: Where to write.
+        words: Overrides of the run, repeated in the recommended command line.
+        wishes: The adviser's own options.
+    """
     screen = RunConsole()
     say = screen.console.print
     trees = wishes.trees(cfg)
@@ -156,7 +174,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
         say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
             graph = MODEL_CACHE.graph(job)
-            graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # the job's own is that of the largest plan
+            graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # plan() took the costliest ratio
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
@@ -178,13 +196,13 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
 
 
 def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
-    """The input, checked; memory is planned for the configuration that needs the most: one with a draft model, if any has."""
+    """Read the input and plan memory for the candidate that needs the most: one with a draft model, if there is one."""
     every = [*(registry.build("drafter", name) for name in trees), *others]
     largest = min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name
     ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
     widest = replace(cfg, drafter=largest, ratio=ratio)
     if widest.target.parallel == "tensor" or torchrun.size_here() > 1:
-        raise UserError("the adviser runs in one process: leave torchrun and target.parallel=tensor out, or take layers")
+        raise UserError("the adviser runs in one process: leave out torchrun and target.parallel=tensor, or use layers")
     setup = set_up(widest, places_of(widest))
     return MODEL_CACHE.plan(setup, read(setup, own_sample(widest)))
 
@@ -198,7 +216,7 @@ def measure(
     limit: int,
     screen: RunConsole,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
-    """The costs, the candidates that follow from them, and the target's own answer of at most `limit` tokens."""
+    """Measure costs, the candidates derived from them, and the target's own answer of at most `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
     screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
@@ -210,36 +228,37 @@ def measure(
         }
         found = candidates(seen.costs, known, trees)
         for drafter in others:
-            found.append(as_it_is(graph, job, drafter, limit, seen.costs.alone_first_s))
+            found.append(measured_candidate(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()
     return seen.costs, found, seen.answer
 
 
 def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
+    """Decode with the target alone, at most `limit` tokens."""
     options = graph.options.asked(limit)
     return autoregressive(graph.target, job.prompt, options, graph.verifier, graph.caches, graph.engine)
 
 
 def shaped(name: str, shape: str = "") -> Drafter:
-    """One of TREES."""
+    """Build one of TREES with the given shape; empty: its default."""
     return registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
 
 
 def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:
-    """The same pair, caches and engine with another drafter."""
+    """Copy of `graph` with another drafter and perhaps another ratio; shares pair, caches and engine."""
     options = graph.options if ratio is None else replace(graph.options, ratio=ratio)
     return replace(graph, drafter=drafter, options=options)
 
 
-def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
-    """A drafter whose trees are of no fixed shape, at the ratio of the run: it is measured, not predicted.
+def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
+    """Measure a drafter that has no fixed tree shape, at the ratio of the run.
 
-    first_s: of the target's prefill alone, which a drafter without a model leaves as it is.
+    first_s: time to first token of the target alone; a drafter without a model does not change it.
     """
     graph = using(graph, drafter)
     pruned = drafter.model is not None and drafter.own_budget(job.prompt) is None
     ratio = (0.0 if graph.pruner.keeps_all else graph.options.ratio) if pruned else None
-    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a tree of each size
+    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a graph per tree size
     draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)
     speed = metrics.speed_of(steps)
     start_s = (speed["time_to_first_token_s"] if drafter.model else first_s) + speed["drafter_start_s"]
@@ -248,7 +267,7 @@ def as_it_is(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, 
 
 
 def changes(drafter: Any) -> tuple[str, ...]:
-    """What is not as by default, as a run's words."""
+    """Overrides for the fields that differ from their defaults."""
     now = [(f, getattr(drafter, f.name)) for f in fields(drafter)]
     return tuple(f"drafter.{f.name}={word(value)}" for f, value in now if value != f.default)
 
@@ -256,7 +275,7 @@ def changes(drafter: Any) -> tuple[str, ...]:
 def conclude(
     screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
 ) -> Candidate | None:
-    """Show and write what follows for an answer of `tokens` tokens; returns what is recommended, if anything."""
+    """Show and write the advice for an answer of `tokens` tokens; returns the recommended candidate, if any."""
     table.show(screen, costs, found, tokens)
     best, text = recommend(costs, found, tokens)
     if best:
@@ -270,20 +289,20 @@ def conclude(
 
 
 def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
-    """What is checked: the recommended one, or else the fastest; the middle and the slowest of the trees."""
+    """Candidates to check: the recommended one (else the fastest tree), the median tree and the slowest."""
     trees = sorted((c for c in found if c.shape), key=lambda c: c.token_ms) or list(found)
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
 
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
-    """Decode with `candidate` twice, take the faster, and set its round, accepted and ms per token beside the prediction."""
+    """Decode with `candidate` twice and compare the faster decode with the prediction."""
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]
     round_ms = min(part_ms([steps], "draft", *CHECK) for steps in decodes)
     accepted = metrics.acceptance_of(decodes[1])["accepted_per_round"] or 0.0
     token_ms = round_ms / (accepted + 1)
-    # An assumed acceptance is no prediction: what can be checked then are the costs.
+    # An acceptance that the user gave is no prediction: check the costs alone.
     expected = candidate.token_ms if candidate.source == "measured" else candidate.round_ms / (accepted + 1)
     return {
         "candidate": str(candidate),

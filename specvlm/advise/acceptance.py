@@ -1,4 +1,4 @@
-"""How many guesses of a tree the target will accept: replayed where the ranks of its answer are known, else assumed."""
+"""Predict how many guesses of a tree the target accepts: replay measured ranks, or assume chances."""
 
 import os
 from collections.abc import Sequence
@@ -16,23 +16,30 @@ from specvlm.results.records import Named, Share
 from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
-# How the share of tokens that a drafter's w best guesses miss falls: (1 - first) * w ** -SPREAD. Only where no ranks were
-# measured. Of three clips each, the embedded pairs have 0.3 without video and 1.2 to 2 with it: a cautious middle.
+# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens. Used only if no ranks were
+# measured. The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each); 0.7 is a cautious
+# middle.
 SPREAD = 0.7
 
 
 @dataclass(frozen=True)
 class Replay:
-    """ranks: of each token of the target's own answer after the first, among the drafter's guesses below those before it.
+    """Replays the target's own answer from measured ranks.
 
-    Greedy verification takes a guess exactly when it is that token, so rounds of any tree can be replayed without a model.
+    Greedy verification accepts a guess exactly if it is the answer's token, so rounds of any tree can be replayed
+    without a model.
+
+    Attributes:
+        ranks: For each token of the answer after the first, its rank among the drafter's guesses given the tokens
+            before.
+        source: Origin of the ranks, for the table.
     """
 
     ranks: tuple[int, ...]
     source: str = "measured"
 
     def accepted(self, shape: TreeShape) -> float:
-        """Guesses accepted a round, the bonus token not counted."""
+        """Mean guesses accepted per round of a tree of this shape, without the bonus token."""
         below = [{shape.ranks[child]: child for child in children} for children in shape.children]
         taken: list[int] = []
         at = 0
@@ -41,34 +48,38 @@ class Replay:
             while at + depth < len(self.ranks) and (child := below[node].get(self.ranks[at + depth])) is not None:
                 node, depth = child, depth + 1
             at += depth + 1
-            if at <= len(self.ranks) or not taken:  # a round that the end of the answer cuts short does not count
+            if at <= len(self.ranks) or not taken:  # skip a last round that the end of the answer cuts short
                 taken.append(depth)
         return sum(taken) / len(taken) if taken else 0.0
 
 
 @dataclass(frozen=True)
 class Chances:
-    """first: chance that the drafter's best guess at depth 1, 2, 3 … is right where the guesses above were; the last holds on.
+    """Acceptance by chance: chances multiply along a path (Sequoia, arXiv 2402.12374).
 
-    The other guesses share the misses by SPREAD; chances multiply along a path (Sequoia, arXiv 2402.12374).
+    Attributes:
+        first: Chance that the drafter's best guess at depth 1, 2, 3 … is right, given that those above are. The last
+            value holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
+        source: Origin of the chances, for the table.
     """
 
     first: tuple[float, ...]
     source: str = "assumed"
 
     def accepted(self, shape: TreeShape) -> float:
+        """Expected guesses accepted per round of a tree of this shape, without the bonus token."""
         reach = [1.0]
         for node in range(1, len(shape)):
             first = self.first[min(shape.depths[node], len(self.first)) - 1]
             rank = shape.ranks[node]
-            # Of the misses of the best guess, those that guess number `rank` is right on.
+            # Share of the best guess's misses on which the guess of this rank is right.
             chance = first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
             reach.append(reach[shape.parents[node]] * chance)
         return sum(reach[1:])
 
     @classmethod
     def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Self:
-        """From the `acceptance_by_depth` of a run with `shape`. A chain says it depth by depth, a tree its mean alone."""
+        """Estimate from `acceptance_by_depth` of a run: a chain gives a chance per depth, a tree only one for all."""
         if len(shape) > shape.depth + 1:
             return cls.of_mean(sum(by_depth), shape, source)
         reached = [1.0, *by_depth]
@@ -76,7 +87,7 @@ class Chances:
 
     @classmethod
     def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Self:
-        """The same chance at every depth, such that `shape` has `accepted` a round."""
+        """Find the chance, equal at all depths, with which `shape` accepts `accepted` guesses per round."""
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
@@ -85,13 +96,13 @@ class Chances:
 
 
 class Tree(Named):
-    """A drafter of a fixed shape."""
+    """A drafter of a fixed shape in config.yaml."""
 
     shape: str
 
 
 class TreeRun(TypedDict):
-    """The config.yaml of a run of one."""
+    """config.yaml of a run with a drafter of a fixed shape."""
 
     drafter: Tree
     pruner: Named
@@ -99,16 +110,19 @@ class TreeRun(TypedDict):
 
 
 class Accepted(TypedDict):
-    """Its summary.json."""
+    """summary.json of such a run."""
 
     acceptance_by_depth: list[Share]
 
 
-Known = dict[tuple[str, float], Replay | Chances]  # by drafter (tree, self) and ratio
+Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafter is tree or self
 
 
 def of_words(text: str) -> Known:
-    """`3.5`, `0:4.8,0.9:4.0` (by ratio) of the paper's tree, or run folders with commas between. Raises UserError."""
+    """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
+
+    Raises UserError.
+    """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         if os.path.isfile(os.path.join(word, "summary.json")):
@@ -125,7 +139,7 @@ def of_words(text: str) -> Known:
             ) from None
         if not (0 <= at <= 1 and 0 <= mean <= paper.depth):
             raise UserError(
-                f"acceptance={word}: expected 0 to {paper.depth} accepted a round of the paper's tree, at ratios from 0 to 1"
+                f"acceptance={word}: expected 0 to {paper.depth} accepted per round of the paper's tree, at ratios from 0 to 1"
             )
         known["tree", at] = Chances.of_mean(mean, paper)
     if not known:
@@ -134,8 +148,8 @@ def of_words(text: str) -> Known:
 
 
 def of_run(folder: Path) -> Known:
-    """From an earlier run's config.yaml and summary.json. Raises UserError."""
-    config: TreeRun = parse(TreeRun, config_of(folder), f"acceptance={folder}, which is to be a run of a tree drafter")
+    """Read the acceptance of an earlier run from its config.yaml and summary.json. Raises UserError."""
+    config: TreeRun = parse(TreeRun, config_of(folder), f"acceptance={folder}, which must be a run of a tree drafter")
     found: Accepted = parse(Accepted, summary_of(folder), f"acceptance={folder}")
     try:
         shape = TreeShape.parse(config["drafter"]["shape"])
@@ -143,14 +157,14 @@ def of_run(folder: Path) -> Known:
         raise UserError(f"acceptance={folder}: {error}") from None
     by_depth, ratio = found["acceptance_by_depth"], 0.0 if config["pruner"]["name"] == "none" else config["ratio"]
     if not by_depth:
-        raise UserError(f"acceptance={folder}: that run had no whole round to learn from; take a longer answer")
+        raise UserError(f"acceptance={folder}: that run had no complete round; use a run with a longer answer")
     name = "self" if config["drafter"]["name"] == "self" else "tree"
     return {(name, ratio): Chances.of_depths(shape, by_depth, f"of {folder.name or folder}")}
 
 
 @torch.inference_mode()
 def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: Sequence[int]) -> Replay:
-    """One pass of the draft model over the pruned prompt and the target's own answer, whose tokens are then ranked."""
+    """Rank the tokens of the target's own answer by one draft pass over the pruned prompt and the answer."""
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
     embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.options.positions)

@@ -1,4 +1,4 @@
-"""From costs and acceptance to configurations with predicted times, and to one recommendation or none."""
+"""Predict the times of configurations from costs and acceptance, and recommend one or none."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,24 @@ from specvlm.advise.costs import Costs, rows_of
 from specvlm.app.console import seconds
 from specvlm.types import TreeShape
 
-WORTH = 0.98  # of the target's own time: what is called a gain
-PRUNING_WORTH = 0.97  # of the time per token with nothing dropped
+WORTH = 0.98  # speculation pays below this share of the target's own time
+PRUNING_WORTH = 0.97  # pruning pays below this share of the time per token without pruning
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration as predicted. shape is empty for a drafter without a fixed one, whose figures are then measured.
+    """One configuration with its predicted times; measured times for a drafter without a fixed shape.
 
-    ratio: None where no pruner is asked. source: where `accepted` is from; start_s: until the first round, both prefills
-    included. changes: what is not as by default, as a run's words.
+    Attributes:
+        drafter: Name of the drafter.
+        shape: Tree shape; empty for a drafter without a fixed one.
+        ratio: Share of video tokens to drop; None if no pruner is used.
+        accepted: Guesses accepted per round.
+        source: Origin of `accepted`.
+        draft_ms: Draft time per round.
+        check_ms: Verification time per round.
+        start_s: Seconds until the first round, including both prefills.
+        changes: Overrides for fields of the drafter that differ from their defaults.
     """
 
     drafter: str
@@ -33,18 +41,21 @@ class Candidate:
 
     @property
     def round_ms(self) -> float:
+        """Time per round."""
         return self.draft_ms + self.check_ms
 
     @property
     def token_ms(self) -> float:
+        """Time per token, without prefills."""
         return self.round_ms / (self.accepted + 1)
 
     def end_to_end_s(self, tokens: int) -> float:
+        """Seconds for an answer of `tokens` tokens, including prefills."""
         return self.start_s + (tokens - 1) * self.token_ms / 1000
 
     @property
     def words(self) -> list[str]:
-        """As a run takes them."""
+        """Overrides that select this configuration."""
         tree = [f"drafter.shape={self.shape}"] if self.shape else self.changes
         return [f"drafter={self.drafter}", *tree, *([] if self.ratio is None else [f"ratio={self.ratio:g}"])]
 
@@ -53,7 +64,7 @@ class Candidate:
 
 
 def candidates(costs: Costs, known: Known, trees: Mapping[str, tuple[Sequence[str], Sequence[float]]]) -> list[Candidate]:
-    """Every shape × ratio of every drafter, with the acceptance known at the nearest ratio."""
+    """Predict every shape × ratio of every drafter, using the acceptance known at the nearest ratio."""
     found = []
     for drafter, (shapes, ratios) in trees.items():
         for shape, ratio in product(shapes, ratios):
@@ -67,12 +78,12 @@ def candidates(costs: Costs, known: Known, trees: Mapping[str, tuple[Sequence[st
 
 
 def alone_s(costs: Costs, tokens: int) -> float:
-    """The target on its own, end to end."""
+    """Seconds of the target alone, end to end."""
     return costs.alone_first_s + (tokens - 1) * costs.alone_ms / 1000
 
 
 def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Candidate | None, list[str]]:
-    """What to use for so many tokens, None for no speculation; and why, in sentences. It is decided end to end."""
+    """Recommend a candidate for `tokens` tokens by end-to-end time, or None; with reasons in sentences."""
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"
@@ -97,7 +108,7 @@ def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Ca
 
 
 def why(costs: Costs, candidate: Candidate) -> str:
-    """What makes its round dear."""
+    """Explain what makes a round expensive."""
     steps = candidate.round_ms / costs.alone_ms
     text = f"A round costs {steps:.2f} of the target's own steps and yields {candidate.accepted + 1:.2f} tokens"
     if not candidate.shape:
@@ -106,19 +117,19 @@ def why(costs: Costs, candidate: Candidate) -> str:
     share = candidate.draft_ms / passes / costs.alone_ms
     drafting = f"drafting, {passes} passes of {candidate.draft_ms / passes:.2f} ms, each {share:.0%} of a step of the target"
     checking = f"the check, {candidate.check_ms:.2f} ms for {rows} rows"
-    # A check stands in for one step of the target in any case.
+    # A check replaces one step of the target, so only its excess counts.
     return f"{text}; its largest cost is {drafting if candidate.draft_ms > candidate.check_ms - costs.alone_ms else checking}."
 
 
 def pruning(found: Sequence[Candidate], tokens: int) -> list[str]:
-    """Whether dropping video tokens pays, in a sentence; none where there is nothing to compare."""
+    """Say whether pruning pays; empty if there is nothing to compare."""
     trees = [c for c in found if c.drafter == "tree" and c.ratio is not None and c.ratio < 1]
     whole, pruned = [c for c in trees if not c.ratio], [c for c in trees if c.ratio]
     if not (whole and pruned):
         return []
     full, best = (min(part, key=lambda c: c.token_ms) for part in (whole, pruned))
     ends = [min(c.end_to_end_s(tokens) for c in part) for part in (whole, pruned)]
-    guessed = " (if as many guesses are accepted, which is assumed)" if "as at" in full.source + best.source else ""
+    guessed = " (assuming that as many guesses are accepted)" if "as at" in full.source + best.source else ""
     pays = "pays" if best.token_ms < PRUNING_WORTH * full.token_ms else "does not pay"
     return [
         f"Pruning {pays} in decoding here: {full.token_ms:.2f} ms per token with nothing dropped, {best.token_ms:.2f} ms at "

@@ -1,6 +1,6 @@
-"""What drafting and checking cost on the machine at hand: measured on a few tree shapes, fitted, predicted for any other.
+"""Measure the costs of drafting and checking on this machine for a few tree shapes, and fit a model for all others.
 
-Shapes are probed by whole rounds of the real loop, so that host work, cache moves and graph replays are all inside.
+Measures whole rounds of the real loop, so host work, cache moves and graph replays are included.
 """
 
 import platform
@@ -25,21 +25,24 @@ from specvlm.results.records import Share, Tokens
 from specvlm.strategies import registry
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
 
-ROUNDS = 20  # of a probe; the first two are warm-up
-# One row a pass or w rows in every pass but the first: so the cost of a pass of w rows can be told from the others.
+ROUNDS = 20  # per probe; the first two are warm-up
+# Every pass but the first has w rows, so that the cost of a pass of w rows can be separated from the rest.
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-APART = 1.3  # sizes of trees nearer to each other than this factor share a knot: less noise
+KNOT_FACTOR = 1.3  # tree sizes within this factor share a knot, against noise
 CHECK = ("verify", "host")
-SHORTEST = 4  # tokens of an answer that can be measured on
-MISFIT = 0.1  # more is said to be noise
+SHORTEST = 4  # fewest tokens of an answer to measure on
+MISFIT = 0.1  # a larger relative error means that the machine was busy
 Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over a shape's rounds. context: slots of the drafter's prompt; check_ms: with what else the host does."""
+    """Median times over a shape's rounds.
+
+    context: length of the drafter's prompt; check_ms: includes other host work.
+    """
 
     drafter: str
     shape: str
@@ -51,7 +54,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds before the first round: embed + prefill of the target, then prune + the drafter's own prefill."""
+    """Seconds before the first round.
+
+    first_s: embed + prefill of the target; draft_s: prune + prefill of the drafter.
+    """
 
     drafter: str
     ratio: Share
@@ -60,23 +66,24 @@ class Start:
 
 
 class Curve:
-    """ms of forward passes over a context: a constant, a cost by rows (straight between knots), a share a slot of context.
+    """Cost model of forward passes in ms: a constant, a cost by rows (piecewise linear), a cost per slot of context.
 
-    Least absolute relative errors, so that one probe which something else on the machine slowed down does not bend the
-    curve. None of the costs is below 0: a term that would be is left out.
+    Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. Costs are never
+    negative: terms that would be are left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
-        """passes: rows of each pass of an observation; contexts, ms: of each observation."""
+        """Fit to observations. passes: rows of each pass, per observation; contexts, ms: one per observation."""
         self.knots = np.array(sorted(knots), dtype=float)
         self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
         relative = np.array([self.columns(*seen) for seen in zip(passes, contexts, strict=True)]) / np.array(ms)[:, None]
         weights = np.ones(len(ms))
-        for _ in range(20):  # least squares, with less weight each time for what lies far off
+        for _ in range(20):  # iteratively reweighted least squares
             self.costs = _positive(relative * weights[:, None], weights)
             weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
+        """Regressors of passes with these rows over a context."""
         by_context, constant = self.varied
         fixed = [float(constant), float(len(rows) * context * by_context)]
         if len(self.knots) == 1:
@@ -89,11 +96,12 @@ class Curve:
         return [*fixed, *weights]
 
     def __call__(self, rows: Sequence[int], context: int = 0) -> float:
+        """Predicted ms of passes with these rows over a context."""
         return float(np.dot(self.costs, self.columns(rows, context)))
 
 
 def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares of rows @ x = wanted with the most negative of x held at 0, one after the other, until none is."""
+    """Non-negative least squares of rows @ x = wanted: fix the most negative x at 0 and repeat until there is none."""
     costs = np.zeros(rows.shape[1])
     used = [at for at in range(rows.shape[1]) if rows[:, at].any()]
     while used:
@@ -107,7 +115,17 @@ def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Costs:
-    """A profile of a prompt of `text` + `video` tokens. alone_ms: the target's own a token; alone_first_s: its first."""
+    """Measured costs for one prompt.
+
+    Attributes:
+        text: Text tokens of the prompt.
+        video: Video tokens of the prompt.
+        alone_ms: Time per token of the target alone.
+        alone_first_s: Time to first token of the target alone.
+        timings: Measured rounds.
+        starts: Measured starts by drafter and ratio.
+        machine: Name of the GPU or CPU.
+    """
 
     text: Tokens
     video: Tokens
@@ -119,7 +137,7 @@ class Costs:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """From the costs.json of an earlier profile. Raises UserError."""
+        """Read the costs.json of an earlier profile. Raises UserError."""
         try:
             found = parse(cls, json_of(read_text(path)), "it")
             found.check()
@@ -128,15 +146,15 @@ class Costs:
             raise UserError(f"costs={path} is no costs.json of an earlier profile ({message(error)})") from None
 
     def check(self) -> None:
-        """Raises ValueError where a shape cannot be read, or a drafter has no timing."""
+        """Raises ValueError if a shape is invalid or a drafter has no timing."""
         for timing in self.timings:
             TreeShape.parse(timing.shape)
         timed = {timing.drafter for timing in self.timings}
         if not self.starts or not timed.issuperset(start.drafter for start in self.starts):
-            raise ValueError("it has no timings and starts of the same drafters")
+            raise ValueError("its timings and starts are not of the same drafters")
 
     def context(self, ratio: float) -> int:
-        """Slots of the drafter's prompt."""
+        """Length of the drafter's prompt at this ratio, in tokens."""
         return self.text + KeepSet.budget(self.video, ratio)
 
     @cached_property
@@ -156,29 +174,38 @@ class Costs:
         ms = [t.check_ms for t in self.timings] + [self.alone_ms]
         knots = [1]
         for count in sorted(nodes):
-            if count >= APART * knots[-1]:
+            if count >= KNOT_FACTOR * knots[-1]:
                 knots.append(count)
         return Curve([(count,) for count in nodes], [0] * len(nodes), ms, knots)
 
     def draft_ms(self, drafter: str, shape: str, ratio: float) -> float:
-        """All draft passes of a round."""
+        """Predicted draft time of a round."""
         return self._drafts[drafter](rows_of(shape), self.context(ratio))
 
     def check_ms(self, shape: str) -> float:
+        """Predicted verification time of a round."""
         return self._checks((len(TreeShape.parse(shape)),))
 
     def misfit(self) -> float:
-        """Worst relative error of the fit on the rounds it was made from: what a busy machine leaves, or another form."""
+        """Worst relative error of the fit on the measured rounds; large if the machine was busy."""
         rounds = ((self.draft_ms(t.drafter, t.shape, t.ratio) + self.check_ms(t.shape), t) for t in self.timings)
         return max((abs(fitted / (t.draft_ms + t.check_ms) - 1) for fitted, t in rounds), default=0.0)
 
     def start(self, drafter: str, ratio: float) -> Start:
-        """Of the profiled ratio nearest to `ratio`."""
+        """The measured start at the ratio nearest to `ratio`."""
         return min((s for s in self.starts if s.drafter == drafter), key=lambda s: abs(s.ratio - ratio))
 
 
 def predict(costs: Costs, shape: str, ratio: float, accepted: float, drafter: str = "tree") -> float:
-    """ms per token: draft passes and check of a round over its accepted + 1 tokens, prefills left out."""
+    """Predict ms per token, without prefills.
+
+    Args:
+        costs: Measured costs.
+        shape: Tree shape.
+        ratio: Share of the video tokens to drop.
+        accepted: Guesses accepted per round, without the bonus token.
+        drafter: `tree` or `self`.
+    """
     return (costs.draft_ms(drafter, shape, ratio) + costs.check_ms(shape)) / (accepted + 1)
 
 
@@ -190,8 +217,8 @@ def rows_of(shape: str) -> tuple[int, ...]:
 def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
     """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
 
-    The first needs the largest caches, so that nothing is allocated twice; and no ratio has first decodes of shapes alone, in
-    which an engine captures while the drafter starts.
+    The first pair needs the largest caches, so nothing is allocated twice. Each ratio also has a decode of a shape
+    that was decoded before: in the first one the engine captures while the drafter starts.
     """
     ordered = sorted(set(ratios))
     main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
@@ -203,7 +230,7 @@ def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, fl
 
 @dataclass(frozen=True)
 class Profile:
-    """costs; answer: the target's own tokens; kept: what the pruner kept, by drafter and ratio."""
+    """Result of `profile`. answer: the target's own tokens; kept: tokens the pruner kept, by (drafter, ratio)."""
 
     costs: Costs
     answer: tuple[int, ...]
@@ -218,16 +245,24 @@ def profile(
     limit: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Measure by short decodes, and once more where the fit says that the machine was busy: the better of both counts.
+    """Measure costs by short decodes. If the fit shows a busy machine, measure again and take the better times.
 
-    alone: `autoregressive` on the same prompt; ratios: by drafter, `tree` or `self`; limit: most new tokens; advance:
-    called after every decode, of which there are 2 and those of `probes`. Raises UserError for too short an answer.
+    Args:
+        graph: The pair and its options.
+        prompt: The prompt.
+        alone: Starts `autoregressive` on the same prompt.
+        ratios: Ratios by drafter (`tree` or `self`).
+        limit: Most new tokens per decode.
+        advance: Called after each decode: 2 of the target alone, and one per pair of `probes`.
+
+    Raises:
+        UserError: The answer is too short.
     """
     wanted = [(drafter, shape, ratio) for drafter, every in ratios.items() for shape, ratio in probes(every, drafter)]
     plain: list[list[Step]] = []
     decodes: dict[tuple[str, str, float], list[list[list[Step]]]] = {at: [] for at in wanted}
     for passed in range(2):
-        for _ in range(2 - passed):  # the very first is the warm-up
+        for _ in range(2 - passed):  # the first one is the warm-up
             plain.append(watched(alone()))
             advance()
         answer = tuple(token for step in plain[0] for token in step.tokens)
@@ -251,9 +286,9 @@ def _profile(
     plain: Sequence[Sequence[Step]],
     decodes: Mapping[tuple[str, str, float], Sequence[Sequence[Sequence[Step]]]],
 ) -> Profile:
-    """plain: decodes without a drafter; decodes: by drafter, shape and ratio, a list of them for each pass."""
+    """Fit costs. plain: decodes without a drafter; decodes: by (drafter, shape, ratio), one list per measuring pass."""
     video, timings, kept = len(prompt.video_index), [], {}
-    # Whether the target watches its attention for the pruner decides how long its prefill takes, the ratio does not.
+    # Prefill time depends on whether the target records attention for the pruner, not on the ratio.
     first_s = {False: [_sum(steps[0], FIRST_TOKEN) for steps in plain], True: []}
     draft_s: dict[tuple[str, float], list[float]] = {}
     for (drafter, shape, ratio), passes in decodes.items():
@@ -274,7 +309,7 @@ def _profile(
 
 
 def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
-    """The first `rounds` rounds of a decode, as (prefill, round, round, …); of several decodes where answers are short."""
+    """Decode up to `rounds` rounds, over several decodes if answers are short. Each is [prefill, round, round, …]."""
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
         decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))
@@ -282,7 +317,7 @@ def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int
 
 
 def watched(steps: Iterator[Step], count: int | None = None) -> list[Step]:
-    """The first `count` steps with one more part, `host`: what passed while each was waited for and no other part has."""
+    """Take up to `count` steps and add a part `host` to their times: wall time that no other part covers."""
     seen: list[Step] = []
     while count is None or len(seen) < count:
         before = perf_counter()
@@ -295,7 +330,7 @@ def watched(steps: Iterator[Step], count: int | None = None) -> list[Step]:
 
 
 def part_ms(decodes: Iterable[Sequence[Step]], *parts: str) -> float:
-    """Median of the sum of `parts` over the rounds, the first two of each decode left out where there are more."""
+    """Median over rounds of the sum of `parts`, in ms. Skips the first two rounds of each decode if there are more."""
     rounds = [step for steps in decodes for step in (steps[3:] or steps[1:])]
     return 1000 * median(_sum(step, parts) for step in rounds)
 

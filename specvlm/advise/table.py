@@ -1,4 +1,4 @@
-"""What the adviser shows: predictions as a table, and predicted against measured."""
+"""Print the adviser's tables: predictions, and predicted against measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ FASTEST = 8
 
 
 def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
-    """The target alone; then by ms per token the fastest of all, and the fastest shape of every drafter and ratio."""
+    """Print the target alone, the fastest candidates, and the fastest shape per drafter and ratio, by ms per token."""
     ranked = sorted(found, key=lambda c: c.token_ms)
     firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()
     alone = alone_s(costs, tokens)
@@ -25,17 +25,18 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
         what = name, "" if c.ratio is None else f"{c.ratio:g}", f"{c.accepted:.2f}", c.source
         times = f"{c.draft_ms:.2f}", f"{c.check_ms:.2f}", f"{c.token_ms:.2f}", f"{costs.alone_ms / c.token_ms:.2f} x"
         rows.append((*what, *times, seconds(took), f"{alone / took:.2f} x"))
-    screen.console.print(styled("\n", ("predicted; draft and check are ms of a round", "dim")))
+    screen.console.print(styled("\n", ("predicted; draft and check are ms per round", "dim")))
     names = ("drafter", "ratio", "accepted", "", "draft", "check", "ms per token", "", f"{tokens} tokens", "")
     _print(screen, names, rows)
-    misfit = f"the predictions miss the rounds they were made from by {costs.misfit():.0%} at worst"
+    misfit = f"the fit misses the measured rounds by {costs.misfit():.0%} at worst"
     busy = costs.misfit() > MISFIT
     told = (f"{misfit}: was the machine busy? Profile again", "yellow") if busy else (misfit, "dim")
     screen.console.print(styled(told, "\n"))
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    names = ("predicted / measured", "ms a round", "accepted", "ms per token", "error")
+    """Print predicted against measured for the checked candidates."""
+    names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (
             row["candidate"],

@@ -1,1 +1,1 @@
-"""One command from argv to its folder: configuration, models, jobs, and what the terminal shows."""
+"""Run one command line: configuration, model loading, jobs and terminal output."""

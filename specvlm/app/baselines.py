@@ -1,8 +1,8 @@
-"""The target's own answers, decoded once and kept: by what was asked, of what weights, how and on what.
+"""Cache of baselines: the target's own answers, decoded once and shared by jobs.
 
-A file a baseline, `KEY.json`, with what its key is made of. Its times are of a machine and a way to run, so those are in the
-key too: a baseline of another GPU is no baseline. A file that is not as it was written is decoded again. Its digest finds what
-was edited; it is no signature, and does not stop who computes it anew.
+Each baseline is a file `KEY.json` that also lists the inputs of its key: prompt, weights, options, machine and way to
+run. The machine counts because times do: a baseline of another GPU is a different one. A file that was changed is
+decoded again. The digest detects edits; it is no signature.
 """
 
 import errno
@@ -33,13 +33,13 @@ from specvlm.results.records import KeptBaseline
 from specvlm.strategies import plugins
 from specvlm.types import Step, VideoPrompt
 
-KEYED = (".json", ".jinja", ".txt", ".safetensors")  # files of a checkpoint that tell it from others
-PIECE = 4096  # bytes read of a tensor at its beginning, middle and end
+KEYED = (".json", ".jinja", ".txt", ".safetensors")  # files of a checkpoint that its key is made from
+PIECE = 4096  # bytes hashed at the beginning, middle and end of a tensor
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """tokens: the answer, stop id included. times_s: seconds by part, as of a run."""
+    """The target's own answer. tokens: includes the stop id; times_s: seconds by part; key: its file's name."""
 
     tokens: list[int]
     times_s: dict[str, float]
@@ -47,11 +47,18 @@ class Baseline:
 
     @classmethod
     def of(cls, steps: Sequence[Step], key: str = "") -> Self:
+        """Build from the steps of `autoregressive`."""
         return cls(metrics.tokens_of(steps), metrics.times_of(steps), key)
 
 
 class Baselines:
-    """A folder of them, for several processes; None: each is decoded. note: is told of a file that cannot be used."""
+    """A folder of baselines that several processes may share.
+
+    Args:
+        folder: None: keep nothing and decode each.
+        ranks: The ranks that need the same baseline; rank 0 reads it.
+        note: Shows a message about a file that cannot be used.
+    """
 
     def __init__(
         self, folder: Path | None, ranks: ProcessGroup = SINGLE, note: Callable[[str], None] = lambda line: None
@@ -60,9 +67,13 @@ class Baselines:
         self.begun = False
 
     def get(self, request: Prepared, graph: DecodingGraph, weights: int, decode: Callable[[], list[Step]]) -> Baseline:
-        """The kept one, or what `decode` gives, which is kept then. Who comes while another decodes it waits for that.
+        """Return the kept baseline, or decode and keep it. Waits while another process decodes the same one.
 
-        weights: the checksum of the target's, as they were loaded.
+        Args:
+            request: The prompt and the configuration.
+            graph: The target and the options.
+            weights: Checksum of the target's weights at load time.
+            decode: Decodes with the target alone.
         """
         made_of = inputs(request, graph, weights)
         key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
@@ -70,7 +81,7 @@ class Baselines:
         if self.folder and not self.begun:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.begun = True
-        if self.folder and not self.folder.is_dir():  # it is not made again: the sweep's may have gone with it
+        if self.folder and not self.folder.is_dir():  # do not recreate it: the sweep's folder may be gone too
             raise FileNotFoundError(errno.ENOENT, "it was removed while jobs kept baselines there")
         with waiting(path.with_suffix(".lock")) if path else nullcontext():
             kept: Baseline | None = self.ranks.share(lambda: self._read(path, key, graph, request.cfg.max_new_tokens))
@@ -82,7 +93,7 @@ class Baselines:
         return kept
 
     def _read(self, path: Path | None, key: str, graph: DecodingGraph, most: int) -> Baseline | None:
-        """None where there is none that can be used."""
+        """Read a baseline; None if it is missing or cannot be used."""
         if path is None or not path.exists():
             return None
         try:
@@ -95,36 +106,36 @@ class Baselines:
 
 
 def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> None:
-    """Raises UserError where it is not what would have been written under this key."""
+    """Raises UserError if the file cannot be what was written under this key."""
     tokens, stop_ids = found["tokens"], graph.target.stop_ids
     if found["key"] != key:
-        raise UserError("it is another one's")
+        raise UserError("its key is another one")
     if digest_of(found) != found["digest"]:
         raise UserError("it was changed since it was written")
     ended = bool(tokens) and (len(tokens) == most or tokens[-1] in stop_ids)
     if not ended or len(tokens) > most or stop_ids & set(tokens[:-1]) or max(tokens) >= graph.target.vocabulary:
-        raise UserError("its tokens are no answer of this target")
+        raise UserError("its tokens cannot be an answer of this target")
     if not sum(found["times_s"].values()) > 0:
-        raise UserError("its times are none")
+        raise UserError("its times add up to nothing")
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """Of all but the digest itself."""
+    """SHA-256 of all fields but the digest."""
     plain = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
     return sha256(plain.encode()).hexdigest()
 
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Be the only process with what the file stands for until it is made: who waited, or comes later, finds it."""
+    """Hold a lock file, so that only one process makes a baseline; the others wait and then find it."""
     with FileLock(path):
         yield
-    with suppress(OSError):  # held by who waits, where a held file cannot go
+    with suppress(OSError):  # Windows cannot remove a file that a waiting process has open
         path.unlink()
 
 
 def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, Any]:
-    """All that the target's own answer and its times depend on, as plain values."""
+    """Everything that the target's own answer and its times depend on, as plain values."""
     target, places = graph.target, request.places
     sampled = graph.sampling.temperature > 0
     return {
@@ -151,7 +162,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 
 @cache
 def revision() -> str:
-    """Of the source code that the target's own answer comes from, kernels included."""
+    """Hash of the source code behind the target's own answer, kernels included."""
     home, found = Path(__file__).parents[1], sha256()
     files = ("decoding/loop.py", "decoding/output.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
     for part in ("engine", "models", "strategies/verifiers", *files):
@@ -162,7 +173,7 @@ def revision() -> str:
 
 
 def digest(prompt: VideoPrompt) -> str:
-    """Of the tokens and every pixel, as the target takes them."""
+    """Hash of the prompt's tokens and pixels."""
     found = sha256()
 
     def add(value: Any) -> None:
@@ -175,16 +186,16 @@ def digest(prompt: VideoPrompt) -> str:
     add(prompt.tokens)
     for pixels in (*prompt.videos, *prompt.images):
         for name in sorted(pixels):
-            if name != "origin":  # where they come from
+            if name != "origin":  # says where the pixels come from
                 add(name)
                 add(pixels[name])
     return found.hexdigest()
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint: its small files, the header of each file of weights, and three pieces of every tensor.
+    """Hash of a checkpoint: its small files, the header of each weight file, and three pieces of every tensor.
 
-    Other weights differ in every tensor they changed, and reading 150 GB to notice would cost more than many a baseline.
+    Training changes tensors throughout, so three pieces suffice. Reading 150 GB would cost more than most baselines.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in KEYED and path.is_file())
     return _fingerprint(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
@@ -210,7 +221,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _spans(header: bytes) -> list[tuple[int, int]]:
-    """Where a safetensors file has its tensors, behind the header; none where it is no such file, which loading will tell."""
+    """Offsets of the tensors of a safetensors file after its header; empty if the header is invalid."""
     try:
         return sorted(tuple(entry["data_offsets"]) for name, entry in json.loads(header).items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -218,7 +229,7 @@ def _spans(header: bytes) -> list[tuple[int, int]]:
 
 
 def machine(device: torch.device) -> str:
-    """The kind of a device: times on another of the same kind may be compared."""
+    """Model name of a device. Times on devices of one model are comparable."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""What every command line of specvlm has in common: mistakes become a line and an exit code, and a rank leaves in time."""
+"""Shared by all command lines: turn errors into one line and an exit code, and end a rank's process in time."""
 
 import os
 import sys
@@ -14,37 +14,42 @@ from specvlm.app.terminal import loading
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible
 from specvlm.parallel import torchrun
 
-AFTER_YOU_S = 5.0  # torchrun ends all ranks when one ends
+AFTER_YOU_S = 5.0  # let rank 0 report first: torchrun ends all ranks when one ends
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action`; a mistake becomes a line on stderr and an exit code. full: with its traceback; None: `full_errors`."""
+    """Call `action` and return its exit code; print an error as one line on stderr and return its code.
+
+    Args:
+        action: Returns an exit code.
+        full: Print tracebacks of user errors too. None: as `full_errors` says.
+    """
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal without the letter shows what stands for it
+        if isinstance(stream, TextIOWrapper):  # escape letters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
         code = action()
-        sys.stdout.flush()  # now: what reads it may be gone
+        sys.stdout.flush()  # raises here, not at exit, when the reader is gone
         return code
     except Exception as err:
         return tell(err, full)
 
 
 def full_errors() -> bool:
-    """Are tracebacks of mistakes to be shown?"""
+    """Whether to show tracebacks of user errors."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def tell(err: Exception, full: bool) -> int:
-    """Say what went wrong, on stderr; returns the exit code."""
+    """Report an error on stderr; returns the exit code."""
     if isinstance(err, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED
     if isinstance(err, UserError | OSError):
         if full:
             traceback.print_exception(err)
-        if torchrun.rank_here():  # the first rank says it
+        if torchrun.rank_here():  # rank 0 reports it
             sleep(0 if isinstance(err, Told) else AFTER_YOU_S)
         else:
             print(f"specvlm: {message(err)}", file=sys.stderr)
@@ -58,12 +63,12 @@ def tell(err: Exception, full: bool) -> int:
 
 
 def refuse(message: str) -> NoReturn:
-    """What an ArgumentParser's `error` is replaced by: one line, without its usage. Raises UserError."""
+    """Replacement for `ArgumentParser.error` that prints no usage. Raises UserError."""
     raise UserError(f"{message}; --help shows what there is")
 
 
 def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:
-    """The command line of a tool that prints what is `made` of its arguments; returns the exit code."""
+    """Parse `words`, print the lines that `made` returns for them, and return the exit code."""
     parser.error = refuse  # type: ignore[method-assign]
 
     def action() -> int:
@@ -77,12 +82,12 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
 
 
 def leave(action: Callable[[], int]) -> NoReturn:
-    """Out of the process with the exit code that `action` returns, as `sys.exit`."""
+    """Exit the process with the code that `action` returns."""
     try:
         code = action()
-    except SystemExit as err:  # rich's, where nobody reads any more
+    except SystemExit as err:  # raised by rich when the reader is gone
         code = err.code if isinstance(err.code, int) else int(err.code is not None)
-    if code and torchrun.size_here() > 1:  # a collective that nobody answers would keep the interpreter from ending
+    if code and torchrun.size_here() > 1:  # a pending collective would block a normal exit
         with suppress(OSError):
             sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""From command-line words to checked configurations, with Hydra's errors turned into one line each."""
+"""Compose and check configurations from command-line overrides; Hydra's errors become one line each."""
 
 import math
 import os
@@ -29,20 +29,20 @@ from specvlm.strategies import registry
 
 TEXT_KEYS = ("question",)
 HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
-UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # what Hydra reads as it stands
-OWN_SAMPLE = ("video", "question")  # of a run without a data set
+UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # texts that Hydra reads without quotes
+OWN_SAMPLE = ("video", "question")  # keys of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
 MOST_JOBS = 1000  # of a sweep
-FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # of a run, and of a sweep: each has one
-AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # Hydra cannot read a ~, which a shell leaves alone behind a =
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
+AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # expand ~ here: shells leave it alone after =, and Hydra cannot read it
 
 
-# The table of strategies that Hydra knows. In a list, since `integrity` puts back what a module's names stood for.
+# The table of strategies that Hydra knows. A list, since `integrity` restores the module's global names.
 _registered: list[object] = []
 
 
 def register() -> None:
-    """Make everything that conf/config.yaml refers to known to Hydra. Can be called again."""
+    """Register with Hydra all that conf/config.yaml refers to. Can be called again."""
     table = registry.collect()
     if not any(known is table for known in _registered):
         registry.store()
@@ -51,14 +51,27 @@ def register() -> None:
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration of one run. Raises UserError."""
+    """Compose and check the configuration of one run.
+
+    Args:
+        overrides: As on the command line, such as `["pruner=uniform", "ratio=0.5"]`.
+
+    Raises:
+        UserError: An override is wrong; the message says what exists.
+    """
     return jobs(overrides, sweep=False)[0].cfg
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it would start. run_dir: where it would write; folder: of a job over samples, in the sweep's; place: of any
-    job of a sweep, where it has no number in its name.
+    """One run, ready to start.
+
+    Attributes:
+        cfg: The checked configuration.
+        run_dir: Output folder of a single run.
+        folder: Output folder below the sweep's, for a job over samples.
+        label: Name shown to the user.
+        place: Output folder below the sweep's, for any job whose folder name has no number.
     """
 
     cfg: RunConfig
@@ -69,9 +82,15 @@ class Job:
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
-    """Every job that the words ask for, checked; of a sweep those that Hydra's basic sweeper makes.
+    """Compose and check every job; a sweep has the jobs that Hydra's basic sweeper makes.
 
-    folder: one more place for YAML files. Raises UserError.
+    Args:
+        overrides: As on the command line.
+        sweep: Whether a comma separates values.
+        folder: One more folder of YAML files.
+
+    Raises:
+        UserError: An override is wrong.
     """
     with hydra(folder):
         if not sweep:
@@ -83,46 +102,49 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
 @contextmanager
 def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
-    """Hydra, ready to compose. folder: one more place for YAML files, main: another one than conf/. Raises UserError."""
+    """Initialise Hydra. Raises UserError.
+
+    folder: one more folder of YAML files; main: folder to use instead of conf/.
+    """
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
     for path in folder.rglob("*.yaml") if folder else ():
-        read_yaml(path)  # Hydra would follow aliases without end
+        read_yaml(path)  # refuses alias bombs, which Hydra would expand
     with explained(), initialize_config_dir(str(main or config.conf_dir()), job_name="specvlm", version_base="1.3"):
         register()
         yield
 
 
 def searchpath(folder: Path | None) -> list[str]:
-    """The words that have Hydra look there, too."""
+    """Override that adds `folder` to Hydra's search path."""
     return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
 
 
 def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
-    """A run's configuration with Hydra's own part, or that which all jobs of a sweep have."""
+    """Compose the configuration of a run, or the one that all jobs of a sweep share. Includes Hydra's own part."""
     _refuse_lists(words, mode)
     try:
         cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
         if mode == RunMode.MULTIRUN:
             _refuse_too_many(cfg)
         folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}
-    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # of Hydra, for some keys of its own
+    except (AssertionError, AttributeError, TypeError, LookupError) as err:  # Hydra raises these for some of its own keys
         own = " ".join(word for word in words if "hydra." in word)
         raise UserError(f"Hydra cannot read {own} ({first_line(err)}): leave out its own keys, or write them in full") from err
     for key, where in folders.items():
         if "\0" in where:
-            raise UserError(f"{key}={where}: no folder has a null character in its name")
+            raise UserError(f"{key}={where}: a folder name cannot contain a null character")
     return cfg
 
 
 def arguments_of(master: DictConfig) -> list[str]:
-    """What a sweep is over: what its preset says by `hydra.sweeper.params`, then the words, which win."""
+    """Sweep arguments: `hydra.sweeper.params` of the preset, then the command line, which wins."""
     own = OmegaConf.select(master, "hydra.sweeper.params") or {}
     return [*(f"{key}={value}" for key, value in own.items()), *master.hydra.overrides.task]
 
 
 def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
-    """All jobs of a sweep, checked, so that none starts if one is wrong. Raises UserError."""
+    """Check all jobs of a sweep before any starts. Raises UserError."""
     found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
@@ -131,8 +153,10 @@ def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
 
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists. Raises UserError for a
-    folder to write to that is empty.
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists.
+
+    Raises:
+        UserError: The name of an output folder is empty.
     """
     return [_quoted(word, sweep) for word in words]
 
@@ -146,7 +170,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
-    """Hydra would lay several options of a group over each other, which is no strategy. Presets may be several."""
+    """Refuse several options of one group: Hydra would merge them. Several presets are fine. Raises UserError."""
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
         names = value if isinstance(value, list) and group == "experiment" else [value]
@@ -159,34 +183,34 @@ def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
 
 
 def _refuse_too_many(master: DictConfig) -> None:
-    """What Hydra's basic sweeper cannot do, or would do without end. Raises UserError."""
+    """Refuse what the basic sweeper cannot do, and sweeps of too many jobs. Raises UserError."""
     if not is_basic(master.hydra.sweeper):
         return
     count: dict[str, int] = {}
     for override in _parsed(arguments_of(master)):
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise UserError(f"{override.input_line}: an interval needs a sweeper that samples, such as hydra/sweeper=optuna")
+            raise UserError(f"{override.input_line}: an interval needs a sampling sweeper, such as hydra/sweeper=optuna")
         if _length(override) > MOST_JOBS:
-            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, the most jobs of a sweep")
+            raise UserError(f"{override.input_line} has more than {MOST_JOBS} values, more than a sweep may have jobs")
         values = len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
         if not values:
             raise UserError(f"{override.input_line}: nothing matches")
         count[override.get_key_element()] = values
     if (jobs := math.prod(count.values())) > MOST_JOBS:
-        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: start several")
+        raise UserError(f"this sweep has {jobs} jobs, at most {MOST_JOBS} are allowed: split it into several")
 
 
 def is_basic(plugin: DictConfig) -> bool:
-    """Is it the launcher, or the sweeper, that comes with Hydra?"""
+    """Whether this launcher or sweeper is the one that comes with Hydra."""
     return str(plugin._target_).startswith("hydra._internal.")
 
 
 def job_of(cfg: DictConfig, sweep: bool) -> Job:
-    """What was composed as checked values. Raises UserError."""
+    """Check a composed configuration and name its folders. Raises UserError."""
     words = list(cfg.hydra.overrides.task)
     sampled = OmegaConf.select(cfg, "dataset") is not None
     place = _subdir(cfg, sampled) if sweep else None
-    folder = Path(place or "") if sampled else None  # not where: another job's ${now} is another moment
+    folder = Path(place or "") if sampled else None  # relative: ${now} differs between jobs
     own = {str(key) for key in OmegaConf.select(cfg, "hydra.sweeper.params") or ()}
     if left := own - {word.lstrip("+").partition("=")[0] for word in words}:
         how = "give it alone" if sweep else "it needs -m"
@@ -199,14 +223,14 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
         if kind != "dataset" or run.dataset is not None:
             try:
                 registry.build(kind, getattr(run, kind))
-            except Exception as error:  # of a sweep, a strategy that fails when it is made costs its own job, which says so
+            except Exception as error:  # in a sweep, a constructor that raises fails its own job only
                 if isinstance(error, UserError) or not sweep:
                     raise
     return Job(run, Path(cfg.hydra.run.dir), folder, names.label(words), place)
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """The checked values of what was composed, but for Hydra's own part. Raises UserError."""
+    """Checked values of a composed configuration, without Hydra's own part. Raises UserError."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
@@ -218,7 +242,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
             raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):
-            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder as save_pretrained writes it")
+            raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder written by save_pretrained")
     kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
     if cfg.tracker is not None:
@@ -232,16 +256,16 @@ def frozen(cfg: DictConfig) -> RunConfig:
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
-    """Keys of one run say nothing about a data set's samples. Only words tell: in a configuration they have defaults."""
+    """Refuse `video` and `question` beside a data set. Looks at the overrides, since the configuration has defaults."""
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if key in OWN_SAMPLE:
-            how = f"leave {key} out, or ask what you like by dataset=folder dataset.root=FOLDER"
+            how = f"leave {key} out, or use your own with dataset=folder dataset.root=FOLDER"
             raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
 
 
 def _refuse_shared(found: Sequence[Job]) -> None:
-    """Raises UserError for two jobs of a sweep that would write into one folder; shards of a job share theirs."""
+    """Raises UserError if two jobs of a sweep would write into one folder. Shards of a job share theirs."""
     seen: dict[tuple[str, str | None], int] = {}
     for number, job in enumerate(found, start=1):
         if job.place is None:
@@ -256,17 +280,17 @@ def _refuse_shared(found: Sequence[Job]) -> None:
 
 
 def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
-    """None where a number is in it."""
+    """Folder of a job below the sweep's; None if its name contains the job's number."""
     try:
         return str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException as err:
         if not sampled:
             return None
-        raise UserError("hydra.sweep.subdir: a job over samples has no number: call it after what it is") from err
+        raise UserError("hydra.sweep.subdir: a job over samples has no number: name it by its overrides") from err
 
 
 def _length(override: Override) -> float:
-    """How many values a sweep over one key has, without making them."""
+    """Number of values in a sweep over one key, without listing them."""
     sweep = override.value()
     if isinstance(sweep, RangeSweep):
         start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
@@ -275,6 +299,7 @@ def _length(override: Override) -> float:
 
 
 def _quoted(word: str, sweep: bool) -> str:
+    """Quote one override; see `quoted`."""
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
     if name in AT_HOME and value.startswith("~"):
@@ -284,24 +309,24 @@ def _quoted(word: str, sweep: bool) -> str:
         raise UserError(f"{word} names no folder: is a variable of your shell empty?")
     if not equals or not value:
         return word
-    if name in TEXT_KEYS:  # nothing in it is filled in, however it is quoted
+    if name in TEXT_KEYS:  # never interpolated, however it is quoted
         return f"{key}={value.replace('${', chr(92) + '${') if HYDRAS_OWN.fullmatch(value) else _text(value)}"
     if HYDRAS_OWN.fullmatch(value):
         return word
-    if name in FOLDERS or (name == "drafter.shape" and value.startswith("[")):  # a text that looks like a list
+    if name in FOLDERS or (name == "drafter.shape" and value.startswith("[")):  # a tree shape is a text that looks like a list
         return f"{key}={_text(value, filled=True)}"
     if name not in PATH_KEYS:
         return word
     there = os.path.exists(os.path.expanduser(value))
     if there or not sweep:
         return f"{key}={_text(value, filled=not there)}"
-    parts = value.split(",")  # of a sweep
+    parts = value.split(",")  # values of a sweep
     own = ("${" in part or not part or UNQUOTED.fullmatch(part) or HYDRAS_OWN.fullmatch(part) for part in parts)
     return f"{key}={','.join(part if is_own else _text(part) for part, is_own in zip(parts, own, strict=True))}"
 
 
 def _text(value: str, filled: bool = False) -> str:
-    """A text in quotes, as Hydra reads it. filled: a `${…}` in it is OmegaConf's."""
+    """Quote a text for Hydra. filled: let OmegaConf resolve `${…}` in it."""
     value = value if filled else escaped(value)
     inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     return f"'{inner}'"

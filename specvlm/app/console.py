@@ -1,4 +1,4 @@
-"""What a run shows on the terminal. The only place, beside the command line itself, that prints."""
+"""Terminal output of a run. Only this module and the command line itself print."""
 
 from __future__ import annotations
 
@@ -27,23 +27,28 @@ SPANS = ("file_to_first_token_s", "file_to_last_token_s")
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
 FIGURES = ("job", "done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast", "verdicts", "failed",
            "skipped")  # fmt: skip
-MOST_REASONS = 5  # told of a job; all are in its summary.json
+MOST_REASONS = 5  # shown per job; summary.json has all
 COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
 
 
 class RunConsole:
-    """Plain text where the output is no terminal: no colours, no bars, no control characters. quiet: no bars in any case."""
+    """Prints plans, answers, rows and tables; plain text without colours and bars if the output is no terminal.
+
+    Args:
+        console: Where to print; the terminal by default.
+        quiet: Show no bars.
+    """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Terminal()
         self.live = self.console.is_terminal and not quiet
-        set_verbosity_error()  # what goes wrong in Hugging Face's code is said in one line of ours
+        set_verbosity_error()  # our own one-line errors replace Hugging Face's logs
         if not self.console.is_terminal:
             self.console.width = 120
-            disable_progress_bar()  # Hugging Face's own, while weights load
+            disable_progress_bar()  # Hugging Face's own bars for loading weights
 
     def plan(self, job: Prepared) -> None:
-        """The question, the memory that will be needed, and what the drafter will be shown."""
+        """Print the question, the memory plan, and what the drafter will see."""
         say = partial(self.console.print, soft_wrap=not self.console.is_terminal)
         say(styled((job.clip, "bold"), f": {job.question}"))
         for device, plan in job.plans.items():
@@ -62,15 +67,17 @@ class RunConsole:
         say(styled(("pruner:", "dim"), f" {described(job.pruner)} {share}"))
 
     def note(self, line: str) -> None:
+        """Print a note, unless it is empty."""
         if line:
             self.console.print(styled(("note:", "yellow"), f" {line}"))
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
+        """Show a spinner with a label."""
         return self.console.status(what) if self.live else nullcontext()
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar, gone when done."""
+        """Show a progress bar until the context ends; yields a function that advances it by one."""
         columns = (
             TextColumn("[dim]{task.description}"),
             BarColumn(),
@@ -83,7 +90,7 @@ class RunConsole:
 
     @contextmanager
     def answer(self, tokenizer: Any) -> Iterator[Callable[[Step], None]]:
-        """Prints the answer as its tokens come. Text is shown once later tokens can no longer change it."""
+        """Yield a function that prints the answer step by step. Holds text back while later tokens may change it."""
         tokens: list[int] = []
         shown = ""
 
@@ -104,6 +111,7 @@ class RunConsole:
             stream.add(text[len(shown) :] + "\n\n", last=True)
 
     def summary(self, summary: dict[str, Any], folder: Path) -> None:
+        """Print the table and the verdict of a run."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows(summary):
             table.add_row(styled((name, "dim")), value)
@@ -113,27 +121,35 @@ class RunConsole:
         self.written(folder)
 
     def checked(self, found: Mapping[str, Any], label: str = "") -> None:
-        """What Hugging Face's own model made of an answer; found: its row, or the summary of a run."""
+        """Print the verdict of Hugging Face's own model. found: the row of a sample, or the summary of a run."""
         whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
         self.console.print(
             styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded anew")
         )
 
     def written(self, folder: Path) -> None:
+        """Print where the results are."""
         self.console.print(styled((f"written to {folder}", "dim")))
 
     def job(self, name: str, done: int, total: int, shard: str | None) -> None:
-        """What is about to be answered."""
+        """Print the heading of a job: its name and how many samples are done."""
         before, part = f", {done} of them done" if done else "", f" (shard {shard})" if shard else ""
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """A line when one is done. count: of how many; left: how long the rest will take."""
+        """Print one line for a finished sample. count: such as "3/10"; left: estimated time for the rest."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
-        """The table behind a sweep, and why what failed did. jobs: names and summaries; go_on: words for the rest."""
+        """Print the table of a sweep and the reasons of its failures.
+
+        Args:
+            jobs: Label and summary of each job.
+            common: Overrides that all jobs share.
+            folder: The sweep's folder.
+            go_on: Overrides that resume the sweep; empty if it is complete.
+        """
         lines, reasons = list[tuple[str | Text, ...]](), []
         for label, found in jobs:
             name = label or found.get("dataset") or "job"  # alone, it has nothing that tells it from others
@@ -152,10 +168,13 @@ class RunConsole:
             self.console.print(styled((f"all: {common}", "dim")))
         if folder is not None:
             self.written(folder)
-        self.note(go_on and f"broken off; the same line with {go_on} goes on")
+        self.note(go_on and f"interrupted; repeat the command with {go_on} to go on")
 
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
-        """Of jobs: their names, and FIGURES unless there are none. In a narrow terminal each name has a line of its own."""
+        """Print names and FIGURES of jobs, without empty columns.
+
+        A narrow terminal gets the name on a line of its own.
+        """
         there = [at for at in range(len(FIGURES)) if not at or any(str(row[at]) for row in rows)]
         heads, lines = [FIGURES[at] for at in there], [[row[at] for at in there] for row in rows]
         sizes = [[self.console.measure(cell) for cell in column] for column in zip(heads, *lines, strict=True)]
@@ -172,6 +191,7 @@ class RunConsole:
 
 
 def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], headed: bool = True) -> Table:
+    """Build a table of fixed column widths."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
     for head, width in zip(heads, widths, strict=True):
         made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
@@ -181,7 +201,7 @@ def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths:
 
 
 def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
-    """Of a sample, in a few words, for `styled`."""
+    """Outcome of a sample in a few words; parts for `styled`."""
     if row["status"] != "ok":
         return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
@@ -194,14 +214,14 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
 
 
 def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
-    """A job's line of the table, from its summary.json."""
+    """Cells of a job's line in the table, from its summary.json."""
     yield f"{found['ok']}/{found['samples']}"
     yield "-" if found["kept_tokens"] is None else f"{found['kept_tokens']:.0f}"
     yield "-" if found["accepted_per_round"] is None else f"{found['accepted_per_round']:.2f}"
     for _, key in SPEEDUPS:
         yield "-" if found[key] is None else times(found[key])
     for key in SPANS:
-        yield "-" if found.get(key) is None else seconds(found[key])  # older summaries have none
+        yield "-" if found.get(key) is None else seconds(found[key])  # missing in older summaries
     told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
     told += [styled("check: ", coloured(kind, f"{count} {kind}")) for kind, count in found.get("hf_checks", {}).items()]
     yield Text(", ").join(told) if told else "-"
@@ -210,17 +230,17 @@ def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
 
 
 def coloured(verdict: str, text: str = "") -> tuple[str, str]:
-    """A text and its style."""
+    """A text (by default the verdict) with the colour of its verdict."""
     return text or verdict, next((colour for start, colour in COLOURS.items() if verdict.startswith(start)), "bold")
 
 
 def not_applied(settings: Sequence[str]) -> str:
-    """What to note of a target's `ignored_settings`."""
+    """Note on generation settings of the checkpoint that are not applied; empty if there are none."""
     return f"not applied, though the checkpoint's generation config sets it: {', '.join(settings)}" if settings else ""
 
 
 def too_many_ties(ties: Mapping[str, int] | None) -> str:
-    """What to note of a job's `ties`."""
+    """Note on a job with more numeric ties than rounding explains; else empty."""
     if ties is None or ties["tied"] <= ties["normal"]:
         return ""
     found = f"numeric ties at {ties['tied']} of {ties['tokens']} tokens, rounding explains {ties['normal']}"
@@ -228,17 +248,17 @@ def too_many_ties(ties: Mapping[str, int] | None) -> str:
 
 
 def spread(job: Prepared) -> str:
-    """How the target lies on its devices; nothing to say of one."""
+    """How the target is split over its devices; empty for a single device."""
     places = job.places
     if places.parallel == "tensor":
-        draft = f", the draft {'too' if places.draft_shared else 'on the first alone'}" if job.drafter.model == "draft" else ""
+        draft = f", the draft {'too' if places.draft_shared else 'on rank 0 alone'}" if job.drafter.model == "draft" else ""
         return f"every layer shared by {places.ranks} ranks{draft}"
     shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
     return ", ".join(shares)
 
 
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The table below the answer."""
+    """Lines of the table below the answer: name and value."""
     yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
     accepted = summary["accepted_per_round"]
     if accepted is not None:
@@ -262,12 +282,14 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def against(ours: float, alone: float | None, speedup: float | None) -> str:
+    """Our time beside the target's own, with the speed-up."""
     if alone is None or speedup is None:
         return seconds(ours)
     return f"{seconds(ours)}, the target alone {seconds(alone)}: {times(speedup)}"
 
 
 def meaning(verdict: str) -> str:
+    """Explain a verdict in a few words; empty for a mismatch."""
     if verdict.startswith("identical"):
         return "to the target's own output"
     if verdict == "sampled":
@@ -278,24 +300,29 @@ def meaning(verdict: str) -> str:
 
 
 def two_digits(value: float) -> str:
-    """A speed. One run of 109 tokens, ten times over on a busy CPU, was 0.94 to 1.63 times as fast as the target alone, with a
-    standard deviation of 16 %: a third digit is noise in a job of hundreds of samples still. Files have all digits.
+    """Round a speed to two digits; files keep all digits.
+
+    Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A
+    third digit is noise even in a job of hundreds of samples.
     """
     return f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:#.2g}"
 
 
 def times(speedup: float) -> str:
+    """Format a speed-up."""
     return f"{two_digits(speedup)} x"
 
 
 def left(done: int, more: int, since: float) -> str:
-    """How long `more` will take where `done` took from `since`, by `monotonic`, until now; empty where nobody knows."""
+    """Estimated time for `more` units if `done` units took since `since` (of `monotonic`); empty if unknown."""
     return f", {timedelta(seconds=round((monotonic() - since) / done * more))} left" if done and more else ""
 
 
 def seconds(value: float) -> str:
+    """Format a time in s or ms."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
 def size(count: int) -> str:
+    """Format a number of bytes in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

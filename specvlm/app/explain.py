@@ -1,4 +1,4 @@
-"""What Hydra, OmegaConf and YAML find wrong with a configuration, in one line of ours."""
+"""Rewrite errors of Hydra, OmegaConf and YAML as one plain line."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from specvlm.strategies import registry
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into a UserError of one line. Hydra raises a bare ValueError for some words."""
+    """Turn errors of Hydra, OmegaConf and YAML into a UserError. ValueError too: Hydra raises it for some overrides."""
     try:
         yield
     except UserError:
@@ -30,7 +30,7 @@ def explained() -> Iterator[None]:
 
 
 def explain(err: Exception) -> str:
-    """What was wrong, what exists, "did you mean", without Hydra's own vocabulary."""
+    """Say what is wrong and what exists, with "did you mean", without Hydra's own terms."""
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
     if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")

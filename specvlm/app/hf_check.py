@@ -1,8 +1,9 @@
-"""An answer read over by a Hugging Face model that shares nothing with our decoding but token ids and pixels.
+"""Check an answer with Hugging Face's own model, which shares only token ids and pixels with our decoding.
 
-The verdict of a run compares two loops of ours over one target. What both share (positions, attention, features, the
-embedding of a prompt, stop ids) it cannot see. Here the checkpoint is loaded anew by transformers' own class, under its
-own attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging Face's.
+The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
+positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
+transformers' own class and attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging
+Face's.
 
 Shape suffixes: S prompt tokens, T output tokens, V vocabulary.
 """
@@ -37,17 +38,20 @@ if TYPE_CHECKING:
     from specvlm.app.model_cache import ModelCache
     from specvlm.app.readings import Readings
 
-ATTENTION = "sdpa"  # Hugging Face's own, of torch; "eager" would hold a prompt's scores in full
-ROUNDINGS = 5  # times the typical change by one more rounding a layer: the most that rounding is said to explain
-MOST = 20  # differences that are told
+ATTENTION = "sdpa"  # "eager" would hold the full attention matrix of a prompt
+ROUNDINGS = 5  # tolerated gap, in multiples of the typical change by one more rounding per layer
+MOST = 20  # differences that are reported
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A token that is not the model's argmax.
+    """A token of the answer that is not the model's argmax.
 
-    token: its index in the answer. candidates: what came out, and the argmax. gap: by how much the model prefers the
-    latter, in logits, the penalty applied; rounding: how much of that rounding explains.
+    Attributes:
+        token: Index in the answer.
+        candidates: Token ids: ours and the argmax.
+        gap: Logit of the argmax minus that of our token, after the penalty.
+        rounding: The largest gap, in logits, that rounding explains.
     """
 
     token: int
@@ -57,14 +61,17 @@ class Difference:
 
     @property
     def explained(self) -> bool:
+        """Whether rounding explains the gap."""
         return self.gap <= self.rounding
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What reading an answer over found.
+    """Result of a check; `str` gives the verdict.
 
-    differences: in their order. fault: what no logits excuse, such as an end in the wrong place, and at which token.
+    Attributes:
+        differences: Tokens that are not the argmax, in order.
+        fault: (token index, reason) of a fault that logits cannot excuse, such as an end in the wrong place.
     """
 
     differences: tuple[Difference, ...] = ()
@@ -86,10 +93,10 @@ class Agreement:
 
 
 class ReferenceModel:
-    """A checkpoint as transformers loads it: safetensors alone, no remote code, nothing of it replaced.
+    """A checkpoint loaded by transformers, unmodified: safetensors only, no remote code.
 
-    dtype, device: as the target has them; without a device its layers are spread over all GPUs, by accelerate. Of the
-    generation settings stop ids and penalty stay, which we apply; others go, since our loops do without them.
+    Keeps stop ids and penalty of the generation config and drops the other settings, as our loops do. Without a device,
+    accelerate spreads the layers over all GPUs.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> None:
@@ -107,7 +114,7 @@ class ReferenceModel:
 
     @classmethod
     def of(cls, setup: Setup) -> ReferenceModel:
-        """The setup's target. Raises UserError where it cannot be loaded, OutOfMemory where there is no room for it."""
+        """Load the setup's target. Raises UserError if that fails, OutOfMemory if it does not fit."""
         places = setup.places
         with room(setup):
             folder = folder_of(model_folder(setup.cfg.target.path), weights=True)
@@ -117,17 +124,20 @@ class ReferenceModel:
     def check(
         self, prompt: VideoPrompt, output: Sequence[int], limit: int, penalty: float | None = None, generate: bool = False
     ) -> Agreement:
-        """Is every token of the output the model's argmax, given those before it, and does it end where it should?
+        """Check that each token of the output is the model's argmax given those before it, and that the end is right.
+
+        Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
+        token, and those two if a token differs.
 
         Args:
-            prompt: its token ids and pixels are read, nothing else.
-            output: token ids, the stop id included.
-            limit: the most tokens that were asked for.
-            penalty: for repetitions; None for that of the checkpoint's generation config.
-            generate: compare with what `generate` gives token by token, by its own cache.
+            prompt: Only its token ids and pixels are read.
+            output: Token ids, including the stop id.
+            limit: The most new tokens that were asked for.
+            penalty: Repetition penalty; None: that of the checkpoint's generation config.
+            generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
-        Costs a pass over prompt and output, and one more where a token differs. With `generate` as many passes as
-        tokens, and these two where a token differs.
+        Returns:
+            The differences found, and the verdict by `str`.
         """
         penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
         if not generate:
@@ -135,7 +145,7 @@ class ReferenceModel:
         answer = self.generate(prompt, limit, penalty)
         if answer == list(output):
             return Agreement(fault=fault)
-        # Behind the first difference the two follow different texts: what the model makes of ours, a pass over it says.
+        # After the first difference the texts diverge, so a pass over our text judges the rest.
         common = alike(answer, output)
         told = f"{len(output)} tokens came out, Hugging Face's generate gives {len(answer)}"
         found = self._differences(prompt, output, penalty, answer[: common + 1])
@@ -144,10 +154,10 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """known: tokens that count for the first argmaxes, whatever a pass over all of them says."""
-        config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # of two logits together, as a share of the larger
+        """Compare the output with the argmax of a pass over it. known: tokens to use as the first argmaxes instead."""
+        config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {config.video_token_id, config.image_token_id} & set(output[:-1]):
-            raise UserError("the answer holds a placeholder of a video, which no pass over it can read")
+            raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
         logits_TV, found = self._logits(prompt, output), []
         for at, scores_V in enumerate(self._scores(logits_TV, prompt, output, penalty)):
             best, ours = known[at] if at < len(known) else int(scores_V.argmax()), output[at]
@@ -155,18 +165,19 @@ class ReferenceModel:
                 its, own = float(scores_V[best]), float(scores_V[ours])
                 found.append(Difference(at, (ours, best), abs(its - own), ulp * max(abs(its), abs(own))))
         if found:
-            # How far rounding moves a difference of two logits: of most tokens of the answer, not of the worst one.
-            pairs = zip(logits_TV.double(), self._logits(prompt, output, shaken=True).double(), strict=True)
+            # How far rounding moves a difference of two logits: the median over tokens, not the worst one.
+            pairs = zip(logits_TV.double(), self._logits(prompt, output, perturbed=True).double(), strict=True)
             typical = math.sqrt(2) * median(float((a - b).std()) for a, b in pairs)
             found = [replace(wrong, rounding=wrong.rounding + ROUNDINGS * typical) for wrong in found]
         return tuple(found)
 
     def generate(self, prompt: VideoPrompt, limit: int, penalty: float = 1.0) -> list[int]:
-        """Hugging Face's own greedy answer, its stop id included."""
+        """Decode greedily with Hugging Face's `generate`. Returns token ids, including the stop id."""
         out = self.hf.generate(**self._inputs(prompt), max_new_tokens=limit, repetition_penalty=penalty)
         return out[0, len(prompt) :].tolist()
 
     def _end(self, output: Sequence[int], limit: int) -> tuple[int, str] | None:
+        """Check that the output ends at its first stop token, or at the limit. Returns a fault or None."""
         stopped = next((at for at, token in enumerate(output) if token in self.stop_ids), None)
         if stopped is not None and stopped + 1 < len(output):
             return stopped + 1, f"the answer goes on behind stop token {output[stopped]}"
@@ -176,9 +187,9 @@ class ReferenceModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """As Hugging Face's processors make them. Not `generate_inputs`, which may share a fault with our positions."""
+        """Model inputs as Hugging Face's processors make them; not ours, since they may share a fault."""
         if prompt.images:
-            raise UserError("check reads prompts of videos and text: there are images in this one")
+            raise UserError("check supports prompts of videos and text only: this one has images")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
         ids_1S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])[None]
         made = {"input_ids": ids_1S, "attention_mask": torch.ones_like(ids_1S)}
@@ -192,33 +203,34 @@ class ReferenceModel:
             made["pixel_values_videos"] = torch.stack(pixels)
         return {name: value.to(device) for name, value in made.items()}
 
-    def _logits(self, prompt: VideoPrompt, output: Sequence[int], shaken: bool = False) -> Tensor:
-        """(T, V) before each token of the output, of one pass over all. shaken: see `shaking`."""
-        with shaking(self.hf) if shaken else nullcontext():
+    def _logits(self, prompt: VideoPrompt, output: Sequence[int], perturbed: bool = False) -> Tensor:
+        """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`."""
+        with perturbation(self.hf) if perturbed else nullcontext():
             return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
 
     def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
-        """(V,) a token, behind transformers' own logits processor."""
+        """Yield scores (V,) per token, after transformers' own logits processor."""
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
         ids_1S = torch.cat([prompt.tokens, torch.tensor(output, dtype=prompt.tokens.dtype)])[None].to(logits_TV.device)
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)  # as `generate` has it, whose scores are float32
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)  # scores of `generate` are float32
         for at, logits_V in enumerate(logits_TV):
             yield processors(ids_1S[:, : len(prompt) + at], logits_V[None].to(wide))[0]
 
 
 @contextmanager
-def shaking(hf: Any) -> Iterator[None]:
-    """Within it each layer's output, of text and vision, is off by up to half a unit in the last place, evenly at
-    random: what another order of summation may do to it. Twice that in 32 and 64 bits, where sums are no wider than
-    what they come to. Seeded, so that a verdict stays.
+def perturbation(hf: Any) -> Iterator[None]:
+    """Perturb each layer's output, of text and vision, as another order of summation might.
+
+    Adds uniform noise of up to half a unit in the last place; up to one unit in 32 and 64 bits, where sums are
+    accumulated in no wider type. Seeded, so that verdicts are reproducible.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     generators: dict[torch.device, torch.Generator] = {}
 
-    def shake(_module: Any, _args: Any, out: Any) -> Any:
+    def perturb(_module: Any, _args: Any, out: Any) -> Any:
         hidden = out[0] if isinstance(out, tuple) else out
         generator = generators.setdefault(hidden.device, torch.Generator(hidden.device).manual_seed(0))
         noise = 2 * torch.rand(hidden.shape, generator=generator, dtype=hidden.dtype, device=hidden.device) - 1
@@ -226,7 +238,7 @@ def shaking(hf: Any) -> Iterator[None]:
         return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
     layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
-    hooks = [layer.register_forward_hook(shake) for layer in layers]
+    hooks = [layer.register_forward_hook(perturb) for layer in layers]
     try:
         yield
     finally:
@@ -236,7 +248,7 @@ def shaking(hf: Any) -> Iterator[None]:
 
 @contextmanager
 def room(setup: Setup) -> Iterator[None]:
-    """Raises OutOfMemory for what runs out of memory within it."""
+    """Turn out-of-memory errors of any kind into OutOfMemory."""
     try:
         yield
     except RuntimeError as error:
@@ -249,8 +261,8 @@ def room(setup: Setup) -> Iterator[None]:
         ) from error
 
 
-def told(found: Agreement, tokenizer: Any) -> dict[str, Any]:
-    """hf_check and hf_difference, see `metrics.KEYS`."""
+def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
+    """Format a result as hf_check and hf_difference, see `metrics.KEYS`."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
         for part in found.differences[:MOST]
@@ -259,19 +271,20 @@ def told(found: Agreement, tokenizer: Any) -> dict[str, Any]:
 
 
 def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> dict[str, Any]:
-    """hf_check and hf_difference of a run's answer. The pair is let go first, to make room for another target; the video
-    is read again, since plugins have seen the prompt.
+    """Check the answer of a run. Returns hf_check and hf_difference.
+
+    Drops the loaded models first, for room. Reads the video again, since plugins have had access to the prompt.
     """
     held.clear()
     model, cfg = ReferenceModel.of(request), request.cfg
     prompt = read(request, own_sample(cfg)).prompt
     with room(request):
         found = model.check(prompt, token_ids, cfg.max_new_tokens, cfg.repetition_penalty, cfg.check == "generate")
-    return told(found, request.target.tokenizer)
+    return result_keys(found, request.target.tokenizer)
 
 
 def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
-    """Rows of this process's part of a job that wait for their check, each with its sample's place in the data set."""
+    """(sample index, row) of this process's rows that are still to be checked."""
     with inside(job.setup.verifier):
         graph = job.setup.graph()
     if job.folder is None or hf_check_of(job.cfg, graph) is not None:
@@ -281,16 +294,16 @@ def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
 
 
 def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exception], int]) -> list[int]:
-    """Check what jobs of one target have answered, sample by sample, over one model; each row is written as it is done.
+    """Check the answers of jobs that share a target, sample by sample; write each row as it is checked.
 
-    A video is read again, once for all jobs, and equal answers are checked once. tell: see `sweep.take_turns`. A row
-    that cannot be checked waits for the next resume=true. Returns exit codes of what went wrong.
+    Reads each video once more for all jobs, and checks equal answers once. A row that cannot be checked stays pending
+    until the next resume=true. tell: see `sweep.take_turns`. Returns the exit codes of failures.
     """
     waiting = [(index, at, row) for at, job in enumerate(jobs) for index, row in unchecked(job)]
     if not waiting:
         return []
     jobs[0].held.clear()
-    readings.forget()  # plugins have seen them
+    readings.forget()  # plugins have had access to them
     try:
         model = ReferenceModel.of(jobs[0].setup)
     except Exception as error:
@@ -310,7 +323,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
                 traceback.print_exception(error)
             continue
         assert job.rows is not None
-        row |= told(found, job.setup.target.tokenizer)
+        row |= result_keys(found, job.setup.target.tokenizer)
         job.rows.begin()
         job.rows.end(row)
         job.screen.checked(row, job.label)
@@ -322,6 +335,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
 def _of_row(
     model: ReferenceModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
 ) -> Agreement:
+    """Check the answer of one row. known: results by everything that they depend on."""
     cfg, sample = job.cfg, job.key(index)
     asked = (sample, tuple(row["token_ids"]), cfg.max_new_tokens, cfg.repetition_penalty, cfg.check)
     if asked not in known:
@@ -329,6 +343,6 @@ def _of_row(
             readings.forget()
         prompt = readings.get(sample, job.read(index)).prompt
         if len(prompt) != row["prompt_tokens"]:
-            raise UserError(f"its prompt has {len(prompt)} tokens now, and had {row['prompt_tokens']}: the video has changed")
+            raise UserError(f"its prompt now has {len(prompt)} tokens, but had {row['prompt_tokens']}: the video has changed")
         known[asked] = model.check(prompt, *asked[1:4], cfg.check == "generate")
     return known[asked]

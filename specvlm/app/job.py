@@ -1,4 +1,4 @@
-"""A job: one configuration over the samples of a data set, a row a sample, appended as it is done."""
+"""Run one configuration over the samples of a data set and append one row per sample."""
 
 import sys
 import traceback
@@ -35,14 +35,16 @@ from specvlm.types import Step
 
 
 class Job:
-    """Opened by `start`, which finds all mistakes that can be found without weights; then a `turn` a sample; then `close`.
+    """One configuration over many samples. Call `start`, then `turn` per sample, then `close`.
 
-    folder: None for a rank that writes nothing. above: of all jobs of a sweep, where baselines are kept. label: what tells it
-    from the other jobs, group: the sweep's name. Samples that fail get a row with the reason; what makes all of them fail, such
-    as weights that cannot be loaded, is raised.
+    A sample that fails gets a row with the reason. Errors that concern every sample, such as weights that cannot be
+    loaded, are raised.
+
+    folder: None on a rank that writes nothing. above: folder of the sweep, where baselines are kept. label, group:
+    names of the job and the sweep. wandb: None for no mirror.
     """
 
-    quiet = True  # several of them take turns on the screen
+    quiet = True  # several jobs share the screen
 
     def __init__(
         self,
@@ -59,22 +61,22 @@ class Job:
         self.label, self.group = label, group
         kept = home(cfg.baselines) if cfg.baselines else above / "baselines"
         self.screen, self.failure = RunConsole(quiet=self.quiet), ""
-        self.left: Callable[[], str] = str  # how long all jobs of the sweep will take
+        self.left: Callable[[], str] = str  # estimated time left for the whole sweep
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._own = object()  # what this job alone has warmed up goes by it
+        self._own = object()  # key of warm-ups that only this job may use
         self._told: set[str] = set()
-        self._rounds: list[dict[str, Any]] = []  # of the last sample
+        self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
     def start(self) -> None:
-        """Raises UserError."""
+        """Check all that needs no weights, and open the folder. Raises UserError."""
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
         self.samples = unique(self.dataset)
         self.ids = {sample.id for sample in self.samples}
-        which, _, of = (cfg.shard or "").partition("/")  # which `config.validate` has checked
+        which, _, of = (cfg.shard or "").partition("/")  # checked by `config.validate`
         self.shard = (int(which), int(of)) if cfg.shard else None
         if self.folder:
             room(self.folder, len(self.shard_indices), cfg.max_new_tokens)
@@ -86,23 +88,29 @@ class Job:
         name, shard = self.label or self.dataset.name, cfg.shard if self.shard else None
         self.screen.job(name, len(self.shard_indices) - len(self.todo), len(self.shard_indices), shard)
         if gone := len(done - self.ids):
-            self._note(f"{gone} samples in {self.folder} are in the data set no longer: their rows stay, and are not counted")
+            self._note(f"{gone} samples in {self.folder} are no longer in the data set: their rows stay, and are not counted")
         self._mirror()
 
     @property
     def shard_indices(self) -> range:
-        """Places in the data set of the samples that this process answers."""
+        """Indices in the data set of the samples that this process answers."""
         which, of = self.shard or (0, 1)
         return range(which, len(self.samples), of)
 
     def turn(
         self, index: int, readings: Readings, order: int | None = None, read_next: Callable[[], None] = lambda: None
     ) -> None:
-        """Answer the sample of that place in the data set, unless it has been done.
+        """Answer one sample, unless it is done.
 
-        readings: of jobs that may ask the same; order: of this job among those. read_next: begins to read what comes next;
-        called once this one is read, where the job reads ahead. Raises what the whole job fails of; with fail_fast also what
-        the sample fails of.
+        Args:
+            index: Index of the sample in the data set.
+            readings: Readings shared with other jobs.
+            order: Position of this job in the order of jobs for this sample.
+            read_next: Starts to read the next sample; called after this one is read, if the job reads ahead.
+
+        Raises:
+            JobFailed: The sample failed and fail_fast is set.
+            Exception: Any error that concerns every sample.
         """
         if index not in self.todo:
             return
@@ -118,17 +126,17 @@ class Job:
             raise JobFailed(self.code_of([found]))
 
     def key(self, index: int) -> Hashable:
-        """Of the sample's prompt; jobs that ask the same of the same family have equal ones."""
+        """Cache key of a sample's reading: equal for jobs with the same data set, frames and target."""
         cfg, target = self.cfg, self.setup.target
         shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
         return (registry.described(self.dataset), index, *shown, type(target), target.folder)
 
     def read(self, index: int) -> Read:
-        """What reads the sample's video and makes the prompt."""
+        """Function that reads the sample's video and makes the prompt."""
         return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
-        """Write the totals and let go of the folder, once. Returns the exit code over all rows of this process."""
+        """Write the totals and release the folder. Returns the exit code over all rows of this process."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -143,7 +151,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """The job cannot go on; its folder says why. Returns what a job that never began has for totals."""
+        """End the job and write the reason into its folder. Returns a summary for a job that never began."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -154,6 +162,8 @@ class Job:
 
     @staticmethod
     def code_of(rows: Sequence[dict[str, Any]]) -> int:
+        """Worst exit code over these rows."""
+
         def of(row: dict[str, Any]) -> int:
             if row["status"] == "failed":
                 return ExitCode.FAILED
@@ -163,7 +173,7 @@ class Job:
         return worst(map(of, rows))
 
     def _sample(self, index: int, readings: Readings, read_next: Callable[[], None]) -> dict[str, Any]:
-        """Its row, all but the order. Rounds are written on the way."""
+        """Answer one sample and write its rounds. Returns its row, without `order`."""
         assert self.rows is not None
         sample, record = self.samples[index], RequestResult()
         self.rows.begin()
@@ -180,7 +190,7 @@ class Job:
             reason = self._reason(error, sample)
         if not self._all(request is not None) or request is None:
             return self._row(index, status, reason)
-        graph = self._graph(request, record)  # what goes wrong here goes wrong with every sample
+        graph = self._graph(request, record)  # an error here concerns every sample
         try:
             with contained():
                 figures = self._answer(index, request, graph, record)
@@ -188,7 +198,7 @@ class Job:
             raise
         except Exception as error:
             if self.ranks.size > 1:
-                raise  # the others do not know
+                raise  # the other ranks cannot know
             full = isinstance(error, RuntimeError) and memory_plan.ran_out(error)
             if full:
                 error = ran_out(request, record)
@@ -198,12 +208,12 @@ class Job:
         return self._row(index, "ok", None) | figures
 
     def _all(self, mine: bool) -> bool:
-        """Does it hold on every rank?"""
+        """Whether a condition holds on every rank."""
         device = self.setup.places.first
         return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
 
     def _mirror(self) -> None:
-        """Begin it, with what was done before; a job that has nothing left to do was mirrored then."""
+        """Start the W&B mirror and log earlier rows. Skips a job that is complete: it was mirrored before."""
         if self.folder and self.todo:
             part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
             self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
@@ -215,12 +225,13 @@ class Job:
                     self.tracker.sample(found, rounds[found["sample"]])
 
     def _note(self, line: str) -> None:
+        """Print a note, once per job."""
         if line and line not in self._told:
             self._told.add(line)
             self.screen.note(line)
 
     def _graph(self, request: Prepared, record: RequestResult) -> DecodingGraph:
-        """What the request is answered with, and what is to be noted of it."""
+        """Load the models, build the graph of a request, and print its notes."""
         graph = self.held.graph(request, self.ranks)
         self._note(not_applied(graph.target.ignored_settings))
         self._note(graph.target.left_full)
@@ -229,6 +240,7 @@ class Job:
         return graph
 
     def _answer(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> dict[str, Any]:
+        """Decode a request. Returns the metrics of its row."""
         self._decode(index, request, graph, record)
         record.peak_bytes = max(map(memory_plan.peak_bytes, request.places.devices))
         summary, _ = summarize(request, graph, record)
@@ -238,7 +250,7 @@ class Job:
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Without a drafter, before any strategy has run; then with one. Each behind its warm-up."""
+        """Decode without a drafter, before any strategy has run, then with one. Warm up before each."""
         begin(request, graph, record)
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
@@ -247,7 +259,7 @@ class Job:
             self._stream(index, request, graph, record)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """The rounds, written as they come."""
+        """Decode with the drafter and write each round."""
         assert self.rows is not None
         self._rounds = []
         for number, step in enumerate(speculate(request, graph, record)):
@@ -260,10 +272,11 @@ class Job:
                 self._note(step.keep.note)
 
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Where what was captured does not serve: a longer request moves to larger caches, and another job, or a comparison of
-        outputs, may have had them changed, which only matters to what is captured. What another job of this process has warmed
-        up, with the same models, options and strategies, serves this one too. On all ranks if on one, whose draft's cache the
-        others do not have.
+        """Warm up unless an earlier warm-up still serves.
+
+        A longer request needs larger caches. Captured graphs also need caches that no other job or comparison of
+        outputs has changed. A warm-up by another job of this process counts if models, options and strategies are the
+        same. All ranks warm up if one needs to: a draft's cache may be on rank 0 alone.
         """
         most, _ = sizes_of(self.setup.drafter)
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + most)
@@ -276,7 +289,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """What passes depend on beside their number and the target. What a plugin does may depend on anything."""
+        """Rest of a warm-up's key. Plugins may depend on anything, so with a plugin this job itself is part of it."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -284,17 +297,19 @@ class Job:
         return graph.draft, own, replace(graph.options, max_new_tokens=1, seed=0)
 
     def _alone(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> list[Step]:
+        """Decode with the target alone, after a warm-up."""
         self._warm_up("alone", alone(request, graph), request, graph, record)
         with self.screen.progress("the target on its own", self.cfg.max_new_tokens) as advance:
             return decode_alone(request, graph, record, advance)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> Baseline:
+        """Read or decode the baseline."""
         weights = self.held.weights[graph.target]
         with writable(self.baselines.folder):
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
 
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
-        """With every key that a row has; the figures are still to come."""
+        """Build a row with every key; metrics are None."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         with inside(dataset):
@@ -303,7 +318,7 @@ class Job:
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
     def _reason(self, error: BaseException, sample: Sample) -> str:
-        """For the row; of a fault the place where it came up is shown too, once."""
+        """Reason of a failed sample for its row. Prints the traceback of a fault, once per reason."""
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)
@@ -312,7 +327,7 @@ class Job:
         return reason
 
     def _recover(self, request: Prepared, full: bool) -> None:
-        """Go on behind a sample that failed, if the device still can. Raises what it raises if not."""
+        """Free memory after a failed sample and check that the devices still work. Raises the device's error if not."""
         if full:
             self.held.release_memory()
         for device in request.places.devices:
@@ -320,7 +335,7 @@ class Job:
                 torch.zeros(1, device=device).item()
 
     def _summarize(self, folder: Path) -> dict[str, Any]:
-        """Until nothing more has come: several shards end at about the same time."""
+        """Write the totals; repeats until no row is new, since several shards may end at once."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
             while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):

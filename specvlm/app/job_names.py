@@ -1,4 +1,4 @@
-"""What the jobs of a sweep are called, on the screen and on the disk."""
+"""Names of the jobs of a sweep, on the screen and on the disk."""
 
 import re
 from collections.abc import Sequence
@@ -6,19 +6,21 @@ from hashlib import sha256
 
 from omegaconf import DictConfig, OmegaConf
 
-from specvlm.results.rows import NO_MATTER
+from specvlm.results.rows import NEUTRAL_KEYS
 
-LONGEST = 150  # characters of a folder's name, of the 255 that file systems take
+LONGEST = 150  # characters of a folder name; file systems take 255
 
 
 def register() -> None:
-    """Make `hydra.sweep.subdir` of conf/config.yaml known to OmegaConf. Can be called again."""
+    """Register the resolver that `hydra.sweep.subdir` in conf/config.yaml uses. Can be called again."""
     OmegaConf.register_new_resolver("specvlm_subdir", _subdir, replace=True)
 
 
 def _subdir(*, _root_: DictConfig) -> str:
-    """Of a job over samples by what it is, so that the same job finds its folder again in another sweep, and shards share it;
-    of a single run by its number too, since texts and paths are not in its name.
+    """Name the folder of a job.
+
+    A job over samples gets a name without a number: the same job finds its folder again in another sweep, and shards
+    share it. A single run gets its number too, since texts and paths are left out of its name.
     """
     if OmegaConf.select(_root_, "dataset") is None:
         return f"{_root_.hydra.job.num}_{_root_.hydra.job.override_dirname}"
@@ -26,7 +28,7 @@ def _subdir(*, _root_: DictConfig) -> str:
 
 
 def folder_name(words: Sequence[str]) -> str:
-    """Of a job with these overrides. What no folder can be called is replaced, and told apart by a checksum."""
+    """Folder name for these overrides. Replaces characters that a folder name cannot have and then adds a checksum."""
     text = label(sorted(words), ",")
     plain = re.sub(r"[^\w.,=+:@-]+", "-", text)
     if plain == text and len(text) <= LONGEST:
@@ -35,13 +37,13 @@ def folder_name(words: Sequence[str]) -> str:
 
 
 def label(words: Sequence[str], separator: str = " ") -> str:
-    """What tells a job from others: its overrides, without those that change no row."""
-    words = [re.sub(r"^(dataset\.\w+)='(.*)'$", r"\1=\2", word) for word in words]  # quoted for Hydra alone
-    return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NO_MATTER)
+    """Label of a job: its overrides, without those that change no result."""
+    words = [re.sub(r"^(dataset\.\w+)='(.*)'$", r"\1=\2", word) for word in words]  # the quotes are for Hydra
+    return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NEUTRAL_KEYS)
 
 
-def apart(labels: Sequence[str]) -> tuple[list[str], str]:
-    """Each label without the words that all of them have, and those words."""
+def split_shared(labels: Sequence[str]) -> tuple[list[str], str]:
+    """Split off the words that all labels share. Returns the shortened labels and the shared words."""
     words = [label.split(" ") for label in labels]
     common = [word for word in words[0] if all(word in others for others in words)]
     return [" ".join(word for word in own if word not in common) for own in words], " ".join(common)

@@ -1,4 +1,4 @@
-"""From words to exit code: each job is composed once, checked before any starts, and run by Hydra."""
+"""Compose each job once, check all before any starts, and have Hydra run them."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -30,10 +30,13 @@ TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"
 
 
 class Call:
-    """The jobs of one command line, and Hydra's task function: launchers call it in other processes, too.
+    """The jobs of one command line. Also Hydra's task function, which launchers may call in other processes.
 
-    folder: of the run or the sweep; key: what would name it, empty where it is named. guarded: calls, and turns mistakes into
-    exit codes; tell: says what a job failed of, and returns its exit code.
+    Args:
+        folder: Folder of the run or the sweep.
+        key: The key that names the folder; empty if the user gave it.
+        guarded: Calls a function and turns its errors into an exit code.
+        tell: Reports an error and returns its exit code.
     """
 
     def __init__(
@@ -47,15 +50,18 @@ class Call:
         self.sweep = Sweep(self.folder, tell)
 
     def expect(self, jobs: Sequence[Job]) -> None:
-        """Take note of jobs that are about to start. Raises UserError where they were to go on with nothing."""
+        """Register jobs that are about to start.
+
+        Raises UserError if they should resume in a folder that does not exist.
+        """
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
-            raise UserError(f"resume=true goes on in a folder that is there: give {self.key}=FOLDER")
+            raise UserError(f"resume=true needs an existing folder: give {self.key}=FOLDER")
         self.jobs += len(jobs)
         inner = {Path(os.path.abspath(self.folder / job.folder)): job.label for job in jobs if job.folder is not None}
         self.sweep.expect(inner, jobs[0].cfg.tracker)
 
     def take_turns(self, jobs: Sequence[tuple[Job, DictConfig]], context: HydraContext) -> list[JobReturn]:
-        """Jobs of a sweep, all in this process."""
+        """Run the jobs of a sweep in this process, a few samples of each in turn."""
         self.sweep.together = True
         done = [
             run_job(partial(self.checked, job.cfg), cfg, "hydra.sweep.dir", "hydra.sweep.subdir", context) for job, cfg in jobs
@@ -64,10 +70,11 @@ class Call:
         return done
 
     def __call__(self, cfg: DictConfig) -> int:
+        """Check and run one job; returns its exit code."""
         return self._job(cfg.get("dataset") is not None, bool(cfg.get("fail_fast")), lambda: compose.frozen(cfg))
 
     def checked(self, run: RunConfig, cfg: DictConfig) -> int:
-        """The same for what has been checked."""
+        """Run one job that was checked already; returns its exit code."""
         return self._job(run.dataset is not None, run.fail_fast, lambda: run)
 
     def _job(self, sampled: bool, fail_fast: bool, asked: Callable[[], RunConfig]) -> int:
@@ -81,7 +88,7 @@ class Call:
             print(visible(f"[{state.job.num + 1}/{self.jobs}] {' '.join(state.overrides.task)}{rest}"), flush=True)
             self.sweep.expect({folder: job_names.label(state.overrides.task)}, self.sweep.tracker)
         if torchrun.rank_here():
-            self.tidy(folder)  # now, since a rank may be killed
+            self.tidy(folder)  # before the job too, since a rank may be killed
         try:
             code = self.sweep.add(asked(), folder, state) if sampled else self.guarded(lambda: _run(asked(), folder))
         finally:
@@ -92,7 +99,7 @@ class Call:
         return code
 
     def tidy(self, folder: Path) -> None:
-        """Remove `folder`, and what was made to hold it, where nothing was written."""
+        """Remove `folder` and the parents made for it, as far as they are empty."""
         while self.there_before in folder.parents:
             try:
                 folder.rmdir()
@@ -103,25 +110,25 @@ class Call:
             folder = folder.parent
 
     def tidy_sweep(self) -> None:
-        """Hydra writes multirun.yaml before the first job; without a job's folder beside it, it says nothing."""
+        """Remove Hydra's multirun.yaml, and the sweep's folder, if no job wrote anything."""
         ours = self.folder != self.there_before and self.folder.is_dir()
         if ours and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
             (self.folder / "multirun.yaml").unlink()
         self.tidy(self.folder)
 
     def carry_out(self, action: Callable[[], object]) -> int:
-        """What starts the jobs; then all that is left to do behind them. Returns the worst exit code."""
+        """Call `action`, which starts the jobs, then finish the sweep. Returns the worst exit code."""
         try:
             action()
             self.codes.append(self.sweep.finish())
-        except (JobFailed, CannotWrite) as err:  # it may have come from a worker, as the first of several that failed
+        except (JobFailed, CannotWrite) as err:  # perhaps from a worker: the first of several errors
             if not self.sweep.labels or (isinstance(err, CannotWrite) and not self.sweep.mismatch()):
                 raise
             self.codes += [self.tell(err), *self.sweep.mismatch()]
         except OSError as err:
             if err.filename or isinstance(err, HydraException | BrokenPipeError):
                 raise
-            raise UserError(f"{err}: cannot write into {self.folder}") from err  # a full disk does not say where
+            raise UserError(f"{err}: cannot write into {self.folder}") from err  # the error of a full disk names no file
         finally:
             self.sweep.close()
             self.tidy_sweep()
@@ -130,7 +137,7 @@ class Call:
 
 
 def answer(args: Namespace, parser: ArgumentParser) -> int:
-    """Have Hydra answer a question about a configuration, in `compose.hydra`; returns the exit code."""
+    """Have Hydra show help, a configuration or completions; returns the exit code. Call inside `compose.hydra`."""
     hydra, name, words = cast("Any", GlobalHydra.instance().hydra), args.config_name or "config", args.overrides
     if args.hydra_help:
         hydra.hydra_help(name, parser, args)
@@ -144,9 +151,16 @@ def answer(args: Namespace, parser: ArgumentParser) -> int:
 
 
 def start(words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call], name: str = "config") -> int:
-    """Compose, check and run what `words` ask for, in `compose.hydra`; returns the exit code. Raises UserError.
+    """Compose, check and run the jobs of `words`; returns the exit code. Call inside `compose.hydra`.
 
-    call_of: makes a Call of its first two arguments; name: of the YAML file that comes first.
+    Args:
+        words: Overrides, quoted for Hydra.
+        sweep: Whether -m was given.
+        call_of: Makes a Call of a folder and a key.
+        name: Name of the primary configuration.
+
+    Raises:
+        UserError: The words ask for something that cannot run.
     """
     key, other = FOLDERS[sweep], FOLDERS[not sweep]
     if any(word.startswith(f"{other}=") for word in words):
@@ -170,21 +184,21 @@ def _once(cfg: DictConfig, task: Callable[[DictConfig], int], context: HydraCont
     context.callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
     done = run_job(task, cfg, "hydra.run.dir", None, context)
     context.callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
-    _ = done.return_value  # raises what the task raised
+    _ = done.return_value  # raises the exception of the task
 
 
 def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
     written = call.folder / "multirun.yaml"
-    if written.exists() and not written.is_file():  # Hydra would wait for a pipe's reader
-        raise UserError(f"{written} is no file: move it away, or give another folder")
+    if written.exists() and not written.is_file():  # Hydra would block on a pipe
+        raise UserError(f"{written} is not a file: move it away, or give another folder")
     over = None if compose.is_basic(cfg.hydra.launcher) else cfg.hydra.launcher
     with open_dict(cfg):
-        cfg.hydra.sweep.dir = str(call.folder)  # one for all, whatever ${now} is where a job is composed
+        cfg.hydra.sweep.dir = str(call.folder)  # one folder for all jobs: ${now} differs from job to job
         cfg.hydra.overrides.hydra += compose.quoted([f"{FOLDERS[True]}={call.folder}"], sweep=False)
         cfg.hydra.launcher = OmegaConf.create({"_target_": TURNS, "_recursive_": False, "over": over})
     context.callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=call, config=cfg)
-    sweeper.validate_batch_is_legal = lambda batch: None  # type: ignore[method-assign]  # the launcher composes, and checks
+    sweeper.validate_batch_is_legal = lambda batch: None  # type: ignore[method-assign]  # our launcher composes and checks the jobs
     sweeper.sweep(list(cfg.hydra.overrides.task))
     context.callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
 

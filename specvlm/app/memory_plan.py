@@ -1,4 +1,4 @@
-"""What a run will need, worked out from configurations before any weight is loaded."""
+"""Plan the memory of a run from model configurations, before any weight is loaded."""
 
 import resource
 import sys
@@ -18,25 +18,31 @@ from specvlm.models.quantize import stored
 from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.parallel.torchrun import rank_here
 
-Stages = Sequence[tuple[int, torch.device]]  # so many layers there, in their order
+Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipeline stage, in order
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose, of one device. Weights and caches are exact, activations an estimate from the widest layer."""
+    """Bytes by purpose on one device. Weights and caches are exact; activations are estimated from the widest layer."""
 
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
+        """Sum of all parts in bytes."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Need:
-    """A model, which may be a skeleton (see `load.skeleton`) and must not be quantised yet, and what a run asks of it.
+    """A model and what a run needs of it.
 
-    slots: of its cache; kind: what its linear layers are quantised to. signals: bytes held for strategies, see `signals`.
+    Attributes:
+        model: May be a skeleton (see `load.skeleton`); must not be quantised yet.
+        slots: Slots of its KV cache.
+        dtype: Dtype of its weights and cache.
+        kind: Quantisation of its linear layers; None: not quantised.
+        signals: Bytes held for strategies, see `signals`.
     """
 
     model: VideoLM
@@ -54,10 +60,19 @@ def plan(
     free: Mapping[torch.device, int | None],
     layers: Sequence[int] = (),
 ) -> tuple[dict[torch.device, MemoryPlan], list[int]]:
-    """The plan of each device of this process, and the layers of each of the target's, where they are split by what is free.
+    """Plan each device of this process. Plans activations on every device that the prefill passes.
 
-    draft: None, or the target once more where that drafts: then it has a second cache, and nothing else. patches: of one pass
-    of a vision tower. Activations are planned on every device that a prefill passes. layers: as a split target lies already.
+    Args:
+        target: The target and its needs.
+        draft: The draft and its needs. If the target drafts, pass it again: it gets a second cache. None: no draft
+            model.
+        patches: Patches in one pass of the vision tower.
+        places: Devices of target and draft.
+        free: Free bytes by device.
+        layers: Number of layers per device, if a split target is loaded already; else it is split by free memory.
+
+    Returns:
+        The plan by device, and the number of layers per device (empty unless the target is split).
     """
     second = draft is not None and draft.model is target.model
     mine = draft if draft and not second and (places.draft_shared or rank_here() == 0) else None
@@ -91,8 +106,10 @@ def plan(
 
 
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
-    """By device, of a rank. A tied head on another device than the embedding is there twice; layers of no stage nowhere. Those
-    of a quantised checkpoint lie on one device.
+    """Weight bytes by device, on one rank.
+
+    A tied head on another device than the embedding counts twice. Layers of no stage do not count. A quantised
+    checkpoint lies on the first stage's device.
     """
     if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
         return {stages[0][1]: packed}
@@ -107,29 +124,29 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
 
 
 def cache(need: Need, layers: int, ranks: int = 1) -> int:
-    """Of so many of the model's layers, on a rank, which has its share of the heads."""
+    """KV cache bytes of `layers` layers on one rank, which holds its share of the heads."""
     return kv_bytes(need.model, pooled(need.slots), need.dtype) // need.model.layers * layers // ranks
 
 
 def activations(needs: Sequence[Need], patches: int) -> int:
-    """Of the models that take turns on a device, so the largest of them counts."""
+    """Peak activation bytes on a device. Its models run in turn, so the largest counts."""
     prompts, passes = [], []
     for need in needs:
         config, vision = need.model.hf.config.get_text_config(), need.model.hf.config.vision_config
         text_rows = min(need.slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
-        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # it rotates in float32
-        # A quantised head is dequantised in full where it runs through Hugging Face's modules, as in the prefill.
+        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # rotary embedding in float32
+        # The prefill runs Hugging Face's modules, which dequantise a quantised head in full.
         head = need.model.vocabulary * config.hidden_size if need.kind else 0
-        # Features, embeddings and signals, there all the while.
+        # Features, embeddings and signals live through the whole prefill.
         prompts.append(2 * need.slots * config.hidden_size * need.dtype.itemsize + need.signals)
         passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
     return max(prompts) + max(passes)
 
 
 def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
-    """Most that shares of weights take at once on their way in: Hugging Face puts a whole share there, then it is quantised.
+    """Peak bytes while a tensor-parallel rank loads: its full-precision share is loaded, then quantised.
 
-    draft: one that is shared too; it comes when the target is quantised. 0 where nothing is quantised.
+    draft: a shared draft, loaded after the target is quantised. Returns 0 if nothing is quantised.
     """
 
     def share(need: Need) -> int:
@@ -140,27 +157,31 @@ def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
+    """Bytes of a KV cache with `slots` slots over all layers and heads."""
     return 2 * model.layers * model.kv_heads * model.head_dim * slots * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had."""
+    """Memory available on a device, in bytes."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for its next tensors
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
 
 
 def ran_out(error: BaseException) -> bool:
-    """Is it memory that an error is about? torch has a type of its own for one allocator of several."""
+    """Whether an error means out of memory. Only one of torch's allocators raises OutOfMemoryError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")  # the CPU's allocator, cuBLAS and its kin, CUDA itself
+    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")  # of the CPU allocator, cuBLAS and the like, CUDA
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def reset_peak(device: torch.device) -> None:
-    """From here on. On a CPU where the system has a way to, else the peak stays that since the start of the process."""
+    """Reset the peak memory statistics.
+
+    A CPU peak can only be reset on Linux; elsewhere it covers the whole process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -169,7 +190,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Since the last reset: of the allocator on a GPU, of the whole process on a CPU."""
+    """Peak bytes since the last reset: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):

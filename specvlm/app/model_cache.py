@@ -1,4 +1,4 @@
-"""What a process keeps from one run to the next: the models, their caches, and the engine with what it captured."""
+"""Keep models, KV caches and engines from one run of a process to the next."""
 
 import gc
 import threading
@@ -26,55 +26,63 @@ from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours, label_of
 
 
 class ModelCache:
-    """One target at a time, and the drafts that were used with it. A run that asks for another target finds room for it."""
+    """Holds one target and the drafts used with it. A request for another target drops them first."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Drop everything, models included."""
         self.caches = CachePool()
         self.models: dict[Hashable, VideoLM] = {}
-        self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # their checksums, when they were loaded
-        self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # and what they were beside
+        self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # checksum at load time
+        self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # structure at load time
         self.layers: list[int] = []
-        self.calls = THIRD_PARTY_CALLS.calls  # up to which the models are known to be what was loaded
+        self.calls = THIRD_PARTY_CALLS.calls  # plugin calls up to the last check of the models
         self.release_memory()
 
     def release_memory(self) -> None:
-        """Keep the weights alone: after a request that ran out of memory."""
+        """Drop all but the weights. Called after a request that ran out of memory."""
         self.caches.empty()
         self.engines: dict[Hashable, Engine] = {}
-        # By what is warm: slots of its last warm-up, and how often caches had changed behind it.
+        # What was warmed up -> (cache slots, `caches.changes` after the warm-up).
         self.warm: dict[Hashable, tuple[int, int]] = {}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def target_of(self, setup: Setup) -> Hashable:
-        """Equal for setups that share a target."""
+        """Cache key of the target: equal for setups that share one."""
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Room for a request beside what is held and is its own. Raises UserError where there is not enough."""
+        """Plan the memory of a request, dropping models it does not use if needed.
+
+        Raises UserError if it does not fit.
+        """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:
             self.clear()
         try:
-            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+            return plan(setup, reading, self._reusable(setup, (target, draft)), self.layers)
         except UserError:
             if not self.models.keys() - {target, draft}:
                 raise
             self.models = {key: model for key, model in self.models.items() if key in (target, draft)}
             self.release_memory()
-            return plan(setup, reading, self._again(setup, (target, draft)), self.layers)
+            return plan(setup, reading, self._reusable(setup, (target, draft)), self.layers)
 
-    def _again(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
+    def _reusable(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
+        """Bytes per device of the held models and caches that the request uses again."""
         mine = [self.models[key] for key in keys if key in self.models]
         return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
 
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
-        """Load what is not held of the models that the drafter needs. A draft that is another rank's is its skeleton here."""
-        self._put_right()
+        """Build the graph of a request, loading missing models.
+
+        A draft that only rank 0 holds is a skeleton on other ranks.
+        """
+        self._restore_shared_state()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0
         layers = list(zip(request.layers, places.target, strict=True)) if request.layers else []
 
@@ -92,20 +100,19 @@ class ModelCache:
         self.layers = request.layers
         draft = self._model(_key(request, "draft"), load_draft) if request.drafter.model == "draft" else None
         if places.first.type == "cuda":
-            torch.cuda.set_device(places.first)  # what captures and launches kernels goes by the current device
+            torch.cuda.set_device(places.first)  # graph capture and kernel launches use the current device
         engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
         strategies = (request.pruner, request.drafter, request.verifier)
         return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
 
-    def _put_right(self) -> None:
-        """What strategies changed outside of a request, such as when they were made, before the next one begins."""
+    def _restore_shared_state(self) -> None:
+        """Undo changes that strategies made outside of a request, such as in their constructors."""
         if CODE.watched:
             CODE.look()
             CODE.undo()
         changed = any(structure(model) != found for model, found in self.structures.items())
-        if (
-            not changed and THIRD_PARTY_CALLS.calls > self.calls
-        ):  # reading the weights takes a while: only where somebody was there
+        # Checksums of all weights take a while: compute them only if a plugin has run.
+        if not changed and THIRD_PARTY_CALLS.calls > self.calls:
             changed = any(weights_of(model) != found for model, found in self.weights.items())
         if changed:
             self.clear()
@@ -113,6 +120,7 @@ class ModelCache:
         self.calls = THIRD_PARTY_CALLS.calls
 
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
+        """The held model of this key; loads it if there is none."""
         if key not in self.models:
             model = make()
             self.weights[model], self.structures[model] = weights_of(model), structure(model)
@@ -121,9 +129,10 @@ class ModelCache:
 
     @contextmanager
     def guard(self, graph: DecodingGraph) -> Iterator[None]:
-        """Around all that strategies do in a request: what is held is the same afterwards, or is let go.
+        """Guard models, caches and code while strategies run: undo their changes, or drop what cannot be undone.
 
-        Raises StrategyError where it is not, unless the request has failed anyway.
+        Raises:
+            StrategyError: A strategy changed something that other requests use, and the request did not fail anyway.
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
         snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
@@ -135,17 +144,17 @@ class ModelCache:
         finally:
             try:
                 undone, spoilt = snapshot.undo()
-            except Exception as error:  # what is looked at may be a plugin's own by now
-                undone, spoilt = [], [f"what cannot be looked at any more ({one_line(error)})"]
+            except Exception as error:  # a plugin may have replaced the objects being checked
+                undone, spoilt = [], [f"objects that cannot be read any more ({one_line(error)})"]
             if spoilt or (foreign and not set(threading.enumerate()) <= threads):
-                self.clear()  # a thread that goes on may hold any of it
+                self.clear()  # a thread that is still running may hold references
             self.calls = THIRD_PARTY_CALLS.calls
             if (undone or spoilt) and not failed:
-                raise StrategyError(f"{_strangers(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
+                raise StrategyError(f"{_suspects(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
 
 
-def _strangers(graph: DecodingGraph) -> str:
-    """The strategies that are not specvlm's own; all three where all are."""
+def _suspects(graph: DecodingGraph) -> str:
+    """Name the third-party strategies, as suspects; all three if there are none."""
     foreign = [one for one in _strategies(graph) if not is_ours(one)]
     return " or ".join(map(label_of, foreign or _strategies(graph)))
 
@@ -158,13 +167,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-MODEL_CACHE = (
-    ModelCache()
-)  # of this process; ranks that share a target hold their own, since a process group does not outlive its run
+# The cache of this process. Tensor-parallel runs use their own: a process group does not outlive its run.
+MODEL_CACHE = ModelCache()
 
 
 def _key(setup: Setup, side: str) -> Hashable:
-    """What makes a loaded model what it is. None for a draft that is not used."""
+    """Cache key of a loaded model; None for a draft that is not used."""
     model = setup.target if side == "target" else setup.draft
     if model is None:
         return None

@@ -1,4 +1,4 @@
-"""Which device holds what: worked out of the keys of a run and of what torchrun says, before anything is loaded."""
+"""Assign devices to target and draft, from the keys of a run and torchrun's environment."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,14 @@ from specvlm.strategies import registry
 
 @dataclass(frozen=True)
 class Placement:
-    """target: the devices of its layers in their order, or this rank's. draft: where the draft is; `first` where there is none.
+    """Devices of target and draft.
 
-    ranks: how many share the target. draft_shared: do they share the draft too? Else the first one has it alone.
+    Attributes:
+        parallel: "layers", "tensor", or None for a single device.
+        target: Devices of the target's layers in order; this rank's device if tensor-parallel.
+        draft: Device of the draft; `first` if there is none.
+        ranks: Number of tensor-parallel ranks.
+        draft_shared: Whether the draft is tensor-parallel too; else rank 0 alone holds it.
     """
 
     parallel: str | None
@@ -25,15 +30,26 @@ class Placement:
 
     @property
     def first(self) -> torch.device:
+        """Device of the target's first layer."""
         return self.target[0]
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
+        """All devices that this process uses."""
         return tuple(dict.fromkeys((*self.target, self.draft)))
 
 
 def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or device=auto") -> torch.device:
-    """What `key` names, a GPU with its index. otherwise: what to use instead of a missing one. Raises UserError."""
+    """Parse a device name and check that the device exists.
+
+    Args:
+        name: Such as auto, cpu, cuda or cuda:1.
+        key: The key it comes from, for the error message.
+        otherwise: Advice for the error message.
+
+    Raises:
+        UserError: There is no such GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -46,15 +62,15 @@ def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or de
 
 
 def places_of(cfg: RunConfig) -> Placement:
-    """Raises UserError for what cannot be had here, in one line."""
+    """Assign devices as `cfg` asks. Raises UserError if this machine or torchrun does not offer them."""
     parallel, named = cfg.target.parallel, cfg.device not in ("auto", "cpu", "cuda")
     if named and parallel:
         how = "set CUDA_VISIBLE_DEVICES"
-        raise UserError(f"target.parallel={parallel} takes every GPU there is, not device={cfg.device}: {how}")
+        raise UserError(f"target.parallel={parallel} uses every GPU, not device={cfg.device}: {how}")
     if (count := torchrun.size_here()) > 1 and parallel != "tensor":
-        raise UserError(f"torchrun started {count} ranks, which share a target: give target.parallel=tensor, or leave it out")
+        raise UserError(f"torchrun started {count} ranks: give target.parallel=tensor, or run without torchrun")
     device = device_of(cfg.device)
-    drafts = registry.build("drafter", cfg.drafter).model == "draft"  # else what is said of the draft is not looked at
+    drafts = registry.build("drafter", cfg.drafter).model == "draft"  # other drafters ignore the keys of the draft
     draft = None
     if drafts and cfg.draft.device:
         draft = device_of(cfg.draft.device, "draft.device", "draft.device=cpu, or leave it out")
@@ -66,17 +82,19 @@ def places_of(cfg: RunConfig) -> Placement:
 
 
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
+    """target.parallel=layers: split over all GPUs but the draft's."""
     if device.type != "cuda":
-        raise UserError("target.parallel=layers splits a target over GPUs, and there is none to use")
+        raise UserError("target.parallel=layers splits a target over GPUs, but there is no GPU")
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     mine = tuple(d for d in devices if d != draft)
     if len(mine) < 2:
         beside = f" beside draft.device={draft}" if draft else ""
-        raise UserError(f"target.parallel=layers needs two GPUs or more{beside}, there is {len(mine)}: leave it out")
+        raise UserError(f"target.parallel=layers needs two GPUs or more{beside}, but there is {len(mine)}: leave it out")
     return Placement("layers", mine, draft or mine[0])
 
 
 def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool) -> Placement:
+    """target.parallel=tensor: one GPU per rank, or the CPU."""
     ranks = torchrun.size_here()
     if ranks < 2:
         raise UserError("target.parallel=tensor needs two ranks or more: torchrun --nproc-per-node 2 -m specvlm …")
@@ -89,7 +107,7 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
         device = torch.device("cuda", local)
     elif torch.cuda.is_available():
         how = "hide them with CUDA_VISIBLE_DEVICES= for the CPU"
-        raise UserError(f"target.parallel=tensor takes the GPUs where there are some: {how}")
-    if torchrun.rank_here():  # not to be touched from here: looking at another GPU's memory takes some of it
+        raise UserError(f"target.parallel=tensor uses GPUs if there are any: {how}")
+    if torchrun.rank_here():  # rank 0 alone uses it; even querying a GPU's memory allocates some
         draft = None
     return Placement("tensor", (device,), draft or device, ranks, draft_shared)

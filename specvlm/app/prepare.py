@@ -1,4 +1,4 @@
-"""Before any weight is loaded: what a configuration comes to, what a sample asks, and whether there is memory for it."""
+"""Check a configuration, read a sample and plan its memory, all before any weight is loaded."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,13 @@ SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…)
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration, checked; of the models their skeletons. draft: None where the drafter needs none."""
+    """A checked configuration with model skeletons (no weights).
+
+    Attributes:
+        draft: None if the drafter needs no draft model.
+        vocabulary: Number of token ids that target and draft share.
+        kinds: Quantisation of the text layers by side; None: not quantised.
+    """
 
     cfg: RunConfig
     places: Placement
@@ -42,14 +48,15 @@ class Setup:
     draft: VideoLM | None
     vocabulary: int
     dtype: torch.dtype
-    kinds: dict[str, str | None]  # by side: what its text part is quantised to, None for not at all
+    kinds: dict[str, str | None]
 
     def graph(self) -> DecodingGraph:
-        """Of skeletons: it cannot decode, and knows its budget. Raises UserError where parts do not go together."""
+        """Graph of skeletons: knows its budget, cannot decode. Raises UserError if its parts do not fit together."""
         return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
 
     @property
     def options(self) -> GenerationOptions:
+        """Generation options of the configuration."""
         cfg = self.cfg
         own = (cfg.max_new_tokens, cfg.ratio, cfg.positions, cfg.seed, cfg.repetition_penalty)
         return GenerationOptions(*own, record=cfg.record)
@@ -57,10 +64,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample as the target is asked it.
+    """A sample as the target's prompt.
 
-    video_s: seconds it took to read the video and make the prompt, read_bytes: what was held then: frames and pixels.
-    reader: what read the file, and why that.
+    Attributes:
+        clip: Name of the video.
+        video_s: Seconds spent on reading the video and making the prompt.
+        read_bytes: Host memory held while reading: frames and pixel tensors.
+        reader: The video reader used, and why.
     """
 
     prompt: VideoPrompt
@@ -73,20 +83,26 @@ class Reading:
 
 @dataclass(frozen=True)
 class Prepared(Setup, Reading):
-    """Both, and room found for them."""
+    """A configuration and a sample that fit into memory.
+
+    Attributes:
+        kept: Number of video tokens that the drafter sees.
+        layers: Number of layers on each device of a split target.
+        plans: Memory plan of each device of this process.
+    """
 
     kept: int
-    layers: list[int]  # of each device, where they are split
-    plans: dict[torch.device, memory_plan.MemoryPlan]  # of this process
+    layers: list[int]
+    plans: dict[torch.device, memory_plan.MemoryPlan]
 
     @property
     def planned(self) -> int:
-        """Bytes, on all devices of this process."""
+        """Planned bytes on all devices of this process."""
         return sum(plan.total for plan in self.plans.values())
 
 
 def set_up(cfg: RunConfig, places: Placement) -> Setup:
-    """Check what can be checked without a video. Raises UserError."""
+    """Build strategies and skeletons and check all that needs no video. Raises UserError."""
     pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     target.check_template()
@@ -104,33 +120,33 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
     with settled(), inside(verifier):
         setup.graph()
     for strategy in (pruner, drafter):
-        with settled():  # a property may read files of its own
+        with settled():  # its properties may run code of a plugin
             needs_of(strategy)
     return setup
 
 
 def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
-    """Raises UserError where Hugging Face's own model is another one than the target."""
+    """Raises UserError if `check=…` is set and Hugging Face's model would differ from the target."""
     if cfg.check is None:
         return
-    wanted = f"check={cfg.check} reads the answer over with Hugging Face's own model"
+    wanted = f"check={cfg.check} checks the answer with Hugging Face's own model"
     if kind:
-        raise UserError(f"{wanted}, and target.weights={kind} makes another of it: leave target.weights out, or check")
+        raise UserError(f"{wanted}, and target.weights={kind} makes it a different model: leave out target.weights or check")
     if target.quantised:
-        raise UserError(f"{wanted}, which is not done for checkpoints quantised by {target.quantised}: leave check out")
+        raise UserError(f"{wanted}, which does not support checkpoints quantised by {target.quantised}: leave check out")
     if cfg.target.parallel == "tensor":
-        raise UserError(f"{wanted}, for which ranks have no room: take target.parallel=layers, or leave check out")
+        raise UserError(f"{wanted}, which needs more memory than ranks have: use target.parallel=layers, or leave check out")
     if cfg.mrope != "hf" and target.axes > 1:
-        raise UserError(f"{wanted}, whose positions are other ones than mrope={cfg.mrope}: take mrope=hf, or leave check out")
+        raise UserError(f"{wanted}, whose positions differ from mrope={cfg.mrope}: use mrope=hf, or leave check out")
 
 
 def own_sample(cfg: RunConfig) -> Sample:
-    """The configuration's own video and question, where it names no data set."""
+    """Sample of a run without a data set: its own video and question."""
     return Sample("", find_clip(cfg.video), cfg.question or "describe the video.")
 
 
 def read(setup: Setup, sample: Sample) -> Reading:
-    """Open the video and make the prompt. Raises UserError."""
+    """Read the video and make the prompt. Raises UserError."""
     check_question(sample.question)
     start = perf_counter()
     clip = frames_of(setup.cfg, setup.target, sample)
@@ -141,22 +157,22 @@ def read(setup: Setup, sample: Sample) -> Reading:
 
 
 def reads_ahead(cfg: RunConfig, places: Placement) -> bool:
-    """Is the next sample's video read while one is decoded? On a CPU it would take its time from the decoding."""
+    """Whether to read the next video during decoding. auto: only on a GPU, since on a CPU it slows decoding down."""
     if cfg.dataset is None:
         return False
     return places.first.type == "cuda" if cfg.prefetch == "auto" else bool(cfg.prefetch)
 
 
 def check_question(question: object) -> None:
-    """Raises UserError for what is no text, or more of it than a question has."""
+    """Raises UserError if the question is no text or too long."""
     if not isinstance(question, str) or SURROGATE.search(question):
-        raise UserError(f"the question is no text: {line(repr(question))}")
+        raise UserError(f"the question is not a text: {line(repr(question))}")
     if len(question) > LONGEST_QUESTION:
-        raise UserError(f"the question has {len(question)} characters, at most {LONGEST_QUESTION} are asked")
+        raise UserError(f"the question has {len(question)} characters, at most {LONGEST_QUESTION} are allowed")
 
 
 def check_name(path: Path) -> None:
-    """Raises MissingVideo for what no file can be called; one that is not there is missed when it is opened."""
+    """Raises MissingVideo for an impossible file name. A missing file is reported when it is opened."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -166,7 +182,7 @@ def check_name(path: Path) -> None:
 
 
 def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
-    """Those of its video that the target is shown. Raises UserError."""
+    """Read the frames of the sample's video that the target sees. Raises UserError."""
     with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
@@ -180,8 +196,16 @@ def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
 def plan(
     setup: Setup, reading: Reading, held: Mapping[torch.device, int] | None = None, layers: Sequence[int] = ()
 ) -> Prepared:
-    """Room for the request. held: bytes on each device that it would use again, of what was loaded before it; layers: of each
-    device, where a target is held that is split. Raises UserError where there is not enough.
+    """Plan the memory of a request.
+
+    Args:
+        setup: The checked configuration.
+        reading: The sample.
+        held: Bytes per device of loaded models and caches that the request reuses.
+        layers: Number of layers per device, if a split target is loaded already.
+
+    Raises:
+        UserError: A device has too little free memory.
     """
     cfg, places, drafter, prompt = setup.cfg, setup.places, setup.drafter, reading.prompt
     target, draft = setup.target, setup.draft
@@ -192,7 +216,7 @@ def plan(
     patches = max(map(target.vision_rows, prompt.videos), default=0)
     pruned = slots - len(prompt.video_index) + kept + rows - nodes
     if setup.pruner.draft_layers and 0 < kept < len(prompt.video_index):
-        pruned = max(pruned, len(prompt))  # its signal comes from the drafter's pass over the whole prompt
+        pruned = max(pruned, len(prompt))  # its signal needs a draft pass over the whole prompt
     asked, total = needs_of(setup.pruner) | needs_of(drafter), len(prompt.video_index)
     signals = held_bytes(asked, setup.verifier.reads_hidden, target, total, setup.dtype, places.ranks)
     needs = [memory_plan.Need(target, slots, setup.dtype, setup.kinds["target"], signals)]
@@ -211,5 +235,5 @@ def plan(
         if planned.total > have:
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
             needed = f"{planned.total / 2**30:.1f} GiB on {device}"
-            raise UserError(f"the run needs about {needed}, {have / 2**30:.1f} GiB are free: {advice}")
+            raise UserError(f"the run needs about {needed}, but {have / 2**30:.1f} GiB are free: {advice}")
     return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)

@@ -1,4 +1,4 @@
-"""Samples as the target is asked them, read once for all jobs that ask the same; the next one while another is answered."""
+"""Read samples once for all jobs that share them, and read the next one ahead during decoding."""
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,17 +13,16 @@ Read = Callable[[], Reading]
 
 
 class Readings(AbstractContextManager["Readings"]):
-    """Readings by key, and at most one more that is read ahead, in a thread of its own.
+    """Cache of readings by key, plus at most one that a background thread reads ahead.
 
-    One video is read at a time, here or there. When the context ends, nothing is left running: a reading that has begun
-    is waited for.
+    Reads one video at a time. Leaving the context waits for a read in progress.
     """
 
     def __init__(self) -> None:
         self._held: dict[Hashable, Reading] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[Hashable, Future[Reading]] | None = None
-        # To ask also settles this thread's own number, which otherwise would follow what the other thread sets first.
+        # The query also fixes this thread's own count; else it would take over the count that the other thread sets.
         self._usual = torch.get_num_threads()
 
     def __exit__(self, *_: object) -> None:
@@ -34,7 +33,7 @@ class Readings(AbstractContextManager["Readings"]):
         return key in self._held
 
     def get(self, key: Hashable, read: Read) -> Reading:
-        """The one that is held, or was read ahead; else it is read now. Raises what reading it raises."""
+        """Return the reading of `key`: cached, read ahead, or read now. Raises what `read` raises."""
         if key not in self._held:
             begun, self._ahead = self._ahead, None
             if begun is None or begun[0] != key:
@@ -45,7 +44,7 @@ class Readings(AbstractContextManager["Readings"]):
         return self._held[key]
 
     def begin(self, key: Hashable, read: Read, count: int | None) -> None:
-        """Read it ahead for `get`, with so many threads of torch's (None: as usual); who decodes keeps its own."""
+        """Start reading `key` ahead. count: torch threads of the background thread (None: the default)."""
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._drop(self._ahead)
@@ -59,11 +58,11 @@ class Readings(AbstractContextManager["Readings"]):
         self._ahead = key, self._pool.submit(work)
 
     def forget(self) -> None:
-        """What is held; the one that is read ahead stays."""
+        """Drop all cached readings; keeps the one that is read ahead."""
         self._held.clear()
 
     @staticmethod
     def _drop(begun: tuple[Hashable, Future[Reading]] | None) -> None:
-        """Nobody will ask for it: its job has failed."""
+        """Discard a reading that is read ahead, since its job has failed."""
         if begun is not None and not begun[1].cancel():
             wait([begun[1]])

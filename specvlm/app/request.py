@@ -1,4 +1,4 @@
-"""One request answered: decoded with a drafter, decoded without, compared, and told in figures."""
+"""Answer one request: decode with and without a drafter, compare, and summarise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,19 +25,30 @@ from specvlm.types import Step
 
 @dataclass
 class RequestResult:
-    """What a request has brought forth so far; outlives one that fails. captured_s: spent on capturing before it."""
+    """Results of a request so far; survives a failure.
+
+    Attributes:
+        steps: Steps decoded with the drafter.
+        baseline: The complete baseline, or None.
+        stage: Current stage, for messages.
+        out_of_memory: The stage in which memory ran out, or None.
+        peak_bytes: Peak memory, once measured.
+        captured_s: Capture seconds of the engine before this request.
+        save: Saves the work done before memory ran out, and returns a note; does nothing until there is something to
+            save.
+    """
 
     steps: list[Step] = field(default_factory=list)
-    baseline: Baseline | None = None  # whole, or not there
+    baseline: Baseline | None = None
     stage: str = "loading"
     out_of_memory: str | None = None
     peak_bytes: int | None = None
     captured_s: float = 0.0
-    save: Callable[[], str] = str  # writes what was done before memory ran out, once there is something to be saved
+    save: Callable[[], str] = str
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-    """Make room for both decodes, so that the second moves nothing captured for the first. Starts to watch memory."""
+    """Reserve cache slots for both decodes, so that captured graphs stay valid, and reset the peak memory."""
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + sizes_of(graph.drafter)[0]
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)
@@ -46,13 +57,13 @@ def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Non
 
 
 def warm_up(steps: Iterator[Step], record: RequestResult) -> None:
-    """A request of the full length, broken off: what it grows and captures is what the real one will use."""
+    """Run the first three steps of a full-length request, to grow caches and capture graphs for the real one."""
     record.stage = "warming up"
     list(islice(steps, 3))
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Iterator[Step]:
-    """The steps, as they come."""
+    """Decode with the drafter; yields and records each step."""
     record.stage = "decoding"
     for step in graph.decode(request.prompt):
         record.steps.append(step)
@@ -60,7 +71,7 @@ def speculate(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
 
 
 def decode_alone(request: Prepared, graph: DecodingGraph, record: RequestResult, advance: Callable[[], None]) -> list[Step]:
-    """The target's own answer."""
+    """Decode with the target alone. advance: called after each step."""
     record.stage = "decoding without a drafter"
     steps = []
     for step in alone(request, graph):
@@ -70,23 +81,23 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: RequestResult,
 
 
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    """Under specvlm's own rule, whatever the one that is tried says."""
+    """Decode with the target alone, by specvlm's own verification rule instead of the configured verifier."""
     return autoregressive(graph.target, request.prompt, graph.options, own_rule(graph.sampling), graph.caches, graph.engine)
 
 
 def row(number: int, step: Step) -> dict[str, Any]:
-    """A line of steps.jsonl."""
+    """Format a step as a line of steps.jsonl."""
     fields = {"round": number, "tokens": step.tokens, "drafted": step.drafted, "accepted": step.accepted, "full": step.full}
     kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
-    if step.widths:  # see `fit_tree`
+    if step.widths:  # read by `fit_tree`
         fields |= {"ranks": step.ranks, "widths": step.widths}
-    if step.refused:  # see `report`
+    if step.refused:  # read by `report`
         fields["refused"] = step.refused
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept
 
 
 def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[dict[str, Any], str]:
-    """The content of summary.json (see metrics.KEYS) and the bare verdict."""
+    """Return the content of summary.json (see `metrics.KEYS`) and the bare verdict."""
     steps, baseline = record.steps, record.baseline
     peak = max(map(memory_plan.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
     verdict, text, difference = judge(request, graph, record)
@@ -125,14 +136,14 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
 
 
 def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Baseline | None) -> dict[str, Any]:
-    """What the whole took and its parts, with a drafter and, where there is a baseline, without."""
+    """Times with the drafter and, given a baseline, without (see `metrics.KEYS`)."""
     alone = metrics.speed(baseline.times_s, len(baseline.tokens), video_s) if baseline else {}
     told = ("decode_s", "end_to_end_s", "file_to_first_token_s", "file_to_last_token_s")
     return metrics.speed(times_s, tokens, video_s) | {f"baseline_{key}": alone.get(key) for key in told}
 
 
 def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[str, str, dict[str, Any] | None]:
-    """Is the answer the target's own? The bare verdict, how it is told, and the first difference."""
+    """Compare the answer with the baseline. Returns the bare verdict, its full text, and the first difference."""
     baseline = record.baseline
     if baseline is None or record.out_of_memory:
         return "not checked", "not checked", None
@@ -150,30 +161,31 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
         return found.verdict, str(found), None
     texts = [request.target.tokenizer.decode([token]) for token in found.candidates or ()]
     control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
-    if control is False:  # then nothing is known of how its passes round
+    if control is False:  # the target is not deterministic, so a tie proves nothing
         found = replace(found, verdict="mismatch", reason="the target alone, decoded again, gives another output")
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
 
 
 def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
-    """What is known of `hf_check` before anything is checked; None where that is to come, see `hf_check.py`."""
+    """`hf_check` of an answer that needs no check; None if it is still to be checked (see `hf_check.py`)."""
     if cfg.check is None:
         return "not checked"
     if not graph.lossless:
         return "lossy"
     if graph.sampling.temperature > 0:
-        return "not checked: what is sampled need not be the argmax"
+        return "not checked: a sampled token need not be the argmax"
     return None
 
 
 def ran_out(request: Prepared, record: RequestResult, done: str = "") -> OutOfMemory:
+    """Build the error for a request that ran out of memory."""
     where, planned = " or ".join(map(str, request.places.devices)), f"{request.planned / 2**30:.1f} GiB"
     return OutOfMemory(f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}")
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Of the CPU, for this run alone: the next job of a sweep may ask for another number, or for none."""
+    """Set torch's number of CPU threads within the context; None: leave it."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

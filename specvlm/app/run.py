@@ -1,4 +1,4 @@
-"""One run: a job of one sample, whose answer is shown as it comes."""
+"""Run one sample and show its answer as it is decoded."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,19 @@ from specvlm.strategies.fence import contained
 
 
 def run(cfg: RunConfig, folder: Path) -> int:
-    """Decode one video as `cfg` says and write the run's folder. Returns 1 on MISMATCH, else 0.
+    """Answer one question about one video and write the run's folder.
 
-    Raises UserError before anything is written when the input cannot be used. Under torchrun every rank does all of it, and
-    the first one alone is heard and writes.
+    Under torchrun every rank runs this; only rank 0 prints and writes.
+
+    Args:
+        cfg: The checked configuration.
+        folder: Folder of the run.
+
+    Returns:
+        The exit code: 1 on MISMATCH, else 0.
+
+    Raises:
+        UserError: The input cannot be used; nothing is written.
     """
     places, record = places_of(cfg), RequestResult()
     if places.ranks == 1:
@@ -36,12 +45,12 @@ def run(cfg: RunConfig, folder: Path) -> int:
 
 
 class Run(Job):
-    """A job of one sample, the configuration's own. What goes wrong is raised; its figures stand in summary.json."""
+    """A job of one sample, named by the configuration. Raises errors instead of writing a failed row."""
 
     quiet = False
 
     def answer(self, record: RequestResult) -> int:
-        """Decode, write and show; returns the exit code."""
+        """Decode, write the files and print the answer; returns the exit code."""
         with threads(self.cfg.threads):
             self.setup = set_up(self.cfg, places_of(self.cfg))
             request = self.held.plan(self.setup, read(self.setup, own_sample(self.cfg)))
@@ -54,7 +63,10 @@ class Run(Job):
         return self.code_of([{"status": "ok"} | summary])
 
     def _written(self, request: Prepared, record: RequestResult) -> dict[str, Any]:
-        """The summary, on the disk too. Where memory runs out, what was done until then."""
+        """Decode and write summary.json; returns the summary.
+
+        If memory runs out, saves the work until then and raises.
+        """
         done = ""
         try:
             graph = self._graph(request, record)
@@ -77,7 +89,7 @@ class Run(Job):
         return summary
 
     def _check(self, request: Prepared, summary: dict[str, Any], folder: Path) -> None:
-        """The models that answered are let go: they make room."""
+        """Check the answer with Hugging Face's own model. Drops the loaded models first, for room."""
         with self.screen.waiting(f"check={self.cfg.check}"):
             summary |= check_run(self.held, request, summary["token_ids"])
         with writable(folder):
@@ -85,7 +97,7 @@ class Run(Job):
         self.screen.checked(summary)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        if self.folder:  # now: what cannot run has failed, and left nothing
+        if self.folder:  # written last thing before decoding: a run that cannot start leaves nothing
             write_yaml(self.folder / "config.yaml", plain(self.cfg))
         with steps_file(self.folder) as log, self.screen.answer(request.target.tokenizer) as show:
             for number, step in enumerate(speculate(request, graph, record)):
@@ -100,7 +112,10 @@ class Run(Job):
         return Baseline.of(self._alone(request, graph, record))
 
     def _save(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> str:
-        """Write what was done before memory ran out, here or on another rank; returns where. Computes nothing on a GPU."""
+        """Save the work done before memory ran out, here or on another rank; returns a note.
+
+        Computes nothing on a GPU.
+        """
         if self.folder is None:
             return ""
         record.out_of_memory = record.stage

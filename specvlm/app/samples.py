@@ -1,4 +1,4 @@
-"""The samples of a data set as results need them: ids of their own, and what is told of them as plain JSON."""
+"""Prepare the samples of a data set for results: unique ids, and metadata as plain JSON."""
 
 import json
 from collections.abc import Sequence
@@ -13,24 +13,27 @@ from specvlm.strategies.registry import described
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
-    """Raises UserError for an id that is there twice, and for a data set without samples."""
+    """Read the samples of a data set.
+
+    Raises UserError for a duplicate id, an id that is no str, and an empty data set.
+    """
     with inside(dataset):
-        # An id is a str and no class of a plugin's, which would have a word in every comparison.
+        # Convert ids to plain str: a plugin's subclass would run its own code in every comparison.
         samples = [replace(s, id=str.__str__(s.id)) if isinstance(s.id, str) else s for s in dataset.samples()]
     seen = set[str]()
     for sample in samples:
         if not isinstance(sample.id, str):
-            raise UserError(f"dataset={dataset.name} calls a sample {line(repr(sample.id))}: an id is a text")
+            raise UserError(f"dataset={dataset.name} has a sample with the id {line(repr(sample.id))}: an id must be a string")
         if sample.id in seen:
             raise UserError(f'dataset={dataset.name} has two samples called "{sample.id}": ids must be unique')
         seen.add(sample.id)
     if not samples:
-        raise UserError(f"dataset={dataset.name}: there are no samples in it")
+        raise UserError(f"dataset={dataset.name}: it has no samples")
     return samples
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """What a data set tells of a sample; where that is no plain JSON, the texts of it."""
+    """Metadata of a sample; keys and values become texts if it is no plain JSON."""
     try:
         json.dumps(sample.meta)
         if not nested(sample.meta):

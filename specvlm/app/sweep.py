@@ -1,4 +1,4 @@
-"""The jobs over samples of one call: they take turns, a few samples each, over models that are loaded once."""
+"""Run the jobs of a sweep in turn, a few samples each, over models that are loaded once."""
 
 import os
 import shlex
@@ -29,46 +29,51 @@ from specvlm.results.rows import CannotWrite, Taken, config_of, rows_of, summary
 from specvlm.results.tracker import Tracker, Wandb, sync_line
 from specvlm.strategies.fence import contained
 
-END_IT = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # what is no single job's affair
+FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the whole sweep
 
 
 class Sweep:
-    """Jobs as Hydra starts them. Where they are `together` they wait for `finish`, and take turns; else each is done at once.
+    """The jobs that Hydra starts. If `together` is set they wait for `finish` and take turns; else each runs at once.
 
-    folder: of all of them. tell: says what a job failed of, and returns its exit code.
+    Args:
+        folder: Folder of the sweep, or of a single job.
+        tell: Reports an error and returns its exit code.
     """
 
     def __init__(self, folder: Path, tell: Callable[[Exception], int]) -> None:
         self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
         self.tracker: WandbConfig | None = None
-        self.words: dict[Path, str] = {}  # what tells each job from others, by its folder
-        self.labels: dict[Path, str] = {}  # the same without what all have
+        self.words: dict[Path, str] = {}  # label of each job, by folder
+        self.labels: dict[Path, str] = {}  # the same without the words that all jobs share
         self.common = self.name = ""
         self.wandb: Wandb | None = None
         self.jobs: list[Job] = []
-        self.failures: dict[Path, dict[str, Any]] = {}  # of jobs that could not begin
-        self.begun: list[tuple[Job, str]] = []  # in this process, each with the option that names the folder
-        self.ended: Exception | None = None  # by what is no single job's affair, before the jobs began
+        self.failures: dict[Path, dict[str, Any]] = {}  # summaries of jobs that could not start
+        self.begun: list[tuple[Job, str]] = []  # started in this process, with the key that names the folder
+        self.ended: Exception | None = None  # a fatal error before the jobs began
 
     def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
-        """Jobs are to be added. words: what tells each from others, by its folder."""
+        """Announce jobs. words: label of each job, by folder."""
         self.words |= words
         self.tracker = tracker
-        short, self.common = job_names.apart(list(self.words.values())) if self.words else ([], "")
+        short, self.common = job_names.split_shared(list(self.words.values())) if self.words else ([], "")
         self.labels = dict(zip(self.words, short, strict=True))
         presets = [word.partition("=")[2] for word in self.common.split(" ") if word.startswith("experiment=")]
         self.name = " ".join([*presets, self.folder.name]).strip()
 
     def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
-        """hydra: its own part of the configuration. Returns the exit code, as far as it is known."""
+        """Add a job; run it now unless jobs wait for `finish`.
+
+        hydra: Hydra's own configuration. Returns the exit code.
+        """
         if self.ended:
             return ExitCode.OK
         try:
             return self._add(cfg, folder, hydra)
-        except (*END_IT, UserError) as error:
+        except (*FATAL, UserError) as error:
             if os.getpid() != self.home:
                 return self.tell(error)
-            self.ended = error  # said later: Hydra would say it in its own way
+            self.ended = error  # raised by `finish`: Hydra would reformat it here
             return ExitCode.OK
 
     def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
@@ -78,14 +83,14 @@ class Sweep:
         job = Job(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, wandb=self._wandb())
         try:
             with contained():
-                ranks = places_of(cfg).ranks  # which makes the drafter, and that may fail
+                ranks = places_of(cfg).ranks  # builds the drafter, which may fail
                 if ranks == 1:
                     job.start()
-        except END_IT:
+        except FATAL:
             raise
         except Exception as error:
             if isinstance(error, UserError) and not several:
-                raise  # a mistake, as of a run of one video: a line, and nothing is left behind
+                raise  # as for a run of one video: print one line and leave nothing behind
             self.failures[folder] = job.fail(error)
             code = self.tell(error)
             if cfg.fail_fast:
@@ -103,31 +108,32 @@ class Sweep:
         return take_turns([job], cfg.turn, self.tell)
 
     def _wandb(self) -> Wandb | None:
+        """Access to W&B that all jobs share; None without a tracker."""
         if self.wandb is None and self.tracker is not None:
             self.wandb = Wandb(self.tracker, RunConsole().note)
         return self.wandb
 
     def finish(self) -> int:
-        """Do what waits; returns the worst exit code."""
+        """Run the waiting jobs; returns the worst exit code."""
         if self.ended:
             raise self.ended
         jobs, self.jobs = self.jobs, []
         return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
-        """Its exit code where a job has one, of what is in their folders."""
+        """[MISMATCH] if the summary of any job has one, else []."""
         found = [summary_of(folder) for folder in self.labels]
         wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
         return [ExitCode.MISMATCH] if wrong else []
 
     def close(self) -> None:
-        """Let go of what was not begun."""
+        """Close jobs that were not started."""
         for job in self.jobs:
             with suppress(CannotWrite):
                 job.close()
 
     def show(self) -> None:
-        """The table of jobs, as far as they came, and the tracker's picture of it; nothing where none began."""
+        """Print the table of jobs and log it to the tracker; nothing if no job started."""
         if self.ended:
             return
         screen, never = RunConsole(), {"status": "failed", "reason": "it never began"}
@@ -146,13 +152,14 @@ class Sweep:
             screen.note(sync_line(self.folder))
 
     def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-        """A job's line of the tracker's table."""
+        """Row of a job in the tracker's table."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
         figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
+        """Summary of a job, complete or not; empty if it has no results."""
         found = self.failures.get(folder) or summary_of(folder)
         if "token_ids" in found:  # a run of one video
             return totals([{"status": "ok", **dict.fromkeys(("dataset", "split", "version")), "sample": "", **found}], 1)
@@ -161,7 +168,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Task:
-    """A sample for a job. window: of samples whose readings are kept for all jobs; place: the job's among these."""
+    """A sample to be answered by a job.
+
+    Attributes:
+        window: Group of samples whose readings are kept until all jobs are done with them.
+        job: The job.
+        index: Index of the sample in the data set.
+        place: Position of the job in the order of this window.
+    """
 
     window: int
     job: Job
@@ -170,10 +184,14 @@ class Task:
 
 
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
-    """Every job to its end, see `schedule`; returns the worst exit code.
+    """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
-    Jobs of another target come when those of the first are through. tell: says what a whole job failed of, and returns its
-    exit code; the others go on.
+    Jobs that share a target run together, one target after the other. If a job fails, the others go on.
+
+    Args:
+        jobs: Started jobs.
+        turn: Samples per turn.
+        tell: Reports the error of a failed job and returns its exit code.
     """
     codes, groups = list[int](), dict[Any, list[Job]]()
     for job in jobs:
@@ -195,17 +213,17 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
                 codes += [job.close() for job in group]
         finally:
             for job in jobs:
-                with suppress(CannotWrite):  # which has been said
+                with suppress(CannotWrite):  # reported already
                     job.close()
     return worst(codes)
 
 
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
-    """Who answers what, in which order. turn: samples that a job answers before it is the next one's turn.
+    """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
 
-    Behind each turn the order moves on by one, so that no job always comes first, or behind the same other one. It goes by the
-    samples' places in the data set: whether a sweep was broken off, or split into shards, makes no difference. Shards of one
-    configuration have one place.
+    The order of jobs rotates by one after each turn, so that no job always comes first or after the same other one.
+    It depends only on sample indices, so an interrupted or sharded sweep has the same order. Shards of one
+    configuration count as one job.
     """
     folders = dict[Any, list[tuple[Job, set[int]]]]()
     for job in jobs:
@@ -222,7 +240,7 @@ def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
 
 
 def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Callable[[], None]]]:
-    """Each in its turn, with what begins the reading of the next sample that is still to be read."""
+    """Yield each task with a function that starts to read the next unread sample."""
     window = -1
 
     def read_next(at: int) -> None:
@@ -240,7 +258,7 @@ def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Call
 
 
 def share_ranks(cfg: RunConfig, folder: Path) -> int:
-    """One job on all ranks that torchrun started, of which the first one writes; returns the exit code."""
+    """Run one job on all ranks of torchrun; rank 0 writes. Returns the exit code."""
     with Readings() as readings, joined(places_of(cfg).first) as ranks:
         job = Job(cfg, folder if ranks.rank == 0 else None, folder, ModelCache(), ranks)
         job.start()
@@ -253,11 +271,12 @@ def share_ranks(cfg: RunConfig, folder: Path) -> int:
 
 
 def _turn(task: Task, readings: Readings, read_next: Callable[[], None], tell: Callable[[Exception], int]) -> int:
+    """Answer one sample; an error ends its job. Returns the exit code."""
     job = task.job
     try:
         with contained():
             job.turn(task.index, readings, task.place, read_next)
-    except END_IT:
+    except FATAL:
         raise
     except Exception as error:
         job.fail(error)

@@ -1,4 +1,4 @@
-"""The terminal as all commands write to it. Imports no torch, so that something is on the screen while torch is imported."""
+"""Terminal output of all commands. Imports no torch, so that output can start while torch is imported."""
 
 import re
 import sys
@@ -14,7 +14,10 @@ from specvlm.parallel import torchrun
 
 
 class Terminal(Console):
-    """A console to which text is text: no markup, no emoji codes, no control characters. Colour comes by `styled` alone."""
+    """A console that prints text as it is: no markup, no emoji codes, no control characters.
+
+    Only `styled` adds colour.
+    """
 
     def __init__(self) -> None:
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -23,18 +26,19 @@ class Terminal(Console):
         return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave as any other output does that nobody reads: rich would exit with 1."""
+        """Raise BrokenPipeError as `print` does; rich would exit with 1."""
         raise BrokenPipeError
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """Texts, and texts with their style."""
+    """Join plain texts and (text, style) pairs."""
     return Text.assemble(*((visible(part[0]), part[1]) if isinstance(part, tuple) else visible(part) for part in parts))
 
 
 class Stream:
-    """Text that comes in pieces; on a terminal it goes on in the next line where a word does not fit. The last word waits for
-    its end. Scripts without spaces are broken anywhere.
+    """Print text that arrives in pieces. On a terminal, wrap at words; break scripts without spaces anywhere.
+
+    The last word is held back until it is complete.
     """
 
     words = re.compile(r"\s+|[\u2e80-\ua4cf\uac00-\ud7af\uf900-\uffef]|[^\s\u2e80-\ua4cf\uac00-\ud7af\uf900-\uffef]+")
@@ -43,6 +47,7 @@ class Stream:
         self.console, self.column, self.held = console, 0, ""
 
     def add(self, text: str, last: bool = False) -> None:
+        """Print `text` up to its last word. last: print that too."""
         words = self.words.findall(self.held + visible(text))
         self.held = "" if last or not words else words.pop()
         self.console.print("".join(map(self._placed, words)), end="")
@@ -60,6 +65,6 @@ class Stream:
 
 @cache
 def loading() -> None:
-    """Say on a terminal, once, what the next seconds go into."""
+    """Say once, on a terminal, that torch is being loaded."""
     if sys.stderr.isatty() and not torchrun.rank_here():
         print("specvlm: loading torch and transformers …", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Fit a tree to what runs measured: `python -m specvlm.fit_tree`."""
+"""Fit a static draft tree to recorded runs: `python -m specvlm.fit_tree`."""

@@ -1,19 +1,21 @@
-"""Fit a static tree to recorded runs: python -m specvlm.fit_tree RUN_FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
+"""Fit a static tree to recorded runs: python -m specvlm.fit_tree FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
 
     python -m specvlm drafter.shape=4x3x3x2 ...                  # record: a wide tree sees more ranks than a narrow one
     python -m specvlm.fit_tree outputs/run outputs/another
     python -m specvlm drafter=tree drafter.shape=tree.json ...
 
-Each round of a steps.jsonl tells, level by level, which of the draft's guesses the target took (`ranks`), and how many were
-tried (`widths`): beyond those the rank is unknown. From these comes p(rank r at depth d | all above accepted), by the
-product-limit estimator, in which a round counts for a rank only where that rank was tried (Kaplan and Meier, 1958). Ranks at
-different depths are taken as independent of each other; then a node is reached with the product over its way, a tree accepts
-the sum over its nodes in expectation, and the best tree of M nodes is the M most probable ones: greedy is optimal, since none
-is more probable than its parent. What was never tried counts as never taken, so a tree grows only where runs looked.
+Each round in steps.jsonl records, per level, the rank of the guess that the target accepted (`ranks`) and the number of
+guesses tried (`widths`). Beyond those the rank is unknown. The product-limit estimator (Kaplan and Meier, 1958) gives
+p(rank r at depth d | all above accepted); a round counts for a rank only if that rank was tried.
 
-Whether the fit is worth anything is judged on runs that it has not seen: every second folder, or every second round of a single
-run, is held out, a tree is fitted to the rest, and both it and the paper's are valued by what was held out. The tree that is
-written is fitted to everything.
+Ranks at different depths are assumed independent. Then a node is accepted with the product of the chances along its
+path, and a tree accepts the sum over its nodes in expectation. The best tree of M nodes has the M most probable
+nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never tried counts as
+never accepted, so the tree grows only where the runs looked.
+
+The fit is judged on held-out data: every second folder, or every second round of a single run. A tree is fitted to
+the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
+written is fitted to all data.
 """
 
 if __name__ == "__main__":
@@ -44,14 +46,14 @@ Paths = list[list[int]]
 
 @dataclass(frozen=True)
 class Round:
-    """ranks: of the accepted guesses, by depth. widths: how many were tried there, and behind the last one."""
+    """One round. ranks: of the accepted guesses, by depth; widths: guesses tried per depth, one more than ranks."""
 
     ranks: tuple[int, ...]
     widths: tuple[int, ...]
 
 
 def read(folder: Path) -> list[Round]:
-    """The rounds of a run's folder. Raises UserError where it has none that tell ranks."""
+    """Read the rounds of a run's folder. Raises UserError if none records ranks."""
     if not (folder / "steps.jsonl").is_file():
         inner = sorted({file.parent.name for file in folder.glob("*/steps.jsonl")})
         which = f"a sweep: give folders of its jobs, such as {folder / inner[0]}" if inner else "no folder of a run"
@@ -62,12 +64,12 @@ def read(folder: Path) -> list[Round]:
             parse(Ranked, row, folder / "steps.jsonl")
             rounds.append(Round(tuple(row["ranks"]), tuple(row["widths"])))
     if not rounds:
-        raise UserError(f"{folder} tells no ranks: record a run with a tree of best guesses (drafter=tree, verifier=greedy)")
+        raise UserError(f"{folder} records no ranks: make a run with a tree of best guesses (drafter=tree, verifier=greedy)")
     return rounds
 
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
-    """p[depth][rank]: the chance that the target takes that guess once all above is accepted. Zero where nobody tried."""
+    """Estimate p[depth][rank]: chance that the target accepts this guess given those above. Zero if never tried."""
     tried, taken = defaultdict[int, Counter[int]](Counter), defaultdict[int, Counter[int]](Counter)
     for one in rounds:
         for depth, width in enumerate(one.widths):
@@ -87,7 +89,10 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """The `nodes` most probable ways; equal ones in the order of their ranks, shorter first. Fewer where no other was taken."""
+    """The `nodes` most probable paths of ranks, or fewer if no others were ever accepted.
+
+    Ties: shorter first, then by rank.
+    """
     order = count()
     paths: Paths = []
     heap: list[tuple[float, int, int, list[int]]] = [(-1.0, 0, next(order), [])]
@@ -103,13 +108,13 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
-    """Accepted guesses a round of a tree, in expectation."""
+    """Expected guesses accepted per round of a tree."""
     known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
     return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
 
 def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
-    """What is fitted to, what is held out, and in words how it was split."""
+    """Split rounds into a part to fit and a held-out part; also returns a description of the split."""
     if len(runs) > 1:
         fitted, held = ([r for run in runs[first::2] for r in run] for first in (0, 1))
         return fitted, held, f"{len(runs) // 2} of {len(runs)} runs"
@@ -117,29 +122,29 @@ def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
 
 
 def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
-    """What was found, in lines. The last one says whether the fit beats the paper's tree."""
+    """Report the fit in lines; the last one says whether it beats the paper's tree."""
     fitted, held, how = split(runs)
     lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]
     by_depth = [sum(len(path) == d for path in tree) for d in range(1, 1 + max(map(len, tree)))]
     lines.append(f"the tree of all runs: {len(tree)} guesses, {'/'.join(map(str, by_depth))} by depth")
     if not held:
-        return [*lines, "nothing could be held out: whether it beats the paper's tree is not known"]
+        return [*lines, "too little data to hold any out: unknown whether it beats the paper's tree"]
     chances = fit_ranks(held)
     ours, paper = expected(best_tree(fit_ranks(fitted), nodes, depth), chances), expected(PAPER_TREE, chances)
-    lines.append(f"accepted a round, expected on what was held out: fitted {ours:.3f}, the paper's tree {paper:.3f}")
+    lines.append(f"accepted per round, expected on held-out data: fitted {ours:.3f}, the paper's tree {paper:.3f}")
     sizes = f" (at {nodes} guesses against {len(PAPER_TREE)})" if nodes != len(PAPER_TREE) else ""
     if ours > paper:
-        return [*lines, f"the fit beats the paper's tree{sizes} by {ours - paper:.3f}, as far as ranks are independent"]
+        return [*lines, f"the fit beats the paper's tree{sizes} by {ours - paper:.3f}, if ranks are independent"]
     return [*lines, f"the fit does NOT beat the paper's tree{sizes}: use drafter.shape=paper"]
 
 
 def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None = None) -> list[str]:
-    """Write the tree, return the report. Raises UserError."""
+    """Fit a tree to the runs in `folders`, write it to `out`, and return the report. Raises UserError."""
     for name, value, most in (("nodes", nodes, MOST_GUESSES), ("depth", 1 if depth is None else depth, DEEPEST)):
         if value not in Within(1, most):
             raise UserError(f"{name} must be at least 1, got {value} (at most {most})")
     if out.suffix != ".json":
-        raise UserError(f"{out}: a tree file ends in .json, since drafter.shape knows it by that")
+        raise UserError(f"{out}: a tree file's name ends in .json, so that drafter.shape recognises it")
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent} to write into")
     runs = [read(folder) for folder in folders]
@@ -152,10 +157,11 @@ def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None =
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser("python -m specvlm.fit_tree", description="Fit a static tree to recorded runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders with a steps.jsonl")
-    parser.add_argument("--nodes", type=int, default=25, help="guesses of the tree (25, as many as the paper's)")
-    parser.add_argument("--depth", type=int, help="most levels, each of which is a draft pass (as deep as the runs saw)")
+    parser.add_argument("--nodes", type=int, default=25, help="guesses in the tree (25, as in the paper's)")
+    parser.add_argument("--depth", type=int, help="most levels; each costs a draft pass (as deep as in the runs)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")
     return print_lines(parser, words, lambda asked: fit(asked.folders, asked.out, asked.nodes, asked.depth))
 

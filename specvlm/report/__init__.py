@@ -1,5 +1,5 @@
-"""A report of runs and sweeps as one HTML file, and what a drafter saw as a film.
+"""Report runs and sweeps as one HTML file, and the drafter's view as a film. Command: `python -m specvlm.report`.
 
-`python -m specvlm.report` (see `__main__`); `reading`: from folders to jobs; `statistics`: from jobs to figures with intervals;
-`charts`, `seen`, `film`, `page`: from there to what is shown.
+`reading` reads folders as jobs, `statistics` computes metrics with intervals, `table` and `charts` show them, `seen`
+collects the drafter's view of a sample, `page` and `film` write the files.
 """

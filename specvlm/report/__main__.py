@@ -1,11 +1,12 @@
-"""A report of runs as one HTML file: python -m specvlm.report FOLDER... [-o report.html]
+"""Report runs as one HTML file: python -m specvlm.report FOLDER... [-o report.html]
 
     python -m specvlm -m pruner=two_stage,uniform ratio=0.5,0.9 dataset=synthetic record=true hydra.sweep.dir=sweep
     python -m specvlm.report sweep -o report.html
     python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
-FOLDER: a run's, a job's, or one that holds some, however deep. record=true while running brings the attention's heat.
+FOLDER: the folder of a run or a job, or one that contains some at any depth. Runs with record=true also show
+attention heat.
 """
 
 import argparse
@@ -22,25 +23,29 @@ PAGES = (".html", ".htm")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake, which one line on stderr explains."""
+    """Run the command line. Returns the exit code: 0, or 2 for a user error, explained in one line on stderr."""
     parser = argparse.ArgumentParser("python -m specvlm.report", description="A report of runs as one HTML file.")
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="what python -m specvlm wrote: runs, jobs, sweeps"
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="folders of runs, jobs or sweeps",
     )
     parser.add_argument("-o", "--out", type=Path, help="the file to write (report.html)")
     parser.add_argument("--title", default="specvlm report")
-    parser.add_argument("--samples", default="", help="to look at, with commas (the worst, the median and the best one)")
+    parser.add_argument("--samples", default="", help="samples to show, as A,B,C (worst, median and best)")
     parser.add_argument(
-        "--baseline", metavar="JOB", help="what differences are against (uniform at the same ratio, or the first job)"
+        "--baseline", metavar="JOB", help="the job to compare with (uniform at the same ratio, or the first job)"
     )
-    parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames of a sample that are shown ({FRAMES})")
-    parser.add_argument("--video", type=Path, help="a film of what the drafter saw of one sample, .mp4 or .gif")
-    parser.add_argument("--job", help="whose view the film shows (the fastest end to end that prunes)")
+    parser.add_argument("--frames", type=int, default=FRAMES, help=f"most frames to show per sample ({FRAMES})")
+    parser.add_argument("--video", type=Path, help="write a film of what the drafter saw of one sample, .mp4 or .gif")
+    parser.add_argument("--job", help="the job whose view the film shows (the fastest end to end that prunes)")
     return print_lines(parser, words, written)
 
 
 def written(asked: argparse.Namespace) -> list[str]:
-    """Write what was asked for: a page, unless it was a film alone. Returns a line for each file."""
+    """Write the page, the film or both. Returns one line per file."""
     try:
         from specvlm.report.page import best, chosen, page
         from specvlm.report.statistics import called

@@ -1,8 +1,8 @@
-"""The figures, as Vega-Lite specifications.
+"""The charts of a report, as Vega-Lite specifications.
 
-Drawn with Altair: its whole script is 0.9 MB inside the file (Plotly's is 4.6 MB), and it draws SVG whose colours are the
-page's own CSS variables, so that light and dark need no second drawing. A point can be asked for its numbers and a series
-picked out in the legend, on a phone too, which a drawn picture cannot do.
+Uses Altair: its whole script adds 0.9 MB to the file (Plotly: 4.6 MB). It draws SVG with the page's own CSS variables
+as colours, so one chart serves light and dark mode. Unlike a picture it has tooltips and selectable series, on a
+phone too.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from specvlm.report.reading import Job
 from specvlm.report.statistics import figure, front
 from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 
-COLOURS = [f"var(--c{number})" for number in range(8)]  # of the page's style
+COLOURS = [f"var(--c{number})" for number in range(8)]  # CSS variables of the page
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
-HEIGHT, MANY = 260, 5  # pixels, series
+HEIGHT, MANY = 260, 5  # height of a chart in pixels; series from which on bands are hidden
 QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": 400}
 LOOKS = {
     "background": "transparent",
@@ -36,7 +36,7 @@ SEPARATORS = {0x2028: " ", 0x2029: " "}
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure. spec: Vega-Lite's, with the data inside."""
+    """One chart. spec: Vega-Lite specification, data included."""
 
     name: str
     title: str
@@ -45,49 +45,49 @@ class Chart:
 
 
 def charts(jobs: Sequence[Job]) -> list[Chart]:
-    """Those that the jobs have something for."""
+    """Make every chart that the jobs have data for."""
     alone = "times as fast as the target alone"
-    several = len({job.ratio for job in jobs if job.ratio}) > 1  # besides nothing dropped
+    several = len({job.ratio for job in jobs if job.ratio}) > 1  # not counting ratio 0
     figures = against_ratio if several else by_job
     against, spread = ", against the share of the video tokens dropped", "Lines: 95 % intervals over samples."
     if several:
-        spread = "Bands: 95 % intervals of the mean over samples; with many series, of the one that is chosen in the legend."
+        spread = "Bands: 95 % intervals of the mean over samples; with many series, only for the one selected in the legend."
     drawn = [
         (
             "accepted",
             "Accepted per round",
-            f"Guesses accepted a round, the bonus token not counted{against if several else ''}. {spread}",
+            f"Guesses accepted per round, without the bonus token{against if several else ''}. {spread}",
             figures(jobs, "accepted_per_round", "accepted per round"),
         ),
         (
             "decode",
             "Speed of decoding",
-            "Both prefills left out. Below the dashed line speculation does not pay.",
+            "Without both prefills. Below the dashed line speculation does not pay.",
             figures(jobs, "speedup_decode", alone, 1.0),
         ),
         (
             "end_to_end",
             "Speed end to end",
-            "With both prefills, the pruner and the drafter's vision tower; the video is read before.",
+            "With both prefills, the pruner and the drafter's vision tower, but without reading the video.",
             figures(jobs, "speedup_end_to_end", alone, 1.0),
         ),
         (
             "pareto",
             "Pareto front",
-            "What a round costs and what it gives; joined are the jobs that no other beats in both. Above the dashed line "
+            "Cost and yield of a round. The line joins the jobs that no other job beats in both. Above the dashed line "
             "decoding is faster than the target alone.",
             pareto(jobs),
         ),
         (
             "depth",
             "Acceptance by depth",
-            "Share of the rounds that accepted at least so many guesses in a row, mean over samples.",
+            "Share of rounds that accepted at least this many guesses in a row, mean over samples.",
             depth(jobs),
         ),
         (
             "times",
             "Where the time goes",
-            "Seconds a sample by part; the video is read before. The tick: end to end of the target alone.",
+            "Seconds per sample by part, without reading the video. The tick marks the target alone, end to end.",
             split(jobs),
         ),
     ]
@@ -95,25 +95,27 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 
 
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
+    """Specification of a chart as wide as its container, in the page's style."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return on_lines(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
+    return without_separators(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
 
 
-def on_lines(part: Any) -> Any:
-    """Without the line and paragraph separators of Unicode: Vega cannot parse an expression that has one in a text."""
+def without_separators(part: Any) -> Any:
+    """Replace Unicode line and paragraph separators: Vega cannot parse an expression with one in a string."""
     if isinstance(part, dict):
-        return {on_lines(key): on_lines(value) for key, value in part.items()}
+        return {without_separators(key): without_separators(value) for key, value in part.items()}
     if isinstance(part, list):
-        return [on_lines(value) for value in part]
+        return [without_separators(value) for value in part]
     return part.translate(SEPARATORS) if isinstance(part, str) else part
 
 
 def chart_of(rows: list[dict[str, Any]], **properties: Any) -> alt.Chart:
+    """Start a chart with its data inline."""
     return alt.Chart(alt.InlineData(values=rows), **properties)
 
 
 def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
-    """A colour and a shape for each series, the same in all figures, and a choice of series in the legend."""
+    """Colour and shape per series, the same in all charts, and a selection by legend."""
     names = list(dict.fromkeys(job.series for job in jobs))
     ranges = ([all_of[i % len(all_of)] for i in range(len(names))] for all_of in (COLOURS, SHAPES))
     colours, shapes = (alt.Scale(domain=names, range=some) for some in ranges)
@@ -122,7 +124,7 @@ def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
 
 
 def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
-    """With its interval, of each job that has it."""
+    """Rows of data: the metric `key` with its interval, for each job that has it."""
     return [
         {"job": job.label, "series": job.series, "ratio": job.ratio, "samples": found.count}
         | {"value": found.value, "low": found.low, "high": found.high}
@@ -132,7 +134,10 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 
 
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """A line a job with its point and interval, best first: for jobs that all drop as much. reference: a value, dashed."""
+    """One line per job with point and interval, best first, for jobs of one ratio.
+
+    reference: value of a dashed line.
+    """
     rows = sorted(figures_of(jobs, key), key=lambda row: -row["value"])
     if not rows:
         return None
@@ -154,7 +159,10 @@ def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = 
 
 
 def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """A line a series, with its band; jobs without a ratio as horizontal lines. reference: another, dashed."""
+    """One curve per series with its band; jobs without a ratio are horizontal lines.
+
+    reference: value of a dashed line.
+    """
     rows = figures_of(jobs, key)
     pruned = [row for row in rows if row["ratio"] is not None]
     if not rows:
@@ -167,7 +175,7 @@ def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | 
     shown = alt.condition(chosen, alt.value(1), alt.value(0.12))
     tips = [alt.Tooltip(f"{name}:{kind}", format=form) for name, kind, form in TIPS]
     base = chart_of(pruned, height=HEIGHT).encode(x=x, color=colour, opacity=shown)
-    faint = 0.07 if len({row["series"] for row in pruned}) <= MANY else 0.0  # many bands are one grey one
+    faint = 0.07 if len({row["series"] for row in pruned}) <= MANY else 0.0  # many bands would merge into one grey area
     wide = alt.condition(alt.param(name="chosen"), alt.value(0.2), alt.value(faint), empty=False)
     band = base.mark_area().encode(y="low:Q", y2="high:Q", fillOpacity=wide)
     line = base.mark_line(strokeWidth=2).encode(y=y)
@@ -188,7 +196,7 @@ TIPS = [("job", "N", ""), ("value", "Q", ".3f"), ("low", "Q", ".3f"), ("high", "
 
 
 def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """Milliseconds a round against tokens a round, with the front, and the line of the target's own speed."""
+    """Milliseconds against tokens per round, with the Pareto front and a line for the target's own speed."""
     rows: list[dict[str, Any]] = []
     for job in jobs:
         known, gain = job.totals, job.totals["tokens_per_round"]
@@ -204,14 +212,14 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
     costs, gains = ([row[name] for row in rows] for name in ("cost", "gain"))
     left, right = min(costs) * 0.94, max(costs) * 1.06
     x = alt.X(
-        "cost:Q", title="milliseconds a round", scale=alt.Scale(domain=[left, right], nice=False), axis=alt.Axis(grid=False)
+        "cost:Q", title="milliseconds per round", scale=alt.Scale(domain=[left, right], nice=False), axis=alt.Axis(grid=False)
     )
     bounds = [min(gains) - 0.3, max(gains) + 0.3]
-    y = alt.Y("gain:Q", title="tokens a round", scale=alt.Scale(domain=bounds, nice=False))
-    tips = [alt.Tooltip("job:N"), alt.Tooltip("cost:Q", title="ms a round", format=".2f")]
+    y = alt.Y("gain:Q", title="tokens per round", scale=alt.Scale(domain=bounds, nice=False))
+    tips = [alt.Tooltip("job:N"), alt.Tooltip("cost:Q", title="ms per round", format=".2f")]
     tips += [
-        alt.Tooltip("gain:Q", title="tokens a round", format=".2f"),
-        alt.Tooltip("each:Q", title="ms a token", format=".2f"),
+        alt.Tooltip("gain:Q", title="tokens per round", format=".2f"),
+        alt.Tooltip("each:Q", title="ms per token", format=".2f"),
     ]
     shown = alt.condition(chosen, alt.value(1), alt.value(0.15))
     points = chart_of(rows, height=HEIGHT).mark_point(filled=True, size=70)
@@ -229,7 +237,7 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
 
 
 def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
-    """A line a series at one ratio, which is chosen below the figure where there are several."""
+    """One curve per series at one ratio; a menu below the chart selects among several."""
     rows = [
         {"job": job.label, "series": job.series, "dropped": job.drops, "depth": place, "share": share}
         for job in jobs
@@ -256,7 +264,7 @@ def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
 
 
 def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """Stacked bars, a job each, and a tick where the target alone would end."""
+    """One stacked bar per job, with a tick for the target alone."""
     rows = [
         {"job": job.label, "part": part.replace("_", " "), "order": PARTS.index(part), "seconds": seconds}
         for job in jobs

@@ -1,6 +1,6 @@
-"""What the drafter saw as a film: kept tokens bright beside the attention's heat, and the answer as it came, round by round.
+"""Film of the drafter's view: kept tokens bright, the attention's heat beside them, and the answer round by round.
 
-Letters are those of Pillow's own font: Latin ones, for others it draws boxes.
+Uses Pillow's own font, which has Latin letters only; others become boxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,29 +18,29 @@ from specvlm.types import TokenGrid
 
 LANCZOS = Image.Resampling.LANCZOS
 KINDS = (".mp4", ".gif")
-SECONDS = 0.5  # a frame
+SECONDS = 0.5  # per frame
 PAPER, INK, MUTED, EDGE = (20, 23, 28), (232, 234, 238), (154, 164, 178), (255, 211, 77)
 COLOURS = {"accepted": (95, 207, 150), "refused": (255, 128, 137), "own": (240, 189, 92)}
 HEAT = np.array([[10, 7, 40], [110, 25, 110], [230, 90, 40], [250, 240, 120]], dtype=np.float32)
 PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels, and lines of the answer
-GIF = 2 / 3  # of the size: noise makes its pictures large
+GIF = 2 / 3  # scale of a GIF: noisy pictures make large files
 Word = tuple[str, str]  # kind, text
 Line = list[tuple[float, str, str]]  # x, kind, text
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def kind_of(path: Path) -> str:
-    """Raises UserError for what is no film."""
+    """Suffix of a film file. Raises UserError for other suffixes."""
     if path.suffix.lower() not in KINDS:
         raise UserError(f"{path}: a film ends in {' or '.join(KINDS)}")
     return path.suffix.lower()
 
 
 def film(seen: Seen, path: Path) -> None:
-    """Write it. Raises UserError where there are no frames to show."""
+    """Write the film of the first view. Raises UserError if there are no frames to show."""
     kind = kind_of(path)
     if not seen.frames:
-        raise UserError(f"nothing to be seen of {seen.sample}: {seen.problem}")
+        raise UserError(f"cannot show {seen.sample}: {seen.problem}")
     pictures = list(pictures_of(seen, seen.views[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".gif":
@@ -60,16 +60,16 @@ def film(seen: Seen, path: Path) -> None:
 
 
 def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
-    """A picture a frame. The answer grows evenly over them, and is whole on the last."""
+    """Draw one picture per frame. The answer grows evenly and is complete on the last one."""
     assert seen.grid is not None
     words = list(words_of(view))
     font = ImageFont.load_default(SIZE)
     panels = 1 if view.heat is None else 2
     tall = PANEL * seen.frames[0].height // seen.frames[0].width
     width = panels * (PANEL + MARGIN) + MARGIN
-    lines = min(LINES, len(laid(words, font, width - 2 * MARGIN)))
+    lines = min(LINES, len(broken_into_lines(words, font, width - 2 * MARGIN)))
     height = tall + 2 * MARGIN + 24 + (SIZE + 8) * lines
-    size = (width + width % 2, height + height % 2)  # yuv420p wants even ones
+    size = (width + width % 2, height + height % 2)  # yuv420p needs even sizes
     for number, (frame, place) in enumerate(zip(seen.frames, seen.shown, strict=True), start=1):
         canvas = Image.new("RGB", size, PAPER)
         pen = ImageDraw.Draw(canvas)
@@ -82,22 +82,23 @@ def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
         line = f"{view.job.label}: frame {place + 1} of {seen.grid.frames}, {seen.seconds[number - 1]:.1f} s{kept}"
         pen.text((MARGIN, tall + MARGIN + 5), line, MUTED, ImageFont.load_default(13))
         said = words[: round(len(words) * number / len(seen.frames))]
-        write(pen, font, laid(said, font, width - 2 * MARGIN)[-LINES:], MARGIN, tall + MARGIN + 30)
+        write(pen, font, broken_into_lines(said, font, width - 2 * MARGIN)[-LINES:], MARGIN, tall + MARGIN + 30)
         yield canvas
 
 
 def cells_of(values: NDArray[np.float32], place: int, grid: TokenGrid) -> NDArray[np.float32]:
-    """(height, width) of one frame, from values of all tokens."""
+    """Select the tokens of one frame, shape (height, width), from values of all tokens (N,)."""
     start = place * grid.per_frame
     return values[start : start + grid.per_frame].reshape(grid.height, grid.width)
 
 
 def stretched(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Scale token cells up to pixels, without smoothing."""
     return np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.NEAREST))
 
 
 def dimmed(image: Image.Image, view: View, place: int, grid: TokenGrid) -> Image.Image:
-    """Dropped tokens dark, kept ones as they are, with an edge between."""
+    """Darken dropped tokens and draw an edge around kept ones."""
     if view.kept is None:
         return image
     kept = np.zeros(len(grid), dtype=np.float32)
@@ -112,7 +113,7 @@ def dimmed(image: Image.Image, view: View, place: int, grid: TokenGrid) -> Image
 
 
 def heated(image: Image.Image, heat: NDArray[np.float32], place: int, grid: TokenGrid) -> Image.Image:
-    """The attention as colour over the frame; all of it is hottest from the hottest percent on."""
+    """Overlay attention as colour. The scale ends at the 99th percentile."""
     share = (heat / max(float(np.quantile(heat, 0.99)), 1e-6)).clip(0, 1)
     value = stretched(cells_of(share.astype(np.float32), place, grid), image.size)
     stops = np.linspace(0, 1, len(HEAT))
@@ -122,6 +123,7 @@ def heated(image: Image.Image, heat: NDArray[np.float32], place: int, grid: Toke
 
 
 def words_of(view: View) -> Iterator[Word]:
+    """The texts of all rounds, each with its kind, in order."""
     for one in view.rounds:
         yield from (("accepted", text) for text in one.accepted)
         yield from (("refused", text) for text in one.refused)
@@ -129,8 +131,8 @@ def words_of(view: View) -> Iterator[Word]:
             yield "own", one.own
 
 
-def laid(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
-    """Words in lines of that width, each with its place from the left."""
+def broken_into_lines(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
+    """Break words into lines of width `wide`, each word with its x position."""
     lines: list[Line] = [[]]
     x = 0.0
     for kind, text in words:
@@ -143,7 +145,7 @@ def laid(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
 
 
 def write(pen: ImageDraw.ImageDraw, font: Font, lines: Sequence[Line], left: int, top: int) -> None:
-    """Refused words are struck."""
+    """Draw lines of text; strike refused words through."""
     for row, line in enumerate(lines):
         y = top + row * (SIZE + 8)
         for x, kind, text in line:

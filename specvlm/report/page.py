@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: table, figures, player, and the scripts that draw them."""
+"""Render the report as one self-contained HTML file: tables, charts, player and scripts."""
 
 import base64
 import hashlib
@@ -19,23 +19,25 @@ from specvlm.report.table import groups
 NOTES = (
     "Figures are means over a job's samples; a speed-up is the target's time over all samples, divided by ours. In brackets: "
     f"95 % bootstrap intervals ({DRAWS} resamples of the samples, percentiles, fixed seed); a single sample has none.",
-    "Accepted per round counts guesses, not the target's own token behind them; rounds that a stop token or the token limit "
+    "Accepted per round counts guesses, not the target's own token after them. Rounds that a stop token or the token limit "
     "cut short are left out.",
-    "A pruner changes what the drafter sees, never what the target sees. Refused guesses are the drafter's best line behind "
-    "what was accepted.",
+    "A pruner changes what the drafter sees, never what the target sees. Refused guesses are the drafter's best path after "
+    "the accepted ones.",
 )
 
 
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
-    """Samples to look at, with their titles: those that are named, or the median, the worst and the best one by accepted per
-    round, mean over jobs. Raises UserError for a name that no job has.
+    """Choose samples to show, with titles: those named, or the median, worst and best by mean accepted per round.
+
+    Raises:
+        UserError: No job has a sample of that name.
     """
     known: dict[str, list[float]] = {row["sample"]: [] for job in jobs for row in job.done}
     for row in (row for job in jobs for row in job.done if row["accepted_per_round"] is not None):
         known[row["sample"]].append(row["accepted_per_round"])
     for name in names:
         if name not in known:
-            raise UserError(f"no job did a sample {name!r}.{did_you_mean(name, known)}")
+            raise UserError(f"no job has a finished sample {name!r}.{did_you_mean(name, known)}")
     means = {sample: sum(values) / len(values) for sample, values in known.items() if values}
     if names or len(means) <= 3:
         return {name: name for name in names or list(known)[:3]}
@@ -45,13 +47,13 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
 
 
 def best(jobs: Sequence[Job]) -> Job:
-    """The one that is shown first: fastest end to end, or else most accepted, of those that pruned if there are any."""
+    """The job to show first: the fastest end to end, else the most accepted. Prefers lossless jobs that prune."""
     pruned = [job for job in jobs if job.ratio and not job.lossy] or list(jobs)
     return max(pruned, key=lambda job: tuple(job.totals[key] or 0.0 for key in ("speedup_end_to_end", "accepted_per_round")))
 
 
 def facts(jobs: Sequence[Job]) -> list[str]:
-    """What was run, on what."""
+    """Facts about the jobs for the header: counts, data sets, models, dtypes, versions."""
 
     def each(key: str, before: str = "") -> list[str]:
         values = dict.fromkeys(str(job.settings[key]) for job in jobs if job.settings.get(key) is not None)
@@ -74,14 +76,20 @@ def facts(jobs: Sequence[Job]) -> list[str]:
 def page(
     jobs: Sequence[Job], looked: Sequence[tuple[str, Seen]], title: str, base: str | None = None, failed: Sequence[str] = ()
 ) -> str:
-    """The file's content. looked: titles of samples, and what was seen of each. base: what differences are against, by name.
-    failed: lines of jobs that did nothing.
+    """Render the file's content.
+
+    Args:
+        jobs: Jobs of the report.
+        looked: Title and view of each sample to show.
+        title: Title of the page.
+        base: Name of the job to compare with, see `bases`.
+        failed: One line for each job without results.
     """
     parts = files("specvlm.report") / "template"
     style, script = ((parts / name).read_text(encoding="utf-8") for name in ("style.css", "player.js"))
     library, made = bundle(), groups(jobs, base)
     numbers = {job: number for number, job in enumerate(jobs)}
-    # Texts come from models, videos' names and data sets: everything is escaped that is not marked as ours.
+    # Escape everything that is not marked safe: texts come from models, file names and data sets.
     environment = Environment(loader=PackageLoader("specvlm.report", "template"), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -104,10 +112,11 @@ def page(
 
 @cache
 def bundle() -> str:
-    """Vega, vega-embed, and the Vega-Lite that Altair writes for, in one script."""
+    """One script with Vega, vega-embed and the version of Vega-Lite that Altair writes for."""
     script = vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
-    return script.replace("</script", "<\\/script").replace("\r\n", "\n")  # as the browser reads it, for its hash
+    return script.replace("</script", "<\\/script").replace("\r\n", "\n")  # hash the text as the browser sees it
 
 
 def sha(script: str) -> str:
+    """SHA-256 of a script, for the content security policy."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""From folders to jobs: what each was, what came of each of its samples, and what tells it from the others."""
+"""Read folders as jobs: configuration, rows, and a name that distinguishes each job."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,19 @@ from specvlm.results.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
-# What is not compared: how a job was watched, and ratio, which is an axis of its own.
+# Keys that do not name a series: ratio is an axis of its own, the others only change how a job was observed.
 APART = ("ratio", "baseline", "record", "threads")
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One configuration over samples. rows: one a sample, in the data set's order, of the keys that `specvlm.results.rows` and
-    `metrics.KEYS` explain. series: what tells it from the other jobs, but for the ratio.
+    """One configuration over samples.
+
+    Attributes:
+        folder: Folder of the job.
+        config: Plain configuration.
+        rows: One row per sample, in the data set's order; see `specvlm.results.rows` and `metrics.KEYS`.
+        series: Name that distinguishes the job from others, without the ratio.
     """
 
     folder: Path
@@ -31,31 +36,32 @@ class Job:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration, with keys as on the command line: `pruner.mass`."""
+        """The configuration with keys as on the command line, such as `pruner.mass`."""
         return dict(flat(self.config))
 
     @property
     def done(self) -> list[Row]:
+        """Rows that are ok."""
         return [row for row in self.rows if row["status"] == "ok"]
 
     @cached_property
     def totals(self) -> dict[str, Any]:
-        """What `metrics.TOTALS` explains, of the rows that are there."""
+        """Totals over the rows that exist; `metrics.TOTALS` explains them."""
         return metrics.totals(self.rows, len(self.rows))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What the job itself wrote last; nothing where it was killed before."""
+        """summary.json of the job; empty if it was killed before writing one."""
         return rows.summary_of(self.folder)
 
     @property
     def lossy(self) -> bool:
-        """Its output is not the target's, by its verifier's rule."""
+        """Whether the verifier is lossy, so that the output need not be the target's own."""
         return "lossy" in self.totals["verdicts"]
 
     @cached_property
     def ratio(self) -> float | None:
-        """Share of the video tokens that the drafter was not to see; None where no pruner chose."""
+        """Share of the video tokens dropped for the drafter; None if no pruner was used."""
         kept = [(row["kept_tokens"], row["video_tokens"]) for row in self.done if row["kept_tokens"] is not None]
         if not kept:
             return None
@@ -63,25 +69,28 @@ class Job:
 
     @property
     def drops(self) -> str:
+        """The ratio in words; empty if no pruner was used."""
         return "" if self.ratio is None else f"drops {100 * self.ratio:g} %"
 
     @property
     def label(self) -> str:
+        """Name of the job, with its ratio."""
         return ", ".join(part for part in (self.series, self.drops) if part)
 
     def row(self, sample: str) -> Row | None:
+        """Row of a sample that is ok, or None."""
         return next((row for row in self.done if row["sample"] == sample), None)
 
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
-        """By sample its rounds, the prefill first."""
+        """Lines of steps.jsonl by sample, starting with the prefill."""
         if rows.is_job(self.folder):
             return rows.steps_of(self.folder)
         return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
-    """The jobs in and below these folders that did a sample. Raises UserError if a place has no job, or none did."""
+    """Read the jobs in and below these folders that have a finished sample. Raises UserError if there are none."""
     jobs = [job for job in map(read_job, folders_in(places)) if job.done]
     if not jobs:
         raise UserError(f"there is nothing to report: {'; '.join(failures(places))}")
@@ -89,7 +98,7 @@ def read_jobs(places: Sequence[Path]) -> list[Job]:
 
 
 def failures(places: Sequence[Path]) -> list[str]:
-    """A line for each job that did no sample: its folder, and why."""
+    """One line for each job without a finished sample: its folder and the reason."""
     lost = [job for job in map(read_job, folders_in(places)) if not job.done]
     whys = [
         next((row.get("reason") for row in job.rows), None) or job.summary.get("reason") or "no sample is done" for job in lost
@@ -98,25 +107,25 @@ def failures(places: Sequence[Path]) -> list[str]:
 
 
 def folders_in(places: Sequence[Path]) -> list[Path]:
-    """Each once."""
+    """Folders of runs and jobs in and below `places`, each once. Raises UserError for a place without any."""
     found: dict[Path, None] = {}
     for place in places:
         folders = [file.parent.resolve() for file in sorted(place.rglob("config.yaml"))]
         mine = [folder for folder in folders if rows.is_job(folder) or (folder / "summary.json").is_file()]
         if not mine:
-            raise UserError(f"{place} is no folder that python -m specvlm wrote, and holds none")
+            raise UserError(f"{place} is not a results folder of python -m specvlm, and contains none")
         found.update(dict.fromkeys(mine))
     return list(found)
 
 
 def read_job(folder: Path) -> Job:
-    """A run of one video is a job of one sample, whose row is its summary."""
+    """Read one job. A run of one video becomes a job of one sample, with its summary as the row."""
     config = rows.config_of(folder)
     parse(Ran, config, folder / "config.yaml")
     if rows.is_job(folder):
         return Job(folder, config, rows.rows_of(folder))
     summary = rows.summary_of(folder)
-    if summary.get("status") == "failed":  # a job over samples that could not begin
+    if summary.get("status") == "failed":  # a job over samples that could not start
         return Job(folder, config, [])
     if missing := next((key for key in metrics.KEYS if key not in summary and key not in metrics.LATER), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
@@ -126,6 +135,7 @@ def read_job(folder: Path) -> Job:
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Flatten nested mappings to dotted keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{above}{key}.")
@@ -134,8 +144,10 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def named(jobs: Sequence[Job]) -> list[Job]:
-    """With their series: the pruner's name, and every setting in which jobs differ. Of drafters and verifiers the one that
-    most jobs have is not said. Series together, by ratio.
+    """Name the series of each job and sort the jobs by series and ratio.
+
+    A name has the pruner and every setting in which the jobs differ, but not a drafter or verifier that most jobs
+    share.
     """
     keys = list(dict.fromkeys(key for job in jobs for key in job.settings if key not in APART))
     words: list[list[str]] = [[] for _ in jobs]
@@ -144,7 +156,7 @@ def named(jobs: Sequence[Job]) -> list[Job]:
         for job, said in zip(jobs, words, strict=True):
             if kind == "pruner" and job.ratio is None:
                 continue  # nothing was pruned
-            # A field of a strategy is compared among those jobs that have this strategy.
+            # Compare a strategy's field only among jobs with this strategy.
             peers = jobs if kind not in STRATEGIES or field == "name" else same(jobs, job, f"{kind}.name")
             found = Counter(repr(peer.settings.get(key)) for peer in peers)
             usual = key in ("drafter.name", "verifier.name") and 2 * found[repr(job.settings.get(key))] > len(peers)
@@ -162,11 +174,12 @@ def named(jobs: Sequence[Job]) -> list[Job]:
 
 
 def same(jobs: Sequence[Job], one: Job, key: str) -> list[Job]:
+    """Jobs with the same value of `key` as `one`."""
     return [job for job in jobs if job.settings.get(key) == one.settings.get(key)]
 
 
 def short(key: str, value: Any) -> str:
-    """`two_stage`, `mass=0.2`, `draft=plain`."""
+    """Short text of a setting: `two_stage`, `mass=0.2`, `draft=plain`."""
     kind, _, field = key.partition(".")
     if field == "name" and kind in STRATEGIES:
         return str(value)

@@ -1,7 +1,7 @@
-"""What the drafter saw of a sample, and what became of its guesses: frames, kept tokens, attention, words.
+"""Collect the drafter's view of a sample: frames, kept tokens, attention, and accepted and refused words.
 
-Frames are read again from the sample's own video, as the job read them; that and the words take the target's folder (its
-configuration and tokenizer, no weights). What cannot be had is said instead, and the rest of the report goes on.
+Reads the frames again from the sample's video, as the job did. That needs the target's folder (configuration and
+tokenizer, no weights). If something is missing, the report says so and goes on.
 """
 
 import base64
@@ -29,19 +29,19 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parsing.bounds import parse
 from specvlm.report.reading import Job, Row
 from specvlm.results.folder import attention_file
-from specvlm.results.records import Round as Told
+from specvlm.results.records import Round as RoundRecord
 from specvlm.strategies import Sample, registry
 from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
-SIDE = 384  # most pixels of a frame's longer side
-TOLD = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # of a row
-CONTEXT = 8  # tokens that a word's spelling may depend on
+SIDE = 384  # most pixels on a frame's longer side
+ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys of a row
+CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
 @dataclass(frozen=True)
 class Round:
-    """Texts of a round. accepted: guesses taken; refused: the next ones; own: the target's token, alone in round 0."""
+    """Texts of a round: accepted guesses, refused ones, and the target's own token (alone in round 0)."""
 
     accepted: list[str]
     refused: list[str]
@@ -50,8 +50,14 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One job's work on a sample. kept: video tokens the drafter saw, None where no pruner chose; heat: (N,) attention in
-    multiples of its mean, None where it was not recorded.
+    """One job's view of a sample.
+
+    Attributes:
+        job: The job.
+        row: Its row of the sample.
+        kept: Indices of the video tokens the drafter saw; None if no pruner was used.
+        heat: Attention, shape (N,), in multiples of its mean; None if not recorded.
+        rounds: Texts of each round.
     """
 
     job: Job
@@ -63,8 +69,18 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A sample as several jobs saw it. frames: one picture a frame of the grid, of those in `shown`; seconds: when each is
-    shown. problem: why there are no frames, or no words.
+    """A sample with the views of several jobs.
+
+    Attributes:
+        sample: Id of the sample.
+        question: The question.
+        answer: The reference answer, if any.
+        grid: Token grid of the video.
+        frames: Pictures of the grid's frames listed in `shown`.
+        shown: Indices of the frames shown.
+        seconds: Time of each shown frame in the video.
+        views: One view per job.
+        problem: Why frames or words are missing; empty if they are not.
     """
 
     sample: str
@@ -78,9 +94,12 @@ class Seen:
     problem: str = ""
 
     def packed(self, numbers: Mapping[Job, int]) -> dict[str, Any]:
-        """For the player: pictures as data URIs, kept tokens as bits, heat as bytes. numbers: of the jobs on the page."""
+        """Encode for the player: pictures as data URIs, kept tokens as bits, heat as bytes.
+
+        numbers: index of each job.
+        """
         grid = self.grid
-        # What the target attends to is the same in every job of one target, so it is told once.
+        # All jobs share the target, so its attention is stored once.
         heat, top = next((scaled(view.heat) for view in self.views if view.heat is not None), (None, None))
         return {
             "sample": self.sample,
@@ -96,19 +115,19 @@ class Seen:
             "views": [
                 {"job": numbers[view.job], "kept": None if view.kept is None or not grid else bits(view.kept, len(grid))}
                 | {"rounds": [[one.accepted, one.refused, one.own] for one in view.rounds]}
-                | {key: view.row[key] for key in TOLD}
+                | {key: view.row[key] for key in ROW_KEYS}
                 for view in self.views
             ],
         }
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """The sample in all jobs that did it and that ask the same of the same target. most: frames."""
+    """Collect a sample over the jobs that answered it, as far as they share the grid. most: most frames to show."""
     did = {job: row for job in jobs if (row := job.row(sample))}
     if not did:
-        raise UserError(f"{'; '.join(job.label for job in jobs)}: no sample {sample} is done")
+        raise UserError(f"{'; '.join(job.label for job in jobs)}: sample {sample} is not done")
     first = next(iter(did))
-    cfg: Any = SimpleNamespace(**first.config)  # as it stands there: nothing in it is resolved
+    cfg: Any = SimpleNamespace(**first.config)  # plain values, nothing to resolve
     if cfg.dataset:
         cfg.dataset = SimpleNamespace(**cfg.dataset)
     try:
@@ -117,10 +136,10 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
             had = did[first]["video_tokens"]
-            raise UserError(f"the video makes {len(grid)} tokens now, the job had {had}: has it changed?")
+            raise UserError(f"the video now makes {len(grid)} tokens, but the job had {had}: has it changed?")
     except (UserError, OSError) as error:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
-    # A job may have other frames, or another model: then its tokens are of another grid.
+    # Leave out jobs with other frames or another model: their tokens lie on another grid.
     alike = [pair for pair in did.items() if pair[1]["video_tokens"] == len(grid) and looks(pair[0]) == looks(first)]
     places = SAMPLINGS["uniform"](grid.frames, min(most, grid.frames))
     frames = [place * len(clip.frames) // grid.frames for place in places]
@@ -137,20 +156,21 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """What a sample's grid depends on."""
+    """Settings that the token grid of a sample depends on."""
     return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
 
 
 @cache
 def target_of(path: str, mrope: str) -> VideoLM:
+    """Skeleton of the target. Raises UserError if its folder is not on this machine."""
     folder = model_folder(path)
-    if not folder.is_dir():  # who wrote the run's folder may not have us fetch what it names
+    if not folder.is_dir():  # never download what a results folder names
         raise UserError(f"{path}: no such model folder here")
     return skeleton(folder, mrope)
 
 
 def sample_of(cfg: Any, name: str) -> Sample:
-    """The sample itself, from its data set. Raises UserError where that has no such one, or cannot be read here."""
+    """Find a sample in its data set. Raises UserError if it is missing or the data set cannot be read."""
     if not cfg.dataset:
         return own_sample(cfg)
     found = next((sample for sample in samples_of(json.dumps(vars(cfg.dataset))) if sample.id == name), None)
@@ -161,48 +181,50 @@ def sample_of(cfg: Any, name: str) -> Sample:
 
 @cache
 def samples_of(fields: str) -> Sequence[Sample]:
+    """Samples of a data set. fields: its configuration as JSON, so that it can be cached."""
     return registry.build("dataset", json.loads(fields)).samples()
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
+    """Collect one job's view of a sample. Raises UserError if its files are damaged."""
     steps, total = job.steps[row["sample"]], row["video_tokens"]
     for step in steps:
-        parse(Told, step, f"{job.folder}, a round of {line(row['sample'])}")
+        parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
-        raise UserError(f"{job.folder} says that token {max(kept)} was kept, of {total}: its files do not go together")
+        raise UserError(f"{job.folder} says that token {max(kept)} of {total} was kept: its files do not match")
     return View(job, row, kept, heat_of(attention_file(job.folder, row["index"]), total), rounds_of(steps, tokenizer))
 
 
 def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
-    """What was recorded of a sample; None where nothing was. Raises UserError for another file."""
+    """Recorded attention of a sample; None if there is none. Raises UserError for a file that does not fit."""
     if not file.is_file():
         return None
     try:
         heat: NDArray[np.float32] = load_file(file)["verifier_attention"].float().numpy()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is no record of attention ({message(error)}): run it again with record=true") from None
+        raise UserError(f"{file} is no attention file ({message(error)}): run it again with record=true") from None
     if heat.shape != (total,) or not np.isfinite(heat).all():
-        raise UserError(f"{file} is the attention of {heat.size} tokens, not of {total}: run it again with record=true")
+        raise UserError(f"{file} has the attention of {heat.size} tokens, not of {total}: run it again with record=true")
     return heat
 
 
 def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
-    """Guesses come before the target's own token, and a stop id or a limit cuts from behind."""
+    """Texts of each round. A round's tokens are the accepted guesses, then the target's own token unless cut off."""
     before: list[int] = []
     rounds = []
     for step in steps:
         taken, new = step["accepted"], step["tokens"]
         guesses, own = new[:taken], new[taken:]
         accepted = spell(tokenizer, before, guesses)
-        refused = spell(tokenizer, before + guesses, step.get("refused", []), skip=False)  # a guess that all is said shows
+        refused = spell(tokenizer, before + guesses, step.get("refused", []), skip=False)  # also shows a guessed end
         rounds.append(Round(accepted, refused, spell(tokenizer, before + guesses, own)[0] if own else None))
         before += new
     return rounds
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Each token's own text. A character of several tokens belongs to the last. skip: special tokens have no text."""
+    """Text of each token; a character of several tokens goes to the last. skip: leave special tokens empty."""
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:
         known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
@@ -213,26 +235,27 @@ def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bo
 
 
 def picture(frame: torch.Tensor) -> Image.Image:
-    """(3, H, W) uint8, made smaller."""
+    """Thumbnail of a frame, uint8 (3, H, W)."""
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image
 
 
 def data_uri(image: Image.Image) -> str:
+    """Encode a picture as a WebP data URI."""
     file = io.BytesIO()
     image.save(file, "webp", quality=70)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def bits(kept: Sequence[int], total: int) -> str:
-    """Base64 of one bit a token, the first in the highest bit."""
+    """Base64 of one bit per token, most significant bit first."""
     mask = np.zeros(total, dtype=np.uint8)
     mask[list(kept)] = 1
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:
-    """Base64 of a byte a token, and what 255 stands for: the hottest percent would leave the rest without colour."""
+    """Base64 of one byte per token, and the value of 255: the 99th percentile, since outliers would dim the rest."""
     top = max(float(np.quantile(heat, 0.99)), 1e-6)
     return base64.b64encode((heat / top * 255).clip(0, 255).astype(np.uint8).tobytes()).decode(), top

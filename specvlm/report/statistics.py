@@ -1,8 +1,8 @@
-"""A job's figures with 95 % bootstrap intervals, and what they differ by from another job's, paired by sample.
+"""Bootstrap intervals (95 %) of a job's metrics and of their differences to another job, paired by sample.
 
-Samples are resampled, not rounds, since rounds of one answer are alike; pairing takes out what is easy or hard about a sample
-(Efron and Tibshirani, 1993, ch. 13; percentiles). Figures are those of `metrics.totals`: means over samples, and a speed-up the
-quotient of two sums.
+Resamples samples, not rounds, since rounds of one answer are correlated. Pairing removes the variation between easy
+and hard samples (percentile bootstrap; Efron and Tibshirani, 1993, ch. 13). The metrics are those of
+`metrics.totals`: means over samples, and speed-ups as quotients of two sums.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Columns = Sequence[NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Interval:
-    """low, high: None for fewer than two samples, which tell nothing of how samples scatter."""
+    """A value with its interval over `count` samples. low, high: None for fewer than two samples."""
 
     value: float
     low: float | None
@@ -34,27 +34,27 @@ class Interval:
 
     @property
     def sure(self) -> int:
-        """1 or -1 where all of it is above or below zero."""
+        """1 or -1 if the whole interval is above or below zero, else 0."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > 0) - (self.high < 0)
 
 
 def total(*columns: NDArray[np.float64], axis: int = -1) -> Any:
-    """Of one column its mean, of two the quotient of their sums."""
+    """Mean of one column; quotient of the sums of two."""
     if len(columns) == 1:
         return np.mean(columns[0], axis=axis)
     return np.sum(columns[0], axis=axis) / np.sum(columns[1], axis=axis)
 
 
 def gained(*columns: NDArray[np.float64], axis: int = -1) -> Any:
-    """What the first half of the columns has over the second."""
+    """`total` of the first half of the columns minus that of the second."""
     half = len(columns) // 2
     return total(*columns[:half], axis=axis) - total(*columns[half:], axis=axis)
 
 
 def interval(columns: Columns, statistic: Any = total) -> Interval | None:
-    """columns: an entry a sample each. None without samples; the same columns give the same interval."""
+    """Bootstrap a statistic of columns with one entry per sample. None without samples. Deterministic."""
     count = len(columns[0])
     if not count:
         return None
@@ -67,37 +67,47 @@ def interval(columns: Columns, statistic: Any = total) -> Interval | None:
 
 
 def mean_of(values: Sequence[float]) -> Interval | None:
-    """Of a list of figures."""
+    """Mean with its interval."""
     return interval([np.asarray(values, dtype=np.float64)])
 
 
 def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
-    """What the figure is made of, by sample, of those that have it."""
+    """The values that a metric is computed from, by sample; skips samples without it."""
     parts = QUOTIENTS.get(key, (key,))
     return {row["sample"]: tuple(float(row[part]) for part in parts) for row in job.done if row.get(key) is not None}
 
 
 @cache
 def figure(job: Job, key: str) -> Interval | None:
-    """The job's own total, to the last digit, with its interval."""
+    """The job's total of `key`, exactly as in its summary, with its interval."""
     found = interval(columns_of(list(by_sample(job, key).values())))
     return found and replace(found, value=job.totals[key])
 
 
 def difference(job: Job, base: Job, key: str) -> Interval | None:
-    """job - base, over the samples that both have."""
+    """Difference job - base of a metric, over the samples that both have."""
     mine, other = by_sample(job, key), by_sample(base, key)
     return interval(columns_of([(*value, *other[sample]) for sample, value in mine.items() if sample in other]), gained)
 
 
 def columns_of(table: Sequence[tuple[float, ...]]) -> Columns:
+    """Transpose rows of values into columns."""
     return list(np.asarray(table, dtype=np.float64).T) if table else [np.empty(0)]
 
 
 def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
-    """What each job is held against: the job called `name` (its label, series or folder), of several the one of its own
-    ratio. Without a name, the job with pruner=uniform that is otherwise the same, at the same ratio; where no job has a
-    uniform one, the first job. None: nothing, or it is the one itself. Raises UserError for a name that no job has.
+    """Choose the job to compare each job with.
+
+    Args:
+        jobs: All jobs.
+        name: Label, series or folder of the base; among several the one of the same ratio. None: the job with
+            pruner=uniform and otherwise the same settings and ratio; if no job has one, the first job.
+
+    Returns:
+        The base by job; None if there is none or it is the job itself.
+
+    Raises:
+        UserError: No job has that name.
     """
     if name is not None:
         some = called(name, jobs)
@@ -108,12 +118,13 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
 
 
 def uniform_like(job: Job, jobs: Sequence[Job]) -> Job | None:
+    """The job with pruner=uniform that is otherwise like `job`."""
     uniform = (other for other in jobs if other.ratio is not None and other.settings.get("pruner.name") == "uniform")
     return next((other for other in uniform if apart_from_pruner(other, job)), None)
 
 
 def called(name: str, jobs: Sequence[Job]) -> list[Job]:
-    """The jobs of that label, series or folder. Raises UserError where there is none."""
+    """Jobs with this label, series or folder. Raises UserError if there are none."""
     found = [job for job in jobs if name in (job.label, job.series, job.folder.name, str(job.folder))]
     if not found:
         names = [job.label for job in jobs]
@@ -122,7 +133,7 @@ def called(name: str, jobs: Sequence[Job]) -> list[Job]:
 
 
 def apart_from_pruner(one: Job, other: Job) -> bool:
-    """Do they differ in their pruner at most?"""
+    """Whether two jobs differ in nothing but their pruner."""
     mine, others = (
         {k: v for k, v in job.settings.items() if k not in APART and not k.startswith("pruner.")} for job in (one, other)
     )
@@ -130,7 +141,7 @@ def apart_from_pruner(one: Job, other: Job) -> bool:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points that no other beats: none costs no more (first) and gives more (second), or costs less and gives as much."""
+    """Indices of the Pareto front of (cost, gain) points: lower cost and higher gain are better."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     best, found = -float("inf"), []
     for place in order:

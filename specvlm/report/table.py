@@ -1,4 +1,4 @@
-"""The summary: a line a job, of figures with their intervals and what they differ by from a baseline job's."""
+"""Summary tables: one line per job, with metrics, intervals, and differences to a base job."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
 from specvlm.report.statistics import Interval, bases, difference, figure
 
-FINE = ("identical", "numeric tie", "sampled")  # verdicts that leave no doubt
+FINE = ("identical", "numeric tie", "sampled")  # verdicts of a lossless answer
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of the table. show: its text; compared: with an interval, and held against the baseline."""
+    """A column of the table. show: formats its value; compared: show interval and difference to the base."""
 
     key: str
     title: str
@@ -27,10 +27,12 @@ TWO_DIGITS, TIMES_AS_FAST = "{:.2f}".format, "{:.2f} ×".format
 
 
 def size(value: float) -> str:
+    """Format bytes in GiB or MiB."""
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def signed(value: float) -> str:
+    """Format a difference with its sign."""
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -49,7 +51,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """value: as it is in the job's summary.json; None where there is none. side: up or down, where the difference is sure."""
+    """A cell. value: as in summary.json, or None; side: up or down if the difference is significant."""
 
     key: str
     value: float | None
@@ -61,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A job's line. job: its number; view: what its drafter was shown, in parts."""
+    """A line of the table. job: index of the job; view: how much the drafter saw, in parts."""
 
     job: int
     series: str
@@ -71,7 +73,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs whose figures may stand together. state: of the verdict, good, bad or open."""
+    """Jobs that one table may compare. state: good, bad or open, the state of the verdict."""
 
     name: str
     title: str
@@ -85,13 +87,14 @@ class Group:
 
 
 def groups(jobs: Sequence[Job], base: str | None = None) -> list[Group]:
-    """Lossy rules stand apart: their figures belong in no table with those of lossless ones. base: see `bases`."""
+    """Make one table of lossless and one of lossy jobs, which cannot be compared. base: see `bases`."""
     parts = {"lossless": [job for job in jobs if not job.lossy], "lossy": [job for job in jobs if job.lossy]}
     titles = {"lossless": "Summary", "lossy": "Lossy rules: not the target's own output"}
     return [group(name, titles[name], some, jobs, base) for name, some in parts.items() if some]
 
 
 def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base: str | None) -> Group:
+    """Make the table of some jobs. every: all jobs of the report, for their indices."""
     against = bases(jobs, base)
     columns = [column for column in COLUMNS if any(job.totals[column.key] is not None for job in jobs)]
     lines = []
@@ -101,10 +104,11 @@ def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base
         right = sum(found.get(kind, 0) for kind in FINE)
         lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
     heads = [Column("job", "job", "", TWO_DIGITS), *columns, Column("verdict", "output", "", TWO_DIGITS)]
-    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, said_of(against), charts(jobs))
+    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, comparison_note(against), charts(jobs))
 
 
 def cell(job: Job, base: Job | None, column: Column) -> Cell:
+    """Make one cell of a job's line."""
     value = job.totals[column.key]
     if value is None:
         return Cell(column.key, None, "–")
@@ -117,13 +121,14 @@ def cell(job: Job, base: Job | None, column: Column) -> Cell:
 
 
 def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
+    """Format an interval; empty if there is none."""
     if found is None or found.low is None or found.high is None:
         return ""
     return f"[{show(found.low)}, {show(found.high)}]"
 
 
 def view(job: Job) -> list[str]:
-    """`drops 90 %`, `keeps 102 of 1024`, the latter a mean over samples; nothing where no pruner chose."""
+    """How much the drafter saw: `drops 90 %`, `keeps 102 of 1024` (mean over samples). Empty if no pruner was used."""
     known = [(row["kept_tokens"], row["video_tokens"]) for row in job.done if row["kept_tokens"] is not None]
     if not known:
         return []
@@ -132,11 +137,12 @@ def view(job: Job) -> list[str]:
 
 
 def counted(verdicts: Mapping[str, int]) -> str:
+    """Format counts by verdict."""
     return ", ".join(f"{count} {kind}" for kind, count in verdicts.items())
 
 
 def judged(jobs: Sequence[Job]) -> tuple[str, str]:
-    """The verdict over all, and whether it is good, bad or open."""
+    """Overall verdict, and whether it is good, bad or open."""
     found = sum((Counter[str](job.totals["verdicts"]) for job in jobs), Counter[str]())
     total, text = sum(found.values()), counted(found)
     if wrong := found.get("MISMATCH", 0):
@@ -151,7 +157,7 @@ def judged(jobs: Sequence[Job]) -> tuple[str, str]:
 
 
 def problems(jobs: Sequence[Job]) -> list[str]:
-    """Mismatches, samples that failed, and those that are missing."""
+    """One line for each mismatch and failed sample, and for each incomplete job."""
     lines = []
     for job in jobs:
         if job.summary.get("missing"):
@@ -164,8 +170,8 @@ def problems(jobs: Sequence[Job]) -> list[str]:
     return lines
 
 
-def said_of(against: Mapping[Job, Job | None]) -> str:
-    """What the second numbers of the table are."""
+def comparison_note(against: Mapping[Job, Job | None]) -> str:
+    """Note that explains the second numbers of the table."""
     others = {base for base in against.values() if base}
     if not others:
         return ""

@@ -1,1 +1,1 @@
-"""What a run leaves behind: rows, figures, folders, and their mirror on W&B."""
+"""Results of a run: rows, metrics, folders, and their mirror on W&B."""

@@ -1,4 +1,4 @@
-"""A run's own files: what it writes where, whole or not at all."""
+"""Write the files of a run, each completely or not at all."""
 
 import errno
 import json
@@ -23,7 +23,14 @@ ATTENTION = "attention"
 
 @contextmanager
 def files_of(folder: Path | None) -> Iterator[None]:
-    """The run's files: none of an earlier run stay, none of this one if cut short. folder: None writes nothing."""
+    """Remove the files of an earlier run, and those of this run if it fails.
+
+    Args:
+        folder: The run's folder. None: write nothing.
+
+    Raises:
+        UserError: The folder holds a job, or cannot be written.
+    """
     if folder is None:
         yield
         return
@@ -39,7 +46,7 @@ def files_of(folder: Path | None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         clear()
         yield
-    except BrokenPipeError:  # of what reads the terminal's output
+    except BrokenPipeError:  # comes from the terminal, not from the folder
         raise
     except OSError as error:
         if folder.is_dir():
@@ -48,6 +55,7 @@ def files_of(folder: Path | None) -> Iterator[None]:
 
 
 def steps_file(folder: Path | None) -> TextIO:
+    """Open steps.jsonl for writing; the null device if there is no folder."""
     if folder is None:
         return Path(os.devnull).open("w")
     file: TextIO = open_regular(folder / "steps.jsonl", "w")
@@ -55,26 +63,27 @@ def steps_file(folder: Path | None) -> TextIO:
 
 
 def check_there(file: IO[Any]) -> None:
-    """A file that was removed takes what is written, and nobody will ever read it. Raises OSError."""
+    """Raises OSError if an open file was removed or moved: writing to it would succeed and be lost."""
     try:
         same = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
         same = False
     if not same:
-        raise FileNotFoundError(errno.ENOENT, "it was removed, or put elsewhere, while this wrote into it", file.name)
+        raise FileNotFoundError(errno.ENOENT, "it was removed or moved while being written", file.name)
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    """Plain data, which no reader has to resolve."""
+    """Write plain data as YAML."""
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**31))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data as JSON."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a file, and of several writers the last one's stays."""
+    """Write a file atomically: readers never see half of it, and the last of several writers wins."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -84,12 +93,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def attention_file(folder: Path, number: int) -> Path:
-    """Of the sample of that number in its data set."""
+    """Path of the recorded attention of sample `number` of the data set."""
     return folder / ATTENTION / f"{number}.safetensors"
 
 
 def write_attention(folder: Path | None, number: int, attention_N: Tensor) -> None:
-    """As multiples of its mean, since float16 has no room for the shares themselves."""
+    """Write attention scores, shape (video tokens,), as float16 multiples of their mean: the scores would underflow."""
     if folder is None:
         return
     path = attention_file(folder, number)

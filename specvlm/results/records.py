@@ -1,4 +1,4 @@
-"""What runs write, as types with bounds: what is read back is parsed into these before anything is made of it."""
+"""Schemas, with bounds, of the files that runs write. Everything read back is parsed into these first."""
 
 from typing import Annotated, Any, Literal, NotRequired, Required
 
@@ -9,22 +9,26 @@ from specvlm.parsing.bounds import Count, Seconds, Within
 from specvlm.types import MOST_GUESSES
 
 Token = Annotated[int, Within(0, 2**31 - 1)]
-Tokens = Annotated[int, Within(0, 10_000_000)]  # how many
+Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
 Rank = Annotated[int, Within(0, MOST_GUESSES)]
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
 
 
 class Named(TypedDict):
+    """A strategy or data set in config.yaml; other fields are ignored."""
+
     name: str
 
 
 class Side(TypedDict):
+    """Target or draft in config.yaml."""
+
     path: str
 
 
 class Ran(TypedDict):
-    """config.yaml, as far as it is read back."""
+    """The keys of config.yaml that are read back."""
 
     pruner: Named
     drafter: Named
@@ -42,7 +46,7 @@ class Ran(TypedDict):
 
 
 class KeptBaseline(TypedDict):
-    """A file of `baselines/`. digest: of all else."""
+    """A file of `baselines/`. digest: SHA-256 of the other fields."""
 
     tokens: list[Token]
     times_s: dict[str, Seconds]
@@ -52,7 +56,7 @@ class KeptBaseline(TypedDict):
 
 
 class Figures(TypedDict):
-    """Of one answer; `metrics.KEYS` explains them."""
+    """Metrics of one answer; `metrics.KEYS` explains them."""
 
     verdict: str
     text: str
@@ -96,7 +100,7 @@ class Figures(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """summary.json, as far as all that write one have it."""
+    """The keys that every summary.json may have."""
 
     status: str
     reason: str | None
@@ -122,7 +126,7 @@ class Totals(Summary, total=False):
 
 
 class Row(TypedDict):
-    """A line of samples.jsonl. One that is ok has `Figures`, too."""
+    """A line of samples.jsonl. A sample that is ok also has `Figures`."""
 
     sample: str
     index: Count
@@ -137,7 +141,7 @@ class Row(TypedDict):
 
 
 class Answered(Row, Figures):
-    """A line of samples.jsonl that is ok."""
+    """A line of samples.jsonl whose sample is ok."""
 
 
 class Round(TypedDict):
@@ -151,7 +155,7 @@ class Round(TypedDict):
 
 
 class Ranked(TypedDict):
-    """A line of steps.jsonl that tells ranks."""
+    """A line of steps.jsonl with the rank of each accepted guess among its siblings (see `fit_tree`)."""
 
     ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
-    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # the root's, too
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # includes the root's

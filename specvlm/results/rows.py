@@ -1,13 +1,13 @@
-"""The folder of a job over samples: written by one process or by several shards of it, read as one.
+"""The folder of a job over samples. One process writes it, or several shards; readers see one job.
 
-    config.yaml     what was asked for
-    samples.jsonl   a line a sample, when it is done; of a shard samples.0-of-4.jsonl
-    steps.jsonl     a line a round, written before its sample's line; of a shard steps.0-of-4.jsonl
-    summary.json    the totals of all that is there, whole or not at all
+    config.yaml     the configuration
+    samples.jsonl   one line per sample, written when it is done; samples.0-of-4.jsonl for a shard
+    steps.jsonl     one line per round, written before its sample's line; steps.0-of-4.jsonl for a shard
+    summary.json    the totals over all rows, replaced atomically
 
-Files only grow. A process killed in the middle leaves half a line, or rounds of a sample that has no line: whoever goes on
-cuts them off. A sample tried again has two lines, of which the one that is ok counts; so has one that is checked behind
-its answer, of which the checked one counts.
+The .jsonl files only grow. A process that is killed leaves half a line, or rounds of a sample without a line: the
+process that resumes the job cuts them off. A sample that is tried again has two lines; the one that is ok counts. A
+sample that is checked after its answer has two lines too; the checked one counts.
 """
 
 import json
@@ -31,22 +31,24 @@ from specvlm.parsing.files import MOST_BYTES, json_of, open_regular, read_text, 
 from specvlm.results.folder import check_there, write_yaml
 from specvlm.results.records import Answered, Row, Summary, Totals
 
-NO_MATTER = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")  # rows are the same whatever these are
+# Keys that do not change the rows.
+NEUTRAL_KEYS = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")
 SAMPLES, STEPS = "samples", "steps"
-A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on the disk, rather too many
-UNCHECKED = (None, "not checked")  # values of hf_check that a later line may better
+A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on disk, estimated generously
+UNCHECKED = (None, "not checked")  # values of hf_check that a later line may replace
 
 
 class CannotWrite(UserError):
-    """The disk is full, or gone: no sample's fault, and no use in going on."""
+    """The disk is full or gone. Ends the job: no other sample could be written either."""
 
 
 class Taken(UserError):
-    """By another process, or by results that are not to be touched."""
+    """The folder is in use by another process, or holds results that must not be overwritten."""
 
 
 @contextmanager
 def writable(folder: Path | None) -> Iterator[None]:
+    """Turn an OSError into CannotWrite, naming `folder`."""
     try:
         yield
     except OSError as error:
@@ -54,47 +56,57 @@ def writable(folder: Path | None) -> Iterator[None]:
 
 
 def room(folder: Path, samples: int, tokens: int) -> None:
-    """Is there a disk to write to, before hours are spent? Raises CannotWrite."""
+    """Check that `folder` can be written and has room for the results. Raises CannotWrite."""
     needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as probe:  # of no name: other shards look at this folder, too
+        with TemporaryFile(dir=folder) as probe:  # nameless: other shards read this folder too
             probe.write(b"\0" * 4096)
         free = shutil.disk_usage(folder).free
     if free < needed:
         left, most = f"{free / 2**20:.0f} MiB", f"{needed / 2**20:.0f} MiB"
-        raise CannotWrite(f"{folder} has {left} left, and results may take {most}: make room, or write elsewhere")
+        raise CannotWrite(f"{folder} has {left} left, but results may take {most}: free some space, or use another disk")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Each sample's line, of all shards, in the data set's order (see `records`). Raises UserError if damaged."""
-    return [row for row, _ in _kept(folder)]
+    """Read the row of each sample, over all shards, in the data set's order.
+
+    Args:
+        folder: Folder of a job.
+
+    Returns:
+        Rows as `records.Answered` if ok, else as `records.Row`.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    return [row for row, _ in _current_rows(folder)]
 
 
-def _kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
-    """With the file that each line is from."""
+def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The row that counts of each sample, with the file it comes from."""
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
             if not {"sample", "index", "status"} <= row.keys():
                 raise UserError(f"{path} has a line without sample, index or status: move the file away to start over")
             parse(Answered if row.get("status") == "ok" else Row, row, f"{path}, sample {row.get('sample')}")
-            if row["sample"] not in found or _counts(row, found[row["sample"]][0]):
+            if row["sample"] not in found or _replaces(row, found[row["sample"]][0]):
                 found[row["sample"]] = row, path
     return sorted(found.values(), key=lambda kept: kept[0]["index"])
 
 
-def _counts(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Does a sample's line count, and no longer the one before it?"""
+def _replaces(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a sample's later line replaces an earlier one."""
     checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
     return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
 
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rounds of each sample that is done, of all shards."""
-    files = {row["sample"]: path for row, path in _kept(folder) if row["status"] == "ok"}
+    """Read the rounds of each sample that is ok, over all shards, by sample id."""
+    files = {row["sample"]: path for row, path in _current_rows(folder) if row["status"] == "ok"}
     found: dict[str, list[dict[str, Any]]] = {sample: [] for sample in files}
-    for path in dict.fromkeys(files.values()):  # rounds lie beside their row; those of a process that was killed have none
+    for path in dict.fromkeys(files.values()):  # skip rounds without a row: their process was killed
         rounds = path.with_name(path.name.replace(SAMPLES, STEPS, 1))
         for line in lines_of(rounds):
             if files.get(str(line.get("sample"))) == path:
@@ -103,17 +115,17 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """What the job was asked for. Raises UserError where there is no job, or a damaged one."""
+    """Read the configuration of a job. Raises UserError if it is missing or damaged."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
     found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
-        raise UserError(f"{folder / 'config.yaml'} is no configuration: it is damaged, or not ours")
+        raise UserError(f"{folder / 'config.yaml'} is no configuration of specvlm, or it is damaged")
     return found
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """The totals, as last written; empty where there are none. Raises UserError for a file that is no JSON."""
+    """Read the totals of a job; empty if there are none yet. Raises UserError for a file that is no JSON."""
     path = folder / "summary.json"
     try:
         found = json_of(read_text(path))
@@ -122,21 +134,28 @@ def summary_of(folder: Path) -> dict[str, Any]:
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{path} is no JSON: run it again, or leave the folder out") from None
+        raise UserError(f"{path} is not valid JSON: run it again, or leave the folder out") from None
     parse(Totals if isinstance(found, dict) and "samples" in found else Summary, found, path)
     return found
 
 
 def is_job(folder: Path) -> bool:
-    """Has a job over samples written here?"""
+    """Whether `folder` holds rows of a job over samples."""
     return bool(_files(folder, SAMPLES))
 
 
 class Rows:
-    """One process's files in a job's folder, its own until they are closed. folder: None where nothing is written.
+    """The files that one process writes in a job's folder, locked until `close`.
 
-    shard: (which, of how many). Raises Taken where another process writes them, where they hold rows and are not to be resumed,
-    or rows of another configuration; CannotWrite where nothing can be written.
+    Args:
+        cfg: Configuration of the job.
+        folder: Folder of the job. None: write nothing.
+        shard: (index, number of shards).
+
+    Raises:
+        Taken: Another process writes these files; or they hold rows and `resume` is off, or rows of another
+            configuration.
+        CannotWrite: The folder cannot be written.
     """
 
     def __init__(self, cfg: RunConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
@@ -155,7 +174,7 @@ class Rows:
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with FileLock(folder / ".lock"):  # shards begin one behind the other: the first says what is asked for
+                with FileLock(folder / ".lock"):  # shards start one at a time: the first writes config.yaml
                     self._claim(cfg, folder, shard)
             except Timeout:
                 raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
@@ -173,39 +192,40 @@ class Rows:
             with _lock_of(path):
                 pass
         self._files = [open_regular(samples, "ab", buffering=0), open_regular(steps, "ab")]
-        measured = list(_measured(samples))
+        measured = list(_objects(samples))
         old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
-            raise Taken(f"{folder} holds {there_already} samples already: go on with resume=true, or take another folder")
+            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to go on, or use another folder")
         there = rows_of(folder)
-        if there or any(path.exists() and _held(path) for path in side_by_side if path != samples):
+        if there or any(path.exists() and _in_use(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():
-                raise Taken(f"{folder} holds samples and no config.yaml, which says of what: take another folder")
+                raise Taken(f"{folder} holds samples but no config.yaml: use another folder")
             _compare(config_of(folder), plain(cfg), folder)
         _cut(self._files[0], end)
         status, end = {row["sample"]: row["status"] for row in old}, 0
-        for line, behind in _measured(steps):
+        for line, behind in _objects(steps):
             end = behind if status.get(line.get("sample")) == "ok" else end
         _cut(self._files[1], end)
         self.done = {row["sample"] for row in there if row["status"] == "ok"}
         if shard is None:
-            for path in folder.glob("*.part"):  # of a process that was killed
+            for path in folder.glob("*.part"):  # left by a process that was killed
                 path.unlink()
         write_yaml(folder / "config.yaml", plain(cfg))
 
     def begin(self) -> None:
-        """Of the next sample."""
+        """Start the next sample: its rounds follow."""
         self._start = self._files[1].tell() if self._files else 0
 
     def step(self, line: Mapping[str, Any]) -> None:
+        """Append one round to steps.jsonl."""
         if self.folder:
             with writable(self.folder):
                 self._files[1].write(json.dumps(line).encode() + b"\n")
                 check_there(self._files[1])
 
     def end(self, row: Mapping[str, Any]) -> None:
-        """The sample is done; when this returns, a line says so, on the disk. One that failed has no rounds."""
+        """Append the row of a sample and sync it to disk. Drops the rounds of a sample that failed."""
         if not self.folder:
             return
         samples, steps = self._files
@@ -225,9 +245,9 @@ class Rows:
                 raise
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files and release the lock."""
         for file in self._files:
-            with suppress(OSError):  # what a full disk did not take belongs to a sample that has no line
+            with suppress(OSError):  # unwritten data belongs to a sample without a row
                 file.close()
         self._files = []
         if self._lock is not None:
@@ -235,16 +255,17 @@ class Rows:
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
-    """A configuration as it is written: without what does not matter to its rows."""
-    return {key: value for key, value in config.plain(cfg).items() if key not in NO_MATTER}
+    """Plain configuration for config.yaml, without the keys that do not change the rows."""
+    return {key: value for key, value in config.plain(cfg).items() if key not in NEUTRAL_KEYS}
 
 
 def _lock_of(samples: Path) -> BaseFileLock:
-    """Who holds it is the only one to write. Raises Timeout, at once, where another process does."""
+    """Lock of a samples file. Acquiring it raises Timeout at once if another process holds it."""
     return FileLock(samples.with_name(f".{samples.name}.lock"), timeout=0)
 
 
-def _held(samples: Path) -> bool:
+def _in_use(samples: Path) -> bool:
+    """Whether another process is writing this samples file."""
     try:
         with _lock_of(samples):
             return False
@@ -256,10 +277,10 @@ def _files(folder: Path, what: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
 
 
-def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines, and where each ends; a last one that is not whole is none, or with `torn` one if it can be read.
+def _objects(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each JSON object of a file with the offset of its end. Raises UserError for a line that is no JSON object.
 
-    Raises UserError for one that is no JSON.
+    torn: also yield a last line without a newline, if it parses.
     """
     if not path.exists():
         return
@@ -284,27 +305,36 @@ def _measured(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], 
             if isinstance(line, dict):
                 yield line, end
             elif line is not None or file.read(1):
-                raise UserError(f"{path}, line {number}: this is no JSON object; move the file away to start over")
+                raise UserError(f"{path}, line {number}: not a JSON object; move the file away to start over")
 
 
 def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
-    """All whole lines of a file; torn: and a last one that lacks its end alone. Raises UserError for one that is no JSON."""
-    return [line for line, _ in _measured(path, torn)]
+    """Read the JSON objects of a file of lines; a missing file has none.
+
+    Args:
+        path: A .jsonl file.
+        torn: Also return a last line that lacks its newline, if it parses.
+
+    Raises:
+        UserError: A line is no JSON object.
+    """
+    return [line for line, _ in _objects(path, torn)]
 
 
 def _cut(file: BinaryIO, end: int) -> None:
+    """Truncate an open file at `end` and seek there."""
     file.flush()
     os.ftruncate(file.fileno(), end)
     file.seek(end)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above: str = "") -> None:
-    """Raises UserError for the first key in which two configurations differ."""
+    """Raises Taken at the first key in which two configurations differ."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, now, name = old.get(key), new.get(key), f"{above}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             _compare(before, now, folder, f"{name}.")
-        elif before != now and name not in NO_MATTER and (name, before) != ("check", None):  # rows can still be checked
+        elif before != now and name not in NEUTRAL_KEYS and (name, before) != ("check", None):  # check may be added later
             was = f"with {name}={before}" if key in old else f"without {name}"
             has = f"{name}={now}" if key in new else f"without {name}"
             raise Taken(f"{folder} was made {was}, this is {has}: take another folder")

@@ -1,6 +1,6 @@
-"""Weights & Biases as a mirror of a job's folder: one run a job, grouped by sweep. What is on the disk comes first and stays.
+"""Mirror a job's folder to Weights & Biases: one W&B run per job, grouped by sweep. Files on disk are written first.
 
-Whatever goes wrong here is said once, and the mirror of that job is off.
+An error here is noted once and turns the mirror of that job off; the job goes on.
 """
 
 import os
@@ -19,7 +19,7 @@ from specvlm.config import WandbConfig
 from specvlm.errors import one_line
 from specvlm.results.metrics import LATER
 
-PATIENCE_S = 3.0  # for an answer of any kind from the server, and again for a run to be begun there: 5 s in all are promised
+PATIENCE_S = 3.0  # for any answer of the server; with BEGIN_S at most the 5 s that the docs promise
 BEGIN_S, END_S = 2.0, 60.0
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
@@ -28,25 +28,38 @@ FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "r
            *(key for key in LATER if not key.startswith("hf_")))  # fmt: skip
 TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
 PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
-MOST = 200  # characters of what W&B says went wrong
-CELL = 6  # pixels of a video token in the picture
+MOST = 200  # characters of a W&B error message
+CELL = 6  # pixels per video token in the picture
 
 
 class Wandb:
-    """How this process reaches W&B, found out by the first run. wish: `tracker=…`; note: is told what goes wrong."""
+    """Access of this process to W&B, online or offline; the first run finds out which.
+
+    Args:
+        wish: The values of `tracker=…`.
+        note: Shows a message to the user.
+    """
 
     def __init__(self, wish: WandbConfig, note: Callable[[str], None]) -> None:
         self.wish, self.note, self.mode = wish, note, str(wish.mode)
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str) -> Any:
-        """A run of W&B's. name, group: final, since it cannot rename what it holds offline; folder: where it keeps that."""
+        """Start a W&B run. `name` and `group` are final: W&B cannot rename offline runs.
+
+        Args:
+            name: Name of the run.
+            group: Name of the sweep.
+            folder: Where W&B keeps its offline files.
+            config: Plain configuration of the job.
+            kind: W&B's job type, "job" or "sweep".
+        """
         import wandb
 
         tags = {str(config[part]["name"]) for part in ("pruner", "drafter", "verifier", "dataset") if config.get(part)}
         named: dict[str, Any] = {"project": self.wish.project, "entity": self.wish.entity, "name": name, "group": group}
         named |= {"job_type": kind, "dir": str(folder), "config": dict(config), "tags": sorted(tags), "reinit": "create_new"}
         if self.mode == "online" and not reachable(wandb.Settings().base_url):
-            self._offline("there is no way to its server")
+            self._offline("its server cannot be reached")
         if self.mode == "online":
             try:
                 return wandb.init(**named, mode="online", settings=settings())
@@ -60,7 +73,7 @@ class Wandb:
 
 
 class Tracker:
-    """A mirror of one job, off until `begin`."""
+    """Mirror of one job; off until `begin`."""
 
     def __init__(self, wandb: Wandb | None) -> None:
         self.wandb = wandb if wandb and wandb.mode != "disabled" else None
@@ -69,7 +82,7 @@ class Tracker:
         self.rows: dict[str, tuple[Mapping[str, Any], Any]] = {}
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str = "job") -> None:
-        """See `Wandb.begin`."""
+        """Start the W&B run; see `Wandb.begin`."""
         if self.wandb is None:
             return
         with self._safely():
@@ -78,7 +91,7 @@ class Tracker:
                 self.run.define_metric(f"{series}/*", step_metric=f"{series}/index")
 
     def sample(self, row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
-        """One more is done. rounds: its lines of steps.jsonl."""
+        """Log a finished sample. row: its line of samples.jsonl; rounds: its lines of steps.jsonl."""
         if self.run is None:
             return
         with self._safely():
@@ -92,7 +105,7 @@ class Tracker:
             self.rows[row["sample"]] = (row, rounds)
 
     def finish(self, totals: Mapping[str, Any], code: int) -> None:
-        """The table of samples, the totals, and the exit code."""
+        """Log the table of samples and the totals, and end the run with an exit code."""
         if self.run is None:
             return
         with self._safely():
@@ -107,7 +120,7 @@ class Tracker:
             self._end({"samples": table}, {key: value for key, value in totals.items() if value is not None}, code)
 
     def plots(self, jobs: Sequence[Mapping[str, Any]]) -> None:
-        """Of a whole sweep: a table of its jobs' totals with their ratio and pruner, and what is drawn of it."""
+        """Log a sweep: a table with one row of totals per job, and charts of it. Ends the run."""
         if self.run is None:
             return
         with self._safely():
@@ -122,7 +135,7 @@ class Tracker:
             self._end(told)
 
     def _end(self, told: dict[str, Any], summary: Mapping[str, Any] | None = None, code: int = 0) -> None:
-        """The last that is told, and the run is over."""
+        """Log the last values and end the run."""
         run, self.run = self.run, None
         with staging(self.folder):
             run.log(told)
@@ -132,19 +145,23 @@ class Tracker:
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
+        """Turn the mirror off on any error, with a note."""
         try:
             yield
         except Exception as error:
             self.run = None
             assert self.wandb
-            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); nothing of the results is lost")
+            self.wandb.note(f"W&B is off for this job ({one_line(error)[:MOST]}); results are not affected")
 
 
 def reachable(address: str) -> bool:
-    """Does anything answer there, through a proxy if one is set, before patience is over? Looking a name up knows no limit."""
+    """Whether `address` answers in PATIENCE_S, through a proxy if one is set.
+
+    In a thread: DNS look-ups have no timeout.
+    """
 
     def ask() -> None:
-        with suppress(urllib.error.HTTPError):  # an answer
+        with suppress(urllib.error.HTTPError):  # an error page is an answer too
             urllib.request.urlopen(address, timeout=PATIENCE_S).close()
 
     try:
@@ -154,7 +171,7 @@ def reachable(address: str) -> bool:
 
 
 def _in_time(action: Callable[[], Any], seconds: float) -> bool:
-    """Did it come to its end? If not it goes on behind, and nobody waits for it. Raises what it raised."""
+    """Run `action` in a thread. Returns whether it ended in time; if not, it is abandoned. Raises what it raised."""
     raised: list[Exception] = []
 
     def act() -> None:
@@ -173,7 +190,7 @@ def _in_time(action: Callable[[], Any], seconds: float) -> bool:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[None]:
-    """W&B puts the pictures of a table aside until they are sent: beside its offline runs, not into the user's home."""
+    """Have W&B stage pictures of tables beside its offline runs instead of in the user's home."""
     key = "WANDB_DATA_DIR"
     if key in os.environ:
         yield
@@ -186,7 +203,10 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """Quiet, and without what costs time beside a measurement; those that this W&B knows."""
+    """W&B settings: quiet, and without what would disturb timings.
+
+    Skips settings that the installed W&B does not know.
+    """
     import wandb
 
     wishes: dict[str, Any] = {
@@ -197,7 +217,7 @@ def settings() -> Any:
 
 
 def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
-    """Frame beside frame, a square a video token, bright where the drafter saw it; None where no choice was made."""
+    """Draw all frames side by side, one square per video token, bright if kept; None if no tokens were chosen."""
     if row["kept"] is None or not row["grids"]:
         return None
     kept, parts, start = np.zeros(row["video_tokens"], np.uint8), [], 0
@@ -217,5 +237,5 @@ def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
 
 
 def sync_line(folder: Path) -> str:
-    """The command that sends what W&B wrote offline below a folder; empty where there is nothing."""
+    """Command that uploads the offline runs below `folder`; empty if there are none."""
     return f"wandb sync {folder / 'wandb'}/offline-run-*" if any(folder.glob("wandb/offline-run-*")) else ""

@@ -59,5 +59,5 @@ def test_kept_tokens_are_bright_and_dropped_ones_dim(seen, tmp_path, name):
 def test_what_cannot_be_filmed_is_said_in_one_line(seen, tmp_path):
     with pytest.raises(UserError, match="ends in .mp4 or .gif"):
         film(seen, tmp_path / "saw.avi")
-    with pytest.raises(UserError, match="nothing to be seen of b: gone"):
+    with pytest.raises(UserError, match="cannot show b: gone"):
         film(Seen("b", problem="gone"), tmp_path / "saw.mp4")

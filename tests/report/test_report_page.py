@@ -83,8 +83,8 @@ def test_a_job_that_did_nothing_is_named(tmp_path):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["nowhere"], "nowhere is no folder that python -m specvlm wrote"),
-        (["jobs", "--samples", "scene-00"], 'no job did a sample .scene-00.. Did you mean "scene-0000"'),
+        (["nowhere"], "nowhere is not a results folder of python -m specvlm"),
+        (["jobs", "--samples", "scene-00"], 'no job has a finished sample .scene-00.. Did you mean "scene-0000"'),
         (["jobs", "--baseline", "uniforn"], "no job is called 'uniforn'"),
         (["jobs", "--video", "saw.avi"], "a film ends in .mp4 or .gif"),
         (["jobs", "--job", "two_stage", "--video", "saw.mp4"], "no job is called 'two_stage'"),

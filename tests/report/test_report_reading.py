@@ -77,7 +77,7 @@ def test_failed_samples_are_kept_apart_from_done_ones(tmp_path):
 
 @pytest.mark.parametrize("case", ["nothing", "empty", "failed", "damaged", "old"])
 def test_what_is_no_report_is_said_in_one_line(tmp_path, case):
-    place, says = tmp_path / "a", "no folder that python -m specvlm wrote"
+    place, says = tmp_path / "a", "not a results folder of python -m specvlm"
     if case == "empty":
         place.mkdir()
     if case == "failed":
@@ -86,6 +86,6 @@ def test_what_is_no_report_is_said_in_one_line(tmp_path, case):
     if case in ("damaged", "old"):
         (job(place, []) / "samples.jsonl").unlink()
         (place / "summary.json").write_text("{" if case == "damaged" else '{"verdict": "identical"}')
-        says = "is no JSON" if case == "damaged" else "summary.json lacks text: another version"
+        says = "is not valid JSON" if case == "damaged" else "summary.json lacks text: another version"
     with pytest.raises(UserError, match=says):
         read_jobs([place])

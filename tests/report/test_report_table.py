@@ -9,7 +9,7 @@ from report_jobs import job, row, sweep
 
 pytest.importorskip("altair")
 
-from specvlm.report.charts import on_lines
+from specvlm.report.charts import without_separators
 from specvlm.report.reading import read_jobs
 from specvlm.report.table import groups
 
@@ -94,4 +94,4 @@ def test_jobs_that_drop_as_much_stand_one_below_the_other_best_first(tmp_path):
 
 def test_figures_hold_no_separators_of_lines_that_vega_cannot_parse():
     spec = {"sort": ["a\u2028b"], "a\u2028b": {"value": "a\u2029b", "count": 3}}
-    assert on_lines(spec) == {"sort": ["a b"], "a b": {"value": "a b", "count": 3}}
+    assert without_separators(spec) == {"sort": ["a b"], "a b": {"value": "a b", "count": 3}}
