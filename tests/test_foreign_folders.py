@@ -19,7 +19,7 @@ from specvlm.app.compose import compose, jobs, quoted
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.errors import StrategyError, UserError, one_line
 from specvlm.fit_tree import __main__ as fit_tree
-from specvlm.parsing import bounds
+from specvlm.parsing import bounds, files
 from specvlm.report.__main__ import main as report
 from specvlm.results import metrics
 from specvlm.results.rows import CannotWrite, Rows, rows_of, summary_of
@@ -237,3 +237,22 @@ def test_a_pipe_where_hydra_writes_its_own_file_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "multirun.yaml")
     assert main(["-m", "ratio=0.1,0.2", f"hydra.sweep.dir={tmp_path}"]) == 2
     assert "multirun.yaml is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "steps.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_among_a_jobs_files_is_refused_and_not_waited_for(name, kind, tmp_path, capsys):
+    report_jobs.sweep(tmp_path / "sweep")
+    path = next((tmp_path / "sweep").glob(f"*/{name}"))
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert report([str(tmp_path / "sweep"), "-o", str(tmp_path / "out.html")]) == 2
+    assert f"{name} is no file" in capsys.readouterr().err
+    assert main(["-m", "dataset=synthetic", "dataset.scenes=1", f"hydra.sweep.dir={tmp_path / 'sweep'}", "resume=true"]) == 2
+
+
+@pytest.mark.parametrize("mode", ["rb", "ab", "w"])
+def test_a_pipe_is_opened_by_nobody(mode, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file"):
+        files.open_regular(tmp_path / "pipe", mode)
