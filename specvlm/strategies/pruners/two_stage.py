@@ -18,7 +18,7 @@ from specvlm.types import KeepSet, TokenGrid, Within
 
 SPREADS = ("linspace", "frame")
 PAPER, AUTO = 0.4, "auto"
-PART = 4  # stage I has at most a fourth of the budget under AUTO
+PART = 8  # under AUTO stage I has at most an eighth of the budget
 MASS = f"above 0 and at most 1, or {AUTO}"
 
 
@@ -32,8 +32,8 @@ class TwoStagePruner(Pruner):
     floor(i (R - 1) / (k - 1)), i = 0..k-1; a single one is the first.
 
     mass: share of the attention that stage I retains, above 0 and at most 1, or auto. 0.4 is the released code's; a
-    reproduction reports 0.5 for Qwen2.5-VL. `auto`, ours, is 0.4 with stage I cut to floor(B / 4) instead of B, so that at
-    least three quarters of the budget are left to stage II however far the attention spreads.
+    reproduction reports 0.5 for Qwen2.5-VL. `auto`, ours, is 0.4 with stage I cut to floor(B / 8) instead of B, so that seven
+    eighths of the budget are left to stage II, however far the attention spreads.
     spread: how stage II spreads. `linspace` is the paper's one-dimensional stride over time, rows and columns.
     `frame`, ours, gives every frame the same number of stage II tokens, within one, the surplus going to frames that stage I
     left poorest, and spreads them in two dimensions inside each frame (an ordered-dither pattern, moved from frame to
