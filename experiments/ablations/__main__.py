@@ -26,15 +26,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="sweeps, of any preset or none")
     parser.add_argument("--speed", metavar="MACHINE", help="they ran alone on this machine: write speed.jsonl, not rows.jsonl")
     parser.add_argument("--fewer", action="store_true", help="rows of more scenes than are given here may go")
-    parser.add_argument(
-        "--experiment", action="append", choices=list(BASES), help="rows of this one alone; all, if none is named"
-    )
     asked = parser.parse_args(words)
-    wanted = asked.experiment or list(BASES)
     try:
         if asked.folders:
             found = rows.gather(asked.folders, asked.speed)
-            for path in rows.write(found, "speed" if asked.speed else "rows", fewer=asked.fewer, experiments=wanted):
+            for path in rows.write(found, "speed" if asked.speed else "rows", fewer=asked.fewer):
                 print(f"written: {path.relative_to(ROOT.parent)}")
             families = dict.fromkeys(row["family"] for row in found.rows)
             print(*found.told, *([] if asked.speed else rows.missing(found, families)), sep="\n")

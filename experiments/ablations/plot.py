@@ -21,14 +21,12 @@ from specvlm.report.statistics import interval
 CURVES = {
     "ratio_by_pruner": ("ratio", "share of the video tokens dropped", "pruner.name"),
     "stage_one_mass": ("pruner.mass", "λ, the attention that stage I takes", "pruner.name"),
-    "mass_by_ratio": ("ratio", "share of the video tokens dropped", "pruner.mass"),
     "frames": ("frames", "frames", "pruner.name"),
 }
 TEXTS = {
     "main_table": "nine tenths of the video dropped by each rule",
     "ratio_by_pruner": "by the share dropped",
     "stage_one_mass": "by λ, at 90 % dropped",
-    "mass_by_ratio": "by the share dropped, for each λ of two_stage, and uniform",
     "positions": "by the rotary positions of what is kept",
     "tree_shapes": "by the shape of the tree, two_stage at 90 % dropped",
     "frames": "by the frames of the video",
@@ -95,9 +93,9 @@ def curves(axes: Any, experiment: str, jobs: Sequence[Planned], results: Results
     """Jobs where all or nothing is kept belong to every line of an axis of ratios."""
     key, name, series = CURVES[experiment]
     ends = [job for job in jobs if key == "ratio" and job.settings["ratio"] in (0, 1)]
-    names = dict.fromkeys(line_of(job, series) for job in jobs if job not in ends)
+    names = dict.fromkeys(job.settings[series] for job in jobs if job not in ends)
     for colour, one in zip(COLOURS, names, strict=False):
-        mine = [job for job in jobs if job in ends or line_of(job, series) == one]
+        mine = [job for job in jobs if job in ends or job.settings[series] == one]
         drawn = [(job.settings[key], interval(results.accepted(family, job.label))) for job in mine]
         points = {FRAMES[family] if x is None else x: found for x, found in drawn if found}
         xs = sorted(points)
@@ -110,11 +108,6 @@ def curves(axes: Any, experiment: str, jobs: Sequence[Planned], results: Results
     axes.set_ylim(bottom=0)
     if len(names) > 1:
         axes.legend(frameon=False, loc="lower left")
-
-
-def line_of(job: Planned, series: str) -> str:
-    """What a job's line is called: its value of `series`, or its pruner, where that has no such field."""
-    return str(job.settings.get(series, job.settings["pruner.name"]))
 
 
 def long_tail(axes: Any, tops: Sequence[dict[str, float]]) -> None:

@@ -17,13 +17,10 @@ BASES: dict[str, tuple[dict[str, Any], ...]] = {
     "main_table": ({"pruner.name": "none"}, {"pruner.name": "uniform"}, {"drafter.name": "tree"}),
     "ratio_by_pruner": ({"pruner.name": "none"},),
     "stage_one_mass": ({"pruner.mass": 0.4},),
-    "mass_by_ratio": ({"pruner.mass": 0.2}, {"pruner.mass": 0.4}, {"pruner.name": "uniform"}),
     "positions": ({"positions": "original"},),
     "tree_shapes": ({"drafter.shape": "paper"},),
     "frames": ({"pruner.name": "none"},),
 }
-# Jobs that an experiment has beside those of its preset: a pruner without the fields that the preset sweeps over.
-BESIDE = {"mass_by_ratio": ("dataset=synthetic", "drafter=tree", "pruner=uniform", "ratio=0.5,0.8,0.9,0.95")}
 FRAMES = {"qwen2_5_vl": 32, "llava_onevision": 16}  # what frames=null takes of a scene
 # What changes no accepted guess of a scene: how many scenes, how they were watched, and what they ran on.
 APART = {"dataset.scenes", "dataset.first", "video", "question", "record", "baseline", "threads", "device", "engine",
@@ -85,9 +82,8 @@ def label_of(settings: Settings) -> str:
 
 @cache
 def planned(experiment: str, family: str) -> tuple[Planned, ...]:
-    """In the order of the preset, what is BESIDE it last; jobs that are the same by `settings_of` once."""
-    beside = plain(*BESIDE[experiment]) if experiment in BESIDE else []
-    each = [settings_of(config, family) for config in [*plain(f"experiment={experiment}"), *beside]]
+    """In the order of the preset; jobs that are the same by `settings_of` once."""
+    each = [settings_of(config, family) for config in plain(f"experiment={experiment}")]
     found = {label_of(settings): Planned(label_of(settings), settings) for settings in each}
     assert all(found[label_of(settings)].settings == settings for settings in each), f"{experiment}: one label, two jobs"
     return tuple(found.values())

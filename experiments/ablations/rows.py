@@ -145,23 +145,21 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def missing(found: Gathered, families: Iterable[str], experiments: Sequence[str] = tuple(BASES)) -> Iterable[str]:
-    """The planned jobs of these pairs and experiments without a row."""
+def missing(found: Gathered, families: Iterable[str]) -> Iterable[str]:
+    """The planned jobs of these pairs without a row."""
     there = {(row["family"], row["job"]) for row in found.rows if "job" in row}
     for family in families:
-        every = dict.fromkeys(job.label for experiment in experiments for job in planned(experiment, family))
+        every = dict.fromkeys(job.label for experiment in BASES for job in planned(experiment, family))
         if gone := [label for label in every if (family, label) not in there]:
             yield f"{family}: no rows of {', '.join(gone)}"
 
 
-def write(
-    found: Gathered, name: str, root: Path = ROOT, fewer: bool = False, experiments: Sequence[str] = tuple(BASES)
-) -> list[Path]:
-    """Into the folders of these experiments, in place of what was there of these families. name: `rows` or `speed`. Raises
-    UserError where a job would have fewer scenes than before, unless `fewer`. Attention and steps are of `main_table`'s jobs.
+def write(found: Gathered, name: str, root: Path = ROOT, fewer: bool = False) -> list[Path]:
+    """Into every experiment's folder, in place of what was there of these families. name: `rows` or `speed`. Raises UserError
+    where a job would have fewer scenes than before, unless `fewer`.
     """
     new: dict[Path, tuple[list[Row], list[str]]] = {}
-    for experiment in experiments:
+    for experiment in BASES:
         order = list(dict.fromkeys(job.label for family in FRAMES for job in planned(experiment, family)))
         families = {row["family"] for row in found.rows if row.get("job") in order}
         if mine := [row for row in found.rows if row["family"] in families and row.get("job", order[0]) in order]:
@@ -173,9 +171,9 @@ def write(
                 less = f"{', '.join(lost[0])} has {now[lost[0]]} scenes here, and {before[lost[0]]} there"
                 raise UserError(f"{experiment}/{name}.jsonl would lose rows ({less}): give all folders, or --fewer")
     files = [replace(path, mine, order) for path, (mine, order) in new.items()]
-    if name == "rows" and "main_table" in experiments:
-        if found.attention:
-            files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
+    if name == "rows" and found.attention:
+        files.append(replace(root / "findings" / "attention.jsonl", found.attention, []))
+    if name == "rows":
         for (family, label), scenes in found.steps.items():
             text = "".join(f"{json.dumps(line)}\n" for scene in sorted(scenes) for line in scenes[scene])
             path = root / "main_table" / "steps" / f"{family}-{label.split()[0]}.jsonl.gz"
