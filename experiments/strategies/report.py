@@ -185,7 +185,8 @@ def choices(results: dict[str, Results]) -> Iterator[str]:
         for name in dict.fromkeys(setting.pruner for found in results.values() for setting in found.rows)
         if name.endswith(" unmerged")
     ]
-    lines = [(one, other, ratio) for one, other in STAGE_ONE + PAIRS + CLOSER for ratio in RATIOS] + [(*pair, RATIO) for pair in merged]
+    lines = [(one, other, ratio) for one, other in STAGE_ONE + PAIRS + CLOSER for ratio in RATIOS]
+    lines += [(*pair, RATIO) for pair in merged]
     for one, other, ratio in lines:
         cells = []
         for found in results.values():
