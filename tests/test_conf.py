@@ -114,7 +114,9 @@ def test_a_preset_of_ones_own_builds_on_a_registered_strategy(tmp_path):
     (tmp_path / "pruner" / "mine.yaml").write_text("defaults: [two_stage]\nmass: 0.2\n")
     (job,) = compose.jobs(["pruner=mine", "pruner.spread=frame"], sweep=False, folder=tmp_path)
     assert (job.cfg.pruner.name, job.cfg.pruner.mass, job.cfg.pruner.spread) == ("two_stage", 0.2, "frame")
-    with pytest.raises(UserError, match="pruner.mass=abc: expected float"):
+    with pytest.raises(UserError, match=r"pruner.mass=\[1\]: expected float"):
+        compose.jobs(["pruner=mine", "pruner.mass=[1]"], sweep=False, folder=tmp_path)
+    with pytest.raises(UserError, match="mass must be above 0 and at most 1, or auto, got 'abc'"):
         compose.jobs(["pruner=mine", "pruner.mass=abc"], sweep=False, folder=tmp_path)
 
 

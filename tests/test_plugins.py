@@ -261,6 +261,16 @@ def test_build_keeps_types_and_gives_tuples_back(installed):
     assert built == Good(share=0.25, sizes=(3,)) and hash(built)
 
 
+@pytest.mark.parametrize(("value", "built"), [(1, 1.0), (0.5, 0.5), ("0.25", 0.25), ("auto", "auto"), ("", ""), (None, None)])
+def test_a_field_may_take_a_number_or_a_word(installed, value, built):
+    either = a_pruner(share=(float | str | None, "auto"), select=(None, Select.select))
+    installed(Point("a", bringing(either)))
+    found = registry.build("pruner", {"name": "odd", "share": value}).share
+    assert found == built and type(found) is type(built)
+    with pytest.raises(UserError, match="pruner=odd: .*bool"):
+        registry.build("pruner", {"name": "odd", "share": True})
+
+
 def test_a_default_is_shown_as_the_command_line_takes_it(installed):
     installed(Point("a", bringing(Good)))
     other = Good(share=0.25, sizes=(3, 4), colour=Colour.RED, limit=None)

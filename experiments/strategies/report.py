@@ -27,6 +27,7 @@ PAIRS = [
     ("fastvid saliency=verifier_attention", "fastvid saliency=vision_attention"),
     ("holitom saliency=verifier_attention", "holitom saliency=vision_attention"),
 ]
+STAGE_ONE = [("two_stage mass=auto", "two_stage mass=0.2"), ("two_stage mass=auto", "two_stage")]
 CLOSER = [  # what follows its paper more closely, and what was the default before
     ("dart", "dart states=raw"),
     ("flashvid saliency=vision_attention", "flashvid ours"),
@@ -173,8 +174,8 @@ def cell(values: Sequence[float]) -> str:
 
 
 def choices(results: dict[str, Results]) -> Iterator[str]:
-    """One setting against another: the saliency of three pruners, what follows its paper against what was the default before,
-    and merging against leaving out.
+    """One setting against another: how much stage I takes, the saliency of three pruners, what follows its paper against what
+    was the default before, and merging against leaving out.
     """
     heads = ["", *(head for family in results for head in (TITLES[family], "better", "scenes"))]
     yield f"| {' | '.join(heads)} |"
@@ -184,7 +185,8 @@ def choices(results: dict[str, Results]) -> Iterator[str]:
         for name in dict.fromkeys(setting.pruner for found in results.values() for setting in found.rows)
         if name.endswith(" unmerged")
     ]
-    lines = [(one, other, ratio) for one, other in PAIRS + CLOSER for ratio in RATIOS] + [(*pair, RATIO) for pair in merged]
+    lines = [(one, other, ratio) for one, other in STAGE_ONE + PAIRS + CLOSER for ratio in RATIOS]
+    lines += [(*pair, RATIO) for pair in merged]
     for one, other, ratio in lines:
         cells = []
         for found in results.values():

@@ -33,7 +33,7 @@ TREE = "tree"  # the drafter of the pruners' table, the paper's
 # keep their meaning when the default changes.
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "window": [{"where": "front"}, {"where": "back"}],
-    "two_stage": [{"mass": 0.2}, {"spread": "frame"}],
+    "two_stage": [{"mass": "auto"}, {"mass": 0.2}, {"spread": "frame"}],
     "fastv": [{"source": "draft", "layer": 1}],
     "flashvid": [{"saliency": "verifier_attention"}, {"saliency": "vision_attention"}],
     "fastvid": [{"saliency": "verifier_attention"}, {"saliency": "vision_attention"}],

@@ -158,6 +158,8 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
             raise UserError(f'{kind}={info.cls.name} has no key "{key}"; it has {has}.{did_you_mean(str(key), there[1:])}')
         if plain[key] == MISSING:  # merging would replace it with the default
             raise UserError(f"{kind}.{key} has no value: give {kind}.{key}=…")
+    hints = get_type_hints(info.cls)
+    plain = {key: _number(value) if _number_or_word(hints.get(key)) else value for key, value in plain.items()}
     try:
         return OmegaConf.to_object(OmegaConf.merge(config.schema(info.config), literal(plain)))
     except MissingMandatoryValue as err:
@@ -233,7 +235,8 @@ def _config_class(cls: type[Strategy]) -> type:
         raise PluginError(f"{_full(cls)}: its field types cannot be read: {err}") from err
     columns: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=cls.name))]
     for field in _fields(cls):
-        column = (field.name, hints[field.name], _default(field))
+        hint = hints[field.name] | int if _number_or_word(hints[field.name]) else hints[field.name]
+        column = (field.name, hint, _default(field))
         try:
             OmegaConf.structured(dataclasses.make_dataclass("Probe", [column]))
         except Exception as err:  # a default_factory is the plugin's own code
@@ -243,6 +246,19 @@ def _config_class(cls: type[Strategy]) -> type:
             ) from err
         columns.append(column)
     return dataclasses.make_dataclass(f"{cls.__name__}Config", columns, frozen=True)
+
+
+def _number_or_word(hint: Any) -> bool:
+    """Such as `float | str`, of which Hydra takes 1 for neither."""
+    return {float, str} <= {*get_args(hint)}
+
+
+def _number(value: Any) -> Any:
+    """1 and "0.5" as the numbers that they are to a field of float alone; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def described(strategy: object) -> str:

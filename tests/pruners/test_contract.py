@@ -32,6 +32,7 @@ INSTANCES = [
     VerifierAttentionPruner(),
     TwoStagePruner(),
     TwoStagePruner(mass=1.0),
+    TwoStagePruner("auto"),
     TwoStagePruner(spread="frame"),
     TwoStagePruner(mass=1e-3, spread="frame"),
     FastVPruner(),

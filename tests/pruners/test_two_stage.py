@@ -1,22 +1,29 @@
 """two_stage against the formula of the paper, worked out in fractions, and its per-frame spread."""
 
+import json
+import zlib
 from fractions import Fraction
 from math import floor
 
 import pytest
 import torch
 
-from specvlm.strategies import PruneContext
+from specvlm.app.compose import compose
+from specvlm.errors import UserError
+from specvlm.strategies import PruneContext, registry
 from specvlm.strategies.pruners import TwoStagePruner, UniformPruner
 from specvlm.types import TokenGrid
 
 
 def brute_force(scores, budget, mass):
     """The smallest set that holds `mass` of the attention, cut to the budget; then every so-manieth leftover."""
+    most = budget
+    if mass == "auto":
+        mass, most = 0.4, budget // 8
     exact = [Fraction(score) for score in scores]
     ranked = sorted(range(len(exact)), key=lambda j: (-exact[j], j))
     stage_one = next(n for n in range(len(exact) + 1) if sum(exact[j] for j in ranked[:n]) >= Fraction(str(mass)) * sum(exact))
-    kept = set(ranked[: min(stage_one, budget)])
+    kept = set(ranked[: min(stage_one, most)])
     rest = [j for j in range(len(exact)) if j not in kept]
     count = budget - len(kept)
     if count == 1:
@@ -51,11 +58,12 @@ def test_keep_sets_equal_brute_force_on_200_score_vectors(dtype):
     for number in range(200):
         total = int(torch.randint(2, 80, (), generator=generator))
         scores = invented_scores(KINDS[number % len(KINDS)], total, generator).to(dtype)
-        mass = [0.4, 0.5, 0.1, 0.07, 0.9, 1.0, 0.55, 1 / 3][int(torch.randint(8, (), generator=generator))]
+        drawn = [0.4, 0.5, 0.1, 0.07, 0.9, 1.0, 0.55, 1 / 3][int(torch.randint(8, (), generator=generator))]
         for budget in sorted({1, 2, total - 1, total, int(torch.randint(1, total + 1, (), generator=generator))}):
             ctx = PruneContext((TokenGrid(1, 1, total),), budget, {"verifier_attention": scores})
-            kept = TwoStagePruner(mass).select(ctx).index.tolist()
-            assert kept == brute_force(scores.tolist(), budget, mass), (number, total, budget, mass)
+            for mass in (drawn, "auto"):
+                kept = TwoStagePruner(mass).select(ctx).index.tolist()
+                assert kept == brute_force(scores.tolist(), budget, mass), (number, total, budget, mass)
 
 
 def keep(scores, budget, grids=None, **fields):
@@ -103,7 +111,81 @@ def test_attention_that_cannot_be_is_refused_in_a_sentence(bad, spread):
         keep([0.5, bad, 0.25], 2, spread=spread)
 
 
-@pytest.mark.parametrize("mass", [0.0, -0.4, 1.01, float("nan")])
+def stage_one(scores, budget):
+    """How many tokens stage I of `auto` takes."""
+    scores = torch.as_tensor(scores)
+    return TwoStagePruner("auto").stage_one(scores.sort(descending=True, stable=True).values, budget)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 8, 9, 99, 100, 400])
+def test_auto_leaves_seven_eighths_of_the_budget_to_stage_two_however_attention_spreads(budget):
+    generator = torch.Generator().manual_seed(budget)
+    for kind in KINDS:
+        scores = invented_scores(kind, 400, generator)
+        assert stage_one(scores, budget) <= budget // 8, kind
+        assert len(keep(scores, budget, mass="auto")) == budget
+    assert stage_one([1.0] * 400, budget) == budget // 8  # flat: 0.4 of it would be 160 tokens
+    assert stage_one([1000.0] + [1.0] * 399, budget) == min(budget // 8, 1)  # peaked: one token has more than 0.4
+    assert stage_one([0.0] * 400, budget) == 0
+
+
+def test_auto_takes_the_earlier_of_equals_and_samples_the_rest_evenly():
+    # Stage I: an eighth of 8, of four equals the first; of the eleven others, stage II takes 0, 1, 3, 5, 6, 8 and 10.
+    assert keep([1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 8, mass="auto") == [0, 1, 2, 4, 6, 7, 9, 11]
+
+
+def test_auto_is_the_papers_mass_where_that_stays_within_its_part():
+    generator = torch.Generator().manual_seed(6)
+    for number in range(40):
+        scores = invented_scores("long_tail", 200, generator)
+        free = TwoStagePruner(0.4).stage_one(scores.sort(descending=True).values, 200)
+        for budget in (8 * free - 1, 8 * free, 190):
+            same = keep(scores, budget, mass="auto") == keep(scores, budget, mass=0.4)
+            assert same or free > budget // 8, (number, budget, free)
+
+
+def test_auto_with_several_videos_ranks_their_tokens_together():
+    grids = (TokenGrid(2, 2, 2, newline=1), TokenGrid(3, 1, 4))
+    scores = torch.zeros(21)
+    scores[[8, 12, 19]] = 1.0  # the newline of the first, and two tokens of the second: two of three reach 0.4
+    for spread in ("linspace", "frame"):
+        assert {8, 12} <= {*keep(scores, 16, grids, mass="auto", spread=spread)}
+    assert keep(scores, 16, grids, mass="auto") == brute_force(scores.tolist(), 16, "auto")
+
+
+def test_the_papers_mass_keeps_what_it_kept_before_there_was_auto():
+    generator, kept = torch.Generator().manual_seed(44), []
+    grids = (TokenGrid(3, 4, 5, newline=1), TokenGrid(2, 3, 4))
+    for number in range(24):
+        scores = (torch.randint(0, 3 + number, (85,), generator=generator) ** (1 + number % 4)).float()
+        for budget in (1, 8, 21, 42, 84):
+            kept += [keep(scores, budget, grids, spread=spread) for spread in ("linspace", "frame")]
+    assert zlib.crc32(json.dumps(kept).encode()) == 2558973922  # of commit a0cfa4d
+
+
+@pytest.mark.parametrize(("word", "mass"), [("auto", "auto"), ("0.2", 0.2), ("1", 1.0), ("'0.3'", 0.3)])
+def test_mass_is_a_number_or_auto(word, mass):
+    found = registry.build("pruner", compose([f"pruner.mass={word}"]).pruner).mass
+    assert found == mass and type(found) is type(mass)
+    assert registry.build("pruner", {"name": "two_stage", "mass": mass}) == TwoStagePruner(mass)
+
+
+@pytest.mark.parametrize("word", ["-1", "0", "1.01", "nan", "inf", "autoo", "AUTO", "''", "9" * 400])
+def test_a_mass_that_is_none_is_refused_in_a_line_that_says_what_is_allowed(word):
+    with pytest.raises(UserError) as caught:
+        compose([f"pruner.mass={word}"])
+    text = str(caught.value)
+    assert "mass must be above 0 and at most 1, or auto, got " in text and "\n" not in text and len(text) < 600
+    assert ('Did you mean "auto"?' in text) == (word == "autoo")
+
+
+@pytest.mark.parametrize("word", ["true", "null", "[0.2]", "{a:1}"])
+def test_a_mass_of_another_type_is_refused(word):
+    with pytest.raises(UserError, match=r"^pruner.mass=.*: expected float \| str"):
+        compose([f"pruner.mass={word}"])
+
+
+@pytest.mark.parametrize("mass", [0.0, -0.4, 1.01, float("nan"), "autoo", "0.4"])
 def test_mass_out_of_range_is_refused(mass):
     with pytest.raises(ValueError, match="mass must be above 0 and at most 1"):
         TwoStagePruner(mass=mass)

@@ -11,12 +11,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError, check_choice
+from specvlm.errors import UserError, check_choice, did_you_mean
 from specvlm.strategies import PruneContext, Pruner
 from specvlm.toolkit.segments import written
 from specvlm.types import KeepSet, TokenGrid, Within
 
 SPREADS = ("linspace", "frame")
+PAPER, AUTO = 0.4, "auto"
+PART = 8  # under AUTO stage I has at most an eighth of the budget
+MASS = f"above 0 and at most 1, or {AUTO}"
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class TwoStagePruner(Pruner):
     attention of the text after the video. Stage II: of the R = N - |I| leftovers in raster order, the k = B - |I| at
     floor(i (R - 1) / (k - 1)), i = 0..k-1; a single one is the first.
 
-    mass: share of the attention that stage I retains, above 0 and at most 1. 0.4 is the released code's; a reproduction
-    reports 0.5 for Qwen2.5-VL.
+    mass: share of the attention that stage I retains, above 0 and at most 1, or auto. 0.4 is the released code's; a
+    reproduction reports 0.5 for Qwen2.5-VL. `auto`, ours, is 0.4 with stage I cut to floor(B / 8) instead of B, so that seven
+    eighths of the budget are left to stage II, however far the attention spreads.
     spread: how stage II spreads. `linspace` is the paper's one-dimensional stride over time, rows and columns.
     `frame`, ours, gives every frame the same number of stage II tokens, within one, the surplus going to frames that stage I
     left poorest, and spreads them in two dimensions inside each frame (an ordered-dither pattern, moved from frame to
@@ -46,18 +50,18 @@ class TwoStagePruner(Pruner):
     paper = "SpecVLM (arXiv 2508.16201)"
     fidelity = "exact"
     needs = frozenset({"verifier_attention"})
-    mass: Annotated[float, Within(0, 1, above=True)] = 0.4
+    mass: Annotated[float | str, Within(0, 1, MASS, above=True)] = PAPER
     spread: str = "linspace"
 
     def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise UserError(f"two_stage: mass must be above 0 and at most 1, got {self.mass}")
+        if self.mass != AUTO and (isinstance(self.mass, str) or not 0 < self.mass <= 1):
+            raise UserError(f"two_stage: mass must be {MASS}, got {self.mass!r}.{did_you_mean(str(self.mass), [AUTO])}")
         check_choice("two_stage: spread", self.spread, SPREADS)
 
     def select(self, ctx: PruneContext) -> KeepSet:
         scores_N = ctx.verifier_attention
         order_N = scores_N.sort(descending=True, stable=True).indices
-        first = order_N[: min(retained(scores_N[order_N], self.mass), ctx.budget)]
+        first = order_N[: self.stage_one(scores_N[order_N], ctx.budget)]
         taken_N = torch.zeros_like(scores_N, dtype=torch.bool)
         taken_N[first] = True
         left_R, spare = (~taken_N).nonzero().flatten(), ctx.budget - len(first)
@@ -66,6 +70,12 @@ class TwoStagePruner(Pruner):
         else:
             second = left_R[by_frame(ctx.grids, taken_N)[:spare]]
         return KeepSet(torch.cat([first, second]).sort().values, ctx.total)
+
+    def stage_one(self, descending_N: Tensor, budget: int) -> int:
+        """How many tokens stage I takes of scores in descending order."""
+        if isinstance(self.mass, str):
+            return min(retained(descending_N, PAPER), budget // PART)
+        return min(retained(descending_N, self.mass), budget)
 
 
 def retained(descending_N: Tensor, mass: float) -> int:
