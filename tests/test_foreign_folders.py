@@ -248,7 +248,6 @@ def test_what_is_no_file_among_a_jobs_files_is_refused_and_not_waited_for(name, 
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     assert report([str(tmp_path / "sweep"), "-o", str(tmp_path / "out.html")]) == 2
     assert f"{name} is no file" in capsys.readouterr().err
-    assert main(["-m", "dataset=synthetic", "dataset.scenes=1", f"hydra.sweep.dir={tmp_path / 'sweep'}", "resume=true"]) == 2
 
 
 @pytest.mark.parametrize("mode", ["rb", "ab", "w"])
