@@ -1,7 +1,7 @@
-"""How a step of the decoding loop runs: `eager` anywhere, through Hugging Face's modules; `graphs` on a GPU.
+"""Engines, which run the steps of the decoding loop: `eager` on any device, `graphs` on NVIDIA GPUs.
 
-An engine is kept across requests, and several requests at once may use it. It holds no request's state: only what it
-captured, by shape and cache.
+The eager engine runs Hugging Face's modules; the other one replays CUDA graphs. An engine outlives requests and may
+serve several at once. It holds no state of a request, only captured graphs, keyed by shape and cache.
 """
 
 import torch
@@ -16,9 +16,17 @@ ENGINES = ("auto", "eager", "graphs")
 
 
 def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
-    """The engine called `name` for that device. auto: graphs where it can be had. Raises UserError for another name.
+    """Create an engine.
 
-    graphs where it cannot be had gives the eager one, whose `note` says so.
+    Args:
+        name: "auto", "eager" or "graphs". auto: graphs if it can run on the device, else eager.
+        device: Device of the models it will run.
+
+    Returns:
+        The engine. If "graphs" is asked for but cannot run, an eager one, whose `note` says why.
+
+    Raises:
+        UserError: For any other name.
     """
     if name not in ENGINES:
         raise UserError(f"engine={name} is none of {', '.join(ENGINES)}")
@@ -36,7 +44,7 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
 
 
 class Fallback(Engine):
-    """Eager, because what was asked for cannot be had."""
+    """Eager engine in place of a requested one that cannot run here."""
 
     def __init__(self, why: str) -> None:
         self.note = f"engine=graphs cannot run here ({why}): running eager"

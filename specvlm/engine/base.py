@@ -1,4 +1,4 @@
-"""What an engine must do, and the eager one: passes through Hugging Face's modules."""
+"""The engine interface, and the eager engine, which runs Hugging Face's modules."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a request's checks need.
+    """The parts of a request that a tree check needs.
 
     Attributes:
-        cache: The target's.
-        sampling: The distribution that the rule claims to be exact for, as it was when the request began.
-        stop_ids: Those that end this answer.
-        mark: Told "capture" when a step was captured before it ran.
-        video_ND: The video tokens' last hidden states, to unit length, for a verifier that reads hidden states.
-        lossless: Does the verifier claim to be? Of one that does not, the loop itself decides where an answer ends
-            (`strict_ends`).
+        target: Target model.
+        cache: The target's KV cache.
+        verifier: Acceptance rule.
+        sampling: Distribution that the verifier claims to sample exactly, as set when the request began.
+        penalty: Repetition penalty, which knows the tokens so far.
+        generator: Source of the request's random numbers.
+        stop_ids: Token ids that end the answer.
+        mark: Called with "capture" when a step was captured before it ran, to attribute its time.
+        video_ND: (N, D) last hidden states of the video tokens, scaled to unit length, for a verifier that reads hidden
+            states.
+        lossless: Whether the verifier claims to be lossless. If not, `strict_ends` decides where the answer ends.
     """
 
     target: VideoLM
@@ -51,23 +55,23 @@ class Request:
 
 
 class Engine:
-    """The eager one, through Hugging Face's modules; and what an engine must do.
+    """Eager engine, which runs Hugging Face's modules; base class of the others.
 
-    `run` is all that an engine needs. One that captures overrides `call`, `check` and `next` as well: each is a generator,
-    which yields the passes that it leaves to `run`.
+    A subclass needs to override `run` only. One that captures graphs also overrides `call`, `check` and `next`. These
+    are generators: they yield the passes that they do not run themselves, for `run` to serve.
     """
 
     name: ClassVar[str] = "eager"
     captures: ClassVar[bool] = False
     capture_s = 0.0  # seconds spent so far on compiling and capturing
-    note = ""  # what its user should know
+    note = ""  # message for the user; may be empty
 
     def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """The rows of each pass, all of one model: as one, where that can be."""
+        """Run passes of one model, as one batch if possible. Returns the rows of each."""
         return run_joined(passes[0].model, passes)
 
     def finish(self, work: Work[T] | T) -> T:
-        """What a generator of passes comes to, run to its end with nothing beside it; a plain value as it is."""
+        """Run a generator of passes to its end and return its result. A plain value is returned as it is."""
 
         def run(item: Pass | Call) -> Any:
             return self.run([item])[0] if isinstance(item, Pass) else finished(self.call(item, lambda part: None), run)
@@ -75,25 +79,27 @@ class Engine:
         return finished(driven(work), run)
 
     def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
-        """A drafter's routine. mark: told "capture" where it was captured before it ran."""
+        """Run a drafter's routine. mark: called with "capture" if it was captured before it ran."""
         return (yield from call.work())
 
     def next(self, request: Request, token: int) -> Passes[int]:
-        """A pass of the target over its last token; the token that follows."""
+        """Decode one token without drafting: run the target over its last token and return the next one."""
         cache = request.cache
         rows = yield Pass(request.target, cache, torch.tensor([token]), (0,), None, cache.length, cache.offset)
         return first_token(request, rows.logits())
 
     def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
-        """A pass of the target over a tree, the verifier's word on it, and the cache cut to what was accepted. Also the new
-        tokens: accepted ones and the bonus.
+        """Run the target over a tree, verify it, and cut the cache to the accepted path.
+
+        Returns:
+            The verdict, and the new tokens: the accepted ones, then the bonus.
         """
         cache, base = request.cache, request.cache.length
         rows = yield from self.tree_rows(request.target, tree, cache)
         logits_MV = request.penalty(rows.logits(), tree)
         tree = tree.to(logits_MV.device)
         context = VerifyContext(tree, logits_MV, request.generator)
-        if not request.lossless:  # a rule that writes into what it is shown changes nothing of what decides where answers end
+        if not request.lossless:  # pass copies: a rule that writes to them cannot affect `strict_ends`
             context = replace(context, tree=replace(tree, tokens=tree.tokens.clone()), logits_MV=logits_MV.clone())
         if request.verifier.reads_hidden:
             context = replace(context, hidden_MD=rows.hidden_QD, video_ND=request.video_ND)
@@ -106,24 +112,31 @@ class Engine:
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
-        """A pass of the target over every node of a tree, behind all that the cache holds."""
+        """Run the target over every node of a tree, after the cached tokens."""
         return (yield tree_pass(target, tree, cache))
 
     def exact(self, model: VideoLM) -> bool:
-        """Do a tree's rows have the bits of sequential steps, whatever the tree? Then a difference is a fault, never a tie."""
+        """Whether tree passes are bit-identical to sequential steps. If so, any difference is an error, never a tie."""
         return False
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
-        """(Q, V) logits of text rows behind the cache, each of which sees those before it, by the arithmetic of this engine's
-        own steps.
+        """Run text tokens causally after the cached ones, with the same arithmetic as this engine's steps.
+
+        Args:
+            target: Target model.
+            tokens_Q: (Q,) token ids.
+            cache: The target's KV cache; the rows are appended to it.
+
+        Returns:
+            (Q, V) logits.
         """
         (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, cache.length, cache.offset)])
         return rows.logits()
 
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
-        """(M, V) logits of a tree by the arithmetic of `check`; its rows stay behind the cache.
+        """Compute a tree's (M, V) logits again, with the same arithmetic as `check`. The rows stay in the cache.
 
-        Positions and mask are made anew, since a judge that shared the slips of what it judges would not see them.
+        Positions and mask are rebuilt from the parents alone, so that a bug in `DraftTree` cannot hide itself.
         """
         (depths_M, seen_MM), base = placed(tree), cache.length
         seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
@@ -131,17 +144,17 @@ class Engine:
         return target.head(target.forward(target.embed_tokens(tree.tokens), positions_AM, cache, seen_MK))
 
     def runs(self, model: VideoLM) -> str:
-        """The name of the engine that a model's steps really take: one may have to fall back for one of two models."""
+        """Name of the engine that really runs this model: an engine may fall back to eager for one of two models."""
         return self.name
 
 
 def tree_pass(target: VideoLM, tree: DraftTree, cache: KVCache) -> Pass:
-    """Every node of a tree, behind all that the cache holds."""
+    """Make the pass over every node of a tree, after the cached tokens."""
     return Pass(target, cache, tree.tokens, tree.depths, tree.mask, cache.length, cache.offset)
 
 
 def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
-    """(M,) depths and (M, M) which nodes a node sees, on the host: worked out anew, with no word of `DraftTree`'s own."""
+    """Compute (M,) depths and the (M, M) tree mask on the host, from the parents alone."""
     rows = len(tree.parents)
     depths, seen_MM = [0] * rows, torch.eye(rows, dtype=torch.bool)
     for node, parent in enumerate(tree.parents):
@@ -152,7 +165,7 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 
 
 def first_token(request: Request, logits_1V: Tensor) -> int:
-    """The next token where nothing was guessed, by the request's rule."""
+    """Choose the next token from the (1, V) logits of an undrafted step, by the request's rule."""
     logits_1V = request.penalty(logits_1V)
     root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
     with inside(request.verifier):
@@ -164,16 +177,17 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
-    """A lossy rule's verdict, cut so that no guess ends or lengthens the answer.
+    """Cut a lossy rule's verdict so that no drafted token ends or prolongs the answer.
 
-    Below each node of its path the target's own choice is its argmax, or a draw from its distribution where the rule samples.
-    Where either that choice or the token that the verdict has there is a stop id, and they differ, the path ends and the choice
-    is the next token. So whether an answer ends below its last token is decided as if nothing had been guessed.
+    After each node of the path, compare the verdict's next token with the target's own choice: its argmax, or a draw
+    from its distribution when sampling. If they differ and either is a stop id, end the path there and take the
+    target's choice. So whether the answer ends after a token is decided as it would be without a draft.
     """
     path, stops = verdict.path, request.stop_ids
     if not stops:
         return verdict
-    tokens, rule = tree.tokens[list(path[1:])].tolist(), own_rule(request.sampling)  # not theirs: its `first` may be lossy, too
+    tokens = tree.tokens[list(path[1:])].tolist()
+    rule = own_rule(request.sampling)  # not the verifier's `first`, which may be lossy too
     chosen = [rule.first(logits_V, request.generator) for logits_V in logits_MV[list(path)]]
     for at, (token, own) in enumerate(zip([*tokens, verdict.bonus], chosen, strict=True)):
         if token != own and not stops.isdisjoint((token, own)):
@@ -182,7 +196,8 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
 
 
 def broadcast_decision(request: Request, decided: T) -> T:
-    """What a rule decided, where ranks share the target: the first one's word, if it samples. Sums over a vocabulary need not
-    round alike on two GPUs, and then the ranks' caches would part.
+    """Broadcast rank 0's decision when the target is tensor-parallel and samples.
+
+    Sums over the vocabulary may round differently on two GPUs, and then the ranks' caches would diverge.
     """
     return request.target.ranks.share(lambda: decided) if request.sampling.temperature > 0 else decided

@@ -1,4 +1,4 @@
-"""A tree's check as functions of device tensors, to be captured: the target's pass, the rule, and the cache's move.
+"""A tree's check as functions of device tensors, for capture: target pass, acceptance rule, and cache compaction.
 
 Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
 """
@@ -16,20 +16,27 @@ from specvlm.models.kv_cache import KVCache, Store
 from specvlm.strategies import Verifier, VerifyContext
 from specvlm.types import DraftTree
 
-_NOBODY = torch.Generator()  # in a captured step random numbers are inputs
+_NOBODY = torch.Generator()  # unused: a captured step gets its random numbers as inputs
 
 
 def ways(tree: DraftTree) -> list[list[int]]:
-    """For each node the nodes on its way from the root. Behind its end a way goes straight on, so that rows moved along it
-    stay where they are.
+    """List the nodes on each node's path from the root, padded to the longest path.
+
+    Position i of the padding holds i, so that rows moved along a path stay in place there.
     """
     length = max(tree.depths) + 1
     return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
 
 
 class Paths(NamedTuple):
-    """A tree's ways from the root, as tables on the device. Where they are a step's inputs, ways are as long as a chain of all
-    nodes would be, so sizes are fixed.
+    """A tree's paths as tables on the device.
+
+    As inputs of a captured step, paths are padded to M nodes, so that every tree of M nodes has the same shapes.
+
+    Attributes:
+        nodes_MD: (M, D) nodes on the path from the root to each node (see `ways`).
+        depths_M: (M,) depth of each node.
+        seen_MM: (M, M) int8 tree mask.
     """
 
     nodes_MD: Tensor
@@ -43,7 +50,10 @@ class Paths(NamedTuple):
 
 
 def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
-    """A varying tree's shape as the inputs of a step captured by size; empty where the step is of one shape, or the rule is."""
+    """Tables of a varying tree's shape, as inputs of a step captured per tree size.
+
+    Empty if each shape is captured on its own: a fixed tree, or a rule without tables.
+    """
     tables = verifier.tables(tree.parents) if tree.varies else None
     if tables is None:
         return ()
@@ -68,9 +78,26 @@ def check_of(
     x_MD: Tensor,
     *shape: Tensor,
 ) -> tuple[Tensor]:
-    """Pass, penalty, verdict and cache move, on the last stage's device. state: slot of the root, position - slot. x: rows as
-    they left the stage before; empty where there is none. shape: of this very tree (see `shape_of`), in the place of
-    `parents`, which then are of some tree of its size; empty where `parents` are its own.
+    """Run a tree through the last stage, apply penalty and rule, and compact the cache, all on that stage's device.
+
+    Args:
+        lean: The target's lean pass.
+        verifier: Acceptance rule.
+        parents: (M,) parents of the tree, or of any tree of its size if `shape` is given.
+        varies: Whether the drafter's trees vary in shape.
+        cache: The target's KV cache.
+        factor: Repetition penalty.
+        paths: Tables of `parents`.
+        state_2: Slot of the root, and position minus slot.
+        tokens_M: (M,) drafted tokens.
+        seen_V: (V,) tokens that the penalty applies to.
+        dice: Uniform random numbers; empty for a greedy rule.
+        q_MV: (M, V) draft distributions; may be empty.
+        x_MD: (M, D) hidden states from the stage before; empty if there is only one stage.
+        shape: Tables of this tree (see `shape_of`), which replace those of `parents`; may be empty.
+
+    Returns:
+        Last accepted node, bonus token and the M tokens, as one tensor, so that the host reads once.
     """
     tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
     if shape:
@@ -81,7 +108,7 @@ def check_of(
     if factor != 1:
         logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
     decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables))
-    if len(dice):  # a sum over a vocabulary may round otherwise on another GPU, and then the caches would part
+    if len(dice):  # sums over the vocabulary may round differently on two GPUs: their caches would diverge
         decision_2 = lean.ranks.first(decision_2)
     if len(parents) > 1:
         move_of(cache.stores[-1], paths, state_2, decision_2[:1])
@@ -89,7 +116,7 @@ def check_of(
 
 
 def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
-    """A tree through one stage. rows: its tokens (M,), or (M, D) as they left the stage before."""
+    """Run a tree through one stage. rows: (M,) tokens, or (M, D) hidden states from the stage before."""
     x = lean.enter(rows) if number == 0 else rows
     return (
         lean.run(number, x, paths.depths_M, 0, Sight(None, paths.nodes_MD, paths.depths_M), state_2[:1], state_2[1:], cache),
@@ -97,6 +124,6 @@ def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: 
 
 
 def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:
-    """The rows on the way to node `last` move together behind the root's."""
+    """Compact the cache: move the rows on the path to node `last` to the slots right after the root's."""
     store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
     return ()

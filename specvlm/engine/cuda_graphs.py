@@ -1,7 +1,7 @@
-"""The engine for a GPU: a drafter's routine is one CUDA graph, a tree's check another, an autoregressive step a third.
+"""CUDA-graph engine: one graph for a drafter's routine, one for a tree's check, one for an autoregressive step.
 
-The host writes a few integers before a graph and reads one small tensor behind the check. Graphs are captured once for a
-shape and a cache, not for a request: the length of the context is read from the device. Prefills run as in the eager engine.
+The host writes a few integers before each graph and reads one small tensor after the check. Graphs are captured per
+shape and cache, not per request: they read the context length from the device. Prefills run as in the eager engine.
 
 Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
 """
@@ -36,11 +36,15 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
-MOST = 48  # programs of a kind captured for one cache: a drafter whose trees never repeat would capture every round
+MOST = 48  # programs of one kind per cache; a drafter whose trees never repeat would otherwise capture every round
 
 
 class GraphsEngine(Engine):
-    """backend: of `Program`; "cudagraph" by default, the others let the same code run without a GPU."""
+    """Engine that captures drafting and verification as CUDA graphs.
+
+    Args:
+        backend: Of `Program`. The default needs a GPU; the others run the same code without one, for tests.
+    """
 
     name, captures = "graphs", True
 
@@ -48,15 +52,15 @@ class GraphsEngine(Engine):
         self.backend = backend
         self.capture_s = 0.0
         self._lean: WeakKeyDictionary[VideoLM, LeanText | None] = WeakKeyDictionary()
-        # A cache is not kept alive by what was captured for it; the weights that it reads are.
+        # Weak references: programs do not keep their cache alive. They do keep the weights.
         self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
-        self.lanes: dict[torch.device, CapturePool] = {}
-        self._lock = RLock()  # around what is kept; requests of several threads may need it at once
+        self.capture_pools: dict[torch.device, CapturePool] = {}
+        self._lock = RLock()  # guards the dicts above; requests may run in several threads
 
-    # ---- the target's steps -----------------------------------------------------------------------------------------
+    # ---- target steps -----------------------------------------------------------------------------------------------
 
     def next(self, request: Request, token: int) -> Passes[int]:
-        if type(request.verifier).first is not Verifier.first:  # a rule of its own where nothing was guessed
+        if type(request.verifier).first is not Verifier.first:  # it has its own rule for undrafted steps
             return (yield from super().next(request, token))
         root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
         verdict, _ = yield from self.check(request, root)
@@ -65,13 +69,13 @@ class GraphsEngine(Engine):
     def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
-        # Where an answer ends under a lossy rule is read off its logits, and they stay in a captured step.
+        # `strict_ends` needs a lossy rule's logits, which a captured step does not return.
         captured = len(tree) <= ROWS and verifier.on_device and request.lossless
         if lean is None or not captured or (tree.varies and len(lean.stages) > 1):
             return (yield from super().check(request, tree))
         device, count = target.head_device, len(tree)
         base, dice = cache.length, verifier.dice(count)
-        # Not every verifier, tree or model needs all of these.
+        # Inputs that this verifier, tree or model does not need are empty.
         seen = penalty.seen_V if penalty.factor != 1 else torch.empty(0, dtype=torch.bool, device=device)
         numbers = uniform(dice, request.generator) if dice else None
         q = tree.q if tree.q is not None and dice else None
@@ -79,7 +83,7 @@ class GraphsEngine(Engine):
         spent, x = self.capture_s, tree.tokens
         shape = shape_of(tree, verifier)
         for number in earlier:
-            (x,) = self._through(number, lean, tree, cache)(state, x)
+            (x,) = self._stage_pass(number, lean, tree, cache)(state, x)
 
         def build(backend: str) -> Program:
             inputs = [
@@ -97,23 +101,23 @@ class GraphsEngine(Engine):
 
         rule = (type(verifier), repr(verifier))
         key = ("check", lean, count if shape else tree.parents, rule, penalty.factor, None if q is None else q.shape)
-        again = shape or not tree.varies  # else this shape will not come back, and the rule goes by it
-        with inside(verifier):  # whose rule is traced
+        again = shape or not tree.varies  # else the shape will not recur: do not capture it
+        with inside(verifier):  # capturing runs its rule
             program = self.program(key, cache, build) if again else build("direct")
-        follow = [self._follow(number, lean, tree, cache) for number in earlier if count > 1]
+        moves = [self._stage_move(number, lean, tree, cache) for number in earlier if count > 1]
         if self.capture_s > spent:
             request.mark("capture")
         (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape)
-        for moving in follow:
-            moving((base, 0), outcome[:1])
-        last, bonus, *tokens = outcome.tolist()  # the round's one read
+        for move in moves:
+            move((base, 0), outcome[:1])
+        last, bonus, *tokens = outcome.tolist()  # the only host read of a round
         with inside(verifier):
             verdict = checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, target.vocabulary)
         cache.length = base + len(verdict.path)
         return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 
-    def _through(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """A check's pass through a stage that others follow."""
+    def _stage_pass(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
+        """Program that runs a tree through a pipeline stage other than the last."""
         device, count = lean.stages[number].device, len(tree)
 
         def build(backend: str) -> Program:
@@ -125,8 +129,8 @@ class GraphsEngine(Engine):
 
         return self.program((f"through {number}", lean, tree.parents), cache, build)
 
-    def _follow(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """The same stage's cache move, when the verdict is there."""
+    def _stage_move(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
+        """Program that compacts that stage's cache after the verdict."""
         device = lean.stages[number].device
 
         def build(backend: str) -> Program:
@@ -136,11 +140,11 @@ class GraphsEngine(Engine):
 
         return self.program((f"follow {number}", lean, tree.parents), cache, build)
 
-    # ---- the drafter's ----------------------------------------------------------------------------------------------
+    # ---- draft routines ---------------------------------------------------------------------------------------------
 
     def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
         routine, lean = call.routine, self.lean(call.routine.model)
-        # A routine is one program, so a model that drafts stands on one device; a split target drafts eagerly.
+        # A routine is one program, which runs on one device; a pipelined target that drafts runs eagerly.
         if lean is None or len(lean.stages) > 1 or routine.widest > ROWS:
             return (yield from super().call(call, mark))
         captured = self.capture_s
@@ -150,17 +154,17 @@ class GraphsEngine(Engine):
             return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
 
         with call.guard():
-            # By the function, too: no plugin can pass its own for another's by calling it the same.
+            # Key by the function too: two plugins may use equal keys.
             program = self.program(("draft", lean, routine.function, call.ours, *routine.key), routine.cache, build)
         if self.capture_s > captured:
             mark("capture")
         with call.guard():
             return program(call.state, *call.given)
 
-    # ---- what is kept -----------------------------------------------------------------------------------------------
+    # ---- cached state -----------------------------------------------------------------------------------------------
 
     def lean(self, model: VideoLM) -> LeanText | None:
-        """The model's lean pass; None, said once, for one that needs its own modules."""
+        """Return the model's lean pass, cached. None, with one warning, if the model needs its own modules."""
         with self._lock:
             if model not in self._lean:
                 lean = None
@@ -173,7 +177,7 @@ class GraphsEngine(Engine):
             return self._lean[model]
 
     def _misplaced(self, model: VideoLM) -> str | None:
-        """A draft may lie on another device than the one the engine was made for."""
+        """Say why a device of the model cannot capture; it may differ from the engine's. None if all can."""
         devices = [stage.device for stage in model.stages] if self.backend == "cudagraph" else []
         return next((why for why in map(why_not_captured, devices) if why), None)
 
@@ -181,7 +185,7 @@ class GraphsEngine(Engine):
         return Engine.name if self.lean(model) is None else self.name
 
     def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """One after another, by the lean pass. A model that needs its own modules, and a wide pass, run through these."""
+        """Run passes one by one: lean, or through Hugging Face's modules if wide or of an unsupported model."""
         lean, found = self.lean(passes[0].model), list[Rows]()
         if lean is None:
             return super().run(passes)
@@ -190,7 +194,7 @@ class GraphsEngine(Engine):
                 found += super().run([one])
             else:
                 one.cache.length = one.start + len(one)
-                found.append(_rows(lean, one))
+                found.append(_run_lean(lean, one))
         return found
 
     def exact(self, model: VideoLM) -> bool:
@@ -199,7 +203,7 @@ class GraphsEngine(Engine):
         return lean is not None and lean.ops is not ops and model.ranks.size == 1
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
-        """By the lean pass, whatever the rule: uncaptured, and in slices of the rows that it is made for."""
+        """Run a tree uncaptured through the lean pass, at most ROWS rows at a time."""
         lean, device = self.lean(target), target.device
         if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return (yield from super().tree_rows(target, tree, cache))
@@ -233,21 +237,25 @@ class GraphsEngine(Engine):
         return lean.logits(torch.cat(found))
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
-        """fn as a program on its inputs' device."""
+        """Make a program of fn on the device of its inputs."""
         device = inputs[0].device
-        if backend == "cudagraph" and device not in self.lanes:
-            self.lanes[device] = CapturePool(device)
+        if backend == "cudagraph" and device not in self.capture_pools:
+            self.capture_pools[device] = CapturePool(device)
         try:
-            return Program(fn, inputs, backend, self.lanes.get(device), tables)
+            return Program(fn, inputs, backend, self.capture_pools.get(device), tables)
         except BaseException:
-            self.lanes.pop(device, None)  # torch may still take its memory for that of a capture, and refuse the next one
+            self.capture_pools.pop(device, None)  # torch may still count it as capturing and refuse the next capture
             raise
 
     def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
-        """What was captured for this cache; what was captured for those that are gone, goes. key: its first word is the kind.
-        build: given a backend of Program, which runs uncaptured beyond MOST.
+        """Return the program of a key and cache, built at first use. Drops the programs of caches that are gone.
+
+        Args:
+            key: Its first item is the kind: "check", "draft", …
+            cache: KV cache that the program works on.
+            build: Makes the program for a backend of `Program`; "direct" once a cache has MOST programs of a kind.
         """
-        if self.backend == "cudagraph":  # the others hold their cache, so of those the last one alone is kept
+        if self.backend == "cudagraph":  # other backends keep their cache alive, so keep one program per key
             key = (*key, id(cache))
         with self._lock:
             held = self._programs.get(key)
@@ -256,7 +264,8 @@ class GraphsEngine(Engine):
             del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             there = {program.device for _, program in self._programs.values()}
-            self.lanes = {d: lane for d, lane in self.lanes.items() if d in there}  # memory without graphs cannot be used again
+            # A pool without graphs cannot be used again.
+            self.capture_pools = {d: pool for d, pool in self.capture_pools.items() if d in there}
             if sum(v[0]() is cache and _kind(k) == _kind(key) for k, v in self._programs.items()) >= MOST:
                 return build("direct")
             start = perf_counter()
@@ -267,27 +276,27 @@ class GraphsEngine(Engine):
 
 
 def _kind(key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    """Routines are of a kind where their function is the same; all else where its first word is."""
+    """Group keys for MOST: routines by their function, other programs by the first item."""
     return key[:3:2] if key[0] == "draft" else key[:1]
 
 
 def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
-    """The Triton kernels where they are made for the model's dtype and device, else the plain operations."""
+    """Return the Triton kernels if they support the model's dtype, device and shapes, else the plain operations."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return ops
     from specvlm.engine import kernels
 
     why = kernels.why_not(lean.weights(), model.head_dim)
     if why:
-        log.warning("%s runs without kernels of its own: %s", model, why)
+        log.warning("%s runs without Triton kernels: %s", model, why)
     return ops if why else kernels
 
 
-def _rows(lean: LeanText, one: Pass) -> Rows:
-    """A pass by the model's lean pass. Where numbers of it lie on the device, nothing is read."""
+def _run_lean(lean: LeanText, one: Pass) -> Rows:
+    """Run one pass through the lean pass, without reading its device tensors on the host."""
     device = lean.stages[0].device
-    base, offset, depths_Q = (_there(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
-    if one.seen_QT is None and not one.at:  # each row sees all before it: a path
+    base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
+    if one.seen_QT is None and not one.at:  # causal: each row's path is all rows before it
         above_Q = torch.arange(len(one), device=device)
         sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
     else:
@@ -297,12 +306,12 @@ def _rows(lean: LeanText, one: Pass) -> Rows:
 
 
 def paths_of(seen_MM: Tensor) -> Tensor:
-    """(M, M) the nodes that each node sees, in their order; what stands behind them is of no meaning."""
+    """List the nodes that each node sees, in order: (M, M), of which the rest is padding."""
     return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
 
 
-def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """On the device, without a copy from the host: that would wait, which no captured step may."""
+def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Put integers on the device without a host copy, which would block and is not allowed in a captured step."""
     if isinstance(numbers, Tensor):
         return numbers
     if isinstance(numbers, range):
@@ -312,12 +321,12 @@ def _there(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tenso
 
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """A drafter's routine as one function of device tensors."""
-    return finished(call.begin(*inputs), partial(_rows if call.ours else _rows_inside, lean))
+    """Run a drafter's routine as a function of device tensors, for capture."""
+    return finished(call.begin(*inputs), partial(_run_lean if call.ours else _run_lean_clamped, lean))
 
 
-def _rows_inside(lean: LeanText, one: Pass) -> Rows:
-    """Of others' routines, whose slots nobody reads: a wrong one is kept inside the cache, and kernels write nowhere else."""
+def _run_lean_clamped(lean: LeanText, one: Pass) -> Rows:
+    """Run a pass of a plugin's routine, with its slots clamped to the cache: the host cannot check them in a graph."""
     most = one.cache.capacity - one.at - len(one)
     base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
-    return _rows(lean, replace(one, base=base))
+    return _run_lean(lean, replace(one, base=base))

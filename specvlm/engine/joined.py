@@ -1,6 +1,6 @@
-"""Passes of one model over Hugging Face's modules: one by itself, several requests' as a batch.
+"""Passes through Hugging Face's modules: several requests' passes of one model run as a batch.
 
-Shape suffixes: B passes, Q rows of the longest, T slots up to the last row's own, H KV heads, D width of a head or the model.
+Shape suffixes: B passes, Q rows of the longest pass, T cache slots in use, H KV heads, D head width or hidden size.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 
 def run_joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
-    """The rows of each pass. A model that is split over devices, or shared by ranks, runs one after another."""
+    """Run passes and return the rows of each. A pipelined or tensor-parallel model runs them one after another."""
     if len(passes) == 1 or len(model.stages) > 1 or model.ranks.size > 1:
-        return [_alone(model, one) for one in passes]
-    return _joined(model, passes)
+        return [_run_single(model, one) for one in passes]
+    return _run_batch(model, passes)
 
 
-def _alone(model: VideoLM, one: Pass) -> Rows:
+def _run_single(model: VideoLM, one: Pass) -> Rows:
+    """Run one pass."""
     one.cache.length = start = one.start
     position = start - one.at + int(one.offset)
     hidden_QD = model.append_hidden(one.tokens_Q, one.depths_Q, one.seen_QT, one.cache, position)
     return Rows(hidden_QD, model.head)
 
 
-def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
-    """Shorter passes are filled up with rows that see slot 0 alone, and are written nowhere."""
+def _run_batch(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
+    """Run passes as a batch. Padding rows attend to slot 0 only and are not written to any cache."""
     batch = _Batch(passes)
     count, rows, device = len(passes), batch.rows, model.device
     tokens_BQ = torch.zeros(count, rows, dtype=torch.int64, device=device)
@@ -61,7 +62,7 @@ def _joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
 
 
 class _Batch:
-    """The caches of several passes as one to Hugging Face's attention layers, which call these two methods alone."""
+    """Presents several caches as one to Hugging Face's attention layers, which call only these two methods."""
 
     def __init__(self, passes: Sequence[Pass]) -> None:
         self.passes, self.starts = passes, [one.start for one in passes]
@@ -69,7 +70,7 @@ class _Batch:
         self.slots = max(self.starts) + self.rows
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write each pass's rows, (B, H, Q, D), behind its own cache; the batch's keys and values, (B, H, T, D)."""
+        """Append (B, H, Q, D) rows to each pass's own cache; return the batch's (B, H, T, D) keys and values."""
         shape = (len(self.passes), key.shape[1], self.slots, key.shape[3])
         both = [key.new_zeros(shape), value.new_zeros(shape)]
         for number, (one, start) in enumerate(zip(self.passes, self.starts, strict=True)):
@@ -80,4 +81,5 @@ class _Batch:
         return both[0], both[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of slots before the new rows."""
         return self.slots - self.rows

@@ -1,9 +1,10 @@
-"""The language model's pass over a few text rows, over Hugging Face's own parameters, with nothing the host must know.
+"""Lean pass: a language model's forward pass over a few text tokens, without host reads, so that it can be captured.
 
-Both families' language models are Qwen2's (arXiv 2407.10671): RMSNorm, grouped-query attention with rotary positions,
-a gated MLP. Rows of text have one position on all of M-RoPE's axes, so there it is plain rotary embedding.
+It uses the parameters of Hugging Face's modules. Both families have Qwen2's language model (arXiv 2407.10671):
+RMSNorm, grouped-query attention with rotary positions, and a gated MLP. A text token has the same position on all axes
+of M-RoPE, which then equals plain rotary embedding.
 
-Shape suffixes: Q rows of this pass, T rows from slot `base` on, V vocabulary, D width of a head.
+Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from specvlm.models.quantize import QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
-ROWS = 64  # most rows of a pass the kernels are made for
+ROWS = 64  # most rows per pass that the kernels are tuned for
 
 
 def why_not(model: VideoLM) -> str | None:
-    """Why the lean pass cannot stand for this model's own; None when it can."""
+    """Say why the lean pass cannot replace this model's own; None if it can."""
     config = model.hf.config.get_text_config()
     layer = model.text.layers[0]
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -44,21 +45,25 @@ def why_not(model: VideoLM) -> str | None:
     if missing:
         return f"its layers have no {missing[0]}"
     if not hasattr(layer.mlp, "gate_proj"):
-        return f"a layer of it is a {type(layer.mlp).__name__}"
+        return f"one of its layers is a {type(layer.mlp).__name__}"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
     plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]
     for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, *plain_parts):
         if type(part) not in (nn.Linear, QuantizedLinear):
-            return f"a layer of it is a {type(part).__name__}"
-    return "an output layer of it has a bias" if any(part.bias is not None for part in plain_parts) else None
+            return f"one of its layers is a {type(part).__name__}"
+    return "one of its output layers has a bias" if any(part.bias is not None for part in plain_parts) else None
 
 
 class Sight(NamedTuple):
-    """What the rows of a pass see behind the first `base` slots, which all of them see.
+    """Which slots from `base` on each row of a pass attends to. All rows attend to all slots before `base`.
 
-    seen_QT: int8, which of the slots from `base` on, its own among them. Or, of rows that stand from `base` on, ways_QP: the
-    rows on each one's path from the first on, `above_Q` of them and itself. Then its bits are those of a pass of its own.
+    Given either as a mask or as paths. With paths, a row's result is bit-identical to that of a pass of one row.
+
+    Attributes:
+        seen_QT: (Q, T) int8 mask, which includes the row's own slot.
+        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to itself; the rest is padding.
+        above_Q: (Q,) number of rows above each row on its path.
     """
 
     seen_QT: Tensor | None = None
@@ -67,10 +72,14 @@ class Sight(NamedTuple):
 
 
 class LeanText:
-    """The language model of a VideoLM as one function of device tensors, or as one a stage. ops: `ops` or `kernels`.
+    """A VideoLM's language model as a function of device tensors, one per pipeline stage.
 
-    Where ranks share the layers, what they add to the residual stream is summed over them, rounded as by Hugging Face's
-    modules, and logits are gathered.
+    When it is tensor-parallel, each layer's output is all-reduced, rounded as in Hugging Face's modules, and logits are
+    gathered.
+
+    Args:
+        model: Model whose parameters to use. Nothing is copied.
+        ops: Module with the operations: `engine.ops` or `engine.kernels`.
     """
 
     def __init__(self, model: VideoLM, ops: ModuleType = plain) -> None:
@@ -87,10 +96,19 @@ class LeanText:
     def __call__(
         self, tokens_Q: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
-        """(Q, D) normed hidden states of rows written to the slots base + at + row, through all stages.
+        """Run rows through all stages, writing their keys and values to slots base + at + row.
 
-        depths_Q: position of each row above that of slot `base`. base, offset: integers on the device; position = slot +
-        offset.
+        Args:
+            tokens_Q: (Q,) token ids.
+            depths_Q: (Q,) position of each row, relative to that of slot `base`.
+            at: First slot written, relative to `base`.
+            sight: Which slots each row attends to.
+            base: (1,) slot number, on the device.
+            offset: (1,) position minus slot, on the device.
+            cache: The model's KV cache.
+
+        Returns:
+            (Q, D) hidden states after the final norm.
         """
         x = self.enter(tokens_Q)
         for number, stage in enumerate(self.stages):
@@ -100,13 +118,13 @@ class LeanText:
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
-        """(Q, D) rows as they enter the first stage."""
+        """Embed tokens: the (Q, D) input of the first stage."""
         return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
     def run(
         self, number: int, x: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
-        """(Q, D) rows as they leave a stage: normed behind the last one. All else as in a call; all on the stage's device."""
+        """Run (Q, D) rows through one stage, the last with its final norm. All tensors are on the stage's device."""
         ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
         angles = (base + offset + depths_Q).float()[:, None] * self.turns[number].float()
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -128,26 +146,27 @@ class LeanText:
         return self._add_norm(x, parts, self.norm, self.head.kind)[1]
 
     def _add_norm(self, x: Tensor, parts_SQN: Tensor | None, norm: nn.Module, kind: str) -> tuple[Tensor, Any]:
-        """The residual stream with a linear layer's parts over all ranks added, and its norm."""
+        """Add a linear layer's parts, summed over ranks, to the residual stream. Returns the sum and its norm."""
         given = (norm.weight, norm.variance_epsilon, kind)
         if parts_SQN is None or self.ranks.size == 1:
             return self.ops.add_norm(x, parts_SQN, *given)
         return self.ops.all_reduce_add_norm(self.ranks, x, parts_SQN, *given)
 
     def weights(self) -> Iterator[Weight]:
+        """Iterate over the weights of all linear layers."""
         for layer in self.layers:
             yield from (*layer.qkv, *layer.o, layer.gate, layer.up, *layer.down)
         yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """(Q, V), of rows as a pass returned them."""
+        """Compute the (Q, V) logits of hidden states that a pass returned."""
         with current(self.stages[-1].device):
             mine_QV = self.ops.linear(hidden_QD, (self.head,), whole=self.dtype)[0]
         return mine_QV if self.head.outputs == self.vocabulary else self.ranks.gather(mine_QV)
 
 
 class _Layer:
-    """Where a layer's parameters are. Nothing is copied."""
+    """References to the parameters of one decoder layer. Nothing is copied."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp

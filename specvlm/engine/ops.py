@@ -1,7 +1,8 @@
-"""The steps of a lean forward in plain torch: what the kernels must agree with, and what runs where there are none.
+"""Operations of the lean pass in plain torch: the reference for the kernels, and the fallback without them.
 
-Signatures and shapes are those of `kernels/`, whose docstring has the suffixes; `kind`, the storage of the weights that
-a result will meet, matters there alone: here rows stay as they are, and stored weights are dequantised.
+Signatures and shapes are those of `kernels/`; its docstring lists the shape suffixes. `kind` is the storage type of the
+weights that the result will be multiplied with. Only the kernels use it, to quantise their results; here rows keep
+their dtype, and quantised weights are dequantised.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from specvlm.parallel.ranks import ProcessGroup, local_shard
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's own tensors, as the kernels read them. kind: "full" (in the rows' dtype), "fp8", "int8" or "int4".
+    """Tensors of a linear layer, as the kernels read them.
 
-    data (N, K), or (N, K/2) in 4 bits; scale (N,), or (N, K/group) in 4 bits, of no meaning when full.
+    Attributes:
+        layer: The layer.
+        data: (N, K) weights; (N, K/2) for int4, two to a byte.
+        scale: (N,) scales; (N, K/group) for int4; unused for "full".
+        kind: "full" (same dtype as the rows), "fp8", "int8" or "int4".
+        group: Inputs that share a scale; 0 for "full".
     """
 
     layer: nn.Module
@@ -32,6 +38,7 @@ class Weight:
 
     @classmethod
     def of(cls, layer: nn.Module) -> Weight:
+        """Wrap a dense or quantised layer; with tensor parallelism, this rank's shard of it."""
         if isinstance(layer, QuantizedLinear):
             return cls(layer, layer.qweight, layer.scale, layer.kind, layer.group)
         assert isinstance(layer, nn.Linear)
@@ -40,30 +47,34 @@ class Weight:
 
     @property
     def outputs(self) -> int:
+        """Number of outputs N."""
         return self.data.shape[0]
 
     @property
     def inputs(self) -> int:
+        """Number of inputs K."""
         return self.data.shape[1] * (2 if self.kind == "int4" else 1)
 
     def times(self, x_QK: Tensor) -> Tensor:
-        """(Q, N), without the bias."""
+        """Compute (Q, N) outputs, without the bias."""
         full = self.data if self.kind == "full" else self.layer.weight_in(x_QK.dtype)  # type: ignore[operator]
         return dense(x_QK, full)
 
 
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
-    """(1, Q, N): x times one to three weights side by side."""
+    """Multiply x by one to three weights; concatenate the results to (1, Q, N)."""
     return torch.cat([w.times(x_QK) for w in weights], -1)[None]
 
 
 def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor:
+    """Compute silu(gate(x)) * up(x), (Q, N)."""
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
 def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
+    """Compute x + the sum of parts, and its RMSNorm times the weight; both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
-    wide = total.float()  # in float32 whatever the dtype, as Hugging Face has it
+    wide = total.float()  # always float32, as in Hugging Face's modules
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight_K * scaled.to(total.dtype)
 
@@ -71,12 +82,12 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
-    """`add_norm` of the parts of all ranks, each rank's rounded before they are added up, as by Hugging Face's modules."""
+    """`add_norm` with the parts summed over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
     return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)
 
 
 def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
-    """The sum of a linear layer's parts in `out`, rounded once, as this layer's module would give it."""
+    """Sum a linear layer's parts into `out`, rounded once, as the layer's own module does."""
     return out_QN.copy_(parts_SQN.sum(0))
 
 
@@ -84,7 +95,7 @@ def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
 ) -> Tensor:  # fmt: skip
-    """(Q, H, D) rotated queries; keys and values go to the cache's slots base + at + row. cos and sin: (Q, D/2)."""
+    """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row. cos, sin: (Q, D/2)."""
     kv_heads, _, width = keys_JCD.shape
     rows_QN = parts_SQN.sum(0)
     if biases:
@@ -103,8 +114,9 @@ def rope(
 def attention(
     q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
 ) -> Tensor:
-    """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks. The naive form:
-    a mask over every slot of the cache, keys and values repeated for each query head.
+    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks; (Q, H * D).
+
+    The naive form: a mask over every slot of the cache, with keys and values repeated for each query head.
     """
     heads = q_QHD.shape[1]
     kv_heads, capacity, _ = keys_JCD.shape
@@ -115,7 +127,7 @@ def attention(
     wide = torch.promote_types(q_QHD.dtype, torch.float32)
     keys, values = (x.repeat_interleave(heads // kv_heads, 0).to(wide) for x in (keys_JCD, values_JCD))
     score_HQC = (q_QHD.transpose(0, 1).to(wide) @ keys.mT) * scale
-    # What no row sees may hold anything, and zero times NaN is NaN.
+    # Masked slots may hold NaN, and zero times NaN is NaN.
     values = values.masked_fill(~seen_QC.any(0)[:, None], 0.0)
     weight_HQC = score_HQC.masked_fill(~seen_QC, float("-inf")).softmax(-1)
     return (weight_HQC @ values).transpose(0, 1).flatten(1).to(q_QHD.dtype)
@@ -125,16 +137,18 @@ def path_attention(
     q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, depths_Q: Tensor, ways_QP: Tensor, scale: float,
     kind: str = "full",
 ) -> Tensor:  # fmt: skip
-    """(Q, H * D): each row over the first `base` slots and those of the rows on its path, of which `ways` has the first
-    `depth + 1`. The kernel of that name gives the bits of a pass of one row; here they are those of any other mask.
+    """Attend from each row to the first `base` slots and to the rows on its path, the first `depth + 1` of `ways`.
+
+    Returns (Q, H * D). The kernel of the same name is bit-identical to a pass of one row; this one is plain masked
+    attention, which is not.
     """
     on_QP = torch.arange(ways_QP.shape[1], device=ways_QP.device) <= depths_Q[:, None]
     rows = len(q_QHD)
     seen_QT = torch.zeros(rows, rows + 1, dtype=torch.int8, device=ways_QP.device)
-    seen_QT.scatter_(1, torch.where(on_QP, ways_QP, rows), 1)  # what stands behind a path's end goes to the column cut off
+    seen_QT.scatter_(1, torch.where(on_QP, ways_QP, rows), 1)  # padding goes to an extra column
     return attention(q_QHD, keys_JCD, values_JCD, base, seen_QT[:, :rows], scale, kind)
 
 
 def top(logits_QV: Tensor, count: int) -> Tensor:
-    """(Q, count) int64: the tokens of the largest logits, largest first."""
+    """Return (Q, count) int64 token ids of the largest logits, largest first."""
     return logits_QV.topk(count).indices

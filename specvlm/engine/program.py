@@ -1,4 +1,4 @@
-"""A function of device tensors as something to run again and again: as it is, compiled, or as one CUDA graph."""
+"""Programs: functions of device tensors run repeatedly, as a CUDA graph, as traced operations, or directly."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from specvlm.models.partition import current
 
 
 class CapturePool:
-    """What captures on one device share: memory, since their graphs never run at the same time, and the stream, since memory is
-    reused within one alone. torch's own stream for captures is of the device that came first.
+    """Memory pool and capture stream that all graphs of one device share.
+
+    They may share memory because they never run at the same time, and they share a stream because torch reuses memory
+    only within one. torch's default capture stream would not do: it belongs to whichever device captured first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,16 +23,22 @@ class CapturePool:
 
 
 class Program:
-    """fn over fixed input buffers into fixed output buffers.
+    """Runs a function from fixed input buffers to fixed output buffers.
 
-    fn must not depend on anything the host could change: no sizes, no Python numbers, no reads. To be captured it is run on
-    the `inputs` given here, so those must be harmless; every later call copies its values into the same buffers.
+    The function must not depend on anything that the host could change: no sizes, no Python numbers, no reads.
+    Capturing runs it on `inputs`, so these must do no harm. Each later call copies its values into the same buffers.
 
-    backend: "cudagraph"; "traced", a list of torch operations with all that is Python's gone, as a graph has it, for machines
-    without a GPU; "direct".
-    All is on the first input's device, which is made the current one here; values may come from another, in the order of both
-    streams. lane: shared with other programs of that device. tables: what holds the tensors that fn reads beside its inputs and
-    the models' weights: a graph knows their addresses, and keeps nothing alive.
+    Everything is on the device of the first input. Values may come from another device; the copies are ordered with
+    the current streams of both.
+
+    Args:
+        fn: Function to run.
+        inputs: Example inputs.
+        backend: "cudagraph"; "traced", a list of torch operations without the Python between them, to test on machines
+            without a GPU what a graph would do; or "direct".
+        capture_pool: Shared with other programs on the device; None makes one.
+        tables: Owner of the other tensors that fn reads, model weights aside. A graph only knows their addresses and
+            does not keep them alive.
     """
 
     def __init__(
@@ -38,7 +46,7 @@ class Program:
         fn: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
         backend: str,
-        lane: CapturePool | None = None,
+        capture_pool: CapturePool | None = None,
         tables: object = None,
     ) -> None:
         self.inputs = [value.clone() for value in inputs]
@@ -46,7 +54,7 @@ class Program:
         self.tables = tables
         self._staged: list[tuple[Tensor, torch.cuda.Event] | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # a graph has no need of it, nor of the cache it holds
+        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # None for a graph, so as not to keep fn's cache alive
         self.outputs: list[Tensor] = []
         if backend != "cudagraph":
             self._fn = fn
@@ -56,10 +64,10 @@ class Program:
                 self._fn = make_fx(fn)(*self.inputs)
             return
         with current(self.device):
-            self._capture(fn, lane or CapturePool(self.device))
+            self._capture(fn, capture_pool or CapturePool(self.device))
 
-    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], lane: CapturePool) -> None:
-        # What is made at first use (compiled kernels, cuBLAS handles, tables on the device) is made before the capture.
+    def _capture(self, fn: Callable[..., tuple[Tensor, ...]], shared: CapturePool) -> None:
+        # Warm up, so that compiled kernels, cuBLAS handles and device tables exist before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -67,14 +75,14 @@ class Program:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        # What other threads do, such as NCCL's watchdog asking for its events, is none of this capture's business.
-        here = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves its own stream the current one
-        with here, torch.cuda.graph(self.graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
+        # thread_local: calls of other threads, such as NCCL's watchdog querying events, must not fail the capture.
+        here = torch.cuda.stream(torch.cuda.current_stream())  # restores it if a capture fails, which torch does not do
+        with here, torch.cuda.graph(self.graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
             for mine, out in zip(self.outputs, fn(*self.inputs), strict=True):
                 mine.copy_(out)
 
     def __call__(self, *values: Tensor | Sequence[int] | None) -> list[Tensor]:
-        """The outputs, which the next call overwrites. None leaves an input as it is; integers go in by one small copy."""
+        """Run on new values; return the outputs, which the next call overwrites. None keeps an input's last value."""
         for number, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
             if value is None:
                 continue
@@ -94,8 +102,9 @@ class Program:
         return self.outputs
 
     def _stage(self, number: int, buffer: Tensor, value: Sequence[int]) -> Tensor:
-        """Pinned memory, so that the copy does not wait. It is written again only when the copy before has been made: a routine
-        may be called several times before the host reads a result.
+        """Put integers into pinned memory, so that copying them does not block.
+
+        Wait for the previous copy first: a routine may be called several times before the host reads a result.
         """
         if buffer.device.type != "cuda":
             return torch.tensor(value)
@@ -110,11 +119,11 @@ class Program:
 
 
 def why_not_captured(device: torch.device) -> str | None:
-    """What keeps steps on a device from being captured; None when nothing does."""
+    """Say why steps on a device cannot be captured; None if they can."""
     if device.type != "cuda":
         return f"{device} is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:  # the kernels are scheduled by programmatic dependent launch, which older ones do not know
+    if major < 9:  # the kernels need programmatic dependent launch
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
     try:
         from triton.language.extra.cuda import gdc_wait  # noqa: F401

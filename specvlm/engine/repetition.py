@@ -1,6 +1,6 @@
-"""The repetition penalty that a checkpoint's generation config asks for, applied to tree nodes as `generate` applies it.
+"""Repetition penalty from a checkpoint's generation config, applied to tree nodes as `generate` applies it to tokens.
 
-Released Qwen2.5-VL checkpoints ask for 1.05, so without it the output would not be the model's own.
+Released Qwen2.5-VL checkpoints set it to 1.05, so without it the output would differ from the model's own.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class RepetitionPenalty:
-    """Logits of tokens seen in prompt, output or above in the tree: positive ones divided by it, negative ones multiplied.
+    """Divides positive logits of tokens in the prompt, output or path by a factor, and multiplies negative ones by it.
 
-    Source: CTRL (arXiv 1909.05858), section 4.1, in Hugging Face's form. factor 1 changes nothing and costs nothing.
+    Source: CTRL (arXiv 1909.05858), section 4.1, in Hugging Face's form. A factor of 1 changes nothing, at no cost.
     """
 
     def __init__(self, factor: float, seen_V: Tensor) -> None:
-        """seen_V: bool, which tokens stand already; written to."""
+        """seen_V: (V,) bool, tokens in the prompt and output so far; updated in place."""
         self.factor, self.seen_V = factor, seen_V
 
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt, factor: float | None = None) -> RepetitionPenalty:
-        """With the prompt seen. factor: None for what `target` asks for."""
+        """Create one that has seen the prompt. factor: None takes the one of the target's generation config."""
         made = cls(
             target.repetition_penalty if factor is None else factor,
             torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device),
@@ -38,14 +38,20 @@ class RepetitionPenalty:
         return made
 
     def add(self, tokens: Tensor) -> None:
-        """Tokens that stand from now on."""
+        """Mark tokens as seen."""
         if self.factor != 1:
             self.seen_V[tokens.to(self.seen_V.device)] = True
 
     def __call__(self, logits_MV: Tensor, tree: DraftTree | None = None, above_MM: Tensor | None = None) -> Tensor:
-        """(M, V), a row a tree node, which has seen itself and its ancestors; without a tree no row has seen more.
+        """Apply the penalty to the logits of each tree node.
 
-        above_MM: these, in float32, in a step captured for trees of every shape.
+        Args:
+            logits_MV: (M, V) logits.
+            tree: Draft tree; each node has also seen itself and its ancestors. None: rows have seen nothing more.
+            above_MM: (M, M) float32 ancestor mask, given in steps that are captured for trees of any shape.
+
+        Returns:
+            (M, V) logits.
         """
         if self.factor == 1:
             return logits_MV
@@ -60,7 +66,7 @@ class RepetitionPenalty:
         return torch.where(seen_MV, penalised_MV, logits_MV)
 
 
-@remembered()  # never let go: captured steps know the addresses
+@remembered()  # never evicted: captured graphs read these addresses
 def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
-    """(M, M) a tree's ancestors in float32, on the device, since shapes recur in every round."""
+    """(M, M) float32 ancestor mask on the device, cached because tree shapes recur every round."""
     return ancestor_mask(parents).to(device, torch.float32)
