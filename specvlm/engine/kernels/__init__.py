@@ -1,14 +1,14 @@
-"""Triton kernels for passes of few rows, where a step costs the bytes of the weights and the keys it reads.
+"""Triton kernels for passes of few rows, which are bound by reading weights and the KV cache.
 
-Every kernel may be captured in a CUDA graph: what changes from pass to pass (the length of the prefix) is read from
-the device. With `launch.PDL` a kernel may be scheduled before its predecessor has ended (programmatic dependent launch): each
-lets its successor come at once, and waits for its predecessor before it touches anything but weights. Since every
-kernel waits, the one after next waits for both, and the order of memory is that of the stream.
+Every kernel can be captured in a CUDA graph: it reads what changes between passes, such as the prefix length, from the
+device. With `launch.PDL` (programmatic dependent launch), a kernel may start before its predecessor has ended. Each
+kernel lets its successor start at once, and waits for its predecessor before it reads anything but weights or writes
+anything. Since every kernel waits, memory operations keep the order of the stream.
 
 Shape suffixes: Q rows, K inputs, N outputs, S parts of a split sum, H query heads, J KV heads, G = H / J, D head width,
-C slots of a cache, T rows of the tree, V vocabulary.
+C cache slots, T tree rows, V vocabulary.
 
-The plain forms of the same functions, which the tests compare with, are in `engine/ops.py`.
+`engine/ops.py` has the same functions in plain torch. The tests compare the two.
 """
 
 from __future__ import annotations

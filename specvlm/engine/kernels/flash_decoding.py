@@ -1,4 +1,7 @@
-"""Attention of few rows over a long prefix and a small tree. Shape suffixes as in the package."""
+"""Flash decoding: attention of few rows over a long prefix and a small tree.
+
+Shape suffixes: see the package docstring.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE: tl.constexpr):
-    """One tile of keys into the running maximum m, total and weighted values acc of an online softmax, base 2."""
+    """Add a tile of keys to an online softmax in base 2: running maximum m, total weight, weighted values acc."""
     if IEEE:  # noqa: SIM108
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
@@ -25,7 +28,7 @@ def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE
     top = tl.maximum(m, tl.max(score, 1) * scale)
     safe = top
     if MASKED:
-        safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+        safe = tl.where(top == float("-inf"), 0.0, top)  # the row has not seen any key yet
     weight = tl.exp2(score * scale - safe[:, None])
     shrink = tl.exp2(m - safe)
     total = total * shrink + tl.sum(weight, 1)
@@ -38,7 +41,7 @@ def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE
 
 @triton.jit
 def _load_heads(ptr, rows, ok, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr):
-    """(n, DP) rows of a head, D wide and filled up with zeros. ok: (n,) which there are; not looked at where ALL are."""
+    """Load (n, DP) rows of a head, zero-padded from width D. ok: (n,) which rows exist; ignored if ALL do."""
     d = tl.arange(0, DP)
     at = ptr + rows[:, None] * D + d[None, :]
     if ALL:
@@ -55,10 +58,10 @@ def _attention_kernel(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     IEEE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over one part of the keys for a block of rows of one KV head's queries. Grid (J, parts, blocks).
+    """Attend from a block of a KV head's query rows to one part of the keys. Grid (J, parts, blocks).
 
-    A block is `share` rows, at most R. Parts are equal shares of the whole tiles of the first `base` slots; the last part
-    also takes what is left of those, and the T slots of the tree.
+    A block has `share` rows, at most R. The full tiles of the first `base` slots are split evenly into parts. The last
+    part also takes the rest of those slots, and the T slots of the tree.
     """
     head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -73,7 +76,7 @@ def _attention_kernel(
     offs_n = tl.arange(0, BN)
     r = first + tl.arange(0, R)
     ok = r < tl.minimum(first + share, Q * G)
-    # Row r of a KV head is row r // G of the pass, query head head * G + r % G.
+    # Row r of a KV head is query head `head * G + r % G` of row r // G of the pass.
     q = _load_heads(q_ptr, (r // G) * H + head * G + r % G, ok, D, DP, False)
     m = tl.full((R,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((R,), dtype=tl.float32)
@@ -101,7 +104,7 @@ def _attention_kernel(
     safe = tl.where(total > 0, total, 1.0)
     at = (part * J + head) * (Q * G) + r
     tl.store(out_ptr + at[:, None].to(tl.int64) * D + d[None, :], acc / safe[:, None], mask=ok[:, None] & (d < D)[None, :])
-    tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf where nothing was seen
+    tl.store(lse_ptr + at, m + tl.log2(safe), mask=ok)  # -inf if no key was seen
 
 
 @triton.jit
@@ -110,9 +113,9 @@ def _merge_kernel(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, NARROW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The S parts of an attention into one, by their log-sum-exp (base 2). Grid (Q, H).
+    """Merge the S parts of an attention by their log-sum-exp (base 2). Grid (Q, H).
 
-    NARROW: y in 8 bits, with a scale a head and row.
+    NARROW: y in 8 bits, with a scale per head and row.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -139,10 +142,10 @@ def _merge_kernel(
 
 
 def row_blocks(rows: int) -> tuple[int, int]:
-    """(R, blocks): the rows of a KV head as equal blocks of at most R.
+    """Split the query rows of a KV head into equal blocks of at most R rows. Returns (R, blocks).
 
-    Blocks read the same keys side by side, so that all but one find them in the L2 cache. 128 rows in a program do a third more
-    a second than 64 in each of two, so smaller ones are for where they save padding: at three of them.
+    Blocks read the same keys at the same time, so all but one hit the L2 cache. One program of 128 rows has a third
+    more throughput than two of 64, so 64 is used only for up to 64 rows, or for three blocks, where it saves padding.
     """
     blocks = triton.cdiv(rows, 64)
     return (min(64, width_of(rows)), blocks) if blocks in (1, 3) else (128, triton.cdiv(rows, 128))
@@ -151,15 +154,18 @@ def row_blocks(rows: int) -> tuple[int, int]:
 def attention(
     q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
 ) -> Tensor | Narrow:
-    """(Q, H * D): each row over the first `base` slots and those of the next T that seen (int8) marks; kind: of the weights
-    it will meet. Flash decoding (split keys, parts merged by their log-sum-exp) with a tree mask on the last part.
+    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks; (Q, H * D).
+
+    Flash decoding: keys are split into parts, which are merged by their log-sum-exp. The last part has the tree mask.
+    kind: of the next layer's weights.
     """
     rows, heads, width = q_QHD.shape
     kv_heads, capacity, _ = keys_JCD.shape
     group_rows = rows * (heads // kv_heads)
     many, blocks = row_blocks(group_rows)
-    # Programs that fill the device once: one on each processor; two where small blocks hold the tensor cores busy, and where
-    # one alone would wait for memory (one row of the 32B over 131,072 keys: 57 us a layer more in 16 parts than in 32).
+    # Fill the device once, with one program per multiprocessor. Use two where small blocks keep the tensor cores busy,
+    # and where one would wait for memory: a row of the 32B over 131,072 keys takes 57 us a layer more in 16 parts than
+    # in 32.
     beside, processors = many <= 64 and blocks > 1, processors_of(q_QHD.device)
     two = beside or (many <= 64 and processors // kv_heads < 32)
     parts = max(1, processors * (2 if two else 1) // (kv_heads * blocks))

@@ -1,4 +1,7 @@
-"""A linear layer's parts over all ranks, summed and normed by one kernel. Shape suffixes as in the package, and R ranks."""
+"""All-reduce of a linear layer's output, fused with residual add and RMSNorm.
+
+Shape suffixes: see the package docstring; R ranks.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ def _all_reduce_norm_kernel(
     S: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """As _add_norm_kernel, over the parts of all ranks. Grid (Q,): a row's programs of all ranks meet.
+    """_add_norm_kernel with the parts summed over ranks. Grid (Q,): the programs of a row on all ranks synchronise.
 
-    Each puts its share where all can read it, marks the row on every other rank with the number of this meeting, waits for
-    their marks, and adds the shares up in the ranks' order, so all have the same sum. Every second meeting of a row uses the
-    same place: who has come to the next one has read this one.
+    Each program writes its share to a buffer that all ranks can read. It marks the row as ready on every other rank
+    with the turn number, waits for their marks, and sums the shares in rank order, so all ranks get the same sum. Two
+    buffers alternate: a rank that has reached the next turn has finished reading this one.
     """
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
@@ -41,7 +44,7 @@ def _all_reduce_norm_kernel(
     mine_ptr = tl.multiple_of(tl.load(shares_ptr + rank).to(tl.pointer_type(kind)), 16)
     tl.store(mine_ptr + at, mine.to(kind), mask=ok)
     x = tl.load(x_ptr + row * K + offs, mask=ok, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # all of the row is there before one thread says so
+    tl.debug_barrier()  # the whole row is written before a thread marks it as ready
     for step in tl.static_range(1, R):
         other = (rank + step) % R
         mark = tl.load(marks_ptr + other).to(tl.pointer_type(tl.int32)) + rank * ROOM + row
@@ -49,13 +52,13 @@ def _all_reduce_norm_kernel(
     marked = tl.load(marks_ptr + rank).to(tl.pointer_type(tl.int32)) + row
     for step in tl.static_range(1, R):
         other = (rank + step) % R
-        while tl.atomic_add(marked + other * ROOM, 0, sem="acquire", scope="sys") - turn < 0:  # numbers may wrap around
+        while tl.atomic_add(marked + other * ROOM, 0, sem="acquire", scope="sys") - turn < 0:  # turn numbers may wrap around
             pass
     tl.debug_barrier()
     added = tl.zeros((BLOCK,), dtype=tl.float32)
     for other in tl.static_range(R):
         share_ptr = tl.multiple_of(tl.load(shares_ptr + other).to(tl.pointer_type(kind)), 16)
-        added += tl.load(share_ptr + at, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)  # not from L1
+        added += tl.load(share_ptr + at, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)  # bypass L1
     tl.store(turns_ptr + row, turn)
     x = (x + added.to(kind).to(tl.float32)).to(kind).to(tl.float32)
     store_normed(x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps, BLOCK, GROUP, NARROW)
@@ -64,7 +67,7 @@ def _all_reduce_norm_kernel(
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """`add_norm` of the parts of all ranks, each rank's rounded before they are added up."""
+    """`add_norm` with the parts summed over ranks. Each rank rounds its sum first."""
     rows, width = x_QK.shape
     room = ranks.room(rows, width, x_QK.dtype, x_QK.device)
     if room is None:

@@ -1,4 +1,4 @@
-"""How kernels are launched, and rows in 8 bits, which several of them write or read."""
+"""Launch options, and 8-bit rows, which several kernels read or write."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PDL = True  # off in Triton's interpreter, which knows no such launch
-GROUP = 128  # values of a row in 8 bits that share a scale: a tile of k, a head, a tile of the gated layer
+PDL = True  # programmatic dependent launch; off in Triton's interpreter, which lacks it
+GROUP = 128  # values of an 8-bit row that share a scale: a tile of k, a head, or a tile of the gated layer
 
 
 @triton.jit
 def to_8_bits(y, y_ptr):
-    """Values (GROUP, n) in the 8 bits of y_ptr's type, and a scale for each column."""
+    """Quantise (GROUP, n) values to y_ptr's 8-bit type, with one scale per column."""
     kind = y_ptr.dtype.element_ty
     largest: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
     scale = tl.maximum(tl.max(tl.abs(y), 0) / largest, 1e-20)
@@ -28,7 +28,14 @@ def to_8_bits(y, y_ptr):
 
 @dataclass(frozen=True)
 class Tile:
-    """How a linear layer of few rows is cut: outputs and inputs of a tile, tiles in flight, warps of a program."""
+    """Tiling of a linear layer.
+
+    Attributes:
+        outputs: Outputs of a tile.
+        inputs: Inputs of a tile.
+        stages: Tiles in flight (pipeline stages).
+        warps: Warps of a program.
+    """
 
     outputs: int = 64
     inputs: int = 128
@@ -38,7 +45,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Narrow:
-    """Rows in 8 bits: data (Q, K) int8 or float8, scale (Q, K / GROUP). What weights in 8 or 4 bits are multiplied with."""
+    """Rows in 8 bits, to be multiplied with weights in 8 or 4 bits.
+
+    Attributes:
+        data: (Q, K) int8 or float8.
+        scale: (Q, K / GROUP) float32.
+    """
 
     data: Tensor
     scale: Tensor
@@ -48,23 +60,27 @@ class Narrow:
 
     @classmethod
     def empty(cls, rows: int, width: int, kind: str, device: torch.device) -> Narrow:
+        """Allocate rows for weights of a kind: float8 for "fp8", int8 for "int8" and "int4"."""
         dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
         data = torch.empty(rows, width, dtype=dtype, device=device)
         return cls(data, torch.empty(rows, width // GROUP, dtype=torch.float32, device=device))
 
 
 def options_of(tile: Tile) -> dict[str, Any]:
+    """Return the launch options of a tiling."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **({"launch_pdl": True} if PDL else {})}
 
 
 def width_of(rows: int) -> int:
-    """Rows as the tensor cores take them."""
+    """Pad a number of rows to what tensor cores take: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rows))
 
 
 def processors_of(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors; 4 on a CPU, for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def split(x: Tensor | Narrow) -> tuple[Tensor, Tensor]:
+    """Return data and scale of 8-bit rows; for other rows, the rows twice, since kernels ignore their scale."""
     return (x.data, x.scale) if isinstance(x, Narrow) else (x, x)

@@ -1,4 +1,4 @@
-"""Linear layers of few rows. Shape suffixes as in the package."""
+"""Linear layers for few rows. Shape suffixes: see the package docstring."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, processors_of, split, to_8_bits, width_of
 from specvlm.engine.ops import Weight
 
-AHEAD = 1  # tiles of weights a program asks the L2 cache for while the kernel before it is still running
-LEAST = 32  # fewest inputs of a tile
+AHEAD = 1  # weight tiles a program prefetches into L2 while the previous kernel still runs
+LEAST = 32  # minimum inputs of a tile
 
 
 @triton.jit
 def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
-    """Ask the L2 cache for a weight tile, which no earlier kernel writes, while that kernel is still running."""
+    """Prefetch a weight tile into L2 while the previous kernel still runs. Safe, since no kernel writes weights."""
     LINES: tl.constexpr = (BK * BYTES + 127) // 128
     lines = tl.arange(0, LINES) * (128 // BYTES)
     addresses = (w_ptr + offs_n[:, None].to(tl.int64) * stride + k0 + lines[None, :]).to(tl.int64)
@@ -30,7 +30,10 @@ def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """int8 of 16 times the weight: a nibble q + 8 is q in two's complement but for its top bit, and stays at the top."""
+    """Unpack 4-bit weights q, stored as q + 8, to int8 of 16 q.
+
+    Flipping the top bit of q + 8 gives q in two's complement. Left in the high nibble, it is 16 q.
+    """
     if ASM:
         if HIGH:
             return tl.inline_asm_elementwise(
@@ -47,7 +50,7 @@ def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _add_product(acc, w, x, s, KIND: tl.constexpr):
-    """acc + w x for one tile of k, in float32; s: (BQ,) scales of rows in 8 bits."""
+    """Compute acc + w x for one tile of k, in float32. s: (BQ,) scales of 8-bit rows."""
     if KIND == "full":
         acc = tl.dot(w, x, acc)
     elif KIND == "fp8":
@@ -62,10 +65,11 @@ def _dot_rows(
     x_ptr, xs_ptr, w_ptr, ws_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BQ) float32 of w (N, K) times x (Q, K) over k_lo..k_hi; weights stand first, so that they fill the tensor cores.
+    """Multiply w (N, K) with x (Q, K) over k_lo..k_hi, whole tiles of k only: (BN, BQ) float32.
 
-    Whole tiles of k only. Rows in 8 bits have a scale each BK values; there spare rows and outputs repeat the last one, since
-    a mask costs a pass through registers. What nobody stores may be undefined.
+    Weights are the left operand, so that they fill the tensor cores. 8-bit rows have a scale for every BK values. For
+    them, padding rows and outputs repeat the last one instead of being masked: a mask costs a pass through registers.
+    Values of padding may be anything; callers do not store them.
     """
     offs_k = tl.arange(0, BK)
     rows = tl.minimum(offs_q, Q - 1)
@@ -116,7 +120,7 @@ def _rows_kernel(
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
     WIDTH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (S, Q, N0+N1+N2): part s of the sum over k, of up to three weights that share their input. Grid (tiles, S)."""
+    """Multiply x with up to three weights; y (S, Q, N0+N1+N2) has S partial sums over k. Grid (tiles, S)."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     t0 = tl.cdiv(N0, BN)
@@ -146,9 +150,9 @@ def _gated_kernel(
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
     WIDTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (Q, N) = silu(x gate^T) * (x up^T), each rounded as the Hugging Face layer rounds it. Grid (tiles,).
+    """Compute y (Q, N) = silu(x gate^T) * (x up^T), rounded where the Hugging Face layer rounds. Grid (tiles,).
 
-    NARROW: y in 8 bits, with a scale a tile and row.
+    NARROW: y in 8 bits, with a scale per tile and row.
     """
     tile = tl.program_id(0)
     offs_n = tile * BN + tl.arange(0, BN)
@@ -200,13 +204,13 @@ def _gated_kernel(
 
 
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
-    """Why these kernels cannot do a model's linear layers; None when they can."""
+    """Say why these kernels cannot run a model's linear layers; None if they can."""
     if head_dim < 16 or head_dim % 16:
         return f"its heads are {head_dim} wide, which is no multiple of 16"
     for weight in weights:
         if weight.inputs % LEAST or weight.data.stride(1) != 1:
             return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
-        # A head may have any number of outputs; those of the other layers are the inputs of the next.
+        # Outputs need no check: they are inputs of the next layer, except the LM head's, which may be any number.
         if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
         if weight.kind == "int4" and weight.inputs % (2 * GROUP):
@@ -215,7 +219,7 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
 
 
 def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
-    """By measurement on an H200: enough bytes in flight for its memory. double: two weights of this kind at once."""
+    """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: two weights at once (gate, up)."""
     if weight.kind == "full" and weight.inputs % GROUP:
         return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
     if weight.kind == "full":
@@ -224,17 +228,18 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
 
 
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
-    """Parts of a sum over k, so that tiles of few outputs fill the device. The same whatever the number of rows: with it,
-    a row's sums are rounded alike in a pass of one row and in a pass of a tree.
+    """Choose the number of parts of a sum over k, so that layers with few output tiles fill the device.
+
+    It must not depend on the number of rows, so that sums are rounded alike in a pass of one row and in that of a tree.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     return max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
 
 
 def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
-    """(S, Q, N) float32: x times one to three weights side by side, as S sums over shares of k.
+    """Multiply x by one to three weights; concatenate the results to (S, Q, N) float32, S partial sums over k.
 
-    whole: (1, Q, N) of that dtype.
+    whole: Return the full sum instead, (1, Q, N) in this dtype.
     """
     x, scale = split(x_QK)
     rows, inputs = x.shape
@@ -256,7 +261,7 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
 
 
 def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
-    """(Q, N): silu(x gate^T) * (x up^T), rounded as in dtype; kind: of the weights it will meet."""
+    """Compute silu(x gate^T) * (x up^T), (Q, N), rounding each step to dtype. kind: of the next layer's weights."""
     x, scale = split(x_QK)
     rows, inputs = x.shape
     tile = tile_of(gate, rows, double=True)

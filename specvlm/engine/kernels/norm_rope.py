@@ -1,4 +1,4 @@
-"""What stands between the linear layers: sums and norms, rotation. Shape suffixes as in the package."""
+"""Residual adds, RMSNorm and rotary embedding, between the linear layers. Shape suffixes: see the package docstring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def store_normed(
     x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """A row x into sum, and its RMSNorm times weight into y. NARROW: y in 8 bits, with a scale for each GROUP of a row."""
+    """Store a row x to sum, and its RMSNorm times weight to y. NARROW: y in 8 bits, with a scale per GROUP values."""
     kind = sum_ptr.dtype.element_ty
     tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
     scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
@@ -36,7 +36,7 @@ def _add_norm_kernel(
     x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, Q, K, eps,
     S: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """sum = x + (the S parts of a linear layer's output); y = RMSNorm(sum) * weight. Grid (Q,)."""
+    """Compute sum = x + (the S parts of a linear layer's output) and y = RMSNorm(sum) * weight. Grid (Q,)."""
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     ok = offs < K
@@ -56,7 +56,7 @@ def _add_norm_kernel(
 
 @triton.jit
 def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The sum of S parts of `size` values each, rounded. Grid (blocks,)."""
+    """Sum S parts of `size` values each, then round. Grid (blocks,)."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = offs < size
     if PDL:
@@ -74,9 +74,9 @@ def _rope_kernel(
     S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries turned into q (Q, H, D); keys turned, and values, into the slots base + at + row. Grid (Q, H + 2 J).
+    """Write rotated queries to q (Q, H, D), rotated keys and values to slots base + at + row. Grid (Q, H + 2 J).
 
-    QB: rows of a request, stride_b: elements from one request's keys to the next one's.
+    QB: rows of each request. stride_b: elements from one request's keys to the next one's.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -128,7 +128,7 @@ def _rope_kernel(
 def add_norm(
     x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """(x + sum of parts, its RMSNorm times weight), both (Q, K); kind: of the weights the second will meet."""
+    """Compute x + sum of parts, and its RMSNorm times weight; both (Q, K). kind: of the next layer's weights."""
     rows, width = x_QK.shape
     total = torch.empty_like(x_QK)
     y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)
@@ -141,7 +141,7 @@ def add_norm(
 
 
 def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
-    """The sum of a linear layer's parts in `out`, rounded once."""
+    """Sum a linear layer's parts into `out`, rounded once."""
     count, block = len(parts_SQN), 2048
     _whole_kernel[(triton.cdiv(out_QN.numel(), block),)](
         parts_SQN, out_QN, out_QN.numel(), S=count, BLOCK=block, **options_of(Tile(warps=8))
@@ -153,9 +153,10 @@ def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
 ) -> Tensor:  # fmt: skip
-    """(Q, H, D) rotated queries; keys and values go to the cache. cos and sin: (Q, D/2). base: one integer on the device.
+    """Return (Q, H, D) rotated queries; write keys and values to the cache.
 
-    Of B requests, of as many rows each: base is (B,), keys and values (B, J, C, D).
+    cos, sin: (Q, D/2). base: (1,) on the device. For B requests with equally many rows each, base is (B,), and keys and
+    values are (B, J, C, D).
     """
     kv_heads, capacity, width = keys_JCD.shape[-3:]
     rows = parts_SQN.shape[1]

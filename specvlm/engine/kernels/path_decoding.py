@@ -1,10 +1,12 @@
-"""Attention whose bits depend on a row's own path alone. Shape suffixes as in the package, and B requests, P slots of a path.
+"""Path attention: bit-exact attention, whose result for a row depends only on the row's own path.
 
-A row with n keys cuts them into the same segments whatever shares its pass: whole chunks, then leaves of LEAF slots, the last
-one cut short. Chunks are CHUNK slots long and double where a row would have more than MOST of them. Segments that lie below
-`base` are contiguous, and blocks of rows share them; the last ones are gathered along the row's own path, by the same
-arithmetic in the same order. Parts are merged in the order of their segments. So neither the number of rows, nor the tree, nor
-the capacity, nor other requests change a bit (tests/test_exact_gpu.py).
+The n keys of a row are split into the same segments, whatever else is in the pass: full chunks, then leaves of LEAF
+slots, the last of which may be shorter. A chunk has CHUNK slots, doubled until a row has at most MOST chunks. Segments
+below `base` are contiguous and shared by blocks of rows. The last segments are gathered along the row's own path, with
+the same arithmetic in the same order. Segments are merged in order. So neither the number of rows, nor the tree, nor
+the cache's capacity, nor other requests change a bit (tests/test_exact_gpu.py).
+
+Shape suffixes: see the package docstring; B requests, P slots of a path.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_heads
 from specvlm.engine.kernels.launch import Narrow, Tile, options_of, split, to_8_bits
 
-CHUNK = 512  # slots of the shortest chunk: 32 of them at 16,384 keys fill an H200 once with 8 KV heads
-LEAF = 128  # slots of what is left of them: every row gathers the last one for itself
-MOST = 64  # chunks of a row, before they double
-ROWS = 64  # of a program, always: from 64 rows on Triton takes other instructions (wgmma), which round otherwise
-TILE = 64  # keys of a step
-MERGED = 32  # segments of a step of the merge
+CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
+LEAF = 128  # slots of a leaf; every row gathers its last one itself
+MOST = 64  # most chunks of a row; beyond that, their length doubles
+ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
+TILE = 64  # keys per step
+MERGED = 32  # segments per step of the merge
 
 
 @triton.jit
 def _chunk_of(n, CHUNK: tl.constexpr, MOST: tl.constexpr):
-    """Slots of a chunk of rows with n keys."""
+    """Compute the chunk length of rows with n keys."""
     chunk = n * 0 + CHUNK
     for _ in tl.static_range(12):
         chunk = tl.where(n > chunk * MOST, chunk * 2, chunk)
@@ -37,13 +39,13 @@ def _chunk_of(n, CHUNK: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 def _segments_of(n, chunk, LEAF: tl.constexpr):
-    """How many segments n keys are cut into."""
+    """Count the segments of n keys."""
     return n // chunk + (n % chunk + LEAF - 1) // LEAF
 
 
 @triton.jit
 def _store_part(out_ptr, lse_ptr, to, ok, m, total, acc, D: tl.constexpr, DP: tl.constexpr):
-    """A segment's softmax of rows: its value, and the log of its weight (base 2)."""
+    """Store a segment's attention output for some rows, and its log-sum-exp (base 2)."""
     safe = tl.where(total > 0, total, 1.0)
     d = tl.arange(0, DP)
     tl.store(out_ptr + to[:, None] * D + d[None, :], acc / safe[:, None], mask=ok[:, None] & (d < D)[None, :])
@@ -56,7 +58,7 @@ def _own_segment(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Segment `back` of a row, counted from its last, where it reaches behind `base`: gathered along the row's path."""
+    """Attend to a row's segment `back` (0 is the last) if it ends after `base`, gathering keys along the row's path."""
     G: tl.constexpr = H // J
     n = base + tl.load(depth_ptr + node).to(tl.int32) + 1
     chunk = _chunk_of(n, CHUNK, MOST)
@@ -90,7 +92,7 @@ def _shared_segment(
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Segment `part` of rows that cut their keys into chunks of this length, where it ends below `base`."""
+    """Attend to segment `part`, if it ends at or before `base`, for a block of rows that have this chunk length."""
     whole = base // chunk
     lo = tl.where(part < whole, part * chunk, whole * chunk + (part - whole) * LEAF)
     hi = lo + tl.where(part < whole, chunk, LEAF)
@@ -102,19 +104,19 @@ def _shared_segment(
             k = _load_heads(k_ptr, start + tl.arange(0, BN), True, D, DP, True)
             v = _load_heads(v_ptr, start + tl.arange(0, BN), True, D, DP, True)
             m, total, acc = _attend_tile(q, k, v, True, m, total, acc, scale, False, False)
-        # A leaf is part of a whole chunk for rows that are past its end.
+        # For rows past the end of the chunk, a leaf is part of that chunk: do not store it.
         n = base + tl.load(depth_ptr + row // G, mask=ok, other=0).to(tl.int32) + 1
         theirs = ok & (_chunk_of(n, CHUNK, MOST) == chunk) & ((part < whole) | (n // chunk == whole))
         _store_part(out_ptr, lse_ptr, (rows + part * J) * (Q * G) + row, theirs, m, total, acc, D, DP)
 
 
-@triton.jit(do_not_specialize=["P"])  # of one slot, base + P is base + 1, and the compiler fails at what is dead then
+@triton.jit(do_not_specialize=["P"])  # with P = 1, base + P is base + 1, and the compiler fails on the dead branch
 def _path_kernel(
     q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, out_ptr, lse_ptr, Q, P, S, T, stride_b, capacity, scale, share, blocks,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over segments. Grid (J, T Q + S blocks, B): the last T of each row, then those that rows share."""
+    """Attend to all segments. Grid (J, T Q + S blocks, B): the last T segments of each row, then the shared ones."""
     head, job, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         gdc_wait()
@@ -145,7 +147,7 @@ def _path_kernel(
             q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
             J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
         )  # fmt: skip
-        if large > small:  # the pass crosses a border
+        if large > small:  # the pass crosses a change of chunk length
             _shared_segment(
                 q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
                 J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
@@ -158,9 +160,9 @@ def _merge_path_kernel(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
     LEAF: tl.constexpr, MOST: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row's segments into one. Grid (Q, H, B).
+    """Merge the segments of each row. Grid (Q, H, B).
 
-    NARROW: y in 8 bits, with a scale a head and row.
+    NARROW: y in 8 bits, with a scale per head and row.
     """
     row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // J
@@ -194,7 +196,7 @@ def _merge_path_kernel(
 
 
 def segments_for(slots: int, chunk: int = CHUNK) -> int:
-    """Room for the segments of any row with at most so many keys."""
+    """Return an upper bound on the number of segments of any row with at most `slots` keys."""
     if slots <= chunk * MOST:
         return slots // chunk + chunk // LEAF
     while slots > chunk * MOST:
@@ -213,16 +215,21 @@ def path_attention(
     kind: str = "full",
     chunk: int = CHUNK,
 ) -> Tensor | Narrow:
-    """(Q, H * D): each row over the first `base` slots and those of its own path, bit for bit as in a pass of its own.
+    """Attend from each row to the first `base` slots and its own path, bit-identical to a pass of one row.
 
     Args:
-        q_QHD: of all requests, as many rows of each, request by request.
-        keys: (J, C, D), or (B, J, C, D); values alike.
-        base_B: slots that all rows of a request see.
-        depths_Q: how many rows of the pass lie above a row on its path.
-        ways_QP: for each row the rows on its path from the first on, itself among them; what stands behind is not read.
-        kind: of the weights that the result is multiplied with.
-        chunk: for tests, which see what another one changes.
+        q_QHD: (Q, H, D) queries, request by request, with equally many rows each.
+        keys: (J, C, D), or (B, J, C, D).
+        values: As `keys`.
+        base_B: (B,) number of slots that all rows of a request see.
+        depths_Q: (Q,) number of rows above each row on its path.
+        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to itself; the rest is not read.
+        scale: Factor of the scores before the softmax.
+        kind: Of the next layer's weights.
+        chunk: Length of the shortest chunk; only tests set it.
+
+    Returns:
+        (Q, H * D) outputs, in 8 bits unless `kind` is "full".
     """
     requests, (rows, heads, width) = base_B.numel(), q_QHD.shape
     rows //= requests

@@ -1,4 +1,4 @@
-"""The best tokens of a row. Shape suffixes as in the package."""
+"""Top-k of each row. Shape suffixes: see the package docstring."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _top_kernel(
     x_ptr, value_ptr, index_ptr, V, stride, from_ptr,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The COUNT largest of a block of a row, largest first, equal ones by their index. Grid (Q, blocks).
+    """Find the COUNT largest values of a block of a row, largest first, ties by index. Grid (Q, blocks).
 
-    NESTED: x holds the winners of blocks, and from_ptr their indices in the row.
+    NESTED: x holds the winners of the blocks, and from_ptr their indices in the row.
     """
     row = tl.program_id(0)
     block = tl.program_id(1)
@@ -42,7 +42,7 @@ def _top_kernel(
 
 
 def top(logits_QV: Tensor, count: int) -> Tensor:
-    """(Q, count) int64: the tokens of the largest logits, largest first, equal ones by their number."""
+    """Return (Q, count) int64 token ids of the largest logits, largest first, ties by token id."""
     rows, size = logits_QV.shape
     block = 4096
     blocks = triton.cdiv(size, block)
