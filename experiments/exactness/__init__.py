@@ -1,1 +1,1 @@
-"""How many rows of a pass have other bits than in a pass of their own. `python -m experiments.exactness --help`."""
+"""Counts tree rows that differ in any bit from a pass of one row. See `python -m experiments.exactness --help`."""

@@ -1,13 +1,16 @@
-"""Rows of random trees against sequential steps, at published shapes, on one GPU: python -m experiments.exactness
+"""Compare rows of random trees with sequential steps, bit by bit, at published shapes on one GPU.
 
-Weights are random (see `experiments.gpu_pair.shapes`), and so are the keys and values before the trees. For every node of a
-tree its logits, and its keys and values in all layers, are compared bit by bit with those of a pass of one row behind the
-same path. Three arithmetics: `ours` (the captured engine's), `mask` (our kernels with key parts that go by the number of
-rows, as drafters use them), and `sdpa`, Hugging Face's modules with that attention.
+Run `python -m experiments.exactness`. Weights are random (see `experiments.gpu_pair.shapes`), and so are the cached
+keys and values before the trees. Each tree node's logits, and its keys and values in all layers, are compared with
+those of a pass of one row after the same path. There are three arithmetics:
 
-The head of these models has a gap between its two best logits far above a language model's, and then no rounding turns an
-argmax. So argmaxes are counted on the logits of a random head of 32,768 tokens too, whose gaps are far smaller than a
-language model's: true rates lie between.
+- `ours`: path attention, as in the captured engine.
+- `mask`: masked flash decoding, whose key splits depend on the number of rows, as drafters use it.
+- `sdpa`: Hugging Face's modules with SDPA attention.
+
+The models' own head has a far larger gap between its two best logits than a language model's, so rounding never changes
+the argmax. Argmaxes are therefore also counted with a random head of 32,768 tokens, whose gaps are far smaller than a
+language model's. The true rate lies between the two.
 """
 
 from __future__ import annotations
@@ -41,12 +44,16 @@ WAYS = ("ours", "mask", "sdpa")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.exactness", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", default="qwen2_5_vl_7b_3b", help="a pair of experiments.gpu_pair; its target is measured")
-    parser.add_argument("--slots", type=int, default=16_384, help="keys and values before the trees (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1000, help="of the trees of each way, at least (default: %(default)s)")
-    parser.add_argument("--ways", default=",".join(WAYS), help="which arithmetics (default: %(default)s)")
+    parser.add_argument(
+        "--shape",
+        default="qwen2_5_vl_7b_3b",
+        help="pair of experiments.gpu_pair, whose target is measured (default: %(default)s)",
+    )
+    parser.add_argument("--slots", type=int, default=16_384, help="cached tokens before the trees (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1000, help="minimum tree nodes per arithmetic (default: %(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="arithmetics, with commas (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--out", type=Path, help="a file that a line of JSON a way is appended to")
+    parser.add_argument("--out", type=Path, help="file to append a line of JSON per arithmetic to")
     options = parser.parse_args(argv)
     torch.set_grad_enabled(False)
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, options.dtype)
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(model: VideoLM, way: str, slots: int, least: int) -> dict[str, Any]:
-    """Counts over random trees of 1 to 64 nodes, at other alignments and in caches of other capacities."""
+    """Count equal rows over random trees of 1 to 64 nodes, with varying alignments and cache capacities."""
     rows, counts, start, seed = passes(model, way), Counter[str](), time.perf_counter(), 0
     generator = torch.Generator(model.device).manual_seed(0)
     other_head = torch.randn(model.text.config.hidden_size, 32_768, generator=generator, device=model.device).to(model.dtype)
@@ -98,7 +105,7 @@ def measure(model: VideoLM, way: str, slots: int, least: int) -> dict[str, Any]:
 
 
 def random_tree(chance: random.Random, model: VideoLM) -> DraftTree:
-    """Of 1 to 64 nodes, deep or wide."""
+    """Make a random tree of 1 to 64 nodes, deep or wide."""
     count, reach = chance.randint(1, 64), chance.choice((1, 3, 64))
     parents = (-1, *(chance.randrange(max(0, node - reach), node) for node in range(1, count)))
     tokens = torch.tensor([chance.randrange(model.vocabulary) for _ in parents], device=model.device)
@@ -106,7 +113,7 @@ def random_tree(chance: random.Random, model: VideoLM) -> DraftTree:
 
 
 def steps(tree: DraftTree) -> Iterator[tuple[int, int]]:
-    """(depth, node) in preorder: the rows of all that is above a node stand in their slots when it is its turn."""
+    """Yield (depth, node) in preorder, so that a node's ancestors are in the cache when its turn comes."""
     below, left = children_of(tree.parents), [0]
     while left:
         node = left.pop()
@@ -115,6 +122,7 @@ def steps(tree: DraftTree) -> Iterator[tuple[int, int]]:
 
 
 def passes(model: VideoLM, way: str) -> Rows:
+    """Return a function that runs a tree at a slot in one of the arithmetics."""
     if way in ("ours", "mask"):
         lean = LeanText(model)
         lean.ops = kernels_for(model, lean)
@@ -124,6 +132,7 @@ def passes(model: VideoLM, way: str) -> Rows:
 
 
 def _lean(lean: LeanText, tree: DraftTree, cache: KVCache, base: int, by_path: bool) -> tuple[Tensor, Tensor]:
+    """Run a tree through the lean pass, by paths or by mask."""
     (depths, seen_MM), device = placed(tree), tree.tokens.device
     depths_M = depths.to(device)
     ways = [tree.way_to(node) for node in range(len(tree))]
@@ -136,6 +145,7 @@ def _lean(lean: LeanText, tree: DraftTree, cache: KVCache, base: int, by_path: b
 
 
 def _hugging_face(model: VideoLM, tree: DraftTree, cache: KVCache, base: int) -> tuple[Tensor, Tensor]:
+    """Run a tree through Hugging Face's modules."""
     depths_M, seen_MM = placed(tree)
     cache.length, cache.offset = base, 0
     seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
@@ -145,6 +155,7 @@ def _hugging_face(model: VideoLM, tree: DraftTree, cache: KVCache, base: int) ->
 
 
 def told(found: dict[str, Any]) -> str:
+    """Format the counts as a line."""
     nodes = found["nodes"]
     shares = ", ".join(f"{name} {found.get(name, 0)}" for name in ("bits", "argmax", "argmax, random head"))
     return f"{found['shape']} {found['way']:>5}: of {nodes} rows equal to a pass of one: {shares} ({found['seconds']} s)"

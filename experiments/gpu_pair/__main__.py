@@ -1,6 +1,7 @@
-"""What a pair costs on this machine: `python -m experiments.gpu_pair shape=qwen2_5_vl_32b_7b video_tokens=16384 ratio=0.9`.
+"""Benchmark a pair: `python -m experiments.gpu_pair shape=qwen2_5_vl_32b_7b video_tokens=16384 ratio=0.9`.
 
-Random weights of the true shapes, unless target=FOLDER draft=FOLDER are given; rounds at a given acceptance.
+Models have the released shapes and random weights, unless target=FOLDER draft=FOLDER are given. Acceptance is not
+measured but given.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined
 from specvlm.results import metrics
 
 HERE = Path(__file__).parent
-REAL_UP_TO = 32768  # video tokens; a longer prefill takes minutes of a machine that is not ours
+REAL_UP_TO = 32768  # video tokens; a longer prefill takes minutes of a borrowed machine
 T = TypeVar("T")
 
 
 class Record:
-    """Rows as they come: to the file, and kept. A part that fails leaves a row that says so, and the rest goes on."""
+    """Collects rows and appends them to a file. A part that fails leaves a row with its error; the rest goes on."""
 
     def __init__(self, path: Path, about: dict[str, Any], limit_s: float, ranks: ProcessGroup = SINGLE) -> None:
         self.path, self.about, self.limit_s, self.ranks = path, about, limit_s, ranks
@@ -58,13 +59,14 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, **figures: Any) -> None:
+        """Add a row."""
         row = self.about | {"part": part} | {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def attempt(self, name: str, what: Callable[[], T], **where: Any) -> T | None:
-        """None when it failed or there was no time left for it."""
+        """Run a part and return its result; None if it failed or the time limit is over."""
         if self.ranks.share(lambda: perf_counter() - self.begun > self.limit_s):
             self.skipped.append(name)
             return None
@@ -75,24 +77,26 @@ class Record:
             raise
         except Exception as error:
             if self.ranks.size > 1:
-                raise  # the others are waiting for this one
+                raise  # other ranks are waiting
             memory_gone = memory_plan.ran_out(error)
             said = "out of memory" if memory_gone else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if not memory_gone:
                 traceback.print_exc()
                 self.failed += 1
         self.add("failed", what=name, error=said, **where)
-        free()  # behind the except clause, whose traceback holds what was allocated
+        free()  # after the except clause, whose traceback keeps allocations alive
         return None
 
 
 def free() -> None:
+    """Release unused memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def commit_of() -> str:
+    """Return the git commit, or "unknown"."""
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -101,7 +105,7 @@ def commit_of() -> str:
 
 
 def about(options: Options, device: torch.device) -> dict[str, Any]:
-    """What every row says of the run."""
+    """Collect the columns that all rows of a run share."""
     gpu = device.type == "cuda"
     count = torch.cuda.device_count() if options.parallel == "layers" else torchrun.size_here()
     tiny = options.shape.startswith("tiny")
@@ -124,7 +128,7 @@ def about(options: Options, device: torch.device) -> dict[str, Any]:
 
 
 class Run:
-    """The models of one shape, and the parts asked for, context by context."""
+    """Builds the models of one pair and runs the requested parts, context by context."""
 
     def __init__(self, options: Options, record: Record, device: torch.device, ranks: ProcessGroup = SINGLE) -> None:
         self.options, self.record, self.device, self.ranks = options, record, device, ranks
@@ -140,6 +144,7 @@ class Run:
         self.hf_ms: dict[int, float] = {}  # by video tokens
 
     def all(self) -> None:
+        """Run everything that was asked for."""
         if figures := self.record.attempt("copy", lambda: copy_bandwidth(self.device)):
             self.bandwidth = figures["gb_per_s"] * 1e9
             self.record.add("copy", **figures)
@@ -154,6 +159,7 @@ class Run:
             free()
 
     def model(self, shape: Qwen | Llava, weights: str, folder: str = "") -> VideoLM:
+        """Load a model from its folder, or build it with random weights."""
         folder = folder or (self.options.target if shape is self.pair.target else "")
         if folder:
             return read(model_folder(folder), self.device, self.options.dtype, weights)
@@ -163,12 +169,12 @@ class Run:
             stages = self.stages() if self.options.parallel == "layers" else ()
         elif self.options.draft_parallel:
             ranks = self.ranks
-        elif self.ranks.rank:  # the draft is the first rank's alone
+        elif self.ranks.rank:  # only rank 0 has the draft
             return wrap(skeleton(model_class(shape), shape.config()))
         return build(shape, wrap, self.device, self.dtype, weights, seed, stages, ranks)
 
     def stages(self) -> tuple[Stage, ...]:
-        """Of the target, with room for the draft on the first device."""
+        """Choose the target's pipeline stages, leaving room for the draft on the first device."""
         beside, draft = 0, self.pair.draft
         if draft is not None:
             hf = skeleton(model_class(draft), draft.config())
@@ -176,7 +182,7 @@ class Run:
         return stages_for(self.pair.target.text.layers, self.device, beside)
 
     def one_draft(self, target: VideoLM, weights: str, first: bool) -> None:
-        """All contexts, with the draft's weights stored in one way. first: also measure what does not depend on them."""
+        """Run all contexts with one storage type of the draft. first: also measure what does not depend on it."""
         shape, draft = self.pair.draft, None
         tags: dict[str, Any] = {"draft_weights": weights, "target_weights": self.target_weights}
         if shape is not None:
@@ -189,7 +195,7 @@ class Run:
             free()
 
     def context(self, target: VideoLM, draft: VideoLM | None, tokens: int, tags: dict[str, Any], first: bool) -> None:
-        """All parts at one context. Caches and engine are new ones, and gone behind it."""
+        """Run all parts at one context, with caches and engine of its own."""
         attempt, add, wanted = self.record.attempt, self.record.add, self.wanted
         engine = engine_for(self.options.engine, self.device)
         if engine.note:
@@ -225,7 +231,7 @@ class Run:
         if alone is None:
             return
         add("autoregressive", **tags, **alone, floor_ms=check_floor)
-        # Hugging Face has no layer for our quantised weights, so its own loop would only be slowed by ours.
+        # Skip quantised targets: Hugging Face has no layers for our quantised weights, and ours would slow its loop.
         if "hf" in wanted and first and bench.prompt is not None and self.target_weights == "bf16":
             hf = attempt(f"{name}Hugging Face generate", bench.hugging_face, **tags)
             free()
@@ -263,17 +269,18 @@ class Run:
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
         print("  " + "\n  ".join(f"{f.name}={f.default}" for f in fields(Options)))
         return 0
-    if torchrun.rank_here():  # the first rank speaks for all
+    if torchrun.rank_here():  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return guarded(lambda: command(words), full=False)
 
 
 def command(words: Sequence[str]) -> int:
-    """Raises UserError before anything is made."""
+    """Run the benchmark. Raises UserError, if at all, before it builds anything."""
     options = Options.parse(words)
     device = device_of(options.device)
     if options.parallel != "tensor":
@@ -289,6 +296,7 @@ def command(words: Sequence[str]) -> int:
 
 
 def measured(options: Options, device: torch.device, ranks: ProcessGroup) -> int:
+    """Measure, print the report and return the exit code."""
     out = os.devnull if ranks.rank else options.out
     record = Record(Path(out), about(options, device), options.limit_s, ranks)
     with torch.no_grad():

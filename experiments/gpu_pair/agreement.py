@@ -1,12 +1,13 @@
-"""Is the captured output the target's own? The embedded pairs on a GPU: every pruner and drafter, on held-out scenes.
+"""Check on a GPU that captured decoding is lossless: the embedded pairs, every pruner and drafter, on held-out scenes.
 
-float32: captured = eager = Hugging Face's `generate`, token by token. bfloat16: where the captured output leaves our own
-autoregressive one, and by which gap in logits (see specvlm/decoding/lossless.py). Synthetic scenes, trained small models.
+In float32, captured, eager and Hugging Face's `generate` must agree token by token. In bfloat16, report where captured
+output leaves our autoregressive one, and by which gap in logits (see specvlm/decoding/lossless.py). The models are
+small and trained; the scenes are synthetic.
 
     python -m experiments.gpu_pair.agreement --scenes 32 --workers 4 --out agreement.jsonl
 
-Four workers a GPU decode four times as much as one; eight do no more. They take turns at the GPUs there are. Rows come as
-they are ready; what is in the file already is not decoded again. Exit code 1 where a float32 decode differs, or a
+Four workers per GPU decode four times as much as one; eight decode no more. Workers are spread over all GPUs. Rows are
+written as they finish, and a rerun skips those in the file. The exit code is 1 if a float32 decode differs, or a
 bfloat16 one by more than a tie.
 """
 
@@ -56,21 +57,21 @@ DRAFTERS: dict[str, Drafter] = {
     "prompt_lookup": PromptLookupDrafter(),
     "dynamic_tree": DynamicTreeDrafter(),
     "entropy_tree": EntropyTreeDrafter(),
-    "sparse": SparseDrafter(entries=256),  # fewer than the video has; it draws on no pruner
+    "sparse": SparseDrafter(entries=256),  # fewer than the video has; it uses no pruner
 }
-# Drafters outside: where the model that drafts changes, its cache is a new one, and its steps are captured anew.
+# Drafters are the outer loop: a change of the drafting model makes a new cache and captures its steps again.
 PAIRS = [
     (pruner, drafter)
     for drafter, pruner in product(DRAFTERS.items(), (PRUNERS | {"none": NonePruner()}).items())
     if drafter[0] != "sparse" or pruner[0] == "none"
 ]
 BF16 = ("none", "uniform", "two_stage")  # pruners compared in bfloat16
-KEYS = {"captured": "decodes", "eager": "eager_decodes"}  # of a row: how many decodes, by engine
+KEYS = {"captured": "decodes", "eager": "eager_decodes"}  # row keys: number of decodes by engine
 LIMIT = 96
 
 
 def settle(numbers: Queue[int]) -> None:
-    """A worker's own GPU, the next in turn."""
+    """Assign the next GPU to a worker, round robin."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
@@ -78,14 +79,15 @@ def settle(numbers: Queue[int]) -> None:
 
 @cache
 def loaded(family: str, dtype: str, device: str) -> tuple[VideoLM, VideoLM, CachePool, Engine]:
-    """A worker's own models, caches and engine, kept from scene to scene."""
+    """Load a worker's models, caches and engine once."""
     target, draft = (load(model_folder(f"embedded:{family}/{name}"), dtype, device) for name in ("target", "plain"))
     return target, draft, CachePool(), engine_for("auto", device)
 
 
 def scene(family: str, dtype: str, number: int, by: tuple[str, ...], share: int, device: str) -> dict[str, Any]:
-    """A scene's row, with what differed in full. by: "captured", "eager" or both; share: of the pairs of a pruner and a
-    drafter, one in so many a scene, each in its turn.
+    """Decode a scene and return its row, with all differences.
+
+    by: "captured", "eager" or both. share: Run one in `share` of the (pruner, drafter) pairs per scene, in rotation.
     """
     target, draft, caches, engine = loaded(family, dtype, device)
     request, _ = scene_request(target, family, "caption", number)
@@ -119,7 +121,7 @@ def scene(family: str, dtype: str, number: int, by: tuple[str, ...], share: int,
 
 
 def generated(target: Any, request: VideoPrompt) -> list[int]:
-    """Hugging Face's own answer."""
+    """Decode with Hugging Face's `generate`."""
     out = target.hf.generate(**target.generate_inputs(request), max_new_tokens=LIMIT, do_sample=False)
     return out[0, len(request) :].tolist()
 
@@ -127,9 +129,7 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
 def jobs(
     count: int, eager: int, share: int, rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, str, int, tuple[str, ...], int]]:
-    """What these rows do not have yet, scene by scene, families and dtypes in turn, so that a run cut short has seen something
-    of all.
-    """
+    """Yield the jobs that these rows lack. Scenes are the outer loop, so that a partial run covers all families."""
     done = {(row["family"], row["dtype"], row["scene"], name) for row in rows for name, key in KEYS.items() if row.get(key)}
     for number, dtype, family in product(range(count), ("float32", "bfloat16"), FAMILIES):
         wanted = ("captured", "eager") if dtype == "float32" and number < eager else ("captured",)
@@ -138,6 +138,7 @@ def jobs(
 
 
 def report(rows: list[dict[str, Any]]) -> str:
+    """Summarise the rows, one line per dtype and family."""
     lines = []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -161,7 +162,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def agreed(rows: list[dict[str, Any]]) -> bool:
-    """float32 is `generate`'s own in every decode, and bfloat16 differs by ties alone."""
+    """Whether every float32 decode equals `generate`, and bfloat16 decodes differ only by ties."""
     exact = [row for row in rows if row["dtype"] == "float32"]
     if any(row["different"] or not row.get("autoregressive_same", True) for row in exact):
         return False
@@ -169,11 +170,11 @@ def agreed(rows: list[dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    """1 where the outputs do not agree."""
+    """Run the command line. Returns 1 if outputs disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--eager", type=int, default=32, help="scenes also decoded by the eager engine")
-    parser.add_argument("--share", type=int, default=1, help="one in so many pairs of pruner and drafter a scene, in turn")
+    parser.add_argument("--share", type=int, default=1, help="run one in SHARE (pruner, drafter) pairs per scene, in rotation")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("agreement.jsonl"))

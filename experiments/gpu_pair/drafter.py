@@ -1,6 +1,6 @@
-"""A drafter for benchmarks alone: it does all the work of the real one, then guesses right as often as it is told to.
+"""A benchmark drafter that does all the work of a real one, then guesses right at a given acceptance.
 
-Random weights agree on nothing, so acceptance cannot be measured with them; it is given, and the time measured.
+Models with random weights never agree, so acceptance is given and only time is measured.
 
 Shape suffixes: T tokens of the known answer, M tree nodes.
 """
@@ -22,15 +22,20 @@ from specvlm.types import DraftTree, TreeShape, Verdict
 
 @dataclass(frozen=True)
 class GivenDrafter(Drafter):
-    """`inner` drafts; of its guesses, the first `accepted` of a path are then replaced by the target's own tokens.
+    """Drafts with `inner`, then replaces the first `accepted` guesses of one path by the target's own tokens.
 
-    known: the target's answer to the same prompt, from an earlier run. accepted: a mean such as 3.5 is reached by
-    alternating 3 and 4. Every other guess that could be right is made wrong. Behind the end of `known`, and once the
-    output has left it, nothing is right.
+    All other guesses are made wrong. After the end of `known`, and once the output has left it, no guess is right.
 
-    Cost: one row of a table copied over the tokens, on the device. Limits: the drafter's cache holds keys and values of
-    its own guesses, not of the accepted tokens, which changes no shape and so no time. Raises UserError for more
-    accepted than the tree is deep.
+    Cost: one row of a table, copied over the tokens on the device. Limits: the drafter's cache holds keys and values of
+    its own guesses, not of the accepted tokens; this changes no shape and thus no time.
+
+    Attributes:
+        inner: The real drafter.
+        known: The target's answer to the same prompt, from an earlier run.
+        accepted: Mean accepted tokens per round; 3.5 alternates between 3 and 4.
+
+    Raises:
+        UserError: If `accepted` exceeds the depth of the tree.
     """
 
     name = "given"
@@ -60,7 +65,7 @@ class GivenDrafter(Drafter):
 
 
 class GivenSession(DraftSession):
-    """Writes into the real session's own token tensor, so that what it commits next is what was checked."""
+    """Session that overwrites the real session's token tensor in place, so that it commits what was checked."""
 
     def __init__(self, drafter: GivenDrafter, ctx: DraftContext) -> None:
         self.inner = drafter.inner.start(ctx)
@@ -82,16 +87,16 @@ class GivenSession(DraftSession):
         return tree
 
     def _follow(self, last: Verdict) -> None:
-        """Where the new root stands in the known answer: behind its end once the output differs from it."""
+        """Find the new root's position in the known answer: its end, once the output differs from it."""
         at = self.position + len(last.path)
-        # Accepted guesses were the known tokens, or the round before had already left them.
+        # Check the bonus only: accepted guesses were known tokens, or the output had left the known answer before.
         self.position = at if at < len(self.known) and self.known[at] == last.bonus else len(self.known)
 
 
 def guesses(shape: TreeShape, known: Sequence[int], accepted: int, vocabulary: int) -> Tensor:
-    """(T, M - 1): what the tree below a root at known[t] shall hold. Best children down to depth `accepted` are right.
+    """Make a (T, M - 1) table: guesses below a root at known[t]. Best children are right down to depth `accepted`.
 
-    All others are wrong by one more than their rank, so that siblings differ and none is right by chance.
+    All others are off by one more than their rank, so that siblings differ and none is right by chance.
     """
     answer_T = torch.tensor([*known, *[0] * shape.depth])
     line = {0}  # best child of best child

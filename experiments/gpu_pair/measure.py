@@ -1,4 +1,4 @@
-"""What is measured of one pair, part by part. Nothing here prints or writes; a figure is a dict, times in ms."""
+"""Measurements of a pair, one method per part. Each returns a dict of figures, times in ms; none prints or writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Figures = dict[str, Any]
 
 @dataclass
 class Counts:
-    """How often: measured rounds or tokens, those thrown away before them, and real prefills."""
+    """Repeats: measured rounds or tokens, discarded warm-up rounds before them, and real prefills."""
 
     rounds: int = 20
     warmup: int = 5
@@ -42,12 +42,13 @@ class Counts:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 20) -> Figures:
-    """Device-to-device copy, bytes read + bytes written a second: the roof under which every pass of few rows stands."""
+    """Measure a device-to-device copy, in bytes read + written per second: the speed limit of passes of few rows."""
     gpu = device.type == "cuda"
     source = torch.empty(2**30 if gpu else 2**24, dtype=torch.uint8, device=device).fill_(1)
     sink = torch.empty_like(source)
@@ -69,9 +70,9 @@ def copy_bandwidth(device: torch.device, repeats: int = 20) -> Figures:
 
 
 def weight_bytes(lm: VideoLM) -> int:
-    """What one pass of few rows reads: the text layers, the last norm, the head. Quantised weights count as they are stored.
+    """Count the bytes of weights that a text pass reads: text layers, final norm and head, as stored.
 
-    Of a model that ranks share, what one of them reads.
+    With tensor parallelism, count those of one rank.
     """
 
     def held(module: nn.Module) -> int:
@@ -81,15 +82,25 @@ def weight_bytes(lm: VideoLM) -> int:
 
 
 def kv_bytes(lm: VideoLM, slots: int) -> int:
+    """Count the bytes of keys and values in so many slots."""
     return memory_plan.kv_bytes(lm, slots, lm.dtype)
 
 
 @dataclass
 class Bench:
-    """One pair, one engine, one context. draft None: the target drafts for itself.
+    """Benchmark of one pair, one engine and one context.
 
-    prompt: with pixels, None where the prefill is left out. unread: the same without pixels; its decode finds the rows of
-    the last prefill in the caches, or random ones.
+    Attributes:
+        target: Target model.
+        draft: Draft model. None: the target drafts for itself.
+        prompt: Prompt with pixels. None: no real prefill.
+        unread: The same prompt without pixels: decoding it reuses the caches' last prefill, or random rows.
+        tree: Shape of the draft tree.
+        counts: Repeats.
+        engine: Engine to run.
+        caches: Caches kept between decodes.
+        known: The target's answer, set by `autoregressive`.
+        inner: The real drafter.
     """
 
     target: VideoLM
@@ -106,12 +117,13 @@ class Bench:
     def __post_init__(self) -> None:
         self.inner = TreeDrafter(self.tree) if self.draft is not None else SelfDrafter(self.tree)
         self.depth = GivenDrafter(self.inner).tree.depth
-        # Every request asks for as many tokens, and here for the slots of a tree: so the cache is not allocated twice.
+        # All requests have the same limit, and a tree's slots are reserved here, so the cache is allocated only once.
         self.limit = (self.counts.rounds + self.counts.warmup) * (self.depth + 1) + 2
         self.caches.reserve("target", self.target, len(self.unread) + self.limit + self.inner.max_nodes)
 
     @property
     def drafting(self) -> VideoLM:
+        """The model that drafts."""
         return self.draft or self.target
 
     @property
@@ -119,6 +131,7 @@ class Bench:
         return self.target.device
 
     def graph(self, ratio: float, accepted: float = 0.0, pruner: Pruner | None = None) -> DecodingGraph:
+        """Make a decoding graph with a given acceptance. The default pruner is `uniform`."""
         return DecodingGraph(
             self.target,
             self.draft,
@@ -131,15 +144,17 @@ class Bench:
         )
 
     def alone(self, limit: int) -> Iterator[Step]:
+        """Decode without a drafter."""
         return autoregressive(self.target, self.unread, limit, GreedyVerifier(), caches=self.caches, engine=self.engine)
 
     def draft_slots(self, ratio: float) -> int:
+        """Count the draft's prompt tokens at a ratio."""
         return len(self.unread) - len(self.unread.video_index) + self.graph(ratio).budget(self.unread)
 
     # ---- the parts ---------------------------------------------------------------------------------------------------
 
     def capture(self, ratio: float) -> Figures:
-        """What the first request takes longer than the second: compiling, capturing, libraries' own start."""
+        """Measure how much longer a first request takes than a second: compiling, capturing, loading libraries."""
 
         def seconds(steps: Iterator[Step]) -> float:
             start = perf_counter()
@@ -154,7 +169,7 @@ class Bench:
         return {"s": more_s, "of_engine_s": self.engine.capture_s - before}
 
     def start(self, ratio: float, repeats: int) -> Figures:
-        """Medians over real prefills, the first thrown away where there are several: parts up to the first round, in ms."""
+        """Measure the parts before the first round: medians over real prefills, skipping the first of several."""
         assert self.prompt is not None
         devices = {stage.device for stage in self.target.stages}
         for device in devices:
@@ -175,7 +190,7 @@ class Bench:
         }
 
     def hugging_face(self) -> Figures:
-        """The unmodified model's own `generate` over its own attention: the median gap between tokens, and the first token."""
+        """Measure Hugging Face's unmodified `generate` with SDPA: median time between tokens, and to the first one."""
         assert self.prompt is not None
         hf, stamps = self.target.hf, _Stamps(self.device)
         parts = {"text_config": hf.config.get_text_config(), "vision_config": hf.config.vision_config}
@@ -202,23 +217,23 @@ class Bench:
         }
 
     def autoregressive(self) -> Figures:
-        """Our own loop, a token a step, medians; its answer is what the given drafter will know."""
+        """Measure our autoregressive loop (medians), and keep its answer for the given drafter."""
         walls, steps = timed(self.alone(self.limit))
         self.known = tuple(token for step in steps for token in step.tokens)
         kept = walls[1 + self.counts.warmup :]
         return {"ms_per_token": 1000 * median(kept), "repeats": len(kept)}
 
     def profile(self, ratios: Sequence[float]) -> Costs:
-        """What the adviser measures, by other trees than the one whose rounds it is to predict. For one context."""
-        beyond = 40  # its largest tree has so many nodes more than ours, and the caches are allocated already
+        """Run the adviser's profile at this context. It uses other trees than the one whose rounds it will predict."""
+        beyond = 40  # extra nodes of its largest tree over ours: the caches are already allocated
         graph, drafter = self.graph(ratios[0]), self.inner.name
         return profile(graph, self.unread, lambda: self.alone(60), {drafter: ratios}, self.limit - beyond).costs
 
     def rounds(self, ratio: float, accepted: float) -> Figures:
-        """Rounds at a given acceptance, medians.
+        """Measure rounds at a given acceptance (medians).
 
-        The output may leave the known answer where bfloat16 logits nearly tie. Then the answer that did so is taken as
-        known and the decode repeated, at most twice; `departures` counts.
+        The output may leave the known answer where bfloat16 logits nearly tie. Then take the new output as known and
+        decode again, at most twice; `departures` counts how often.
         """
         wanted = 1 + self.counts.warmup + self.counts.rounds
         for departures in range(3):
@@ -254,7 +269,7 @@ class Bench:
 
 
 def timed(steps: Iterator[Step]) -> tuple[list[float], list[Step]]:
-    """The steps, and the seconds from asking for each to having it."""
+    """Run steps. Returns the seconds that each took, and the steps."""
     walls, seen = [], []
     while True:
         before = perf_counter()
@@ -266,7 +281,7 @@ def timed(steps: Iterator[Step]) -> tuple[list[float], list[Step]]:
 
 
 class _Stamps:
-    """A streamer as `generate` takes it: when each token came. The first thing it is given is the prompt."""
+    """Streamer for `generate` that records the time of each token. The first `put` is the prompt."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.begun = device, False

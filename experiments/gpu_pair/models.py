@@ -1,7 +1,7 @@
-"""The two families, with one thing more: the prefill of a video without pixels costs nothing.
+"""Benchmark versions of the two families, for which prefilling a video without pixels is free.
 
-A benchmark decodes one prompt dozens of times. Its features and embeddings are then empty tensors on the meta device, and
-`prefill` finds the rows of the last real prefill in the cache, or fills it with random numbers where there are none.
+A benchmark decodes one prompt dozens of times. Without pixels, features and embeddings are empty tensors on the meta
+device. `prefill` then reuses the rows of the cache's last real prefill, or fills the cache with random numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specvlm.types import KeepSet, VideoPrompt
 
 
 class Benched(VideoLM):
-    """Remembers of each cache how many rows its last prefill left, and the last hidden state."""
+    """VideoLM that remembers each cache's last prefill: its number of rows and last hidden state."""
 
     def __init__(self, *more: Any, **named: Any) -> None:
         super().__init__(*more, **named)
@@ -65,7 +65,7 @@ WRAPS: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, Benc
 
 
 def read(folder: str | Path, device: torch.device, dtype: str, weights: str) -> VideoLM:
-    """A checkpoint instead of random weights."""
+    """Load a checkpoint instead of random weights."""
     lm = load(folder, dtype, str(device), weights=None if weights == "bf16" else weights)
     lm.hf.generation_config.eos_token_id = None  # a benchmark goes on past the end of an answer
     return WRAPS[lm.family](lm.hf, lm.tokenizer, lm.folder, lm.mrope)

@@ -1,4 +1,4 @@
-"""The command line of the benchmark: keys, defaults, and mistakes found before anything is made."""
+"""Command line of the benchmark: keys, defaults, and checks made before any model is built."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from specvlm.parallel import torchrun
 from specvlm.types import TreeShape
 
 PARTS = ("copy", "capture", "start", "hf", "rounds", "advise")
-ALONE = ("hf", "advise")  # in one process
+ALONE = ("hf", "advise")  # not with tensor parallelism
 
 
 @dataclass
 class Options:
-    """Everything that may stand on the command line. Lists are written with commas: ratio=0.9,0,1."""
+    """Options of the command line. Lists are written with commas: ratio=0.9,0,1."""
 
     shape: str = "qwen2_5_vl_32b_7b"
     target: str = ""  # a checkpoint folder instead of random weights
@@ -30,27 +30,27 @@ class Options:
     video_tokens: str = "16384"
     ratio: str = "0.9,0,1"  # the first is the main one
     accepted: str = "2,3,4,5"
-    draft_weights: str = "bf16"  # of bf16, fp8, int8, int4; bf16 is dtype as it is
-    target_weights: str = "auto"  # one of them; auto: as the shape has it
+    draft_weights: str = "bf16"  # among bf16, fp8, int8, int4; bf16 keeps dtype
+    target_weights: str = "auto"  # one of them; auto: the shape's own
     tree: str = "paper"
-    parallel: str = ""  # over several GPUs: layers (split over all) or tensor (shared by torchrun's ranks)
-    draft_parallel: str = ""  # with tensor: the draft on the first rank alone, or tensor too
+    parallel: str = ""  # over several GPUs: layers (pipelined) or tensor (over torchrun's ranks)
+    draft_parallel: str = ""  # with parallel=tensor: empty (draft on rank 0 only) or tensor
     engine: str = "auto"  # auto | eager | graphs
     device: str = "auto"
     dtype: str = "auto"  # bfloat16 on a GPU, float32 elsewhere
     prefill: str = "auto"  # real | random (caches filled with random numbers); auto: real up to 32,768 video tokens
-    only: str = ",".join(PARTS[:-1])  # advise, the adviser's prediction beside each round, wants rounds=20 or more
+    only: str = ",".join(PARTS[:-1])  # advise adds the adviser's predictions; use rounds=20 or more
     rounds: int = 20
     warmup: int = 5
     prefills: int = 3
-    limit_s: float = float("inf")  # what has not begun by then is skipped, and named
+    limit_s: float = float("inf")  # parts not started by then are skipped and listed
     seed: int = 0
     out: str = str(Path(__file__).with_name("results.jsonl"))
-    commit: str = ""  # where git cannot say it
+    commit: str = ""  # if git is not available
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Options:
-        """Raises UserError for an unknown key or a value of the wrong type."""
+        """Parse key=value words. Raises UserError for an unknown key or a value of the wrong type."""
         known = {f.name: type(f.default) for f in fields(cls)}
         for word in words:
             name, equals, _ = word.partition("=")
@@ -68,7 +68,7 @@ class Options:
         return options
 
     def check(self) -> None:
-        """Raises UserError for what a type cannot say, before anything is made."""
+        """Check values and combinations. Raises UserError."""
         weights = ("bf16", "fp8", "int8", "int4")
         choices = {"draft_weights": weights, "target_weights": ("auto", *weights), "only": PARTS}
         choices |= {"prefill": ("auto", "real", "random"), "dtype": ("auto", *DTYPES), "engine": ENGINES}
@@ -97,6 +97,7 @@ class Options:
             raise UserError(f"accepted={self.accepted}: tree={self.tree} can have 0 to {depth} accepted")
 
     def check_parallel(self) -> None:
+        """Check the parallel options, and drop parts that tensor parallelism cannot measure. Raises UserError."""
         if self.parallel not in ("", *TargetParallel):
             hint = did_you_mean(self.parallel, TargetParallel)
             raise UserError(f"parallel={self.parallel}: expected {', '.join(TargetParallel)}.{hint}")
@@ -115,6 +116,7 @@ class Options:
                 raise UserError(f"only={self.only}: {asked[0]} is not measured with parallel=tensor, leave it out")
 
     def numbers(self, name: str) -> list[float]:
+        """Return a list option as numbers. Raises UserError."""
         try:
             return [float(text) for text in getattr(self, name).split(",")]
         except ValueError:

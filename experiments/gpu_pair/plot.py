@@ -1,6 +1,6 @@
-"""ms per token against context and against ratio, with the bandwidth floor: `python -m experiments.gpu_pair.plot [FILE]`.
+"""Plot ms per token over context and ratio, with the bandwidth floor: `python -m experiments.gpu_pair.plot [FILE]`.
 
-FILE: results.jsonl of this folder. Writes SHAPE_context.png and SHAPE_ratio.png beside it.
+FILE defaults to results.jsonl in this folder. Writes SHAPE_context.png and SHAPE_ratio.png beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#b07d12", "#7b4fa3", "#c2185b", "#5
 
 
 def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
+    """Create a figure with title and caption. Returns figure and axes."""
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GREY, "text.color": INK}
@@ -34,12 +35,14 @@ def figure(title: str, rows: Sequence[Row]) -> tuple[Any, Any]:
 
 
 def line(axes: Any, xs: Sequence[Any], ys: Sequence[float], floors: Sequence[float | None], label: str, colour: str) -> None:
+    """Draw a series, and its floor dashed if all rows have one."""
     axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)
     if all(floor is not None and floor == floor for floor in floors):
         axes.plot(xs, floors, linestyle=(0, (4, 3)), linewidth=1.1, color=colour, alpha=0.75)
 
 
 def finish(fig: Any, axes: Any, path: Path) -> None:
+    """Set ticks and legend, and save."""
     from matplotlib import pyplot
 
     if axes.get_yscale() == "log":
@@ -55,11 +58,12 @@ def finish(fig: Any, axes: Any, path: Path) -> None:
 
 
 def floor_of(row: Row) -> float:
+    """Return the bandwidth floor of a row, in ms per token."""
     return row["floor_ms"] / (1 + row.get("accepted_found", 0.0))
 
 
 def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -> None:
-    """Hugging Face, our autoregressive loop, and rounds of one ratio and acceptance for each way to store the draft."""
+    """Plot Hugging Face, our autoregressive loop, and rounds at one ratio and acceptance per draft storage type."""
     fig, axes = figure(f"{rows[0]['shape']}: ms per token against context", rows)
     series: dict[str, list[Row]] = {}
     for row in rows:
@@ -78,7 +82,7 @@ def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -
         line(axes, [row["video_tokens"] for row in mine], [row["ms_per_token"] for row in mine], floors, label, colour)
     contexts = sorted({row["video_tokens"] for row in rows if "video_tokens" in row})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")  # an eager loop takes ten times what is to be told apart
+    axes.set_yscale("log")  # an eager loop takes ten times as long as the rest
     axes.set_xticks(contexts, [f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in contexts])
     axes.minorticks_off()
     axes.set_xlabel(f"video tokens; drafter at ratio {ratio:g}")
@@ -86,7 +90,7 @@ def by_context(rows: Sequence[Row], path: Path, ratio: float, accepted: float) -
 
 
 def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> None:
-    """One line an acceptance, our autoregressive loop across."""
+    """Plot one line per acceptance, and our autoregressive loop."""
     mine = [row for row in rows if row.get("video_tokens") == context and row.get("draft_weights") == weights]
     fig, axes = figure(f"{rows[0]['shape']}: ms per token against ratio, {context:,} video tokens, {weights} draft", rows)
     rounds = [row for row in mine if row["part"] == "rounds"]
@@ -103,6 +107,7 @@ def by_ratio(rows: Sequence[Row], path: Path, context: int, weights: str) -> Non
 
 
 def main(path: Path) -> None:
+    """Plot each shape and machine of a results file."""
     rows = latest(read(path))
     for shape, machine in dict.fromkeys((row["shape"], row["machine"]) for row in rows):
         mine = [row for row in rows if (row["shape"], row["machine"]) == (shape, machine)]

@@ -1,4 +1,7 @@
-"""Rows as tables: `python -m experiments.gpu_pair.report [results.jsonl]`. Of rows for the same thing the last one counts."""
+"""Print result rows as tables: `python -m experiments.gpu_pair.report [results.jsonl]`.
+
+The last of several rows with the same key counts.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,21 @@ KEY = ("shape", "part", "parallel", "draft_parallel", "target_weights", "draft_w
 EIGHT_BITS = ("fp8", "int8")
 MAIN = {"shape": "qwen2_5_vl_32b_7b", "target_weights": "bf16", "tree": "paper"}
 SPREAD = {"shape": "llava_onevision_72b_7b", "target_weights": "bf16", "tree": "paper", "engine": "graphs"}
-FRAMES = {64: 12_545, 128: 25_089}  # of LLaVA-OneVision, and their video tokens
+FRAMES = {64: 12_545, 128: 25_089}  # frames and video tokens of LLaVA-OneVision
 
 
 def read(path: Path) -> list[Row]:
+    """Read rows from a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
+    """Keep the last row of each key."""
     return list({tuple(row.get(key) for key in KEY): row for row in rows}.values())
 
 
 def text(rows: Sequence[Row]) -> str:
-    """Everything of these rows: a block a shape, then the targets of issues 3 and 6 where their pairs were measured."""
+    """Format all rows: a block per shape and machine, then the targets of issues 3 and 6 if they were measured."""
     rows = against_hf(latest(rows))
     places = dict.fromkeys((row["shape"], row["machine"]) for row in rows)
     blocks = [block([row for row in rows if (row["shape"], row["machine"]) == place]) for place in places]
@@ -37,8 +42,9 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def against_hf(rows: Sequence[Row]) -> list[Row]:
-    """Ranks that share a target do not measure Hugging Face's `device_map`: its figure is that of the split form, from the same
-    file, machine and context.
+    """Add the speedup over Hugging Face to tensor-parallel rows, which do not measure it themselves.
+
+    The baseline is the `device_map` run of the same file, machine and context.
     """
     places = ("shape", "machine", "video_tokens", "target_weights")
     hf = {tuple(row[key] for key in places): row["ms_per_token"] for row in rows if row["part"] == "hf"}
@@ -51,7 +57,7 @@ def against_hf(rows: Sequence[Row]) -> list[Row]:
 
 
 def block(rows: Sequence[Row]) -> str:
-    """One shape."""
+    """Format the rows of one shape on one machine."""
     first = rows[-1]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -61,7 +67,7 @@ def block(rows: Sequence[Row]) -> str:
     if copied:
         lines += [f"Device copy, read + write: {copied[-1]['gb_per_s'] / 1000:.2f} TB/s.", ""]
     rounds = [row for row in rows if row["part"] == "rounds"]
-    # Acceptance changes hardly anything of a round's time, so its parts are shown for one figure of it.
+    # Acceptance hardly changes a round's time, so show its parts for one acceptance only.
     shown = min((row["accepted"] for row in rounds), key=lambda accepted: abs(accepted - 4), default=None)
     for part, columns in TABLES.items():
         mine = [row for row in rows if row["part"] == part]
@@ -99,8 +105,9 @@ TITLES = {
 
 
 def side_by_side(rows: Sequence[Row]) -> list[Row]:
-    """Rounds that differ in the given acceptance alone, as one row: figures a token beside each other, the round's own medians'
-    median, the worst prediction.
+    """Merge rounds that differ only in acceptance into one row.
+
+    It lists the per-token figures, and has the median of the rounds' times and the worst prediction.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -121,7 +128,7 @@ def side_by_side(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row], part: str, columns: Sequence[str]) -> list[str]:
-    """A column that says the same in every row goes into the title."""
+    """Format rows as a table. Columns with a single value go into its title."""
     there = [c for c in columns if any(row.get(c) is not None for row in rows)]
     fixed = [c for c in there if c in COMMON and len(rows) > 1 and len({row.get(c) for row in rows}) == 1]
     shown = [c for c in there if c not in fixed]
@@ -134,6 +141,7 @@ def table(rows: Sequence[Row], part: str, columns: Sequence[str]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+    """Format a value."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, float):
@@ -141,12 +149,21 @@ def _cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-# ---- the targets of issue 3 --------------------------------------------------------------------------------------------
+# ---- targets of issues 3 and 6 --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Goal:
-    """figure: the measured value, None where its rows are missing. at_least: more is better."""
+    """A target figure.
+
+    Attributes:
+        what: Name of the figure.
+        before: Value of the prototype.
+        limit: Target value.
+        unit: Unit of both.
+        figure: Finds the measured value in the rows; None if it is missing.
+        at_least: Whether higher is better.
+    """
 
     what: str
     before: str
@@ -157,11 +174,12 @@ class Goal:
 
 
 def _is(row: Row, **wanted: Any) -> bool:
+    """Whether a row has these values."""
     return all(row.get(key) == value for key, value in wanted.items())
 
 
 def _figure(part: str, key: str, **wanted: Any) -> Callable[..., float | None]:
-    """The main pair's, at 16,384 video tokens, with a bf16 draft and the graphs engine unless said otherwise."""
+    """Make a figure of the main pair; by default at 16,384 video tokens, with a bf16 draft and the graphs engine."""
     wanted = MAIN | {"part": part, "video_tokens": 16384, "draft_weights": "bf16", "engine": "graphs"} | wanted
 
     def figure(rows: Sequence[Row]) -> float | None:
@@ -172,7 +190,7 @@ def _figure(part: str, key: str, **wanted: Any) -> Callable[..., float | None]:
 
 
 def _rounds(key: str, weights: str = "bf16", **more: Any) -> Callable[..., float | None]:
-    """At ratio 0.9 with 4 accepted. weights="8-bit": of fp8 and int8 the one whose round is shorter, for every key."""
+    """Make a figure at ratio 0.9 with 4 accepted. weights="8-bit": fp8 or int8, whichever has the shorter round."""
     if weights != "8-bit":
         return _figure("rounds", key, **({"ratio": 0.9, "accepted": 4.0, "draft_weights": weights} | more))
 
@@ -185,7 +203,7 @@ def _rounds(key: str, weights: str = "bf16", **more: Any) -> Callable[..., float
 
 
 def growth(rows: Sequence[Row]) -> float | None:
-    """Round at 131,072 video tokens over (round at 16,384 + the time its further KV bytes take at the copy's speed)."""
+    """Divide the round at 131,072 video tokens by the one at 16,384 plus the time to read the added KV bytes."""
     short, long = (_rounds("ms", "bf16", video_tokens=n)(rows) for n in (16384, 131072))
     floors = [_rounds("floor_ms", "bf16", video_tokens=n)(rows) for n in (16384, 131072)]
     if short is None or long is None or floors[0] is None or floors[1] is None:
@@ -194,6 +212,7 @@ def growth(rows: Sequence[Row]) -> float | None:
 
 
 def _seconds(figure: Callable[..., float | None]) -> Callable[..., float | None]:
+    """Convert a figure from ms to seconds."""
     return lambda rows: None if (ms := figure(rows)) is None else ms / 1000
 
 
@@ -216,7 +235,7 @@ GOALS = (
 
 
 def _spread(part: str, key: str, **wanted: Any) -> Callable[[Sequence[Row]], float | None]:
-    """The best of what was measured with that, the draft alone or shared; in bf16, or else in fewer bits."""
+    """Make a figure: the best over draft placements, with a bf16 draft, or with a quantised one if `few_bits`."""
     few = wanted.pop("few_bits", False)
     wanted = SPREAD | {"part": part} | wanted
 
@@ -228,11 +247,13 @@ def _spread(part: str, key: str, **wanted: Any) -> Callable[[Sequence[Row]], flo
 
 
 def _over_floor(tokens: int) -> Callable[[Sequence[Row]], float | None]:
+    """Make a figure: tensor-parallel autoregressive time over its bandwidth floor."""
     ms, floor = (_spread("autoregressive", key, parallel="tensor", video_tokens=tokens) for key in ("ms_per_token", "floor_ms"))
     return lambda rows: None if (took := ms(rows)) is None else took / (floor(rows) or float("nan"))
 
 
 def _spread_goals() -> list[Goal]:
+    """List the targets of issue 6."""
     goals = []
     for frames, tokens in FRAMES.items():
         for form in ("layers", "tensor"):
@@ -250,17 +271,17 @@ def _spread_goals() -> list[Goal]:
 
 
 def targets_spread(rows: Sequence[Row]) -> str:
-    """The table of issue 6."""
+    """Format the table of issue 6."""
     return _goals("LLaVA-OneVision-72B <- 7B in bf16 over several GPUs, 4.0 accepted, ratio 0.9", _spread_goals(), rows)
 
 
 def targets(rows: Sequence[Row]) -> str:
-    """The table of issue 3."""
+    """Format the table of issue 3."""
     return _goals("Qwen2.5-VL-32B <- 7B, 16,384 video tokens", GOALS, rows)
 
 
 def _goals(title: str, goals: Sequence[Goal], rows: Sequence[Row]) -> str:
-    """With the measured figure beside each."""
+    """Format targets with their measured figures."""
     rows = latest(rows)
     lines = [f"## Targets: {title}, 26-row tree, random weights, at a given acceptance", ""]
     lines += ["| what | prototype | target | measured | |", "|---|---|---|---|---|"]

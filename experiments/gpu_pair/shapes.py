@@ -1,9 +1,9 @@
-"""The published shapes, and models of them with random weights, made on the device layer by layer.
+"""Published model shapes, and models of these shapes with random weights, built on the device layer by layer.
 
-Numbers are those of the released config.json files. Weights are normal with a standard deviation of 1/sqrt(fan-in), those
-that write into the residual stream smaller by sqrt(2 * layers), norms are one. The head of an untied model is its embedding
-moved by one row: every next token then stands out by many standard deviations (after token v comes v + 1), and neither
-bfloat16 nor another order of summation can turn a greedy choice. Time and memory are those of any other weights.
+Sizes are those of the released config.json files. Weights are normal with standard deviation 1/sqrt(fan-in), divided by
+sqrt(2 * layers) for layers that write to the residual stream; norms are one. The head of an untied model is its
+embedding rolled by one row, so that token v + 1 follows token v by a margin of many standard deviations. Neither
+bfloat16 nor the order of summation can then change a greedy choice. Time and memory are as with real weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXT = dict(
 
 @dataclass(frozen=True)
 class Text:
-    """The language model: layers, width, query heads, KV heads, MLP width, vocabulary; tied: head = embedding."""
+    """Shape of a language model. width: hidden size. mlp: width of the MLP. tied: the head is the embedding."""
 
     layers: int
     width: int
@@ -44,6 +44,7 @@ class Text:
     tied: bool = False
 
     def config(self, **more: Any) -> dict[str, Any]:
+        """Make the arguments of a Hugging Face text config."""
         sizes = dict(hidden_size=self.width, intermediate_size=self.mlp, vocab_size=self.vocabulary)
         counts = dict(
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
@@ -54,7 +55,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Qwen:
-    """Qwen2.5-VL. vision_mlp: 3420, 3456 in the 32B; small: a tower and rotary widths for tests."""
+    """Shape of a Qwen2.5-VL. vision_mlp: 3420, or 3456 in the 32B. small: tiny vision tower, for tests."""
 
     text: Text
     vision_mlp: int = 3420
@@ -83,7 +84,7 @@ class Qwen:
         )
 
     def video(self, tokens: int, generator: torch.Generator | None) -> tuple[TokenGrid, dict[str, Any]]:
-        """Temporal patches of 16 x 16 tokens (448 x 448 pixels), as few or many as come next to `tokens`."""
+        """Make a video of about `tokens` tokens: temporal patches of 16 x 16 tokens (448 x 448 pixels)."""
         side, patch = (2, 4) if self.small else (16, 14)
         frames = max(1, round(tokens / side**2))
         pixels = None
@@ -94,7 +95,7 @@ class Qwen:
 
 @dataclass(frozen=True)
 class Llava:
-    """LLaVA-OneVision: SigLIP so400m at 384 pixels, a projector of two layers, Qwen2."""
+    """Shape of a LLaVA-OneVision: SigLIP so400m at 384 pixels, a projector of two layers, Qwen2."""
 
     text: Text
     small: bool = False
@@ -125,7 +126,7 @@ class Llava:
         )
 
     def video(self, tokens: int, generator: torch.Generator | None) -> tuple[TokenGrid, dict[str, Any]]:
-        """Frames of 14 x 14 tokens and a newline token behind the last."""
+        """Make a video of about `tokens` tokens: frames of 14 x 14 tokens, and a newline token after the last."""
         side, pixel = (3, 20) if self.small else (14, 384)
         frames = max(1, round(tokens / side**2))
         pixels = None if generator is None else torch.randn(frames, 3, pixel, pixel, generator=generator)
@@ -142,7 +143,7 @@ TINY, TINY_DRAFT = Text(3, 32, 4, 2, 64, 997), Text(2, 32, 4, 2, 64, 997, tied=T
 
 @dataclass(frozen=True)
 class Pair:
-    """draft None: the target drafts for itself. target_weights: how the target's weights are stored unless said otherwise."""
+    """Target and draft. draft None: the target drafts for itself. target_weights: the target's default storage."""
 
     target: Qwen | Llava
     draft: Qwen | Llava | None
@@ -162,15 +163,16 @@ SHAPES = {
 
 
 def pair_of(name: str) -> Pair:
+    """Look up a pair. Raises UserError for an unknown name."""
     if name not in SHAPES:
         raise UserError(f"shape={name}: there is {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}")
     return SHAPES[name]
 
 
 def prompt_of(lm: VideoLM, shape: Qwen | Llava, tokens: int, pixels: bool, seed: int = 0) -> VideoPrompt:
-    """Ten text tokens, a video of about `tokens` tokens, fifty text tokens.
+    """Make a prompt of ten text tokens, a video of about `tokens` tokens, and fifty text tokens.
 
-    pixels False: the same prompt, for a prefill that is left out (see models.py).
+    pixels: Whether the video has pixels. Prefilling one without is free (see models.py).
     """
     generator = torch.Generator().manual_seed(seed)
     grid, video = shape.video(tokens, generator if pixels else None)
@@ -188,9 +190,21 @@ def build(
     stages: Sequence[Stage] = (),
     ranks: ProcessGroup = SINGLE,
 ) -> VideoLM:
-    """A model of that shape in `dtype`. weights: fp8, int8, int4 store the text part so, and never hold it whole in `dtype`.
+    """Build a model with random weights.
 
-    stages: where its layers shall be, each made where it stays. ranks: who share them, each making its share alone.
+    Args:
+        shape: Its shape.
+        wrap: VideoLM class to wrap it in.
+        device: Its device, unless `stages` are given.
+        dtype: Dtype of its weights.
+        weights: "bf16" keeps `dtype`. fp8, int8 or int4 quantise the text model layer by layer, so that it never exists
+            as a whole in `dtype`.
+        seed: Of the random weights.
+        stages: Pipeline stages. Each layer is created on its own device.
+        ranks: Tensor-parallel ranks. Each creates only its own shards.
+
+    Returns:
+        The model.
     """
     attention.register()
     hf = skeleton(model_class(shape), shape.config(), ranks)
@@ -204,6 +218,7 @@ def build(
 
 
 def model_class(shape: Qwen | Llava) -> Any:
+    """Return the Hugging Face model class of a shape."""
     import transformers
 
     family = "Qwen2_5_VL" if isinstance(shape, Qwen) else "LlavaOnevision"
@@ -211,7 +226,7 @@ def model_class(shape: Qwen | Llava) -> Any:
 
 
 def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: str, ranks: ProcessGroup) -> None:
-    """Every parameter, module by module; a linear map of the text part is stored as `weights` says before the next is made."""
+    """Create all parameters, module by module. Quantise each linear layer of the text model before the next."""
     core = hf.model.language_model
     stored: set[int] = set()
     if weights != "bf16":
@@ -223,7 +238,7 @@ def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: st
         new = torch.empty(share.shape, device=device, dtype=dtype).normal_(0, std, generator=generators[device])
         return nn.Parameter(as_share(like, new), requires_grad=False)
 
-    # The head comes last, since it is made of the embedding.
+    # The head comes last, since it is made from the embedding.
     ordered = [(name, m) for name, m in hf.named_modules() if m is not hf.lm_head]
     for name, module in ordered:
         for key, old in module.named_parameters(recurse=False):
@@ -242,7 +257,7 @@ def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: st
         if id(module) in stored:
             _store(hf, name, module, weights, ranks)
     embedding = core.embed_tokens.weight
-    # A tied head cannot be scaled without the embedding; its logits are only larger.
+    # Do not scale a tied head: that would scale the embedding too. Its logits are larger, which does no harm.
     head = embedding
     if not text.tied:
         rows = embedding.roll(1, 0).mul_(text.width**-0.5)
@@ -255,14 +270,15 @@ def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: st
 
 
 def _store(hf: Any, name: str, linear: nn.Linear, weights: str, ranks: ProcessGroup) -> None:
+    """Replace a linear layer by a quantised one."""
     parent, _, key = name.rpartition(".")
     stored = quantize(linear, weights) if ranks.size == 1 else quantize_share(linear, weights, key, ranks)
     setattr(hf.get_submodule(parent), key, stored)
-    linear.weight = None  # the walk still holds the module
+    linear.weight = None  # free it: the loop still holds the module
 
 
 def _buffers(hf: Any, shape: Qwen | Llava, place: Placement) -> None:
-    """Rotary frequencies and the like, which no checkpoint holds: taken from a model of the same config, one layer deep."""
+    """Fill buffers that checkpoints lack, such as rotary frequencies, from a one-layer model of the same config."""
     config = shape.config()
     text, vision = config.get_text_config(), config.vision_config
     text.vocab_size, text.num_hidden_layers, text.intermediate_size = 8, 1, 8

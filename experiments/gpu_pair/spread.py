@@ -1,4 +1,4 @@
-"""A pair over several GPUs: where its random weights are made, and Hugging Face's own way over the same weights."""
+"""Pairs over several GPUs: placement of random weights, and Hugging Face's `device_map` on the same weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 
 def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, ...]:
-    """The layers of a target over all GPUs, by their free memory; beside: bytes that the first one shall keep free.
+    """Split a target's layers over all GPUs by free memory. beside: bytes to keep free on the first.
 
-    On the CPU two stages of it, as a test.
+    On the CPU, make two stages, for tests.
     """
     devices = [device, device]
     room = [1.0, 1.0]
@@ -34,13 +34,13 @@ def stages_for(layers: int, device: torch.device, beside: int) -> tuple[Stage, .
 
 
 def skeleton(cls: Any, config: Any, ranks: ProcessGroup = SINGLE) -> Any:
-    """On the meta device; for ranks, its layers made shares by Hugging Face, as it does before it loads."""
+    """Create a model on the meta device; for several ranks, sharded by Hugging Face as before loading weights."""
     with torch.device("meta"):
         hf = cls(config)
     if ranks.size > 1:
         from transformers.distributed import DistributedConfig
 
-        hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())  # a tied one has no name of its own to plan for
+        hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())  # untie it: the plan needs it by name
         wanted = DistributedConfig(tp_size=ranks.size, tp_plan=tensor_plan(config, ranks.size))
         found, _, mesh = cls.prepare_distribute_model(wanted)
         hf = cls.maybe_distribute_model(hf, found, mesh)
@@ -48,7 +48,7 @@ def skeleton(cls: Any, config: Any, ranks: ProcessGroup = SINGLE) -> Any:
 
 
 class Placement:
-    """Where each part of a model is made, and from which random numbers: those of what all ranks hold in full are the same."""
+    """Device and random generator of each parameter. Replicated parameters get the same numbers on all ranks."""
 
     def __init__(self, hf: Any, stages: Sequence[Stage], seed: int, rank: int) -> None:
         self.rank, devices = rank, [stage.device for stage in stages]
@@ -59,11 +59,12 @@ class Placement:
         }
 
     def of(self, name: str) -> torch.device:
+        """Return the device of a parameter."""
         return next(device for part, device in self.parts.items() if f"{name}.".startswith(f"{part}."))
 
 
 def as_share(like: Tensor, share: Tensor) -> Tensor:
-    """This rank's share of a parameter that Hugging Face has made a DTensor; of any other, all of it."""
+    """Wrap a shard in a DTensor if the parameter it replaces is one; else return it as it is."""
     if local_shard(like) is like:
         return share
     from torch.distributed.tensor import DTensor
@@ -74,6 +75,7 @@ def as_share(like: Tensor, share: Tensor) -> Tensor:
 
 @contextmanager
 def restored(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` at the end of a with block."""
     try:
         yield
     finally:
@@ -82,7 +84,7 @@ def restored(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def hooked(lm: VideoLM) -> Iterator[None]:
-    """A split model with accelerate's hooks on it, as `from_pretrained(device_map="auto")` leaves it: over the same weights."""
+    """Put accelerate's hooks on a pipelined model, as `device_map="auto"` does, with the same weights."""
     if len(lm.stages) == 1:
         yield
         return
