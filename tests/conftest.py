@@ -1,7 +1,7 @@
-"""What every test starts from: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA.
+"""Shared test setup: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA.
 
-A test is `slow`, and left out by `make quick`, where it takes more than SLOW_S of the processor, with the processes it starts
-and what it sets up. Tests that do so without the mark are named at the end of a run.
+A test that takes more than SLOW_S of processor time, its setup and child processes included, is marked `slow`, and
+`make quick` skips it. Tests that take longer without the mark are listed at the end of a run.
 """
 
 import gc
@@ -30,8 +30,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What was imported stays: `gc.collect`, which many tests ask for, need not look through it again. Without being asked,
-    Python looks seldom: composing a configuration makes so many objects that it would spend a tenth of the suite on it.
+    """Freeze imported objects, so that the many `gc.collect` calls of tests skip them, and collect rarely otherwise.
+
+    Composing a configuration makes so many objects that the default would spend a tenth of the suite on collecting.
     """
     gc.collect()
     gc.freeze()

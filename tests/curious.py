@@ -1,4 +1,4 @@
-"""A pruner that reads every signal of the target, and those signals of a request, for test_signals.py and its ranks."""
+"""A pruner that reads every signal of the target, and the signals of a request, for test_signals.py and its ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = STATE_SIGNALS | {"vision_attention", "vision_keys", "verifier_attention", 
 
 @dataclass(frozen=True)
 class Curious(Pruner):
-    """Reads everything; keeps the first tokens."""
+    """Pruner that reads every signal and keeps the first tokens."""
 
     name = "curious"
     needs = ALL

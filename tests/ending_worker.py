@@ -1,6 +1,6 @@
-"""How ranks end in test_watch.py: `ending_worker.py HOW FOLDER` under torchrun, `run` in forks. No model is loaded.
+"""Ways for ranks to end, for test_watch.py: `ending_worker.py HOW FOLDER` under torchrun, or `run` in forks.
 
-`memory_of_a_run`, which loads models, is called in forks alone.
+No model is loaded, except by `memory_of_a_run`, which is only called in forks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def work(ranks: ProcessGroup) -> None:
-    """What goes on until somebody is missing."""
+    """Keep working until a peer is missing."""
     while True:
         ranks.sum(torch.ones(8))
         sleep(0.01)
@@ -62,7 +62,7 @@ def torchrun_killed(ranks: ProcessGroup, folder: Path) -> None:
 
 
 def second_block(ranks: ProcessGroup, folder: Path) -> None:
-    """Behind a first one that ended as it should."""
+    """End in a second block, after a first that ended normally."""
     (folder / "second").touch()
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -70,7 +70,7 @@ def second_block(ranks: ProcessGroup, folder: Path) -> None:
 
 
 def memory_of_a_run(folder: Path) -> int:
-    """The second rank runs out of memory in the baseline, behind the warm-up."""
+    """Run out of memory on rank 1, in the baseline after the warm-up."""
     import specvlm.app.request
 
     alone, calls = specvlm.app.request.autoregressive, []

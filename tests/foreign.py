@@ -1,4 +1,4 @@
-"""What the tests of foreign input share: a folder of their own, words of a short run, and how a mistake is told."""
+"""Helpers for tests of foreign input: a folder, the words of a short run, and the error line of a refusal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def refused(action, capfd) -> str:
-    """The one line on stderr with which a program ends."""
+    """Return the one line on stderr with which a program ends."""
     assert action() == 2
     (said,) = capfd.readouterr().err.splitlines()
     assert said.startswith("specvlm: ")

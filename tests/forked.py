@@ -1,8 +1,8 @@
-"""Ranks for tests: forks of this process, which has everything imported, told by their environment what torchrun tells.
+"""Ranks for tests: forks of this process with torchrun's environment variables, and with everything imported.
 
-A start of torchrun imports torch and Hugging Face once a process, which takes longer than what the ranks are asked here. Where
-it matters how torchrun ends ranks, `under_agent` has its own agent start them. What depends on the command itself is tested
-with the real one.
+Starting torchrun imports torch and Hugging Face once per process, which takes longer than these tests themselves. Where
+it matters how torchrun ends ranks, `under_agent` lets torchrun's own agent start them. Tests of the command itself use
+the real torchrun.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from specvlm.app.model_cache import MODEL_CACHE
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of the ranks. codes: as a shell's, minus the signal's number where one ended it; out, err: of all of them."""
+    """Result of the ranks. codes: exit codes; minus the signal number if a signal ended it. out, err: of all ranks."""
 
     codes: tuple[int, ...]
     out: str
     err: str
 
     def lines(self) -> list[str]:
-        """What specvlm itself says on stderr."""
+        """Return what specvlm itself printed to stderr."""
         return [line for line in self.err.splitlines() if line.startswith("specvlm:")]
 
 
 def ranks(action: Callable[[], int | None], folder: Path, seconds: float = 600, size: int = 2) -> Ended:
-    """Call `action` in so many ranks; `folder` keeps what they print. A hang is an error, and leaves nothing running."""
+    """Call `action` in so many ranks; keep their output in `folder`. A hang is an error; no process is left behind."""
     torch.set_num_threads(1)  # a fork has none of the other threads
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
     logs = [[folder / f"rank{rank}.{name}" for name in ("out", "err")] for rank in range(size)]
@@ -65,9 +65,9 @@ def ranks(action: Callable[[], int | None], folder: Path, seconds: float = 600, 
 
 
 def under_agent(action: Callable[[], int | None], folder: Path, size: int = 2) -> Ended:
-    """Call `action` in so many ranks that torchrun's own agent starts and ends: both it and they are forks.
+    """Call `action` in so many ranks started and ended by torchrun's own agent; agent and ranks are forks.
 
-    The code is the agent's, 0 where none of them failed; `folder` keeps what all of them print.
+    The code is the agent's: 0 if no rank failed. `folder` keeps the output of all.
     """
     torch.set_num_threads(1)  # a fork has none of the other threads
     config = LaunchConfig(
@@ -85,7 +85,7 @@ def under_agent(action: Callable[[], int | None], folder: Path, size: int = 2) -
 
 
 def _rank(action: Callable[[], int | None]) -> None:
-    """A rank of the agent's, which takes one for done that returns."""
+    """Run a rank of the agent, which counts one that returns as done."""
     try:
         code = action()
     except SystemExit as end:
@@ -112,7 +112,7 @@ def _fork(action: Callable[[], int | None], rank: int, size: int, port: int, log
 
 
 def _live(action: Callable[[], int | None], told: dict[str, str], logs: list[Path]) -> NoReturn:
-    """The fork's own life: it never returns into the code that forked it. told: by the environment."""
+    """Run `action` in the fork, and never return to the code that forked. told: environment variables."""
     code = 1
     try:
         gc.freeze()  # what waits to be cleared away may wait for a thread, and a fork has none of them

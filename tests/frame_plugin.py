@@ -1,4 +1,4 @@
-"""A plugin that is installed for the length of a test."""
+"""A plugin that is installed for the duration of a test."""
 
 from dataclasses import dataclass
 

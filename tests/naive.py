@@ -1,6 +1,6 @@
-"""Steps that several papers share, in plain loops, and videos to try them on. Nothing here calls the package.
+"""Steps that several papers share, as plain loops, and videos to test them on. Nothing here calls the package.
 
-Shape suffixes: F frames, P tokens of one frame, D width, N = F P.
+Shape suffixes: F frames, P tokens per frame, D width, N = F P.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def cosine(a_D: Tensor, b_D: Tensor) -> float:
 
 
 def dpc(x_PD: Tensor, members: list[int], count: int, k: int = 7) -> tuple[list[int], dict[int, int]]:
-    """Centres in order, and the centre of every member.
+    """Return the centres in order, and the centre of every member.
 
-    density = exp(-mean squared distance to the k nearest, itself among them), score = density times the distance to the
-    nearest denser one, of the densest to the furthest. Among equals the earlier leads.
+    density = exp(-mean squared distance to the k nearest, itself included). score = density times the distance to the
+    nearest denser one, or to the furthest one for the densest. Ties go to the earlier.
     """
     if not members or not count:
         return [], {}
@@ -44,7 +44,7 @@ def dpc(x_PD: Tensor, members: list[int], count: int, k: int = 7) -> tuple[list[
 
 
 def shares(total: int, sizes: list[int]) -> list[int]:
-    """`total` in proportion to sizes, by largest remainders, among equals the earlier."""
+    """Split `total` in proportion to sizes, by largest remainders; ties go to the earlier."""
     exact = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
     found = [floor(share) for share in exact]
     for i in sorted(range(len(sizes)), key=lambda i: (found[i] - exact[i], i))[: total - sum(found)]:
@@ -53,7 +53,7 @@ def shares(total: int, sizes: list[int]) -> list[int]:
 
 
 def dynamic_segments(x_FPD: Tensor, threshold: float, least: int) -> list[list[int]]:
-    """Frames in segments, cut where the mean features' cosine is below the threshold, and at the `least` - 1 lowest."""
+    """Split frames where the mean features' cosine is below the threshold, and at the `least` - 1 lowest."""
     mean_FD = x_FPD.double().mean(1)
     alike = [round(cosine(a, b), 9) for a, b in pairwise(mean_FD)]
     cut = {i for i, value in enumerate(alike) if value < threshold}
@@ -67,7 +67,7 @@ def dynamic_segments(x_FPD: Tensor, threshold: float, least: int) -> list[list[i
 
 
 def mean_pool(rows: dict[int, dict[int, float]], total: int) -> tuple[list[int], Tensor]:
-    """Kept tokens in order, and (K, N) weights scaled to rows of sum 1; rows: of each kept token what it is made of."""
+    """Return kept tokens in order, and (K, N) weights with rows of sum 1. rows: sources of each kept token."""
     index = sorted(rows)
     pool = torch.zeros(len(index), total, dtype=torch.float64)
     for row, token in enumerate(index):
@@ -77,10 +77,11 @@ def mean_pool(rows: dict[int, dict[int, float]], total: int) -> tuple[list[int],
 
 
 def videos(count: int = 50, side: int = 4, frames: int = 9) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-    """Kind, x_FPD, saliency (N,) and a budget: random, standing still, alternating scenes, slow change, and full of ties; one
-    frame, even and odd numbers of them; budgets from 1 to all but one.
+    """Yield kind, x_FPD, saliency (N,) and a budget.
 
-    Those that have ties are made of whole numbers, of length 1 or 2, so that cosines, distances and ties are exact in float32.
+    Kinds: random, standing still, alternating scenes, slow change, and full of ties; with one frame, and even and odd
+    numbers of frames. Budgets go from 1 to all but one. Videos with ties hold whole numbers in vectors of length 1 or
+    2, so that cosines, distances and ties are exact in float32.
     """
     for case in range(count):
         g = torch.Generator().manual_seed(case)

@@ -1,4 +1,4 @@
-"""The packages under plugins/, importable without an installation, for tests of all that they bring."""
+"""The packages under plugins/, importable without installation, for tests of everything that they bring."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def module_of(folder: Path) -> ModuleType:
 
 
 def strategies(kind: type[Strategy]) -> list[Strategy]:
-    """One of each class of that kind, with its own defaults."""
+    """Create one strategy of each class of a kind, with its defaults."""
     return [cls() for folder in FOLDERS for cls in plugins.strategies_of(module_of(folder)) if issubclass(cls, kind)]

@@ -1,4 +1,4 @@
-"""Checkpoint folders whose prompts are known, by whoever makes them of Hugging Face's processors and whoever compares ours."""
+"""Checkpoint folders with known prompts, for freezing Hugging Face's prompts and for comparing ours with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT_ONLY = (
 
 
 def template(family: str, system: str = "You are a helpful assistant.", before: str = "", after: str = "") -> str:
-    """In the manner of the released checkpoints': an optional system turn, the videos where they stand, the text."""
+    """Make a chat template like those of released checkpoints: optional system turn, videos in place, text."""
     turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     return (
         f"{before}{{% if messages[0]['role'] != 'system' %}}{turn}{{% endif %}}{{% for message in messages %}}<|im_start|>"
@@ -29,7 +29,7 @@ def template(family: str, system: str = "You are a helpful assistant.", before: 
 
 
 def byte_level(content: dict[str, Any]) -> None:
-    """A tokenizer of bytes and some merges, as Qwen2's are, with added tokens of every kind."""
+    """Make a tokenizer of bytes and some merges, like Qwen2's, with added tokens of every kind."""
     bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, bytes_), *(chr(256 + n) for n in range(256 - len(bytes_)))]
     merges = ["t h", "th e", "Ġ the", "i n", "Ġ v", "a t", "h at", "W hat", "Ġ i", "e r", "Ċ Ċ", "Ġ Ġ"]
@@ -57,7 +57,7 @@ def byte_level(content: dict[str, Any]) -> None:
 
 
 def with_start(content: dict[str, Any]) -> None:
-    """A tokenizer that puts a token before every text by itself."""
+    """Make a tokenizer that prepends a token to every text."""
     byte_level(content)
     content["post_processor"] = {
         "type": "TemplateProcessing",
@@ -116,7 +116,7 @@ VIDEOS = {  # frames, height, width, frames a second
 
 
 def make(folder: Path, family: str, kind: str) -> Path:
-    """The embedded target's folder without its weights, with another tokenizer and other templates."""
+    """Copy the embedded target's folder without weights, with another tokenizer and other templates."""
     shutil.copytree(ASSETS / family / "target", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer, templates = KINDS[kind]
     if tokenizer:
@@ -142,7 +142,7 @@ def change(path: Path, edit: Any) -> None:
 
 
 def cases(family: str) -> list[tuple[str, str, list[tuple[int, int, int, float]]]]:
-    """Kind, question, videos: every kind with some questions, every question with one kind, and every list of videos."""
+    """Yield kind, question, videos: all kinds with some questions, all questions with one kind, all lists of videos."""
     first, *more = VIDEOS[family]
     few = [(kind, question, first) for kind in KINDS for question in QUESTIONS[:7:2]]
     every = [("template file", question, first) for question in QUESTIONS]

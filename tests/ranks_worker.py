@@ -1,4 +1,4 @@
-"""What two ranks do in test_tensor.py, as forks, and in test_parallel_gpu.py, by torchrun: decode, and write what came out."""
+"""Work of two ranks in test_tensor.py (forks) and test_parallel_gpu.py (torchrun): decode, and write the results."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def engines(lone: bool) -> dict[str, Engine]:
 
 
 def answers(family: str, ranks: ProcessGroup) -> dict[str, list[int]]:
-    """By case, the tokens and what each round accepted. In one process, only eagerly."""
+    """Return by case the tokens, and what each round accepted. In one process, only eager."""
     target = model(family, "target", ranks)
     prompt, found = prompt_for(target), {}
     folder = model_folder(f"embedded:{family}/plain")
@@ -97,14 +97,14 @@ def answers(family: str, ranks: ProcessGroup) -> dict[str, list[int]]:
 
 
 def signals(family: str, ranks: ProcessGroup) -> dict[str, Tensor]:
-    """Every signal of the target."""
+    """Gather every signal of the target."""
     target = model(family, "target", ranks)
     found, _ = signals_of(target, prompt_for(target), Curious())
     return {f"{family}.{name}": signal.contiguous() for name, signal in found.items()}
 
 
 def quantised(ranks: ProcessGroup) -> dict[str, list[int]]:
-    """Another model than the one-process quantised one, so only this: both engines have the same output, drafted for or not."""
+    """Compare both engines, drafted or not; shards are quantised otherwise than the model of one process."""
     folder, found = model_folder("embedded:llava_onevision/target"), {}
     target = load(folder, "float32", str(device()), weights="int8", ranks=ranks)
     prompt = prompt_for(target)
@@ -124,7 +124,7 @@ def quantised(ranks: ProcessGroup) -> dict[str, list[int]]:
 
 
 def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
-    """Until rank 1 is killed, by itself, or raises, in the middle."""
+    """Decode until rank 1 kills itself, or raises, in the middle."""
     target = model("qwen2_5_vl", "target", ranks)
     prompt, rounds, engine = prompt_for(target), 0, engines(lone=False)["captured"]
     while True:
@@ -140,7 +140,7 @@ def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
 
 @torch.inference_mode()
 def kernel_errors(ranks: ProcessGroup) -> list[float]:
-    """The captured kernels' logits of a tree against those of Hugging Face's modules, both of shares, in bfloat16."""
+    """Compare the captured kernels' tree logits with those of Hugging Face's modules, both sharded, in bfloat16."""
     from experiments.gpu_pair.models import WRAPS
     from experiments.gpu_pair.shapes import Llava, Text, build, prompt_of
     from specvlm.engine.cuda_graphs import kernels_for
@@ -172,7 +172,7 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
 
 
 def run(what: str, folder: Path) -> None:
-    """One of decode, signals, kernels, kill and raise, as one of the ranks."""
+    """Run decode, signals, kernels, kill or raise as one of the ranks."""
     torch.set_num_threads(1)
     with joined(device()) as ranks:
         if what in ("kill", "raise"):

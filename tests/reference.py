@@ -1,7 +1,7 @@
-"""Hugging Face's own models and what they answer: nothing of specvlm runs in them, so a slip in what its loops share is seen.
+"""Hugging Face's own models and answers. Nothing of specvlm runs in them, so they catch bugs that its loops share.
 
-A reference is another object than the model under test: Hugging Face's class made anew from the same settings, with a copy of
-the weights, its own attention, inputs made here from the prompt's tokens and pixels, its own positions and its own loop.
+A reference is a separate object from the model under test: Hugging Face's class created anew from the same settings,
+with a copy of the weights, its own attention and its own loop. Its inputs and positions are made here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from specvlm.types import VideoPrompt
 
 
 def pristine(hf: Any, attention: str = "sdpa") -> Any:
-    """A model of its own with the weights of `hf`, a model of linear layers in full.
+    """Create a separate model with the weights of `hf`, a model of unquantised linear layers.
 
-    attention: `sdpa`, in the model's dtype throughout, or `eager`, whose softmax is in float32 whatever the dtype.
+    attention: `sdpa`, in the model's dtype throughout, or `eager`, whose softmax is always float32.
     """
     assert type(hf).__module__.startswith("transformers."), "a reference must be a class of Hugging Face's"
     config = copy.deepcopy(hf.config)
@@ -32,7 +32,7 @@ def pristine(hf: Any, attention: str = "sdpa") -> Any:
 
 
 def inputs_of(hf: Any, prompt: VideoPrompt) -> dict[str, Any]:
-    """What Hugging Face's processor would hand to the model: tokens, pixels and their grids."""
+    """Make the inputs that Hugging Face's processor would give the model: tokens, pixels and their grids."""
     tokens_1S, videos, images = prompt.tokens[None], prompt.videos, prompt.images
     inputs: dict[str, Any] = {"input_ids": tokens_1S, "attention_mask": torch.ones_like(tokens_1S)}
     if hf.config.model_type == "llava_onevision":
@@ -58,22 +58,22 @@ def inputs_of(hf: Any, prompt: VideoPrompt) -> dict[str, Any]:
 
 
 def generated(hf: Any, prompt: VideoPrompt, limit: int, **settings: Any) -> list[int]:
-    """The greedy answer of Hugging Face's `generate`. settings: more of its arguments."""
+    """Return the greedy answer of Hugging Face's `generate`. settings: further arguments."""
     return scored(hf, prompt, limit, **settings)[0]
 
 
 def scored(hf: Any, prompt: VideoPrompt, limit: int, **settings: Any) -> tuple[list[int], Tensor]:
-    """The same answer, and (T, V) the logits that each of its tokens was chosen by."""
+    """Return the same answer, and the (T, V) logits that each token was chosen by."""
     settings = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True} | settings
     out = hf.generate(**inputs_of(hf, prompt), max_new_tokens=limit, **settings)
     return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
 
 def trained_positions(hf: Any, prompt: VideoPrompt) -> Tensor:
-    """(3, S) positions as Qwen2.5-VL was trained with them, token by token.
+    """Compute (3, S) positions as Qwen2.5-VL was trained with them, token by token.
 
-    Source: Qwen's own `get_rope_index` (transformers 4.49 to 4.57). A token of text stands behind all before it, on all three
-    axes alike; a video's tokens are counted from there, its time in steps of `tokens_per_second`, cut to whole numbers.
+    Source: Qwen's own `get_rope_index` (transformers 4.49 to 4.57). A text token comes after all before it, on all
+    three axes alike. A video's tokens are counted from there, its time in steps of `tokens_per_second`, truncated.
     """
     vision = hf.config.vision_config
     merge, pace, free = vision.spatial_merge_size, vision.tokens_per_second, 0
@@ -95,7 +95,7 @@ def trained_positions(hf: Any, prompt: VideoPrompt) -> Tensor:
 
 @torch.inference_mode()
 def decoded(hf: Any, prompt: VideoPrompt, limit: int, positions_3S: Tensor, penalty: float = 1.0) -> list[int]:
-    """The greedy answer of Hugging Face's modules at positions that are given; text goes on behind the largest of them."""
+    """Decode greedily with Hugging Face's modules at given positions; text continues after the largest of them."""
     penalties = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
     past, following = DynamicCache(config=hf.config.get_text_config()), int(positions_3S.max()) + 1
     out = hf(**inputs_of(hf, prompt), position_ids=positions_3S[:, None], past_key_values=past, use_cache=True)
@@ -110,7 +110,7 @@ def decoded(hf: Any, prompt: VideoPrompt, limit: int, positions_3S: Tensor, pena
 
 
 def ended(answer: list[int], limit: int, stops: frozenset[int]) -> list[int]:
-    """An answer cut as it must be: behind its first stop id, which stays, and at the limit."""
+    """Cut an answer after its first stop id, which stays, and at the limit."""
     kept: list[int] = []
     for token in answer[:limit]:
         kept.append(token)

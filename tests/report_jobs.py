@@ -1,4 +1,4 @@
-"""Job folders as a sweep leaves them, with invented figures: for tests of what reads them."""
+"""Job folders as a sweep leaves them, with invented figures, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = {
 
 
 def row(index: int, accepted: float = 3.0, ours: float = 1.0, alone: float = 2.0, kept: int | None = 102, **changes) -> dict:
-    """A sample's line. ours, alone: seconds of decoding; 0.5 s are added up to the first token, 0.2 s for reading."""
+    """Make a sample's row. ours, alone: decoding seconds; adds 0.5 s before the first token and 0.2 s for reading."""
     figures = {
         "verdict": "identical",
         "text": f"answer {index}",
@@ -74,7 +74,7 @@ def row(index: int, accepted: float = 3.0, ours: float = 1.0, alone: float = 2.0
 
 
 def scattered(seed: int, gain: float = 0.0, count: int = 8, **changes) -> list[dict]:
-    """Samples that differ much from each other, and alike in every job but for `gain`."""
+    """Make samples that differ much from each other, and are alike in every job but for `gain`."""
     hard, dice = random.Random(0), random.Random(seed)
     found = []
     for index in range(count):
@@ -85,7 +85,7 @@ def scattered(seed: int, gain: float = 0.0, count: int = 8, **changes) -> list[d
 
 
 def job(folder: Path, rows: list[dict], steps: dict[str, list[dict]] | None = None, **changes) -> Path:
-    """changes: of the configuration, keys as on the command line with "__" for a dot."""
+    """Write a job folder. changes: of the configuration, with "__" for the dots of keys."""
     config = OmegaConf.create(CONFIG)
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value)
@@ -99,7 +99,7 @@ def job(folder: Path, rows: list[dict], steps: dict[str, list[dict]] | None = No
 
 
 def sweep(place: Path) -> Path:
-    """Three pruners at two ratios, of which two_stage is the best and random the worst at each."""
+    """Write a sweep of three pruners at two ratios; at each, two_stage is the best and random the worst."""
     for ratio, kept in ((0.5, 512), (0.9, 102)):
         for number, (pruner, gain) in enumerate((("random", -0.4), ("two_stage", 0.5), ("uniform", 0.0))):
             lines = scattered(number, gain - ratio, kept=kept)

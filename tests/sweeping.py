@@ -1,4 +1,4 @@
-"""Sweeps for tests: short questions about few frames of the synthetic scenes, and a data set and strategies that go wrong."""
+"""Sweeps for tests: short questions about few frames of synthetic scenes, and a data set and strategies that fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMES = ("_s", "tokens_per_second", "peak_memory_bytes", "speedup_decode", "spee
 
 @dataclass(frozen=True)
 class BrokenDataset(Dataset):
-    """A scene, a file cut short, one that is not there, and another scene."""
+    """A scene, a truncated file, a missing file, and another scene."""
 
     name = "broken"
     folder: str = "videos"
@@ -42,7 +42,7 @@ class BrokenDataset(Dataset):
 
 @dataclass(frozen=True)
 class RaisingPruner(Pruner):
-    """Fails on every video."""
+    """Pruner that fails on every video."""
 
     name = "raising"
 
@@ -51,7 +51,7 @@ class RaisingPruner(Pruner):
 
 
 def install(monkeypatch) -> None:
-    """Both as a plugin."""
+    """Install both as a plugin."""
     load = plugins.load
     monkeypatch.setattr(plugins, "load", lambda: [*load(), Plugin("specvlm-wrong", "1", (BrokenDataset, RaisingPruner))])
     registry.collect.cache_clear()
@@ -71,7 +71,7 @@ def videos(folder: Path) -> Path:
 
 
 def untimed(value):
-    """Without what no two runs have in common."""
+    """Remove figures that differ between any two runs."""
     if isinstance(value, dict):
         return {key: untimed(inner) for key, inner in value.items() if not key.endswith(TIMES)}
     return [untimed(inner) for inner in value] if isinstance(value, list) else value
@@ -82,12 +82,12 @@ def jobs(folder: Path) -> dict[str, Path]:
 
 
 def table(folder: Path) -> dict[str, tuple]:
-    """Rows and rounds of every job of a sweep, without times."""
+    """Return rows and rounds of every job of a sweep, without times."""
     return {name: (untimed(rows_of(job)), untimed(steps_of(job))) for name, job in jobs(folder).items()}
 
 
 def finished(folder: str, *words: str) -> Path:
-    """What the command has left in the folder of a job, or with -m of a sweep; made once a process, and copied."""
+    """Return a copy of a finished job folder, or of a sweep's with -m; made once per process."""
     return Path(shutil.copytree(Path(_finished(words).name, "out"), folder))
 
 
@@ -100,7 +100,7 @@ def _finished(words: tuple[str, ...]) -> TemporaryDirectory[str]:
 
 
 def start(words: Sequence[str], log: str = "log.txt") -> int:
-    """The command in a process of its own, which has everything imported; its id. log: what it says goes to its end."""
+    """Start the command in a process of its own, with everything imported. Returns its id; appends output to `log`."""
     pid = os.fork()
     if pid == 0:
         gc.freeze()  # what waits to be cleared away may wait for a thread, and a fork has none of them
@@ -117,7 +117,7 @@ def start(words: Sequence[str], log: str = "log.txt") -> int:
 
 
 def end(pid: int, seconds: float | None = None) -> int:
-    """The exit code; SIGKILL after so many seconds, which gives -9."""
+    """Wait for a process and return its exit code; send SIGKILL after so many seconds, which gives -9."""
     stop = time.monotonic() + (seconds or 600)
     while time.monotonic() < stop:
         found, status = os.waitpid(pid, os.WNOHANG)

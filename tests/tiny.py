@@ -1,4 +1,4 @@
-"""Tiny random models of both families and prompts for them, in float64, for tests that want exact arithmetic."""
+"""Tiny random models of both families and prompts for them, in float64, for tests that need exact arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(family: str, seed: int = 0, vocabulary: int = 97, dtype: torch.dtype =
 
 @cache
 def draft_of(family: str, noise: float = 0.02, seed: int = 1, dtype: torch.dtype = torch.float64) -> VideoLM:
-    """The target with noise on its weights: a drafter that is right often, not always."""
+    """Add noise to the target's weights: a draft that is often right, but not always."""
     torch.manual_seed(seed)
     hf = copy.deepcopy(model(family, dtype=dtype).hf)
     for weight in hf.parameters():
@@ -42,7 +42,7 @@ def draft_of(family: str, noise: float = 0.02, seed: int = 1, dtype: torch.dtype
 
 
 def video(family: str, frames: int = 4, seed: int = 0, height: int = 8, width: int = 4) -> tuple[TokenGrid, dict]:
-    """Random pixels. height, width: of the patch grid (Qwen); LLaVA's is fixed at 5x5, pooled to 3x3."""
+    """Make random pixels. height, width: of the patch grid (Qwen); LLaVA's is always 5x5, pooled to 3x3."""
     generator = torch.Generator().manual_seed(seed)
     if family == "qwen2_5_vl":
         pixels = torch.randn(frames * height * width, 3 * 2 * 4 * 4, generator=generator)
@@ -78,9 +78,9 @@ def prompt(family: str, seed: int = 0, videos: int = 1, images: int = 0, frames:
 
 
 def hf_greedy(lm: VideoLM, request: VideoPrompt, limit: int, stops: list[int] | None = None) -> list[int]:
-    """The answer of a pristine Hugging Face model of the same weights, under its own attention.
+    """Return the answer of a pristine Hugging Face model with the same weights, under its own attention.
 
-    Worked out once for what it depends on, all of which is compared: weights, settings, tokens, pixels.
+    Computed once for each set of weights, settings, tokens and pixels, all of which are compared.
     """
     hf = lm.hf
     made_of = hf.config.to_json_string(use_diff=False), hf.generation_config.to_dict(), dict(hf.state_dict())

@@ -1,4 +1,4 @@
-"""What a model made of a video or of some rows, kept for tests that decode the same ones hundreds of times."""
+"""Caches for features and passes of a model, for tests that decode the same video hundreds of times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specvlm.types import VideoPrompt
 
 
 def remember_features(lm: VideoLM) -> VideoLM:
-    """Make `lm` look at each video once. Prompts are told apart by what is in them: strategies are given copies."""
+    """Make `lm` encode each video once. Prompts are compared by content, since strategies get copies."""
     known: dict[Hashable, Tensor] = {}
 
     def features(prompt: VideoPrompt, keep=None, sight=None, compute=lm.features):
@@ -31,8 +31,8 @@ def remember_features(lm: VideoLM) -> VideoLM:
 def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
     """Make `lm` run each pass of at least so many rows once.
 
-    A pass is a function of its rows, their positions and mask, and of the cache before them. Where these are, byte by byte,
-    what they were before, so is what it gives and writes. A pass that guidance watches is run each time.
+    A pass depends on its rows, their positions and mask, and the cache before them. If these are equal byte by byte,
+    so are its result and what it writes. Passes with guidance are run each time.
     """
     known: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
 
@@ -60,7 +60,7 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
 
 
 def contents(value: Any) -> Iterator[Hashable]:
-    """Every value inside, in order, tensors as their bytes; of objects that are neither their type alone."""
+    """List every value in an object, in order: tensors as bytes, other objects by their type only."""
     if isinstance(value, Tensor):
         yield str(value.dtype), tuple(value.shape), value.contiguous().cpu().numpy().tobytes()
     elif isinstance(value, dict):
