@@ -142,7 +142,7 @@ def change(path: Path, edit: Any) -> None:
 
 
 def cases(family: str) -> list[tuple[str, str, list[tuple[int, int, int, float]]]]:
-    """Yield kind, question, videos: all kinds with some questions, all questions with one kind, all lists of videos."""
+    """List kind, question, videos: all kinds with some questions, all questions with one kind, all lists of videos."""
     first, *more = VIDEOS[family]
     few = [(kind, question, first) for kind in KINDS for question in QUESTIONS[:7:2]]
     every = [("template file", question, first) for question in QUESTIONS]

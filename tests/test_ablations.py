@@ -1,4 +1,4 @@
-"""The ablations: which job belongs to which experiment, what verdicts follow from, and that pages say what rows say."""
+"""The ablations: which job belongs to which experiment, how verdicts follow from rows, and pages match the rows."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def rounds_of(path):
 
 
 def config(*words):
-    """As a job writes it."""
+    """Make a configuration as a job writes it."""
     return plain(compose.compose(["dataset=synthetic", "drafter=tree", *words]))
 
 
@@ -48,7 +48,7 @@ def row(job, accepted, scene="s0", family=QWEN, **changes):
 
 
 def results(**jobs):
-    """Of each job a scene for each list of rounds; `_` in a name is a space, and `__` an underscore."""
+    """Make rows of each job, one scene per list of rounds. In names, `_` is a space and `__` an underscore."""
     names = {name: name.replace("__", "%").replace("_", " ").replace("%", "_").replace("0 ", "0.") for name in jobs}
     return Results(row(names[name], each, f"s{n}") for name, some in jobs.items() for n, each in enumerate(some))
 
@@ -119,8 +119,9 @@ SCENES = (range(4), range(4), range(4), range(4), range(3, 6), range(2))
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Jobs of two shards each: one with scenes in a second folder too, one of the other family, one of no experiment. Of
-    scene n the rounds are [n, 4, a round that was cut short].
+    """Write jobs of two shards each: one with scenes in a second folder too, one of the other family, one of none.
+
+    The rounds of scene n are [n, 4, a truncated round].
     """
     for number, words in enumerate(JOBS):
         folder = tmp_path / "sweep" / f"job{number}"
@@ -177,7 +178,7 @@ def test_folders_become_rows_of_whole_rounds_in_every_experiment_that_has_the_jo
 
 
 def test_what_does_not_fit_together_is_named_or_refused(sweep, tmp_path):
-    """A scene that a second folder has otherwise; rounds that are not the row's; fewer scenes than are committed."""
+    """A second folder with other rounds for a scene; rounds that differ from the row's; fewer scenes than committed."""
     whole = rows.gather([sweep])
     rows.write(whole, "rows", tmp_path)
     assert next(iter(rows.missing(whole, [LLAVA]))).startswith(f"{LLAVA}: no rows of none, random 0.9, ")
@@ -311,7 +312,7 @@ def test_every_committed_answer_is_the_targets_own():
 
 
 def test_numbers_of_the_main_table_follow_from_the_rounds():
-    """Computed once more, from steps.jsonl as the jobs wrote it, by nothing of the table's own code."""
+    """Computed again from the jobs' steps.jsonl, without the table's own code."""
     page, checked = (ROOT / "main_table" / "README.md").read_text(encoding="utf-8"), 0
     means = {}
     for path in sorted((ROOT / "main_table" / "steps").glob("*.jsonl.gz")):
@@ -336,7 +337,7 @@ def test_numbers_of_the_main_table_follow_from_the_rounds():
 
 
 class Fork:
-    """In place of `subprocess.Popen`: the same words in a fork, which has everything imported."""
+    """Replacement for `subprocess.Popen`: runs the same command in a fork, which has everything imported."""
 
     def __init__(self, command, stdout, stderr):
         assert command[:3] == [sys.executable, "-m", "specvlm"]

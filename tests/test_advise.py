@@ -1,4 +1,4 @@
-"""The adviser: costs are fitted and predicted, acceptance replayed or assumed, and the advice follows from both."""
+"""The adviser: costs are fitted and predicted, acceptance is replayed or assumed, and the advice follows from both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT, VIDEO = 100, 1000
 
 
 def invented(draft: float = 2.0, row: float = 0.1, slot: float = 0.001, check: float = 10.0, start: float = 0.5) -> Costs:
-    """A draft pass costs `draft` + `row` a row + `slot` a slot of context, a check `check` + 0.2 a node; 10.2 ms alone."""
+    """Invent costs: draft pass `draft` + `row` per row + `slot` per slot; check `check` + 0.2 a node; 10.2 ms alone."""
     timings = []
     for shape, ratio in probes(RATIOS):
         context = TEXT + round(VIDEO * (1 - ratio))

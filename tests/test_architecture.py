@@ -1,6 +1,6 @@
-"""docs/architecture.md walks through a request in the order in which a run really goes through the files.
+"""docs/architecture.md follows a request through the files in the order of a real run.
 
-Without the baseline, which has most of the way behind it before the request begins.
+The run has no baseline, which would visit most of them before the request begins.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Ranks without a draft have the first rank's trees, whatever drafter made them."""
+"""Ranks without a draft get rank 0's trees, whatever drafter made them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Second(First):
 
 
 class Given(DraftSession):
-    """Trees of a list."""
+    """Drafter that takes its trees from a list."""
 
     def __init__(self, trees):
         self.trees = deque(trees)

@@ -1,4 +1,4 @@
-"""A sample of every campaign, so that a renaming cannot strand one."""
+"""A sample of every campaign, so that no rename breaks one unnoticed."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_crossing_that_differs_is_found_with_what_regenerates_it(monkeypatch):
 
 @pytest.fixture
 def finding(monkeypatch):
-    """The campaign of bad keys, which has found something."""
+    """Make the campaign of bad keys report a finding."""
     monkeypatch.setattr(campaigns()["bad_keys"], "run", lambda count, seed: [f"a fault among {count}"])
 
 

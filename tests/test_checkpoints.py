@@ -1,4 +1,4 @@
-"""What lies in a checkpoint folder: taken as Hugging Face takes it, or refused in one line before any weight is read."""
+"""Checkpoint folders: read as Hugging Face reads them, or refused in one line before any weight is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = ("qwen2_5_vl", "llava_onevision")
 
 
 def copied(place: Path, family: str = "qwen2_5_vl", **edits) -> Path:
-    """The embedded target, its weights a link, and JSON files edited: `config_json` is config.json."""
+    """Copy the embedded target, with its weights linked and JSON files edited: `config_json` is config.json."""
     folder = place / "model"
     source = model_folder(f"embedded:{family}/target")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -50,7 +50,7 @@ def setting(**values):
 
 
 def in_shards(folder: Path, names: dict[str, str]) -> Path:
-    """The weights in two files, and an index that gives some tensors to other files."""
+    """Split the weights into two files, with an index that assigns some tensors to other files."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     place = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(weights))}

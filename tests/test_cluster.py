@@ -1,4 +1,4 @@
-"""DPC-kNN against a naive loop, and its edges."""
+"""DPC-kNN against a naive loop, and its edge cases."""
 
 import math
 
@@ -11,7 +11,7 @@ from specvlm.toolkit.cluster import cluster, density_scores
 
 
 def naive(x_PD, k):
-    """Scores of one group, in plain Python."""
+    """Compute the scores of one group in plain Python."""
     count, width = x_PD.shape
     square = [[float((x_PD[i] - x_PD[j]).square().sum()) / width for j in range(count)] for i in range(count)]
     density = [math.exp(-sum(sorted(row)[:k]) / min(k, count)) for row in square]

@@ -1,4 +1,4 @@
-"""The configuration, and the command line around it: what is accepted, what is refused, and how it ends."""
+"""The configuration and the command line: what is accepted, what is refused, and the exit codes."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ pytest_plugins = ["frame_plugin"]
 
 @pytest.fixture
 def ran(monkeypatch, tmp_path):
-    """Replace the decoding by a list of what would have run; the working directory is empty."""
+    """Replace decoding by recording what would run, in an empty working directory."""
     calls = []
 
     def run(cfg, folder):
@@ -71,7 +71,7 @@ PRESETS = [f"{group}={path.stem}" for group in ("pair", "experiment") for path i
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "experiment=ratio_by_pruner"])
 def test_every_preset_composes(preset):
-    """The 28 jobs of ratio_by_pruner are composed, and counted, below."""
+    """The 28 jobs of ratio_by_pruner are composed and counted below."""
     own = ["dataset.root=a"] if preset == "experiment=real_footage" else []
     assert compose.jobs([preset, "target.path=a", "draft.path=b", *own], sweep=True)
 
@@ -280,7 +280,7 @@ def test_sweep_over_all_pruners_has_the_plugins_too(ran, plugin):
 
 @pytest.mark.slow
 def test_a_failing_job_does_not_lose_the_others_and_the_worst_code_counts(ran, capsys):
-    """1 is a mismatch, and worse than a mistake."""
+    """1, a mismatch, is worse than an error."""
     ran.behaviour |= {"uniform": UserError("no such file"), "random": 1}
     assert main(["-m", "pruner=uniform,random,none"]) == 1
     assert [cfg.pruner.name for cfg, _ in ran.calls] == ["random", "none"]

@@ -1,4 +1,4 @@
-"""Data sets: what the interface promises, and the one that needs no files."""
+"""Data sets: the promises of the interface, and the one that needs no files."""
 
 from __future__ import annotations
 

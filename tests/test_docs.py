@@ -1,4 +1,4 @@
-"""The README and docs/ say what is there: strategies, keys, signals, the plugin as it stands, commands that compose, links."""
+"""README and docs/ match the code: strategies, keys, signals, the example plugin, commands that compose, links."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_lines_of_prose_are_short(path):
 
 
 def anchors(text):
-    """Those that a forge and mkdocs make of headings."""
+    """List the anchors that a forge and mkdocs make from headings."""
     heads = re.findall(r"^#+ (.*)$", FENCES.sub("", text), re.M)
     return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).strip().replace(" ", "-") for head in heads}
 

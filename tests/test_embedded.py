@@ -1,4 +1,4 @@
-"""The embedded pairs, in float32: the output of every strategy is that of Hugging Face's `generate`."""
+"""The embedded pairs in float32: every strategy gives the output of Hugging Face's `generate`."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ FEW = 8  # frames, where every strategy meets every other: half of what the mode
 
 @cache
 def model(family: str, name: str) -> VideoLM:
-    """One of a pair; it looks at each video once, and prefills each prompt and each pruned view once."""
+    """Load a model of a pair that encodes each video once, and prefills each prompt and pruned view once."""
     return remember_passes(remember_features(load(model_folder(f"embedded:{family}/{name}"), "float32")), least=ROWS + 1)
 
 
 @cache
 def request_of(family: str, clip: str = "synthetic_1", question: str = "how many objects appear?", frames: int = 0):
-    """frames: so many; 0 for as many as the model would take."""
+    """Make a request. frames: 0 for as many as the model would take."""
     lm, path = model(family, "target"), find_clip(clip)
     return lm.prompt(question, [read_video(path, **({"frames": frames} if frames else lm.sampling(probe(path))))])
 
 
 @cache
 def answer_of_generate(family: str, limit: int = 200, **fields) -> tuple[int, ...]:
-    """Of a model that Hugging Face loads, under its own attention."""
+    """Decode with a model that Hugging Face loads, under its own attention."""
     folder = model_folder(f"embedded:{family}/target")
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return tuple(reference.generated(hf, request_of(family, **fields), limit, pad_token_id=None))
@@ -83,7 +83,7 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_drafter_that_asks_no_pruner_gives_the_output_of_generate(family, monkeypatch):
-    """Since it sees all, or nothing."""
+    """Such drafters see all tokens, or none."""
     monkeypatch.setattr(UniformPruner, "select", None)
     expected = answer_of_generate(family, frames=FEW)
     for drafter in (TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("chain:3"), PromptLookupDrafter()):
@@ -104,7 +104,7 @@ def own_answer(family: str) -> list[int]:
 
 
 def fitted(family: str) -> TreeDrafter:
-    """The tree of at most 9 guesses that suits this pair, from what a wide one saw."""
+    """Fit the best tree of at most 9 guesses for this pair, from rounds of a wide tree."""
     steps = decode(family, TwoStagePruner(), TreeDrafter("4x2x2x1"), 0.9, limit=FIRST, **LONG)
     rounds = [Round(step.ranks, step.widths) for step in steps[1:]]
     return TreeDrafter(json.dumps(best_tree(fit_ranks(rounds), 9)))
@@ -176,7 +176,7 @@ def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family):
-    """On the average over these scenes, with the same pruned view."""
+    """On average over these scenes, with the same pruned view."""
     accepted = {"static": [], "dynamic": []}
     for clip in ("synthetic_1", "synthetic_2", "synthetic_3"):
         for ratio in (0.5, 0.9):

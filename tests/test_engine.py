@@ -1,4 +1,4 @@
-"""The graphs engine on a CPU: its lean pass, and its programs run directly or as the operations they were traced to."""
+"""The graphs engine on a CPU: its lean pass, and its programs run directly or as traced operations."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_ratio(pruner, ratio):
 
 
 def test_the_same_model_accepts_everything():
-    """Nothing pruned and one set of weights: each path of the paper's tree is five deep, and is taken whole."""
+    """Without pruning and with one set of weights, a path of the paper's tree, five deep, is accepted in full."""
     request = tiny.prompt("qwen2_5_vl")
     steps = list(graph_of("qwen2_5_vl", "self", GraphsEngine("direct"), NonePruner()).decode(request, 30))
     assert acceptance_of(steps)["accepted_per_round"] == 5.0
@@ -124,7 +124,7 @@ def test_repetition_penalty(family, monkeypatch):
 
 @pytest.mark.parametrize("drafter", ["tree", "chain", "prompt_lookup"])
 def test_sampling_draws_what_eager_draws(drafter):
-    """The same seed, the same numbers; where children are sampled the two draw their noise in another order."""
+    """The same seed gives the same tokens, except where children are sampled: then the engines draw in other orders."""
     request, verifier = tiny.prompt("qwen2_5_vl"), SamplingVerifier(temperature=0.8, top_k=20)
     if drafter == "prompt_lookup":
         outs = [
@@ -143,7 +143,7 @@ def test_sampling_draws_what_eager_draws(drafter):
 
 
 def outlives_a_failure(graph: DecodingGraph, requests, want) -> None:
-    """Requests give what each gives alone, before and after one that fails in the middle."""
+    """Check that requests give their own output before and after one that fails halfway."""
     assert [tokens_of(list(graph.decode(r, 16))) for r in requests] == want
     check, calls = graph.engine.check, []
 
@@ -161,7 +161,7 @@ def outlives_a_failure(graph: DecodingGraph, requests, want) -> None:
 
 @pytest.mark.slow
 def test_requests_one_after_another_and_after_a_broken_one():
-    """Different lengths, a larger one that makes the cache grow, one left half-read, one that fails: no trace in the next."""
+    """Different lengths, one that makes the cache grow, one abandoned, one that fails: none affects the next."""
     family = "qwen2_5_vl"
     graph = graph_of(family, "tree", GraphsEngine("direct"))
     requests = [tiny.prompt(family, seed=s, frames=f) for s, f in ((0, 4), (1, 2), (2, 80), (3, 4))]
@@ -182,7 +182,7 @@ def test_what_earlier_requests_left_in_the_cache_is_never_read():
 
 
 def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
-    """Caches without a slot to spare: the warm-up of a long chain finds no free end."""
+    """Caches are exactly full: the warm-up of a long chain finds no free slots at the end."""
     monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     lm = tiny.model("qwen2_5_vl")
     graph = DecodingGraph(
@@ -239,7 +239,7 @@ def test_captured_once_for_a_shape_and_a_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", [TreeDrafter(), DynamicTreeDrafter(nodes=6)], ids=["static", "grown"])
 def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, monkeypatch):
-    """Another request has the draft's cache changed, as one that is compared with a baseline does."""
+    """Another request has changed the draft's cache, as in a comparison with a baseline."""
     capture, spent, late = GraphsEngine.capture, 1000.0, [0.0]
     for module in ("decoding.timing", "engine.cuda_graphs"):
         monkeypatch.setattr(f"specvlm.{module}.perf_counter", lambda: perf_counter() + late[0])
@@ -270,12 +270,12 @@ def test_a_capture_while_the_drafter_starts_is_no_time_of_its_prefill(drafter, m
 
 
 def test_trees_that_never_repeat_are_captured_so_many_times_and_no_more(monkeypatch):
-    """And the request tells when: a capture is no time of a check's."""
+    """The request also reports when: capture time is not counted as time of a check."""
     monkeypatch.setattr("specvlm.engine.cuda_graphs.MOST", 3)
     request, engine = tiny.prompt("qwen2_5_vl"), GraphsEngine("direct")
 
     class Growing(PromptLookupDrafter):
-        """Another number of guesses in every round."""
+        """Drafter with another number of guesses in every round."""
 
         name = "growing"
 
@@ -295,7 +295,7 @@ def test_trees_that_never_repeat_are_captured_so_many_times_and_no_more(monkeypa
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_rows_appended_by_an_engine_are_its_steps(family):
-    """Across several passes of the most rows; and what a comparison of outputs reads."""
+    """Across several passes of maximum width; comparisons of outputs read these rows."""
     lm, request = tiny.model(family), tiny.prompt(family)
     tokens = torch.randint(5, 80, (150,), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -309,7 +309,7 @@ def test_rows_appended_by_an_engine_are_its_steps(family):
 
 
 def test_a_comparison_judges_by_the_engines_own_arithmetic(monkeypatch):
-    """An engine whose rows are rounded more coarsely is another model: what is a fault of the one is the other's own output."""
+    """An engine that rounds more coarsely is another model: one engine's fault can be the other's right output."""
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     engine, exact = GraphsEngine("direct"), LeanText.logits
     want = tokens_of(list(autoregressive(lm, request, 12, GreedyVerifier(), engine=Engine())))
@@ -323,7 +323,7 @@ def test_a_comparison_judges_by_the_engines_own_arithmetic(monkeypatch):
 
 @pytest.mark.slow
 def test_a_rule_of_the_host_is_judged_by_the_pass_that_it_read(monkeypatch):
-    """Its checks are not captured, and run by the lean pass all the same; so does what replays them."""
+    """Its checks are not captured but still run the lean pass, and so does their replay."""
 
     class OnHost(GreedyVerifier):
         name = "on_host"
@@ -343,7 +343,7 @@ def test_a_rule_of_the_host_is_judged_by_the_pass_that_it_read(monkeypatch):
 
 
 def test_a_draft_that_lies_on_a_cpu_is_not_captured():
-    """A graph of nothing would draft the same tokens for ever, and the output would not show it."""
+    """An empty graph would draft the same tokens for ever, and the output would not show it."""
     engine = GraphsEngine("direct")
     engine.backend = "cudagraph"
     assert engine.runs(tiny.draft_of("qwen2_5_vl")) == "eager"
@@ -379,7 +379,7 @@ def test_a_large_tree_and_a_rule_of_the_host_run_eager():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_models(kind):
-    """The output is that of the same quantised target, and its lean pass is its modules' own."""
+    """The output is that of the same quantised target, and the lean pass equals its modules."""
     import copy
 
     lm = tiny.wrap(copy.deepcopy(tiny.model("qwen2_5_vl").hf))

@@ -1,4 +1,4 @@
-"""The kernels against their plain forms, and the captured engine against the eager one, on a GPU."""
+"""Kernels against the plain operations, and the captured engine against the eager one, on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def error(ours: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def random_tree(count: int, seed: int) -> torch.Tensor:
-    """(M, M) int8: what the nodes of a random tree see."""
+    """Make the (M, M) int8 mask of a random tree."""
     chance = random.Random(seed)
     return ancestor_mask((-1, *(chance.randrange(node) for node in range(1, count)))).to("cuda", torch.int8)
 
@@ -75,7 +75,7 @@ def test_attention_over_long_contexts(length):
 @pytest.mark.parametrize("rows", [1, 8, 26, 64])
 @torch.inference_mode()
 def test_linear_layers(kind, rows):
-    """In 8 and 4 bits the rows are rounded too, in groups: what is left is that rounding, in float32 sums."""
+    """In 8 and 4 bits, rows are quantised in groups too: the difference is that rounding only, in float32 sums."""
     layers = [nn.Linear(1024, n, bias=False, device="cuda", dtype=torch.bfloat16) for n in (512, 128, 200)]
     layers = layers if kind == "full" else [quantize(layer, kind) for layer in layers]
     weights = tuple(map(Weight.of, layers))

@@ -1,4 +1,4 @@
-"""The evaluation drafts against known answers: that must accept what a real decode accepts."""
+"""The evaluation drafts against known answers; it must accept what a real decode accepts."""
 
 from __future__ import annotations
 

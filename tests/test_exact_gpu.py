@@ -1,4 +1,4 @@
-"""Passes of many rows and of one have the same bits in bfloat16 and float16: kernels, whole passes, whole answers."""
+"""Passes of many rows and of one row are bit-identical in bfloat16 and float16: kernels, passes and answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BORDERS = [32_767 - 5, 32_767, 32_768, 65_530, 70_000]  # where chunks double
 
 
 def random_parents(count: int, seed: int) -> tuple[int, ...]:
-    """Deep and wide ones in turns."""
+    """Alternate between deep and wide trees."""
     chance = random.Random(seed)
     return (-1, *(chance.randrange(max(0, node - (3 if seed % 2 else node)), node) for node in range(1, count)))
 
@@ -49,7 +49,7 @@ def rows(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def alone(node, q, keys, values, base, ways, capacity, **options):
-    """A row in a pass of its own, its path laid out behind what all see, in a cache of another capacity."""
+    """Run a row in a pass of its own, with its path laid out after the shared slots, in a cache of another capacity."""
     own = ways[node].tolist()
     moved = []
     for store in (keys, values):
@@ -63,7 +63,7 @@ def alone(node, q, keys, values, base, ways, capacity, **options):
 
 
 def differing(heads, count, base, dtype=torch.bfloat16, capacity=None, seed=0, **options) -> tuple[int, float]:
-    """How many rows of a random tree have other bits than alone, and how far the result is from the plain form."""
+    """Count rows of a random tree that differ from a pass of one; also return the largest error against plain torch."""
     many, kv, width = heads
     depths, ways = tables_of(random_parents(count, seed))
     keys, values = (rows(kv, base + count + 30, width, dtype=dtype, seed=seed + n) for n in (1, 2))
@@ -103,7 +103,7 @@ def test_so_it_is_in_float16_and_over_131_072_keys():
 @pytest.mark.parametrize("base", [100, 511, 1020])
 @torch.inference_mode()
 def test_so_it_is_along_a_path_of_two_hundred_rows(base):
-    """Rows in slices of a pass, as trees of more nodes than a pass has take them."""
+    """Rows come in slices, as for trees of more nodes than a pass can take."""
     parents = (-1, *range(199))
     depths, ways = tables_of(parents)
     keys, values = (rows(2, base + 230, 128, dtype=torch.bfloat16, seed=n) for n in (1, 2))
@@ -138,7 +138,7 @@ def test_requests_side_by_side_have_the_bits_that_each_has_alone(requests):
 
 @torch.inference_mode()
 def test_another_chunk_is_seen():
-    """Chunks of another length in the pass of many rows than in that of one."""
+    """Sanity check: another chunk length changes the bits."""
     found = []
     for chunk in (512, 1024):
         keys, values = (rows(2, 3000, 128, dtype=torch.bfloat16, seed=n) for n in (1, 2))
@@ -201,7 +201,7 @@ def test_a_row_of_a_linear_layer_is_that_of_a_pass_of_one(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_a_trees_rows_are_those_of_sequential_steps(family, dtype):
-    """Logits, keys and values of all layers, of random trees behind prompts of several lengths."""
+    """Logits, and keys and values of all layers, for random trees after prompts of several lengths."""
     lm = small(family, dtype)
     lean = LeanText(lm, kernels)
     for seed, (count, base) in enumerate(((26, 40), (64, 511), (7, 500), (33, 1023), (2, 0), (64, 1500))):
@@ -228,7 +228,7 @@ def test_a_trees_rows_are_those_of_sequential_steps(family, dtype):
 
 
 def small(family: str, dtype: torch.dtype):
-    """A tiny model as wide as the kernels need."""
+    """Make a tiny model, as wide as the kernels need."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
     return tiny.wrap(built(family, 97, **sizes).to(dtype).cuda())

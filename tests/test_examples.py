@@ -1,6 +1,6 @@
-"""What examples/ holds runs, and pages that show a file of it show it as it stands.
+"""Everything in examples/ runs, and pages that show a file of it show its current text.
 
-The drafter goes through its contract suite in tests/test_passes.py, as the page shows it.
+The drafter goes through its contract suite in tests/test_passes.py, as the page shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER = "four objects appear on a checkered navy background."
 
 @pytest.fixture
 def example(monkeypatch):
-    """A file of examples/ as a module; gone behind the test."""
+    """Import a file of examples/ as a module for the duration of a test."""
 
     def load(name):
         path = ROOT / "examples" / f"{name}.py"
@@ -42,7 +42,7 @@ def example(monkeypatch):
 
 @pytest.fixture
 def installed(example, monkeypatch):
-    """All strategies of examples/, as if each were an installed package."""
+    """Register all strategies of examples/, as if each were an installed package."""
 
     def point(name):
         return SimpleNamespace(name=name, load=lambda: example(name), dist=SimpleNamespace(name=f"example-{name}", version="1"))

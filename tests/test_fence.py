@@ -1,4 +1,4 @@
-"""Strategies are somebody else's code: what one raises or returns, and what it changes of what requests share."""
+"""Strategies are foreign code: what they raise, return or change must not harm requests that share state."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_what_is_no_verdict_is_refused_by_the_verifiers_name(verdict):
 
 @dataclass(frozen=True)
 class EditsWhatItGets(Pruner):
-    """Writes over all it can reach through its context."""
+    """Overwrites everything it can reach through its context."""
 
     name = "edits"
     needs = frozenset({"features", "verifier_attention", "verifier_attention_weighted"})
@@ -246,7 +246,7 @@ class EditsWhatItGets(Pruner):
 
 @dataclass(frozen=True)
 class EditsThePrompt(TreeDrafter):
-    """Writes over the prompt and its pixels, before and behind its own prefill."""
+    """Overwrites the prompt and its pixels, before and after its own prefill."""
 
     name = "edits"
 
@@ -379,7 +379,7 @@ class Tripled(TorchDispatchMode):
 
 
 def patch_take(graph):
-    """Of the loop itself, which runs in no strategy's fence."""
+    """Patch the loop itself, which runs in no strategy's fence."""
     real = Output.take
     Output.take = lambda self, tokens: (Doubled().__enter__(), real(self, tokens))[1]
     Output(4, frozenset()).take([1])
@@ -543,7 +543,7 @@ TAMPERED = {
 
 @pytest.mark.slow
 def test_a_tampered_baseline_is_decoded_again_and_said_so(tmp_path, monkeypatch, capsys):
-    """Of each sample the baseline is tampered with in another way."""
+    """The baseline of each sample is tampered with in another way."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     words = ["dataset=synthetic", "frames=4", "max_new_tokens=5", "baselines=kept"]

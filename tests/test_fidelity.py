@@ -1,4 +1,4 @@
-"""Every strategy says whose method it is, and where it differs."""
+"""Every strategy names its source, and where it differs from it."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A fitted tree: ranks read from runs, the optimum against every tree of its size, and a word where it does not help."""
+"""Tree fitting: ranks read from runs, the optimum against every tree of its size, and a warning if it does not help."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def steps_of(drafter, verifier=None, engine=None, limit=40):
 
 
 def simulate(shape, count, seed=0, chances=CHANCES):
-    """Rounds of a draft whose ranks are independent by depth, seen through a tree."""
+    """Simulate rounds of a draft whose ranks are independent by depth, as seen through a tree."""
     chance, below = random.Random(seed), {tuple(p) for p in shape}
     rounds = []
     for _ in range(count):
@@ -80,7 +80,7 @@ def test_no_tree_of_as_many_nodes_is_worth_more(nodes):
 
 
 def test_chances_are_recovered_from_rounds_that_a_narrow_tree_censors():
-    """The static tree gives worse parents fewer children: a plain share of the rounds would put rank 2 at too little."""
+    """The static tree gives worse parents fewer children: a plain share of the rounds would underestimate rank 2."""
     chances = fit_ranks(simulate(PAPER_TREE, 40_000))
     for found, true in zip(chances, CHANCES, strict=False):
         assert found[: len(true)] == pytest.approx(true, abs=0.02)
@@ -127,7 +127,7 @@ def test_a_draft_unlike_the_papers_is_fitted_better(tmp_path, capsys):
 
 
 def test_a_fit_that_does_not_help_is_called_so(tmp_path, capsys):
-    """Few rounds, of which the paper's tree saw all that it takes, while a fit may only guess among a handful of ways."""
+    """Few rounds, which the paper's tree covers fully, while the fit may choose among few paths only."""
     folders = [write(tmp_path / "a", [Round((0,), (4, 3))] * 3), write(tmp_path / "b", [Round((3, 0), (4, 1, 0))] * 9)]
     assert main([*folders, "--out", str(tmp_path / "tree.json")]) == 0
     assert "does NOT beat the paper's tree: use drafter.shape=paper" in capsys.readouterr().out

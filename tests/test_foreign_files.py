@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: what is not as it should be is refused in one line that says what and where."""
+"""Files written by others: anything wrong is refused in one line that says what and where."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_row_that_failed_without_a_reason_is_told_all_the_same(capfd):
 
 @pytest.mark.parametrize("wrong", ["x", {}], ids=repr)
 def test_a_figure_of_the_wrong_kind_is_refused_or_does_no_harm(wrong):
-    """Each key of a row, and of the summary of one run, in turn."""
+    """Each key of a row, and of a run's summary, in turn."""
     row = report_jobs.row(0)
     folder = report_jobs.job(Path("job"), [row])
     run = report_jobs.job(Path("run"), [row])

@@ -1,4 +1,4 @@
-"""Plugins that fail, folders and disks that go away, names of any letters: whose fault it is, said at once."""
+"""Failing plugins, vanishing folders and disks, names in any script: the error names the cause at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that somebody else wrote have bounds, and what grows, nests or never ends is not read."""
+"""Numbers written by others have bounds, and files that grow, nest or never end are not read."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_strategy_that_fails_when_it_is_made_costs_its_own_job_of_a_sweep(monk
 
 @dataclass(frozen=True)
 class BoundPruner(Pruner):
-    """A plugin's."""
+    """Pruner of a plugin."""
 
     name = "bound"
     plain: int = 1

@@ -1,4 +1,4 @@
-"""Text that somebody else wrote is text: never code, markup or a control character, and messages are one line."""
+"""Text written by others stays text, never code, markup or control characters; messages are one line."""
 
 from __future__ import annotations
 

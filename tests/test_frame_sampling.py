@@ -1,7 +1,7 @@
-"""Which frames a checkpoint's settings ask for: those of Hugging Face's video processors, capped at what is there.
+"""Frame sampling by a checkpoint's settings equals Hugging Face's video processors, capped at the clip's frames.
 
-``python tests/test_frame_sampling.py`` in an environment with torchvision writes ``tests/data/frame_sampling.json`` anew
-(see test_preprocess.py). A case is refused there (null) where Hugging Face itself raises.
+``python tests/test_frame_sampling.py``, in an environment with torchvision, rewrites ``tests/data/frame_sampling.json``
+(see test_preprocess.py). Cases where Hugging Face itself raises are stored as null.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES = {
 
 
 def frozen_indices() -> dict[str, list[int] | None]:
-    """By case what Hugging Face samples."""
+    """Return by case the frames that Hugging Face samples."""
     from test_preprocess import allow_torchvision_without_its_operators
 
     allow_torchvision_without_its_operators()
@@ -64,21 +64,21 @@ def frozen_indices() -> dict[str, list[int] | None]:
 
 
 def clip_of(total: int, fps: float) -> Clip:
-    """Tiny frames that carry their number."""
+    """Make tiny frames that encode their number."""
     frames = torch.arange(total).to(torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     return Clip(frames, tuple(place / fps for place in range(total)), fps, "clip", total, fps)
 
 
 @cache
 def target(family: str):
-    """A skeleton, whose folder a test may change."""
+    """Make a skeleton model whose folder a test may change."""
     from specvlm.models.load import skeleton  # behind what makes torchvision importable
 
     return skeleton(model_folder(f"embedded:{family}/target"), "hf")
 
 
 def sampled(family: str, folder: Path, clip: Clip, **settings) -> list[int]:
-    """Numbers of the frames that are taken where the video processor has these settings."""
+    """Return the numbers of the frames taken with these video processor settings."""
     (folder / "processor_config.json").write_text(json.dumps({"video_processor": settings}))
     model = copy(target(family))
     model.folder = folder
@@ -100,7 +100,7 @@ def test_frames_are_those_that_hugging_face_takes(tmp_path):
 @pytest.mark.parametrize("family", TYPES)
 @pytest.mark.parametrize(("total", "fps"), CLIPS)
 def test_a_clip_shorter_than_the_settings_ask_for_is_shown_whole(tmp_path, family, total, fps):
-    """Where Hugging Face refuses it; Qwen's frames come in pairs."""
+    """Hugging Face refuses it. Qwen's frames come in pairs."""
     whole = list(range(total)) if family == "llava_onevision" or total == 1 else list(range(total // 2 * 2))
     for settings in ({"num_frames": 300}, {"fps": 100, "max_frames": 300}):
         found = sampled(family, tmp_path, clip_of(total, fps), **settings)
@@ -109,7 +109,7 @@ def test_a_clip_shorter_than_the_settings_ask_for_is_shown_whole(tmp_path, famil
 
 
 def test_twenty_seconds_at_one_frame_a_second_are_twenty_frames(tmp_path):
-    """With the settings of the embedded pairs, and with none."""
+    """With the embedded pairs' settings, and with none."""
     for family, settings in (("qwen2_5_vl", {"fps": 2, "max_frames": 32}), ("llava_onevision", {"fps": 1})):
         assert sampled(family, tmp_path, clip_of(20, 1.0), **settings) == list(range(20))
         assert sampled(family, tmp_path, clip_of(20, 1.0), do_normalize=True) == list(range(20))

@@ -21,7 +21,7 @@ RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 
 
 def picture(mode: str) -> Image.Image:
-    """24 rows of 40 pixels; the modes with transparency have some."""
+    """Make 24 rows of 40 pixels; modes with transparency have some."""
     if mode == "P":
         image = Image.fromarray(NOISE).quantize(16)
         image.info["transparency"] = bytes(range(0, 256, 16))
@@ -67,7 +67,7 @@ def test_16_bit_grey_keeps_its_upper_eight_bits(tmp_path):
 
 
 def png_16(samples: np.ndarray) -> bytes:
-    """A PNG of 16 bits a sample: (H, W, 2) grey with alpha, (H, W, 3) colour, (H, W, 4) colour with alpha."""
+    """Encode a PNG of 16 bits per sample: (H, W, 2) grey with alpha, (H, W, 3) colour, (H, W, 4) colour with alpha."""
     height, width, count = samples.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
@@ -92,7 +92,7 @@ def test_an_animation_is_its_first_picture(tmp_path, kind):
 
 
 def claims(side: int) -> bytes:
-    """A PNG that says it is so wide and high, and holds nothing."""
+    """Make a PNG that claims a size and holds no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
 

@@ -1,4 +1,4 @@
-"""The benchmark of a pair, with tiny shapes on the CPU: acceptance is what was given, and what was measured is written down."""
+"""The pair benchmark with tiny shapes on the CPU: acceptance is as given, and all figures are written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
 
 @cache
 def known_of(family: str) -> tuple[int, ...]:
-    """The target's own answer, 48 tokens."""
+    """Decode the target's own answer, 48 tokens."""
     steps = autoregressive(tiny.model(family), tiny.prompt(family), 48, GreedyVerifier())
     return tuple(token for step in steps for token in step.tokens)
 

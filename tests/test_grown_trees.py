@@ -1,4 +1,4 @@
-"""Trees that are grown: the best nodes of what was guessed, connected, and captured once for all their shapes."""
+"""Grown trees hold the best nodes of all guesses, are connected, and are captured once for all shapes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def decode(family, drafter, engine=None, verifier=None, ratio=0.5, pruner=None, 
 
 
 class Model:
-    """A model of invented logits that go by the whole way, so that a wrong mask shows. Row 0 is the root's."""
+    """Model with invented logits that depend on the whole path, so that a wrong mask shows. Row 0 is the root's."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.tokens = seed, []
@@ -100,7 +100,7 @@ def test_the_tree_is_the_best_of_what_was_expanded(depth, width, nodes, seed):
 
 @pytest.mark.parametrize(("depth", "width", "nodes"), [(2, 2, 6), (4, 3, 12), (6, 3, 25), (3, 5, 40)])
 def test_where_nodes_tie_with_their_cousins_any_of_them_will_do(depth, width, nodes):
-    """The same distribution below every node: a way is worth as much as its tokens in another order."""
+    """All nodes have the same distribution: a path is as likely as its tokens in another order."""
     model = Model(0)
     model.logits = lambda way: Model.logits(model, ())
     growth = Growth((width,) * depth, (width,) * (depth - 1), nodes)
@@ -115,7 +115,7 @@ def test_where_nodes_tie_with_their_cousins_any_of_them_will_do(depth, width, no
 
 
 def test_equal_probabilities_keep_the_tree_connected():
-    """A draft that is certain: its second guesses are worth as much as nothing, its first as much as the root."""
+    """A draft that is certain: second guesses have probability 0, and first ones that of the root."""
     certain = torch.full((1, V), -1e9).double()
     certain[0, 2] = 0.0
     growth = Growth((2,) * 4, (2,) * 3, 9)
@@ -163,7 +163,7 @@ def test_one_capture_of_the_check_and_one_of_the_growth_serve_every_shape():
 
 
 def test_a_capture_writes_no_row_of_the_prompt(monkeypatch):
-    """Caches without a slot to spare."""
+    """Caches are exactly full."""
     monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     drafter = DynamicTreeDrafter(nodes=12, depth=12, width=1)
     steps = decode("qwen2_5_vl", drafter, GraphsEngine("direct"), pruner=NonePruner(), draft=tiny.model("qwen2_5_vl"), limit=6)
@@ -193,14 +193,14 @@ def test_repetition_penalty_and_sampling(engine, monkeypatch):
 
 
 def sage_confidence(logits: list[float]) -> float:
-    """From the paper's words: of the ten likeliest tokens, made to add up to 1, one minus the entropy over its maximum."""
+    """From the paper's text: renormalise the ten likeliest tokens; one minus entropy over maximum entropy."""
     weights = [math.exp(logit - max(logits)) for logit in sorted(logits)[-10:]]
     shares = [weight / sum(weights) for weight in weights]
     return 1 + sum(share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
 
 
 def sage_tree(model: SageModel, depth: int, width: int) -> dict[tuple[int, ...], float]:
-    """From the paper's words, node by node: ways and their probabilities, without the limit of 64."""
+    """From the paper's text, node by node: paths and their probabilities, without the limit of 64."""
     tree, frontier = {}, {(): 1.0}
     for level in range(1, depth + 1):
         below = {}
@@ -215,8 +215,9 @@ def sage_tree(model: SageModel, depth: int, width: int) -> dict[tuple[int, ...],
 
 
 class SageModel(Model):
-    """Invented distributions over 20 tokens, with different probabilities in a row. kind: `alike`: the same below every
-    node, so that nodes tie with their cousins; `sure`, `flat` or `random`.
+    """Invented distributions over 20 tokens, with distinct probabilities per row.
+
+    kind: `alike` (the same for all nodes, so that nodes tie with their cousins), `sure`, `flat` or `random`.
     """
 
     def __init__(self, seed: int, kind: str) -> None:
@@ -267,7 +268,7 @@ def test_an_entropy_tree_is_sages(kind, seed):
 
 
 def test_half_a_chance_and_a_uniform_rest_give_depth_8_and_width_2():
-    """Of 150,000 tokens: the entropy of all of them would say the contrary."""
+    """Out of 150,000 tokens: the entropy over all of them would give the opposite."""
     p = torch.full((1, 150_000), 0.5 / 149_999, dtype=torch.float64)
     p[0, 77] = 0.5
     confidence = float(_confidence(p.log(), 10))
@@ -310,7 +311,7 @@ def test_every_extent_is_known_ahead(drafter):
 
 
 class WarmsUp(GraphsEngine):
-    """Runs what it captures on the inputs it is captured with, as a CUDA graph's capture does."""
+    """Engine that runs what it captures on the example inputs, as capturing a CUDA graph does."""
 
     def capture(self, fn, inputs, backend, tables):
         for _ in "12":
@@ -328,8 +329,9 @@ class WarmsUp(GraphsEngine):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_entropy_tree_is_captured_by_extent(backend, drafter, family, monkeypatch):
-    """Caches without a slot to spare; programs that are captured while accepted rows still lie behind the root; trees that
-    are shallower than what was accepted of the one before.
+    """Caches are exactly full, and some trees are shallower than what was accepted of the one before.
+
+    Some programs are captured before accepted rows have moved.
     """
     monkeypatch.setattr("specvlm.models.kv_cache.pooled", lambda slots: slots)
     told, extents = [], drafter.extents()

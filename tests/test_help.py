@@ -1,4 +1,4 @@
-"""What --help and --version show: everything there is, within the terminal's width, before torch is there."""
+"""--help and --version list everything, within the terminal's width, before torch is imported."""
 
 import os
 import re
@@ -19,19 +19,19 @@ pytest_plugins = ["frame_plugin"]
 
 @pytest.fixture(params=["80", "120"])
 def columns(request, monkeypatch):
-    """The terminal's width."""
+    """Set the terminal's width."""
     monkeypatch.setenv("COLUMNS", request.param)
     return int(request.param)
 
 
 def helped(capsys, *words) -> str:
-    """What --help prints."""
+    """Return the output of --help."""
     assert main(["--help", *words]) == 0
     return capsys.readouterr().out
 
 
 def entries_of(text: str) -> dict[str, str]:
-    """The names in the left column, each with its text: what follows two spaces, and the lines that go on below it."""
+    """Return names in the left column with their text: after two spaces, and on continuation lines."""
     found = re.findall(r"^ {2,4}([^ ].*?)(?: {2,}(.*(?:\n {7,}.*)*))?$", text, re.M)
     return {name: " ".join(said.split()) for name, said in found}
 
@@ -105,7 +105,7 @@ COMMANDS = ["specvlm ratio=0.5", "specvlm --help pruner", "specvlm.advise ratio=
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_terminal_shows_something_before_torch_is_imported(command, tmp_path):
-    """Where importing torch or Hydra ends the process, what came before is all there is."""
+    """Importing torch or Hydra ends the process here, so only earlier output appears."""
     module, *words = command.split()
     code = (
         "import runpy, sys\nsys.modules.update({'torch': None, 'hydra': None})\nsys.stderr.isatty = lambda: True\n"

@@ -1,4 +1,4 @@
-"""`check=hf` and `check=generate`: what Hugging Face's own model, loaded anew, makes of an answer."""
+"""`check=hf` and `check=generate`: how Hugging Face's own model, freshly loaded, judges an answer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def prompt(family: str, clip: str = "synthetic_1") -> VideoPrompt:
 
 
 def answers(family: str, dtype: str, limit: int = LIMIT) -> tuple[list[int], list[int]]:
-    """The target's alone, and that of the loop with a drafter; the same model, weights and prompt."""
+    """Decode without and with a drafter, with the same model, weights and prompt."""
     target, draft, request = model(family, dtype), model(family, dtype, "plain"), prompt(family)
     alone = tokens_of(list(autoregressive(target, request, limit, GREEDY)))
     graph = DecodingGraph(target, draft, UniformPruner(), TreeDrafter("chain:3"), GREEDY)
@@ -88,7 +88,7 @@ def test_a_right_answer_is_identical(family, dtype, generate):
 
 
 def positions_slip(family, monkeypatch):
-    """Text behind the video stands three too early, as another rule of M-RoPE would have it; in one dimension, backwards."""
+    """Shift text after the video three positions back, as another M-RoPE rule would; reverse 1-D positions."""
     real = FAMILY[family].positions
 
     def slipped(self, request):
@@ -100,7 +100,7 @@ def positions_slip(family, monkeypatch):
 
 
 def mask_slip(family, monkeypatch):
-    """The answer's rows do not see the last four of the prompt."""
+    """Hide the last four prompt tokens from the answer's rows."""
 
     def slipped(module, query, key, value, attention_mask, **named):
         rows, keys, prompted = query.shape[2], key.shape[2], len(prompt(family))
@@ -114,13 +114,13 @@ def mask_slip(family, monkeypatch):
 
 
 def feature_slip(family, monkeypatch):
-    """A video's features stand in the wrong order."""
+    """Put a video's features in the wrong order."""
     real = VideoLM.features
     monkeypatch.setattr(VideoLM, "features", lambda self, *rest, **named: real(self, *rest, **named).flip(0))
 
 
 def embedding_slip(family, monkeypatch):
-    """A token is embedded as the next one of the vocabulary."""
+    """Embed a token as the next one of the vocabulary."""
     real = VideoLM.embed_tokens
     monkeypatch.setattr(VideoLM, "embed_tokens", lambda self, tokens_S: real(self, tokens_S + 1))
 
@@ -244,7 +244,7 @@ def test_a_split_target_is_checked_over_the_same_devices(family):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Fails where models of the pair are still there when the pristine one comes."""
+    """Fail if models of the pair still exist when the pristine one is loaded."""
     pair, make, init = [], load, ReferenceModel.__init__
 
     def loading(*rest, **named):
@@ -326,7 +326,7 @@ def test_mrope_is_of_no_matter_to_a_family_without():
 
 @pytest.fixture
 def checked(monkeypatch):
-    """Answers that a model reads over."""
+    """Record calls of the reference check."""
     calls, real = [], ReferenceModel.check
     monkeypatch.setattr(ReferenceModel, "check", lambda self, *rest: calls.append(rest) or real(self, *rest))
     return calls

@@ -1,4 +1,4 @@
-"""A model whose layers are split over devices. Here both stages are on the CPU, and what crosses between them is watched."""
+"""Pipelined models, with layers split over devices. Both stages are on the CPU; transfers between them are recorded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def in_stages(family: str, *ends: int):
-    """The tiny model once more, with its three layers cut behind those."""
+    """Copy the tiny model, with its three layers split after the given ones."""
     whole = tiny.model(family)
     starts = [0, *ends]
     stages = [Stage(CPU, a, b) for a, b in zip(starts, [*ends, whole.layers], strict=True)]
@@ -92,7 +92,7 @@ def test_repetition_penalty_and_sampling(monkeypatch):
 
 
 def test_all_that_crosses_goes_through_one_function(monkeypatch):
-    """A pass touches nothing of another stage but what `cross` handed over: the others' weights and keys are made unusable."""
+    """A pass uses only what `cross` handed over: weights and keys of other stages are made unusable."""
     family = "qwen2_5_vl"
     lm, request, seen = in_stages(family, 2), tiny.prompt(family), []
 
@@ -152,7 +152,7 @@ def test_the_device_map_names_every_part_once(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_checkpoint_is_read_through_hugging_faces_device_map(family):
-    """Both devices are the CPU here; what is left is the model that `load` gives without a map, and no hook of accelerate's."""
+    """Both devices are the CPU. The result is the model that `load` gives without a map, without accelerate's hooks."""
     pytest.importorskip("accelerate")
     folder = model_folder(f"embedded:{family}/target")
     plain = load(folder, "float32")

@@ -1,4 +1,4 @@
-"""The package's layers, and the paths of the release before, which go on working for one more."""
+"""The package's layers, and the import paths of the previous release, which work for one more."""
 
 import subprocess
 import sys

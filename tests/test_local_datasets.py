@@ -1,6 +1,6 @@
-"""Data sets on disk, each in a small folder of exactly the published layout, with clips that were really encoded.
+"""Data sets on disk, each as a small folder in exactly the published layout, with really encoded clips.
 
-Frames carry their number, so that a part of a video shows whether it is the right one.
+Frames encode their number, so tests see whether the right part of a video is read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory) -> Path:
-    """90 frames at 25 a second."""
+    """Encode 90 frames at 25 per second."""
     return draw(tmp_path_factory.mktemp("clip") / "clip.mp4")
 
 
@@ -64,13 +64,13 @@ def parquet(path: Path, rows: list[dict]) -> Path:
 
 
 def shown(sample: Sample, **sampling) -> list[int]:
-    """The numbers of the frames that a job would read."""
+    """Return the numbers of the frames that a job would read."""
     source = sample.video() if callable(sample.video) else sample.video
     return numbers(read_video(source, start=sample.start, end=sample.end, **sampling).frames)
 
 
 def frame_folder(video: Path, folder: Path, every: int, count: int) -> Path:
-    """Every so many frames of a video as 00001.jpg, 00002.jpg …, as TVQA's are given."""
+    """Write every n-th frame of a video as 00001.jpg, 00002.jpg …, like TVQA's."""
     folder.mkdir(parents=True)
     for number, frame in enumerate(read_video(video).frames[::every][:count], start=1):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"{number:05d}.jpg", quality=95)
@@ -98,7 +98,7 @@ def test_video_detail_caption(tmp_path, video):
 
 
 def test_the_order_of_the_papers_samples_is_that_of_hugging_faces_shuffle(tmp_path):
-    """Their code shuffles 499 rows with seed 42 and takes 100; the order was compared with datasets 5.2.0."""
+    """Their code shuffles 499 rows with seed 42 and takes 100. The order was compared with datasets 5.2.0."""
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", detail_rows(*(f"v{number}" for number in range(499))))
     (tmp_path / "Test_Videos").mkdir()
     samples = VideoDetailCaptionDataset(str(tmp_path), shuffle=42, limit=100).samples()
@@ -245,7 +245,7 @@ def test_mlvu_test_takes_answers_where_they_are_given(tmp_path, video):
 
 
 def mvbench(root: Path, video: Path) -> None:
-    """One question a task, with the clip where its archive puts it, but for NTU's, which no archive holds."""
+    """Write one question per task, with the clip where its archive puts it, except for NTU's, which no archive has."""
     for task, folder in FOLDERS.items():
         suffix = {"ssv2_video": ".webm", "nturgbd": ".avi", "tvqa/frames_fps3_hq": ""}.get(folder, ".mp4")
         name = f"stop/{task}.mp4" if task == "egocentric_navigation" else f"{task}{suffix}"
@@ -372,7 +372,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
 
 
 def test_a_familys_own_sampling_fits_the_part_that_is_asked_about(tmp_path, video, monkeypatch):
-    """LLaVA-OneVision's is 32 frames, never more than there are."""
+    """LLaVA-OneVision samples 32 frames, or all if there are fewer."""
     put(video, tmp_path / "talk.mp4")
     write(tmp_path / "questions.jsonl", '{"video": "talk.mp4", "question": "What is shown?", "start": 1, "end": 1.2}')
     cfg = compose(["pair=embedded_llava_onevision", "dataset=folder", f"dataset.root={tmp_path}"])

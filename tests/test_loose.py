@@ -1,4 +1,4 @@
-"""Loose verification: strict at zero, the hand-made walk, and its label."""
+"""Loose verification: strict at zero, a hand-made walk, and its label."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAIN = (-1, 0, 1, 2, 3)
 
 
 def verdict(verifier, tokens, parents, best, scores=None):
-    """best: the target's choice behind each node. scores: cosine of each node to the only video token."""
+    """Verify a tree. best: the target's choice after each node. scores: cosine of each node to the only video token."""
     logits = torch.zeros(len(parents), V)
     logits[torch.arange(len(parents)), torch.tensor(best)] = 1.0
     hidden = video = None
@@ -84,7 +84,7 @@ def test_a_token_wanted_outside_of_the_window_does_not_pass():
 
 @pytest.mark.parametrize(("relaxed", "guesses", "count"), [(0.7, 90, 63), (0.29, 100, 29), (0.07, 100, 7), (0.57, 100, 57)])
 def test_the_share_of_relaxed_guesses_is_that_of_the_number_as_written(relaxed, guesses, count):
-    """A chain of fillers that get ever more relevant, and a target that wants something else."""
+    """A chain of fillers of rising relevance, where the target prefers other tokens."""
     tokens, scores = [0] + [1] * guesses, [0.0, *(at / guesses for at in range(guesses))]
     rule = LooseVerifier(relaxed=relaxed, nearest=1, window=0)
     assert len(verdict(rule, tokens, tuple(range(-1, guesses)), [9] * (guesses + 1), scores).path) == 1 + count
@@ -128,7 +128,7 @@ def test_a_run_is_relaxed_by_what_the_models_hidden_states_say(family, engine):
 
 
 def lvspec(tokens, parents, best, hidden, video, relaxed, nearest, window):
-    """The path that loose verification takes: plain Python, node by node."""
+    """The path that loose verification takes, in plain Python, node by node."""
 
     def cosine(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
@@ -192,7 +192,7 @@ def test_the_walk_is_lvspecs(seed):
 
 @dataclass(frozen=True)
 class Everything(Verifier):
-    """Accepts every first guess; what follows is no choice of the target's either."""
+    """Accepts every first guess; its bonus is not the target's choice either."""
 
     name = "everything"
     lossless = False
@@ -216,7 +216,7 @@ class Everything(Verifier):
 
 
 def checked_by(verifier, tokens, best, stops, scale=1.0, generator=None):
-    """What the loop makes of a chain that a rule accepted in full."""
+    """Apply `strict_ends` to a chain that a rule accepted in full."""
     tree = DraftTree(torch.tensor(tokens), tuple(range(-1, len(tokens) - 1)))
     logits = torch.zeros(len(tokens), V).scatter(1, torch.tensor(best)[:, None], scale)
     generator = generator or torch.Generator().manual_seed(0)
@@ -247,7 +247,7 @@ def test_a_next_token_that_would_end_the_answer_is_the_targets():
 
 @pytest.mark.slow
 def test_where_the_rule_samples_answers_end_as_often_as_the_targets_own_draws_do():
-    """Of a chain that guesses a stop id: at each node the answer ends with the probability that the target gives it."""
+    """A chain that guesses a stop id: at each node, the answer ends with the target's probability."""
     generator, ends, runs = torch.Generator().manual_seed(0), [0, 0, 0], 1500
     tokens, best, stops = [0, 1, 9, 4], [2, 2, 8, 2], frozenset({8, 9})
     for _ in range(runs):
@@ -263,7 +263,7 @@ def test_where_the_rule_samples_answers_end_as_often_as_the_targets_own_draws_do
 
 @dataclass(frozen=True)
 class Sloppy(Everything):
-    """Never takes a stop id where nothing is guessed, and writes into all it is shown."""
+    """Never returns a stop id without a draft, and overwrites everything it is given."""
 
     stops: frozenset[int] = frozenset()
     bonus: int = 3
@@ -290,7 +290,7 @@ def test_what_a_rule_writes_into_its_context_moves_no_end(family, monkeypatch):
 
 @pytest.mark.slow
 def test_a_rule_that_samples_has_no_word_of_its_own_on_where_answers_end():
-    """Its `first` never stops; each of two stop ids still comes as often as the target gives it, and no other."""
+    """Its `first` never stops. Both stop ids still come as often as the target gives them, and no others do."""
     target, rule = SimpleNamespace(ranks=SINGLE), Sloppy(1.0, stops=frozenset({8, 9}))
     penalty = RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)
@@ -315,7 +315,7 @@ def test_every_choice_is_drawn_among_lossy_answers():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("engine", [Engine(), GraphsEngine("direct")], ids=["eager", "graphs"])
 def test_no_answer_of_a_lossy_rule_ends_or_goes_on_by_a_guess(family, engine, monkeypatch):
-    """Every token of some answers as a stop id: then the target's own choice is never overruled."""
+    """With every token, or every third, as a stop id, the target's own choice always decides."""
     monkeypatch.setattr(tiny.model(family), "stop_ids", frozenset(range(97)))
     for rule in (LooseVerifier(1.0), Everything()):
         assert answer(family, rule, engine) == tiny.hf_greedy(tiny.model(family), tiny.prompt(family), 1)

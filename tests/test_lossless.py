@@ -1,4 +1,4 @@
-"""Whatever is pruned, drafted and guessed: the output is the target's own, and equals Hugging Face's."""
+"""Whatever is pruned, drafted and guessed, the output is the target's own and equals Hugging Face's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SHORT = 18  # tokens, where every pruner meets every drafter: rounds enough for 
 
 @cache
 def model(family: str) -> VideoLM:
-    """`tiny.model`, which runs each pass once: where pruners keep the same, drafts and checks begin alike."""
+    """`tiny.model` that runs each pass once: where pruners keep the same tokens, drafts and checks begin alike."""
     return remember_passes(remember_features(tiny.wrap(tiny.model(family).hf)))
 
 
@@ -241,7 +241,7 @@ def test_a_tie_is_called_one_with_its_gap():
 
 @pytest.fixture
 def rounded(monkeypatch):
-    """Logits of several rows are off by up to half a rounding of bfloat16, as another order of sums might have them."""
+    """Perturb logits of passes of several rows by up to half a bfloat16 rounding, as another summation order might."""
     exact = VideoLM.head
 
     def head(self, hidden_QD):
@@ -255,14 +255,14 @@ def rounded(monkeypatch):
 
 @cache
 def case_of(family: str, number: int) -> planted_faults.Case:
-    """Made by passes of one row, which neither `rounded` nor a fault touches."""
+    """Make a case by passes of one row, which neither `rounded` nor a fault affects."""
     lm = tiny.model(family, dtype=torch.bfloat16)
     return planted_faults.case_of(number, family, tiny.prompt(family, number), lm)
 
 
 @cache
 def right_output(family: str, number: int) -> list[int]:
-    """Without a fault. To be asked for where none is planted."""
+    """Decode without a fault. Call it before a fault is planted."""
     return tokens_of(planted_faults.steps_of(case_of(family, number)))
 
 
@@ -316,7 +316,7 @@ def test_a_baseline_that_is_not_the_targets_own_is_no_tie():
     ],
 )
 def test_rounds_that_their_trees_do_not_give_are_a_mismatch(changed, reason):
-    """The output is the target's, and the baseline another: the trees alone are looked at."""
+    """The output is the target's and the baseline is another; only the trees are compared."""
     case = case_of("qwen2_5_vl", 0)
     steps = case.decode(case.drafter, NonePruner(), Engine())
     longest = max(range(1, len(steps)), key=lambda number: len(steps[number].tokens))

@@ -1,4 +1,4 @@
-"""Merged keep sets, and pruners of one video over several."""
+"""Merged keep sets, and single-video pruners applied to several videos."""
 
 from dataclasses import replace
 

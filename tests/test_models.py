@@ -1,4 +1,4 @@
-"""Forward passes: positions, masks, guidance and the cache, against Hugging Face and against one token at a time."""
+"""Forward passes (positions, masks, guidance, cache) against Hugging Face and against one token at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def filled(lm, request, collector=None, room=80):
 
 
 def random_tree(rng, nodes, vocabulary=80, chain_tail=3):
-    """Bushy on top, then one node a level."""
+    """Make a tree that is bushy at the top, then has one node per level."""
     parents = [-1] + [rng.randrange(max(1, node)) for node in range(1, nodes - chain_tail)]
     parents += list(range(len(parents) - 1, len(parents) - 1 + chain_tail))
     return DraftTree(torch.tensor([rng.randrange(vocabulary) for _ in parents]), tuple(parents))
@@ -133,7 +133,7 @@ def test_guidance_stops_the_pass_at_the_layer_asked_for():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_pruned_prefill_equals_the_full_one_with_those_keys_masked(family):
-    """Prefill over the kept rows at their original positions = a full-length pass in which dropped columns are hidden."""
+    """Prefilling kept rows at their original positions equals a full-length pass with the dropped columns masked."""
     lm, request = tiny.model(family), tiny.prompt(family)
     keep = KeepSet(torch.tensor([1, 2, 9, 17]), len(request.video_index))
     slots = request.kept_slots(keep.index)
@@ -341,7 +341,7 @@ def test_planted_faults_change_the_output_of_a_target(fault, monkeypatch):
 
 
 def test_the_released_codes_unmasked_one_node_levels_would_be_seen(monkeypatch):
-    """C1: without a mask on one-node levels a drafter that is the target is no longer accepted in full."""
+    """C1: without a mask on one-node levels, a drafter equal to the target is no longer accepted in full."""
     append = VideoLM.append_hidden
 
     def unmasked(self, tokens, depths, seen, cache, root=None):

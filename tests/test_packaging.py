@@ -1,4 +1,4 @@
-"""The wheel works from any folder, and a third-party package of two files brings a strategy and takes it away again."""
+"""The wheel works from any folder, and a two-file third-party package adds a strategy and removes it again."""
 
 import json
 import os
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "pyproject.toml")
 
 
 def python(*words, cwd, **env):
-    """Run Python as a user of an installed specvlm would: elsewhere, and without this checkout on the path."""
+    """Run Python as a user of an installed specvlm would: elsewhere, without this checkout on the path."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd,
@@ -64,7 +64,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
-    """A scratch environment with specvlm and the plugin, both from their wheels."""
+    """Make a scratch environment with specvlm and the plugin, both installed from wheels."""
     folder = tmp_path_factory.mktemp("env")
     site = folder / "site"
     install(wheel, site)
@@ -74,7 +74,7 @@ def site(wheel, tmp_path_factory):
 
 
 def specvlm(site, *words):
-    """`-P` keeps the working directory off the path, so that only `site` can answer."""
+    """Run the command. `-P` keeps the working directory off the path, so that only `site` is imported."""
     env = {"PYTHONPATH": str(site), "SPECVLM_PLUGINS": "specvlm-frame-diff", "COLUMNS": "120"}
     folder = site.parent / "elsewhere"
     folder.mkdir(exist_ok=True)

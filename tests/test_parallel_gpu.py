@@ -1,4 +1,4 @@
-"""A target over two GPUs: split by layers in one process, shared by two ranks over NCCL, and what its kernels give there."""
+"""A target over two GPUs: pipelined in one process, tensor-parallel over NCCL, and the results of its kernels there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def split_over_two(family: str, dtype: torch.dtype, counts: tuple[int, int] = (2, 1)):
-    """The tiny model, its parts moved one by one to where Hugging Face's map puts them."""
+    """Move the parts of the tiny model one by one to where Hugging Face's map puts them."""
     hf = copy.deepcopy(tiny.model(family, dtype=dtype).hf)
     for name, device in device_map(hf, counts, [torch.device("cuda", n) for n in range(2)]).items():
         part = hf.get_submodule(name) if name in dict(hf.named_modules()) else None

@@ -1,4 +1,4 @@
-"""Requests that run joined, in turns or in threads have the tokens that each has alone."""
+"""Requests that run batched, in turns or in threads get the tokens that each gets alone."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_request_may_come_and_go_while_others_run():
 
 @dataclass(frozen=True)
 class Failing(Drafter):
-    """fault: what it yields in the second round."""
+    """Drafter that fails in the second round. fault: what it yields there."""
 
     name = "failing"
     model = "draft"
@@ -318,7 +318,7 @@ def test_what_is_wrong_with_a_routine_is_told_with_its_drafters_name(fault, engi
 
 @pytest.mark.parametrize("slot", [-7, 10_000])
 def test_a_routine_writes_into_its_own_cache_alone(slot):
-    """A kernel would write wherever it is told."""
+    """A kernel would write to any slot that it is given."""
     graph = graph_of("qwen2_5_vl", Mistaken(slot=slot), GreedyVerifier(), engine=GraphsEngine("direct"))
     want = tiny.hf_greedy(graph.target, *request_of("qwen2_5_vl", 1))
     assert tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 1)))) == want
@@ -332,7 +332,7 @@ def test_a_routine_writes_into_its_own_cache_alone(slot):
 
 @cache
 def outside() -> type[Drafter]:
-    """That of docs/write/drafter.md, which imports none of specvlm's drafters and no engine."""
+    """Load the drafter of docs/write/drafter.md, which imports none of specvlm's drafters and no engine."""
     text = Path(__file__).parents[1].joinpath("docs/write/drafter.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert "engine" not in code and "specvlm.strategies.drafters" not in code

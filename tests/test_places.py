@@ -20,7 +20,7 @@ from specvlm.parallel.ranks import SINGLE
 
 @pytest.fixture
 def machine(monkeypatch):
-    """So many GPUs, and so many ranks of torchrun, of which this is one."""
+    """Pretend to have so many GPUs, and to be one of so many ranks of torchrun."""
 
     def make(gpus: int = 0, ranks: int = 1, rank: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -218,7 +218,7 @@ def test_ranks_plan_their_shares(machine, rank, drafts):
 
 
 def test_quantised_shares_are_shares(machine):
-    """What each rank keeps is its share; what Hugging Face puts there first is planned too, where it is more than the rest."""
+    """A rank keeps its shard. Hugging Face's copy while loading is planned too, if it is larger than the rest."""
     machine(gpus=2, ranks=2)
     where = Placement("tensor", gpu(0), gpu(0)[0], 2)
     one, plain, whole, ours = (

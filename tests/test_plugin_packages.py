@@ -1,4 +1,4 @@
-"""Every folder under plugins/ is a package that anyone could have written: two files and a test, no edit of the core."""
+"""Every folder under plugins/ is a package as a third party would write it: two files and a test, no core edits."""
 
 import configparser
 import inspect
@@ -20,7 +20,7 @@ each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: fol
 
 @pytest.fixture
 def point(folder, monkeypatch):
-    """The entry point as the folder declares it, its module importable without an installation."""
+    """Return the entry point that the folder declares, with its module importable without installation."""
     monkeypatch.syspath_prepend(str(folder))
     ((name, target),) = project(folder)["entry-points"]["specvlm"].items()
     declared = EntryPoint(name, target, "specvlm")
@@ -63,7 +63,7 @@ def test_the_example_of_a_page_has_the_same_metadata(page):
 
 @each_package
 def test_its_wheel_is_built_and_holds_its_module_alone(folder, tmp_path):
-    """By the build back end in this process: no network, nothing installed."""
+    """Built by the build back end in this process: no network, nothing installed."""
     module = folder.name.replace("-", "_")
     (built,) = WheelBuilder(str(folder)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(built) as wheel:

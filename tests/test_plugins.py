@@ -62,7 +62,7 @@ def bringing(*classes):
 
 
 class Point:
-    """An entry point whose module need not be installed."""
+    """Entry point whose module need not be installed."""
 
     def __init__(self, name, target, dist=None, version="1.0"):
         self.name, self.target = name, target

@@ -1,4 +1,4 @@
-"""Reading ahead: the next video is read while a sample is answered, and no row shows it but by its times."""
+"""Prefetching: the next video is read while a sample is decoded, and only the times in a row change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture(autouse=True)
 def films(tmp_path, monkeypatch):
-    """Three films of eight small pictures each, in a folder of our own."""
+    """Write three films of eight small pictures each, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     for film in "abc":
@@ -46,7 +46,7 @@ def films(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """What is read: sample, in the background or not, and with how many threads; set while it is read."""
+    """Record each read: sample, whether in the background, and number of threads."""
     calls, real = [], prepare.read
 
     def read(setup, sample):
@@ -59,7 +59,7 @@ def reads(monkeypatch):
 
 
 def answer_all(out: str, *jobs_words: list[str]) -> int:
-    """A job for each list of words, as a sweep does them; the exit code."""
+    """Run one job per list of words, as a sweep does. Returns the exit code."""
     started = []
     for number, words in enumerate(jobs_words):
         cfg = compose([*FEW, *words])
@@ -79,7 +79,7 @@ APART = [["frames=4", "turn=2"], ["frames=6", "turn=2"]]
 @pytest.mark.slow
 @pytest.mark.parametrize("both", [SHARED, APART], ids=["shared", "apart"])
 def test_rows_and_rounds_are_the_same_with_and_without(both, reads):
-    """Jobs that share readings, and that do not; by a rule with chance in it."""
+    """For jobs that share reads and jobs that do not, with a rule that uses random numbers."""
     for word in ("true", "false"):
         more = ["verifier=sampling", "verifier.temperature=0.8", f"prefetch={word}"]
         assert answer_all(word, *([*words, *more] for words in both)) == 0
@@ -92,7 +92,7 @@ def test_rows_and_rounds_are_the_same_with_and_without(both, reads):
 
 
 def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypatch):
-    """Each sample waits, decoding, until its successor is read: without a thread for that it would wait in vain."""
+    """Each sample blocks decoding until the next one is read: without a background thread it would block for ever."""
     read, decoded, real, decode = [], [], prepare.read, answer.speculate
     come = threading.Condition()
 
@@ -134,7 +134,7 @@ def test_where_the_target_is_on_a_gpu_the_next_video_is_read_ahead():
 
 @pytest.mark.slow
 def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
-    """Of the job that decodes, and in the background of the one that will ask for the video."""
+    """Of the job that decodes, and in the background of the job that will need the video."""
     decoding, real = [], answer.speculate
 
     def speculate(request, *rest):
@@ -168,7 +168,7 @@ def test_a_video_that_cannot_be_read_costs_its_own_row(capfd):
 
 @pytest.mark.slow
 def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, monkeypatch):
-    """Of two jobs with other frames the second fails while its video is read; the first goes on."""
+    """Of two jobs with different frames, the second fails while its video is read; the first goes on."""
     real = MODEL_CACHE.graph
 
     def graph(request, ranks):
@@ -187,7 +187,7 @@ ENDS = {KeyboardInterrupt: KeyboardInterrupt(), CannotWrite: CannotWrite("the di
 
 @pytest.mark.parametrize("end_of_it", ENDS)
 def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
-    """While the next video is read: by Ctrl-C, a full disk, and fail_fast."""
+    """Ctrl-C, a full disk, or fail_fast, while the next video is read."""
     begun, go_on, real = threading.Event(), threading.Event(), prepare.read
 
     def reading(setup, sample):
@@ -210,7 +210,7 @@ def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was():
-    """Killed as soon as there is a row, while the next video is read or decoded."""
+    """Killed after its first row, while the next video is read or decoded."""
     words = ["-m", *FEW, "pruner=uniform", "prefetch=true"]
     assert main([*words, "hydra.sweep.dir=whole"]) == 0
     words += ["hydra.sweep.dir=out", "resume=true"]

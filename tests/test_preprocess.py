@@ -1,6 +1,6 @@
-"""Pixels equal Hugging Face's, by digests frozen from its processors, and against them where torchvision works.
+"""Pixels equal Hugging Face's: digests frozen from its processors, and a direct comparison where torchvision works.
 
-``python tests/test_preprocess.py`` in an environment with torchvision writes ``tests/data/pixels.json`` anew.
+``python tests/test_preprocess.py``, in an environment with torchvision, rewrites ``tests/data/pixels.json``.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ FOLDERS = {  # model type, files, and what the video settings are then
 
 
 def picture(frames: int, height: int, width: int) -> torch.Tensor:
-    """Frames that are the same everywhere: a moving gradient with integer noise over it."""
+    """Make frames that are the same on every machine: a moving gradient with integer noise."""
     place = torch.arange(frames * 3 * height * width).view(frames, 3, height, width)
     noise = (place * 1103515245 + 12345 >> 16) % 64
     ramp = (torch.arange(height)[:, None] * 2 + torch.arange(width) + 9 * torch.arange(frames)[:, None, None]) % 192
@@ -88,7 +88,7 @@ def write_folder(folder: Path, model_type: str, files: dict[str, dict]) -> Path:
 
 
 def frozen_pixels() -> dict[str, str]:
-    """Digests of what Hugging Face's processors make of each size; needs torchvision."""
+    """Compute digests of the output of Hugging Face's processors for each size. Needs torchvision."""
     from transformers import LlavaOnevisionVideoProcessor, Qwen2VLVideoProcessor
 
     qwen, llava, digests = Qwen2VLVideoProcessor(cap_pixels_per_frame=False), LlavaOnevisionVideoProcessor(), {}
@@ -117,7 +117,7 @@ def our_pixels() -> dict[str, str]:
 
 
 def allow_torchvision_without_its_operators() -> None:
-    """Make torchvision's CUDA build importable beside a CPU build of torch: name the operators that it cannot load."""
+    """Make torchvision's CUDA build importable with a CPU torch, by declaring operators that it cannot load."""
     global _library
     try:
         import torchvision
@@ -147,7 +147,7 @@ needs_torchvision = pytest.mark.skipif(
 
 @needs_torchvision
 def test_pixels_and_settings_equal_hugging_faces_own(tmp_path):
-    """In a process of its own: an installed torchvision must be made importable before transformers looks for it."""
+    """In a process of its own: torchvision must be made importable before transformers looks for it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, "compare", str(tmp_path)], check=True, timeout=300, env=env)
 

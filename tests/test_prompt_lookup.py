@@ -1,4 +1,4 @@
-"""Prompt look-up proposes what a full rescan would, never a placeholder, and takes up what was accepted."""
+"""Prompt lookup proposes the same as a full rescan, never a placeholder, and includes what was accepted."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def start(drafter: PromptLookupDrafter, prompt: list[int], bonus: int) -> DraftS
 
 
 def guesses(tree: DraftTree) -> list[int]:
-    """Of a tree that is a chain: what stands below the root."""
+    """Return the tokens below the root of a chain."""
     assert tree.parents == tuple(range(-1, len(tree) - 1)) and tree.q is None and tree.tokens.dtype == torch.int64
     return tree.tokens[1:].tolist()
 
 
 def rescan(drafter: PromptLookupDrafter, text: list[int]) -> list[int]:
-    """The definition: longest n-gram first, its latest earlier place, read on past the end into what was just read."""
+    """The definition: the longest n-gram first, at its latest earlier place, read on past the end into the guesses."""
     for size in range(drafter.max_ngram, drafter.min_ngram - 1, -1):
         gram = text[-size:]
         if len(gram) < size or VIDEO in gram:

@@ -1,4 +1,4 @@
-"""Prompts equal those of Hugging Face's own processors, frozen by tests/data/make_prompts.py; what questions may not hold."""
+"""Prompts equal Hugging Face's, as frozen by tests/data/make_prompts.py; and what questions may not contain."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_template_that_fails_ends_in_one_line(case, models, monkeypatch):
 
 
 def folder_with(folder: Path, **files: object) -> Path:
-    """The embedded Qwen2.5-VL target without a template, and these files: `name_json` is name.json."""
+    """Write the embedded Qwen2.5-VL target without a template, and these files: `name_json` is name.json."""
     prompt_folders.make(folder, "qwen2_5_vl", "as it is")
     (folder / "chat_template.jinja").unlink()
     for name, content in files.items():
@@ -185,7 +185,7 @@ def test_named_files_are_found_and_a_folder_without_any_has_none(tmp_path):
 
 
 class Waits:
-    """Waits, when it is cleared away in a fork, for what is only in the process it was forked from."""
+    """Blocks when it is freed in a fork, as an object does that waits for threads of the parent process."""
 
     def __init__(self):
         self.me, self.home = self, os.getpid()

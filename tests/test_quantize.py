@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: how far they are from what they were, how they lie in memory, and whole models of them."""
+"""Weights in 8 and 4 bits: quantisation error, memory layout, and whole models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def layer_of(K: int, N: int, bias: bool = True, dtype: torch.dtype = torch.float
 
 
 def scales_of(layer: QuantizedLinear) -> torch.Tensor:
-    """(N, K), each weight's own."""
+    """Return the (N, K) scale of each weight."""
     return layer.scale.view(layer.out_features, -1).repeat_interleave(layer.group, 1)
 
 
@@ -201,7 +201,7 @@ def quantized(lm, kind):
 
 
 def in_full(hf):
-    """Hugging Face's own layers, with the weights that the quantised ones stand for."""
+    """Make Hugging Face's own layers with the dequantised weights."""
     full = copy.deepcopy(hf)
     for name, layer in hf.named_modules():
         if isinstance(layer, QuantizedLinear):

@@ -1,4 +1,4 @@
-"""The references see what the loops share, and decoding at the positions of training is what an independent loop decodes."""
+"""The references catch bugs that the loops share, and decoding at training positions equals an independent loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def alone(target, request, limit=LIMIT):
 
 @torch.inference_mode()
 def logits_of(target, request, tokens):
-    """(T, V) by the passes of the loops, each after the tokens before it."""
+    """Compute (T, V) logits by the loops' passes, each after the tokens before it."""
     cache = target.new_cache(len(request) + len(tokens))
     hidden_D = target.prefill(target.embed(request, target.features(request)), target.positions(request), cache, request.cut)
     return torch.cat([target.head(hidden_D)[None], Engine().append(target, torch.tensor(tokens[:-1]), cache)])
@@ -62,7 +62,7 @@ def test_a_reference_shares_no_memory_and_no_attention_with_the_model_under_test
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_both_of_hugging_faces_attentions_and_its_loop_give_the_answer(family, name):
-    """Also where a video reaches further in time than the text behind it goes."""
+    """Also where a video reaches further in time than the text after it."""
     lm = tiny.model(family)
     for request_of in (dict(videos=2, images=1), dict(frames=12)):
         request = tiny.prompt(family, **request_of)
@@ -90,7 +90,7 @@ def time_that_stands_still(monkeypatch):
 
 
 def behind_a_prefix(monkeypatch, mask_of):
-    """Rows of the question attend as `mask_of` (rows, keys) has it."""
+    """Let rows after a prefix attend by `mask_of(rows, keys)`."""
     attend = attention.scaled_dot_product_attention
 
     def masked(query, key, value, scaling):
@@ -145,7 +145,7 @@ QWEN, LLAVA = tiny.FAMILIES
     ("family", "slip"), [*((QWEN, slip) for slip in COARSE + COARSE_IN_QWEN + FINE), *((LLAVA, slip) for slip in COARSE + FINE)]
 )
 def test_a_slip_that_both_loops_share_is_seen_by_the_reference_alone(family, slip, monkeypatch):
-    """In the logits always, and in the tokens where it is coarse."""
+    """Always in the logits, and in the tokens if it is coarse."""
     lm, request = tiny.model(family), tiny.prompt(family, videos=2, images=1)
     tokens, logits_TV = reference.scored(reference.pristine(lm.hf), request, SHORT)
     terms = additions(lm.hf, len(request) + SHORT)
@@ -185,7 +185,7 @@ def independent(lm, request, limit=LIMIT, penalty=1.0):
 
 
 def test_the_independent_loop_gives_the_answer_of_generate_at_its_positions():
-    """So what it adds to positions, its loop and its penalty, is Hugging Face's own."""
+    """So all of it except the positions is Hugging Face's: loop and penalty."""
     request = tiny.prompt("qwen2_5_vl", videos=2, images=1)
     hf = reference.pristine(tiny.model("qwen2_5_vl").hf)
     named = {name: value for name, value in reference.inputs_of(hf, request).items() if name.endswith(("thw", "ids", "ts"))}

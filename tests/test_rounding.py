@@ -1,4 +1,4 @@
-"""The bound of two sums of the same numbers: no order of adding up is outside of it, and whatever else is."""
+"""The rounding bound: no summation order exceeds it, and real differences do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_no_order_of_adding_up_is_outside_of_the_bound(dtype, count, offset):
 
 
 def test_a_sum_near_zero_is_bounded_by_what_was_added_up():
-    """What a fixed bound got wrong: values up to 143, a sum near 0, and a difference of 5e-5."""
+    """A fixed bound got this wrong: values up to 143, a sum near 0, and a difference of 5e-5."""
     x = torch.randn(192, generator=torch.Generator().manual_seed(0)) * 50
     x[-1] = -x[:-1].double().sum()
     assert abs(float(x.sum())) < 1e-2 and rounding(192, float(x.abs().sum()), torch.float32) > 5e-5

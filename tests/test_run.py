@@ -276,7 +276,7 @@ def test_a_run_into_the_folder_of_another_leaves_no_old_summary(monkeypatch):
 
 
 def out_of_memory_at(monkeypatch, passes: int) -> None:
-    """The target's pass of that number fails, and every later one."""
+    """Let the target's n-th pass fail, and every later one."""
     forward, seen = VideoLM.forward, []
 
     def failing(self, *args, **named):

@@ -1,9 +1,9 @@
-"""The output of tree sampling has the target's distribution: by enumeration, to rounding, and by drawing, with chi-square.
+"""Tree sampling has the target's distribution: by enumeration, up to rounding, and by drawing, with chi-square.
 
 A world is a target and a drafter whose next-token distributions depend on all tokens so far: one random row for each of
-the V**d contexts of depth d. Enumeration runs over every tree that the drafter can draw and, for each, over every way
-the walk can end, and adds up the joint distribution of the first tokens of the output. Shorter outputs go on with the
-target's own distribution, as the next round's would by induction.
+the V**d contexts of depth d. Enumeration runs over every tree that the drafter can draw and every way the walk can end,
+and sums the joint distribution of the output's first tokens. Shorter outputs continue with the target's own
+distribution, as the next round would by induction.
 
 Shape suffixes: M tree nodes, V vocabulary, R runs.
 """
@@ -30,7 +30,7 @@ from specvlm.types import DraftTree, TreeShape
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Thousands of tiny operations: a second thread only waits, and on a busy machine it waits long."""
+    """Use one thread: with thousands of tiny operations a second one only waits, for long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +71,7 @@ class World:
         return TreeShape(self.parents, (0,) * len(self.parents)).children
 
     def after(self, table: list[Tensor], context: Context) -> Tensor:
-        """The row of a context; ids that the target does not have share the row of id 0, since nobody gets there."""
+        """Return the row of a context; ids unknown to the target share the row of id 0, since no run gets there."""
         row = 0
         for token in context:
             row = row * self.vocab + (token if token < self.vocab else 0)
@@ -89,7 +89,7 @@ class World:
         return DraftTree(torch.tensor(tokens), self.parents, q_MV), torch.stack([self.after(self.p, c) for c in contexts])
 
     def draws(self) -> Iterator[tuple[list[int], float]]:
-        """Every tree the drafter may draw, and how likely; with q used up, a node is filled with the highest ids left."""
+        """Yield every tree that the drafter may draw, with its probability; if q is used up, with the highest ids left."""
 
         def grow(node: int, tokens: list[int], weight: float) -> Iterator[tuple[list[int], float]]:
             if node == len(self.parents):
@@ -117,11 +117,11 @@ class World:
         return tuple(path)
 
     def target(self) -> Tensor:
-        """The joint distribution of the first tokens as the target alone writes them, (V,) * length."""
+        """Compute the target's joint distribution of the first tokens, (V,) * length."""
         return self.onward((), torch.ones(1, dtype=torch.float64))
 
     def onward(self, context: Context, weights: Tensor) -> Tensor:
-        """Spread weights (1,), or (V,) over the next token of `context`, over all that the target may write after it."""
+        """Spread weights (1,), or (V,) over the next token of `context`, over all continuations of the target."""
         given = len(context) + (len(weights) > 1)
         joint = weights.clone()
         for depth in range(given, len(self.p)):
@@ -133,7 +133,7 @@ class World:
         return joint
 
     def output(self, rule: Odds = odds, trees: list[list[int]] | None = None) -> Tensor:
-        """The joint distribution of the first tokens of the output under `rule`, over all draws or for given trees."""
+        """Compute the joint distribution of the output's first tokens by `rule`, over all draws or for given trees."""
         joint = torch.zeros(self.vocab ** len(self.p), dtype=torch.float64)
         draws = self.draws() if trees is None else ((tokens, 1 / len(trees)) for tokens in trees)
         for tokens, weight in draws:
@@ -315,7 +315,7 @@ RUNS = 20_000
 
 @dataclass
 class Draws:
-    """Runs of one world, all at once: copies of the tree side by side in one forest, which the rule treats node by node."""
+    """Runs of one world all at once: copies of the tree form a forest, which the rule treats node by node."""
 
     shape: str
     vocab: int
@@ -332,7 +332,7 @@ class Draws:
         return TreeShape.parse(self.shape).parents
 
     def propose(self, runs: int, chance: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """tokens (R, M), contexts (R, M) as row numbers, target logits (R, M, V), q (R, M, V) of a drafter of its own."""
+        """Return tokens (R, M), contexts (R, M) as row numbers, target logits (R, M, V) and the drafter's q (R, M, V)."""
         shape = TreeShape.parse(self.shape)
         target, draft = self.tables(100), self.tables(200)
         tokens = torch.zeros(runs, len(shape), dtype=torch.int64)
@@ -392,7 +392,7 @@ def forest_of(parents: tuple[int, ...], runs: int) -> tuple[int, ...]:
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
-    """p-value; cells that may not occur must not, and cells of fewer than five expected runs are pooled."""
+    """Return the p-value; impossible cells must be empty, and cells of fewer than five expected runs are pooled."""
     runs, expected = counts.sum(), expected / expected.sum()
     assert counts[expected == 0].sum() == 0
     common = expected * runs >= 5
@@ -420,7 +420,7 @@ def test_drawn_output_has_the_targets_joint_distribution(setting):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FAULTS, "last accepted child wins"])
 def test_chi_square_catches_planted_faults(fault, monkeypatch):
-    """The vectorised rule with one line broken, and the same check as above."""
+    """The vectorised rule with one line broken fails the same check as above."""
     try_child, turns = sampling._try, sampling._turns
 
     def left_with(p_nV: Tensor, accept_n: Tensor, left_nV: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,7 +480,7 @@ def test_a_verdict_is_what_the_forest_decides_for_its_tree(setting):
 
 @pytest.mark.slow
 def test_rounds_in_a_row_have_the_targets_joint_distribution():
-    """`first`, then `verify` and `first` again, run by run, with one generator for everything as in a request."""
+    """`first`, then `verify` and `first` again, run by run, with one generator throughout as in a request."""
     setting, runs = Draws("chain:1", 3, WARPED), 2_000
     verifier, chance = SamplingVerifier(0.7, top_p=0.9), torch.Generator().manual_seed(3)
     target, counts = setting.tables(100), torch.zeros(3**3, dtype=torch.int64)

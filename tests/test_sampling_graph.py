@@ -1,7 +1,8 @@
-"""Sampling through the whole loop: the first tokens are distributed as the target's own, whatever drafts them.
+"""Sampling through the whole loop: the first tokens have the target's distribution, whatever drafts them.
 
-The target's own distribution is enumerated by Hugging Face's model, penalty and warpers. A world is a model of one layer with
-eight tokens, two of them placeholders, so that answers repeat themselves: guesses of every drafter are accepted and refused.
+The target's distribution is enumerated by Hugging Face's model, penalty and warpers. A world is a one-layer model with
+eight tokens, two of them placeholders, so that answers repeat themselves: each drafter has guesses accepted and
+rejected.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def request():
 @cache
 @torch.inference_mode()
 def expected(penalty: float, **warp: float) -> dict[tuple[int, ...], float]:
-    """Probability of every answer, by Hugging Face's own model and logits processors, in the order of its `generate`."""
+    """Return each answer's probability, by Hugging Face's model and logits processors in the order of `generate`."""
     hf, prompt, table = reference.pristine(model().hf), request(), {}
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(warp["temperature"])])
     processors += [TopKLogitsWarper(warp["top_k"])] if "top_k" in warp else []
@@ -110,7 +111,7 @@ def expected(penalty: float, **warp: float) -> dict[tuple[int, ...], float]:
 
 
 def p_value(answers: list[tuple[int, ...]], table: dict[tuple[int, ...], float]) -> float:
-    """Of chi-square; 0 where there is an answer that the target cannot give."""
+    """Return chi-square's p-value; 0 if there is an answer that the target cannot give."""
     counts = Counter(answers)
     if not set(counts) <= set(table):
         return 0.0
@@ -126,7 +127,7 @@ def p_value(answers: list[tuple[int, ...]], table: dict[tuple[int, ...], float])
 
 
 def sampled(drafter, penalty, runs=RUNS, **warp):
-    """Answers, how many guesses there were, and how many were accepted."""
+    """Return answers, and how many guesses were made and accepted."""
     graph = DecodingGraph(
         target(penalty), model(0.1), UniformPruner(), drafter, SamplingVerifier(**warp), GenerationOptions(ratio=0.5)
     )

@@ -1,4 +1,4 @@
-"""Each signal that is gathered on the way equals a naive computation with Hugging Face's own outputs, kept whole."""
+"""Each gathered signal equals a naive computation from Hugging Face's own full outputs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_weighted_attention_equals_the_weighted_mean_of_eager_attention(family):
 
 
 def naive_vision_attention(lm, grid, video):
-    """From what eager attention returns, patch by patch: attention received, and keys."""
+    """From the output of eager attention, patch by patch: attention received, and keys."""
     eager = reference.pristine(lm.hf, "eager")
     if lm.family == "llava_onevision":
         out = eager.model.vision_tower(video["pixels"].double(), output_attentions=True, output_hidden_states=True)

@@ -1,4 +1,4 @@
-"""Sparse-to-Dense: the compact cache holds what was chosen, row for row, and all of it is the target itself."""
+"""Sparse-to-Dense: the compact cache holds the chosen rows, and with all rows the draft equals the target."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_output_is_generates_with_few_entries_or_none(family, entries, engine):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_attention_by_head_is_the_one_of_the_naive_softmax(family):
-    """Against scores made of the cache itself; its mean over heads is the signal that pruners read."""
+    """Against scores from the cache itself; the mean over heads is the signal that pruners read."""
     lm, request = tiny.model(family), tiny.prompt(family)
     index, seen = request.video_index, {}
     collector, observe = AttentionCollector(index, heads=True), AttentionCollector.observe

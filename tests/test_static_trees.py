@@ -1,4 +1,4 @@
-"""Static trees: every guess is what a pristine Hugging Face model ranks there, read anew behind the whole way to it."""
+"""Static trees: every guess has the rank that a pristine Hugging Face model gives it after the whole path."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from specvlm.types import TreeShape
 
 @torch.inference_mode()
 def behind(hf, prompt):
-    """What ranks tokens from the best to the worst behind a prompt and some words, by causal passes, without a tree.
+    """Return a function that ranks next tokens after a prompt and some words, by causal passes without a tree.
 
-    The prompt's own pass is made once: behind it the cache is cut each time.
+    The prompt is prefilled once; the cache is cropped back to it each time.
     """
     past = DynamicCache(config=hf.config.get_text_config())
     hf(**reference.inputs_of(hf, prompt), past_key_values=past, use_cache=True)

@@ -1,4 +1,4 @@
-"""The evidence on the field's strategies: what its rows and verdicts are made of."""
+"""The evidence on published strategies: how its rows and verdicts are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs over samples and sweeps of them: what they write, how they go on, what stays whole when something goes wrong."""
+"""Jobs and sweeps: what they write, how they resume, and what survives when something fails."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wrong(monkeypatch):
-    """With what goes wrong, see sweeping.py."""
+    """Install what fails, see sweeping.py."""
     install(monkeypatch)
     videos(Path("videos"))
     yield
@@ -62,7 +62,7 @@ def wrong(monkeypatch):
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """Prompt lengths of the baselines that are decoded, warm-ups left out."""
+    """Record the prompt lengths of decoded baselines, without warm-ups."""
     calls, real = [], answer.decode_alone
     monkeypatch.setattr(
         "specvlm.app.job.decode_alone", lambda request, *rest: calls.append(len(request.prompt)) or real(request, *rest)
@@ -72,7 +72,7 @@ def decodes(monkeypatch):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Models that are loaded, family and name; none is held at first."""
+    """Record loaded models, family and name; none is cached at first."""
     MODEL_CACHE.clear()
     calls = []
 
@@ -89,7 +89,7 @@ def sweep(*words: str, folder: str = "sweep") -> int:
 
 
 def whole(folder: str = "whole") -> Path:
-    """A sweep that nothing disturbed."""
+    """Run a sweep without disturbance."""
     return finished(folder, "-m", *ASK, *WHOLE)
 
 
@@ -155,7 +155,7 @@ def test_what_an_answer_or_its_times_depend_on_makes_another_baseline(decodes):
 
 @pytest.mark.slow
 def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
-    """Jobs share caches: where two draft with models of other shapes, each finds what was captured for its own gone."""
+    """Jobs share caches: if two draft with models of different shapes, each finds its captured steps gone."""
     engine, spent = GraphsEngine("direct"), {"speculate": 0, "decode_alone": 0}
     monkeypatch.setattr("specvlm.app.model_cache.engine_for", lambda *_: engine)
     MODEL_CACHE.clear()
@@ -184,7 +184,7 @@ def test_no_sample_is_timed_while_a_step_is_captured(monkeypatch):
 
 @pytest.mark.slow
 def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
-    """However often other jobs have the caches changed: warming up takes as long as half a sample."""
+    """However often other jobs change the caches: a warm-up takes as long as half a sample."""
     warmed, real = [], answer.warm_up
     monkeypatch.setattr("specvlm.app.job.warm_up", lambda *args: warmed.append(1) or real(*args))
     MODEL_CACHE.warm.clear()
@@ -199,7 +199,7 @@ def test_what_captures_nothing_warms_up_once_a_job(monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_warm_up_together(monkeypatch):
-    """Else one waits for ever in a sum that the others do not come to."""
+    """Otherwise one would wait for ever in an all-reduce."""
     asked, warmed, real = [], [], answer.warm_up
     MODEL_CACHE.warm.clear()
 
@@ -603,7 +603,7 @@ def test_a_mismatch_sets_the_exit_code_and_stands_in_the_table(monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_mismatch_is_the_worst_news(wrong, monkeypatch, capfd):
-    """Of one job with a sample that fails, of a sweep with a job that fails, and of one that ends at the first failure."""
+    """In a job with a failing sample, in a sweep with a failing job, and in one that ends at the first failure."""
     from specvlm.decoding.loop import Output
 
     take = Output.take
@@ -760,7 +760,7 @@ REWRITTEN = [["baseline=false", "ratio=0.90"], ["repetition_penalty=1.0", "draft
 @pytest.mark.slow
 @pytest.mark.parametrize("words", REWRITTEN, ids=str)
 def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypatch):
-    """Hydra rewrites values: false is False in what it hands on."""
+    """Hydra rewrites values: it passes on false as False."""
     found = []
 
     def add(self, cfg, folder, _):
@@ -774,7 +774,7 @@ def test_the_folder_that_was_planned_is_the_one_that_is_written(words, monkeypat
 
 @pytest.mark.slow
 def test_a_sweep_whose_folder_is_called_after_the_time_has_one_folder(capsys):
-    """Each job's configuration has a moment of its own, the sweep has one."""
+    """Each job's configuration resolves the time anew; the sweep does so once."""
     assert main(["-m", *ASK, THREE, "dataset.scenes=1"]) == 0
     table = capsys.readouterr().out.partition("\njob ")[2]
     assert table.count("1/1") == table.count("identical") == 3 and "never" not in table
@@ -791,7 +791,7 @@ def test_shapes_of_trees_have_folders_of_their_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["main_table", "ratio_by_pruner", "stage_one_mass", "positions", "tree_shapes", "frames"])
 def test_every_ablation_runs(preset):
-    """Of ratio_by_pruner, which has 28 jobs (test_conf.py composes them), every pruner at three of the seven ratios."""
+    """For ratio_by_pruner, whose 28 jobs test_conf.py composes, every pruner at three of the seven ratios."""
     few = ["dataset.scenes=1", "dataset.ask=question", "max_new_tokens=4", *([] if preset == "frames" else ["frames=4"])]
     few += ["ratio=0,0.5,1"] if preset == "ratio_by_pruner" else []
     plan = planned([f"experiment={preset}", *few], sweep=True)

@@ -1,4 +1,4 @@
-"""The procedural world, the sample clips, and the checkpoint folders of the embedded pairs."""
+"""The synthetic world, the sample clips, and the checkpoint folders of the embedded pairs."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_a_seed_gives_the_same_scene_questions_and_pixels():
 
 
 def test_the_world_is_the_one_that_the_models_were_trained_on():
-    """Scenes, words and their ids are baked into the weights: a changed sampler or vocabulary makes those useless."""
+    """The weights depend on scenes, words and their ids: a changed sampler or vocabulary makes them useless."""
     assert synthetic.caption(synthetic.sample_scene(101, min_objects=2)) == FACTS["synthetic_1.mp4"]["caption"]
     assert len(synthetic.VOCABULARY) == len(set(synthetic.VOCABULARY)) == 130
 
@@ -148,7 +148,7 @@ def test_training_keep_sets_are_those_of_the_pruner():
 
 
 def _inputs(family, tokenizer, path, question):
-    """What the stock model takes: the chat template with the one placeholder written out, and the pixels."""
+    """Make the stock model's inputs: the chat template with its placeholder expanded, and the pixels."""
     content = [{"type": "video"}, {"type": "text", "text": question}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     folder = ASSETS / family / "target"

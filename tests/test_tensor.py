@@ -1,4 +1,4 @@
-"""Two processes that share every layer (tensor parallelism, gloo): the output is one process's, token by token in float32."""
+"""Tensor parallelism over two processes (gloo): in float32 the output equals one process's, token by token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 
 
 def torchrun(*words: object, seconds: float = 600, gpus: str = "", ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """So many ranks by torchrun itself, on the CPU or on those GPUs. A hang is an error, and leaves nothing running."""
+    """Start so many ranks by torchrun itself, on the CPU or on these GPUs. A hang is an error; no process is left."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *map(str, words)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal of 80 and of 120 columns: whole words, whole names of jobs, no digits of noise, time left."""
+"""Output in terminals of 80 and 120 columns: whole words and job names, no meaningless digits, time left."""
 
 import re
 from io import StringIO

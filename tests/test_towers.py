@@ -1,4 +1,4 @@
-"""What tests keep of a model is what it gives anew, and nothing else is taken for it."""
+"""The tests' caches of model results return what the model would, and nothing else is mistaken for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specvlm.types import DraftTree, TreeShape
 
 
 def passes(lm, request, root):
-    """Logits of a tree behind a prompt, and the cache behind both."""
+    """Return logits of a tree after a prompt, and the cache after both."""
     parents, cache = TreeShape.parse("3x2").parents, lm.new_cache(len(request) + 16)
     hidden_D = lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), cache, request.cut)
     tree = DraftTree(torch.arange(root, root + len(parents)), parents)
@@ -24,7 +24,7 @@ def passes(lm, request, root):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.inference_mode()
 def test_a_pass_that_is_remembered_gives_and_writes_what_the_models_own_does(family):
-    """Of two prompts and two trees in turns: a cache of other contents, or other rows, are another pass."""
+    """Two prompts and two trees alternate: with another cache or other rows, it is another pass."""
     own, ran = tiny.model(family), []
     kept = tiny.wrap(own.hf)
     compute = kept.forward

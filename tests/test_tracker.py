@@ -1,4 +1,4 @@
-"""W&B as a mirror: what it holds offline is what the disk holds, and nothing that goes wrong with it costs a result."""
+"""W&B as a mirror: offline it holds what the disk holds, and its failures never cost a result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def records(file: Path):
-    """What a .wandb file holds: a LevelDB log, in blocks of 32 KiB, of records that are cut where a block ends."""
+    """Read a .wandb file: a LevelDB log, in blocks of 32 KiB, of records that are split at block ends."""
     data, at, whole = file.read_bytes(), 7, b""  # behind the file's own header
     while at + 7 <= len(data):
         room = 32768 - at % 32768
@@ -54,7 +54,7 @@ def records(file: Path):
 
 
 def offline(folder: Path) -> dict[str, dict]:
-    """By name: what each offline run below a folder tells."""
+    """Return the contents of each offline run below a folder, by name."""
     wandb.teardown()  # its own process writes behind ours
     found = {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
@@ -82,7 +82,7 @@ def _key(item) -> str:
 
 
 def mirrored(told: dict, job: Path) -> None:
-    """Are the figures of a run those of a job's folder?"""
+    """Check that the figures of a run are those of a job's folder."""
     rows, steps = rows_of(job), steps_of(job)
     lines = [line for row in rows for line in steps[row["sample"]]]
     rounds = [line for line in told["history"] if "round/index" in line]
@@ -157,7 +157,7 @@ class Nonsense(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["refused", "silent", "nonsense"])
 def server(request, monkeypatch):
-    """Where W&B's server should be there is nothing, one that takes calls and never speaks, or one that knows nothing."""
+    """Stand in for W&B's server: absent, accepting calls without ever answering, or answering nonsense."""
     silent = socket.create_server(("127.0.0.1", 0))
     address = silent.getsockname()
     if request.param == "refused":

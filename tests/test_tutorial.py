@@ -1,7 +1,7 @@
-"""docs/tutorial.md from its first line to its last, in one shell as a reader would: every file written, every command run.
+"""docs/tutorial.md from first to last line, in one shell as a reader would: every file written, every command run.
 
-The repository stands beside it as `make demo` leaves it; without a network nothing can be fetched, nor has to be. Two scenes
-instead of the eight of the text.
+The repository beside it is as `make demo` leaves it. Without a network nothing can be fetched, nor needs to be. Two
+scenes stand in for the eight of the text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ END = "end of block, exit code"
 
 @dataclass
 class Command:
-    """A bash block: what it is to end with, what the text shows of it, and what it said."""
+    """A bash block: its command, expected exit code, the output that the text shows, and its real output."""
 
     words: str
     code: int
@@ -44,7 +44,7 @@ class Command:
 
 
 def steps() -> list[Command | tuple[str, str]]:
-    """Commands, and files as (path, content), in the order of the text."""
+    """Return commands, and files as (path, content), in the order of the text."""
     found: list[Command | tuple[str, str]] = []
     for block in BLOCK.finditer(TEXT):
         if block["kind"] == "bash":
@@ -71,18 +71,18 @@ def script(found: list[Command | tuple[str, str]]) -> str:
 
 
 def shape(line: str) -> str:
-    """Without what differs from run to run: figures, whether they are seconds or milliseconds, and the width of columns."""
+    """Remove what differs between runs: figures, their unit (s or ms), and column widths."""
     line = re.sub(r"\d+(\.\d+)?( m?s\b)?", "0", line)
     return " ".join(re.sub(r"(/\S*)+/", "/", line).split())
 
 
 def unwrapped(text: str) -> list[str]:
-    """Its lines; where a long one is broken depends on the figures in it."""
+    """Join wrapped lines, since where they break depends on their figures."""
     return re.sub(r"\n {8,}(?=\S)", " ", text).splitlines()
 
 
 def missing(shown: str, said: str) -> list[str]:
-    """Lines of the text that nothing was said like, in that order. `…` stands for what the text leaves out."""
+    """List lines of the text that the output lacks, in order. `…` stands for omitted output."""
     rest, gone = iter([shape(line) for line in unwrapped(said)]), []
     for line in filter(str.strip, unwrapped(shown)):
         begin, cut, _ = line.partition("…")
@@ -94,7 +94,7 @@ def missing(shown: str, said: str) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository behind `make demo`; its environment sees what this one has, and keeps what is installed into it."""
+    """Make a repository after `make demo`; its environment sees this one's packages and keeps what is installed."""
     for needed in ("hatchling", "altair", "vl_convert", "jinja2", "scipy"):
         pytest.importorskip(needed)
     if not shutil.which("make"):
@@ -116,7 +116,7 @@ def checkout(tmp_path):
 
 
 def run(checkout: Path) -> list[Command]:
-    """All blocks in one shell; the commands with what they said."""
+    """Run all blocks in one shell; return the commands with their output."""
     found = steps()
     text = script(found)
     assert SCENES in text
@@ -144,7 +144,7 @@ def run(checkout: Path) -> list[Command]:
 
 @pytest.mark.slow
 def test_every_command_runs_and_does_what_the_text_shows(checkout):
-    """One test, since it is one shell: the rest is about what it left."""
+    """A single test, since it is a single shell. The other tests look at what it left."""
     commands = run(checkout)
     assert len(commands) >= 8 and sum(bool(command.shown) for command in commands) >= 6
     for command in commands:
@@ -172,7 +172,7 @@ def test_lines_are_compared_by_their_shape():
 
 
 def test_the_pruner_has_the_ends_that_the_text_says():
-    """attention=1 is the built-in verifier_attention; attention=0 does not look at the attention."""
+    """attention=1 is the built-in verifier_attention; attention=0 ignores the attention."""
     (code,) = [content for path, content in (s for s in steps() if isinstance(s, tuple)) if path.endswith(".py")]
     module: dict = {"__name__": "specvlm_blend"}
     sys.modules["specvlm_blend"] = type(sys)("specvlm_blend")  # dataclasses look there

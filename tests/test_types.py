@@ -1,4 +1,4 @@
-"""The types that the parts of a decoding graph hand each other."""
+"""The types that the parts of a decoding graph exchange."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def verdict(verifier: Verifier, tokens: Tensor, parents: tuple[int, ...], logits
 
 
 def random_parents(size: int, chance: torch.Generator, chain: float = 0.5) -> tuple[int, ...]:
-    """Half of the nodes continue the node before them, so that there are long paths and one-node levels."""
+    """Let half of the nodes continue the previous one, so that there are long paths and one-node levels."""
     parents = [-1]
     for node in range(1, size):
         lone = torch.rand(1, generator=chance).item() < chain

@@ -1,4 +1,4 @@
-"""Readers and sampling: the frame asked for is the frame given, and bad input ends with one clear line."""
+"""Readers and sampling: the requested frame is the one returned, and bad input ends with one clear line."""
 
 import math
 import os
@@ -31,7 +31,7 @@ OPEN_X264 = {"x264-params": "open-gop=1:scenecut=0", "bf": "3"}
 
 
 def draw(path: Path, frames: int = 90, encoder: str = "libx264", options=None, stamps=None, fast=True) -> Path:
-    """Write a clip whose frames carry their number: bit b lights column b of the lower half. ``stamps``: ms of each."""
+    """Write a clip whose frames encode their number: bit b lights column b of the lower half. ``stamps``: in ms."""
     with av.open(str(path), "w", options={"movflags": "+faststart"} if fast and path.suffix == ".mp4" else {}) as out:
         stream = out.add_stream(encoder, rate=25)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = BITS * SIDE, 64, "yuv420p", GOP
@@ -153,7 +153,7 @@ def test_a_packet_that_shows_nothing_is_noticed_and_the_frames_are_counted(tmp_p
 
 
 def turned(path: Path, folder: Path, matrix: tuple[int, ...]) -> Path:
-    """A copy of an MP4 file whose display matrix is [a b c d], in whole numbers."""
+    """Copy an MP4 file, with the display matrix [a b c d] in whole numbers."""
     data = bytearray(path.read_bytes())
     at = data.find(b"tkhd") + 4 + 40  # the display matrix of a version 0 track header
     a, b, c, d = (value << 16 for value in matrix)
@@ -261,7 +261,7 @@ def test_the_sample_of_real_footage_is_what_its_readme_says(reader):
 
 
 def bad_files(folder: Path, clips: dict[str, Path]) -> dict[str, tuple[Path, str]]:
-    """Each bad input with what its message must say."""
+    """Return each bad input with what its message must say."""
 
     def write(name: str, data: bytes) -> Path:
         (folder / name).write_bytes(data)
@@ -376,7 +376,7 @@ def test_decord_that_hangs_is_ended_and_the_file_read_by_pyav(clips, monkeypatch
 
 
 def asked_nothing(self: DecordProcess, words: dict[str, object]) -> None:
-    """A process that is never asked, so that it says nothing."""
+    """Start a process that is never asked anything, and so says nothing."""
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -448,7 +448,7 @@ def test_files_that_name_other_files_or_addresses_are_refused_and_nothing_is_ope
 
 
 def two_streams(path: Path, sizes: list[int], marked: int | None) -> Path:
-    """A Matroska file of as many streams, each of one grey level, 100 times its place."""
+    """Write a Matroska file with a stream per size, each of one grey level, 100 times its index."""
     with av.open(str(path), "w") as out:
         streams = [out.add_stream("mpeg4", rate=25) for _ in sizes]
         for place, (stream, side) in enumerate(zip(streams, sizes, strict=True)):
@@ -522,7 +522,7 @@ def test_more_frames_than_memory_holds_are_refused_before_it_is_taken(clips, mon
 
 
 def sequential(path: Path) -> np.ndarray:
-    """All frames as FFmpeg's filters convert them, decoded from start to end by one thread."""
+    """Decode all frames from start to end in one thread, converted by FFmpeg's filters."""
     shown, graph = [], None
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -539,7 +539,7 @@ def sequential(path: Path) -> np.ndarray:
 
 
 def moving(path: Path, encoder: str = "libx264", pixels: str = "yuv420p", **options: str) -> Path:
-    """Fifty frames of noise that moves, so that one frame cannot be taken for another."""
+    """Make fifty frames of moving noise, so that no two are alike."""
     noise = np.random.default_rng(0).integers(0, 255, (96, 400, 3), np.uint8)
     noise = np.repeat(np.repeat(noise[::8, ::8], 8, 0), 8, 1)
     with av.open(str(path), "w") as out:

@@ -1,4 +1,4 @@
-"""The matrix of videos (campaign/videos.py) is to be trusted: its clips are what they claim, its judge sees a lie."""
+"""The video matrix (campaign/videos.py) can be trusted: its clips are as claimed, and its judge sees wrong frames."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_clips_are_shown_turned_and_mirrored(make, edit, wanted):
 
 
 class Late(PyavReader):
-    """Gives each frame's successor where it seeks."""
+    """Reader that returns each frame's successor after a seek."""
 
     def decode(self, index):
         return super().decode(index if len(index) > 13 else [min(place + 1, len(self.times) - 1) for place in index])

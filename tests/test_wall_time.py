@@ -1,4 +1,4 @@
-"""The wall time from the file to the first and to the last token: told of every run, and absent where a row is older."""
+"""Wall time from file to first and last token: reported for every run, and absent in older rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slow_file(monkeypatch):
-    """Reading takes so long at least."""
+    """Make reading take at least SLOW_S."""
     real = prepare.read_video
 
     def slow(*args, **options):
@@ -38,7 +38,7 @@ def slow_file(monkeypatch):
 
 
 def check(found: dict) -> None:
-    """The figures are what their meanings say."""
+    """Check that the figures agree with their definitions."""
     reading = found["times_s"]["video"]
     for whose in ("", "baseline_"):
         assert found[f"{whose}file_to_last_token_s"] == pytest.approx(reading + found[f"{whose}end_to_end_s"])
@@ -61,7 +61,7 @@ def test_a_run_counts_what_reading_took(slow_file, capsys):
 
 @pytest.mark.slow
 def test_a_job_and_the_table_of_a_sweep_count_what_reading_took(slow_file, capsys):
-    """Jobs that share a reading have its time each."""
+    """Jobs that share a read each count its time."""
     scenes = ["dataset=synthetic", "dataset.scenes=1", "dataset.ask=question", "frames=4", "max_new_tokens=6"]
     assert main(["-m", *scenes, "pruner=uniform,random", "hydra.sweep.dir=sweep"]) == 0
     folders = sorted(path.parent for path in Path("sweep").glob("*/samples.jsonl"))

@@ -1,4 +1,4 @@
-"""How two ranks end when one of them does: at once, and with one line from all of them."""
+"""When one of two ranks ends, so does the other: at once, with one line from all of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HERE = Path(__file__).parent
 
 
 def said(how: str, folder: Path, ranks: int = 2) -> list[str]:
-    """By ranks of the command."""
+    """Return the lines printed by ranks of the torchrun command."""
     done = torchrun(HERE / "ending_worker.py", how, folder, ranks=ranks)
     assert done.returncode != 0
     return [line.removeprefix("specvlm: ") for line in done.stderr.splitlines() if line.startswith("specvlm:")]
 
 
 def said_by_forks(how: str, folder: Path, ranks: int = 2) -> list[str]:
-    """By ranks of the command's agent, which import nothing."""
+    """Return the lines printed by ranks of torchrun's agent as forks, which import nothing."""
     done = forked.under_agent(partial(ending_worker.run, how, folder), folder, ranks)
     assert done.codes == (1,) and "ChildFailedError" in done.err, done.err
     return [line.removeprefix("specvlm: ") for line in done.lines()]
