@@ -89,7 +89,7 @@ class World:
         return DraftTree(torch.tensor(tokens), self.parents, q_MV), torch.stack([self.after(self.p, c) for c in contexts])
 
     def draws(self) -> Iterator[tuple[list[int], float]]:
-        """Yield every tree that the drafter may draw, with its probability; if q is used up, with the highest ids left."""
+        """Yield every tree of the drafter with its probability; with q used up, take the highest ids left."""
 
         def grow(node: int, tokens: list[int], weight: float) -> Iterator[tuple[list[int], float]]:
             if node == len(self.parents):
@@ -332,7 +332,7 @@ class Draws:
         return TreeShape.parse(self.shape).parents
 
     def propose(self, runs: int, chance: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return tokens (R, M), contexts (R, M) as row numbers, target logits (R, M, V) and the drafter's q (R, M, V)."""
+        """Return tokens (R, M), contexts (R, M) as row numbers, target logits and the drafter's q, both (R, M, V)."""
         shape = TreeShape.parse(self.shape)
         target, draft = self.tables(100), self.tables(200)
         tokens = torch.zeros(runs, len(shape), dtype=torch.int64)
