@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from specvlm.errors import ExitCode, OutOfMemory, UserError
 
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
-PATIENCE_S = 3.0  # wait for the news of a peer's death, which may come later than its effects
-HANGS_S = 20.0  # a shutdown that takes longer hangs
+PATIENCE_S = 3.0  # seconds a failed rank waits to learn whether a dead peer was the cause
+HANGS_S = 20.0  # seconds after which a block under `patience` counts as hanging
 
 
 class Watch:
@@ -117,7 +117,7 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process unless that rank was done."""
+        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another."""
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
@@ -138,7 +138,7 @@ class Watch:
             return f"; the results so far cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
-        """How and why a rank ended, from the store; empty if it did not say."""
+        """Read from the store how and why a rank ended; empty texts if it did not say."""
         key = f"ended/{rank}"
         try:
             kind, _, why = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")
