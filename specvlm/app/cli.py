@@ -18,7 +18,7 @@ AFTER_YOU_S = 5.0  # seconds other ranks let rank 0 report first: torchrun ends 
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action` and return its exit code; print an error as one line on stderr and return its code.
+    """Call `action` and return its exit code. Reports an error on stderr and returns the code for it (see `tell`).
 
     Args:
         action: Returns an exit code.
@@ -37,12 +37,12 @@ def guarded(action: Callable[[], int], full: bool | None = None) -> int:
 
 
 def full_errors() -> bool:
-    """Whether to show tracebacks of user errors."""
+    """Whether to show tracebacks of user errors: HYDRA_FULL_ERROR=1."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def tell(err: Exception, full: bool) -> int:
-    """Report an error on stderr and return the exit code."""
+    """Report an error on stderr and return the exit code: one line for a user error, a traceback for a fault of ours."""
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED

@@ -86,7 +86,7 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
     Args:
         overrides: As on the command line.
-        sweep: Whether a comma separates values.
+        sweep: Whether this is a sweep (`-m`), in which commas separate values.
         folder: Another folder of YAML files (`--config-dir`).
 
     Raises:
@@ -102,7 +102,7 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
 @contextmanager
 def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
-    """Initialise Hydra, and turn its errors into UserError.
+    """Initialise Hydra for a block, and turn Hydra's errors in it into UserError.
 
     Args:
         folder: Another folder of YAML files.
@@ -188,7 +188,7 @@ def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
 
 
 def _refuse_too_many(master: DictConfig) -> None:
-    """Raise UserError for what the basic sweeper cannot do, and for sweeps of too many jobs."""
+    """Raise UserError for what the basic sweeper cannot do, and for too many jobs. Does not check other sweepers."""
     if not is_basic(master.hydra.sweeper):
         return
     count: dict[str, int] = {}
@@ -235,7 +235,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """Checked values of a composed configuration, without Hydra's own part. Raises UserError."""
+    """Check a composed configuration and return its values, without Hydra's own part. Raises UserError."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')

@@ -169,17 +169,17 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. count: such as "3/10"; left: estimated time for the rest."""
+        """Print one line for a finished sample. count: text such as "3/10"; left: text on the time for the rest."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
-        """Print the table of a sweep and the reasons of its failures.
+        """Print the table of a sweep and the reasons for its failures.
 
         Args:
             jobs: Label and summary of each job.
             common: Overrides that all jobs share.
-            folder: The sweep's folder.
+            folder: The sweep's folder; None if nothing was written.
             go_on: Overrides that resume the sweep; empty if it is complete.
         """
         lines, reasons = list[tuple[str | Text, ...]](), []
@@ -233,7 +233,7 @@ def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths:
 
 
 def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
-    """Outcome of a sample in a few words; parts for `styled`."""
+    """Describe the outcome of a sample in a few words. Returns parts for `styled`."""
     if row["status"] != "ok":
         return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
@@ -317,7 +317,7 @@ def against(ours: float, alone: float | None, speedup: float | None) -> str:
 
 
 def meaning(verdict: str) -> str:
-    """Explain a verdict in a few words; empty for a mismatch."""
+    """Explain a verdict in a few words; empty if there is nothing to add."""
     if verdict.startswith("identical"):
         return "to the target's own output"
     if verdict == "sampled":

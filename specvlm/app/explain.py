@@ -18,7 +18,7 @@ from specvlm.strategies import registry
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and YAML into a UserError, and ValueError, which Hydra also raises."""
+    """Turn errors of Hydra, OmegaConf and YAML into a UserError. Hydra also raises ValueError."""
     try:
         yield
     except UserError:
@@ -30,7 +30,7 @@ def explained() -> Iterator[None]:
 
 
 def explain(err: Exception) -> str:
-    """Say what is wrong and what exists, with "did you mean", without Hydra's own terms."""
+    """Describe an error without Hydra's own terms: what is wrong, what exists, and "did you mean"."""
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
     if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")

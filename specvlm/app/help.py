@@ -85,7 +85,10 @@ def _collector_paused() -> Iterator[None]:
 
 
 def whole() -> Iterator[tuple[str, Entries]]:
-    """Yield title and entries of every section. Strategies come without their keys, which would take torch to read."""
+    """Yield title and entries of every section.
+
+    Strategies come without their keys: reading those would import torch.
+    """
     for kind, what in KINDS.items():
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
     if plugins := sorted({f"{point.dist.name} {point.dist.version}" for point in entry_points(group="specvlm") if point.dist}):

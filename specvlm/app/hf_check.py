@@ -137,7 +137,7 @@ class ReferenceModel:
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
         Returns:
-            The differences found, and the verdict by `str`.
+            The differences found. Its `str` is the verdict.
         """
         penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
         if not generate:
@@ -154,7 +154,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmax of a pass over it. known: the argmaxes of its first tokens, if known."""
+        """Compare the output with the argmax of a pass over it. known: argmaxes of the first tokens, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {config.video_token_id, config.image_token_id} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")

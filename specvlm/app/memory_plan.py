@@ -41,7 +41,7 @@ class Need:
         model: May be a skeleton (see `load.skeleton`); must not be quantised yet.
         slots: Slots of its KV cache.
         dtype: Dtype of its weights and cache.
-        quantisation: Of its linear layers; None: not quantised.
+        quantisation: Quantisation of its linear layers, such as int8. None: not quantised.
         signals: Bytes of the signals held for strategies (`collect.held_bytes`).
     """
 

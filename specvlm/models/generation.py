@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, besides t
 
 
 def generation_of(folder: Path) -> Any:
-    """Load the folder's GenerationConfig, if any.
+    """Load the folder's GenerationConfig; None if it has none.
 
     Raises:
         UserError: It is invalid. Hugging Face would ignore that silently.

@@ -32,7 +32,7 @@ class Watch:
         save: Called on rank 0 when another rank runs out of memory, to save results; its text is added to the message.
 
     Raises:
-        UserError: Not on Linux: elsewhere a process can only wait for its own children.
+        UserError: The system is not Linux: elsewhere a process can only wait for its own children.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -54,7 +54,7 @@ class Watch:
         self.thread.start()
 
     def close(self) -> None:
-        """Stop watching and restore the signal handlers."""
+        """Stop watching and restore the handler of SIGTERM."""
         os.write(self.pipe_in, b"\0")  # not a signal's number
         self.thread.join()
         signal.set_wakeup_fd(self.old_wakeup_fd)
@@ -131,7 +131,7 @@ class Watch:
         self._follow(ExitCode.LOST)
 
     def _saved(self) -> str:
-        """Save results; returns text for the message."""
+        """Save the results so far. Returns a text for the message, also if that fails."""
         try:
             return self.save()
         except Exception as error:  # the thread must still exit the process
