@@ -42,7 +42,7 @@ def full_errors() -> bool:
 
 
 def tell(err: Exception, full: bool) -> int:
-    """Report an error on stderr and return the exit code: one line for a user error, a traceback for a fault of ours."""
+    """Report an error on stderr and return the exit code: one line for a user error, a traceback for our faults."""
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED
