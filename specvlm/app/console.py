@@ -179,7 +179,7 @@ class RunConsole:
         Args:
             jobs: Label and summary of each job.
             common: Overrides that all jobs share.
-            folder: The sweep's folder; None if nothing was written.
+            folder: The sweep's folder. None: do not print one.
             go_on: Overrides that resume the sweep; empty if it is complete.
         """
         lines, reasons = list[tuple[str | Text, ...]](), []
