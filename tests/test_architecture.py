@@ -51,6 +51,21 @@ def test_every_file_of_the_table_is_there():
             assert (ROOT / "specvlm" / path).exists(), path
 
 
+def test_the_table_of_changes_names_what_is_there():
+    rows = [line for line in PAGE.partition("## Where to change what")[2].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        _, _, where, *others, _ = row.split("|")
+        path = None
+        for word in re.findall(r"`([^`]+)`", where):
+            if re.fullmatch(r"[\w/]+(\.(py|toml|yaml)|/)", word):
+                (path,) = (found for found in (ROOT / "specvlm" / word, ROOT / word) if found.exists())
+            elif path is not None and word.isidentifier():
+                assert re.search(rf"^ *(def |class )?{word}\b", path.read_text(encoding="utf-8"), re.M), (path.name, word)
+        for word in re.findall(r"`([\w/]+\.(?:md|py))`", " ".join(others)):
+            assert (ROOT / word).exists(), word
+
+
 @pytest.mark.slow
 def test_a_run_goes_that_way(tmp_path):
     command = [sys.executable, "-c", TRACE, str(ROOT / "specvlm"), str(tmp_path / "run")]

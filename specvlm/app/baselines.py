@@ -1,8 +1,8 @@
 """Cache of baselines: the target's own answers, decoded once and shared by jobs.
 
-Each baseline is a file `KEY.json` that also lists the inputs of its key: prompt, weights, options, machine and way to
-run. The machine counts because times do: a baseline of another GPU is a different one. A file that was changed is
-decoded again. The digest detects edits; it is no signature.
+Each baseline is a file `KEY.json`. It also lists what the key is a hash of: prompt, weights, options, machine and how
+the target runs. The machine is part of the key because a baseline's times are compared too. A file that was edited is
+ignored, and its answer decoded again. The digest detects edits; it is not a signature.
 """
 
 import errno
@@ -33,13 +33,19 @@ from specvlm.results.records import KeptBaseline
 from specvlm.strategies import plugins
 from specvlm.types import Step, VideoPrompt
 
-KEYED = (".json", ".jinja", ".txt", ".safetensors")  # files of a checkpoint that its key is made from
+KEYED = (".json", ".jinja", ".txt", ".safetensors")  # suffixes of the files that a checkpoint's fingerprint covers
 PIECE = 4096  # bytes hashed at the beginning, middle and end of a tensor
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The target's own answer. tokens: includes the stop id; times_s: seconds by part; key: its file's name."""
+    """The target's own answer.
+
+    Attributes:
+        tokens: Token ids, including the stop id.
+        times_s: Seconds by part.
+        key: Name of its file, without the suffix.
+    """
 
     tokens: list[int]
     times_s: dict[str, float]
@@ -55,9 +61,9 @@ class Baselines:
     """A folder of baselines that several processes may share.
 
     Args:
-        folder: None: keep nothing and decode each.
+        folder: Where they are kept. None: keep nothing, and decode each of them.
         ranks: The ranks that need the same baseline; rank 0 reads it.
-        note: Shows a message about a file that cannot be used.
+        note: Called with a message about a file that cannot be used.
     """
 
     def __init__(
@@ -93,7 +99,7 @@ class Baselines:
         return kept
 
     def _read(self, path: Path | None, key: str, graph: DecodingGraph, most: int) -> Baseline | None:
-        """Read a baseline; None if it is missing or cannot be used."""
+        """Read a baseline; None if the file is missing or cannot be used."""
         if path is None or not path.exists():
             return None
         try:
@@ -106,7 +112,7 @@ class Baselines:
 
 
 def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> None:
-    """Raises UserError if the file cannot be what was written under this key."""
+    """Raise UserError if the file cannot be what was written under this key."""
     tokens, stop_ids = found["tokens"], graph.target.stop_ids
     if found["key"] != key:
         raise UserError("its key is another one")
@@ -162,7 +168,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 
 @cache
 def revision() -> str:
-    """Hash of the source code behind the target's own answer, kernels included."""
+    """Hash of the source code that the target's own answer depends on, kernels included."""
     home, found = Path(__file__).parents[1], sha256()
     files = ("decoding/loop.py", "decoding/output.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
     for part in ("engine", "models", "strategies/verifiers", *files):
@@ -203,6 +209,7 @@ def fingerprint(folder: Path) -> str:
 
 @cache
 def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash the files of a checkpoint. Computed anew if the size or the time of a file changes."""
     found = sha256()
     for path, size, _ in files:
         found.update(f"{path.name} {size}".encode())
@@ -221,7 +228,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _spans(header: bytes) -> list[tuple[int, int]]:
-    """Offsets of the tensors of a safetensors file after its header; empty if the header is invalid."""
+    """Byte ranges of a safetensors file's tensors, counted from the end of its header; empty for an invalid header."""
     try:
         return sorted(tuple(entry["data_offsets"]) for name, entry in json.loads(header).items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -229,7 +236,7 @@ def _spans(header: bytes) -> list[tuple[int, int]]:
 
 
 def machine(device: torch.device) -> str:
-    """Model name of a device. Times on devices of one model are comparable."""
+    """Model name of a device. Times on devices of the same model are comparable."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

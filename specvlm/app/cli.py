@@ -1,4 +1,4 @@
-"""Shared by all command lines: turn errors into one line and an exit code, and end a rank's process in time."""
+"""Shared by all command lines: turn errors into one line and an exit code, and exit a failed rank at once."""
 
 import os
 import sys
@@ -14,11 +14,11 @@ from specvlm.app.terminal import loading
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible
 from specvlm.parallel import torchrun
 
-AFTER_YOU_S = 5.0  # let rank 0 report first: torchrun ends all ranks when one ends
+AFTER_YOU_S = 5.0  # seconds other ranks let rank 0 report first: torchrun ends all ranks when one fails
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action` and return its exit code; print an error as one line on stderr and return its code.
+    """Call `action` and return its exit code. Reports an error on stderr and returns the code for it (see `tell`).
 
     Args:
         action: Returns an exit code.
@@ -26,23 +26,23 @@ def guarded(action: Callable[[], int], full: bool | None = None) -> int:
     """
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # escape letters that the terminal cannot show
+        if isinstance(stream, TextIOWrapper):  # escape characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
         code = action()
-        sys.stdout.flush()  # raises here, not at exit, when the reader is gone
+        sys.stdout.flush()  # raises here, not at exit, if the reader of a pipe is gone
         return code
     except Exception as err:
         return tell(err, full)
 
 
 def full_errors() -> bool:
-    """Whether to show tracebacks of user errors."""
+    """Whether to show tracebacks of user errors: HYDRA_FULL_ERROR=1."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def tell(err: Exception, full: bool) -> int:
-    """Report an error on stderr; returns the exit code."""
+    """Report an error on stderr and return the exit code: one line for a user error, a traceback for our faults."""
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED
@@ -82,10 +82,10 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
 
 
 def leave(action: Callable[[], int]) -> NoReturn:
-    """Exit the process with the code that `action` returns."""
+    """Exit the process with the code that `action` returns; a failed rank exits without cleanup."""
     try:
         code = action()
-    except SystemExit as err:  # raised by rich when the reader is gone
+    except SystemExit as err:  # raised by rich if the reader of a pipe is gone
         code = err.code if isinstance(err.code, int) else int(err.code is not None)
     if code and torchrun.size_here() > 1:  # a pending collective would block a normal exit
         with suppress(OSError):

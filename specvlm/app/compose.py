@@ -32,17 +32,17 @@ HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""
 UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # texts that Hydra reads without quotes
 OWN_SAMPLE = ("video", "question")  # keys of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
-MOST_JOBS = 1000  # of a sweep
+MOST_JOBS = 1000  # that a sweep may have
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # expand ~ here: shells leave it alone after =, and Hydra cannot read it
 
 
-# The table of strategies that Hydra knows. A list, since `integrity` restores the module's global names.
+# The table of strategies that Hydra knows. A list that is changed in place: `integrity` undoes assignments to globals.
 _registered: list[object] = []
 
 
 def register() -> None:
-    """Register with Hydra all that conf/config.yaml refers to. Can be called again."""
+    """Register everything that conf/config.yaml refers to with Hydra. Safe to call again."""
     table = registry.collect()
     if not any(known is table for known in _registered):
         registry.store()
@@ -64,14 +64,14 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One run, ready to start.
+    """A run, or a job over samples, ready to start.
 
     Attributes:
         cfg: The checked configuration.
         run_dir: Output folder of a single run.
         folder: Output folder below the sweep's, for a job over samples.
         label: Name shown to the user.
-        place: Output folder below the sweep's, for any job whose folder name has no number.
+        place: Output folder below the sweep's, as a text; None if the name contains the job's number.
     """
 
     cfg: RunConfig
@@ -82,12 +82,12 @@ class Job:
 
 
 def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> list[Job]:
-    """Compose and check every job; a sweep has the jobs that Hydra's basic sweeper makes.
+    """Compose and check every job. The jobs of a sweep are those that Hydra's basic sweeper makes.
 
     Args:
         overrides: As on the command line.
-        sweep: Whether a comma separates values.
-        folder: One more folder of YAML files.
+        sweep: Whether this is a sweep (`-m`), in which commas separate values.
+        folder: Another folder of YAML files (`--config-dir`).
 
     Raises:
         UserError: An override is wrong.
@@ -102,9 +102,11 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
 
 @contextmanager
 def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None]:
-    """Initialise Hydra. Raises UserError.
+    """Initialise Hydra for a block, and turn Hydra's errors in it into UserError.
 
-    folder: one more folder of YAML files; main: folder to use instead of conf/.
+    Args:
+        folder: Another folder of YAML files.
+        main: Folder to use instead of conf/.
     """
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
@@ -116,7 +118,7 @@ def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None
 
 
 def searchpath(folder: Path | None) -> list[str]:
-    """Override that adds `folder` to Hydra's search path."""
+    """Override that adds `folder` to Hydra's search path, in a list; an empty list without a folder."""
     return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
 
 
@@ -144,7 +146,7 @@ def arguments_of(master: DictConfig) -> list[str]:
 
 
 def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
-    """Check all jobs of a sweep before any starts. Raises UserError."""
+    """Check all jobs of a sweep before any of them starts. Raises UserError."""
     found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
@@ -153,7 +155,7 @@ def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
 
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file of the whole name exists.
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists.
 
     Raises:
         UserError: The name of an output folder is empty.
@@ -170,7 +172,10 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
-    """Refuse several options of one group: Hydra would merge them. Several presets are fine. Raises UserError."""
+    """Raise UserError for several options of one group, or for several values of a key without -m.
+
+    Hydra would merge the options. Several experiments are fine.
+    """
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
         names = value if isinstance(value, list) and group == "experiment" else [value]
@@ -183,7 +188,7 @@ def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
 
 
 def _refuse_too_many(master: DictConfig) -> None:
-    """Refuse what the basic sweeper cannot do, and sweeps of too many jobs. Raises UserError."""
+    """Raise UserError for what the basic sweeper cannot do, and for too many jobs. Does not check other sweepers."""
     if not is_basic(master.hydra.sweeper):
         return
     count: dict[str, int] = {}
@@ -201,7 +206,7 @@ def _refuse_too_many(master: DictConfig) -> None:
 
 
 def is_basic(plugin: DictConfig) -> bool:
-    """Whether this launcher or sweeper is the one that comes with Hydra."""
+    """Whether this launcher or sweeper is Hydra's own basic one."""
     return str(plugin._target_).startswith("hydra._internal.")
 
 
@@ -230,7 +235,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """Checked values of a composed configuration, without Hydra's own part. Raises UserError."""
+    """Check a composed configuration and return its values, without Hydra's own part. Raises UserError."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
@@ -256,7 +261,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
-    """Refuse `video` and `question` beside a data set. Looks at the overrides, since the configuration has defaults."""
+    """Raise UserError for `video` and `question` beside a data set. Reads the overrides, since both have defaults."""
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if key in OWN_SAMPLE:
@@ -265,7 +270,7 @@ def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
 
 
 def _refuse_shared(found: Sequence[Job]) -> None:
-    """Raises UserError if two jobs of a sweep would write into one folder. Shards of a job share theirs."""
+    """Raise UserError if two jobs of a sweep would write into the same folder. Shards of a job may share one."""
     seen: dict[tuple[str, str | None], int] = {}
     for number, job in enumerate(found, start=1):
         if job.place is None:

@@ -23,16 +23,48 @@ from specvlm.types import Step
 if TYPE_CHECKING:
     from specvlm.app.prepare import Prepared
 
-SPANS = ("file_to_first_token_s", "file_to_last_token_s")
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
-FIGURES = ("job", "done", "kept", "accepted", "decode", "end to end", "file to\nfirst", "file to\nlast", "verdicts", "failed",
-           "skipped")  # fmt: skip
 MOST_REASONS = 5  # shown per job; summary.json has all
 COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
 
 
+def two_digits(value: float) -> str:
+    """Round a speed to two digits; files keep all digits.
+
+    Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A
+    third digit is noise even in a job of hundreds of samples.
+    """
+    return f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:#.2g}"
+
+
+def times(speedup: float) -> str:
+    """Format a speed-up."""
+    return f"{two_digits(speedup)} x"
+
+
+def seconds(value: float) -> str:
+    """Format a time in s or ms."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def size(count: int) -> str:
+    """Format a number of bytes in GiB or MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+# Columns with a number in the table of a sweep: heading, key of summary.json, format.
+NUMBERS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("kept", "kept_tokens", "{:.0f}".format),
+    ("accepted", "accepted_per_round", "{:.2f}".format),
+    *((head, key, times) for head, key in SPEEDUPS),
+    ("file to\nfirst", "file_to_first_token_s", seconds),
+    ("file to\nlast", "file_to_last_token_s", seconds),
+)
+COLUMNS = ("job", "done", *(head for head, _, _ in NUMBERS), "verdicts", "failed", "skipped")
+
+
 class RunConsole:
-    """Prints plans, answers, rows and tables; plain text without colours and bars if the output is no terminal.
+    """Prints plans, answers, rows and tables; plain text, without colours or bars, if the output is not a terminal.
 
     Args:
         console: Where to print; the terminal by default.
@@ -47,24 +79,24 @@ class RunConsole:
             self.console.width = 120
             disable_progress_bar()  # Hugging Face's own bars for loading weights
 
-    def plan(self, job: Prepared) -> None:
+    def plan(self, request: Prepared) -> None:
         """Print the question, the memory plan, and what the drafter will see."""
         say = partial(self.console.print, soft_wrap=not self.console.is_terminal)
-        say(styled((job.clip, "bold"), f": {job.question}"))
-        for device, plan in job.plans.items():
+        say(styled((request.clip, "bold"), f": {request.question}"))
+        for device, plan in request.plans.items():
             parts = ", ".join(f"{name} {size(count)}" for name, count in plan.parts.items())
             say(styled(("memory plan:", "dim"), f" {size(plan.total)} on {device} ({parts})"))
-        if how := spread(job):
+        if how := spread(request):
             say(styled(("target:", "dim"), f" {how}"))
-        if quantised := ", ".join(f"{side} {kind}" for side, kind in job.kinds.items() if kind):
+        if quantised := ", ".join(f"{side} {kind}" for side, kind in request.kinds.items() if kind):
             say(styled(("quantised:", "dim"), f" {quantised} (text layers and head)"))
-        say(styled(("drafter:", "dim"), f" {described(job.drafter)}"))
-        if job.drafter.model is None:
+        say(styled(("drafter:", "dim"), f" {described(request.drafter)}"))
+        if request.drafter.model is None:
             say(styled(("pruner:", "dim"), " not used, this drafter looks at no video"))
             return
-        total = len(job.prompt.video_index)
-        share = f"drops {1 - job.kept / max(total, 1):.0%}: keeps {job.kept} of {total} video tokens"
-        say(styled(("pruner:", "dim"), f" {described(job.pruner)} {share}"))
+        total = len(request.prompt.video_index)
+        share = f"drops {1 - request.kept / max(total, 1):.0%}: keeps {request.kept} of {total} video tokens"
+        say(styled(("pruner:", "dim"), f" {described(request.pruner)} {share}"))
 
     def note(self, line: str) -> None:
         """Print a note, unless it is empty."""
@@ -77,7 +109,7 @@ class RunConsole:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a progress bar until the context ends; yields a function that advances it by one."""
+        """Show a progress bar during the block. Yields a function that advances it by one."""
         columns = (
             TextColumn("[dim]{task.description}"),
             BarColumn(),
@@ -137,23 +169,23 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. count: such as "3/10"; left: estimated time for the rest."""
+        """Print one line for a finished sample. count: text such as "3/10"; left: text on the time for the rest."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
     def jobs(self, jobs: Sequence[tuple[str, Mapping[str, Any]]], common: str, folder: Path | None, go_on: str) -> None:
-        """Print the table of a sweep and the reasons of its failures.
+        """Print the table of a sweep and the reasons for its failures.
 
         Args:
             jobs: Label and summary of each job.
             common: Overrides that all jobs share.
-            folder: The sweep's folder.
+            folder: The sweep's folder. None: do not print one.
             go_on: Overrides that resume the sweep; empty if it is complete.
         """
         lines, reasons = list[tuple[str | Text, ...]](), []
+        failed = [{"done": "-", "verdicts": styled(("failed", "bold red"))}.get(head, "") for head in COLUMNS[1:]]
         for label, found in jobs:
-            name = label or found.get("dataset") or "job"  # alone, it has nothing that tells it from others
-            failed = "-", *[""] * 6, styled(("failed", "bold red")), "", ""
+            name = label or found.get("dataset") or "job"  # a lone job shares all its words, so its label is empty
             lines.append((name, *(totals(found) if "samples" in found else failed)))
             told = [(f"{name}: {sample}", reason) for sample, reason in found.get("reasons", {}).items()]
             told += [(name, found["reason"])] if found.get("reason") else []
@@ -171,12 +203,12 @@ class RunConsole:
         self.note(go_on and f"interrupted; repeat the command with {go_on} to go on")
 
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
-        """Print names and FIGURES of jobs, without empty columns.
+        """Print the table of a sweep, without empty columns.
 
-        A narrow terminal gets the name on a line of its own.
+        On a narrow terminal, each name gets a line of its own.
         """
-        there = [at for at in range(len(FIGURES)) if not at or any(str(row[at]) for row in rows)]
-        heads, lines = [FIGURES[at] for at in there], [[row[at] for at in there] for row in rows]
+        there = [at for at in range(len(COLUMNS)) if not at or any(str(row[at]) for row in rows)]
+        heads, lines = [COLUMNS[at] for at in there], [[row[at] for at in there] for row in rows]
         sizes = [[self.console.measure(cell) for cell in column] for column in zip(heads, *lines, strict=True)]
         names, *widths = (max(size.maximum for size in column) for column in sizes)
         room = self.console.width - 2 * len(there) - sum(widths)
@@ -191,7 +223,7 @@ class RunConsole:
 
 
 def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], headed: bool = True) -> Table:
-    """Build a table of fixed column widths."""
+    """Build a table with fixed column widths."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
     for head, width in zip(heads, widths, strict=True):
         made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
@@ -201,7 +233,7 @@ def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths:
 
 
 def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
-    """Outcome of a sample in a few words; parts for `styled`."""
+    """Describe the outcome of a sample in a few words. Returns parts for `styled`."""
     if row["status"] != "ok":
         return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
@@ -214,14 +246,10 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
 
 
 def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
-    """Cells of a job's line in the table, from its summary.json."""
+    """Yield the cells of a job's line in the table, from its summary.json: one for each of COLUMNS but the name."""
     yield f"{found['ok']}/{found['samples']}"
-    yield "-" if found["kept_tokens"] is None else f"{found['kept_tokens']:.0f}"
-    yield "-" if found["accepted_per_round"] is None else f"{found['accepted_per_round']:.2f}"
-    for _, key in SPEEDUPS:
-        yield "-" if found[key] is None else times(found[key])
-    for key in SPANS:
-        yield "-" if found.get(key) is None else seconds(found[key])  # missing in older summaries
+    for _, key, shown in NUMBERS:
+        yield "-" if found.get(key) is None else shown(found[key])  # older summaries lack some keys
     told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
     told += [styled("check: ", coloured(kind, f"{count} {kind}")) for kind, count in found.get("hf_checks", {}).items()]
     yield Text(", ").join(told) if told else "-"
@@ -230,7 +258,7 @@ def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
 
 
 def coloured(verdict: str, text: str = "") -> tuple[str, str]:
-    """A text (by default the verdict) with the colour of its verdict."""
+    """Pair a text (by default the verdict) with the colour of the verdict."""
     return text or verdict, next((colour for start, colour in COLOURS.items() if verdict.startswith(start)), "bold")
 
 
@@ -240,25 +268,25 @@ def not_applied(settings: Sequence[str]) -> str:
 
 
 def too_many_ties(ties: Mapping[str, int] | None) -> str:
-    """Note on a job with more numeric ties than rounding explains; else empty."""
+    """Note on a job with more numeric ties than rounding explains; empty otherwise."""
     if ties is None or ties["tied"] <= ties["normal"]:
         return ""
     found = f"numeric ties at {ties['tied']} of {ties['tokens']} tokens, rounding explains {ties['normal']}"
     return f"{found}: a pass over several rows may be wrong; compare with dtype=float32"
 
 
-def spread(job: Prepared) -> str:
-    """How the target is split over its devices; empty for a single device."""
-    places = job.places
+def spread(request: Prepared) -> str:
+    """Describe how the target is split over its devices; empty for a single device."""
+    places = request.places
     if places.parallel == "tensor":
-        draft = f", the draft {'too' if places.draft_shared else 'on rank 0 alone'}" if job.drafter.model == "draft" else ""
+        draft = f", the draft {'too' if places.draft_shared else 'on rank 0 alone'}" if request.drafter.model == "draft" else ""
         return f"every layer shared by {places.ranks} ranks{draft}"
-    shares = (f"{count} layers on {device}" for count, device in zip(job.layers, places.target, strict=False))
+    shares = (f"{count} layers on {device}" for count, device in zip(request.layers, places.target, strict=False))
     return ", ".join(shares)
 
 
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Lines of the table below the answer: name and value."""
+    """Yield name and value for each line of the table below the answer."""
     yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
     accepted = summary["accepted_per_round"]
     if accepted is not None:
@@ -282,14 +310,14 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def against(ours: float, alone: float | None, speedup: float | None) -> str:
-    """Our time beside the target's own, with the speed-up."""
+    """Format our time. With a baseline, adds the target's own time and the speed-up."""
     if alone is None or speedup is None:
         return seconds(ours)
     return f"{seconds(ours)}, the target alone {seconds(alone)}: {times(speedup)}"
 
 
 def meaning(verdict: str) -> str:
-    """Explain a verdict in a few words; empty for a mismatch."""
+    """Explain a verdict in a few words; empty if there is nothing to add."""
     if verdict.startswith("identical"):
         return "to the target's own output"
     if verdict == "sampled":
@@ -299,30 +327,6 @@ def meaning(verdict: str) -> str:
     return ""
 
 
-def two_digits(value: float) -> str:
-    """Round a speed to two digits; files keep all digits.
-
-    Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A
-    third digit is noise even in a job of hundreds of samples.
-    """
-    return f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:#.2g}"
-
-
-def times(speedup: float) -> str:
-    """Format a speed-up."""
-    return f"{two_digits(speedup)} x"
-
-
 def left(done: int, more: int, since: float) -> str:
-    """Estimated time for `more` units if `done` units took since `since` (of `monotonic`); empty if unknown."""
+    """Estimate the time for `more` units, after `done` units since `since` (a `monotonic` time); empty if unknown."""
     return f", {timedelta(seconds=round((monotonic() - since) / done * more))} left" if done and more else ""
-
-
-def seconds(value: float) -> str:
-    """Format a time in s or ms."""
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
-
-
-def size(count: int) -> str:
-    """Format a number of bytes in GiB or MiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

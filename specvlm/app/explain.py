@@ -18,7 +18,7 @@ from specvlm.strategies import registry
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and YAML into a UserError. ValueError too: Hydra raises it for some overrides."""
+    """Turn errors of Hydra, OmegaConf and YAML into a UserError. Hydra also raises ValueError."""
     try:
         yield
     except UserError:
@@ -30,7 +30,7 @@ def explained() -> Iterator[None]:
 
 
 def explain(err: Exception) -> str:
-    """Say what is wrong and what exists, with "did you mean", without Hydra's own terms."""
+    """Describe an error without Hydra's own terms: what is wrong, what exists, and "did you mean"."""
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
     if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")
@@ -51,6 +51,7 @@ def explain(err: Exception) -> str:
 
 
 def _unknown_key(full_key: str, owner: Any) -> str:
+    """Message for a key that does not exist. Lists those that do. owner: the dataclass that lacks it."""
     parent, _, key = full_key.rpartition(".")
     if not parent:
         infos = ((kind, info) for kind, by_name in registry.collect().items() for info in by_name.values())
@@ -65,6 +66,7 @@ def _unknown_key(full_key: str, owner: Any) -> str:
 
 
 def _wrong_type(cause: ValidationError) -> str:
+    """Message for a value of the wrong type. Says which type, or which choices, the key takes."""
     seen = f"{cause.full_key}={'null' if cause.value is None else cause.value}"
     reason = str(cause).splitlines()[0]
     owner: Any = cause.object_type

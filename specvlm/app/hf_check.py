@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from specvlm.app.readings import Readings
 
 ATTENTION = "sdpa"  # "eager" would hold the full attention matrix of a prompt
-ROUNDINGS = 5  # tolerated gap, in multiples of the typical change by one more rounding per layer
+ROUNDINGS = 5  # tolerated gap, in multiples of the typical change that one more rounding per layer makes
 MOST = 20  # differences that are reported
 
 
@@ -49,7 +49,7 @@ class Difference:
 
     Attributes:
         token: Index in the answer.
-        candidates: Token ids: ours and the argmax.
+        candidates: Ids of our token and of the argmax.
         gap: Logit of the argmax minus that of our token, after the penalty.
         rounding: The largest gap, in logits, that rounding explains.
     """
@@ -137,7 +137,7 @@ class ReferenceModel:
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
         Returns:
-            The differences found, and the verdict by `str`.
+            The differences found. Its `str` is the verdict.
         """
         penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
         if not generate:
@@ -154,7 +154,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmax of a pass over it. known: tokens to use as the first argmaxes instead."""
+        """Compare the output with the argmax of a pass over it. known: argmaxes of the first tokens, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {config.video_token_id, config.image_token_id} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
@@ -187,7 +187,7 @@ class ReferenceModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Model inputs as Hugging Face's processors make them; not ours, since they may share a fault."""
+        """Build the inputs as Hugging Face's processors do. Our own code for that is not used: it may share a fault."""
         if prompt.images:
             raise UserError("check supports prompts of videos and text only: this one has images")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
@@ -221,10 +221,10 @@ class ReferenceModel:
 
 @contextmanager
 def perturbation(hf: Any) -> Iterator[None]:
-    """Perturb each layer's output, of text and vision, as another order of summation might.
+    """Perturb each layer's output, of text and vision, as a different order of summation might.
 
     Adds uniform noise of up to half a unit in the last place; up to one unit in 32 and 64 bits, where sums are
-    accumulated in no wider type. Seeded, so that verdicts are reproducible.
+    not accumulated in a wider type. Seeded, so that verdicts are reproducible.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -262,7 +262,7 @@ def room(setup: Setup) -> Iterator[None]:
 
 
 def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
-    """Format a result as hf_check and hf_difference, see `metrics.KEYS`."""
+    """Format a result as hf_check and hf_difference (see `metrics.KEYS`)."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
         for part in found.differences[:MOST]
@@ -273,7 +273,7 @@ def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
 def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> dict[str, Any]:
     """Check the answer of a run. Returns hf_check and hf_difference.
 
-    Drops the loaded models first, for room. Reads the video again, since plugins have had access to the prompt.
+    Drops the loaded models first, to free memory. Reads the video again, since plugins have had access to the prompt.
     """
     held.clear()
     model, cfg = ReferenceModel.of(request), request.cfg
@@ -284,7 +284,7 @@ def check_run(held: ModelCache, request: Prepared, token_ids: Sequence[int]) -> 
 
 
 def unchecked(job: Job) -> list[tuple[int, dict[str, Any]]]:
-    """(sample index, row) of this process's rows that are still to be checked."""
+    """List (sample index, row) of this process's rows that have yet to be checked."""
     with inside(job.setup.verifier):
         graph = job.setup.graph()
     if job.folder is None or hf_check_of(job.cfg, graph) is not None:
@@ -335,7 +335,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
 def _of_row(
     model: ReferenceModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
 ) -> Agreement:
-    """Check the answer of one row. known: results by everything that they depend on."""
+    """Check the answer of one row. known: earlier results, by everything that a result depends on."""
     cfg, sample = job.cfg, job.key(index)
     asked = (sample, tuple(row["token_ids"]), cfg.max_new_tokens, cfg.repetition_penalty, cfg.check)
     if asked not in known:

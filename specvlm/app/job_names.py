@@ -1,4 +1,4 @@
-"""Names of the jobs of a sweep, on the screen and on the disk."""
+"""Names of the jobs of a sweep, on screen and on disk."""
 
 import re
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ LONGEST = 150  # characters of a folder name; file systems take 255
 
 
 def register() -> None:
-    """Register the resolver that `hydra.sweep.subdir` in conf/config.yaml uses. Can be called again."""
+    """Register the resolver that `hydra.sweep.subdir` in conf/config.yaml uses. Safe to call again."""
     OmegaConf.register_new_resolver("specvlm_subdir", _subdir, replace=True)
 
 
 def _subdir(*, _root_: DictConfig) -> str:
     """Name the folder of a job.
 
-    A job over samples gets a name without a number: the same job finds its folder again in another sweep, and shards
-    share it. A single run gets its number too, since texts and paths are left out of its name.
+    A job over samples is named by its overrides alone, so that a later sweep and other shards reach the same folder. A
+    single run also gets its number: `exclude_keys` in conf/config.yaml leaves texts and paths out of its name, so names
+    could clash.
     """
     if OmegaConf.select(_root_, "dataset") is None:
         return f"{_root_.hydra.job.num}_{_root_.hydra.job.override_dirname}"
@@ -28,7 +29,7 @@ def _subdir(*, _root_: DictConfig) -> str:
 
 
 def folder_name(words: Sequence[str]) -> str:
-    """Folder name for these overrides. Replaces characters that a folder name cannot have and then adds a checksum."""
+    """Folder name for these overrides. Replaces unusual characters and cuts a long name; either adds a checksum."""
     text = label(sorted(words), ",")
     plain = re.sub(r"[^\w.,=+:@-]+", "-", text)
     if plain == text and len(text) <= LONGEST:
@@ -44,6 +45,6 @@ def label(words: Sequence[str], separator: str = " ") -> str:
 
 def split_shared(labels: Sequence[str]) -> tuple[list[str], str]:
     """Split off the words that all labels share. Returns the shortened labels and the shared words."""
-    words = [label.split(" ") for label in labels]
+    words = [text.split(" ") for text in labels]
     common = [word for word in words[0] if all(word in others for others in words)]
     return [" ".join(word for word in own if word not in common) for own in words], " ".join(common)

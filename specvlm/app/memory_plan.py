@@ -23,7 +23,7 @@ Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipelin
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose on one device. Weights and caches are exact; activations are estimated from the widest layer."""
+    """Bytes on one device, by purpose. Weights and caches are exact; activations are an estimate."""
 
     parts: dict[str, int]
 
@@ -35,20 +35,20 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Need:
-    """A model and what a run needs of it.
+    """A model and the settings that determine how much memory it takes.
 
     Attributes:
         model: May be a skeleton (see `load.skeleton`); must not be quantised yet.
         slots: Slots of its KV cache.
         dtype: Dtype of its weights and cache.
-        kind: Quantisation of its linear layers; None: not quantised.
-        signals: Bytes held for strategies, see `signals`.
+        quantisation: Quantisation of its linear layers, such as int8. None: not quantised.
+        signals: Bytes of the signals held for strategies (`collect.held_bytes`).
     """
 
     model: VideoLM
     slots: int
     dtype: torch.dtype
-    kind: str | None = None
+    quantisation: str | None = None
     signals: int = 0
 
 
@@ -60,7 +60,9 @@ def plan(
     free: Mapping[torch.device, int | None],
     layers: Sequence[int] = (),
 ) -> tuple[dict[torch.device, MemoryPlan], list[int]]:
-    """Plan each device of this process. Plans activations on every device that the prefill passes.
+    """Plan the memory of each device of this process.
+
+    Activations are planned on every device that the prefill runs on.
 
     Args:
         target: The target and its needs.
@@ -69,13 +71,13 @@ def plan(
         patches: Patches in one pass of the vision tower.
         places: Devices of target and draft.
         free: Free bytes by device.
-        layers: Number of layers per device, if a split target is loaded already; else it is split by free memory.
+        layers: Number of layers per device, if a split target is already loaded. Empty: split it by free memory.
 
     Returns:
         The plan by device, and the number of layers per device (empty unless the target is split).
     """
-    second = draft is not None and draft.model is target.model
-    mine = draft if draft and not second and (places.draft_shared or rank_here() == 0) else None
+    target_drafts = draft is not None and draft.model is target.model
+    mine = draft if draft and not target_drafts and (places.draft_shared or rank_here() == 0) else None
     users = {device: [target] for device in places.target}
     parts: dict[torch.device, dict[str, int]] = {device: {} for device in places.devices}
     if mine:
@@ -96,7 +98,7 @@ def plan(
     held = weights(target, stages, places.ranks)
     for number, device in stages:
         ours = {"target weights": held[device], "target KV cache": cache(target, number, places.ranks)}
-        if second and draft:
+        if target_drafts and draft:
             ours["draft KV cache"] = cache(draft, number, places.ranks)
         parts[device] = ours | parts[device]
     if places.ranks > 1 and (beside := while_loading(target, mine if places.draft_shared else None, places)):
@@ -106,16 +108,16 @@ def plan(
 
 
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
-    """Weight bytes by device, on one rank.
+    """Bytes of weights on each device, for one rank.
 
-    A tied head on another device than the embedding counts twice. Layers of no stage do not count. A quantised
-    checkpoint lies on the first stage's device.
+    A tied head counts twice if it is on a different device from the embedding. Layers outside all stages are not
+    counted. A quantised checkpoint counts wholly on the first stage's device.
     """
     if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
         return {stages[0][1]: packed}
     parts = device_map(need.model.hf, [count for count, _ in stages], [device for _, device in stages])
     found, seen = {device: 0 for _, device in stages}, set()
-    for weight in stored(need.model.hf, need.dtype, need.kind, ranks):
+    for weight in stored(need.model.hf, need.dtype, need.quantisation, ranks):
         device = next((there for part, there in parts.items() if f"{weight.name}.".startswith(f"{part}.")), None)
         if device is not None and (weight.key, device) not in seen:
             seen.add((weight.key, device))
@@ -124,19 +126,20 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
 
 
 def cache(need: Need, layers: int, ranks: int = 1) -> int:
-    """KV cache bytes of `layers` layers on one rank, which holds its share of the heads."""
+    """Bytes of the KV cache of `layers` layers, for one rank, which holds its share of the heads."""
     return kv_bytes(need.model, pooled(need.slots), need.dtype) // need.model.layers * layers // ranks
 
 
 def activations(needs: Sequence[Need], patches: int) -> int:
-    """Peak activation bytes on a device. Its models run in turn, so the largest counts."""
+    """Peak bytes of activations on a device, from the widest layer. Models run in turn, so the largest counts."""
     prompts, passes = [], []
     for need in needs:
         config, vision = need.model.hf.config.get_text_config(), need.model.hf.config.vision_config
         text_rows = min(need.slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
-        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)  # rotary embedding in float32
+        # Includes the rotary embedding in float32.
+        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)
         # The prefill runs Hugging Face's modules, which dequantise a quantised head in full.
-        head = need.model.vocabulary * config.hidden_size if need.kind else 0
+        head = need.model.vocabulary * config.hidden_size if need.quantisation else 0
         # Features, embeddings and signals live through the whole prefill.
         prompts.append(2 * need.slots * config.hidden_size * need.dtype.itemsize + need.signals)
         passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
@@ -152,8 +155,8 @@ def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
     def share(need: Need) -> int:
         return weights(need, [(need.model.layers, places.first)], places.ranks)[places.first]
 
-    most = share(replace(target, kind=None)) if target.kind else 0
-    return max(most, share(target) + share(replace(draft, kind=None))) if draft and draft.kind else most
+    most = share(replace(target, quantisation=None)) if target.quantisation else 0
+    return max(most, share(target) + share(replace(draft, quantisation=None))) if draft and draft.quantisation else most
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
@@ -162,7 +165,7 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory available on a device, in bytes."""
+    """Free memory on a device, in bytes."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -173,14 +176,15 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error means out of memory. Only one of torch's allocators raises OutOfMemoryError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")  # of the CPU allocator, cuBLAS and the like, CUDA
+    # In order: the CPU allocator, cuBLAS and similar, CUDA.
+    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def reset_peak(device: torch.device) -> None:
     """Reset the peak memory statistics.
 
-    A CPU peak can only be reset on Linux; elsewhere it covers the whole process.
+    A CPU peak can only be reset on Linux; elsewhere it is the peak since the process started.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

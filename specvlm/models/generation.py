@@ -11,16 +11,16 @@ from specvlm.video.settings import read_json
 FILE = "generation_config.json"
 APPLIED = ("eos_token_id", "repetition_penalty")
 # Fields of transformers' GenerationConfig that do not change the greedy answer, or that our own keys override. Any
-# other field that a checkpoint sets is reported, so that fields of new releases are not ignored silently.
+# other field that a checkpoint sets is reported, so that no field of a new release is ignored silently.
 HARMLESS = frozenset(
     (
         *("max_length", "max_new_tokens"),  # overridden by our max_new_tokens
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-        *("early_stopping", "length_penalty", "num_return_sequences"),  # for beams and samples
+        *("early_stopping", "length_penalty", "num_return_sequences"),  # only for beams and several returned sequences
         *("use_cache", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "low_memory"),
         *("renormalize_logits", "remove_invalid_values"),  # keep the argmax
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # for batches, and for models with an encoder
+        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # only for padded batches and encoder-decoder models
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
         *("target_lookbehind", "speculation_type", "use_mtp"),  # Hugging Face's own lossless speculation
@@ -36,7 +36,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing, besides t
 
 
 def generation_of(folder: Path) -> Any:
-    """Load the folder's GenerationConfig, if any. Raises UserError for an invalid one, which Hugging Face ignores."""
+    """Load the folder's GenerationConfig; None if it has none.
+
+    Raises:
+        UserError: It is invalid. Hugging Face would ignore that silently.
+    """
     from transformers import GenerationConfig
 
     if not (folder / FILE).is_file():
@@ -47,7 +51,7 @@ def generation_of(folder: Path) -> Any:
 
 
 def stop_ids(config: Any) -> frozenset[int]:
-    """Token ids that end an answer. Raises UserError if eos_token_id is not made of token ids."""
+    """Token ids that end an answer. Raises UserError if eos_token_id is neither a token id nor a list of them."""
     found = config.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
@@ -66,7 +70,7 @@ def penalty_of(config: Any) -> float:
 
 
 def not_applied(config: Any) -> Iterator[str]:
-    """Names of settings that change greedy output and are not applied here."""
+    """Yield the names of settings that change greedy output and are not applied here."""
     from transformers import GenerationConfig
 
     for name in vars(GenerationConfig()):

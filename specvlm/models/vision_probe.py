@@ -18,7 +18,7 @@ ROWS = 4096  # rows of hidden states converted to float32 at once
 
 
 def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
-    """(W, L) attention that each key receives in its window, mean over heads and queries. Sums to 1 over a window."""
+    """(W, L) attention that each key receives in its window, averaged over heads and queries. A window sums to 1."""
     windows, heads, length, _ = query_WHLD.shape
     wide = torch.promote_types(query_WHLD.dtype, torch.float32)
     row_bytes = heads * length * wide.itemsize
@@ -36,8 +36,8 @@ def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
 class VisionProbe:
     """Records the attention that patches receive in one layer of a vision tower, and their keys.
 
-    The model family pools them to video tokens. The tower's output stays bit-identical. Needs BLOCK bytes for scores
-    and keeps (N, C).
+    The model class pools them into video tokens (`add`). The tower's output stays bit-identical. Memory: BLOCK bytes of
+    scores at a time, and an (N, C) record.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,10 @@ class VisionProbe:
         return self
 
     def observe(self, module: nn.Module, query_RHD: Tensor, key_RHD: Tensor, lengths: Tensor, scaling: float | None) -> None:
-        """Record one call of an attention module. Rows are in window order; lengths: of the windows, on the host."""
+        """Record one call of an attention module, if it is the selected one.
+
+        Rows are in window order. lengths: patches of each window, on the host.
+        """
         if module is not self._module:
             return
         scaling = float(scaling or query_RHD.shape[-1] ** -0.5)
@@ -67,13 +70,13 @@ class VisionProbe:
         self._seen_RC = torch.cat([received_R[:, None], key_RHD.to(seen.dtype).mean(1)], 1)
 
     def take(self) -> Tensor:
-        """(R, C) record of the tower's last pass: attention received, then the key, mean over heads."""
+        """(R, C) record of the tower's last pass: attention received, then the key, averaged over heads."""
         assert self._seen_RC is not None, "the selected layer did not run"
         seen_RC, self._seen_RC = self._seen_RC, None
         return seen_RC
 
     def add(self, tokens_NC: Tensor) -> None:
-        """Append the record of the prompt's next video tokens, pooled by the family."""
+        """Append the record of the prompt's next video tokens, pooled by the model class."""
         self.parts.append(tokens_NC)
 
     def add_newlines(self, count: int) -> None:
@@ -93,7 +96,7 @@ class VisionProbe:
 def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
     """Collect the hidden states that enter a module within this block; none if there is no module.
 
-    For towers that do not pass our extra arguments on to their attention.
+    Used for towers that do not pass our extra arguments on to their attention.
     """
     found: list[Tensor] = []
 
@@ -131,11 +134,11 @@ class HiddenStateProbe:
         self._text: list[Tensor] = []
 
     def enter(self, hidden_QD: Tensor) -> None:
-        """Begin a pass over these rows."""
+        """Begin a pass over these rows: record the embeddings of the text after the video."""
         self._entering.append(hidden_QD[max(self.cut - self._start, 0) :].clone())
 
     def observe(self, layers: int, hidden_QD: Tensor) -> None:
-        """Record the output of the first `layers` layers, if that is the selected depth."""
+        """Record the output of the first `layers` layers, if `layer` is that number."""
         if layers != self.layer:
             return
         inside = (self.video_index >= self._start) & (self.video_index < self._start + len(hidden_QD))

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from specvlm.errors import ExitCode, OutOfMemory, UserError
 
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
-PATIENCE_S = 3.0  # wait for the news of a peer's death, which may come later than its effects
-HANGS_S = 20.0  # a shutdown that takes longer hangs
+PATIENCE_S = 3.0  # seconds a failed rank waits to learn whether a dead peer was the cause
+HANGS_S = 20.0  # seconds after which a block under `patience` counts as hanging
 
 
 class Watch:
@@ -32,7 +32,7 @@ class Watch:
         save: Called on rank 0 when another rank runs out of memory, to save results; its text is added to the message.
 
     Raises:
-        UserError: Not on Linux: elsewhere a process can only wait for its own children.
+        UserError: The system is not Linux: elsewhere a process can only wait for its own children.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -54,7 +54,7 @@ class Watch:
         self.thread.start()
 
     def close(self) -> None:
-        """Stop watching and restore the signal handlers."""
+        """Stop watching and restore the handler of SIGTERM."""
         os.write(self.pipe_in, b"\0")  # not a signal's number
         self.thread.join()
         signal.set_wakeup_fd(self.old_wakeup_fd)
@@ -117,7 +117,7 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process unless that rank was done."""
+        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another."""
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
@@ -131,14 +131,14 @@ class Watch:
         self._follow(ExitCode.LOST)
 
     def _saved(self) -> str:
-        """Save results; returns text for the message."""
+        """Save the results so far. Returns a text for the message, also if that fails."""
         try:
             return self.save()
         except Exception as error:  # the thread must still exit the process
             return f"; the results so far cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
-        """How and why a rank ended, from the store; empty if it did not say."""
+        """Read from the store how and why a rank ended; empty texts if it did not say."""
         key = f"ended/{rank}"
         try:
             kind, _, why = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")

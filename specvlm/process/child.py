@@ -1,4 +1,7 @@
-"""Run untrusted code in a fork of this process: if it loops, crashes or exhausts memory, only the fork ends."""
+"""Run untrusted code in a fork of this process: if it loops, crashes or exhausts memory, only the fork ends.
+
+Limits time and memory only; files and network stay open.
+"""
 
 import gc
 import os
@@ -11,10 +14,10 @@ from time import monotonic
 
 import psutil
 
-SECONDS = 5  # limit of processor time, which does not depend on other load
-PATIENCE = 60.0  # limit of wall time in seconds, for code that waits
-MEMORY = 2**29  # limit of memory in bytes, beyond what the process already uses
-LONGEST = 2**22  # limit of the result in bytes
+CPU_SECONDS = 5  # limit on CPU time, which other load does not affect
+WALL_SECONDS = 60.0  # limit on wall time, for code that waits
+MEMORY = 2**29  # limit on memory in bytes, beyond what the process already uses
+LONGEST = 2**22  # limit on the result in bytes
 
 _ALONE = Lock()  # one fork at a time: a lock that another thread holds during a fork stays locked in the child
 
@@ -24,9 +27,12 @@ class ChildError(Exception):
 
 
 def in_child(action: Callable[[], str]) -> str:
-    """Call `action` in a fork and return its result; in this process if the system cannot fork.
+    """Call `action` in a fork and return its result. Calls it in this process if the system cannot fork.
 
-    Takes a few milliseconds. The action must not use CUDA or torch's threads. Raises ChildError.
+    Takes a few milliseconds. The action must not use CUDA or torch's threads.
+
+    Raises:
+        ChildError: The action raised, crashed or exceeded a limit.
     """
     if not hasattr(os, "fork"):
         return action()
@@ -45,14 +51,14 @@ def in_child(action: Callable[[], str]) -> str:
             status = os.waitpid(pid, 0)[1]
     if not said:
         slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        raise ChildError(f"it does not end within {SECONDS} s" if slow else "it crashed")
+        raise ChildError(f"it does not end within {CPU_SECONDS} s" if slow else "it crashed")
     if said[:1] != b"=":
         raise ChildError(said[1:].decode(errors="replace"))
     return said[1:].decode()
 
 
 def _answer(action: Callable[[], str], sink: int) -> None:
-    """Run the action in the child; never returns. The first byte written tells a result from an error."""
+    """Run the action in the child; never returns. Writes the result after a `=`, or an error after a `!`."""
     try:
         gc.disable()  # a finaliser may wait for a thread, and the child has no other threads
         _limit()
@@ -66,11 +72,11 @@ def _answer(action: Callable[[], str], sink: int) -> None:
 
 
 def _limit() -> None:
-    """Set the child's limits of processor time and memory."""
+    """Set the child's limits on CPU time and memory."""
     import resource
 
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # not every system has this limit
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -80,11 +86,11 @@ def _limit() -> None:
 def _read(source: int) -> bytes:
     """Read the child's output. Raises ChildError if it takes too long or is too large."""
     parts: list[bytes] = []
-    size, end = 0, monotonic() + PATIENCE
+    size, end = 0, monotonic() + WALL_SECONDS
     while True:
         ready, _, _ = select.select([source], [], [], max(0.0, end - monotonic()))
         if not ready:
-            raise ChildError(f"it does not end within {PATIENCE:.0f} s")
+            raise ChildError(f"it does not end within {WALL_SECONDS:.0f} s")
         part = os.read(source, 2**16)
         if not part:
             return b"".join(parts)

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, even if a strategy catches it, and tell it from a KeyboardInterrupt that a strategy raises."""
+"""Handle Ctrl-C, even if a strategy catches it, and tell it apart from a KeyboardInterrupt that a strategy raises."""
 
 import os
 import signal
@@ -12,17 +12,17 @@ from specvlm.errors import ExitCode, line
 
 
 class _Names(threading.local):
-    """Names of the strategies that the current thread is in."""
+    """Names of the strategies whose code the current thread is running."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
 
 class Interrupts:
-    """Counts presses of Ctrl-C, and knows which strategies each thread is in.
+    """Counts presses of Ctrl-C, and knows which strategies each thread is running.
 
     Attributes:
-        heard: How often Ctrl-C was pressed since the command began.
+        heard: How many times Ctrl-C was pressed since the command began.
         installed: Whether the signal handler is installed.
     """
 
@@ -32,21 +32,24 @@ class Interrupts:
 
     @property
     def names(self) -> list[str]:
-        """Strategies that the calling thread is in, the innermost last."""
+        """Strategies that the calling thread is running, the innermost last."""
         return self._local.names
 
     @property
     def where(self) -> str:
-        """Text such as `` in drafter=tree``, naming the strategy that the calling thread is in; empty outside."""
+        """Text such as `` in drafter=tree``, naming the strategy that the calling thread is running; else empty."""
         return f" in {line(self.names[-1])}" if self.names else ""
 
-    def pressed(self, heard: int) -> bool:
-        """Whether Ctrl-C was pressed more than `heard` times. Without a handler, any KeyboardInterrupt counts."""
-        return self.heard > heard or not self.installed
+    def pressed(self, presses: int) -> bool:
+        """Whether Ctrl-C was pressed more than `presses` times.
+
+        Always True while our handler is not installed: presses are not counted then.
+        """
+        return self.heard > presses or not self.installed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the handler for this block, if in the main thread and if nobody else has installed one."""
+        """Install the handler for this block, if this is the main thread and nobody else has installed one."""
         here = threading.current_thread() is threading.main_thread()
         if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
@@ -60,7 +63,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """Interrupt on the first Ctrl-C. Exit on the second: the first may have been caught, or its cleanup hangs."""
+        """Raise KeyboardInterrupt on the first Ctrl-C. Exit on the second: the first was caught, or cleanup hangs."""
         self.heard += 1
         if self.heard > 1:
             os.write(2, f"specvlm: interrupted{self.where}, and ended at once\n".encode())

@@ -1,4 +1,4 @@
-"""Write the files of a run, each completely or not at all."""
+"""Write the files of a run, each completely or not at all, except for steps.jsonl, which grows by a line per round."""
 
 import errno
 import json
@@ -23,7 +23,9 @@ ATTENTION = "attention"
 
 @contextmanager
 def files_of(folder: Path | None) -> Iterator[None]:
-    """Remove the files of an earlier run, and those of this run if it fails.
+    """Remove the files of an earlier run first, and those of this run if the block raises an OSError.
+
+    Other errors leave them, so a run that is out of memory keeps its partial results. A broken pipe leaves them too.
 
     Args:
         folder: The run's folder. None: write nothing.
@@ -63,7 +65,7 @@ def steps_file(folder: Path | None) -> TextIO:
 
 
 def check_there(file: IO[Any]) -> None:
-    """Raises OSError if an open file was removed or moved: writing to it would succeed and be lost."""
+    """Raise OSError if an open file was removed or moved: writes would still succeed, but be lost."""
     try:
         same = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
@@ -98,7 +100,10 @@ def attention_file(folder: Path, number: int) -> Path:
 
 
 def write_attention(folder: Path | None, number: int, attention_N: Tensor) -> None:
-    """Write attention scores, shape (video tokens,), as float16 multiples of their mean: the scores would underflow."""
+    """Write attention scores, shape (video tokens,), as float16 multiples of their mean.
+
+    The scores themselves would underflow.
+    """
     if folder is None:
         return
     path = attention_file(folder, number)

@@ -21,7 +21,7 @@ CELL = 8  # pixels; blocks with their own vector are rarely smaller
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the sampled frames of a prompt's video come from.
+    """The file that a video was sampled from, and the numbers of its sampled frames.
 
     Attributes:
         path: The file.
@@ -34,11 +34,14 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Signals of the sampled frames. Each covers the frames after the previous sampled one (the first only itself).
+    """Signals of the compressed stream, one entry per sampled frame.
+
+    Entry t covers the frames from just after sampled frame t - 1 up to sampled frame t; entry 0 is the first sampled
+    frame alone.
 
     Attributes:
         motion: (T, h, w) Pixels that a cell moved, less the frame's median motion (the camera's), summed over the
-            frames; 0 for blocks without a vector.
+            frames; 0 for cells without a vector. Frames of a different size from the first do not count.
         size: (T,) Compressed bytes of the frames.
         intra: (T,) Share of the frames that are coded without reference to others.
     """
@@ -49,7 +52,7 @@ class Stream:
 
 
 def read_stream(origin: Origin) -> Stream:
-    """Read the signals of a video, by decoding it up to the last sampled frame with FFmpeg's `export_mvs`.
+    """Read the signals of a video: decodes it up to the last sampled frame with FFmpeg's `export_mvs`.
 
     Only some decoders export motion vectors (H.264, MPEG-1, -2 and -4, VP8 and older). For others (HEVC, VP9, AV1) the
     motion is 0. Vectors are used as coded, whatever the distance of their reference frame.
@@ -74,6 +77,14 @@ def read_stream(origin: Origin) -> Stream:
 
 
 def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Stream:
+    """Decode the file and sum the signals of its frames per sampled frame.
+
+    A frame's place in the file is found by its time stamp, or by counting if the index has no time stamps.
+
+    Raises:
+        WrongIndex: A frame's time stamp is not in the index.
+        UserError: The file holds none of the sampled frames.
+    """
     sample, motion, intra = 0, None, [0.0] * len(sampled)
     starts = [sampled[0], *(place + 1 for place in sampled[:-1])]
     place_of = None if index.stamps is None else {stamp: place for place, stamp in enumerate(index.stamps)}
@@ -105,13 +116,17 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
 
 
 def _moved(av: Any, frame: Any) -> np.ndarray[Any, Any]:
-    """(h, w) length of each cell's motion in pixels, after subtracting the frame's median motion."""
+    """(h, w) length of each cell's motion in pixels, after subtracting the frame's median motion.
+
+    A cell that several blocks cover moves by their mean, weighted by area.
+    """
     rows, columns = -(-frame.height // CELL), -(-frame.width // CELL)
     found = frame.side_data.get(av.sidedata.sidedata.Type.MOTION_VECTORS)
     vectors = None if found is None else found.to_ndarray()
     if vectors is None or not len(vectors):
         return np.zeros((rows, columns), dtype=np.float32)
-    scale = np.maximum(vectors["motion_scale"], 1) * np.where(vectors["source"] < 0, -1.0, 1.0)  # forward in time
+    # Flip vectors to earlier frames, so that all point forward in time.
+    scale = np.maximum(vectors["motion_scale"], 1) * np.where(vectors["source"] < 0, -1.0, 1.0)
     sums = np.zeros((3, rows * columns))
     for width, height in {(int(w), int(h)) for w, h in zip(vectors["w"], vectors["h"], strict=True)}:
         mine = (vectors["w"] == width) & (vectors["h"] == height)

@@ -16,7 +16,7 @@ DURATIONS = (15, 60, 600, 3600)
 
 
 class Entry(TypedDict):
-    """An entry of either list."""
+    """An entry of lvb_val.json or lvb_test_wo_gt.json."""
 
     candidates: list[str]
     id: str
@@ -36,8 +36,8 @@ class LongVideoBenchDataset(LocalDataset):
 
     arXiv 2407.15754; Hugging Face: longvideobench/LongVideoBench. Layout: lvb_val.json (1337 questions),
     lvb_test_wo_gt.json (5341 without answers), and videos/. As in the publishers' code, only the first `duration`
-    seconds of a video are used. Subtitles, which many questions quote, are left out: use it to measure speed rather
-    than accuracy.
+    seconds of a video are used. Subtitles, which many questions quote, are left out, so use this data set to
+    measure speed rather than accuracy.
 
     Attributes:
         split: `val` or `test`.
