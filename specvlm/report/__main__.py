@@ -5,8 +5,8 @@
     python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
-FOLDER: the folder of a run or a job, or one that contains some at any depth. Runs with record=true also show
-attention heat.
+FOLDER: the folder of a run or a job, or one that contains such folders at any depth. Runs with record=true also show
+attention as heat.
 """
 
 import argparse
