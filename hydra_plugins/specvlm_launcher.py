@@ -42,7 +42,7 @@ class TurnsLauncher(Launcher):
         return self.call.take_turns(list(zip(jobs, configs, strict=True)), self.context)
 
     def _other(self) -> Any:
-        """Instantiate the other launcher."""
+        """Instantiate the other launcher, which starts the jobs instead of this one."""
         config = self.config.copy()
         with open_dict(config):
             config.hydra.launcher = self.over
