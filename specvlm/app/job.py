@@ -65,7 +65,7 @@ class Job:
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._own = object()  # part of the key of warm-ups that no other job may use
+        self._own = object()  # makes a warm-up's key unique to this job
         self._told: set[str] = set()
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
@@ -126,7 +126,7 @@ class Job:
             raise JobFailed(self.code_of([found]))
 
     def key(self, index: int) -> Hashable:
-        """Cache key of a sample's reading: equal for jobs with the same data set, target, and settings for frames."""
+        """Cache key of a sample's reading: equal for jobs with the same data set, target and way to read it."""
         cfg, target = self.cfg, self.setup.target
         shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
         return (registry.described(self.dataset), index, *shown, type(target), target.folder)
@@ -289,7 +289,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Other parts of a warm-up's key. A plugin may depend on anything, so with one the job itself is a part."""
+        """Rest of a warm-up's key. A plugin may depend on anything, so a job with plugins shares no warm-up."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -327,7 +327,7 @@ class Job:
         return reason
 
     def _recover(self, request: Prepared, full: bool) -> None:
-        """After a failed sample, free memory if it ran out (`full`). Raises a GPU's error if it no longer works."""
+        """After a failed sample, free memory if it ran out (`full`). Raises the error of a GPU that no longer works."""
         if full:
             self.held.release_memory()
         for device in request.places.devices:

@@ -87,7 +87,7 @@ class Call:
             asked: Returns the checked configuration.
 
         Raises:
-            JobFailed: The job failed in another process than the command line's.
+            JobFailed: The job's exit code is not 0, and this process is a worker of another launcher.
         """
         state = HydraConfig.get()
         folder = Path(state.runtime.output_dir)
@@ -132,7 +132,7 @@ class Call:
         try:
             action()
             self.codes.append(self.sweep.finish())
-        except (JobFailed, CannotWrite) as err:  # of several errors in worker processes, the first
+        except (JobFailed, CannotWrite) as err:  # the first error, perhaps of a worker process
             if not self.sweep.labels or (isinstance(err, CannotWrite) and not self.sweep.mismatch()):
                 raise
             self.codes += [self.tell(err), *self.sweep.mismatch()]

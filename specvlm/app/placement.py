@@ -43,7 +43,7 @@ def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or de
     """Parse a device name and check that the device exists.
 
     Args:
-        name: Such as auto, cpu, cuda or cuda:1.
+        name: Name such as auto, cpu, cuda or cuda:1.
         key: The key that gave the name, for the error message.
         otherwise: Advice for the error message.
 
@@ -82,7 +82,7 @@ def places_of(cfg: RunConfig) -> Placement:
 
 
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
-    """Place for target.parallel=layers: the target on all GPUs but the draft's own. Raises UserError."""
+    """Placement for target.parallel=layers: the target on all GPUs but the draft's own. Raises UserError."""
     if device.type != "cuda":
         raise UserError("target.parallel=layers splits a target over GPUs, but there is no GPU")
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
@@ -94,7 +94,7 @@ def _split(device: torch.device, draft: torch.device | None) -> Placement:
 
 
 def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool) -> Placement:
-    """Place for target.parallel=tensor: one GPU per rank, or the CPU if no GPU is visible. Raises UserError."""
+    """Placement for target.parallel=tensor: a GPU per rank, or the CPU if no GPU is visible. Raises UserError."""
     ranks = torchrun.size_here()
     if ranks < 2:
         raise UserError("target.parallel=tensor needs two ranks or more: torchrun --nproc-per-node 2 -m specvlm …")

@@ -167,7 +167,7 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
 
 
 def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
-    """Return `hf_check` of an answer that is not to be checked; None if it is still to be (see `hf_check.py`)."""
+    """Return `hf_check` of an answer that needs no check; None if the check is still to come (see `hf_check.py`)."""
     if cfg.check is None:
         return "not checked"
     if not graph.lossless:

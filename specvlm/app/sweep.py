@@ -122,7 +122,7 @@ class Sweep:
         return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
-        """[MISMATCH] if the summary of any job has one, else []."""
+        """Return [MISMATCH] if the summary of any job has one, else []."""
         found = [summary_of(folder) for folder in self.labels]
         wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
         return [ExitCode.MISMATCH] if wrong else []
@@ -187,8 +187,8 @@ class Task:
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
-    Jobs that share a target run together, one target after the other. If a job fails, the others go on,
-    unless it has fail_fast: then JobFailed is raised.
+    Jobs that share a target run together, one target after the other. If a job fails, the others go on.
+    If it has fail_fast set, JobFailed is raised instead.
 
     Args:
         jobs: Started jobs.

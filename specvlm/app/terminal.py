@@ -14,7 +14,7 @@ from specvlm.parallel import torchrun
 
 
 class Terminal(Console):
-    """A console that prints text as it is: no markup, no emoji codes, no control characters.
+    """A console that prints text literally, without markup or emoji codes, and removes control characters.
 
     Only `styled` adds colour.
     """
