@@ -158,4 +158,4 @@ class Ranked(TypedDict):
     """A line of steps.jsonl with the rank of each accepted guess among its siblings (see `fit_tree`)."""
 
     ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
-    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # one more: guesses tried below the root
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # tried below the root and each accepted guess

@@ -171,6 +171,7 @@ class Rows:
             raise
 
     def _open(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+        """Create the folder and claim the files in it. Raises Taken if another process holds them."""
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -275,6 +276,7 @@ def _in_use(samples: Path) -> bool:
 
 
 def _files(folder: Path, what: str) -> list[Path]:
+    """Find the files of all shards. what: SAMPLES or STEPS."""
     return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
 
 

@@ -68,6 +68,7 @@ class Wandb:
         return wandb.init(**named, mode="offline", settings=settings())
 
     def _offline(self, why: str) -> None:
+        """Start all further runs offline, and say so."""
         self.mode = "offline"
         self.note(f"W&B is written offline ({why})")
 
