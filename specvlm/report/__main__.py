@@ -23,7 +23,7 @@ PAGES = (".html", ".htm")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 for a user error, explained in one line on stderr."""
+    """Run the command line; returns the exit code (see `errors.ExitCode`)."""
     parser = argparse.ArgumentParser("python -m specvlm.report", description="A report of runs as one HTML file.")
     parser.add_argument(
         "folders",

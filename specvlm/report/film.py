@@ -1,4 +1,4 @@
-"""Draw a film of the drafter's view: kept tokens bright, recorded attention as heat beside them, the growing answer.
+"""Draw a film of the drafter's view: kept tokens bright, attention as heat beside them, and the growing answer.
 
 Uses Pillow's own font, which has Latin letters only; other letters become boxes.
 """
@@ -37,7 +37,7 @@ def kind_of(path: Path) -> str:
 
 
 def film(seen: Seen, path: Path) -> None:
-    """Write the film of the first view. Raises UserError if there are no frames to show."""
+    """Write the film of the first view. Raises UserError for a wrong suffix, or if there are no frames to show."""
     kind = kind_of(path)
     if not seen.frames:
         raise UserError(f"cannot show {seen.sample}: {seen.problem}")
@@ -60,7 +60,7 @@ def film(seen: Seen, path: Path) -> None:
 
 
 def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
-    """Draw one picture per frame. The answer grows evenly to its end on the last one; its last LINES lines show."""
+    """Draw one picture per frame. The answer grows evenly; its last LINES lines are shown."""
     assert seen.grid is not None
     words = list(words_of(view))
     font = ImageFont.load_default(SIZE)

@@ -61,6 +61,7 @@ def facts(jobs: Sequence[Job]) -> list[str]:
     """Facts about the jobs for the header: counts, data sets, models, dtypes, versions."""
 
     def each(key: str, before: str = "") -> list[str]:
+        """List the values of a setting; count them if there are more than three."""
         values = dict.fromkeys(str(job.settings[key]) for job in jobs if job.settings.get(key) is not None)
         return [f"{before}{value}" for value in values] if len(values) <= 3 else [f"{len(values)} × {before}".strip()]
 

@@ -35,7 +35,7 @@ from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
 SIDE = 384  # most pixels on a frame's longer side
-ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # shown from a row
+ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys for the player
 CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
@@ -122,7 +122,10 @@ class Seen:
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """Collect the views that jobs with the same token grid have of a sample. most: limit on the frames to show."""
+    """Collect the views that jobs with the same token grid have of a sample. Raises UserError if no job has it.
+
+    most: limit on the frames to show.
+    """
     did = {job: row for job in jobs if (row := job.row(sample))}
     if not did:
         raise UserError(f"{'; '.join(job.label for job in jobs)}: sample {sample} is not done")

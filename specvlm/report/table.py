@@ -51,7 +51,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell. value: as in summary.json, or None; side: up or down if the difference is significant."""
+    """A cell of the table.
+
+    Attributes:
+        key: Key of its column.
+        value: Number to sort by, or None.
+        text: The value as text.
+        bounds: Its interval.
+        against: Difference from the base, with its interval.
+        side: up or down if that interval has no 0, else empty.
+    """
 
     key: str
     value: float | None
