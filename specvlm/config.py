@@ -190,5 +190,6 @@ def conf_dir() -> Path:
 
 
 def _expect(cfg: RunConfig, key: str, holds: bool, allowed: str) -> None:
+    """Raise UserError for the value of `key` unless `holds`."""
     if not holds:
         raise UserError(f"{key}={line(str(getattr(cfg, key)))}: expected {allowed}")
