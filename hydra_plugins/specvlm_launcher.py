@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TurnsLauncher(Launcher):
     """Composes and checks all jobs before the first starts, then runs them in turn.
 
-    over: configuration of another launcher that runs the jobs instead.
+    over: configuration of another launcher that runs the jobs instead; None if there is none.
     """
 
     def __init__(self, over: DictConfig | None = None) -> None:
@@ -29,6 +29,7 @@ class TurnsLauncher(Launcher):
         self.call: Call = task_function  # type: ignore[assignment]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose and check the jobs of these overrides, and run them."""
         from specvlm.app import compose
 
         configs = [self.context.config_loader.load_sweep_config(self.config, list(words)) for words in job_overrides]
@@ -42,7 +43,7 @@ class TurnsLauncher(Launcher):
         return self.call.take_turns(list(zip(jobs, configs, strict=True)), self.context)
 
     def _other(self) -> Any:
-        """Instantiate the other launcher."""
+        """Instantiate the other launcher, which starts the jobs instead of this one."""
         config = self.config.copy()
         with open_dict(config):
             config.hydra.launcher = self.over

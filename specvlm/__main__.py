@@ -2,10 +2,10 @@
 
 Exit codes (`errors.ExitCode`):
 0 the output equals the target's own; 1 MISMATCH; 2 a user error, explained in one line; 3 a fault of specvlm, with its
-traceback; 4 another rank died; 5 some samples failed, listed in the table, all others are done; 130 Ctrl-C.
+traceback; 4 another rank died; 5 some samples failed and the table lists them, all others are done; 130 Ctrl-C.
 
-A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1 for
-any code of a rank but 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
+A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1
+whenever a rank exits with a code other than 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from specvlm.results import metrics
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     full = full_errors()
-    for name in ("stdout", "stderr"):  # the shell may have closed it
+    for name in ("stdout", "stderr"):  # the shell may have closed this stream
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if torchrun.rank_here():  # rank 0 prints for all
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: list[str], full: bool) -> int:
-    """Answer --version, --help and --cfg, or check every job and let Hydra run them; returns the exit code."""
+    """Answer --version, --help, --cfg and the like, or check all jobs and let Hydra run them; return the exit code."""
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
@@ -70,7 +70,7 @@ def command(argv: list[str], full: bool) -> int:
         raise UserError("a sweep does not run under torchrun: start torchrun once per job")
     args.overrides = compose.quoted(args.overrides, sweep)
     asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
-    if not asks:  # import everything that CODE watches before any plugin
+    if not asks:  # before any plugin, import everything that CODE watches
         for module in ("specvlm.app.sweep", "specvlm.app.run", *BUILTINS):
             importlib.import_module(module)
     more, main_folder = (Path(args.config_dir) if args.config_dir else None), Path(__file__).parent / (args.config_path or "")

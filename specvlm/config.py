@@ -17,8 +17,8 @@ from specvlm.errors import UserError, line
 from specvlm.parsing.bounds import KEY, Within, check
 
 EMBEDDED = "embedded:"
-CHECKS = ("hf", "generate")  # with Hugging Face's own model: one pass over the answer, or its `generate`
-THREADS = max(64, 4 * (os.cpu_count() or 1))  # more than this machine can use; far more would crash the process
+CHECKS = ("hf", "generate")  # by Hugging Face's own model: one pass over the answer, or its `generate`
+THREADS = max(64, 4 * (os.cpu_count() or 1))  # most threads: no machine gains by more, and far more crash the process
 SHARDS = 4096
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
@@ -110,7 +110,7 @@ NAMES = tuple(dict.fromkeys((*GROUPS, *KEYS)))  # the keys that may come before 
 
 
 def schema(frozen: type) -> Any:
-    """Writable OmegaConf node of a frozen dataclass; OmegaConf itself would make it read-only."""
+    """Make a writable OmegaConf node of a frozen dataclass; OmegaConf itself would make it read-only."""
 
     def thaw(node: DictConfig) -> None:
         OmegaConf.set_readonly(node, None)
@@ -169,7 +169,7 @@ def validate(cfg: RunConfig) -> None:
 
 
 def model_folder(path: str) -> Path:
-    """Folder of a model: `embedded:qwen2_5_vl/target` is inside the package, any other path is used as it is."""
+    """Folder of a model: `embedded:qwen2_5_vl/target` is inside the package; in any other path only ~ is expanded."""
     if path.startswith(EMBEDDED):
         return Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
     return home(path)
@@ -181,7 +181,7 @@ def home(path: str) -> Path:
 
 
 def conf_dir() -> Path:
-    """Folder of YAML files: inside the package in a wheel, beside it in a checkout."""
+    """Folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "config.yaml").is_file():
@@ -190,5 +190,6 @@ def conf_dir() -> Path:
 
 
 def _expect(cfg: RunConfig, key: str, holds: bool, allowed: str) -> None:
+    """Raise UserError for the value of `key` unless `holds`."""
     if not holds:
         raise UserError(f"{key}={line(str(getattr(cfg, key)))}: expected {allowed}")

@@ -12,7 +12,7 @@ from enum import IntEnum
 # Control characters except tab and newline, and characters that change the direction of the surrounding text.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-LONGEST_WORD, LONGEST_LINE = 200, 590  # characters; longer parts of a message are cut in the middle
+LONGEST_WORD, LONGEST_LINE = 200, 590  # characters; a longer word or message is cut in the middle
 
 
 class ExitCode(IntEnum):
@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 class MissingVideo(UserError):
-    """The video file is missing. A data set skips and counts such samples, since few local copies are complete."""
+    """The video file is missing. A job skips and counts such samples, since few local copies are complete."""
 
 
 class OutOfMemory(UserError):
@@ -52,7 +52,7 @@ class Told(UserError):
 
 
 class JobFailed(Exception):
-    """End a sweep with this exit code: a job of it failed, perhaps in another process."""
+    """Ends a sweep with this exit code, because one of its jobs failed, perhaps in another process."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -68,7 +68,10 @@ class StrategyError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Format an error as one line, prefixed with its type unless its text is for users (UserError, StrategyError)."""
+    """Format an error as one line, prefixed with its type unless it is a UserError or a StrategyError.
+
+    Adds the first note that says where the error happened.
+    """
     if isinstance(error, UserError | StrategyError):
         return message(error)
     try:
@@ -82,7 +85,7 @@ def message(error: BaseException) -> str:
     """Return an error's text as one line of limited length, or a placeholder if its `__str__` raises."""
     try:
         return line(str(error))
-    except BaseException as broken:  # a plugin's exception may define __str__
+    except BaseException as broken:  # a plugin's exception may define a __str__ that raises
         return f"(its text raises {type(broken).__name__})"
 
 
@@ -93,11 +96,12 @@ def line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Remove characters that would move the terminal's cursor, ring its bell or reverse the text around them."""
+    """Remove characters that would move the cursor, ring the bell or reverse the text. Replaces surrogates."""
     return SURROGATE.sub("\ufffd", HIDDEN.sub("", text))
 
 
 def _cut(text: str, most: int) -> str:
+    """Cut the middle out of a text with more than `most` characters."""
     half = most // 2 - 10
     return text if len(text) <= most else f"{text[:half]}…({len(text)} characters)…{text[-half:]}"
 
@@ -116,7 +120,10 @@ def explained(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, prefixed with its type where the text alone is too short or unclear."""
+    """Return the first line of an error's text, at most 300 characters, prefixed with its type if the text is unclear.
+
+    For a missing module, adds how to install it.
+    """
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""
     if isinstance(error, ModuleNotFoundError) and error.name:

@@ -1,6 +1,6 @@
-"""`python -m specvlm.advise`: profile this machine and say if speculation pays.
+"""`python -m specvlm.advise`: profile this machine and say whether speculation pays.
 
-Takes the words of a run, such as pair=… video=… dtype=…, and its own, below.
+Takes the overrides of a run, such as pair=… video=… dtype=…, and the keys below.
 Exit codes are those of a run.
 """
 
@@ -95,7 +95,7 @@ class Wishes:
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
         """Shapes and ratios to predict, by drafter. Includes those of the run itself."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
-        if self.known:  # do not assume that a drafter without video guesses as well
+        if self.known:  # ratio 1: do not assume that a drafter without video guesses as well
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
         if registry.build("pruner", cfg.pruner).keeps_all:
             ratios = [0.0]
@@ -216,7 +216,7 @@ def measure(
     limit: int,
     screen: RunConsole,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
-    """Measure costs, the candidates derived from them, and the target's own answer of at most `limit` tokens."""
+    """Measure costs; return them, the candidates they lead to, and the target's answer of up to `limit` tokens."""
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
     screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
@@ -253,12 +253,12 @@ def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) ->
 def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
     """Measure a drafter that has no fixed tree shape, at the ratio of the run.
 
-    first_s: time to first token of the target alone; a drafter without a model does not change it.
+    first_s: time to first token of the target alone, which a drafter without a model does not change.
     """
     graph = using(graph, drafter)
     pruned = drafter.model is not None and drafter.own_budget(job.prompt) is None
     ratio = (0.0 if graph.pruner.keeps_all else graph.options.ratio) if pruned else None
-    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first captures a graph per tree size
+    steps = [watched(graph.decode(job.prompt, limit)) for _ in range(2)][1]  # the first one captures a graph per tree size
     draft, check = (1000 * mean(sum(step.times_s[p] for p in parts) for step in steps[2:] or steps[1:]) for parts in PARTS)
     speed = metrics.speed_of(steps)
     start_s = (speed["time_to_first_token_s"] if drafter.model else first_s) + speed["drafter_start_s"]
@@ -267,7 +267,7 @@ def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, li
 
 
 def changes(drafter: Any) -> tuple[str, ...]:
-    """Overrides for the fields that differ from their defaults."""
+    """Overrides for those fields of a drafter that differ from their defaults."""
     now = [(f, getattr(drafter, f.name)) for f in fields(drafter)]
     return tuple(f"drafter.{f.name}={word(value)}" for f, value in now if value != f.default)
 
@@ -289,20 +289,20 @@ def conclude(
 
 
 def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
-    """Candidates to check: the recommended one (else the fastest tree), the median tree and the slowest."""
+    """Choose the candidates to check: the recommended one or else the fastest tree, the median tree and the slowest."""
     trees = sorted((c for c in found if c.shape), key=lambda c: c.token_ms) or list(found)
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
 
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
-    """Decode with `candidate` twice and compare the faster decode with the prediction."""
+    """Decode with `candidate` twice and compare the prediction with the faster of the two."""
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]
     round_ms = min(part_ms([steps], "draft", *CHECK) for steps in decodes)
     accepted = metrics.acceptance_of(decodes[1])["accepted_per_round"] or 0.0
     token_ms = round_ms / (accepted + 1)
-    # An acceptance that the user gave is no prediction: check the costs alone.
+    # An acceptance that the user gave is not a prediction: check the costs alone.
     expected = candidate.token_ms if candidate.source == "measured" else candidate.round_ms / (accepted + 1)
     return {
         "candidate": str(candidate),

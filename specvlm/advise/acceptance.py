@@ -1,4 +1,7 @@
-"""Predict how many guesses of a tree the target accepts: replay measured ranks, or assume chances."""
+"""Predict how many guesses of a tree the target accepts: replay measured ranks, or assume chances.
+
+Shape suffixes: K kept slots of the prompt, D hidden size, A rotary axes, Q tokens of the answer, V vocabulary.
+"""
 
 import os
 from collections.abc import Sequence
@@ -17,8 +20,7 @@ from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
 # The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens. Used only if no ranks were
-# measured. The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each); 0.7 is a cautious
-# middle.
+# measured. The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each), so 0.7 is cautious.
 SPREAD = 0.7
 
 
@@ -48,18 +50,18 @@ class Replay:
             while at + depth < len(self.ranks) and (child := below[node].get(self.ranks[at + depth])) is not None:
                 node, depth = child, depth + 1
             at += depth + 1
-            if at <= len(self.ranks) or not taken:  # skip a last round that the end of the answer cuts short
+            if at <= len(self.ranks) or not taken:  # skip the last round if the end of the answer cuts it short
                 taken.append(depth)
         return sum(taken) / len(taken) if taken else 0.0
 
 
 @dataclass(frozen=True)
 class Chances:
-    """Acceptance by chance: chances multiply along a path (Sequoia, arXiv 2402.12374).
+    """Assumes a chance for each guess; chances multiply along a path (Sequoia, arXiv 2402.12374).
 
     Attributes:
-        first: Chance that the drafter's best guess at depth 1, 2, 3 … is right, given that those above are. The last
-            value holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
+        first: Chance that the drafter's best guess at depth 1, 2, 3 … is right if those above it are. The last value
+            holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
         source: Origin of the chances, for the table.
     """
 
@@ -87,7 +89,7 @@ class Chances:
 
     @classmethod
     def of_mean(cls, accepted: float, shape: TreeShape, source: str = "assumed") -> Self:
-        """Find the chance, equal at all depths, with which `shape` accepts `accepted` guesses per round."""
+        """Find the chance, the same at all depths, at which `shape` accepts `accepted` guesses per round."""
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
@@ -121,7 +123,7 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 def of_words(text: str) -> Known:
     """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
 
-    Raises UserError.
+    Raises UserError if it is none of these.
     """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
@@ -164,7 +166,7 @@ def of_run(folder: Path) -> Known:
 
 @torch.inference_mode()
 def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: Sequence[int]) -> Replay:
-    """Rank the tokens of the target's own answer by one draft pass over the pruned prompt and the answer."""
+    """Rank the tokens of the target's own answer, in one draft pass over it after a prefill of the pruned prompt."""
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
     embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.options.positions)

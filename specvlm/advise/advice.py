@@ -26,7 +26,7 @@ class Candidate:
         draft_ms: Draft time per round.
         check_ms: Verification time per round.
         start_s: Seconds until the first round, including both prefills.
-        changes: Overrides for fields of the drafter that differ from their defaults.
+        changes: Overrides for those fields of the drafter that differ from their defaults.
     """
 
     drafter: str
@@ -83,7 +83,7 @@ def alone_s(costs: Costs, tokens: int) -> float:
 
 
 def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Candidate | None, list[str]]:
-    """Recommend a candidate for `tokens` tokens by end-to-end time, or None; with reasons in sentences."""
+    """Recommend the candidate that is fastest end to end for `tokens` tokens, or None. Also returns the reasons."""
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"

@@ -1,4 +1,4 @@
-"""Measure the costs of drafting and checking on this machine for a few tree shapes, and fit a model for all others.
+"""Measure the costs of drafting and checking for a few tree shapes on this machine, and fit a model for all others.
 
 Measures whole rounds of the real loop, so host work, cache moves and graph replays are included.
 """
@@ -26,12 +26,12 @@ from specvlm.strategies import registry
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
 
 ROUNDS = 20  # per probe; the first two are warm-up
-# Every pass but the first has w rows, so that the cost of a pass of w rows can be separated from the rest.
+# In a shape such as 16x1x1, every draft pass but the first has 16 rows: this isolates the cost of a pass of 16 rows.
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-KNOT_FACTOR = 1.3  # tree sizes within this factor share a knot, against noise
-CHECK = ("verify", "host")
+KNOT_FACTOR = 1.3  # tree sizes within this factor share a knot of the fit, against noise
+CHECK = ("verify", "host")  # parts of a round's time that count as its check
 SHORTEST = 4  # fewest tokens of an answer to measure on
 MISFIT = 0.1  # a larger relative error means that the machine was busy
 Milliseconds = Annotated[float, Within(1e-6, 1e9)]
@@ -41,7 +41,7 @@ Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 class Timing:
     """Median times over a shape's rounds.
 
-    context: length of the drafter's prompt; check_ms: includes other host work.
+    context: length of the drafter's prompt; check_ms: includes host work of the round.
     """
 
     drafter: str
@@ -66,15 +66,16 @@ class Start:
 
 
 class Curve:
-    """Cost model of forward passes in ms: a constant, a cost by rows (piecewise linear), a cost per slot of context.
+    """Cost of forward passes in ms: a constant, a cost by rows (piecewise linear), and a cost per slot of context.
 
     Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. Costs are never
-    negative: terms that would be are left out.
+    negative: a term that would be is left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
         """Fit to observations. passes: rows of each pass, per observation; contexts, ms: one per observation."""
         self.knots = np.array(sorted(knots), dtype=float)
+        # Whether the data can tell the cost of context, and the constant, from the rest.
         self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
         relative = np.array([self.columns(*seen) for seen in zip(passes, contexts, strict=True)]) / np.array(ms)[:, None]
         weights = np.ones(len(ms))
@@ -83,7 +84,7 @@ class Curve:
             weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
-        """Regressors of passes with these rows over a context."""
+        """Factors of the cost terms, for passes with these rows over a context."""
         by_context, constant = self.varied
         fixed = [float(constant), float(len(rows) * context * by_context)]
         if len(self.knots) == 1:
@@ -101,7 +102,7 @@ class Curve:
 
 
 def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Non-negative least squares of rows @ x = wanted: fix the most negative x at 0 and repeat until there is none."""
+    """Non-negative least squares of rows @ x = wanted: fix the most negative x at 0 and repeat until none is."""
     costs = np.zeros(rows.shape[1])
     used = [at for at in range(rows.shape[1]) if rows[:, at].any()]
     while used:
@@ -137,7 +138,7 @@ class Costs:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the costs.json of an earlier profile. Raises UserError."""
+        """Read the costs.json of an earlier profile. Raises UserError if it is not one."""
         try:
             found = parse(cls, json_of(read_text(path)), "it")
             found.check()
@@ -146,7 +147,7 @@ class Costs:
             raise UserError(f"costs={path} is no costs.json of an earlier profile ({message(error)})") from None
 
     def check(self) -> None:
-        """Raises ValueError if a shape is invalid or a drafter has no timing."""
+        """Raise ValueError if a shape is invalid, there are no starts, or a drafter has a start but no timing."""
         for timing in self.timings:
             TreeShape.parse(timing.shape)
         timed = {timing.drafter for timing in self.timings}
@@ -159,6 +160,7 @@ class Costs:
 
     @cached_property
     def _drafts(self) -> dict[str, Curve]:
+        """Cost of drafting, fitted for each drafter."""
         curves = {}
         for drafter in dict.fromkeys(t.drafter for t in self.timings):
             seen = [t for t in self.timings if t.drafter == drafter]
@@ -170,6 +172,7 @@ class Costs:
 
     @cached_property
     def _checks(self) -> Curve:
+        """Cost of a check by tree size, fitted to all timings and the target alone."""
         nodes = [len(TreeShape.parse(t.shape)) for t in self.timings] + [1]
         ms = [t.check_ms for t in self.timings] + [self.alone_ms]
         knots = [1]
@@ -210,15 +213,16 @@ def predict(costs: Costs, shape: str, ratio: float, accepted: float, drafter: st
 
 
 def rows_of(shape: str) -> tuple[int, ...]:
-    """Rows of each draft pass of a round."""
+    """Number of rows of each draft pass of a round."""
     return tuple(map(len, TreeShape.parse(shape).levels))
 
 
 def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, float]]:
-    """The (shape, ratio) pairs that a profile decodes: every shape at the ratio nearest 0.9, one shape at the others.
+    """List the (shape, ratio) pairs that a profile decodes.
 
-    The first pair needs the largest caches, so nothing is allocated twice. Each ratio also has a decode of a shape
-    that was decoded before: in the first one the engine captures while the drafter starts.
+    `tree`: every shape at the ratio nearest 0.9 and one shape at the others; `self`: every shape at every ratio. The
+    first pair needs the largest caches, so nothing is allocated twice. Each ratio includes a shape that was decoded
+    before, since the first decode of a shape includes the engine's capture in the drafter's start.
     """
     ordered = sorted(set(ratios))
     main = min(ordered, key=lambda ratio: abs(ratio - 0.9))
@@ -253,7 +257,7 @@ def profile(
         alone: Starts `autoregressive` on the same prompt.
         ratios: Ratios by drafter (`tree` or `self`).
         limit: Most new tokens per decode.
-        advance: Called after each decode: 2 of the target alone, and one per pair of `probes`.
+        advance: Called after each measurement: two of the target alone, and one per pair of `probes`.
 
     Raises:
         UserError: The answer is too short.
@@ -286,7 +290,7 @@ def _profile(
     plain: Sequence[Sequence[Step]],
     decodes: Mapping[tuple[str, str, float], Sequence[Sequence[Sequence[Step]]]],
 ) -> Profile:
-    """Fit costs. plain: decodes without a drafter; decodes: by (drafter, shape, ratio), one list per measuring pass."""
+    """Fit the costs. plain: decodes by the target alone; decodes: by (drafter, shape, ratio), a list per repetition."""
     video, timings, kept = len(prompt.video_index), [], {}
     # Prefill time depends on whether the target records attention for the pruner, not on the ratio.
     first_s = {False: [_sum(steps[0], FIRST_TOKEN) for steps in plain], True: []}
@@ -309,7 +313,7 @@ def _profile(
 
 
 def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
-    """Decode up to `rounds` rounds, over several decodes if answers are short. Each is [prefill, round, round, …]."""
+    """Decode up to `rounds` rounds, over several decodes if answers are short. A decode is [prefill, round, …]."""
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
         decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))

@@ -35,7 +35,7 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    """Print predicted against measured for the checked candidates."""
+    """Print predicted beside measured times and acceptance of the checked candidates."""
     names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (

@@ -37,14 +37,14 @@ from specvlm.types import Step
 class Job:
     """One configuration over many samples. Call `start`, then `turn` per sample, then `close`.
 
-    A sample that fails gets a row with the reason. Errors that concern every sample, such as weights that cannot be
-    loaded, are raised.
+    A sample that fails gets a row with the reason. Raises errors that concern every sample, such as weights that cannot
+    be loaded, and under torchrun also an error while decoding.
 
-    folder: None on a rank that writes nothing. above: folder of the sweep, where baselines are kept. label, group:
-    names of the job and the sweep. wandb: None for no mirror.
+    folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
+    cfg.baselines names another. label, group: names of the job and the sweep. wandb: None for no mirror.
     """
 
-    quiet = True  # several jobs share the screen
+    quiet = True  # no progress bars, since several jobs share the screen
 
     def __init__(
         self,
@@ -65,12 +65,12 @@ class Job:
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
-        self._own = object()  # key of warm-ups that only this job may use
+        self._own = object()  # makes a warm-up's key unique to this job
         self._told: set[str] = set()
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
     def start(self) -> None:
-        """Check all that needs no weights, and open the folder. Raises UserError."""
+        """Check all that needs no weights, open the folder, and find the samples still to do. Raises UserError."""
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
@@ -105,11 +105,11 @@ class Job:
         Args:
             index: Index of the sample in the data set.
             readings: Readings shared with other jobs.
-            order: Position of this job in the order of jobs for this sample.
-            read_next: Starts to read the next sample; called after this one is read, if the job reads ahead.
+            order: Position of this job among the jobs that answer this sample; kept in the row.
+            read_next: Starts to read the next sample. Called after this one is read, if the job reads ahead.
 
         Raises:
-            JobFailed: The sample failed and fail_fast is set.
+            JobFailed: fail_fast is set, and the sample failed or its output is wrong.
             Exception: Any error that concerns every sample.
         """
         if index not in self.todo:
@@ -126,17 +126,17 @@ class Job:
             raise JobFailed(self.code_of([found]))
 
     def key(self, index: int) -> Hashable:
-        """Cache key of a sample's reading: equal for jobs with the same data set, frames and target."""
+        """Cache key of a sample's reading: equal for jobs with the same data set, target and way to read it."""
         cfg, target = self.cfg, self.setup.target
         shown = (cfg.frames, cfg.fps, cfg.max_pixels, cfg.reader)
         return (registry.described(self.dataset), index, *shown, type(target), target.folder)
 
     def read(self, index: int) -> Read:
-        """Function that reads the sample's video and makes the prompt."""
+        """Return a function that reads the sample's video and makes the prompt."""
         return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
-        """Write the totals and release the folder. Returns the exit code over all rows of this process."""
+        """Write the totals and release the folder. Returns the worst exit code over the rows of this job's shard."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -151,7 +151,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """End the job and write the reason into its folder. Returns a summary for a job that never began."""
+        """Give the job up and return its summary. Writes it if the job never started; else `close` writes it."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -198,7 +198,7 @@ class Job:
             raise
         except Exception as error:
             if self.ranks.size > 1:
-                raise  # the other ranks cannot know
+                raise  # the other ranks do not know of it, and would wait
             full = isinstance(error, RuntimeError) and memory_plan.ran_out(error)
             if full:
                 error = ran_out(request, record)
@@ -213,7 +213,7 @@ class Job:
         return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
 
     def _mirror(self) -> None:
-        """Start the W&B mirror and log earlier rows. Skips a job that is complete: it was mirrored before."""
+        """Start the W&B mirror and log the rows that are ok already. Skips a complete job: it was mirrored before."""
         if self.folder and self.todo:
             part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
             self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
@@ -250,7 +250,7 @@ class Job:
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Decode without a drafter, before any strategy has run, then with one. Warm up before each."""
+        """Decode the baseline, if wanted, before any strategy has run; then with the drafter. Warm up before each."""
         begin(request, graph, record)
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
@@ -272,11 +272,11 @@ class Job:
                 self._note(step.keep.note)
 
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Warm up unless an earlier warm-up still serves.
+        """Warm up unless an earlier warm-up is still valid.
 
-        A longer request needs larger caches. Captured graphs also need caches that no other job or comparison of
-        outputs has changed. A warm-up by another job of this process counts if models, options and strategies are the
-        same. All ranks warm up if one needs to: a draft's cache may be on rank 0 alone.
+        A longer request needs larger caches. Captured graphs also need the very caches they were captured with: another
+        job or a comparison of outputs may have replaced them. A warm-up by another job of this process counts if
+        models, options and strategies are the same. All ranks warm up if one needs to: only rank 0 may hold a draft.
         """
         most, _ = sizes_of(self.setup.drafter)
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + most)
@@ -289,7 +289,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Rest of a warm-up's key. Plugins may depend on anything, so with a plugin this job itself is part of it."""
+        """Rest of a warm-up's key. A plugin may depend on anything, so a job with plugins shares no warm-up."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -303,13 +303,13 @@ class Job:
             return decode_alone(request, graph, record, advance)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> Baseline:
-        """Read or decode the baseline."""
+        """Read the baseline if it is kept, else decode it."""
         weights = self.held.weights[graph.target]
         with writable(self.baselines.folder):
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
 
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
-        """Build a row with every key; metrics are None."""
+        """Build a row with every key but `order`; metrics are None."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         with inside(dataset):
@@ -318,7 +318,7 @@ class Job:
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
     def _reason(self, error: BaseException, sample: Sample) -> str:
-        """Reason of a failed sample for its row. Prints the traceback of a fault, once per reason."""
+        """Return the reason of a failed sample for its row. Prints the traceback of a fault, once per reason."""
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)
@@ -327,7 +327,7 @@ class Job:
         return reason
 
     def _recover(self, request: Prepared, full: bool) -> None:
-        """Free memory after a failed sample and check that the devices still work. Raises the device's error if not."""
+        """After a failed sample, free memory if it ran out (`full`). Raises the error of a GPU that no longer works."""
         if full:
             self.held.release_memory()
         for device in request.places.devices:
@@ -335,7 +335,7 @@ class Job:
                 torch.zeros(1, device=device).item()
 
     def _summarize(self, folder: Path) -> dict[str, Any]:
-        """Write the totals; repeats until no row is new, since several shards may end at once."""
+        """Write and return the totals. Repeats until no row is new, since several shards may end at once."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
             while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):

@@ -34,7 +34,7 @@ class Call:
 
     Args:
         folder: Folder of the run or the sweep.
-        key: The key that names the folder; empty if the user gave it.
+        key: The key that names the folder; empty if the user gave that key.
         guarded: Calls a function and turns its errors into an exit code.
         tell: Reports an error and returns its exit code.
     """
@@ -43,6 +43,7 @@ class Call:
         self, folder: Path, key: str, guarded: Callable[[Callable[[], int]], int], tell: Callable[[Exception], int]
     ) -> None:
         self.folder = Path(os.path.abspath(folder))
+        # The folder, or its nearest parent that existed before this call.
         self.there_before = next(place for place in (self.folder, *self.folder.parents) if place.exists())
         self.key, self.guarded, self.tell, self.home = key, guarded, tell, os.getpid()
         self.codes: list[int] = []
@@ -52,7 +53,7 @@ class Call:
     def expect(self, jobs: Sequence[Job]) -> None:
         """Register jobs that are about to start.
 
-        Raises UserError if they should resume in a folder that does not exist.
+        Raises UserError if they should resume, but the user gave no folder and the default one does not exist.
         """
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
             raise UserError(f"resume=true needs an existing folder: give {self.key}=FOLDER")
@@ -78,6 +79,16 @@ class Call:
         return self._job(run.dataset is not None, run.fail_fast, lambda: run)
 
     def _job(self, sampled: bool, fail_fast: bool, asked: Callable[[], RunConfig]) -> int:
+        """Run one job in the folder that Hydra gave it, or add it to the sweep; returns its exit code.
+
+        Args:
+            sampled: Whether the job has a data set.
+            fail_fast: Whether to skip the job if an earlier one failed.
+            asked: Returns the checked configuration.
+
+        Raises:
+            JobFailed: The job's exit code is not 0, and this process is a worker of another launcher.
+        """
         state = HydraConfig.get()
         folder = Path(state.runtime.output_dir)
         if any(self.codes) and fail_fast:
@@ -88,7 +99,7 @@ class Call:
             print(visible(f"[{state.job.num + 1}/{self.jobs}] {' '.join(state.overrides.task)}{rest}"), flush=True)
             self.sweep.expect({folder: job_names.label(state.overrides.task)}, self.sweep.tracker)
         if torchrun.rank_here():
-            self.tidy(folder)  # before the job too, since a rank may be killed
+            self.tidy(folder)  # also before the job, since a rank may be killed
         try:
             code = self.sweep.add(asked(), folder, state) if sampled else self.guarded(lambda: _run(asked(), folder))
         finally:
@@ -99,7 +110,7 @@ class Call:
         return code
 
     def tidy(self, folder: Path) -> None:
-        """Remove `folder` and the parents made for it, as far as they are empty."""
+        """Remove `folder` and the parents that were made for it, up to the first one that is not empty."""
         while self.there_before in folder.parents:
             try:
                 folder.rmdir()
@@ -121,7 +132,7 @@ class Call:
         try:
             action()
             self.codes.append(self.sweep.finish())
-        except (JobFailed, CannotWrite) as err:  # perhaps from a worker: the first of several errors
+        except (JobFailed, CannotWrite) as err:  # the first error, perhaps of a worker process
             if not self.sweep.labels or (isinstance(err, CannotWrite) and not self.sweep.mismatch()):
                 raise
             self.codes += [self.tell(err), *self.sweep.mismatch()]
@@ -156,7 +167,7 @@ def start(words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call
     Args:
         words: Overrides, quoted for Hydra.
         sweep: Whether -m was given.
-        call_of: Makes a Call of a folder and a key.
+        call_of: Makes a Call from a folder and a key.
         name: Name of the primary configuration.
 
     Raises:
@@ -181,13 +192,15 @@ def start(words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call
 
 
 def _once(cfg: DictConfig, task: Callable[[DictConfig], int], context: HydraContext) -> None:
+    """Run the only job, with Hydra's callbacks. Raises what the job raises."""
     context.callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
     done = run_job(task, cfg, "hydra.run.dir", None, context)
     context.callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=done)
-    _ = done.return_value  # raises the exception of the task
+    _ = done.return_value  # raises the job's exception
 
 
 def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
+    """Have Hydra's sweeper list the jobs and our launcher run them, with Hydra's callbacks."""
     written = call.folder / "multirun.yaml"
     if written.exists() and not written.is_file():  # Hydra would block on a pipe
         raise UserError(f"{written} is not a file: move it away, or give another folder")

@@ -26,7 +26,7 @@ from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours, label_of
 
 
 class ModelCache:
-    """Holds one target and the drafts used with it. A request for another target drops them first."""
+    """Holds one target, its drafts and their caches. A request for another target drops all of them first."""
 
     def __init__(self) -> None:
         self.clear()
@@ -37,12 +37,12 @@ class ModelCache:
         self.models: dict[Hashable, VideoLM] = {}
         self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # checksum at load time
         self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # structure at load time
-        self.layers: list[int] = []
-        self.calls = THIRD_PARTY_CALLS.calls  # plugin calls up to the last check of the models
+        self.layers: list[int] = []  # number of the target's layers on each device, if split
+        self.calls = THIRD_PARTY_CALLS.calls  # number of plugin calls at the last check of the models
         self.release_memory()
 
     def release_memory(self) -> None:
-        """Drop all but the weights. Called after a request that ran out of memory."""
+        """Drop everything but the models, such as after a request that ran out of memory."""
         self.caches.empty()
         self.engines: dict[Hashable, Engine] = {}
         # What was warmed up -> (cache slots, `caches.changes` after the warm-up).
@@ -56,9 +56,9 @@ class ModelCache:
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Plan the memory of a request, dropping models it does not use if needed.
+        """Plan the memory of a request. If it does not fit, drop the models that it does not use and plan again.
 
-        Raises UserError if it does not fit.
+        Raises UserError if it still does not fit.
         """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:
@@ -80,7 +80,7 @@ class ModelCache:
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
         """Build the graph of a request, loading missing models.
 
-        A draft that only rank 0 holds is a skeleton on other ranks.
+        A draft that only rank 0 holds is a skeleton on the other ranks.
         """
         self._restore_shared_state()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0
@@ -106,7 +106,7 @@ class ModelCache:
         return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
 
     def _restore_shared_state(self) -> None:
-        """Undo changes that strategies made outside of a request, such as in their constructors."""
+        """Undo changes that strategies made outside of a request, such as in constructors. Drops changed models."""
         if CODE.watched:
             CODE.look()
             CODE.undo()
@@ -120,7 +120,7 @@ class ModelCache:
         self.calls = THIRD_PARTY_CALLS.calls
 
     def _model(self, key: Hashable, make: Callable[[], VideoLM]) -> VideoLM:
-        """The held model of this key; loads it if there is none."""
+        """Return the held model of this key; load it if there is none."""
         if key not in self.models:
             model = make()
             self.weights[model], self.structures[model] = weights_of(model), structure(model)
@@ -129,10 +129,10 @@ class ModelCache:
 
     @contextmanager
     def guard(self, graph: DecodingGraph) -> Iterator[None]:
-        """Guard models, caches and code while strategies run: undo their changes, or drop what cannot be undone.
+        """Guard models, caches and code while strategies run: undo their changes, or drop everything if that fails.
 
         Raises:
-            StrategyError: A strategy changed something that other requests use, and the request did not fail anyway.
+            StrategyError: A strategy changed something that other requests use, and the request raised nothing itself.
         """
         models = [model for model in (graph.target, graph.draft) if model is not None]
         snapshot = Snapshot(CODE, models, [self.weights[model] for model in models], graph.caches, graph.engine)
@@ -154,7 +154,7 @@ class ModelCache:
 
 
 def _suspects(graph: DecodingGraph) -> str:
-    """Name the third-party strategies, as suspects; all three if there are none."""
+    """Name the strategies to blame: those from plugins, or all three if none is from a plugin."""
     foreign = [one for one in _strategies(graph) if not is_ours(one)]
     return " or ".join(map(label_of, foreign or _strategies(graph)))
 

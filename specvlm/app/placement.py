@@ -17,7 +17,7 @@ class Placement:
     Attributes:
         parallel: "layers", "tensor", or None for a single device.
         target: Devices of the target's layers in order; this rank's device if tensor-parallel.
-        draft: Device of the draft; `first` if there is none.
+        draft: Device of the draft; `first` unless it has a device of its own.
         ranks: Number of tensor-parallel ranks.
         draft_shared: Whether the draft is tensor-parallel too; else rank 0 alone holds it.
     """
@@ -43,8 +43,8 @@ def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or de
     """Parse a device name and check that the device exists.
 
     Args:
-        name: Such as auto, cpu, cuda or cuda:1.
-        key: The key it comes from, for the error message.
+        name: Name such as auto, cpu, cuda or cuda:1.
+        key: The key that gave the name, for the error message.
         otherwise: Advice for the error message.
 
     Raises:
@@ -82,7 +82,7 @@ def places_of(cfg: RunConfig) -> Placement:
 
 
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
-    """target.parallel=layers: split over all GPUs but the draft's."""
+    """Placement for target.parallel=layers: the target on all GPUs but the draft's own. Raises UserError."""
     if device.type != "cuda":
         raise UserError("target.parallel=layers splits a target over GPUs, but there is no GPU")
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
@@ -94,7 +94,7 @@ def _split(device: torch.device, draft: torch.device | None) -> Placement:
 
 
 def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool) -> Placement:
-    """target.parallel=tensor: one GPU per rank, or the CPU."""
+    """Placement for target.parallel=tensor: a GPU per rank, or the CPU if no GPU is visible. Raises UserError."""
     ranks = torchrun.size_here()
     if ranks < 2:
         raise UserError("target.parallel=tensor needs two ranks or more: torchrun --nproc-per-node 2 -m specvlm …")
@@ -108,6 +108,6 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
     elif torch.cuda.is_available():
         how = "hide them with CUDA_VISIBLE_DEVICES= for the CPU"
         raise UserError(f"target.parallel=tensor uses GPUs if there are any: {how}")
-    if torchrun.rank_here():  # rank 0 alone uses it; even querying a GPU's memory allocates some
+    if torchrun.rank_here():  # only rank 0 uses it; a mere query of its free memory would allocate some
         draft = None
     return Placement("tensor", (device,), draft or device, ranks, draft_shared)

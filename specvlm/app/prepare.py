@@ -1,4 +1,4 @@
-"""Check a configuration, read a sample and plan its memory, all before any weight is loaded."""
+"""Check a configuration, read a sample and plan its memory, all before any weights are loaded."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Setup:
     Attributes:
         draft: None if the drafter needs no draft model.
         vocabulary: Number of token ids that target and draft share.
-        kinds: Quantisation of the text layers by side; None: not quantised.
+        kinds: Quantisation of the text layers by side (target, draft); None if not quantised.
     """
 
     cfg: RunConfig
@@ -51,7 +51,7 @@ class Setup:
     kinds: dict[str, str | None]
 
     def graph(self) -> DecodingGraph:
-        """Graph of skeletons: knows its budget, cannot decode. Raises UserError if its parts do not fit together."""
+        """Build a graph of skeletons, to check that its parts fit together and to compute budgets. Raises UserError."""
         return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
 
     @property
@@ -64,7 +64,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample as the target's prompt.
+    """A sample, made into the target's prompt.
 
     Attributes:
         clip: Name of the video.
@@ -87,7 +87,7 @@ class Prepared(Setup, Reading):
 
     Attributes:
         kept: Number of video tokens that the drafter sees.
-        layers: Number of layers on each device of a split target.
+        layers: Number of layers on each device of a split target; empty if it is not split.
         plans: Memory plan of each device of this process.
     """
 
@@ -126,7 +126,7 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
 
 
 def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
-    """Raises UserError if `check=…` is set and Hugging Face's model would differ from the target."""
+    """Raise UserError if `check=…` is set but cannot check this target. kind: quantisation of its text layers."""
     if cfg.check is None:
         return
     wanted = f"check={cfg.check} checks the answer with Hugging Face's own model"
@@ -141,7 +141,7 @@ def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
 
 
 def own_sample(cfg: RunConfig) -> Sample:
-    """Sample of a run without a data set: its own video and question."""
+    """Sample of a run without a data set: the video and question of its configuration."""
     return Sample("", find_clip(cfg.video), cfg.question or "describe the video.")
 
 
@@ -157,14 +157,14 @@ def read(setup: Setup, sample: Sample) -> Reading:
 
 
 def reads_ahead(cfg: RunConfig, places: Placement) -> bool:
-    """Whether to read the next video during decoding. auto: only on a GPU, since on a CPU it slows decoding down."""
+    """Whether to read the next video during decoding. prefetch=auto: only on a GPU; on a CPU it slows decoding down."""
     if cfg.dataset is None:
         return False
     return places.first.type == "cuda" if cfg.prefetch == "auto" else bool(cfg.prefetch)
 
 
 def check_question(question: object) -> None:
-    """Raises UserError if the question is no text or too long."""
+    """Raise UserError if the question is not a text or is too long."""
     if not isinstance(question, str) or SURROGATE.search(question):
         raise UserError(f"the question is not a text: {line(repr(question))}")
     if len(question) > LONGEST_QUESTION:
@@ -172,7 +172,7 @@ def check_question(question: object) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Raises MissingVideo for an impossible file name. A missing file is reported when it is opened."""
+    """Raise MissingVideo for a path that cannot be looked up. A missing file is reported later, when it is opened."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def plan(
         setup: The checked configuration.
         reading: The sample.
         held: Bytes per device of loaded models and caches that the request reuses.
-        layers: Number of layers per device, if a split target is loaded already.
+        layers: Number of layers per device, if a split target is already loaded.
 
     Raises:
         UserError: A device has too little free memory.

@@ -22,7 +22,7 @@ class Readings(AbstractContextManager["Readings"]):
         self._held: dict[Hashable, Reading] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[Hashable, Future[Reading]] | None = None
-        # The query also fixes this thread's own count; else it would take over the count that the other thread sets.
+        # Asking also pins this thread's count. Otherwise it would follow the count that the background thread sets.
         self._usual = torch.get_num_threads()
 
     def __exit__(self, *_: object) -> None:
@@ -44,7 +44,7 @@ class Readings(AbstractContextManager["Readings"]):
         return self._held[key]
 
     def begin(self, key: Hashable, read: Read, count: int | None) -> None:
-        """Start reading `key` ahead. count: torch threads of the background thread (None: the default)."""
+        """Start to read `key` in the background. count: torch threads to use there; None for the default."""
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._drop(self._ahead)
@@ -58,11 +58,11 @@ class Readings(AbstractContextManager["Readings"]):
         self._ahead = key, self._pool.submit(work)
 
     def forget(self) -> None:
-        """Drop all cached readings; keeps the one that is read ahead."""
+        """Drop all cached readings, but not the one that is being read ahead."""
         self._held.clear()
 
     @staticmethod
     def _drop(begun: tuple[Hashable, Future[Reading]] | None) -> None:
-        """Discard a reading that is read ahead, since its job has failed."""
+        """Discard a reading that nobody will ask for, since its job failed. Waits for it if it has begun."""
         if begun is not None and not begun[1].cancel():
             wait([begun[1]])

@@ -25,7 +25,7 @@ from specvlm.types import Step
 
 @dataclass
 class RequestResult:
-    """Results of a request so far; survives a failure.
+    """Results of a request so far; kept if the request fails.
 
     Attributes:
         steps: Steps decoded with the drafter.
@@ -33,7 +33,7 @@ class RequestResult:
         stage: Current stage, for messages.
         out_of_memory: The stage in which memory ran out, or None.
         peak_bytes: Peak memory, once measured.
-        captured_s: Capture seconds of the engine before this request.
+        captured_s: Seconds that the engine had spent on capturing before this request.
         save: Saves the work done before memory ran out, and returns a note; does nothing until there is something to
             save.
     """
@@ -48,7 +48,7 @@ class RequestResult:
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-    """Reserve cache slots for both decodes, so that captured graphs stay valid, and reset the peak memory."""
+    """Reserve the target's cache for both decodes, so that captured graphs stay valid, and reset the peak memory."""
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + sizes_of(graph.drafter)[0]
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)
@@ -63,7 +63,7 @@ def warm_up(steps: Iterator[Step], record: RequestResult) -> None:
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Iterator[Step]:
-    """Decode with the drafter; yields and records each step."""
+    """Decode with the drafter; record and yield each step."""
     record.stage = "decoding"
     for step in graph.decode(request.prompt):
         record.steps.append(step)
@@ -136,7 +136,7 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
 
 
 def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Baseline | None) -> dict[str, Any]:
-    """Times with the drafter and, given a baseline, without (see `metrics.KEYS`)."""
+    """Compute the times with the drafter and those of the baseline, None without one (see `metrics.KEYS`)."""
     alone = metrics.speed(baseline.times_s, len(baseline.tokens), video_s) if baseline else {}
     told = ("decode_s", "end_to_end_s", "file_to_first_token_s", "file_to_last_token_s")
     return metrics.speed(times_s, tokens, video_s) | {f"baseline_{key}": alone.get(key) for key in told}
@@ -167,7 +167,7 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
 
 
 def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
-    """`hf_check` of an answer that needs no check; None if it is still to be checked (see `hf_check.py`)."""
+    """Return `hf_check` of an answer that needs no check; None if the check is still to come (see `hf_check.py`)."""
     if cfg.check is None:
         return "not checked"
     if not graph.lossless:
@@ -185,7 +185,7 @@ def ran_out(request: Prepared, record: RequestResult, done: str = "") -> OutOfMe
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set torch's number of CPU threads within the context; None: leave it."""
+    """Set torch's number of CPU threads within the context; None leaves it unchanged."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

@@ -35,6 +35,7 @@ def run(cfg: RunConfig, folder: Path) -> int:
 
     Raises:
         UserError: The input cannot be used; nothing is written.
+        OutOfMemory: Memory ran out; the work done until then is written.
     """
     places, record = places_of(cfg), RequestResult()
     if places.ranks == 1:
@@ -45,7 +46,7 @@ def run(cfg: RunConfig, folder: Path) -> int:
 
 
 class Run(Job):
-    """A job of one sample, named by the configuration. Raises errors instead of writing a failed row."""
+    """A job of one sample, whose video and question the configuration gives. Raises errors instead of noting them."""
 
     quiet = False
 
@@ -65,7 +66,7 @@ class Run(Job):
     def _written(self, request: Prepared, record: RequestResult) -> dict[str, Any]:
         """Decode and write summary.json; returns the summary.
 
-        If memory runs out, saves the work until then and raises.
+        If memory runs out, saves the work done until then and raises OutOfMemory.
         """
         done = ""
         try:
@@ -89,7 +90,7 @@ class Run(Job):
         return summary
 
     def _check(self, request: Prepared, summary: dict[str, Any], folder: Path) -> None:
-        """Check the answer with Hugging Face's own model. Drops the loaded models first, for room."""
+        """Check the answer with Hugging Face's own model. Drops the loaded models first, to make room."""
         with self.screen.waiting(f"check={self.cfg.check}"):
             summary |= check_run(self.held, request, summary["token_ids"])
         with writable(folder):
@@ -97,7 +98,7 @@ class Run(Job):
         self.screen.checked(summary)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        if self.folder:  # written last thing before decoding: a run that cannot start leaves nothing
+        if self.folder:  # not earlier: a run that cannot start must leave nothing behind
             write_yaml(self.folder / "config.yaml", plain(self.cfg))
         with steps_file(self.folder) as log, self.screen.answer(request.target.tokenizer) as show:
             for number, step in enumerate(speculate(request, graph, record)):

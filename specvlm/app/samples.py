@@ -15,7 +15,7 @@ from specvlm.strategies.registry import described
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Read the samples of a data set.
 
-    Raises UserError for a duplicate id, an id that is no str, and an empty data set.
+    Raises UserError if two ids are equal, an id is not a str, or there are no samples.
     """
     with inside(dataset):
         # Convert ids to plain str: a plugin's subclass would run its own code in every comparison.
@@ -33,7 +33,7 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """Metadata of a sample; keys and values become texts if it is no plain JSON."""
+    """Metadata of a sample. If it is not plain JSON or nested too deep, its values become texts, cut if long."""
     try:
         json.dumps(sample.meta)
         if not nested(sample.meta):

@@ -33,7 +33,7 @@ FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the 
 
 
 class Sweep:
-    """The jobs that Hydra starts. If `together` is set they wait for `finish` and take turns; else each runs at once.
+    """The jobs that Hydra starts. If `together` is set, they wait for `finish` to take turns; else each runs at `add`.
 
     Args:
         folder: Folder of the sweep, or of a single job.
@@ -77,6 +77,7 @@ class Sweep:
             return ExitCode.OK
 
     def _add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
+        """Start a job, then run it or let it wait. A job of a sweep that cannot start is noted as failed."""
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several else folder
         label = self.labels.get(folder, "") if self.labels else job_names.label(hydra.overrides.task)
@@ -90,7 +91,7 @@ class Sweep:
             raise
         except Exception as error:
             if isinstance(error, UserError) and not several:
-                raise  # as for a run of one video: print one line and leave nothing behind
+                raise  # print one line and leave nothing behind, as a run of one video does
             self.failures[folder] = job.fail(error)
             code = self.tell(error)
             if cfg.fail_fast:
@@ -114,26 +115,26 @@ class Sweep:
         return self.wandb
 
     def finish(self) -> int:
-        """Run the waiting jobs; returns the worst exit code."""
+        """Run the waiting jobs; returns the worst exit code. Raises an error that `add` kept back."""
         if self.ended:
             raise self.ended
         jobs, self.jobs = self.jobs, []
         return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
-        """[MISMATCH] if the summary of any job has one, else []."""
+        """Return [MISMATCH] if the summary of any job has one, else []."""
         found = [summary_of(folder) for folder in self.labels]
         wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
         return [ExitCode.MISMATCH] if wrong else []
 
     def close(self) -> None:
-        """Close jobs that were not started."""
+        """Close the jobs that still wait for `finish`."""
         for job in self.jobs:
             with suppress(CannotWrite):
                 job.close()
 
     def show(self) -> None:
-        """Print the table of jobs and log it to the tracker; nothing if no job started."""
+        """Print the table of jobs; log that of several to the tracker. Does nothing if no job has a result."""
         if self.ended:
             return
         screen, never = RunConsole(), {"status": "failed", "reason": "it never began"}
@@ -171,10 +172,10 @@ class Task:
     """A sample to be answered by a job.
 
     Attributes:
-        window: Group of samples whose readings are kept until all jobs are done with them.
+        window: Number of the group of samples whose readings are kept until all jobs are done with them.
         job: The job.
         index: Index of the sample in the data set.
-        place: Position of the job in the order of this window.
+        place: Position of the job in this window's order of jobs.
     """
 
     window: int
@@ -187,6 +188,7 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
     Jobs that share a target run together, one target after the other. If a job fails, the others go on.
+    If it has fail_fast set, JobFailed is raised instead.
 
     Args:
         jobs: Started jobs.
@@ -221,8 +223,8 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
     """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
 
-    The order of jobs rotates by one after each turn, so that no job always comes first or after the same other one.
-    It depends only on sample indices, so an interrupted or sharded sweep has the same order. Shards of one
+    The order of jobs rotates by one after each turn, so that no job is always first or always follows the same other
+    job. The order depends only on sample indices, so it is the same in an interrupted or sharded sweep. Shards of one
     configuration count as one job.
     """
     folders = dict[Any, list[tuple[Job, set[int]]]]()

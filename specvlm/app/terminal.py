@@ -14,7 +14,7 @@ from specvlm.parallel import torchrun
 
 
 class Terminal(Console):
-    """A console that prints text as it is: no markup, no emoji codes, no control characters.
+    """A console that prints text literally, without markup or emoji codes, and removes control characters.
 
     Only `styled` adds colour.
     """
@@ -36,7 +36,7 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 
 
 class Stream:
-    """Print text that arrives in pieces. On a terminal, wrap at words; break scripts without spaces anywhere.
+    """Prints text that arrives in pieces. On a terminal it wraps at words, or anywhere in scripts without spaces.
 
     The last word is held back until it is complete.
     """
@@ -54,6 +54,7 @@ class Stream:
         self.console.file.flush()
 
     def _placed(self, word: str) -> str:
+        """Return the word, on a new line if the terminal's line has no room for it."""
         self.column += cell_len(word)
         if "\n" in word:
             self.column = cell_len(word.rpartition("\n")[2])

@@ -5,8 +5,8 @@
     python -m specvlm drafter=tree drafter.shape=tree.json ...
 
 Each round in steps.jsonl records, per level, the rank of the guess that the target accepted (`ranks`) and the number of
-guesses tried (`widths`). Beyond those the rank is unknown. The product-limit estimator (Kaplan and Meier, 1958) gives
-p(rank r at depth d | all above accepted); a round counts for a rank only if that rank was tried.
+guesses tried (`widths`). A rank beyond those tried is unknown. The product-limit estimator (Kaplan and Meier, 1958)
+gives p(rank r at depth d | all above accepted); a round counts for a rank only if that rank was tried.
 
 Ranks at different depths are assumed independent. Then a node is accepted with the product of the chances along its
 path, and a tree accepts the sum over its nodes in expectation. The best tree of M nodes has the M most probable
@@ -46,7 +46,7 @@ Paths = list[list[int]]
 
 @dataclass(frozen=True)
 class Round:
-    """One round. ranks: of the accepted guesses, by depth; widths: guesses tried per depth, one more than ranks."""
+    """One round. ranks: ranks of the accepted guesses, by depth; widths: guesses tried by depth, one entry more."""
 
     ranks: tuple[int, ...]
     widths: tuple[int, ...]
@@ -69,7 +69,10 @@ def read(folder: Path) -> list[Round]:
 
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
-    """Estimate p[depth][rank]: chance that the target accepts this guess given those above. Zero if never tried."""
+    """Estimate p[depth][rank]: the chance that the target accepts this guess, given those above.
+
+    Leaves out ranks that were never tried.
+    """
     tried, taken = defaultdict[int, Counter[int]](Counter), defaultdict[int, Counter[int]](Counter)
     for one in rounds:
         for depth, width in enumerate(one.widths):
@@ -108,7 +111,7 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
-    """Expected guesses accepted per round of a tree."""
+    """Guesses of a tree expected to be accepted per round."""
     known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
     return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
@@ -122,7 +125,7 @@ def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
 
 
 def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
-    """Report the fit in lines; the last one says whether it beats the paper's tree."""
+    """Report the fit in lines. The last line says whether the fit beats the paper's tree."""
     fitted, held, how = split(runs)
     lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]
     by_depth = [sum(len(path) == d for path in tree) for d in range(1, 1 + max(map(len, tree)))]

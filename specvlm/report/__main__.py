@@ -5,8 +5,8 @@
     python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
-FOLDER: the folder of a run or a job, or one that contains some at any depth. Runs with record=true also show
-attention heat.
+FOLDER: the folder of a run or a job, or one that contains such folders at any depth. Runs with record=true also show
+attention as heat.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PAGES = (".html", ".htm")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 for a user error, explained in one line on stderr."""
+    """Run the command line; returns the exit code (see `errors.ExitCode`)."""
     parser = argparse.ArgumentParser("python -m specvlm.report", description="A report of runs as one HTML file.")
     parser.add_argument(
         "folders",

@@ -1,8 +1,8 @@
-"""The charts of a report, as Vega-Lite specifications.
+"""Make the charts of a report, as Vega-Lite specifications.
 
-Uses Altair: its whole script adds 0.9 MB to the file (Plotly: 4.6 MB). It draws SVG with the page's own CSS variables
-as colours, so one chart serves light and dark mode. Unlike a picture it has tooltips and selectable series, on a
-phone too.
+Uses Altair, whose whole script adds 0.9 MB to the file (Plotly: 4.6 MB). The charts are SVG and take their colours from
+the page's CSS variables, so they suit light and dark mode. Unlike pictures they have tooltips and selectable series,
+on a phone too.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 COLOURS = [f"var(--c{number})" for number in range(8)]  # CSS variables of the page
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
-HEIGHT, MANY = 260, 5  # height of a chart in pixels; series from which on bands are hidden
+HEIGHT, MANY = 260, 5  # height of a chart in pixels; with more series than MANY, bands are hidden
 QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": 400}
 LOOKS = {
     "background": "transparent",
@@ -95,7 +95,7 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 
 
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
-    """Specification of a chart as wide as its container, in the page's style."""
+    """Return the specification of a chart as wide as its container, in the page's style."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     return without_separators(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
 
@@ -115,7 +115,7 @@ def chart_of(rows: list[dict[str, Any]], **properties: Any) -> alt.Chart:
 
 
 def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
-    """Colour and shape per series, the same in all charts, and a selection by legend."""
+    """Colour and shape of each series, the same in all charts, and a selection by a click in the legend."""
     names = list(dict.fromkeys(job.series for job in jobs))
     ranges = ([all_of[i % len(all_of)] for i in range(len(names))] for all_of in (COLOURS, SHAPES))
     colours, shapes = (alt.Scale(domain=names, range=some) for some in ranges)
@@ -124,7 +124,7 @@ def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
 
 
 def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
-    """Rows of data: the metric `key` with its interval, for each job that has it."""
+    """Rows of data: one for each job that has the metric `key`, with its interval."""
     return [
         {"job": job.label, "series": job.series, "ratio": job.ratio, "samples": found.count}
         | {"value": found.value, "low": found.low, "high": found.high}
@@ -134,7 +134,7 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 
 
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """One line per job with point and interval, best first, for jobs of one ratio.
+    """Draw one line per job with point and interval, highest first; for jobs that share one ratio.
 
     reference: value of a dashed line.
     """
@@ -159,7 +159,7 @@ def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = 
 
 
 def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """One curve per series with its band; jobs without a ratio are horizontal lines.
+    """Draw one curve per series with its band; jobs without a ratio are horizontal lines.
 
     reference: value of a dashed line.
     """
@@ -196,7 +196,7 @@ TIPS = [("job", "N", ""), ("value", "Q", ".3f"), ("low", "Q", ".3f"), ("high", "
 
 
 def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """Milliseconds against tokens per round, with the Pareto front and a line for the target's own speed."""
+    """Plot tokens against milliseconds per round, with the Pareto front and a line for the target's own speed."""
     rows: list[dict[str, Any]] = []
     for job in jobs:
         known, gain = job.totals, job.totals["tokens_per_round"]
@@ -237,7 +237,7 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
 
 
 def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
-    """One curve per series at one ratio; a menu below the chart selects among several."""
+    """Draw one curve per series at one ratio; if there are several ratios, a menu below the chart selects one."""
     rows = [
         {"job": job.label, "series": job.series, "dropped": job.drops, "depth": place, "share": share}
         for job in jobs
@@ -264,7 +264,7 @@ def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
 
 
 def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """One stacked bar per job, with a tick for the target alone."""
+    """Draw one stacked bar of times per job, with a tick for the target alone."""
     rows = [
         {"job": job.label, "part": part.replace("_", " "), "order": PARTS.index(part), "seconds": seconds}
         for job in jobs

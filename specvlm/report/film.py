@@ -1,6 +1,6 @@
-"""Film of the drafter's view: kept tokens bright, the attention's heat beside them, and the answer round by round.
+"""Draw a film of the drafter's view: kept tokens bright, attention as heat beside them, and the growing answer.
 
-Uses Pillow's own font, which has Latin letters only; others become boxes.
+Uses Pillow's own font, which has Latin letters only; other letters become boxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ SECONDS = 0.5  # per frame
 PAPER, INK, MUTED, EDGE = (20, 23, 28), (232, 234, 238), (154, 164, 178), (255, 211, 77)
 COLOURS = {"accepted": (95, 207, 150), "refused": (255, 128, 137), "own": (240, 189, 92)}
 HEAT = np.array([[10, 7, 40], [110, 25, 110], [230, 90, 40], [250, 240, 120]], dtype=np.float32)
-PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels, and lines of the answer
+PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels; most lines of the answer that are shown
 GIF = 2 / 3  # scale of a GIF: noisy pictures make large files
 Word = tuple[str, str]  # kind, text
 Line = list[tuple[float, str, str]]  # x, kind, text
@@ -30,14 +30,14 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def kind_of(path: Path) -> str:
-    """Suffix of a film file. Raises UserError for other suffixes."""
+    """Suffix of a film file, in lower case. Raises UserError if it is not one of KINDS."""
     if path.suffix.lower() not in KINDS:
         raise UserError(f"{path}: a film ends in {' or '.join(KINDS)}")
     return path.suffix.lower()
 
 
 def film(seen: Seen, path: Path) -> None:
-    """Write the film of the first view. Raises UserError if there are no frames to show."""
+    """Write the film of the first view. Raises UserError for a wrong suffix, or if there are no frames to show."""
     kind = kind_of(path)
     if not seen.frames:
         raise UserError(f"cannot show {seen.sample}: {seen.problem}")
@@ -60,7 +60,7 @@ def film(seen: Seen, path: Path) -> None:
 
 
 def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
-    """Draw one picture per frame. The answer grows evenly and is complete on the last one."""
+    """Draw one picture per frame. The answer grows evenly; its last LINES lines are shown."""
     assert seen.grid is not None
     words = list(words_of(view))
     font = ImageFont.load_default(SIZE)
@@ -98,7 +98,7 @@ def stretched(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
 
 
 def dimmed(image: Image.Image, view: View, place: int, grid: TokenGrid) -> Image.Image:
-    """Darken dropped tokens and draw an edge around kept ones."""
+    """Darken dropped tokens and draw an edge around kept ones. Returns the image itself if nothing was pruned."""
     if view.kept is None:
         return image
     kept = np.zeros(len(grid), dtype=np.float32)
@@ -123,7 +123,7 @@ def heated(image: Image.Image, heat: NDArray[np.float32], place: int, grid: Toke
 
 
 def words_of(view: View) -> Iterator[Word]:
-    """The texts of all rounds, each with its kind, in order."""
+    """Yield the texts of all rounds in order, each with its kind."""
     for one in view.rounds:
         yield from (("accepted", text) for text in one.accepted)
         yield from (("refused", text) for text in one.refused)
@@ -132,7 +132,7 @@ def words_of(view: View) -> Iterator[Word]:
 
 
 def broken_into_lines(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
-    """Break words into lines of width `wide`, each word with its x position."""
+    """Break words into lines of at most `wide` pixels, each word with its x position."""
     lines: list[Line] = [[]]
     x = 0.0
     for kind, text in words:

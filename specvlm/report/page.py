@@ -27,7 +27,9 @@ NOTES = (
 
 
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
-    """Choose samples to show, with titles: those named, or the median, worst and best by mean accepted per round.
+    """Choose samples to show; returns their titles by id.
+
+    Chooses those named, else all of up to three, else the median, worst and best by mean accepted per round.
 
     Raises:
         UserError: No job has a sample of that name.
@@ -47,7 +49,10 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
 
 
 def best(jobs: Sequence[Job]) -> Job:
-    """The job to show first: the fastest end to end, else the most accepted. Prefers lossless jobs that prune."""
+    """The job to show first: the fastest end to end, or without times the one with most accepted guesses per round.
+
+    Prefers lossless jobs that prune.
+    """
     pruned = [job for job in jobs if job.ratio and not job.lossy] or list(jobs)
     return max(pruned, key=lambda job: tuple(job.totals[key] or 0.0 for key in ("speedup_end_to_end", "accepted_per_round")))
 
@@ -56,6 +61,7 @@ def facts(jobs: Sequence[Job]) -> list[str]:
     """Facts about the jobs for the header: counts, data sets, models, dtypes, versions."""
 
     def each(key: str, before: str = "") -> list[str]:
+        """List the values of a setting; count them if there are more than three."""
         values = dict.fromkeys(str(job.settings[key]) for job in jobs if job.settings.get(key) is not None)
         return [f"{before}{value}" for value in values] if len(values) <= 3 else [f"{len(values)} × {before}".strip()]
 
@@ -80,7 +86,7 @@ def page(
 
     Args:
         jobs: Jobs of the report.
-        looked: Title and view of each sample to show.
+        looked: Title and content of each sample to show.
         title: Title of the page.
         base: Name of the job to compare with, see `bases`.
         failed: One line for each job without results.

@@ -14,7 +14,7 @@ from specvlm.results.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
-# Keys that do not name a series: ratio is an axis of its own, the others only change how a job was observed.
+# Keys that the name of a series leaves out: ratio has its own axis, the others only change how a job was observed.
 APART = ("ratio", "baseline", "record", "threads")
 
 
@@ -61,7 +61,7 @@ class Job:
 
     @cached_property
     def ratio(self) -> float | None:
-        """Share of the video tokens dropped for the drafter; None if no pruner was used."""
+        """Configured share of video tokens to drop; 0 if the pruner kept all, None if no pruner was used."""
         kept = [(row["kept_tokens"], row["video_tokens"]) for row in self.done if row["kept_tokens"] is not None]
         if not kept:
             return None
@@ -83,7 +83,7 @@ class Job:
 
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
-        """Lines of steps.jsonl by sample, starting with the prefill."""
+        """Lines of steps.jsonl by sample; the first is the prefill."""
         if rows.is_job(self.folder):
             return rows.steps_of(self.folder)
         return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
@@ -146,8 +146,8 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 def named(jobs: Sequence[Job]) -> list[Job]:
     """Name the series of each job and sort the jobs by series and ratio.
 
-    A name has the pruner and every setting in which the jobs differ, but not a drafter or verifier that most jobs
-    share.
+    A name consists of the pruner and every setting in which the jobs differ, without a drafter or verifier that most
+    jobs share. Jobs that would have the same label get a number.
     """
     keys = list(dict.fromkeys(key for job in jobs for key in job.settings if key not in APART))
     words: list[list[str]] = [[] for _ in jobs]
@@ -179,7 +179,7 @@ def same(jobs: Sequence[Job], one: Job, key: str) -> list[Job]:
 
 
 def short(key: str, value: Any) -> str:
-    """Short text of a setting: `two_stage`, `mass=0.2`, `draft=plain`."""
+    """Shorten a setting for a name: `two_stage`, `mass=0.2`, `draft=plain`."""
     kind, _, field = key.partition(".")
     if field == "name" and kind in STRATEGIES:
         return str(value)

@@ -35,7 +35,7 @@ from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
 SIDE = 384  # most pixels on a frame's longer side
-ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys of a row
+ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys for the player
 CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
@@ -122,7 +122,10 @@ class Seen:
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """Collect a sample over the jobs that answered it, as far as they share the grid. most: most frames to show."""
+    """Collect the views that jobs with the same token grid have of a sample. Raises UserError if no job has it.
+
+    most: limit on the frames to show.
+    """
     did = {job: row for job in jobs if (row := job.row(sample))}
     if not did:
         raise UserError(f"{'; '.join(job.label for job in jobs)}: sample {sample} is not done")
@@ -156,7 +159,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """Settings that the token grid of a sample depends on."""
+    """Settings on which the token grid of a sample depends."""
     return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
 
 
@@ -224,7 +227,7 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Text of each token; a character of several tokens goes to the last. skip: leave special tokens empty."""
+    """Decode each token to its text. A character made of several tokens goes to the last. skip: omit special tokens."""
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:
         known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
@@ -235,7 +238,7 @@ def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bo
 
 
 def picture(frame: torch.Tensor) -> Image.Image:
-    """Thumbnail of a frame, uint8 (3, H, W)."""
+    """Make a thumbnail of a frame, uint8 (3, H, W)."""
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image
@@ -249,13 +252,16 @@ def data_uri(image: Image.Image) -> str:
 
 
 def bits(kept: Sequence[int], total: int) -> str:
-    """Base64 of one bit per token, most significant bit first."""
+    """Encode kept tokens as base64: one bit per token, most significant bit first."""
     mask = np.zeros(total, dtype=np.uint8)
     mask[list(kept)] = 1
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:
-    """Base64 of one byte per token, and the value of 255: the 99th percentile, since outliers would dim the rest."""
+    """Encode heat as base64, one byte per token; also returns the value of 255.
+
+    255 is the 99th percentile, since outliers would dim the rest.
+    """
     top = max(float(np.quantile(heat, 0.99)), 1e-6)
     return base64.b64encode((heat / top * 255).clip(0, 255).astype(np.uint8).tobytes()).decode(), top

@@ -1,4 +1,4 @@
-"""Bootstrap intervals (95 %) of a job's metrics and of their differences to another job, paired by sample.
+"""Bootstrap intervals (95 %) of a job's metrics and of their differences from another job's, paired by sample.
 
 Resamples samples, not rounds, since rounds of one answer are correlated. Pairing removes the variation between easy
 and hard samples (percentile bootstrap; Efron and Tibshirani, 1993, ch. 13). The metrics are those of
@@ -41,7 +41,7 @@ class Interval:
 
 
 def total(*columns: NDArray[np.float64], axis: int = -1) -> Any:
-    """Mean of one column; quotient of the sums of two."""
+    """Mean of one column, or quotient of the sums of two."""
     if len(columns) == 1:
         return np.mean(columns[0], axis=axis)
     return np.sum(columns[0], axis=axis) / np.sum(columns[1], axis=axis)
@@ -54,7 +54,7 @@ def gained(*columns: NDArray[np.float64], axis: int = -1) -> Any:
 
 
 def interval(columns: Columns, statistic: Any = total) -> Interval | None:
-    """Bootstrap a statistic of columns with one entry per sample. None without samples. Deterministic."""
+    """Bootstrap a statistic of columns with one entry per sample; None without samples. The seed is fixed."""
     count = len(columns[0])
     if not count:
         return None
@@ -72,20 +72,20 @@ def mean_of(values: Sequence[float]) -> Interval | None:
 
 
 def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
-    """The values that a metric is computed from, by sample; skips samples without it."""
+    """Values from which a metric is computed, by sample; skips samples that lack the metric."""
     parts = QUOTIENTS.get(key, (key,))
     return {row["sample"]: tuple(float(row[part]) for part in parts) for row in job.done if row.get(key) is not None}
 
 
 @cache
 def figure(job: Job, key: str) -> Interval | None:
-    """The job's total of `key`, exactly as in its summary, with its interval."""
+    """The job's total of `key` with its interval; None if no sample has it."""
     found = interval(columns_of(list(by_sample(job, key).values())))
     return found and replace(found, value=job.totals[key])
 
 
 def difference(job: Job, base: Job, key: str) -> Interval | None:
-    """Difference job - base of a metric, over the samples that both have."""
+    """A metric of `job` minus that of `base`, over the samples that both have; None if there are none."""
     mine, other = by_sample(job, key), by_sample(base, key)
     return interval(columns_of([(*value, *other[sample]) for sample, value in mine.items() if sample in other]), gained)
 
@@ -100,11 +100,12 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
 
     Args:
         jobs: All jobs.
-        name: Label, series or folder of the base; among several the one of the same ratio. None: the job with
-            pruner=uniform and otherwise the same settings and ratio; if no job has one, the first job.
+        name: Label, series or folder of the base; if several match, the one with the job's ratio, else the first.
+            None: the job with pruner=uniform and otherwise the same settings and ratio; if there is none for any job,
+            the first job.
 
     Returns:
-        The base by job; None if there is none or it is the job itself.
+        The base of each job; None if there is none or it would be the job itself.
 
     Raises:
         UserError: No job has that name.

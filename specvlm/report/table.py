@@ -1,4 +1,4 @@
-"""Summary tables: one line per job, with metrics, intervals, and differences to a base job."""
+"""Make the summary tables: one line per job, with metrics, intervals, and differences from a base job."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ FINE = ("identical", "numeric tie", "sampled")  # verdicts of a lossless answer
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. show: formats its value; compared: show interval and difference to the base."""
+    """A column of the table. show: formats a value; compared: whether to add interval and difference from the base."""
 
     key: str
     title: str
@@ -51,7 +51,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell. value: as in summary.json, or None; side: up or down if the difference is significant."""
+    """A cell of the table.
+
+    Attributes:
+        key: Key of its column.
+        value: Number to sort by, or None.
+        text: The value as text.
+        bounds: Its interval.
+        against: Difference from the base, with its interval.
+        side: up or down if that interval has no 0, else empty.
+    """
 
     key: str
     value: float | None
@@ -63,7 +72,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table. job: index of the job; view: how much the drafter saw, in parts."""
+    """A line of the table. job: index of the job; view: says how much the drafter saw, see `view`."""
 
     job: int
     series: str
@@ -73,7 +82,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs that one table may compare. state: good, bad or open, the state of the verdict."""
+    """Jobs that one table may compare. state: whether the verdict is good, bad or open."""
 
     name: str
     title: str
@@ -128,7 +137,7 @@ def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
 
 
 def view(job: Job) -> list[str]:
-    """How much the drafter saw: `drops 90 %`, `keeps 102 of 1024` (mean over samples). Empty if no pruner was used."""
+    """Say how much the drafter saw: `drops 90 %`, `keeps 102 of 1024` (means). Empty if no pruner was used."""
     known = [(row["kept_tokens"], row["video_tokens"]) for row in job.done if row["kept_tokens"] is not None]
     if not known:
         return []
@@ -171,7 +180,7 @@ def problems(jobs: Sequence[Job]) -> list[str]:
 
 
 def comparison_note(against: Mapping[Job, Job | None]) -> str:
-    """Note that explains the second numbers of the table."""
+    """Explain the differences in the table; empty if there is no base."""
     others = {base for base in against.values() if base}
     if not others:
         return ""

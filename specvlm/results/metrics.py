@@ -119,7 +119,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
 
 
 def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """`speedup_…` of each of SPANS; None without a baseline."""
+    """Compute `speedup_…` for each of SPANS; None without a baseline."""
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"]) for span in SPANS}
 
 
@@ -140,12 +140,12 @@ def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def ratio_of(baseline: float | None, ours: float) -> float | None:
-    """Speed-up; None without a baseline or without a time."""
+    """Divide the baseline's time by ours. None without a baseline, or if a time is 0."""
     return baseline / ours if baseline and ours > 0 else None
 
 
-OF_JOB = ("strategies", "versions")  # KEYS that rows leave out: they are the same in all
-# KEYS that a job's totals give as the mean over samples, and as in the last sample.
+OF_JOB = ("strategies", "versions")  # KEYS that rows leave out, since all rows of a job have the same values
+# KEYS that a job's totals average over the samples. LAST: KEYS that they take from the last sample.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
@@ -176,7 +176,7 @@ TOTALS = {
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
-    """status and reason of a job that started."""
+    """Return status and reason of a job that started; TOTALS explains them."""
     found = {row["status"] for row in rows}
     if len(rows) < samples:
         return {"status": "incomplete", "reason": None}
@@ -229,10 +229,10 @@ def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {kind: n for kind in HF_CHECKS if (n := sum(text.startswith(kind) for text in told))}
 
 
-# Largest share of tied tokens that rounding explains, by dtype of the target: five times the share that the embedded
-# pairs show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %). They show none on
-# their own footage. A 7B model with random weights, whose logits lie closer than those of any trained model, shows 8
-# %.
+# Largest share of tied tokens that rounding explains, by dtype of the target. It is five times the share that the
+# embedded pairs show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %); on their own
+# footage they show none. A 7B model with random weights shows 8 %: its logits lie closer together than those of any
+# trained model.
 NORMAL_TIES = {"float64": 0.0, "float32": 0.0015, "float16": 0.003}
 MOST_TIES = 0.03  # for bfloat16 and quantised weights
 
@@ -254,12 +254,12 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package, torch, transformers, and the kind of machine."""
+    """Versions of Python, specvlm, torch and transformers, and the kind of machine."""
     found = {"python": sys.version.split()[0], "machine": f"{platform.system()} {platform.machine()}"}
     return found | {package: _version(package) for package in ("specvlm", "torch", "transformers")}
 
 
-@cache  # each look-up parses a file, twice per row
+@cache  # a look-up parses a file, and each row would need it twice
 def _version(package: str) -> str:
     try:
         return version(package)

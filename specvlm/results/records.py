@@ -126,7 +126,7 @@ class Totals(Summary, total=False):
 
 
 class Row(TypedDict):
-    """A line of samples.jsonl. A sample that is ok also has `Figures`."""
+    """A line of samples.jsonl. If the sample is ok, the line also has the keys of `Figures`."""
 
     sample: str
     index: Count
@@ -158,4 +158,4 @@ class Ranked(TypedDict):
     """A line of steps.jsonl with the rank of each accepted guess among its siblings (see `fit_tree`)."""
 
     ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
-    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # includes the root's
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # tried below the root and each accepted guess

@@ -5,9 +5,9 @@
     steps.jsonl     one line per round, written before its sample's line; steps.0-of-4.jsonl for a shard
     summary.json    the totals over all rows, replaced atomically
 
-The .jsonl files only grow. A process that is killed leaves half a line, or rounds of a sample without a line: the
-process that resumes the job cuts them off. A sample that is tried again has two lines; the one that is ok counts. A
-sample that is checked after its answer has two lines too; the checked one counts.
+Lines are only appended. A process that is killed may leave half a line, or rounds of a sample without a line; the
+process that resumes the job cuts them off. A sample that failed and is tried again has two lines, and so has one that
+is checked after its answer; the later line counts.
 """
 
 import json
@@ -39,7 +39,7 @@ UNCHECKED = (None, "not checked")  # values of hf_check that a later line may re
 
 
 class CannotWrite(UserError):
-    """The disk is full or gone. Ends the job: no other sample could be written either."""
+    """A folder cannot be written, as when the disk is full. Ends the sweep: no other sample could be written either."""
 
 
 class Taken(UserError):
@@ -56,7 +56,7 @@ def writable(folder: Path | None) -> Iterator[None]:
 
 
 def room(folder: Path, samples: int, tokens: int) -> None:
-    """Check that `folder` can be written and has room for the results. Raises CannotWrite."""
+    """Create `folder`, and check that it can be written and has room for the results. Raises CannotWrite."""
     needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
-    """The row that counts of each sample, with the file it comes from."""
+    """Find the row of each sample that counts, and the file it comes from."""
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
@@ -125,7 +125,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Read the totals of a job; empty if there are none yet. Raises UserError for a file that is no JSON."""
+    """Read summary.json of a run or a job; empty if there is none yet. Raises UserError if it is damaged."""
     path = folder / "summary.json"
     try:
         found = json_of(read_text(path))
@@ -140,7 +140,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def is_job(folder: Path) -> bool:
-    """Whether `folder` holds rows of a job over samples."""
+    """Whether `folder` has a samples file, so that it belongs to a job over samples."""
     return bool(_files(folder, SAMPLES))
 
 
@@ -153,8 +153,8 @@ class Rows:
         shard: (index, number of shards).
 
     Raises:
-        Taken: Another process writes these files; or they hold rows and `resume` is off, or rows of another
-            configuration.
+        Taken: Another process writes these files; or the folder holds rows and `resume` is off, rows of another
+            configuration, or a run without a data set.
         CannotWrite: The folder cannot be written.
     """
 
@@ -171,15 +171,17 @@ class Rows:
             raise
 
     def _open(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+        """Create the folder and claim the files in it. Raises Taken if another process holds them."""
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with FileLock(folder / ".lock"):  # shards start one at a time: the first writes config.yaml
+                with FileLock(folder / ".lock"):  # shards start one at a time, to compare their configurations
                     self._claim(cfg, folder, shard)
             except Timeout:
                 raise Taken(f"another process writes into {folder}: wait for it, or take another folder") from None
 
     def _claim(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
+        """Lock and open the files, check that their rows may be continued, and cut off what a killed process left."""
         if not is_job(folder) and (folder / "steps.jsonl").exists():
             raise Taken(f"{folder} holds a run without a data set: take another folder")
         part = "" if shard is None else f".{shard[0]}-of-{shard[1]}"
@@ -214,7 +216,7 @@ class Rows:
         write_yaml(folder / "config.yaml", plain(cfg))
 
     def begin(self) -> None:
-        """Start the next sample: its rounds follow."""
+        """Note where the rounds of the next sample start in steps.jsonl."""
         self._start = self._files[1].tell() if self._files else 0
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -225,7 +227,7 @@ class Rows:
                 check_there(self._files[1])
 
     def end(self, row: Mapping[str, Any]) -> None:
-        """Append the row of a sample and sync it to disk. Drops the rounds of a sample that failed."""
+        """Append the row of a sample and sync it to disk. Removes the rounds of a sample that is not ok."""
         if not self.folder:
             return
         samples, steps = self._files
@@ -274,11 +276,14 @@ def _in_use(samples: Path) -> bool:
 
 
 def _files(folder: Path, what: str) -> list[Path]:
+    """Find the files of all shards. what: SAMPLES or STEPS."""
     return sorted(path for path in folder.glob(f"{what}*.jsonl") if re.fullmatch(rf"{what}(\.\d+-of-\d+)?\.jsonl", path.name))
 
 
 def _objects(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each JSON object of a file with the offset of its end. Raises UserError for a line that is no JSON object.
+    """Yield each JSON object of a file with the offset of its end. Skips a last line that is not valid JSON.
+
+    Raises UserError for any other line that is not a JSON object, and for one that is too long.
 
     torn: also yield a last line without a newline, if it parses.
     """
@@ -316,7 +321,7 @@ def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         torn: Also return a last line that lacks its newline, if it parses.
 
     Raises:
-        UserError: A line is no JSON object.
+        UserError: A line is too long, or it is not a JSON object; a last line that is not valid JSON is skipped.
     """
     return [line for line, _ in _objects(path, torn)]
 
@@ -329,7 +334,7 @@ def _cut(file: BinaryIO, end: int) -> None:
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above: str = "") -> None:
-    """Raises Taken at the first key in which two configurations differ."""
+    """Raise Taken for the first key in which two configurations differ."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, now, name = old.get(key), new.get(key), f"{above}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):

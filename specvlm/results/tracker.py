@@ -1,6 +1,6 @@
 """Mirror a job's folder to Weights & Biases: one W&B run per job, grouped by sweep. Files on disk are written first.
 
-An error here is noted once and turns the mirror of that job off; the job goes on.
+An error of W&B turns the mirror of that job off, with a note; the job goes on.
 """
 
 import os
@@ -19,7 +19,7 @@ from specvlm.config import WandbConfig
 from specvlm.errors import one_line
 from specvlm.results.metrics import LATER
 
-PATIENCE_S = 3.0  # for any answer of the server; with BEGIN_S at most the 5 s that the docs promise
+PATIENCE_S = 3.0  # wait for any answer of the server; with BEGIN_S this makes the 5 s that the docs promise
 BEGIN_S, END_S = 2.0, 60.0
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
@@ -28,12 +28,12 @@ FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "r
            *(key for key in LATER if not key.startswith("hf_")))  # fmt: skip
 TEXTS = ("status", "verdict", "reason", "question", "answer", "text")
 PLOTTED = ("accepted_per_round", "speedup_decode", "speedup_end_to_end")
-MOST = 200  # characters of a W&B error message
+MOST = 200  # characters of a W&B error message that are shown
 CELL = 6  # pixels per video token in the picture
 
 
 class Wandb:
-    """Access of this process to W&B, online or offline; the first run finds out which.
+    """Access of this process to W&B. Once it cannot go online, all later runs are offline.
 
     Args:
         wish: The values of `tracker=…`.
@@ -68,6 +68,7 @@ class Wandb:
         return wandb.init(**named, mode="offline", settings=settings())
 
     def _offline(self, why: str) -> None:
+        """Start all further runs offline, and say so."""
         self.mode = "offline"
         self.note(f"W&B is written offline ({why})")
 
@@ -135,7 +136,7 @@ class Tracker:
             self._end(told)
 
     def _end(self, told: dict[str, Any], summary: Mapping[str, Any] | None = None, code: int = 0) -> None:
-        """Log the last values and end the run."""
+        """Log the last values and end the run, within END_S."""
         run, self.run = self.run, None
         with staging(self.folder):
             run.log(told)
@@ -155,9 +156,9 @@ class Tracker:
 
 
 def reachable(address: str) -> bool:
-    """Whether `address` answers in PATIENCE_S, through a proxy if one is set.
+    """Whether `address` answers within PATIENCE_S, through a proxy if one is set.
 
-    In a thread: DNS look-ups have no timeout.
+    Asks in a thread, since DNS look-ups have no timeout.
     """
 
     def ask() -> None:
@@ -171,7 +172,7 @@ def reachable(address: str) -> bool:
 
 
 def _in_time(action: Callable[[], Any], seconds: float) -> bool:
-    """Run `action` in a thread. Returns whether it ended in time; if not, it is abandoned. Raises what it raised."""
+    """Run `action` in a thread, abandoned when time is up. Returns whether it ended in time; raises what it raised."""
     raised: list[Exception] = []
 
     def act() -> None:
@@ -203,7 +204,7 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """W&B settings: quiet, and without what would disturb timings.
+    """W&B settings: quiet, and without anything that would disturb timings.
 
     Skips settings that the installed W&B does not know.
     """
@@ -237,5 +238,5 @@ def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
 
 
 def sync_line(folder: Path) -> str:
-    """Command that uploads the offline runs below `folder`; empty if there are none."""
+    """Command that uploads the offline runs in `folder`; empty if there are none."""
     return f"wandb sync {folder / 'wandb'}/offline-run-*" if any(folder.glob("wandb/offline-run-*")) else ""
