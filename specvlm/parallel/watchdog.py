@@ -1,4 +1,4 @@
-"""Watchdog: exits this rank when a peer dies. A thread waits for the other processes on this machine to end.
+"""Watchdog: exits this rank when a peer dies. A thread waits for the other ranks and torchrun to end.
 
 A collective whose peer died blocks for minutes (NCCL's timeout) or forever (inside a replayed graph), and Python cannot
 interrupt it. So the thread exits its own process. Rank 0, or the lowest rank left if rank 0 died, reports in one line
@@ -19,7 +19,7 @@ from specvlm.errors import ExitCode, OutOfMemory, UserError
 
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
 PATIENCE_S = 3.0  # wait for the news of a peer's death, which may come later than its effects
-HANGS_S = 20.0  # a shutdown that takes longer hangs
+HANGS_S = 20.0  # a block under `patience` that takes longer counts as hung
 
 
 class Watch:
@@ -29,10 +29,11 @@ class Watch:
         store: A torch.distributed store with a connection of its own.
         rank: This process's rank.
         size: Number of ranks.
-        save: Called on rank 0 when another rank runs out of memory, to save results; its text is added to the message.
+        save: Called on rank 0 when another rank runs out of memory, to save results. Its return value is added to the
+            message.
 
     Raises:
-        UserError: Not on Linux: elsewhere a process can only wait for its own children.
+        UserError: The system is not Linux: elsewhere a process can only wait for its own children.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -54,7 +55,7 @@ class Watch:
         self.thread.start()
 
     def close(self) -> None:
-        """Stop watching and restore the signal handlers."""
+        """Stop watching and restore the handler of SIGTERM."""
         os.write(self.pipe_in, b"\0")  # not a signal's number
         self.thread.join()
         signal.set_wakeup_fd(self.old_wakeup_fd)
@@ -93,7 +94,7 @@ class Watch:
             timer.cancel()
 
     def _wait(self) -> None:
-        """Body of the thread: wait for deaths and signals."""
+        """Wait for deaths and signals, until `close`. The thread runs this."""
         poll = select.poll()
         for fd in (self.pipe_out, self.torchrun, *self.there):
             poll.register(fd, select.POLLIN)
@@ -117,7 +118,7 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process unless that rank was done."""
+        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another one."""
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
@@ -138,7 +139,7 @@ class Watch:
             return f"; the results so far cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
-        """How and why a rank ended, from the store; empty if it did not say."""
+        """Read from the store how and why a rank ended; both are empty if it did not say."""
         key = f"ended/{rank}"
         try:
             kind, _, why = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")
@@ -147,7 +148,7 @@ class Watch:
         return kind, why
 
     def _say(self, line: str, mine: bool) -> None:
-        """Print a message, if it is this rank's turn to report."""
+        """Print a message if `mine`: only one rank reports."""
         if mine:
             os.write(2, f"specvlm: {line}\n".encode())
 
