@@ -19,7 +19,7 @@ from specvlm.errors import ExitCode, OutOfMemory, UserError
 
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
 PATIENCE_S = 3.0  # wait for the news of a peer's death, which may come later than its effects
-HANGS_S = 20.0  # a block under `patience` that takes longer counts as hung
+HANGS_S = 20.0  # a shutdown that takes longer hangs
 
 
 class Watch:
@@ -79,7 +79,7 @@ class Watch:
 
     @contextlib.contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Run a block that may hang. After HANGS_S seconds, exit the process with the message `what`."""
+        """Run a block that may hang. If it takes over HANGS_S seconds, exit the process with the message `what`."""
 
         def give_up() -> None:
             os.write(2, f"specvlm: rank {self.rank} of {self.size}: {what}\n".encode())
