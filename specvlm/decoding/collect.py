@@ -132,7 +132,7 @@ def codec(prompt: VideoPrompt) -> Tensor:
 def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
     """(3, F * P) codec signals of each token of a grid.
 
-    If a frame of the grid covers several frames of the clip, their motion and intra are averaged, and their bytes added.
+    If a frame of the grid covers several frames of the clip, their motion and intra are averaged, their bytes added.
     """
     group = -(-len(stream.size) // grid.frames)
     pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)

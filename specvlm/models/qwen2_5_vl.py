@@ -40,9 +40,9 @@ class Qwen2_5_VL(VideoLM):
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Sample frames as the video processor does; at 2 frames per second if it sets no rate.
+        """Sample frames as the video processor does; at 2 frames per second if its settings give no rate or number.
 
-        Takes all frames of a video that has fewer than `num_frames`, where Hugging Face raises an error.
+        A video with fewer than `num_frames` frames gives all of them, less an odd one; Hugging Face raises an error.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Qwen",))
         if settings.num_frames:
@@ -111,7 +111,7 @@ class Qwen2_5_VL(VideoLM):
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. "hf" uses the installed transformers' rules, which differ between releases."""
+        """(3, S) M-RoPE positions. mrope="hf": by the installed transformers' rules, which vary between releases."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
         position_ids, _ = self.hf.model.get_rope_index(
@@ -120,7 +120,7 @@ class Qwen2_5_VL(VideoLM):
         return position_ids[:, 0]
 
     def _reference_positions(self, prompt: VideoPrompt) -> Tensor:
-        """Qwen's own rule: a video's (t, h, w) start where the text ends; text continues after the largest of them."""
+        """Qwen's own rule: a video's (t, h, w) start where the text ends; the text after it starts past the largest."""
         kinds = self._kinds(prompt)[0]
         images, videos = iter(prompt.images), iter(prompt.videos)
         positions, slot, start = [], 0, 0
