@@ -24,6 +24,7 @@ class BroadcastSession(DraftSession):
         self._drawn: bool | None = None  # whether trees have a `q`; None before the first tree
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Propose a tree on rank 0 and broadcast it."""
         tree = None
         if self.session is not None:
             proposed: Work[DraftTree] | DraftTree = self.session.propose(last)

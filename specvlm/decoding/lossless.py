@@ -219,6 +219,7 @@ class _Passes:
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
         def checked(logits_V: Tensor) -> Iterator[Tensor]:
+            """Yield the penalised logits of token `at`, then check that they give this token."""
             row_V = penalty(logits_V[None])[0]
             yield row_V
             if (token := int(row_V.argmax())) != self.output[at]:

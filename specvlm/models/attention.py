@@ -172,7 +172,7 @@ class AttentionCollector:
         return self._hidden[0]
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Reduce over ranks: average the means, since all have equally many heads; add the norms. Skips `per_head`."""
+        """Reduce over ranks: average the means, since all have equally many heads; add the norms. Leaves `per_head`."""
         if ranks.size == 1:
             return
         for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):

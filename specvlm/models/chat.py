@@ -59,7 +59,7 @@ def processor_template(folder: Path) -> Any:
 def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
     """Return the token ids of a user turn, `content` followed by the question, up to where the assistant begins.
 
-    Raises UserError if the template fails or the question puts control tokens into the prompt. They are found by
+    Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found by
     comparing the token ids with those of a harmless question: tokenizers and templates may transform a text before they
     match control tokens in it.
     """

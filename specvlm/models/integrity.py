@@ -145,6 +145,7 @@ class Code:
 
 
 def _ours(name: str) -> bool:
+    """Whether a module of this name belongs to specvlm."""
     return name == "specvlm" or name.startswith("specvlm.")
 
 

@@ -226,7 +226,7 @@ class CachePool:
     def give_back(self, role: str, cache: KVCache) -> None:
         """Return a cache to the pool, unless the pool was emptied meanwhile.
 
-        If its role is one too many (ROLES), the free caches of the first role are dropped.
+        If there are then more than ROLES roles, the free caches of the oldest are dropped.
         """
         with self._lock:
             for number, (_, leased) in enumerate(self._leased):

@@ -155,7 +155,7 @@ def load(
     Args:
         path: Folder, or name on the hub.
         dtype: Dtype of the weights; "auto" is the checkpoint's own.
-        device: Device of the whole model, or of this rank's share.
+        device: Device of the whole model. Not used with `split` or several `ranks`.
         mrope: As in `VideoLM`.
         weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`). "bf16" only checks that the
             dtype is bfloat16.

@@ -61,7 +61,7 @@ class Pass:
         depths_Q: (Q,) rotary position of each row, relative to that of slot `base`.
         seen_QT: (Q, T), which of the slots from `base` to that of the last row each row attends to. Every row attends
             to all slots before `base`. None: causal.
-        base: Number of a slot; inside a `Routine`, (1,) int64 on the device.
+        base: Slot from which `at` and `seen_QT` count: a number, or inside a `Routine` (1,) int64 on the device.
         offset: Position minus slot (`KVCache.offset`), of the same type as `base`.
         at: First slot to write, relative to `base`.
     """
@@ -80,7 +80,7 @@ class Pass:
 
     @property
     def start(self) -> int:
-        """First slot. Waits for the device if `base` is a tensor. Raises IndexError if the pass does not fit."""
+        """First slot to write. Waits for the device if `base` is a tensor. Raises IndexError if rows do not fit."""
         base, at, capacity = int(self.base), self.at, self.cache.capacity
         if base < 0 or not base <= base + at <= capacity - self.tokens_Q.numel():
             raise IndexError(f"a pass to slots from {base + at} on, its cache has {capacity}")
@@ -169,6 +169,7 @@ class Call:
         routine = self.routine
 
         def checked(item: object) -> Pass:
+            """Return a yielded pass, placed if `read`. Raises if the routine may not yield it."""
             if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
                 raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
             self.check(item)

@@ -32,7 +32,7 @@ PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single 
 
 
 class VideoLM(ABC):
-    """A loaded checkpoint. Holds no state of a request, whose data are arguments or in its KV cache.
+    """A loaded checkpoint. It has no state: a request's data are arguments, or lie in its KV cache.
 
     Args:
         hf: The Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`.
@@ -40,7 +40,7 @@ class VideoLM(ABC):
         folder: The checkpoint's folder, from which preprocessing settings are read.
         mrope: "hf" for the positions of the installed transformers' `generate`, "reference" for those of Qwen's own
             code (text follows the largest of t, h, w). They differ for Qwen2.5-VL only.
-        stages: The layers' split over devices; by default found from where the weights are.
+        stages: Layers on each device; by default found from the devices of the weights.
         ranks: Processes that share every layer (tensor parallelism).
     """
 
@@ -207,7 +207,7 @@ class VideoLM(ABC):
         """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor:
-        """(N, D) features of all videos. keep: unless it merges, frames without kept tokens are left 0."""
+        """(N, D) features of all videos. keep: unless it merges tokens, frames without kept ones are not encoded."""
         parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
             frames = None
@@ -224,7 +224,7 @@ class VideoLM(ABC):
         return self.text.embed_tokens(tokens_S.to(self.device).clamp(0, self.vocabulary - 1))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
-        """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it says so."""
+        """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
         embeds_SD = self.embed_tokens(prompt.tokens)
         if prompt.images:
             at = (prompt.tokens == self.image_token).to(self.device)
@@ -332,7 +332,7 @@ class VideoLM(ABC):
 
         Args:
             depths: Depth of each row, added to `position` to give its rotary position.
-            seen_QT: Which of the last T slots, these rows included, a row attends to besides all before. None: causal.
+            seen_QT: Which of the last T slots (these rows included) each row sees; it sees all before. None: causal.
             position: Rotary position of depth 0; by default that of the next slot.
         """
         positions = torch.as_tensor(depths) + (cache.position if position is None else position)

@@ -55,11 +55,13 @@ class Within:
         return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Tell pydantic to check the bounds after the type."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def _checked(self, value: float | None) -> float | None:
+        """Return the value, or raise ValueError if it is out of bounds."""
         if value is not None and value not in self:
             raise ValueError(f"expected {self}")
         return value

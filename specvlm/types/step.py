@@ -68,6 +68,7 @@ class Step:
 
     @cached_property
     def _ranks_and_widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`DraftTree.ranks_on` the accepted path; empty if nothing was drafted or the verifier is lossy."""
         if self.tree is None or self.verdict is None or not self.lossless:
             return (), ()
         return self.tree.ranks_on(self.verdict.path)
