@@ -50,7 +50,7 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """Make the verifier's generator, unlike the drafter's: a guess must not depend on the draws that judge it."""
+    """Make a generator for the verifier apart from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -333,7 +333,7 @@ class DecodingGraph:
                 kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
                 got = kept or f"gave a {type(keep).__name__}"
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
-            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass of it may have skipped the checks
+            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
         """(L, N) attention of the last row to the unpruned video in the drafter's first layers. Runs only these."""

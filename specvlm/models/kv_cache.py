@@ -44,7 +44,7 @@ class Store(NamedTuple):
     values: Tensor
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do what `KVCache.keep` does, with indices on the device, so that it can be captured. Leaves `length`."""
+        """Do what `KVCache.keep` does, with indices on the device, to allow capture. Does not set `length`."""
         to = base_1 + torch.arange(len(path_D), device=path_D.device)
         for store in self:
             rows = store.flatten(0, 2)
@@ -149,7 +149,7 @@ class KVCache:
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do what `keep` does, with indices on the device, so that it can be captured. The caller sets `length`."""
+        """Do what `keep` does, with indices on the device, to allow capture. The caller sets `length`."""
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 

@@ -59,7 +59,7 @@ class ProcessGroup:
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Return a buffer for a fused all-reduce of (rows, width); None if the GPUs or the rows do not allow one."""
+        """Return a buffer for a fused all-reduce of (rows, width); None if GPUs do not allow one or `rows` is over ROOM."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Proc
         save: See `Watch`.
 
     Raises:
-        UserError: The ranks are on several machines, or not on Linux.
-        Told: Instead of a UserError on a non-zero rank.
+        UserError: The ranks are on several machines, or the system is not Linux.
+        Told: On a non-zero rank, instead of any UserError.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():

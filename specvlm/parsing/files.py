@@ -11,7 +11,7 @@ import yaml
 
 from specvlm.errors import UserError, message
 
-MOST_BYTES = 64 * 2**20  # of a file that is read as a whole
+MOST_BYTES = 64 * 2**20  # most bytes of a file that is read as a whole
 MOST_YAML = 2**20  # most bytes of a YAML file
 DEEPEST = 100  # most levels of nesting; deeper data would crash recursive parsers
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

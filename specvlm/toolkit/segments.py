@@ -13,7 +13,7 @@ ELEMENTS = 1 << 20  # numbers in one slice on a CPU, so that the slice fits its 
 
 
 def at_once(device: torch.device) -> int:
-    """Return how many numbers to process at once: on a GPU 64 times as many (256 MB), to launch few large kernels."""
+    """Return how many numbers to process at once: more on a GPU (256 MB in float32), to launch few large kernels."""
     return ELEMENTS if device.type == "cpu" else 64 * ELEMENTS
 
 
