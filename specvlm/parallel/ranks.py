@@ -59,7 +59,7 @@ class ProcessGroup:
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Return a buffer for a fused all-reduce of (rows, width); None if GPUs do not allow one or `rows` is over ROOM."""
+        """Return a buffer for a fused all-reduce of (rows, width); None if the GPUs or `rows` do not allow one."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
