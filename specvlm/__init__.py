@@ -4,7 +4,7 @@
     graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
     for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
 
-Names are imported on first use, so that the command line answers before torch is loaded and plugins need not wait for
+Names are imported on first use. So the command line can answer before torch is loaded, and plugins need not wait for
 transformers.
 """
 

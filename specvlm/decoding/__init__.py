@@ -1,1 +1,1 @@
-"""Decoding loop, scheduler, losslessness check and collection of signals."""
+"""The decoding loop, the scheduler, the losslessness check and the collection of signals."""

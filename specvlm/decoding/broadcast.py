@@ -1,4 +1,4 @@
-"""Draft on rank 0 and broadcast the trees, for a tensor-parallel target whose draft lies on rank 0 only."""
+"""Draft on rank 0 and broadcast the trees, for a tensor-parallel target whose draft model is on rank 0 only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from specvlm.types import DraftTree, Verdict
 
 
 class BroadcastSession(DraftSession):
-    """Session that proposes rank 0's trees on every rank. Wraps the drafter's session on rank 0, None elsewhere."""
+    """Session that proposes rank 0's trees on every rank. It wraps the drafter's session on rank 0, None elsewhere."""
 
     def __init__(self, drafter: Drafter, session: DraftSession | None, ctx: DraftContext) -> None:
         self.session, self.ranks, self.device = session, ctx.target.ranks, ctx.target.device
         self.shape = drafter.fixed
-        # The drafter may have drawn from the generator on rank 0.
+        # On rank 0, the drafter may have drawn from the generator when it started.
         ctx.generator.set_state(self.ranks.share(ctx.generator.get_state))
         self._wide = torch.promote_types(ctx.target.dtype, torch.float32)
         self._vocabulary = ctx.vocabulary
-        self._drawn: bool | None = None  # whether trees carry `q`; known from the first tree on
+        self._drawn: bool | None = None  # whether trees have a `q`; None before the first tree
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Propose a tree on rank 0 and broadcast it."""
         tree = None
         if self.session is not None:
             proposed: Work[DraftTree] | DraftTree = self.session.propose(last)
@@ -51,7 +52,7 @@ class BroadcastSession(DraftSession):
             tokens = torch.zeros(len(shape), dtype=torch.int64, device=self.device)
             q = torch.zeros(len(shape), self._vocabulary, dtype=self._wide, device=self.device) if self._drawn else None
             tree = DraftTree(tokens, shape.parents, q, ranks=shape.ranks)
-        elif tree.q is not None:  # the other ranks do not know the draft's dtype
+        elif tree.q is not None:  # the other ranks do not know the draft's dtype, so they expect this one
             tree = replace(tree, q=tree.q.to(self._wide))
         for tensor in (tree.tokens, tree.q):
             if tensor is not None:

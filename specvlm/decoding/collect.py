@@ -1,6 +1,7 @@
 """Gather the signals that strategies need (`strategies.signals`) from the target's prefill and from the video file.
 
-Every rank holds the same signals: means over heads are summed over ranks, the rest is computed from replicated tensors.
+Every rank holds the same signals: means over heads are averaged over ranks, norms are summed, and the rest is computed
+from replicated tensors. Only the means per KV head differ: each rank holds those of its own heads.
 
 Shape suffixes: T sampled frames of a clip, F frames of the grid, P tokens per frame, N video tokens, D hidden size.
 """
@@ -24,9 +25,9 @@ KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
-    """Number of layers after which the pruner reads hidden states; 0 if it reads none.
+    """Return the number of layers after which the pruner reads hidden states or keys; 0 if it reads neither.
 
-    Raises UserError if the target has fewer layers.
+    Raises UserError if the target has no such layer.
     """
     if not pruner.needs & STATE_SIGNALS:
         return 0
@@ -42,8 +43,8 @@ def collector_for(
     """Make the collector that reads signals from the target's prefill; None if nothing is read.
 
     Args:
-        pruner: None if nothing is pruned.
-        more: Signals that the drafter needs.
+        pruner: The pruner, or None if nothing is pruned.
+        more: Signals needed besides the pruner's.
         hidden: Whether the verifier reads the video tokens' last hidden states.
     """
     needs = more | (pruner.needs if pruner else frozenset())
@@ -95,15 +96,15 @@ def gathered(
     if (states := collector.states) is not None:
         made = {"hidden_text": states.text, "final_norm": states.norm}
         made["text_similarity"] = partial(states.similarity, features_ND)
-        made["hidden"] = states.video  # last: returns the tensor that `similarity` has concatenated, without a copy
+        made["hidden"] = states.video  # last, since it hands out the probe's own tensor, not a copy
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
 def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Bytes of the signals that one rank holds during a request, counting those that grow with hidden size or heads.
+    """Estimate the bytes of signals on one rank in a request. Counts only those that grow with hidden size or heads.
 
-    Includes the sorting of scores per KV head that `drafter=sparse` does. tokens: N. hidden: as in `collector_for`.
+    Includes the memory in which `drafter=sparse` sorts scores per KV head. tokens: N. hidden: as in `collector_for`.
     """
     width = int(target.hf.config.get_text_config().hidden_size)
     states = tokens * width * dtype.itemsize * (bool(needs & KEPT_STATES) + hidden)
@@ -114,7 +115,10 @@ def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int
 
 
 def codec(prompt: VideoPrompt) -> Tensor:
-    """(3, N) motion, packet_bytes and intra of each token, from the prompt's video files; zeros without a file."""
+    """(3, N) motion, packet_bytes and intra of each token, from the prompt's video files.
+
+    They are 0 for newline tokens and for a video without a file, or with one that cannot be read.
+    """
     parts = []
     for grid, video in zip(prompt.grids, prompt.videos, strict=True):
         origin, per_token = video.get("origin"), torch.zeros(3, grid.cells)
@@ -128,7 +132,7 @@ def codec(prompt: VideoPrompt) -> Tensor:
 def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
     """(3, F * P) codec signals of each token of a grid.
 
-    If a frame of the grid covers several frames of the clip, their motion and intra are averaged and their bytes added.
+    If a frame of the grid covers several frames of the clip, their motion and intra are averaged, their bytes added.
     """
     group = -(-len(stream.size) // grid.frames)
     pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)

@@ -41,15 +41,16 @@ from specvlm.strategies.fence import (
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-MOST_PASSES = 4096  # limit of a drafter's passes per round, above the depth of any tree
+MOST_PASSES = 4096  # most passes of a drafter in one round, above the depth of any tree
 
 
 def generator_for(seed: int) -> torch.Generator:
+    """Make a generator on the CPU with this seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """Seed the verifier's generator, apart from the drafter's: a guess must not depend on the draws that judge it."""
+    """Make a generator for the verifier apart from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -83,7 +84,7 @@ def autoregressive(
         options: An int sets `max_new_tokens` and leaves the rest at the defaults.
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
-        engine: How passes run; the eager engine by default.
+        engine: Engine that runs the passes; the eager one by default.
     """
     engine = engine or Engine()
     return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
@@ -120,7 +121,7 @@ def autoregressive_work(
 
 
 class View(NamedTuple):
-    """How many video tokens the drafter may see, and who chooses them."""
+    """The number of video tokens that the drafter may see, and the strategy that chooses them."""
 
     budget: int
     own: bool  # the drafter chooses them itself
@@ -129,14 +130,14 @@ class View(NamedTuple):
 
 @dataclass
 class DecodingGraph:
-    """A target, a draft and three strategies, which decode requests. Safe to share between requests and threads.
+    """A target, a draft and three strategies that decode requests. Safe to share between requests and threads.
 
     Attributes:
-        draft: The draft model; on the meta device on ranks that do not hold it.
+        draft: The draft model, on the meta device on ranks that do not hold it. None if the drafter needs none.
         options: Defaults for requests that pass no options.
-        vocabulary: Token ids below it are known to both models. 0 takes the smaller vocabulary of the two.
+        vocabulary: Both models know the token ids below it. 0 takes the smaller vocabulary of the two.
         caches: KV caches, kept between requests.
-        engine: How passes run, see `specvlm.engine`.
+        engine: Engine that runs the passes (see `specvlm.engine`).
     """
 
     target: VideoLM
@@ -162,7 +163,7 @@ class DecodingGraph:
 
         Args:
             prompt: From `target.prompt`.
-            options: An int sets `max_new_tokens`. What is not given is taken from the graph's `options`.
+            options: Replace the graph's `options` as a whole. An int replaces only `max_new_tokens` of them.
         """
         return alone(self.engine, self.work(prompt, options))
 
@@ -236,7 +237,7 @@ class DecodingGraph:
                 token, shown, attention = verdict.bonus, None, None
 
     def _session(self, context: DraftContext) -> DraftSession:
-        """Start the drafter; with a draft on rank 0 only, broadcast its trees."""
+        """Start the drafter. If only rank 0 holds the draft model, broadcast the trees."""
         ranks = self.target.ranks
         on_rank0_only = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
         with inside(self.drafter):
@@ -247,7 +248,7 @@ class DecodingGraph:
     def _proposed(
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Passes[DraftTree]:
-        """Run the drafter's `propose`; yields the passes it asks for, which may only write to its own caches."""
+        """Run the drafter's `propose` and yield the passes that it asks for. They may only write to its own caches."""
         label = label_of(self.drafter)
         guard, check = partial(inside, label), partial(check_pass, label)
         with inside(self.drafter):
@@ -268,11 +269,11 @@ class DecodingGraph:
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt) -> int:
-        """Number of video tokens the drafter may see, at the ratio of the graph's options."""
+        """Return the number of video tokens that the drafter may see at the ratio of the graph's options."""
         return self._view(prompt, self.options.ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget and who chooses. Nothing is pruned if all or no tokens are kept, or if no video is seen."""
+        """Return the budget and who chooses. Nothing is pruned if all or none are kept, or the drafter has no model."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -282,7 +283,7 @@ class DecodingGraph:
         return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
 
     def _collector(self, prompt: VideoPrompt, view: View, record: bool) -> AttentionCollector | None:
-        """Collector for the target signals that the strategies read; None if they read none."""
+        """Make the collector of the target signals that the strategies read; None if they read none."""
         if not len(prompt.video_index):
             return None
         pruner = self.pruner if view.pruned else None
@@ -297,7 +298,7 @@ class DecodingGraph:
         features_ND: Tensor,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select`; with several ranks, broadcast rank 0's choice, since the draft may lie on rank 0 only."""
+        """Run `select`. With several ranks, broadcast rank 0's choice, since the draft may be on rank 0 only."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
         keep = self.select(prompt, collector, features_ND, generator, view) if here else None
         if ranks.size > 1:
@@ -316,8 +317,8 @@ class DecodingGraph:
     ) -> KeepSet:
         """Ask the pruner which video tokens to keep.
 
-        view: None takes the budget at the ratio of the graph's options. Raises ValueError, naming the pruner, if it
-        exceeds its budget or returns no `KeepSet`.
+        view: None takes the budget at the ratio of the graph's options. Raises ValueError, naming the pruner, if the
+        pruner exceeds its budget or does not return a `KeepSet` for this prompt.
         """
         total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
         if not pruned:
@@ -332,10 +333,10 @@ class DecodingGraph:
                 kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
                 got = kept or f"gave a {type(keep).__name__}"
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
-            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped its checks
+            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
-        """(L, N) attention of the drafter's first layers over the unpruned video, from a prefill stopped after them."""
+        """(L, N) attention of the last row to the unpruned video in the drafter's first layers. Runs only these."""
         model = self.target if self.drafter.model == "target" else self.draft
         assert model is not None
         features = features_ND if model is self.target else model.features(prompt)

@@ -1,7 +1,7 @@
 """Check that an output is the target's own: compare it with `autoregressive` and explain the first difference.
 
 A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
-bfloat16 two tokens with (nearly) equal logits may swap. Such a numeric tie is measured, never assumed:
+bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric tie is measured, never assumed:
 
 1. The run is replayed from its draft trees, by code that does not share its mask, positions, cache moves or
    acceptance rule. An engine is deterministic, so the replay must give the same tokens in every round.
@@ -9,8 +9,9 @@ bfloat16 two tokens with (nearly) equal logits may swap. Such a numeric tie is m
    as close to those of the one-row pass as the logits of a plain causal pass over the same tokens are.
 3. No token of the output may lie further below the target's one-row choice than rounding moves logits.
 
-`tests/campaign/planted_faults.py` plants 42 faults on 40 prompts of real footage. Of the outputs that they changed, 3
-of 977 were excused in bfloat16 and 0 of 920 in float32. None of 130 genuine ties on CPU and H200 was called a mismatch.
+`tests/campaign/planted_faults.py` plants 42 faults, on 40 prompts of real footage. Of the outputs that they changed, 3
+of 977 were called ties in bfloat16 and 0 of 920 in float32. Of 130 genuine ties on CPU and H200, none was called a
+mismatch.
 
 Limit: a fault common to all passes over several rows, plain causal ones included, is only detected beyond DRIFT.
 """
@@ -30,17 +31,17 @@ from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
 
 GREEDY = GreedyVerifier()
-NEAR = 8  # the distance of two passes is measured over the logits of this many best tokens, relative to their mean
+NEAR = 8  # number of best tokens over whose logits, less their mean, the distance of two passes is measured
 # Passes over guesses move logits about as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and
 # H200 (the embedded pairs and random 7B weights, both engines). A hidden slot or a wrong position moves them 1.3 to 10
 # times as far in bfloat16, 2,000 times in float32. RATIO is the limit for long answers; SPREAD / sqrt(tokens) adds
 # three standard deviations for short ones.
 RATIO, SPREAD = 1.2, 1.2
-GAP = 12  # most that a token may lie below the one-row choice, in units of drift; at most 6.0 in the same ties
+GAP = 12  # most that a token may lie below the one-row choice, in units of drift; 6.0 was the most in the same ties
 LEAST = 0.125  # lower bound of the drift, in roundings of the largest logit: a few tokens may happen to move less
 PIECES = 4  # chunks of the prefill when a third correct pass is needed
-# Largest drift allowed, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs, 1.1 in
-# a 7B model; in float32 2.6. It grows with the square root of the number of layers.
+# Largest drift allowed, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs and 1.1
+# in a 7B model; in float32: 2.6. The drift grows with the square root of the number of layers.
 DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -51,13 +52,14 @@ class Comparison:
     Attributes:
         verdict: identical, tie or mismatch.
         token: Index of the first difference, or of the first fault.
-        gap: How much the target prefers the second candidate to the first in a one-row pass, in logits.
+        gap: Logit of the target's best token less that of the output's token there, in a one-row pass.
         drift: How far rounding moves a logit relative to the others, on average over the answer.
         reason: Why it is a mismatch; empty otherwise.
         candidates: The output's token there, and the target's choice in a one-row pass.
-        gap_many_rows: The gap in a pass over several rows; below 0 if that pass prefers the first candidate.
+        gap_many_rows: Logit of the second candidate less that of the first, in a pass over several rows. None if the
+            replay did not reach that token.
         ties: Number of output tokens that are not the target's one-row choice.
-        exact: Whether the engine gives a tree's rows the bits of sequential steps.
+        exact: Whether the engine computes the rows of a tree bit for bit as sequential steps would.
     """
 
     verdict: str
@@ -93,9 +95,10 @@ def compare(
     """Compare an output with the target's own and classify the first difference as a numeric tie or a mismatch.
 
     It is a tie if a correct replay of the same draft trees gives the same output and rounding explains the difference.
+    With an engine that is exact by construction, every difference is a mismatch.
 
     Free when the two are identical. Otherwise it costs a prefill, a one-row pass per token, a pass over the answer and
-    a pass per round; where these look like a fault, the first two are repeated.
+    a pass per round. If these look like a fault, the prefill and the one-row passes are repeated.
 
     Args:
         target: The model whose output is checked.
@@ -103,10 +106,10 @@ def compare(
         baseline: Tokens of `autoregressive`.
         output: Tokens of the run.
         caches: Caches to reuse.
-        engine: The engine that made the output. Its arithmetic is part of the check: an engine that rounds activations
-            to 8 bits computes another model.
+        engine: The engine that made the output. It also runs the passes of the check, so its arithmetic counts as that
+            of the target: an engine that rounds activations to 8 bits computes a different model.
         steps: The run's steps, whose tokens are the output. Without them a plain causal pass stands in for the replay,
-            and a fault that moves logits no further than rounding does passes for a tie.
+            and a fault that moves logits no further than rounding does is called a tie.
         verifier: The run's verifier.
         options: The run's options.
     """
@@ -130,7 +133,7 @@ def compare(
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix of two answers."""
+    """Return the length of the common prefix of two answers."""
     return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 
@@ -139,7 +142,7 @@ class _ReplayError(Exception):
 
 
 class _Passes:
-    """Logits of the output from several kinds of pass after one prefill, repetition penalty applied.
+    """Computes logits of the output in several kinds of pass after one prefill, with the repetition penalty applied.
 
     Shape suffixes: T tokens of the output, M tree nodes, K watched tokens, V vocabulary.
     """
@@ -162,7 +165,7 @@ class _Passes:
         self.first_1V = target.head(target.prefill(*self.inputs, self.cache, prompt.cut)[None])
 
     def judge(self, preferred: int, first: int, verifier: Verifier) -> Comparison:
-        """Run all passes and compare. first: index of the first difference. preferred: the baseline's token there."""
+        """Run the passes and compare. preferred: the baseline's token at `first`, the index of the first difference."""
         ids_TK, one_TK, scale = list[list[int]](), list[Tensor](), 0.0
         for at, row_V in enumerate(self._penalised(self._one_row())):
             best = preferred if at == first else int(row_V.argmax())
@@ -212,10 +215,11 @@ class _Passes:
             yield from self.engine.append(self.target, torch.tensor(self.output[:-1]), cache)
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
-        """Replay the draft trees; yields the logits that give each token. Raises _ReplayError if one differs."""
+        """Replay the draft trees and yield the logits that give each token. Raises _ReplayError if a token differs."""
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
         def checked(logits_V: Tensor) -> Iterator[Tensor]:
+            """Yield the penalised logits of token `at`, then check that they give this token."""
             row_V = penalty(logits_V[None])[0]
             yield row_V
             if (token := int(row_V.argmax())) != self.output[at]:
@@ -258,10 +262,10 @@ def _table(rows: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Evidence:
-    """Logits of the watched tokens from three kinds of pass, (T, K) each.
+    """Logits of the watched tokens from three kinds of pass, (T, K) each: one row, causal, many rows.
 
-    Watched tokens per row: the output's, the preferred one, then the NEAR best. first: index of the first difference.
-    wrong: where and why the replay differs from the run; many_TK ends there.
+    The watched tokens of a row are the output's, the preferred one, then the NEAR best. first: index of the first
+    difference. wrong: where and why the replay differs from the run, if it does; many_TK then ends there.
     """
 
     ids_TK: list[list[int]]
@@ -272,7 +276,7 @@ class _Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """Mean distance of the best tokens' logits from those of the one-row pass, without each row's mean shift."""
+        """Mean over rows of how far the best tokens' logits lie from the one-row pass's, less the row's mean shift."""
         moved_TK = (other_TK - self.one_TK[: len(other_TK)])[1:, 2:]  # the first token comes from the prefill
         return float((moved_TK - moved_TK.mean(1, True)).square().mean(1).sqrt().mean()) if len(moved_TK) else 0.0
 
@@ -293,7 +297,7 @@ class _Evidence:
     def _excess(self, many: float, drift: float, room: float, most: float) -> tuple[int, str] | None:
         """Return where and why rounding cannot explain the output, else None.
 
-        many, drift: drift of the passes over guesses, and of the others. room: limit of their ratio. most: of each.
+        many: drift of the passes over guesses; drift: of the others. room: limit on many / drift; most: on each.
         """
         if not (drift <= most and many <= most):
             return self.first, f"passes over several rows move logits by {max(drift, many):.1g}, more than rounding does"

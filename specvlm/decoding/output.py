@@ -1,4 +1,4 @@
-"""Stop rules of an answer."""
+"""The rules by which an answer ends."""
 
 
 class Output:
@@ -13,7 +13,7 @@ class Output:
         return self.room == 0
 
     def take(self, tokens: list[int]) -> tuple[int, ...]:
-        """Append a round's tokens; returns those that belong to the answer."""
+        """Count a round's tokens towards the limit; returns those that belong to the answer."""
         tokens = tokens[: self.room]
         stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
         self.room = 0 if stop else self.room - len(tokens)

@@ -34,8 +34,8 @@ class Ticket:
         steps: Steps not read yet.
         error: Exception that ended the request, if any.
         done: Whether the request has ended.
-        wanted: Pass that it waits for.
-        rows: Result of its last pass.
+        wanted: Pass that it waits for, if any.
+        rows: Result of its last pass, until it is resumed.
     """
 
     work: Decoding
@@ -46,7 +46,10 @@ class Ticket:
     rows: Rows | None = None
 
     def advance(self, on: bool) -> None:
-        """Run to the next pass, the next step or the end; `on` runs past one step. Stores the request's error."""
+        """Run to the next pass, the next step or the end. `on`: after a step, run on to the next of these.
+
+        Stores an exception of the request; one that is not an Exception, such as KeyboardInterrupt, is raised as well.
+        """
         try:
             item = self._next(self.rows)
             if isinstance(item, Step) and on:
@@ -76,11 +79,11 @@ class Ticket:
 
 
 class Scheduler:
-    """Runs several requests over one engine. They may use different models, drafters and verifiers.
+    """Runs several requests on one engine. They may use different models, drafters and verifiers.
 
     A request is a generator of passes and steps, as `DecodingGraph.work` and `autoregressive_work` make them. Reading
-    the steps of one request advances all of them, so none is ahead of another by more than one round. Not thread-safe:
-    give each thread its own scheduler; they may share a graph.
+    the steps of one request advances all of them by equally many passes. Not thread-safe: give each thread its own
+    scheduler; several schedulers may share a graph.
 
     Attributes:
         asked: Passes requested so far.
@@ -104,9 +107,9 @@ class Scheduler:
 
     def turn(self) -> None:
         """Advance every request by one pass."""
-        together = len(self.live) > 1  # a single request returns each step before it goes on
+        together = len(self.live) > 1  # a single request pauses at each step, so that it is read at once
         for ticket in self.live:
-            if ticket.wanted is None:  # else an interrupt came before its pass ran
+            if ticket.wanted is None:  # otherwise an interrupt came before its pass ran
                 ticket.advance(together)
         self.live = [ticket for ticket in self.live if not ticket.done]
         groups: dict[int, list[Ticket]] = {}  # by model

@@ -11,7 +11,7 @@ class Clock:
     """Measures seconds per stage since the last `lap`.
 
     On a GPU it records events in the stream, so that marking never waits for the device. A stage then includes its own
-    work and the time its device waited for the host.
+    work and the time that the device waited for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,6 +19,7 @@ class Clock:
         self.marks: list[tuple[str, Any]] = [("", self._now())]
 
     def _now(self) -> Any:
+        """Return the time, or on a GPU an event that will hold it."""
         if self.device.type != "cuda":
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -30,14 +31,14 @@ class Clock:
         self.marks.append((part, self._now()))
 
     def wait(self, device: torch.device) -> None:
-        """Count another GPU's work up to now: this clock's stream waits for that GPU, the host does not."""
+        """Include another GPU's work up to now: this clock's stream waits for that GPU; the host does not wait."""
         if device.type == self.device.type == "cuda" and device != self.device:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def resume(self) -> None:
-        """Restart the clock here: leave out the time that the caller spent on the last step."""
+        """Restart the clock here, to leave out the time that the caller spent on the last step."""
         self.marks[-1] = ("", self._now())
 
     def lap(self) -> dict[str, float]:

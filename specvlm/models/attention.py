@@ -1,7 +1,7 @@
 """Attention functions of our forward passes, and the collector that reads attention to the video from them.
 
-Registered with Hugging Face's AttentionInterface, so that no modeling file is forked. Masks and the collector are
-arguments of the forward pass; nothing is set on a model.
+They are registered with Hugging Face's AttentionInterface, so that no modeling file is forked. Masks and the collector
+are arguments of the forward pass; nothing is set on a model.
 
 Shape suffixes: H heads (KV heads if G is present), G query heads per KV head, Q rows of the pass, R rows of several
 windows, K keys, N video tokens, D head dimension, L layers.
@@ -38,18 +38,19 @@ class AttentionCollector:
     """Collects attention from the rows of one pass to the video tokens, layer by layer (SpecVLM, section 3).
 
     Computes scores (H, G, Q, K) in blocks of BLOCK bytes: several KV heads, or some rows of one head. Peak memory is
-    about three blocks. It keeps only means over heads and rows, one (N,) tensor per layer.
+    about three blocks. Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set.
 
     Attributes:
         video_index: (N,) key slots of the video tokens.
-        rows: Collect the mean over all rows.
-        last_row: Collect the last row.
+        rows: Collect the attention averaged over all rows.
+        last_row: Collect the attention of the last row.
         depth: Stop the forward pass after this many layers. None runs all.
         weigh: Maps (Q, D) embeddings of the rows and (N, D) features to (Q,) row weights, for a weighted mean.
         keys: Layer whose keys' L1 norms are collected.
         states: Collects hidden states.
         sight: Collects attention of the vision tower.
-        heads: Also keep the mean over rows per KV head, (L, H, N): 33 MB for 64 layers, 8 KV heads and 16,384 tokens.
+        heads: Also keep the mean over rows per KV head, (L, H, N), which takes 33 MB for 64 layers, 8 KV heads and 16,384
+            tokens.
         hidden: Keep the video tokens' last hidden states, (N, D) with D the hidden size.
     """
 
@@ -82,11 +83,11 @@ class AttentionCollector:
         return self.whole or self.last_row or self.hidden or others
 
     def ahead(self) -> Self | None:
-        """Collector for earlier passes: collects nothing, but stops at the same layer. None if `depth` is None."""
+        """Make a collector for earlier passes, which only stops them at the same layer. None if `depth` is None."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
     def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: ProcessGroup) -> None:
-        """Set the row weights before the pass; rank 0's apply to all ranks. Raises ValueError for bad weights."""
+        """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are not usable."""
         if self.weigh is None:
             return
         # Pass copies: the target reads these rows next.
@@ -101,7 +102,10 @@ class AttentionCollector:
         self._weights_Q = ranks.first((weights_Q / total).contiguous())
 
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Collect from one layer, without changing the pass. query (1, H * G, Q, D), key (1, H, K, D), rotated."""
+        """Collect from one layer. Raises StopForward after `depth` layers; does not change the pass otherwise.
+
+        query (1, H * G, Q, D) and key (1, H, K, D) are rotated.
+        """
         if self.whole or self.last_row:
             first = 0 if self.whole else query.shape[2] - 1
             read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
@@ -121,9 +125,10 @@ class AttentionCollector:
             raise StopForward
 
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
-        """Attention to the video tokens, mean over heads: (N,) of rows from `first` on, the last row, weighted rows.
+        """Compute the attention to the video tokens, averaged over heads, as four tensors.
 
-        Also (H, N), the mean over rows per KV head, or (0, N).
+        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 without weights).
+        (H, N): the mean over rows per KV head; (0, N) unless `heads` is set.
         """
         heads, group, count, _ = query_HGQD.shape
         wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # bfloat16 would give unequal scores equal values
@@ -155,7 +160,7 @@ class AttentionCollector:
         return mean_N / count_all, last_N / (heads * group), weighted_N / (heads * group), heads_HN
 
     def see(self, start: int, hidden_QD: Tensor) -> None:
-        """Collect last hidden states from a finished pass. start: slot of its first row."""
+        """Collect last hidden states from a finished pass, if `hidden` is set. start: slot of its first row."""
         if self.hidden:
             inside = (self.video_index >= start) & (self.video_index < start + len(hidden_QD))
             rows_ND = hidden_QD[(self.video_index[inside] - start).to(hidden_QD.device)]
@@ -167,7 +172,7 @@ class AttentionCollector:
         return self._hidden[0]
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Reduce over ranks: average the means, since every rank has equally many heads, and add the norms."""
+        """Reduce over ranks: average the means, since all have equally many heads; add the norms. Leaves `per_head`."""
         if ranks.size == 1:
             return
         for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
@@ -194,7 +199,7 @@ class AttentionCollector:
         return torch.stack([self._weighted[layer] for layer in sorted(self._weighted)])
 
     def key_norms(self) -> tuple[Tensor, Tensor]:
-        """L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last of them."""
+        """L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last video token."""
         (norms_K,) = self._norms.values()
         return norms_K[self.video_index], norms_K[int(self.video_index[-1]) + 1 :]
 
@@ -210,7 +215,7 @@ def attend(
     collector: AttentionCollector | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. Without a mask it is causal, and the rows are the last of the keys."""
+    """Scaled dot-product attention. Without a mask it is causal, and the queries belong to the last of the keys."""
     rows, keys = query.shape[2], key.shape[2]
     if attention_mask is None and 1 < rows < keys:
         out = _causal_after_prefix(query, key, value, scaling)
@@ -228,11 +233,11 @@ def _causal_after_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: flo
     """Causal attention of the last Q of K tokens: row i attends to the first K - Q + i + 1 keys.
 
     `is_causal` of scaled_dot_product_attention aligns the triangle at the upper left. The flash kernel aligns it at the
-    lower right, reads grouped keys in place and needs no mask. It is called by the operator that
-    torch.nn.attention.bias.causal_lower_right uses (the same in torch 2.11 to 2.13). That class itself is a prototype,
+    lower right, reads grouped keys in place and needs no mask. It is called through the operator
+    that torch.nn.attention.bias.causal_lower_right uses (the same in torch 2.11 to 2.13). That class is a prototype,
     pads odd head dimensions by copying all keys, and without flash prefers an efficient-attention kernel to a mask.
 
-    Where flash has no kernel (CPU, float32, float64, some head dimensions), use an exact (Q, K) mask.
+    Where flash has no kernel (CPU, float32, float64, some head dimensions), an exact (Q, K) mask is used.
     """
     grouped = key.shape[1] != query.shape[1]
     if query.is_cuda and query.shape[-1] % 8 == 0:
@@ -259,12 +264,12 @@ def attend_windows(
 ) -> tuple[Tensor, None]:
     """Attention of a vision tower: over the whole image (SigLIP), or inside the windows of one sequence.
 
-    Windows of equal length are batched into one call, which is as exact as a call per window.
+    Windows of equal length are batched into one call, which is as exact as one call per window.
 
     Args:
         query: (B, H, Q, D), like key and value.
-        cu_seq_lens_q: Starts of the windows and the end of the only sequence; best on the CPU, since lengths are read
-            on the host.
+        cu_seq_lens_q: Starts of the windows, then the end of the only sequence. Best on the CPU, since the host reads
+            the lengths. None: attention over the whole image.
         sight: Records the attention that tokens receive.
     """
     if cu_seq_lens_q is None:
@@ -291,7 +296,7 @@ def _in_windows(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: i
 
 
 def register() -> None:
-    """Register IMPLEMENTATIONS with Hugging Face, with a mask function so that its own `generate` works too."""
+    """Register IMPLEMENTATIONS with Hugging Face, and a mask function so that Hugging Face's `generate` works too."""
     for name, function in ((NAME, attend), (VISION, attend_windows)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)

@@ -1,6 +1,6 @@
 """Turn a question into prompt tokens with the checkpoint's tokenizer and chat template.
 
-Does what Hugging Face's processors do, which themselves need torchvision.
+Does what Hugging Face's processors do, without torchvision, which they need.
 """
 
 import json
@@ -39,10 +39,10 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def processor_template(folder: Path) -> Any:
-    """Chat template that Hugging Face's processor would use: a text, a dict of named ones, or None.
+    """Return the chat template that Hugging Face's processor would use: a text, a dict of named ones, or None.
 
     Uses Hugging Face's own function, which looks into processor_config.json, chat_template.json, chat_template.jinja
-    and additional_chat_templates.
+    and additional_chat_templates. Raises UserError if one of these files cannot be used.
     """
     from transformers.processing_utils import ProcessorMixin
 
@@ -57,11 +57,11 @@ def processor_template(folder: Path) -> Any:
 
 
 def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
-    """Token ids of a user turn, `content` followed by the question, up to where the assistant begins.
+    """Return the token ids of a user turn, `content` followed by the question, up to where the assistant begins.
 
-    Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found in the
-    result, by comparison with a harmless question: tokenizers and templates may transform a text before they match
-    control tokens in it.
+    Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found by
+    comparing the token ids with those of a harmless question: tokenizers and templates may transform a text before they
+    match control tokens in it.
     """
     text, plain = rendered(tokenizer, content, (question, PLAIN))
     ids = encoded(tokenizer, text)
@@ -76,7 +76,7 @@ def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str)
 
 
 def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
-    """Render the prompt text of each question. The template is untrusted code, so its time and memory are limited."""
+    """Render the prompt text of each question. The template is untrusted, so its time and memory are limited."""
     chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
 
     def render() -> str:

@@ -17,14 +17,14 @@ from specvlm.video.settings import read_json
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
-MOST_PARTS = 1000  # largest count of layers, experts or labels in a config.json, since code loops over them
+MOST_PARTS = 1000  # largest number of layers, experts or labels in a config.json, since code loops over them
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
 LARGEST = 2**31  # largest other number in a config.json
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # arguments of from_pretrained
-PACKAGES = {"quark": "amd-quark"}  # packages of quantisation methods with another name
+PACKAGES = {"quark": "amd-quark"}  # quantisation methods whose package has a different name
 
 
-TEXTS = (".json", ".jinja", ".txt", ".model")
+TEXTS = (".json", ".jinja", ".txt", ".model")  # files that are read as a whole, so their size is limited
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
@@ -35,7 +35,7 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
         weights: Download the weights as well.
 
     Raises:
-        UserError: There is no such model, or it is not a Hugging Face model folder.
+        UserError: There is no such model, it is not a Hugging Face model folder, or `check_entry` refuses a file in it.
     """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
@@ -48,7 +48,7 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
-    for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and would read a pipe forever
+    for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and would wait for a pipe forever
         check_entry(found)
     return folder
 
@@ -62,9 +62,9 @@ def check_entry(path: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """Load the configuration. Raises UserError if it cannot be used or refers to files elsewhere.
+    """Load the configuration. Raises UserError if it cannot be used or the folder holds an adapter.
 
-    Its attention implementation is a placeholder for ours.
+    The attention implementation that it names is replaced by a placeholder for ours.
     """
     from transformers import AutoConfig
 
@@ -81,7 +81,7 @@ def config_of(folder: Path) -> Any:
 
 
 def check_numbers(folder: Path, found: Any, key: str = "") -> None:
-    """Raise UserError for absurdly large numbers, with which building the model would never end."""
+    """Raise UserError for absurdly large numbers: building the model would never end."""
     if isinstance(found, dict):
         for name, value in found.items():
             check_numbers(folder, value, str(name))
@@ -95,10 +95,10 @@ def check_numbers(folder: Path, found: Any, key: str = "") -> None:
 
 
 def weight_files(folder: Path, config: Any) -> list[Path]:
-    """Weight files that Hugging Face will read: those named in config.json, else model.safetensors, else the index's.
+    """List the weight files that Hugging Face will read: config.json's, else model.safetensors, else the index's.
 
     Raises:
-        UserError: There are none, or one is not a safetensors file in this very folder.
+        UserError: There are none, one is not a safetensors file in this very folder, or the checkpoint is distributed.
     """
     name = getattr(config, "transformers_weights", None)
     if name is None:
@@ -117,7 +117,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the weight files in an index. Raises UserError if it has none."""
+    """Return the names of the weight files in an index. Raises UserError if it has none or `_plain` refuses one."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{index}: has no weight_map, which says where each tensor is")
@@ -144,7 +144,7 @@ def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
-    """Dtype to hold the weights in. "auto": that of config.json, else of the first float tensor, like Hugging Face."""
+    """Return the dtype to load weights in. "auto": config.json's, else the first float tensor's, as in Hugging Face."""
     if dtype != "auto":
         return DTYPES[dtype]
     if config.dtype is not None:
@@ -155,19 +155,19 @@ def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
 
 
 def quantization_of(config: Any) -> Any:
-    """Quantisation settings from config.json; None if the checkpoint is not quantised."""
+    """Return the quantisation settings in config.json; None or empty if the checkpoint is not quantised."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     return found.to_dict() if found and not isinstance(found, dict) and hasattr(found, "to_dict") else found
 
 
 def method_of(config: Any) -> str | None:
-    """Name of the checkpoint's quantisation method; None if it is not quantised."""
+    """Return the name of the checkpoint's quantisation method; None if it is not quantised."""
     found = quantization_of(config)
     return str(found.get("quant_method") or "bitsandbytes") if found else None
 
 
 def quantizer_of(folder: Path, config: Any) -> Any:
-    """Hugging Face's quantizer for the checkpoint; None if not quantised. Raises UserError if it cannot be used."""
+    """Return Hugging Face's quantizer for the checkpoint, None if not quantised. Raises UserError if it is unusable."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = quantization_of(config)
@@ -190,7 +190,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
 
 
 def packed_bytes(folder: Path, config: Any) -> int | None:
-    """Bytes of a quantised checkpoint's weights, if they stay in memory as stored; None for any other checkpoint."""
+    """Return the bytes of a quantised checkpoint's files if the weights stay packed in memory, else None."""
     reader = quantizer_of(folder, config)
     if reader is None or getattr(reader.quantization_config, "dequantize", False):
         return None

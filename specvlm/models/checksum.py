@@ -9,14 +9,14 @@ from torch import Tensor
 from specvlm.parallel.ranks import local_shard
 
 WORDS = 65_537  # words (8 bytes) this far apart are summed before weighting; prime, unlike any matrix width
-SMALL = 2**16  # bytes; smaller tensors are concatenated
+SMALL = 2**16  # bytes; smaller tensors are concatenated first
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
     """Compute a checksum of every byte and its position. Skips tensors on meta.
 
-    Sums 8-byte words modulo 2**64, weighted by their position modulo 65,537. Costs one pass over the memory, about as
-    much as one token of plain decoding. It detects accidents, not changes computed to keep the checksum.
+    Sums 8-byte words modulo 2**64, each weighted by its position modulo 65,537. Costs one pass over the memory, as much
+    as about one token of plain decoding. It detects accidental changes, not ones designed to keep the checksum.
     """
     small: dict[torch.device, list[Tensor]] = {}  # summed together: launching kernels for each would cost more
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -39,7 +39,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
-    """Partial sums of a byte tensor, () int64 each: whole rows of words, the remaining words, the remaining bytes."""
+    """Yield partial sums of a byte tensor, () int64 each: of rows of WORDS words, the remaining words and bytes."""
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # viewing bytes as words needs alignment
     count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]

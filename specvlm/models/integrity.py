@@ -2,8 +2,8 @@
 
 A strategy is third-party code in this process, with access to the models. Anything it changes, by mistake or not, would
 affect the baseline, the verdict and later requests. So the shared state is compared after every request and restored.
-This finds any accidental change and any patch of the state compared. It cannot find code that reaches into C, or a
-thread that acts later. `check=hf` is a check that shares no code with the decoding loop.
+This finds any accidental change and any patch of the compared state, but not code that reaches into C, or a thread that
+acts later. `check=hf` is a further check, which shares no code with the decoding loop.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from specvlm.process.settings import set_again, settings
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # compared besides specvlm's modules
+FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # modules to compare besides those of specvlm
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 SPECIAL = [f"__{word}__" for word in ("call", "init", "getattr", "getattribute", "setattr", "eq", "len", "iter", "next")]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def weights_of(model: VideoLM) -> int:
-    """Checksum of a model's parameters and buffers."""
+    """Compute the checksum of a model's parameters and buffers."""
     return checksum(tensor for _, tensor in sorted((*model.hf.named_parameters(), *model.hf.named_buffers())))
 
 
 def structure(model: VideoLM) -> dict[str, Any]:
-    """Comparable description of a model: its modules, their hooks and attributes, its configuration, its attributes."""
+    """Describe a model for comparison: its attributes, its settings, and its modules with hooks and attributes."""
     found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
     for name, module in model.hf.named_modules():
         found[f"its module {name or 'root'}"] = _module(module)
@@ -54,13 +54,13 @@ def structure(model: VideoLM) -> dict[str, Any]:
 
 
 def _config(config: object) -> object:
-    """Attributes of a configuration, and of the configurations nested in it."""
+    """Return a configuration's attributes as text, with those of the configurations nested in it."""
     inner = {key: _config(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
     return repr(inner)
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
-    """Comparable description of a module: its type, tensors, children, hooks and attributes."""
+    """Describe a module for comparison: its type, tensors, children, hooks and attributes."""
     attributes = vars(module)
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
@@ -70,12 +70,12 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(value: object) -> object:
-    """A value to compare by; objects that may change are compared by identity."""
+    """Return what to compare: a simple value itself, and of any other object its type and identity."""
     return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
 
 
 class Code:
-    """Recorded definitions of specvlm's modules and classes, of the modules in FOREIGN and of the models' classes.
+    """Records definitions in specvlm's modules and classes, in FOREIGN modules, and in classes of torch and models.
 
     `undo` also deletes callables added later to classes, where they would override inherited ones, and to specvlm's
     modules, where they would shadow built-ins.
@@ -84,14 +84,14 @@ class Code:
     def __init__(self) -> None:
         self.watched = False
         self.owners: set[Any] = set()
-        self.names: dict[Any, set[str]] = {}  # names of owners that may get no new callables
+        self.names: dict[Any, set[str]] = {}  # names that each owner has; no callable may be added to them
         self.entries: list[tuple[Any, str, Any, tuple[Any, ...]]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For a command: hold on to the definitions recorded now, before plugins are imported.
+        """Keep to the definitions recorded now, before plugins are imported, for the whole command in this block.
 
-        Outside of it, each request restores the definitions that it began with.
+        Outside such a block, each request restores the definitions that it began with.
         """
         self.owners.clear()
         self.entries = []
@@ -103,7 +103,7 @@ class Code:
             self.watched = False
 
     def look(self, classes: Iterable[type] = ()) -> None:
-        """Record definitions: all of them, or while watching only those of new modules and classes."""
+        """Record all definitions; while watching, only those of new modules and classes."""
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inside = ((value, module.__name__) for module in modules for value in vars(module).values())
         inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
@@ -145,11 +145,12 @@ class Code:
 
 
 def _ours(name: str) -> bool:
+    """Whether a module of this name belongs to specvlm."""
     return name == "specvlm" or name.startswith("specvlm.")
 
 
 def _theirs(owner: Any, now: Any) -> bool:
-    """Whether torch or transformers made the change: both replace some of torch's functions, such as when compiling."""
+    """Whether torch or transformers made the change: both replace some of torch's functions, for example to compile."""
     if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
         return False
     homes = (vars(sys.modules[name])["__file__"] for name in ("torch", "transformers") if name in sys.modules)
@@ -162,12 +163,12 @@ def _called(value: object) -> bool:
 
 
 def _compared(name: str) -> bool:
-    """Whether a name is recorded: all but most special names."""
+    """Whether a name is recorded: any name, except special ones that SPECIAL does not list."""
     return not (name.startswith("__") and name.endswith("__")) or name in SPECIAL
 
 
 def _inside(name: str, value: Any) -> tuple[Any, ...]:
-    """The parts of a value that can change in place: a function's code and defaults, a constant dict's content."""
+    """Return what can change inside a value: a function's code and defaults, or the content of a constant dict."""
     if type(value) is FunctionType:
         return value.__code__, value.__defaults__
     return (*value.keys(), *value.values()) if name.isupper() and type(value) is dict else ()
@@ -179,11 +180,11 @@ def classes_of(model: VideoLM) -> set[type]:
     return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
 
 
-CODE = Code()  # the process's own
+CODE = Code()  # of this process
 
 
 class Snapshot:
-    """Shared state before strategies run. weights: checksum of each of `models` when it was loaded."""
+    """The shared state before strategies run. weights: the checksum of each model when it was loaded."""
 
     def __init__(
         self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
@@ -197,7 +198,7 @@ class Snapshot:
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Ids of methods set on the pool, a cache or the engine instance, and of caches of other classes."""
+        """Return ids of callables set on the pool, a cache or the engine, and of caches whose class is not KVCache."""
         held = self.caches.held
         own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
@@ -206,7 +207,7 @@ class Snapshot:
         """Undo changes of code and settings.
 
         Returns:
-            Names of the changes undone, and of the models and caches whose changes cannot be undone.
+            Names of the changes undone, and of the changed parts of models, caches and engine, which cannot be undone.
         """
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]

@@ -1,4 +1,7 @@
-"""Preallocated KV caches and the pool that reuses them. Only this file moves rows inside a cache."""
+"""Preallocated KV caches and the pool that reuses them.
+
+Rows are moved inside a cache only here, and in the losslessness check, which must not share this code.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def pooled(slots: int) -> int:
     return -(-slots // 256) * 256
 
 
-ROLES = 8  # most roles that the pool keeps caches for, and most caches of one request
+ROLES = 8  # most roles whose free caches a pool keeps, and most caches in one lease
 
 
 class Shaped(Protocol):
@@ -41,7 +44,7 @@ class Store(NamedTuple):
     values: Tensor
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """`KVCache.keep` with indices on the device, so that it can be captured. Does not set `length`."""
+        """Do what `KVCache.keep` does, with indices on the device, to allow capture. Does not set `length`."""
         to = base_1 + torch.arange(len(path_D), device=path_D.device)
         for store in self:
             rows = store.flatten(0, 2)
@@ -54,15 +57,15 @@ class KVCache:
     A slot is not a rotary position: with M-RoPE or a pruned prompt they differ. After the prompt both grow by one per
     token, so their difference is constant: `offset` = position - slot.
 
-    Hugging Face attention layers call `update` and `get_seq_length`; nothing else of their Cache class is used.
-    A forward pass writes its rows from slot `length` on; rows of rejected guesses are overwritten after `keep`.
+    Hugging Face's attention layers call `update` and `get_seq_length`; they need nothing else of the Cache class. A
+    forward pass writes its rows from slot `length` on; rows of rejected guesses are overwritten after `keep`.
 
     Args:
         layers: Number of layers.
         heads: KV heads of this rank.
-        capacity: Slots.
+        capacity: Number of slots.
         width: Head dimension.
-        dtype: Of keys and values.
+        dtype: Dtype of keys and values.
         devices: One device for all layers, or one (layer count, device) pair per pipeline stage, in order.
     """
 
@@ -136,7 +139,7 @@ class KVCache:
         self.length += rows
 
     def keep(self, base: int, path: Sequence[int]) -> None:
-        """Keep only rows `base + path` (ascending) of those from slot `base` on, moved together in place."""
+        """Of the rows from slot `base` on, keep those at `base + path` (ascending), moved together in place."""
         end = base + len(path)
         if list(path) != list(range(len(path))):
             for store in self.stores:
@@ -146,7 +149,7 @@ class KVCache:
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """`keep` with indices on the device, so that it can be captured. The caller sets `length`."""
+        """Do what `keep` does, with indices on the device, to allow capture. The caller sets `length`."""
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 
@@ -182,7 +185,8 @@ class CachePool:
     the next request.
 
     Attributes:
-        changes: How often a cache was allocated or all were dropped. Graphs captured for a dropped cache are invalid.
+        changes: Number of times that a cache was allocated or all were dropped. Graphs captured for a dropped cache are
+            invalid.
     """
 
     def __init__(self) -> None:
@@ -194,12 +198,12 @@ class CachePool:
     def lease(self, drafter: bool = False) -> CacheLease:
         """Open a lease for one request; release it when the request ends.
 
-        drafter: The lease is for the drafter, which may not take the target's cache.
+        drafter: Whether the lease is for the drafter, which may not take the target's cache.
         """
         return CacheLease(self, ("target",) if drafter else ())
 
     def reserve(self, role: str, model: Shaped, capacity: int) -> None:
-        """Allocate a free cache ahead, large enough for all coming requests to reuse it."""
+        """Allocate a cache ahead of time, for coming requests of up to `capacity` slots to reuse."""
         self.give_back(role, self.take(role, model, capacity))
 
     def take(self, role: str, model: Shaped, capacity: int) -> KVCache:
@@ -220,7 +224,10 @@ class CachePool:
         return cache
 
     def give_back(self, role: str, cache: KVCache) -> None:
-        """Return a cache to the pool. Ignored if the pool was emptied meanwhile."""
+        """Return a cache to the pool, unless the pool was emptied meanwhile.
+
+        If there are then more than ROLES roles, the free caches of the oldest are dropped.
+        """
         with self._lock:
             for number, (_, leased) in enumerate(self._leased):
                 if leased is cache:
@@ -255,7 +262,7 @@ class CachePool:
 
 
 class CacheLease(AbstractContextManager["CacheLease"]):
-    """Caches of one request, by role; given back to the pool when it ends. reserved: roles that it may not take."""
+    """Caches of one request, by role, given back to the pool on `release`. reserved: roles that it may not take."""
 
     def __init__(self, pool: CachePool, reserved: tuple[str, ...] = ()) -> None:
         self._pool, self._reserved = pool, reserved
@@ -270,7 +277,7 @@ class CacheLease(AbstractContextManager["CacheLease"]):
             capacity: Least number of slots.
 
         Raises:
-            ValueError: The role is taken or reserved, or the request has ROLES caches.
+            ValueError: The role is taken or reserved, or the lease has ROLES caches already.
         """
         if role in self._taken:
             raise ValueError(f"the request has a cache for {role!r} already: take one under another name")

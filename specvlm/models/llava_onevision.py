@@ -38,7 +38,7 @@ class LlavaOneVision(VideoLM):
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
         """Sample frames as the video processor does; by default 32, evenly spaced. Never more than the video has.
 
-        If the settings give a rate, their `max_frames` limits the number, else 32. Hugging Face sets no limit.
+        If the settings give a rate, at most `max_frames` frames are taken, by default 32. Hugging Face sets no limit.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Llava",))
         if settings.fps:
@@ -52,7 +52,7 @@ class LlavaOneVision(VideoLM):
         return self.grid(len(pixels)), {"pixels": pixels}
 
     def grid(self, frames: int) -> TokenGrid:
-        """Token grid: the tower's patch grid halved on both sides and rounded up, plus the newline token."""
+        """Return the token grid: the tower's patch grid halved on both sides and rounded up, plus the newline token."""
         vision = self.hf.config.vision_config
         side = math.ceil(vision.image_size // vision.patch_size / 2)
         return TokenGrid(frames, side, side, newline=1)
@@ -71,7 +71,7 @@ class LlavaOneVision(VideoLM):
                 out = core.get_video_features(pixels_F.to(self.device, self.dtype)[None]).pooler_output.flatten(0, -2)
             if sight is not None:
                 sight.add(self._seen(entering[0]))
-            # transformers 5.23 appends the newline row to this output, 5.17 leaves that to its forward.
+            # transformers 5.23 appends the newline row to this output, 5.17 does so only in its forward.
             return out[: len(pixels_F) * grid.per_frame]
 
         features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
@@ -81,7 +81,7 @@ class LlavaOneVision(VideoLM):
 
     @property
     def _last_attention(self) -> Any:
-        """Attention module of the last vision layer whose output is used."""
+        """Attention module of the last vision layer whose output the model uses."""
         core = self.hf.model
         layers = getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
         chosen = self.hf.config.vision_feature_layer
@@ -89,7 +89,7 @@ class LlavaOneVision(VideoLM):
         return layers[max(0, (state if state >= 0 else len(layers) + 1 + state) - 1)].self_attn
 
     def _seen(self, hidden_FRD: Tensor) -> Tensor:
-        """(F * P, C) attention that tokens receive, and their keys: head means, pooled like the projector's output."""
+        """(F * P, C) attention that each token receives, then its key: means over heads, pooled as the features are."""
         module = self._last_attention
         query, key = (
             x(hidden_FRD).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (module.q_proj, module.k_proj)
@@ -107,7 +107,7 @@ class LlavaOneVision(VideoLM):
 
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         pixels = image["pixels"].to(self.device, self.dtype)
-        shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: not the only image
+        shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: the prompt has other images
         out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device), **shared)
         return torch.cat(list(out.pooler_output))
 

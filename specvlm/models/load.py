@@ -31,7 +31,7 @@ def family_of(folder: Path, config: Any) -> type[VideoLM]:
 
 
 class Checkpoint(NamedTuple):
-    """Everything read from a checkpoint folder except the weights. method: quantisation of its files, or None."""
+    """Everything in a checkpoint folder except the weights. method: quantisation method of its files, if any."""
 
     folder: Path
     config: Any
@@ -44,8 +44,8 @@ class Checkpoint(NamedTuple):
 def opened(path: str | Path, weights: bool) -> Checkpoint:
     """Read everything in a checkpoint folder except the weights.
 
-    From the hub, the weight files are fetched only if `weights` is set or only they tell the dtype. Their presence is
-    checked, except for a folder without any weights, which suffices for a report.
+    From the hub, the weight files are fetched only if `weights` is set or only they tell the dtype. They must
+    be there if they are needed, or if a local folder has any of them: a folder without weights suffices for a report.
 
     Raises:
         UserError: Something in the folder cannot be used.
@@ -63,7 +63,7 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
 
 
 def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
-    """Load a model without weights, to make prompts, check a pair or plan memory.
+    """Load a model without its weights, to make prompts, check a pair or plan memory.
 
     Args:
         path: Folder, or name on the hub.
@@ -92,9 +92,9 @@ def _on_meta(config: Any) -> Any:
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
-    """Raise UserError if the model is over twice as large as its files, before it is allocated.
+    """Raise UserError if the model has over twice as many weights as its files hold, before it is allocated.
 
-    `load` itself reports single missing tensors.
+    Single missing tensors are reported by `load`.
     """
     held = sum(count for file in files for _, count in checkpoint.tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
@@ -106,17 +106,17 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
 
 
 def dtype_of(model: VideoLM, dtype: str) -> torch.dtype:
-    """Dtype in which `load` holds the weights. "auto" is the checkpoint's own."""
+    """Return the dtype in which `load` holds the weights. "auto" is the checkpoint's own."""
     return checkpoint.dtype_in(model.folder, model.hf.config, dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Name of a dtype as in the configuration: `float32`."""
+    """Return the name of a dtype as in the configuration, such as `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """Kind to quantise linear layers to, or None.
+    """Return the kind to quantise linear layers to; None for no quantisation.
 
     Args:
         weights: Value of the key: null, "bf16" or one of KINDS.
@@ -148,20 +148,20 @@ def load(
 ) -> VideoLM:
     """Load a checkpoint as a VideoLM. Reads safetensors weights only and runs no remote code.
 
-    On one device the checkpoint is read into host memory and its text part is moved to `device` block by block and
-    quantised there, so that the device never holds much more than the final weights. A rank of `ranks` reads its whole
-    share onto its device before it quantises it: its peak memory is that of the unquantised share.
+    To quantise on one device, the checkpoint is read into host memory, and its text part is moved to `device` block by
+    block and quantised there. So the device never holds much more than the final weights. With `ranks`, each rank reads
+    its whole share onto its device before quantising: its peak memory is that of the unquantised share.
 
     Args:
         path: Folder, or name on the hub.
         dtype: Dtype of the weights; "auto" is the checkpoint's own.
-        device: Device of the whole model.
+        device: Device of the whole model. Not used with `split` or several `ranks`.
         mrope: As in `VideoLM`.
         weights: "fp8", "int8" or "int4" quantises the text part (see `quantize_text`). "bf16" only checks that the
             dtype is bfloat16.
         progress: Show Hugging Face's progress bars.
-        split: (number of layers, device) pairs, by Hugging Face's `device_map`; replaces `device`. Needs accelerate.
-            Split layers cannot be quantised.
+        split: (number of layers, device) pairs that replace `device`, for Hugging Face's `device_map`. Needs
+            accelerate. Split layers cannot be quantised.
         ranks: Processes that share every layer, by Hugging Face's `tp_plan`. Needs accelerate.
 
     Raises:
@@ -203,7 +203,7 @@ def load(
 def try_out(model: VideoLM) -> None:
     """Run one small frame and some text through Hugging Face's own forward pass.
 
-    Errors in config.json that no weight's shape reveals, such as a wrong number of heads, show here and not in a
+    So errors in config.json that no weight's shape reveals, such as a wrong number of heads, show before the first
     request. Some libraries unpack quantised weights in this first pass.
     """
     clip = Clip(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), (0.0,), 1.0, "", 1, 1.0)
@@ -226,9 +226,9 @@ def spread_of(
     kind: str | None,
     quantised_on: str | None = None,
 ) -> dict[str, Any]:
-    """Device arguments of `from_pretrained`. quantised_on: device of a checkpoint whose files are quantised.
+    """Make the device arguments of `from_pretrained`. quantised_on: device, if the checkpoint's files are quantised.
 
-    Raises UserError for a combination that is not supported, and without accelerate.
+    Raises UserError if the combination is not supported, or if it needs accelerate, which is not installed.
     """
     if not split and ranks.size == 1 and not quantised_on:
         return {}
@@ -271,7 +271,7 @@ def settle(hf: Any) -> None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Turn Hugging Face's progress bars off."""
+    """Turn Hugging Face's progress bars off in this block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -292,7 +292,7 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
         The number of token ids that both models know.
 
     Raises:
-        UserError: Their families, tokenizers or vision settings differ.
+        UserError: The families, tokenizers or vision settings of the two differ.
     """
     if target.family != draft.family:
         families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"

@@ -34,7 +34,7 @@ class Stage:
 
 
 def stages_of(text: Any) -> tuple[Stage, ...]:
-    """Read the stages of a language model from the devices of its weights."""
+    """Find the stages of a language model from the devices of its layers."""
     devices = [layer.input_layernorm.weight.device for layer in text.layers]
     found, start = [], 0
     for device, same in groupby(devices):
@@ -63,7 +63,7 @@ def through(
 
     accelerate's hooks do the same, but inspect every argument of every layer in every pass.
 
-    states: Receives every layer's output.
+    states: Receives the embeddings and every layer's output.
     """
     hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
@@ -87,7 +87,7 @@ def through(
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one, since our own kernels launch on the current device, wherever their tensors are."""
+    """Make `device` the current one in a block: our own kernels launch on the current device, not on their tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -114,9 +114,9 @@ def split(layers: int, room: Sequence[float]) -> list[int]:
 
 
 def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Hugging Face's `device_map` for the given number of layers per device. No entry is a prefix of another.
+    """Make Hugging Face's `device_map` for the given number of layers per device. No entry is a prefix of another.
 
-    hf: May be on meta.
+    hf: The model, which may be on meta.
     """
     text, first, last = hf.model.language_model, devices[0], devices[-1]
     placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != "language_model"}
@@ -127,6 +127,7 @@ def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) 
     return placed | {"model.language_model.norm": last, "lm_head": last}
 
 
+# Tensor-parallel style of each linear layer that ranks share.
 SHARED = {
     **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"), "colwise"),
     **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rowwise"),
@@ -134,9 +135,9 @@ SHARED = {
 
 
 def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
-    """Hugging Face's `tp_plan`, spelled out because releases differ in whether "auto" shards embedding and head.
+    """Make Hugging Face's `tp_plan`, since releases differ in whether "auto" shards the embedding and the head.
 
-    Replicated on every rank: the embedding, the vision tower, and a head that is tied to the embedding or whose rows
+    Every rank holds the whole embedding and vision tower, and the whole head if it is tied to the embedding or its rows
     cannot be divided evenly.
     """
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -155,7 +156,7 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
     """Raise UserError if heads or MLP columns cannot be divided by the number of ranks.
 
-    asked: What the user asked for, to begin the message. instead: What to do instead.
+    asked: The setting that asks for the ranks, to begin the message. instead: Advice to end it.
     """
     text = config.get_text_config()
     counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}

@@ -1,6 +1,6 @@
 """Forward passes as values: a generator yields a `Pass` and is sent the resulting `Rows`.
 
-The decoding loop, its checks and every drafter are such generators, so they do not decide how a pass runs. An engine
+The decoding loop, its checks and every drafter are such generators, so they leave open how a pass runs. An engine
 may run it alone or replay a captured graph, and a scheduler may batch it with passes of other requests (see
 `specvlm.decoding.scheduler`).
 
@@ -59,11 +59,11 @@ class Pass:
         cache: Its KV cache.
         tokens_Q: (Q,) token ids.
         depths_Q: (Q,) rotary position of each row, relative to that of slot `base`.
-        seen_QT: (Q, T) which slots from `base` to the last row's own each row attends to; it attends to all slots
-            before `base`. None: causal.
-        base: Slot number; inside a `Routine`, (1,) int64 on the device.
+        seen_QT: (Q, T), which of the slots from `base` to that of the last row each row attends to. Every row attends
+            to all slots before `base`. None: causal.
+        base: Slot from which `at` and `seen_QT` count: a number, or inside a `Routine` (1,) int64 on the device.
         offset: Position minus slot (`KVCache.offset`), of the same type as `base`.
-        at: First slot written, relative to `base`.
+        at: First slot to write, relative to `base`.
     """
 
     model: VideoLM
@@ -80,14 +80,14 @@ class Pass:
 
     @property
     def start(self) -> int:
-        """First slot written. Waits for the device if `base` is a tensor. Raises IndexError if outside the cache."""
+        """First slot to write. Waits for the device if `base` is a tensor. Raises IndexError if rows do not fit."""
         base, at, capacity = int(self.base), self.at, self.cache.capacity
         if base < 0 or not base <= base + at <= capacity - self.tokens_Q.numel():
             raise IndexError(f"a pass to slots from {base + at} on, its cache has {capacity}")
         return base + at
 
     def placed(self) -> Pass:
-        """Copy with `base` and `offset` read to the host as numbers. Raises IndexError as `start` does."""
+        """Copy the pass, with `base` and `offset` read to the host. Raises IndexError as `start` does."""
         base, offset = self.start - self.at, int(self.offset)
         return Pass(self.model, self.cache, self.tokens_Q, self.depths_Q, self.seen_QT, base, offset, self.at)
 
@@ -103,16 +103,17 @@ class Routine:
     """Work that a drafter repeats every round on the device; an engine that captures graphs captures it once.
 
     `work(model, cache, state, *inputs)` yields passes and returns a tuple of tensors. It must not read tensors on the
-    host. It is reused for later requests, so data of a request may only enter through the state and the inputs.
+    host. Later requests reuse it, so data of a request may only enter through the state and the inputs.
 
     Attributes:
         work: A module-level function, or a `partial` of one. A function made per request would be captured per request.
-        key: All it depends on besides model, cache, state and inputs. Equal keys of one function mean equal work.
+        key: Everything that `work` depends on besides model, cache, state and inputs. With one function, equal keys
+            mean equal work.
         model: Model of its passes.
         cache: Cache of its passes.
         widest: Most rows of one of its passes.
         state: Integers for the warm-up run, which must only write to slots that are not in use.
-        inputs: Example tensors; later inputs must have their shapes and dtypes.
+        inputs: Example tensors. Those of later calls must have the same shapes and dtypes.
     """
 
     work: Callable[..., Passes[tuple[Tensor, ...]]]
@@ -141,8 +142,8 @@ class Call:
         routine: Routine to run.
         state: Integers passed to it.
         inputs: Tensors passed to it. None takes the routine's own input.
-        guard: Context manager around every stretch of the routine's own code.
-        check: Called with each of its passes; raises if one cannot run.
+        guard: Makes a context manager, entered whenever the routine's own code runs.
+        check: Called with each pass of the routine; raises if the pass cannot run.
         ours: Whether both the session and the function belong to specvlm.
     """
 
@@ -155,7 +156,7 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
-        """Inputs of this call, with the routine's own in place of None."""
+        """Inputs of this call, with the routine's own instead of each None."""
         return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:
@@ -164,10 +165,11 @@ class Call:
         return self.begin(state, *self.given, read=state.device.type == "cpu")
 
     def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
-        """Run the routine under the guard, checking its passes. read: read slots to the host (not while capturing)."""
+        """Run the routine under the guard and check its passes. read: read slots to the host (not while capturing)."""
         routine = self.routine
 
         def checked(item: object) -> Pass:
+            """Return a yielded pass, placed if `read`. Raises if the routine may not yield it."""
             if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
                 raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
             self.check(item)
@@ -197,7 +199,7 @@ def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[objec
 
 
 def driven(value: Generator[Any, Any, T] | T) -> Generator[Any, Any, T]:
-    """Return a plain value, or run a generator of passes and return its result."""
+    """Run a generator of passes and return its result; return any other value at once."""
     if isinstance(value, GeneratorType):
         return (yield from value)
     return value  # type: ignore[return-value]

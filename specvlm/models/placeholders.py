@@ -1,4 +1,4 @@
-"""Expand the placeholders of a chat prompt: one token per video or image becomes one per feature."""
+"""Expand the placeholders of a chat prompt: the one token of a video or image becomes one per feature."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def expanded(
     videos: Sequence[dict[str, Any]],
     images: Sequence[dict[str, Any]],
 ) -> VideoPrompt:
-    """`VideoLM.expand`. placeholders: token ids of a video and of an image."""
+    """Implement `VideoLM.expand`. placeholders: token ids of a video and of an image."""
     video_token, image_token = placeholders
     for token, wanted, what in ((video_token, len(grids), "videos"), (image_token, len(images), "images")):
         if (found := list(ids).count(token)) != wanted:

@@ -2,9 +2,9 @@
 
 Rounds to nearest, without calibration. Activations, embeddings, norms and the vision tower keep their dtype.
 
-The storage format is our own: the graphs engine's kernels read it in place inside a captured graph, and it adds no
-dependency. Alternatives, known from reading and not measured: torchao's weight tensors rely on torch.compile for speed;
-bitsandbytes' 8-bit layer could not be captured in a CUDA graph (vLLM pull request 15611). transformers'
+The storage format is our own: the kernels of the graphs engine read it in place inside a captured graph, and it adds no
+dependency. We have read about the alternatives but not measured them: torchao's weight tensors rely on torch.compile
+for speed; bitsandbytes' 8-bit layer could not be captured in a CUDA graph (vLLM pull request 15611). transformers'
 quantization_config leads to libraries of this kind.
 
 Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of K, B rows of one block.
@@ -23,7 +23,7 @@ from specvlm.models.partition import tensor_plan
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 KINDS = ("fp8", "int8", "int4")
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # stored value of the largest weight that shares a scale
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # number stored for the largest weight that shares a scale
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 GROUP = 128  # most weights of a row that share an int4 scale
 BLOCK = 1024  # rows quantised at once: bounds the float32 copies, 121 MB each at the widest layer of a 72B model
@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
       q + 8 with q in -7..7. scale (N, G) = absmax/7 of a group of `group` weights along K: 128, or the largest smaller
       power of two that divides K/2. Error: at most scale/2, which is 1/14 of the group's absmax.
 
-    Scales are always float32. A bias is kept as it is. Rounding the dequantised weight to a dtype adds its own error
+    Scales are always float32. A bias is not quantised. Rounding the dequantised weight to a dtype adds its own error
     (2^-9 of |w| in bfloat16).
 
     Raises:
@@ -93,8 +93,8 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the layer for `.to`, `.cuda` and the like; only the bias is cast.
 
-        `.to(dtype)` casts floating-point tensors, float8 weights and float32 scales included. They are passed to it as
-        integers of the same width, which it leaves alone.
+        `.to(dtype)` would cast the float8 weights and float32 scales too. So `fn` gets them as integers of the same width,
+        which it does not cast.
         """
         quantised = {id(buffer) for buffer in (self.qweight, self.scale)}
         bits = {1: torch.uint8, 4: torch.int32}
@@ -124,8 +124,8 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
     Args:
         linear: Layer to quantise; on meta, the result is on meta too.
         kind: One of KINDS.
-        device: Device of the result; by default that of `linear`. Rows are moved there block by block, so that it never
-            holds the unquantised weight in full.
+        device: Device of the result; by default that of `linear`. Rows are moved there block by block, so that the
+            device never holds the whole unquantised weight.
     """
     where = linear.weight.device if device is None else torch.device(device)
     bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(where), linear.bias.requires_grad)
@@ -175,7 +175,7 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
 
 
 def left_full(hf: Any, kind: str) -> str:
-    """Sentence on weights that `quantize_text` left unquantised, such as fused experts; empty if there are none."""
+    """Describe weights that `quantize_text` left unquantised, such as fused experts; empty if there are none."""
     layers = hf.model.language_model.layers
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
     if not left:
@@ -186,7 +186,7 @@ def left_full(hf: Any, kind: str) -> str:
 
 
 class Stored(NamedTuple):
-    """A parameter of a loaded model. key: equal for tied parameters. nbytes: on one rank."""
+    """A parameter as a loaded model stores it. key: equal for tied parameters. nbytes: size on one rank."""
 
     name: str
     key: object
@@ -196,7 +196,7 @@ class Stored(NamedTuple):
 def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1) -> Iterator[Stored]:
     """List parameters as `load` would store them: in `dtype`, text quantised to `kind`, split over `ranks`.
 
-    hf: May be on meta.
+    hf: The model, which may be on meta.
     """
     styles = tensor_plan(hf.config, ranks) if ranks > 1 else {}
     quantised = {id(getattr(parent, name)) for parent, name in _text_linears(hf)} if kind else set()
@@ -216,6 +216,6 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
 
 
 def _text_linears(hf: Any) -> list[tuple[nn.Module, str]]:
-    """(owner, name) of the layers that `quantize_text` replaces; references to the layers would keep their weights."""
+    """List the layers that `quantize_text` replaces, as (owner, name): holding the layers would keep their weights."""
     owners = [module for module in hf.model.language_model.layers.modules() if not isinstance(module, nn.Linear)]
     return [*((o, name) for o in owners for name, child in o.named_children() if isinstance(child, nn.Linear)), (hf, "lm_head")]

@@ -30,6 +30,7 @@ class Qwen2_5_VL(VideoLM):
 
     @property
     def _merge(self) -> int:
+        """Side of the square of patches that the tower merges into one token."""
         return int(self.hf.config.vision_config.spatial_merge_size)
 
     def check_settings(self) -> None:
@@ -40,9 +41,9 @@ class Qwen2_5_VL(VideoLM):
                 raise UserError(f"{self.folder}: {name} is {getattr(ours, name)} for the processor and {its} for the model")
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Sample frames as the video processor does; at 2 frames per second if it sets no rate.
+        """Sample frames as the video processor does; at 2 frames per second if its settings give no rate or number.
 
-        Takes all frames of a video that has fewer than `num_frames`, where Hugging Face raises an error.
+        From a video with fewer than `num_frames`, takes all frames but an odd last one; Hugging Face raises an error.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Qwen",))
         if settings.num_frames:
@@ -100,6 +101,7 @@ class Qwen2_5_VL(VideoLM):
         return self._tower(image["pixels"], image["thw"])
 
     def _grids(self, prompt: VideoPrompt) -> dict[str, Tensor | None]:
+        """Patch grids and seconds per temporal patch, under the names of transformers' arguments."""
         return {
             "image_grid_thw": torch.tensor([i["thw"] for i in prompt.images]) if prompt.images else None,
             "video_grid_thw": torch.tensor([v["thw"] for v in prompt.videos]) if prompt.videos else None,
@@ -111,7 +113,7 @@ class Qwen2_5_VL(VideoLM):
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. "hf" uses the installed transformers' rules, which differ between releases."""
+        """(3, S) M-RoPE positions. With mrope="hf" they follow the installed transformers, which vary by release."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
         position_ids, _ = self.hf.model.get_rope_index(

@@ -1,4 +1,4 @@
-"""Base class of target and draft models, a wrapper around the unmodified Hugging Face classes.
+"""Base class of target and draft models, which wraps the unmodified Hugging Face classes.
 
 Shape suffixes: S prompt tokens, N video tokens, K kept slots, Q rows of one pass, V vocabulary, D hidden size, A rotary
 axes, F frames, P tokens per frame.
@@ -28,18 +28,19 @@ from specvlm.types import KeepSet, TokenGrid, VideoPrompt
 from specvlm.video.video import Clip, VideoInfo
 
 CHUNK = 24_576  # most rows of a prefill pass; activation memory grows with them (5.6 GB at a 32B model's widths)
-PATCHES = 16_384  # most patches of a vision tower pass, unless one frame alone has more
+PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single frame has more
 
 
 class VideoLM(ABC):
-    """A loaded checkpoint. Stateless: a request's data are arguments, or live in its KV cache.
+    """A loaded checkpoint. It has no state: a request's data are arguments, or lie in its KV cache.
 
     Args:
         hf: The Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`.
+        tokenizer: The checkpoint's tokenizer, with its chat template (`chat.tokenizer_of`).
         folder: The checkpoint's folder, from which preprocessing settings are read.
         mrope: "hf" for the positions of the installed transformers' `generate`, "reference" for those of Qwen's own
             code (text follows the largest of t, h, w). They differ for Qwen2.5-VL only.
-        stages: How the layers are split over devices; by default read from where the weights are.
+        stages: Layers on each device; by default found from the devices of the weights.
         ranks: Processes that share every layer (tensor parallelism).
     """
 
@@ -70,7 +71,7 @@ class VideoLM(ABC):
         self.repetition_penalty = penalty_of(hf.generation_config)
         self.ignored_settings = tuple(not_applied(hf.generation_config))
         self.stop_ids = stop_ids(hf.generation_config)
-        self.left_full = ""  # a sentence on weights that quantising left unquantised, if any
+        self.left_full = ""  # describes weights that `quantize_text` left unquantised, if any
         self.quantised = method_of(hf.config)  # quantisation method of the checkpoint's own files
 
     def __repr__(self) -> str:
@@ -91,7 +92,7 @@ class VideoLM(ABC):
         return self.stages[-1].device
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes of the weights on a device. Shared (tied) weights count once."""
+        """Return the bytes of the weights on a device. Shared (tied) weights count once."""
         tensors = [local_shard(tensor) for tensor in (*self.hf.parameters(), *self.hf.buffers()) if tensor.device == device]
         return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
@@ -171,15 +172,15 @@ class VideoLM(ABC):
         """Run the vision tower on one video; returns (len(grid), D) features.
 
         frames: Frames to encode; the rows of all others are zero. None encodes all.
-        sight: Records the attention that each token received; only if all frames are encoded.
+        sight: Records the attention that each token receives. It needs all frames to be encoded.
         """
 
     @abstractmethod
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
-        """Number of frames the vision tower sees (Qwen2.5-VL joins two frames of the clip), and patches per frame."""
+        """Return the number of frames that the tower sees (Qwen2.5-VL joins two of the clip), and patches per frame."""
 
     def vision_rows(self, video: dict[str, Any]) -> int:
-        """Number of patches in one pass of the vision tower."""
+        """Return the number of patches in the largest pass of the vision tower."""
         frames, patches = self.frame_patches(video)
         return min(frames, max(1, PATCHES // patches)) * patches
 
@@ -206,7 +207,7 @@ class VideoLM(ABC):
         """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor:
-        """(N, D) features of all videos. keep: skips frames without kept tokens; frames do not attend to each other."""
+        """(N, D) features of all videos. keep: unless it merges tokens, frames without kept ones are not encoded."""
         parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
             frames = None
@@ -219,11 +220,11 @@ class VideoLM(ABC):
         return torch.cat(parts)
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
-        """(S, D) embeddings. Ids beyond the vocabulary, from a target with more padding, become the last id."""
+        """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
         return self.text.embed_tokens(tokens_S.to(self.device).clamp(0, self.vocabulary - 1))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
-        """(S, D) input embeddings of the prompt, or (K, D) with `keep`: those of the kept slots, videos merged."""
+        """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
         embeds_SD = self.embed_tokens(prompt.tokens)
         if prompt.images:
             at = (prompt.tokens == self.image_token).to(self.device)
@@ -238,7 +239,7 @@ class VideoLM(ABC):
         return embeds_SD[prompt.kept_slots(keep.index).to(self.device)]
 
     def pruned(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet, positions: str) -> tuple[Tensor, Tensor]:
-        """Input of a drafter's prefill: (K, D) embeddings of the kept slots, and (A, K) rotary positions.
+        """Return a drafter's prefill input: (K, D) embeddings of the kept slots, and (A, K) rotary positions.
 
         positions: "original" (those of the whole prompt) or "reindexed" (contiguous).
         """
@@ -258,7 +259,7 @@ class VideoLM(ABC):
     ) -> Tensor:
         """Run one pass and append its rows to the cache. Returns the last hidden states, (Q, D).
 
-        mask_QK: Which keys each row attends to. None: causal, after everything in the cache.
+        mask_QK: True where a row attends to a key. None: causal; every row also attends to everything in the cache.
         """
         device = embeds_QD.device
         mask = None if mask_QK is None else mask_QK[None, None].to(device)
@@ -297,7 +298,8 @@ class VideoLM(ABC):
 
         Args:
             cut: Slot at which a new pass begins (`VideoPrompt.cut`).
-            collector: Reads attention in the last pass. If it needs whole rows, that pass has all rows from `cut` on.
+            collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it
+                stops the passes early, the returned state is empty.
         """
         total = len(embeds_SD)
         cache.offset = int(positions_AS[:, -1].max()) + 1 - total
@@ -330,8 +332,7 @@ class VideoLM(ABC):
 
         Args:
             depths: Depth of each row, added to `position` to give its rotary position.
-            seen_QT: Which of the last T slots, these rows included, each row may attend to; it attends to all before.
-                None: one row, which attends to everything.
+            seen_QT: Which of the last T slots (these rows included) each row sees; it sees all before. None: causal.
             position: Rotary position of depth 0; by default that of the next slot.
         """
         positions = torch.as_tensor(depths) + (cache.position if position is None else position)
@@ -344,6 +345,6 @@ class VideoLM(ABC):
 
 
 def _starts(start: int, end: int, most: int) -> list[int]:
-    """Starts of chunks of nearly equal length, none longer than `most`."""
+    """Return the starts of chunks of nearly equal length, none longer than `most`."""
     count = -(-(end - start) // most)
     return [start + (end - start) * piece // count for piece in range(count)]

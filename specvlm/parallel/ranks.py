@@ -1,4 +1,4 @@
-"""Process groups for tensor parallelism, where each rank holds a share of every layer, and their collectives.
+"""Process groups for tensor parallelism and their collectives. Each rank holds a share of every layer.
 
 All ranks run the same loop on the same input. Decisions are computed from tensors that are equal on all ranks (sums,
 gathered logits), or made on rank 0 and broadcast. Collectives run in the current stream and may be captured in a CUDA
@@ -27,7 +27,7 @@ from specvlm.parallel import torchrun
 from specvlm.parallel.watchdog import Watch
 
 T = TypeVar("T")
-_JOINED = count()  # groups joined so far; equal on all ranks
+_JOINED = count()  # counts the groups joined so far, equally on all ranks
 ROOM = 64  # rows of a symmetric buffer: the most rows of a pass of the lean language model
 
 
@@ -38,8 +38,8 @@ class SymmetricBuffer:
     Attributes:
         shares: (R,) address of each rank's (2, ROOM, width) rows.
         marks: (R,) address of each rank's (R, ROOM) int32 flags, indexed by the rank that sets them.
-        turns: (ROOM,) int32 number of all-reduces of each row so far.
-        held: Tensors that own the memory.
+        turns: (ROOM,) int32, how many times each row has been all-reduced.
+        held: Tensors that own the memory behind the addresses.
     """
 
     shares: Tensor
@@ -49,7 +49,7 @@ class SymmetricBuffer:
 
 
 class ProcessGroup:
-    """A group of one process. Its collectives return their input."""
+    """A group of one process, and the base class of larger groups. Its collectives return their input."""
 
     rank = 0
     size = 1
@@ -59,11 +59,11 @@ class ProcessGroup:
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Symmetric buffer for a fused all-reduce of (rows, width); None if the GPUs or the size do not allow one."""
+        """Return a buffer for a fused all-reduce of (rows, width); None if the GPUs or `rows` do not allow one."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
-        """(Q, N * R) concatenated columns of all ranks."""
+        """Concatenate the columns of all ranks: (Q, N * R)."""
         return share_QN
 
     def first(self, tensor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ProcessGroup:
         return tensor
 
     def share(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 only and broadcast its result. Pickled, so keep it small and on the host."""
+        """Call `make` on rank 0 only and broadcast its result, which is pickled: keep it small and on the host."""
         return make()
 
 
@@ -87,7 +87,7 @@ class ProcessRanks(ProcessGroup):
         self.reach = device.type == "cuda" and self._reach(device)
 
     def _reach(self, device: torch.device) -> bool:
-        """Whether all ranks can allocate memory that all of them can read."""
+        """Find out whether all ranks can allocate memory that all of them can read, by allocating a little."""
         others = [n for n in range(self.size) if n != device.index]
         mine = all(torch.cuda.can_device_access_peer(device, other) for other in others)
         if all(self._all(mine)):
@@ -121,7 +121,7 @@ class ProcessRanks(ProcessGroup):
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Make and keep a buffer. Never runs during a capture, since a step runs once before it is captured."""
+        """Return a buffer, made on first use. It is never made in a capture: a step runs once before it is captured."""
         return self._room(width, dtype, device) if self.reach and rows <= ROOM else None
 
     def gather(self, share_QN: Tensor) -> Tensor:
@@ -140,14 +140,14 @@ class ProcessRanks(ProcessGroup):
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, as which Hugging Face shares parameters; any other tensor as it is."""
+    """Return this rank's shard of a DTensor, Hugging Face's type of shared parameters; other tensors unchanged."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
 
 
 @contextmanager
 def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[ProcessGroup]:
-    """Join the ranks that torchrun started: gloo on the CPU, NCCL with one GPU per rank.
+    """Join the ranks that torchrun started, over gloo on the CPU or over NCCL with one GPU per rank.
 
     If a rank dies, the others exit with a one-line message (see `Watch`).
 
@@ -156,8 +156,8 @@ def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Proc
         save: See `Watch`.
 
     Raises:
-        UserError: The ranks are on several machines.
-        Told: A UserError on a non-zero rank.
+        UserError: The ranks are on several machines, or the system is not Linux.
+        Told: On a non-zero rank, instead of any UserError.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():

@@ -11,17 +11,17 @@ def started() -> bool:
 
 
 def rank_here() -> int:
-    """Rank of this process; 0 without torchrun."""
+    """Return the rank of this process; 0 without torchrun."""
     return int(os.environ["RANK"]) if started() else 0
 
 
 def size_here() -> int:
-    """Number of processes; 1 without torchrun."""
+    """Return the number of ranks; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if started() else 1
 
 
 def local_rank() -> int:
-    """Index of this process's GPU on this machine."""
+    """Return the index of this process's GPU on this machine; 0 without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if started() else 0
 
 
@@ -31,5 +31,5 @@ def several_machines() -> bool:
 
 
 def nowhere() -> Path | None:
-    """Empty folder that replaces the run's folder on non-zero ranks, since only rank 0 writes results."""
+    """Return a path to use as the run's folder on a non-zero rank, since only rank 0 writes results; None on rank 0."""
     return Path(gettempdir()) / f"specvlm-{os.getpid()}" if rank_here() else None

@@ -1,4 +1,4 @@
-"""Watchdog: exits this rank when a peer dies. A thread waits for the other processes on this machine to end.
+"""Watchdog: exits this rank when a peer dies. A thread waits for the other ranks and torchrun to end.
 
 A collective whose peer died blocks for minutes (NCCL's timeout) or forever (inside a replayed graph), and Python cannot
 interrupt it. So the thread exits its own process. Rank 0, or the lowest rank left if rank 0 died, reports in one line
@@ -29,7 +29,8 @@ class Watch:
         store: A torch.distributed store with a connection of its own.
         rank: This process's rank.
         size: Number of ranks.
-        save: Called on rank 0 when another rank runs out of memory, to save results; its text is added to the message.
+        save: Called on rank 0 when another rank runs out of memory, to save results. Its return value is added to the
+            message.
 
     Raises:
         UserError: The system is not Linux: elsewhere a process can only wait for its own children.
@@ -78,7 +79,7 @@ class Watch:
 
     @contextlib.contextmanager
     def patience(self, what: str) -> Iterator[None]:
-        """Run a block that may hang. After HANGS_S seconds, exit the process with the message `what`."""
+        """Run a block that may hang. If it takes over HANGS_S seconds, exit the process with the message `what`."""
 
         def give_up() -> None:
             os.write(2, f"specvlm: rank {self.rank} of {self.size}: {what}\n".encode())
@@ -93,7 +94,7 @@ class Watch:
             timer.cancel()
 
     def _wait(self) -> None:
-        """Body of the thread: wait for deaths and signals."""
+        """Wait for deaths and signals, until `close`. The thread runs this."""
         poll = select.poll()
         for fd in (self.pipe_out, self.torchrun, *self.there):
             poll.register(fd, select.POLLIN)
@@ -117,7 +118,7 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another."""
+        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another one."""
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
@@ -138,7 +139,7 @@ class Watch:
             return f"; the results so far cannot be saved ({' '.join(str(error).split())})"
 
     def _last_word(self, rank: int) -> tuple[str, str]:
-        """Read from the store how and why a rank ended; empty texts if it did not say."""
+        """Read from the store how and why a rank ended; both are empty if it did not say."""
         key = f"ended/{rank}"
         try:
             kind, _, why = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")
@@ -147,7 +148,7 @@ class Watch:
         return kind, why
 
     def _say(self, line: str, mine: bool) -> None:
-        """Print a message, if it is this rank's turn to report."""
+        """Print a message if `mine`: only one rank reports."""
         if mine:
             os.write(2, f"specvlm: {line}\n".encode())
 

@@ -21,8 +21,8 @@ class Within:
     """Bounds of a number.
 
     Attributes:
-        low: Smallest value.
-        high: Largest value, itself allowed.
+        low: Lower bound, itself allowed unless `above`.
+        high: Upper bound, itself allowed.
         what: Description for messages, such as "a share"; replaces the wording of the lower bound.
         above: The value must be larger than `low`.
     """
@@ -55,11 +55,13 @@ class Within:
         return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Tell pydantic to check the bounds after the type."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def _checked(self, value: float | None) -> float | None:
+        """Return the value, or raise ValueError if it is out of bounds."""
         if value is not None and value not in self:
             raise ValueError(f"expected {self}")
         return value
@@ -69,7 +71,7 @@ Count = Annotated[int, Within(0, 2**53)]
 Seconds = Annotated[float, Within(0, 1e9)]
 
 
-KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # as `check` says it
+KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # messages of `check`
 INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # bounds of numbers that declare none
 
 
@@ -85,7 +87,7 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
         UserError: A value is out of bounds; names the key, the value and the bounds.
     """
     for name, hint in get_type_hints(owner, include_extras=True).items():
-        if hint is Any:  # such as a strategy among the keys of a run, which is checked separately
+        if hint is Any:  # for example a strategy among the keys of a run, which is checked separately
             continue
         for number, bounds in _numbers(values.get(name), hint):
             own = bounds or (INTEGER if isinstance(number, int) else REAL,)
@@ -97,6 +99,8 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
 
 def parse(kind: Any, value: Any, where: object) -> Any:
     """Validate a value read from a file. Strict about types: "3" and true are not numbers, 3.0 is not an integer.
+
+    Values that JSON lacks, such as dates in YAML, are read as text. Lone surrogates in a text become U+FFFD.
 
     Args:
         kind: Type with bounds, such as a dataclass or a TypedDict.
@@ -113,7 +117,7 @@ def parse(kind: Any, value: Any, where: object) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
-    except (TypeError, ValueError, RecursionError) as error:  # data that YAML allows and JSON does not
+    except (TypeError, ValueError, RecursionError) as error:  # data that YAML allows but JSON does not
         raise UserError(f"{where} is no plain data ({message(error)})") from None
 
 
@@ -125,7 +129,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def _described(error: Mapping[str, Any]) -> str:
-    """Reword an error of pydantic."""
+    """Put an error of pydantic into our own words; shows at most SHOWN characters of the value."""
     place = ".".join(map(str, error["loc"])) or "content"
     if error["type"] in ("missing", "missing_argument"):
         return f"has no {place!r}"
@@ -137,14 +141,14 @@ def _described(error: Mapping[str, Any]) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """Members of a union, also of an annotated one."""
+    """Return the members of a union, also of one inside Annotated."""
     return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
 
 
 def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
     """Yield each number in a value with its bounds: those of its type and of the enclosing types.
 
-    Nested dataclasses are checked by themselves.
+    Passes nested dataclasses to `check` and yields nothing for them.
     """
     if metadata := getattr(hint, "__metadata__", ()):
         around = (*around, *(part for part in metadata if isinstance(part, Within)))

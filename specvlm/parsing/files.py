@@ -11,19 +11,19 @@ import yaml
 
 from specvlm.errors import UserError, message
 
-MOST_BYTES = 64 * 2**20  # limit of a file that is read as a whole
-MOST_YAML = 2**20  # bytes
-DEEPEST = 100  # limit of nesting, which crashes recursive parsers
+MOST_BYTES = 64 * 2**20  # most bytes of a file that is read as a whole
+MOST_YAML = 2**20  # most bytes of a YAML file
+DEEPEST = 100  # most levels of nesting; deeper data would crash recursive parsers
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MOST_NODES = 100_000  # limit of nodes in a YAML file, with aliases expanded
+MOST_NODES = 100_000  # most nodes in a YAML file, with its aliases expanded
 
 
 def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
-    """Open a file without waiting: a pipe would block until somebody opens its other end.
+    """Open a regular file. Never waits, as opening a pipe would until somebody opens its other end.
 
     Raises:
-        UserError: It is not a regular file.
-        OSError: It cannot be opened.
+        UserError: The path is not valid, or not that of a regular file.
+        OSError: The file cannot be opened.
     """
     try:
         file = open(path, mode, buffering, opener=_without_waiting)  # noqa: SIM115
@@ -40,6 +40,7 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
 
 
 def _without_waiting(name: str, flags: int) -> int:
+    """Opener for `open` that does not wait for the other end of a pipe."""
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
@@ -47,7 +48,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Read a file of at most `most` bytes.
 
     Raises:
-        UserError: It is not a regular file, or too long.
+        UserError: It is not a regular file, or is too long.
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
@@ -58,7 +59,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Read a UTF-8 text file. Raises like `read_bytes`, and UserError if it is not UTF-8."""
+    """Read a UTF-8 text file as `read_bytes` does, without a byte order mark. Raises UserError if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -80,9 +81,9 @@ def nested(value: Any, most: int = DEEPEST) -> bool:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data, interpolations as text.
+    """Read a YAML file as plain data. Interpolations stay text.
 
-    Raises UserError if it is invalid or has more than MOST_NODES values.
+    Raises UserError if it is invalid, nested too deeply, or larger than MOST_YAML bytes or MOST_NODES values.
     """
     text = read_text(path, MOST_YAML)
     try:
@@ -107,7 +108,7 @@ def _check_depth(text: str) -> None:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Number of values of a node, with aliases expanded. A node that contains itself counts as more than MOST_NODES."""
+    """Count the values in a node, with aliases expanded. A node that contains itself counts as more than MOST_NODES."""
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MOST_NODES + 1  # until it is counted
@@ -119,7 +120,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def literal(value: Any) -> Any:
-    """Escape all texts in a value, so that OmegaConf reads `${HOME}` literally and does not interpolate it."""
+    """Escape the texts in a value, except keys, so that OmegaConf reads `${HOME}` literally. Tuples become lists."""
     if isinstance(value, dict):
         return {key: literal(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -132,7 +133,7 @@ def escaped(text: str) -> str:
     if "${" not in text:
         return text
     head, *tail = text.split("${")
-    for part in tail:  # backslashes before `${` must be doubled
+    for part in tail:  # double the backslashes before `${`, and add one to escape it
         slashes = len(head) - len(head.rstrip("\\"))
         head += "\\" * (slashes + 1) + "${" + part
     return head

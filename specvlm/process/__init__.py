@@ -1,1 +1,1 @@
-"""Process-wide state: settings, interrupts, forked children, tensors cached between requests."""
+"""Process-wide state: settings, interrupts, forked children, and tensors cached between requests."""

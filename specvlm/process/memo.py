@@ -17,7 +17,9 @@ _COPIES: list[tuple[ref[Tensor], Tensor]] = []
 
 
 def remembered(most: int | None = None) -> Callable[[F], F]:
-    """Decorator that caches a function of shapes. Its tensors must not be written to. `__wrapped__` is uncached.
+    """Decorate a function of shapes so that its results are cached. Nobody may write to the tensors in them.
+
+    The uncached function is `__wrapped__`.
 
     Args:
         most: Number of results to keep. None keeps all, for tensors whose addresses a captured graph holds.
@@ -32,11 +34,11 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
 
         @wraps(made)
         def remembering(*shape: Any) -> Any:
-            with _LOCK:  # two threads must not make the same entry: a graph would hold the address of the one dropped
+            with _LOCK:  # if two threads made the same entry, a graph could hold the address of the one dropped
                 return kept(*shape)
 
         remembering.cache_clear, remembering.cache_info = kept.cache_clear, kept.cache_info  # type: ignore[attr-defined]
-        remembering.__wrapped__ = made  # uncached, for shapes that vary; torch.compile unwraps caches too
+        remembering.__wrapped__ = made  # uncached, for shapes that vary; torch.compile calls it too
         return remembering  # type: ignore[return-value]
 
     return decorated

@@ -25,11 +25,11 @@ class Setting:
     read: Callable[[], Any]
     write: Callable[[Any], object]
     same: Callable[[Any, Any], bool] = eq
-    blamed: bool = True  # report a change; False restores silently, since reading a video may change it too
+    blamed: bool = True  # report a change; False restores it silently, since reading a video may change it
 
 
 def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
-    """Setting made of dicts; their content is restored in place."""
+    """Make a setting of several dicts, whose content is restored in place."""
 
     def write(before: list[dict[Any, Any]]) -> None:
         for table, content in zip(found(), before, strict=False):
@@ -40,12 +40,12 @@ def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
 
 
 def _set_device(device: torch.device) -> None:
-    """Set torch's default device. For the CPU, set none: a default device would stay as a mode."""
+    """Set torch's default device. Unset it for the CPU, since a default device that is set stays on as a mode."""
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def modes_entered() -> tuple[int, int]:
-    """Depth of torch's stacks of function modes and dispatch modes."""
+    """Return the depths of torch's stacks of function modes and dispatch modes."""
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
@@ -63,18 +63,18 @@ def leave_modes(before: tuple[int, int]) -> str:
 
 
 def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether all old entries are unchanged. New ones are fine: late imports, libraries' environment variables."""
+    """Whether all old entries are unchanged. New ones are allowed: late imports and libraries add some."""
     return all(now.get(name) == value for name, value in before.items())
 
 
 def _modules() -> dict[str, Any]:
-    """Imported modules of specvlm. If entries were replaced, pickle, pydantic and late imports would find others."""
-    found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter of thousands
+    """Imported modules of specvlm. If an entry were replaced, pickle and late imports would find another module."""
+    found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter, since there are thousands
     return {name: sys.modules[name] for name in found if name.partition(".")[0] == "specvlm"}
 
 
 def _signal(number: int) -> Setting:
-    """A signal's handler; only the main thread can set it."""
+    """Make the setting of a signal's handler. Only the main thread can restore it; in others nothing is restored."""
 
     def write(handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -84,12 +84,12 @@ def _signal(number: int) -> Setting:
 
 
 def _stream(name: str) -> Setting:
-    """A standard stream of `sys`."""
+    """Make the setting of a standard stream of `sys`."""
     return Setting(f"sys.{name}", lambda: getattr(sys, name), lambda stream: setattr(sys, name, stream), blamed=False)
 
 
 def _interfaces() -> list[Any]:
-    """Hugging Face's registries of attention functions, if imported."""
+    """Return Hugging Face's registries of attention and mask functions, as far as they are imported."""
     places = (("transformers.modeling_utils", "AttentionInterface"), ("transformers.masking_utils", "AttentionMaskInterface"))
     return [vars(sys.modules[module])[name]._global_mapping for module, name in places if module in sys.modules]
 
@@ -125,12 +125,12 @@ def _read(setting: Setting) -> Any:
     """Read a setting; None if it cannot be read."""
     try:
         return setting.read()
-    except (OSError, RuntimeError):  # the working directory was removed, or torch's old and new settings were mixed
+    except (OSError, RuntimeError):  # the working directory is gone, or torch's old and new settings were mixed
         return None
 
 
 def set_again(before: Sequence[Any]) -> list[str]:
-    """Restore settings that differ; returns the names of those to report."""
+    """Restore settings that differ, if they could be read before; returns the names of those to report."""
     changed = []
     for setting, was in zip(SETTINGS, before, strict=True):
         if (now := _read(setting)) is was or setting.same(was, now):
@@ -143,7 +143,7 @@ def set_again(before: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Restore all settings after this block, for calls into strategies outside of a request."""
+    """Restore all settings after this block. Used for calls into strategies outside a request."""
     before = settings()
     try:
         yield

@@ -9,7 +9,7 @@ Shape suffixes: G groups (frames, segments), P tokens per group, D feature size.
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 25  # distances in memory at once
+ENTRIES = 1 << 25  # most distances in memory at once, unless a single group has more
 
 
 def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> Tensor:
@@ -17,8 +17,8 @@ def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> 
 
     d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest, including i itself);
     gamma_i = min d_ij over denser j, or max d_ij for the densest token. Of equally dense tokens the earlier counts as
-    denser, where the published codes add noise. Computed in logs, since exp(-d^2) underflows to 0 in float32 for wide
-    features. Costs G P^2 D.
+    denser; the published implementations add noise instead. Computed in logs, since exp(-d^2) underflows to 0 in
+    float32 for tokens that are far apart. Costs G P^2 D.
 
     Args:
         x_GPD: (G, P, D) features.
@@ -26,7 +26,7 @@ def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> 
         mask_GP: (G, P) bool, tokens to use; all by default.
 
     Returns:
-        (G, P) scores in float32; -inf outside of the mask.
+        (G, P) scores in float32; -inf outside the mask.
     """
     return torch.cat([_scores(_squares(x, m), k) for x, m in _parts(x_GPD, _or_all(x_GPD, mask_GP))])
 
@@ -46,8 +46,8 @@ def cluster(
         capped: Use at most as many neighbours as the group has centres, as HoliTom and FlashVID do.
 
     Returns:
-        (G, P) bool, the centres; and (G, P) int64, the index in its group of each token's nearest centre. A centre has
-        itself; -1 outside of the mask and in groups without a centre.
+        (G, P) bool, true for centres; and (G, P) int64, the index within the group of each token's nearest centre. A
+        centre's nearest is itself. The index is -1 outside the mask and in groups without a centre.
     """
     mask_GP = _or_all(x_GPD, mask_GP)
     centres, owners = [], []
@@ -66,18 +66,18 @@ def cluster(
 
 
 def _or_all(x_GPD: Tensor, mask_GP: Tensor | None) -> Tensor:
-    """The mask, or one of all tokens."""
+    """Return the mask, or one that includes all tokens if there is none."""
     return x_GPD.new_ones(x_GPD.shape[:2], dtype=torch.bool) if mask_GP is None else mask_GP
 
 
 def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split features and mask into batches of groups with at most ENTRIES distances."""
+    """Split features and mask into batches of groups with at most ENTRIES distances, one group at least."""
     step = max(1, ENTRIES // max(x_GPD.shape[1] ** 2, 1))
     return list(zip(x_GPD.split(step), mask_GP.split(step), strict=True))
 
 
 def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
-    """(G, P, P) squared distances divided by D; inf where either token is outside of the mask; 0 on the diagonal."""
+    """(G, P, P) squared distances divided by D; 0 on the diagonal; inf where either token is outside the mask."""
     x_GPD = x_GPD.float()
     gram_GPP = x_GPD @ x_GPD.mT
     norm_GP = gram_GPP.diagonal(dim1=1, dim2=2)
@@ -87,7 +87,7 @@ def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
 
 
 def _scores(squares_GPP: Tensor, k: int, most_G1: Tensor | None = None) -> Tensor:
-    """`density_scores` from squared distances. most_G1: (G, 1) limit of k per group."""
+    """Compute `density_scores` from squared distances. most_G1: (G, 1) limit on k for each group."""
     near_GPK = squares_GPP.topk(min(k, squares_GPP.shape[-1]), dim=-1, largest=False).values
     there_GPK = near_GPK.isfinite()
     if most_G1 is not None:

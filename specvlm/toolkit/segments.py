@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-ELEMENTS = 1 << 20  # numbers per slice on a CPU, sized to fit its cache
+ELEMENTS = 1 << 20  # numbers in one slice on a CPU, so that the slice fits its cache
 
 
 def at_once(device: torch.device) -> int:
-    """Return how many numbers to process per slice; on a GPU 64 times as many (256 MB), for few large kernels."""
+    """Return how many numbers to process at once: more on a GPU (256 MB in float32), to launch few large kernels."""
     return ELEMENTS if device.type == "cpu" else 64 * ELEMENTS
 
 
 def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
     """Cosine similarity over the last axis of two tensors of equal shape, in float32; 0 where either vector is 0.
 
-    Works in slices of the first axis, which fit a CPU's cache: several times faster than torch's function on a CPU, and
-    without a normalised copy of all features.
+    Works in slices of the first axis that fit a CPU's cache. On a CPU this is several times faster than torch's
+    function, and it makes no normalised copy of all features.
     """
     step = max(1, at_once(a_FD.device) // max(a_FD[:1].numel(), 1))
     parts = zip(a_FD.split(step), b_FD.split(step), strict=True)
@@ -34,7 +34,7 @@ def adjacent_cosine(x_FD: Tensor) -> Tensor:
 
 
 def cuts(similarity_E: Tensor, threshold: float = -1.0, least: int = 1) -> Tensor:
-    """Dynamic segmentation: decide between which frames a new segment begins.
+    """Cut a video into segments between dissimilar frames (dynamic segmentation).
 
     Cuts where the similarity is below `threshold`, and at the `least` - 1 least similar pairs; of equal pairs the
     earlier is cut. This is DySeg of FastVID (arXiv 2503.11187), also used by FlashVID (arXiv 2602.08024). With a
@@ -42,11 +42,11 @@ def cuts(similarity_E: Tensor, threshold: float = -1.0, least: int = 1) -> Tenso
 
     Args:
         similarity_E: (E,) similarity of each frame to the next.
-        threshold: Cut below it.
+        threshold: Cut where the similarity is below this.
         least: Least number of segments; at most one per frame.
 
     Returns:
-        (E,) bool, true where a segment ends.
+        (E,) bool, true where a segment ends between the two frames of the pair.
     """
     cut_E = similarity_E < threshold
     cut_E[similarity_E.sort(stable=True).indices[: max(least - 1, 0)]] = True
@@ -90,7 +90,7 @@ def apportion(total: int, sizes_G: Tensor) -> Tensor:
 
 
 def spread(count: int, budget: int, device: torch.device | str = "cpu") -> Tensor:
-    """(budget,) evenly spaced indices within 0..count-1, the middles of equal parts; ascending and unique."""
+    """(budget,) ascending indices within 0..count-1, the middles of equal parts; unique if budget <= count."""
     return (2 * torch.arange(budget, device=device) + 1) * count // max(2 * budget, 1)
 
 

@@ -13,7 +13,7 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Most tokens to generate; a stop id ends the answer earlier.
-        ratio: Share of the video tokens hidden from the drafter, 0..1. At 1 it sees only the text.
+        ratio: Share of the video tokens hidden from the drafter, 0..1. At 1 the drafter sees no video.
         positions: Rotary positions of the drafter: `original` (those of the full prompt) or `reindexed` (contiguous, as
             in the paper's code).
         seed: Seed of every random draw for this request.
@@ -44,11 +44,11 @@ class GenerationOptions:
             raise UserError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
-        """Resolve a caller's argument: an int replaces `max_new_tokens`, options replace these, None keeps these."""
+        """Resolve a caller's argument: an int replaces `max_new_tokens`, options replace `self`, None keeps it."""
         if options is None:
             return self
         return replace(self, max_new_tokens=options) if isinstance(options, int) else options
 
     def stop_ids_or(self, own: frozenset[int]) -> frozenset[int]:
-        """Return the token ids that end the answer. own: the target's, used when the request sets none."""
+        """Return the token ids that end the answer: the request's, or the target's `own` if it sets none."""
         return own if self.stop_ids is None else self.stop_ids

@@ -16,13 +16,14 @@ class Step:
     Attributes:
         tokens: Tokens added to the output, cut at the token limit and after the first stop id (which is included).
             Round 0 is the prefill: one token, nothing drafted.
-        tree: The verified draft tree, on the host. None when nothing was drafted.
+        tree: The verified draft tree, copied by `DraftTree.on_host`. None when nothing was drafted.
         verdict: The verifier's verdict, before the output was cut.
-        times_s: Seconds per stage since the previous step: embed, prefill, prune, draft_prefill, draft, verify, and
-            capture when the engine met a new shape.
-        keep: Video tokens that the drafter sees. Set only in the first drafted step.
-        attention: (N,) attention of the question to each video token in the target, set in the same step if the request
-            has `record`.
+        times_s: Seconds per stage since the previous step, without the caller's time in between. The stages are embed,
+            prefill, prune, draft_prefill, draft, verify, and capture when the engine met a new shape.
+        keep: Video tokens that the drafter sees. Set only in the first drafted step, and only if the drafter runs a
+            model and does not choose the tokens itself.
+        attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
+            the request has `record`.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
             target would have chosen.
     """
@@ -57,21 +58,22 @@ class Step:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each accepted guess among its siblings (see `DraftTree.ranks_on`)."""
+        """Rank of each accepted guess among its siblings (see `DraftTree.ranks_on`); empty if the verifier is lossy."""
         return self._ranks_and_widths[0]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Number of guesses tried below the root and below each accepted guess."""
+        """Number of best guesses tried below the root and below each accepted guess; empty where `ranks` is."""
         return self._ranks_and_widths[1]
 
     @cached_property
     def _ranks_and_widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`DraftTree.ranks_on` the accepted path; empty if nothing was drafted or the verifier is lossy."""
         if self.tree is None or self.verdict is None or not self.lossless:
             return (), ()
         return self.tree.ranks_on(self.verdict.path)
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """Rejected best guesses after the accepted ones (see `DraftTree.refused`); empty if the output was cut."""
+        """Rejected best guesses after the accepted path (see `DraftTree.refused`); empty if the output was cut."""
         return self.tree.refused(self.verdict.path) if self.tree and self.verdict and self.full else ()

@@ -22,13 +22,13 @@ from specvlm.parsing.files import json_of, read_bytes
 from specvlm.process.memo import remembered
 
 T = TypeVar("T")
-MOST_GUESSES, DEEPEST = 1024, 128  # limits of a tree, far above any size that was ever worth its cost
-LONGEST_FILE = 1_000_000  # bytes of a tree stored as JSON
+MOST_GUESSES, DEEPEST = 1024, 128  # limits on a tree, far above any size that was ever worth its cost
+LONGEST_FILE = 1_000_000  # most bytes of a .json file that holds a tree
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Shape of a static draft tree, without tokens. It is fixed for a session; derived values are cached on the host.
+    """Shape of a static draft tree, without tokens. It is fixed for a session, so derived values are computed once.
 
     Attributes:
         parents: (M,) parent of each node, parents[i] < i. Node 0 is the root, with parent -1.
@@ -43,7 +43,7 @@ class TreeShape:
         """Build a shape from its nodes, each written as the ranks on its path from the root: [[0], [1], [0, 0]].
 
         Raises:
-            ValueError: A node's parent is missing, a rank is not a whole number from 0, or the tree is too large.
+            ValueError: A node's parent is missing, a rank is negative or not an int, or the tree is too large.
         """
         try:
             _check_size(len(paths), max(map(len, paths), default=0))
@@ -58,11 +58,11 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """Parse `paper`, `chain:5`, `4x2x1` (children per node of each level), a list of nodes, or a .json file of one.
+        """Parse `paper`, `chain:5`, `4x2x1` (children per node, by level), a JSON list of nodes, or a .json file.
 
         Raises:
-            ValueError: The text is none of these, or the tree is too large.
-            UserError: The .json file cannot be read as one.
+            ValueError: The text is none of these, the file cannot be opened or is not JSON, or the tree is too large.
+            UserError: The file is too long, or not a regular file.
         """
         if text == "paper":
             return cls.from_paths(PAPER_TREE)
@@ -104,7 +104,7 @@ class TreeShape:
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Inner nodes of each depth. Expanding one level takes one forward pass of the drafter."""
+        """Nodes with children, by depth. Expanding one level takes one forward pass of the drafter."""
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
@@ -135,7 +135,7 @@ def _check_size(guesses: int, depth: int) -> None:
 
 
 def _json(text: str) -> object:
-    """Parse JSON text, or the .json file that the text names. Returns None if it is not JSON or cannot be opened."""
+    """Parse JSON text, or the .json file that it names. Returns None if it cannot be opened or is not JSON."""
     try:
         return json_of(read_bytes(Path(text), LONGEST_FILE) if text.endswith(".json") else text)
     except UserError:
@@ -145,7 +145,7 @@ def _json(text: str) -> object:
 
 
 def _number(text: str) -> int:
-    """Parse a whole number written in plain digits; 0 for anything else."""
+    """Parse a whole number of at most 18 plain digits; returns 0 for anything else."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
@@ -156,7 +156,8 @@ def _rank(value: object) -> int:
     return value
 
 
-# mc_sim_7b_63, the static tree of EAGLE-1 that SpecVLM drafts with: 25 nodes, 15 leaves, 4/8/8/3/2 by depth.
+# mc_sim_7b_63, the static tree of EAGLE-1 that SpecVLM drafts with: 25 nodes below the root (4/8/8/3/2 by depth) and
+# 15 leaves.
 PAPER_TREE = [[0], [1], [2], [3]]
 PAPER_TREE += [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0]]
 PAPER_TREE += [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 2, 0], [0, 2, 1], [1, 0, 0]]
@@ -170,9 +171,11 @@ class DraftTree:
     Attributes:
         tokens: (M,) token of each node.
         parents: (M,) parent of each node, parents[i] < i.
-        q: (M, V) distribution that each node's children were drawn from, without replacement, in the order of their
-            numbers. Rows of leaves are unused. None when the children are not random (top-k, prompt lookup).
-        varies: The shape changes every round while the number of nodes stays the same: skip shape-keyed caches.
+        q: (M, V), row i is the distribution from which the children of node i were drawn, without replacement and in
+            ascending order of node. Rows of leaves are unused. None when the children are not random (top-k, prompt
+            lookup).
+        varies: Whether the shape changes every round while the number of nodes stays the same. Caches keyed by shape
+            are then bypassed.
         ranks: (M,) rank of each node among its parent's best guesses, from 0. None: siblings are listed best first,
             without gaps.
     """
@@ -194,7 +197,7 @@ class DraftTree:
         return DraftTree(self.tokens.to(device), self.parents, q, self.varies, self.ranks)
 
     def on_host(self) -> DraftTree:
-        """Copy the tree to the host for a `Step`. An empty `q` marks that there was one."""
+        """Copy the tree to the host for a `Step`. `q` is not copied: an empty tensor shows that there was one."""
         q = None if self.q is None else torch.empty(len(self), 0)
         return DraftTree(torch.tensor(self.tokens.tolist()), self.parents, q, self.varies, self.ranks)
 
@@ -218,7 +221,7 @@ class DraftTree:
 
         Returns:
             The rank of each guess on the path, and for each node of the path how many of the best guesses below it were
-            tried without a gap. Both are empty where guesses were drawn at random: those have no rank.
+            tried before the first one left out. Both are empty if guesses were drawn at random: those have no rank.
         """
         if self.q is not None:
             return (), ()
@@ -231,7 +234,7 @@ class DraftTree:
     def refused(self, path: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens of the best guesses that follow an accepted path and were rejected.
 
-        Follows the best child from the last node of `path` down to a leaf; empty if that node is a leaf. Where guesses
+        Follows the best child from the last node of `path` down to a leaf; empty if that node is a leaf. If guesses
         were drawn at random, the first one drawn counts as the best.
         """
         line, last, below = [], path[-1], children_of(self.parents)
@@ -246,7 +249,7 @@ class DraftTree:
         return self.kept(ancestor_mask)(self.parents)
 
     def kept(self, made: Callable[..., T]) -> Callable[..., T]:
-        """Return `made`, a cached function of shapes; bypass its cache if the shape changes every round."""
+        """Return `made`, a cached function of shapes, or its uncached original if the shape changes every round."""
         return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 

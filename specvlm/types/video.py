@@ -19,7 +19,7 @@ class TokenGrid:
     """Layout of one video's tokens in time and space, after the vision tower's own merging.
 
     Attributes:
-        frames: Frames of the grid.
+        frames: Number of frames in the grid; one may stand for several frames of the clip.
         height: Rows of tokens per frame.
         width: Columns of tokens per frame.
         newline: Tokens after the last frame that belong to no frame (LLaVA-OneVision appends one). They count as video
@@ -100,7 +100,7 @@ class VideoPrompt:
 
 @dataclass(frozen=True, eq=False)
 class KeepSet:
-    """Video tokens that the drafter sees. Empty means a text-only drafter.
+    """Video tokens that the drafter sees. With an empty set, it sees no video.
 
     Attributes:
         index: (K,) int64 indices of the kept tokens: sorted, unique, within 0..total-1.
@@ -110,7 +110,7 @@ class KeepSet:
         note: One line to show the user, such as what the pruner did when its signal was uninformative.
 
     Raises:
-        ValueError: `index` or `pool` breaks one of these rules.
+        ValueError: `index` breaks these rules, or `pool` has the wrong shape. The values of `pool` are not checked.
     """
 
     index: Tensor
@@ -136,7 +136,7 @@ class KeepSet:
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:
-        """Number of tokens kept when the share `ratio` is dropped: floor(N (1 - ratio)), for N below 2^22.
+        """Number of tokens kept when the share `ratio` is dropped: floor(N (1 - ratio)). Holds for N below 2^22.
 
         Corrects the binary rounding of 1 - 0.9: keeps 48 of 480 tokens, where the released SpecVLM's
         int(480 * (1 - 0.9)) gives 47.
