@@ -139,7 +139,7 @@ class Drafter(Strategy, ABC):
             prompt: A copy of the prompt without pixels.
 
         Returns:
-            That number, and then the pruner is not called; or None if the pruner chooses the tokens.
+            The number of tokens, in which case the pruner is not called; None if the pruner chooses them.
         """
         return None
 

@@ -67,8 +67,8 @@ class MVBenchDataset(LocalDataset):
 
     arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json, and video/ with the archives unpacked in
     it (some videos are below video/data0613/). The branch `video` works, too. Questions of five tasks are about a
-    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository:
-    samples of fine_grained_pose are skipped if they are missing.
+    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository;
+    without them, the samples of fine_grained_pose are skipped.
 
     Attributes:
         tasks: Names of the tasks to use, out of 20; empty for all.

@@ -113,10 +113,10 @@ class DynamicTreeDrafter(GrownTreeDrafter):
 
     The value of a node is the product of the draft's probabilities on the path from the root. The expansion phase
     expands the `width` nodes of highest value on each level to their `width` best children each. Of all candidates, the
-    re-ranking phase keeps the `nodes` of highest value. They form a tree, since no child is worth more than its parent and
-    ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
+    re-ranking phase keeps the `nodes` of highest value. They form a tree, since no child is worth more than its parent
+    and ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
     close), no other tree of this size within the candidates accepts more tokens in expectation. Children are the best
-    tokens, never drawn, so the tree is exact under every verifier.
+    tokens, never drawn, so the tree is exact under every lossless verifier.
 
     EAGLE-2 (arXiv 2406.16858), sections "Expansion Phase" and "Reranking Phase".
     Deviations: any draft model instead of EAGLE's head on the target's features. Nodes and depth default to SpecVLM's

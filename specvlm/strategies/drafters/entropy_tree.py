@@ -35,10 +35,11 @@ class EntropyTreeDrafter(GrownTreeDrafter):
     thresholds and history.
     Deviations: the paper leaves these open, as far as we can tell. The distribution is the draft's, the only one known
     while drafting. The number of children is rounded down and at least 1. P is that of the whole path. `deep` stays
-    between `shallow` and its configured value. Acceptance counts guesses without the bonus token. In the
-    first 9 rounds, its mean is over the rounds so far. Of more than 64 nodes, the most probable stay. For speed, the most probable other candidates
-    fill a tree up to a multiple of 8 nodes, so that 8 captured checks serve all trees. The number of rows of a pass
-    depends only on D and W; rows that the thresholds leave free go to the next most probable nodes.
+    between `shallow` and its configured value. Acceptance counts guesses without the bonus token; in the
+    first 9 rounds its mean is over the rounds so far. Of more than 64 nodes, the most probable stay. For speed, the
+    most probable other candidates fill a tree up to a multiple of 8 nodes, so that 8 captured checks serve all trees.
+    The number of rows of a pass depends only on D and W; rows that the thresholds leave free go to the next most
+    probable nodes.
 
     Cost: D draft passes per round, of 3 to 24 rows each after the first, one read on the host after the last, and up to
     64 rows in the target's check. The CUDA-graph engine captures one program per depth and width that occurs, at most

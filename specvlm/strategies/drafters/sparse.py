@@ -23,7 +23,7 @@ class SparseDrafter(Drafter):
     """A chain of the target's own guesses, each KV head of which sees its own K video tokens and all text.
 
     The score of a video token, per layer and KV head, is the attention it receives in the target's prefill from the
-    text after the video, averaged over that text and the query heads of the KV head (the paper sums them, which gives the
+    text after the video, averaged over that text and the query heads of the KV head (the paper sums, which gives the
     same order). The K tokens of highest score stay, chosen once per request; ties go to the earlier token. K is
     `entries` minus all other tokens of the prompt. Keys and values are copied in their order: already rotated, they
     keep their positions, so there is no second prefill. Rows of accepted tokens are copied from the target's cache.
@@ -36,7 +36,7 @@ class SparseDrafter(Drafter):
 
     Cost: a copy of `entries` rows of the cache per request, (L, J, N) floats for the signal
     `verifier_attention_per_kv_head`, and `length` target passes per round, which read all weights and `entries` keys.
-    Limits: pays only if reading keys takes most of the time, that is for batches or very long prompts; at batch 1 with
+    Limits: it pays only if reading keys takes most of the time, as for batches or very long prompts; at batch 1 with
     short prompts it is slower than the target alone. Passes are not captured.
 
     Attributes:
@@ -90,7 +90,7 @@ class SparseSession(DraftSession):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def _slots(self, count: int) -> Tensor:
-        """Return (L, J, K + T) the slots of the prompt to copy, ascending. count: K."""
+        """Return the slots of the prompt to copy, (L, J, K + T) and ascending. count: K."""
         target, prompt = self.ctx.target, self.ctx.prompt
         text = prompt.kept_slots(torch.empty(0, dtype=torch.int64)).to(target.device)
         slots_LJT = text.expand(target.layers, target.kv_heads, -1)

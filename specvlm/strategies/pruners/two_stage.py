@@ -92,8 +92,8 @@ def retained(descending_N: Tensor, mass: float) -> int:
 
     The scores are rounded to multiples of a power of two, near the highest score / 2^47 for 16k tokens, and summed as
     integers; `mass` is taken as an exact fraction. So equal sums compare as equal, 0.07 of 100 is 7, and the result
-    does not depend on the order in which a device sums. Sums of floats guarantee none of this, and CUDA refuses a cumsum of
-    floats under deterministic algorithms.
+    does not depend on the order in which a device sums. Sums of floats guarantee none of this, and CUDA refuses a
+    cumsum of floats under deterministic algorithms.
 
     Raises:
         ValueError: A score is NaN, infinite or negative.
