@@ -91,6 +91,7 @@ class inside:
         self.modes, self.handler = modes_entered(), getsignal(signal.SIGINT)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Restore the handler and the modes, then raise what the class docstring lists."""
         self.names.pop()
         if getsignal(signal.SIGINT) is not self.handler and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.handler)  # restore it at once: the next call may hang

@@ -103,6 +103,7 @@ class _WatchedSession(DraftSession):
 
 
 def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, what: str) -> None:
+    """Check that a proposal is a valid tree with this token at its root."""
     assert isinstance(tree, DraftTree), f"{what}: propose returned {type(tree).__name__}, not a DraftTree"
     count, parents = len(tree), tree.parents
     assert isinstance(parents, tuple), f"{what}: parents must be a tuple of integers, got {type(parents).__name__}"

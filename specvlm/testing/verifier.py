@@ -112,6 +112,7 @@ def _verify(verifier: Verifier, ctx: VerifyContext, where: str) -> Verdict:
 
 
 def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    """Check that a verdict is a path of the tree from its root, and a token of the vocabulary."""
     what, parents = f"{verifier!r} on {where}", ctx.tree.parents
     assert isinstance(verdict, Verdict), f"{what}: verify returned {type(verdict).__name__}, not a Verdict"
     path = verdict.path

@@ -231,7 +231,7 @@ class Group:
         """Decode wanted frames of the group that starts at a key frame.
 
         Args:
-            key: Number of the key frame. If it does not come out whole, as one that only starts a gradual refresh, all
+            key: Number of the key frame. If it does not come out whole, as when it only starts a gradual refresh, all
                 wanted frames count as lost.
             wanted: Time stamps of the wanted frames.
             put: Called with the time stamp and the frame.
@@ -265,7 +265,7 @@ class Group:
         return list(left)
 
     def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
-        """Decode all frames from a key frame on. Yields none if the container's seek ends behind it."""
+        """Decode all frames from a key frame on. Yields none if the container seeks to a later packet."""
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
         for packet in self._container.demux(self._stream):
@@ -332,9 +332,10 @@ def _decord_alone(path: Path) -> DecordReader:
 
 
 def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
-    """Describe how decord's frames differ from those shown, by number and times (its are float32); empty if equal."""
+    """Describe how the frames that decord lists differ from those shown, in number or times; empty if they do not."""
     if len(listed) != len(shown):
         return f"decord lists {len(listed)} frames, {len(shown)} are shown"
+    # The tolerance is for decord's times, which are float32.
     far = (place for place, (a, b) in enumerate(zip(listed, shown, strict=True)) if not abs(a - b) <= 1e-3 + 1e-6 * b)
     place = next(far, None)
     return "" if place is None else f"decord shows frame {place} at {listed[place]:.6g} s, it is shown at {shown[place]:.6g} s"

@@ -160,6 +160,7 @@ def _direction(thing: Thing) -> str:
 
 
 def _events(thing: Thing) -> str:
+    """Say what an object does, from its appearance to the end."""
     text = f"at second {NUMBERS[thing.second]} a {SIZES[thing.size]} {COLOR_NAMES[thing.color]} {SHAPES[thing.shape]}"
     text += f" appears at the {PLACES[thing.start]}"
     if thing.moves:

@@ -125,7 +125,7 @@ def read_video(
     Args:
         source: A file, or a clip of all frames, which is read like a file of these frames.
         frames: Number of frames.
-        fps: Frames per second. They give ``floor(seconds * fps)`` frames, but at least ``min_frames``, and at most
+        fps: Frames per second. The clip has ``floor(seconds * fps)`` frames, but at least ``min_frames``, and at most
             ``max_frames`` and the number of frames in the section.
         start: Start of the section, in seconds.
         end: End of the section, in seconds, excluded; None for the end of the video.
@@ -166,6 +166,7 @@ def read_video(
 
 
 def _check(frames: int | None, fps: float | None, min_frames: int | None, max_frames: int, sampling: str) -> None:
+    """Raise UserError for an invalid argument of `read_video`."""
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
@@ -186,6 +187,7 @@ class ClipReader:
         self._frames, self.times, self.fps = clip.frames, clip.times, clip.source_fps
 
     def decode(self, index: Sequence[int]) -> Tensor:
+        """Return copies of the frames with these numbers."""
         return self._frames[list(index)]
 
 
@@ -202,6 +204,7 @@ def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipRe
 
 
 def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | ClipReader:
+    """Open a video. Raises UserError if it cannot be read or has no frames."""
     check_choice("reader", reader, NAMES)
     if isinstance(source, Clip):
         video: Reader | ClipReader = ClipReader(source)

@@ -54,6 +54,7 @@ class FolderDataset(LocalDataset):
                 raise UserError(f"{path}, line {where}: {error}") from None
 
     def _sample(self, entry: dict[str, Any]) -> Sample:
+        """Convert an entry to a sample. Raises UserError if one of its values is invalid."""
         name = entry.get("video")
         path = self.video(self.folder, name)
         options = () if entry.get("options") is None else entry["options"]

@@ -89,6 +89,7 @@ class MLVUDataset(LocalDataset):
                 yield _sample(f"{task}-{number:04d}", video, entry, task, entry.get("answer"))
 
     def _listed_test(self) -> Iterator[Sample]:
+        """Read the samples of the test split, with answers from those answer files that exist."""
         given = [path for path in (self.folder / name for name in ANSWERS) if path.exists()]
         answers = {_asked(entry): entry.get("answer") for path in given for entry in self.entries(path, Answer)}
         videos = self.place("MLVU_Test/video", "video")

@@ -92,6 +92,7 @@ class MVBenchDataset(LocalDataset):
 
 
 def _sample(data: MVBenchDataset, key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool) -> Sample:
+    """Convert an entry to a sample. cut: True if the videos are those of the branch `video`."""
     folder = CUT.get(FOLDERS[task], FOLDERS[task]) if cut else FOLDERS[task]
     path = first_there(*(data.video(videos / below / folder, entry["video"]) for below in (".", "data0613")))
     options = tuple(entry["candidates"])

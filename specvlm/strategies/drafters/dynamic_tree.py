@@ -322,6 +322,7 @@ class GrownSession(PrunedSession):
         self.rows: list[int] = []
 
     def _round(self, growth: Growth) -> Routine:
+        """Return the routine that drafts one round of this growth. Its state is that of a trial run."""
         return Routine(
             partial(round_of, self.ctx.vocabulary, growth),
             ("grown", growth, self.deepest, self.ctx.vocabulary),
@@ -332,6 +333,7 @@ class GrownSession(PrunedSession):
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Draft a tree from the last verdict, and remember its guesses and rows for the next one."""
         path, bonus = ((0,), self.ctx.bonus) if last is None else (last.path, last.bonus)
         if last is not None:
             self.pace.went(last.accepted, self.confidence)

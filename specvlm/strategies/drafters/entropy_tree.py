@@ -82,6 +82,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
         return int(depth + 0.5), int(width + 0.5)
 
     def extents(self) -> list[tuple[int, int]]:
+        """List the (depth, width) of every confidence from 0 to 1 and every value of `deepest`."""
         found: dict[tuple[int, int], None] = {}
         for deepest in range(self.shallow, self.deep + 1):
             # Depth and width are constant between two neighbouring edges; on an edge, rounding may go either way.
@@ -94,6 +95,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
         return list(found)
 
     def growth(self, depth: int, width: int) -> Growth:
+        """Return the growth of a tree, with rows for the most nodes that each level can expand."""
         levels, shares = range(1, depth + 1), [width / level for level in range(1, depth + 1)]
         rows, above = [], 1
         for level, share in zip(levels, shares, strict=True):

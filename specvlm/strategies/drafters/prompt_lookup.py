@@ -84,6 +84,7 @@ class PromptLookupSession(DraftSession):
         self._chain: list[int] = []
 
     def propose(self, last: Verdict | None) -> DraftTree:
+        """Add the accepted tokens to the history, and propose the chain that continues it."""
         if last is None:
             last = Verdict((0,), self._bonus)
         for node in last.path[1:]:

@@ -102,6 +102,7 @@ class SparseSession(DraftSession):
         return torch.cat([video_LJK, slots_LJT.to(best_LJK.device)], -1).sort().values
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Copy the rows of accepted tokens from the target's cache, then draft a chain, one pass per guess."""
         self.cache.length = self.base
         self.cache.follow(self.dense, self.known)
         self.base, self.known = self.cache.length, self.dense.length

@@ -136,6 +136,7 @@ class TreeSession(PrunedSession):
         self.feed_root = self.feed_both if ctx.captured else self._round(1)
 
     def _round(self, fed: int) -> Routine:
+        """Return the routine that drafts one round, with `fed` rows in its first pass and the state of a trial run."""
         sampling, vocabulary = self.ctx.sampling if self.sample else None, self.ctx.vocabulary
         return Routine(
             partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, sampling),
@@ -148,6 +149,7 @@ class TreeSession(PrunedSession):
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Draft the tree below the accepted node and the bonus token."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
         base = self.root + self.shape.depths[node]
         races = self.races.exponential_(generator=self.generator) if self.sample else None

@@ -68,6 +68,7 @@ class TwoStagePruner(Pruner):
         check_choice("two_stage: spread", self.spread, SPREADS)
 
     def select(self, ctx: PruneContext) -> KeepSet:
+        """Take the tokens of stage I, then those of stage II from the leftovers."""
         scores_N = ctx.verifier_attention
         order_N = scores_N.sort(descending=True, stable=True).indices
         first = order_N[: self.stage_one(scores_N[order_N], ctx.budget)]

@@ -37,6 +37,7 @@ class GreedyVerifier(Verifier):
         return _layout.__wrapped__(parents, torch.device("cpu"))  # type: ignore[attr-defined]
 
     def decide(self, ctx: VerifyContext) -> Tensor:
+        """Mark the nodes whose whole path matches the target's argmax, and take the deepest."""
         layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
         up_M, root_M, beside_MM, order_M = layout
         best_M = ctx.logits_MV.argmax(-1)

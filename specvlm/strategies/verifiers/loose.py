@@ -72,6 +72,7 @@ class LooseVerifier(Verifier):
             raise ValueError(f"nearest must be at least 1 and window at least 0, got {self.nearest} and {self.window}")
 
     def verify(self, ctx: VerifyContext) -> Verdict:
+        """Follow the path from the root by the rules above, and end it with the target's argmax."""
         tree, best = ctx.tree, ctx.logits_MV.argmax(-1).tolist()
         tokens, loose = tree.tokens.tolist(), self._relaxed(ctx)
         path, below = [0], children_of(tree.parents)

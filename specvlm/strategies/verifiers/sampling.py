@@ -79,6 +79,7 @@ class SamplingVerifier(Verifier):
         return 2 * nodes
 
     def decide(self, ctx: VerifyContext) -> Tensor:
+        """Decide all nodes at once, then follow the accepted children from the root."""
         p_MV = self.sampling.probabilities(ctx.logits_MV).double()
         accept_M, rest_MV = odds(ctx.tree, p_MV)
         next_M, bonus_M = _decide(ctx.tree, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
