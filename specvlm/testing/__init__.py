@@ -36,7 +36,7 @@ GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
     (TokenGrid(2, 2, 2), TokenGrid(3, 1, 4)),
     (TokenGrid(2, 3, 2, newline=1), TokenGrid(1, 2, 2, newline=1)),
 )
-LAYERS, WIDTH = 32, 8  # of the target that the signals pretend to come from
+LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 
 def __getattr__(name: str) -> Any:

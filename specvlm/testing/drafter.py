@@ -139,7 +139,7 @@ def _check_q(tree: DraftTree, what: str) -> None:
 def _decode(
     drafter: Drafter, family: str, draft: VideoLM | None, ratio: float, verifier: Verifier, where: str, limit: int = LIMIT
 ) -> tuple[list[Step], list[DraftTree]]:
-    """Decode up to `limit` tokens. Returns the steps, and the trees, which were checked."""
+    """Decode up to `limit` tokens. Returns the steps and the trees, each of which was checked."""
     watched, trees = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, verifier, GenerationOptions(ratio=ratio))
     try:
@@ -159,7 +159,7 @@ def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """Check answers of so few tokens that the last tree is cut off."""
+    """Check answers of so few tokens that a tree may not fit."""
     draft = _drafts(family, drafter)[0][1]
     for limit in (1, 2, 5):
         where = f"a tiny {family}, {limit} tokens"
@@ -214,7 +214,7 @@ class _Forced(Verifier):
 
 
 def _check_every_verdict(drafter: Drafter, family: str) -> None:
-    """Check the trees of sessions that are told verdicts of every kind. Several starts cover larger trees."""
+    """Check the trees of sessions in which the nodes are accepted in turn. Several starts cover large trees."""
     where = f"a tiny {family}, verdicts of every path"
     for draft in {draft for _, draft in _drafts(family, drafter)}:
         for start in range(0, drafter.max_nodes, 6):

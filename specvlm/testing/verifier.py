@@ -123,7 +123,7 @@ def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, whe
 
 
 def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
-    """Check that the verdict repeats, after another one and with another state of torch's global generator."""
+    """Check that the verdict is the same again, after another one and with another state of the global generator."""
     other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
     assert ctx.hidden_MD is not None
     # Verify something else in between.
@@ -192,7 +192,7 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
         for node in range(len(parents)):
             below = [child for child, parent in enumerate(parents) if parent == node]
             if below:
-                # 1e-300: if q has fewer tokens than there are children, others fill up.
+                # 1e-300 lets other tokens be drawn if q has fewer than there are children.
                 weights = q_VV[tokens[node]] + (1e-300 if drawn else 1.0)
                 guesses = torch.multinomial(weights, len(below), generator=chance).tolist()
                 for child, guess in zip(below, guesses, strict=True):

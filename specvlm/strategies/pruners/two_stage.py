@@ -18,7 +18,7 @@ from specvlm.types import KeepSet, TokenGrid, Within
 
 SPREADS = ("linspace", "frame")
 PAPER, AUTO = 0.4, "auto"
-PART = 8  # under AUTO, stage I gets at most this fraction of the budget: an eighth
+PART = 8  # under AUTO, stage I gets at most the budget divided by this
 MASS = f"above 0 and at most 1, or {AUTO}"
 
 
