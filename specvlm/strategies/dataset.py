@@ -24,7 +24,7 @@ class Sample:
             decoded.
         question: The full question as put to the model, including the options of a multiple choice.
         answer: The right answer; None if unknown.
-        options: The possible answers, in the form that `answer` has.
+        options: The possible answers, written like `answer`.
         meta: Values to group results by, such as category or duration. Plain JSON.
         start: Start of the video section, in seconds.
         end: End of the video section, in seconds; None for the end of the video.
@@ -66,5 +66,5 @@ class Dataset(Strategy, ABC):
             The samples in their fixed order.
 
         Raises:
-            UserError: A list cannot be read. The message says what to download and where to put it.
+            UserError: A list cannot be read. The message says which files are expected and where.
         """

@@ -115,7 +115,7 @@ class Drafter(Strategy, ABC):
     def fixed(self) -> TreeShape | None:
         """Shape of every tree, or None if it varies.
 
-        Of a fixed tree, only the tokens are sent to ranks without a draft model.
+        If it is fixed, ranks without a draft model are sent only the tokens of a tree.
         """
         return None
 
@@ -139,11 +139,12 @@ class Drafter(Strategy, ABC):
             prompt: A copy of the prompt without pixels.
 
         Returns:
-            Number of video tokens, and the pruner is not called; None if the pruner chooses them.
+            The number of tokens, in which case the pruner is not called; None if the pruner chooses them.
         """
         return None
 
     def __init_subclass__(cls, **more: object) -> None:
+        """Accept `sees`, the former name of `own_budget`, with a warning."""
         super().__init_subclass__(**more)
         if "sees" in vars(cls):
             warnings.warn(f"{cls.__name__}.sees is called own_budget now", DeprecationWarning, stacklevel=2)

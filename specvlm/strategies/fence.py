@@ -68,14 +68,15 @@ class inside:
     """Context manager for a call into a strategy: name the strategy in errors, undo its changes to the process.
 
     Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
-    OSError (which would look like a full results disk), SystemExit, subclasses of UserError, and a KeyboardInterrupt
-    that the user did not press. The SIGINT handler and torch's modes are restored.
+    OSError (which would look like a full results disk), StopIteration, SystemExit, a KeyboardInterrupt without the
+    user's Ctrl-C, and specvlm's own errors except for StrategyError, UserError and MissingVideo. These three are raised
+    unchanged. The SIGINT handler and torch's modes are restored.
 
     It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
     Raises:
         KeyboardInterrupt: The user pressed Ctrl-C, even if the strategy caught it and went on.
-        StrategyError: The strategy raised one of the errors above, or left a torch mode active.
+        StrategyError: The strategy raised one of the errors above, or returned with a torch mode still active.
     """
 
     __slots__ = ("handler", "heard", "label", "modes", "names")
@@ -90,6 +91,7 @@ class inside:
         self.modes, self.handler = modes_entered(), getsignal(signal.SIGINT)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Restore the handler and the modes, then raise what the class docstring lists."""
         self.names.pop()
         if getsignal(signal.SIGINT) is not self.handler and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.handler)  # restore it at once: the next call may hang
@@ -103,7 +105,7 @@ class inside:
             raise _interrupted(self.label)
 
     def _tell(self, error: BaseException) -> None:
-        """Raise the error in its proper form, or return if it may propagate unchanged."""
+        """Raise the error in its proper form, or return if it may propagate, perhaps with a note."""
         label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
             raise _interrupted(label) from error  # the strategy turned the user's Ctrl-C into another error
@@ -126,7 +128,7 @@ def _interrupted(label: str) -> KeyboardInterrupt:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Context manager for code that may call strategies: StrategyError replaces what would end the process."""
+    """Context manager for code that may call strategies: turn SystemExit and similar exceptions into StrategyError."""
     try:
         yield
     except (Exception, GeneratorExit, KeyboardInterrupt):
@@ -168,7 +170,11 @@ def sizes_of(drafter: Drafter) -> tuple[int, int]:
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
-    """Check what a drafter yields. Raises StrategyError unless it is a pass or call on the session's own caches."""
+    """Check what a drafter yields.
+
+    Raises:
+        StrategyError: It is not a well-formed pass or call on a cache that the session took.
+    """
     label = label_of(drafter)
     if not isinstance(item, (Pass, Call)):
         raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
@@ -206,7 +212,7 @@ def _check_call(label: str, call: Call) -> None:
     routine, made = call.routine, call.routine.function
     if not isinstance(made, FunctionType) or "<locals>" in made.__qualname__:
         raise StrategyError(f"{label}: a routine's work must be a module-level function or a partial of one, got {made!r:.100}")
-    hash(routine.key)
+    hash(routine.key)  # raises TypeError for a key that cannot be looked up
     if len(call.state) != len(routine.state) or any(type(number) is not int for number in call.state):
         raise StrategyError(f"{label}: a routine with a state of {len(routine.state)} ints was called with {call.state}")
     pairs = zip(routine.inputs, call.inputs, strict=False)
@@ -274,7 +280,7 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 
 def is_ours(value: object) -> bool:
-    """Is this an unmodified instance of a class that specvlm defines?"""
+    """Return True for an unmodified instance of a class that specvlm defines."""
     own = vars(value) if hasattr(value, "__dict__") else {}
     fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets
     changed = "propose" in own or (fields is not None and not own.keys() <= fields.keys())
@@ -282,13 +288,17 @@ def is_ours(value: object) -> bool:
 
 
 def defined_here(cls: Any) -> bool:
-    """Is this a class or function of specvlm's own, reachable under its name in its module?"""
+    """Return True for a class or function of specvlm's own that its module still holds under its name."""
     home = cls.__module__
     return type(home) is str and home in OURS and getattr(sys.modules.get(home), cls.__name__, None) is cls
 
 
 def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocabulary: int) -> Verdict:
-    """Check a verdict and copy it. Raises StrategyError unless its path leads from the root to a node of the tree."""
+    """Check a verdict and copy it.
+
+    Raises:
+        StrategyError: Its path does not lead from the root to a node of the tree, or its bonus is not a token.
+    """
     path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
     whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
     if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]

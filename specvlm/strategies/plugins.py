@@ -58,8 +58,8 @@ class Plugin:
     """A package that provides strategies.
 
     Attributes:
-        name: Name of the distribution; "specvlm" for the built-ins.
-        version: Version of the distribution; empty for the built-ins.
+        name: Name of the distribution; "specvlm" for the built-ins, the entry point's name if there is no distribution.
+        version: Version of the distribution; empty if there is none.
         strategies: Its classes, unchecked.
     """
 
@@ -74,7 +74,7 @@ class Plugin:
 
 
 def load() -> list[Plugin]:
-    """Load the built-ins, then the installed plugins in alphabetical order.
+    """Load the built-ins, then the installed plugins in the order of their entry points' names.
 
     Raises:
         PluginError: A plugin is broken and SPECVLM_STRICT_PLUGINS=1 is set.
@@ -131,7 +131,10 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
 
 
 def report(label: str, reason: str, cause: BaseException | None = None) -> None:
-    """Log a broken plugin on one line; raise PluginError instead if SPECVLM_STRICT_PLUGINS=1 is set."""
+    """Log a broken plugin. Raise PluginError instead if SPECVLM_STRICT_PLUGINS=1 is set.
+
+    The log is one line, followed by the traceback if SPECVLM_PLUGIN_TRACEBACK=1 is set.
+    """
     line = f"specvlm: plugin {label} {reason}"
     if os.environ.get("SPECVLM_STRICT_PLUGINS") == "1":
         raise PluginError(line.removeprefix("specvlm: ")) from cause
@@ -144,6 +147,7 @@ def report(label: str, reason: str, cause: BaseException | None = None) -> None:
 
 
 def _check_hook_names(plugin: object) -> None:
+    """Raise PluginError unless the plugin implements the hook, and no other."""
     routines = {name: value for name in dir(plugin) if inspect.isroutine(value := getattr(plugin, name, None))}
     marked = [name for name, value in routines.items() if isinstance(getattr(value, "specvlm_impl", None), dict)]
     for name in marked:
@@ -158,7 +162,7 @@ def _check_hook_names(plugin: object) -> None:
 
 
 def _unambiguous(points: Any) -> list[EntryPoint]:
-    """Leave out entry points that share a name, with a warning: pluggy would silently drop the second one."""
+    """Report entry points that share a name and leave all of them out. Sort the others by name."""
     by_name: dict[str, list[EntryPoint]] = defaultdict(list)
     for point in points:
         by_name[point.name].append(point)
@@ -183,8 +187,10 @@ def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
+    """Return the name and version of an entry point's package; its own name and no version if that is unknown."""
     return (point.dist.name, point.dist.version) if point.dist else (point.name, "")
 
 
 def _normal(name: str) -> str:
+    """Normalize a package name as package indexes do (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

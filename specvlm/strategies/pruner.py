@@ -20,7 +20,7 @@ from specvlm.types import KeepSet, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PruneContext:
-    """Input of a pruner. Its tensors are copies; leave them unchanged all the same (`check_pruner` checks it).
+    """Input of a pruner. Its tensors are copies; leave them unchanged all the same (`check_pruner` checks this).
 
     Attributes:
         grids: Token grid of each video, in prompt order. The tokens of all videos are numbered 0 to total - 1.
@@ -109,16 +109,16 @@ class PruneContext:
     def each_video(self, select: Callable[[Self], KeepSet]) -> KeepSet:
         """Call a single-video `select` for each video and join the results.
 
-        The budget is split in proportion to the videos' tokens. A video with a share of 0 is dropped, one whose share
-        covers all its tokens is kept whole; `select` is called for neither. Newline tokens are kept only if the
-        share exceeds the number of cells.
+        The budget is split in proportion to the videos' tokens. `select` is not called for a video with a share of 0,
+        which is dropped, nor for one whose share covers all its cells, which keeps them all. Newline tokens are kept
+        only if the share exceeds the number of cells.
 
         Args:
             select: Called with a context of one video: its grid without newline tokens, the signals of its tokens,
                 and its share as budget, where 0 < budget < total.
 
         Returns:
-            The tokens kept in all videos, with the first note that `select` gave.
+            The tokens kept in all videos, with the first note that is not empty.
         """
         device = self.device
         shares = apportion(self.budget, torch.tensor([len(grid) for grid in self.grids])).tolist()
@@ -160,8 +160,9 @@ class PruneContext:
 class Pruner(Strategy, ABC):
     """Base class of pruners: select (or merge) the video tokens that the drafter sees.
 
-    The target always sees the full video, so a pruner affects speed, never the output. In docstrings of pruners, N is
-    the number of video tokens, B the budget, F the number of frames and P the number of tokens of one frame.
+    The target always sees the full video, so under a lossless verifier a pruner affects speed, never the output (if
+    tokens are sampled, never its distribution). In docstrings of pruners, N is the number of video tokens, B the
+    budget, F the number of frames and P the number of tokens of one frame.
 
     Attributes:
         keeps_all: True if nothing is ever dropped. The loop then ignores the ratio and does not call `select`.
@@ -177,7 +178,7 @@ class Pruner(Strategy, ABC):
 
     @property
     def draft_layers(self) -> int:
-        """Number of drafter layers to run over the unpruned video for signals of the drafter; 0 without these."""
+        """Number of drafter layers to run over the unpruned video; 0 if the pruner needs no signal of the drafter."""
         return 0
 
     def state_layer(self, layers: int) -> int:

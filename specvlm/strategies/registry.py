@@ -36,7 +36,7 @@ class StrategyInfo:
     Attributes:
         cls: The class.
         plugin: Label of the package that provides it; "specvlm" for the built-ins.
-        summary: First line of its docstring.
+        summary: First line of its docstring; of its module's docstring if it has none.
         config: The dataclass that Hydra sees: `name` and the fields of the class.
         source: Its fidelity and paper, such as "adapted: FastV (arXiv 2403.06764)"; empty without a paper.
     """
@@ -57,14 +57,14 @@ class StrategyInfo:
 def collect() -> dict[str, dict[str, StrategyInfo]]:
     """Collect all usable strategies. Cached, so that plugins load once per process.
 
-    A class that breaks the rules is reported and left out. If two classes share a name, the built-in one stays; if both
-    come from plugins, both are left out, rather than choosing one silently.
+    A class that breaks the rules is reported and left out. If two classes of one kind share a name, the clash is
+    reported: the built-in one stays, and if none is built-in, all are left out.
 
     Returns:
         `{kind: {name: info}}`, in order of registration.
 
     Raises:
-        PluginError: A class is left out and SPECVLM_STRICT_PLUGINS=1 is set.
+        PluginError: A plugin or class would be reported, and SPECVLM_STRICT_PLUGINS=1 is set.
     """
     found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
     for plugin in plugins.load():
@@ -104,7 +104,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 
 def store() -> None:
-    """Register the run's schema and every strategy with Hydra. May be called repeatedly."""
+    """Register every strategy with Hydra, and the schemas of the run and its tracker. May be called repeatedly."""
     options = ConfigStore.instance()
     options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
     options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
@@ -145,7 +145,8 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
         node: The strategy's `name` and any of its fields. Other fields take their defaults.
 
     Raises:
-        UserError: The name or a field is unknown, a value has the wrong type, or a required one is missing.
+        UserError: The name is missing or unknown, a field is unknown, a value has the wrong type, or a required value
+            is missing.
     """
     if not isinstance(node, Mapping) or "name" not in node:
         raise UserError(f"{kind}: expected one by name, as in {kind}={next(iter(collect()[kind]), 'NAME')}, got {node}")
@@ -179,7 +180,8 @@ def build(kind: str, chosen: Any) -> Any:
         An instance of the strategy's class.
 
     Raises:
-        UserError: The config is invalid (see `settings`), a number is out of bounds, or the class refuses a value.
+        UserError: The config is invalid (see `settings`), a number is out of bounds, or the constructor raises a
+            ValueError or ArithmeticError.
     """
     if not dataclasses.is_dataclass(chosen):
         chosen = settings(kind, {"name": chosen} if isinstance(chosen, str) else chosen)
@@ -197,6 +199,7 @@ def build(kind: str, chosen: Any) -> Any:
 
 
 def _check_class(cls: type[Strategy]) -> None:
+    """Raise PluginError unless the class is a complete frozen dataclass with a valid kind and name."""
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
         how = "derive from Pruner, Drafter, Verifier or Dataset"
@@ -215,6 +218,7 @@ def _check_class(cls: type[Strategy]) -> None:
 
 
 def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
+    """Return the one class to use out of those that share a kind and name; report a clash. None if none is used."""
     if len(infos) == 1:
         return infos[0]
     builtin = [info for info in infos if info.plugin == "specvlm"]
@@ -239,7 +243,7 @@ def _config_class(cls: type[Strategy]) -> type:
         column = (field.name, hint, _default(field))
         try:
             OmegaConf.structured(dataclasses.make_dataclass("Probe", [column]))
-        except Exception as err:  # a default_factory is the plugin's own code
+        except Exception as err:  # a default_factory is the plugin's own code and may raise anything
             raise PluginError(
                 f'{_full(cls)}: field "{field.name}" of type {field.type} cannot be configured ({str(err).splitlines()[0]}); '
                 "use int, float, bool, str, an Enum, or lists, tuples, dicts and dataclasses of these"
@@ -249,12 +253,12 @@ def _config_class(cls: type[Strategy]) -> type:
 
 
 def _number_or_word(hint: Any) -> bool:
-    """Such as `float | str`, of which Hydra takes 1 for neither."""
+    """Return True for a type such as `float | str`. Hydra would refuse the integer 1 for it."""
     return {float, str} <= {*get_args(hint)}
 
 
 def _number(value: Any) -> Any:
-    """1 and "0.5" as the numbers that they are to a field of float alone; anything else as it is."""
+    """Convert 1 and "0.5" to float, as Hydra does for a field of type float. Return other values unchanged."""
     try:
         return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
     except (ValueError, OverflowError):
@@ -271,6 +275,7 @@ def described(strategy: object) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default for a new dataclass; OmegaConf's MISSING if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=field.default_factory)
     return dataclasses.field(default=MISSING if field.default is dataclasses.MISSING else field.default)
@@ -296,6 +301,7 @@ def _summary(cls: type) -> str:
 
 
 def _source(cls: type) -> str:
+    """Return `StrategyInfo.source`; empty unless both parts are non-empty texts."""
     paper, fidelity = getattr(cls, "paper", ""), getattr(cls, "fidelity", "")
     return f"{fidelity}: {paper}" if isinstance(paper, str) and isinstance(fidelity, str) and paper and fidelity else ""
 

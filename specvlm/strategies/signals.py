@@ -27,7 +27,7 @@ CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 
 def token_signals() -> list[str]:
-    """Names of the (N,) signals that need no `state_layer`. Pruners accept these as saliency."""
+    """List the (N,) signals that need no `state_layer`. Some pruners accept any of these as saliency."""
     return [name for name in SIGNALS if axes_of(name) == ["N"] and name not in STATE_SIGNALS]
 
 
@@ -37,7 +37,7 @@ def axes_of(name: str) -> list[str]:
 
 
 def signal_of(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
-    """Look up a signal. Raises ValueError if the strategy (`whose`, such as "pruner") does not name it in `needs`."""
+    """Look up a signal. Raises ValueError if it is missing; `whose` is the kind of strategy, for the message."""
     if name not in signals:
         there = ", ".join(sorted(signals)) or "none"
         raise ValueError(f'signal "{name}" is not available (available: {there}): add it to the `needs` of the {whose}')

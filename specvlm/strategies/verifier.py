@@ -66,10 +66,10 @@ class VerifyContext:
             with `numbers`.
         tables: Result of `Verifier.tables` for this tree, on the device, if the captured step serves all trees of one
             size; None otherwise.
-        hidden_MD: (M, D) The target's last hidden states of the nodes. None unless the verifier sets `reads_hidden`,
-            and without a video or without guesses.
-        video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None as
-            `hidden_MD`.
+        hidden_MD: (M, D) The target's last hidden states of the nodes. None if the verifier does not set
+            `reads_hidden`, and in `Verifier.first`.
+        video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None in the same
+            cases, and for a prompt without a video.
     """
 
     tree: DraftTree
@@ -84,13 +84,13 @@ class VerifyContext:
         """Return uniform random numbers.
 
         Args:
-            count: How many; what `Verifier.dice` returns for this tree if they were drawn ahead.
+            count: Number of random numbers. If they were drawn ahead, it must be what `Verifier.dice` returns.
 
         Returns:
             (count,) float64 in [0, 1), on the device of the logits.
 
         Raises:
-            ValueError: Another number of them was drawn ahead.
+            ValueError: A different number of them was drawn ahead.
         """
         if self.dice is not None:
             if len(self.dice) != count:
@@ -186,7 +186,7 @@ class Verifier(Strategy, ABC):
 
         Args:
             last: The last accepted node.
-            bonus: The target's next token after it; -1 if there is none.
+            bonus: The target's next token after it; -1 if the logits give no distribution.
             tree: The tree that was verified.
 
         Raises:

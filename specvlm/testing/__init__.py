@@ -36,11 +36,11 @@ GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
     (TokenGrid(2, 2, 2), TokenGrid(3, 1, 4)),
     (TokenGrid(2, 3, 2, newline=1), TokenGrid(1, 2, 2, newline=1)),
 )
-LAYERS, WIDTH = 32, 8  # of the simulated target
+LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 
 def __getattr__(name: str) -> Any:
-    """Import the other two suites on first use, so that `check_pruner` does not wait for Hugging Face's models."""
+    """Import the other two suites on first use, so that `check_pruner` need not wait for Hugging Face's models."""
     if name in ("check_drafter", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -52,9 +52,10 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos), budgets from 1 to
     N, random, equal and zero signals, float32 and bfloat16, on the CPU and, if available, on CUDA.
 
-    Checks: the budget, the device, the rows of `pool`; the same tokens for the same seed, whatever the state of torch's
-    global generator; inputs are not changed; a missing signal raises a ValueError. A pruner may refuse several videos,
-    but only with a ValueError.
+    Checks: the budget is kept; the result is on the right device; rows of `pool` sum to 1; the same seed gives the same
+    tokens, whatever the state of torch's global generator; inputs are not changed; the names of fields and signals are
+    allowed; a missing signal raises a ValueError that names it. A pruner may refuse several videos, but only with a
+    ValueError that explains it.
 
     Args:
         pruner: A class, which must work without arguments, or an instance.
@@ -78,12 +79,14 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
 
 
 def _check_fields(cls: type[Pruner]) -> None:
+    """Check that no field has a reserved name."""
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         assert field.name not in ("ratio", "budget"), f"{cls.__name__}.{field.name} hides the run's own: read ctx.budget"
         assert field.name not in RESERVED, f"{cls.__name__}.{field.name}: the name is reserved, rename the field"
 
 
 def _check_needs(pruner: Pruner) -> None:
+    """Check `needs`, and the properties that go with certain signals."""
     needs = pruner.needs
     assert isinstance(needs, frozenset), f"{pruner!r}: needs must be a frozenset of names, got {needs!r}"
     unknown = sorted(needs - SIGNALS.keys())
@@ -102,6 +105,7 @@ def _check_needs(pruner: Pruner) -> None:
 
 
 def _check_row_weights(pruner: Pruner) -> None:
+    """Check that `row_weights` gives valid weights for one and several rows, and for embeddings that are all 0."""
     for dtype in (torch.float32, torch.bfloat16):
         for rows, scale in ((1, 1.0), (6, 1.0), (6, 0.0)):
             text_TD = scale * torch.randn(rows, WIDTH, generator=seeded()).to(dtype)
@@ -111,6 +115,7 @@ def _check_row_weights(pruner: Pruner) -> None:
 
 
 def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
+    """Yield every case as a context, with a description for messages."""
     for device in devices():
         for grids in GRIDS:
             total = sum(map(len, grids))
@@ -145,10 +150,12 @@ def _select(pruner: Pruner, ctx: PruneContext, where: str) -> KeepSet | None:
 
 
 def _is_sentence(error: Exception) -> bool:
+    """Return True if the message is one line of at least three words, so that it can explain something."""
     return len(str(error).split()) > 2 and "\n" not in str(error)
 
 
 def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
+    """Check that a result is valid for its context."""
     what = f"{pruner!r} on {where}"
     assert isinstance(keep, KeepSet), f"{what}: select returned {type(keep).__name__}, not a KeepSet"
     assert keep.total == ctx.total, f"{what}: keep set over {keep.total} tokens"

@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Strategy)
 
 
 def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
-    """Return the instance to check, after checking its class."""
+    """Check the class of a strategy, and return the instance to check, with these values of its fields."""
     cls: type[S] = strategy if isinstance(strategy, type) else type(strategy)
     check_class(cls, base)
     if isinstance(strategy, type):

@@ -31,13 +31,13 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
     Runs the decoding loop on tiny random models of both families, in float64 on the CPU.
 
     Cases: ratios 0, 0.9 and 1; as draft model a good one, the target itself, and ones with fewer and more tokens than
-    the target; answers of one and of few tokens; two interleaved requests; a session in which every node of its trees
-    is accepted once; a verifier that samples.
+    the target; answers of 1, 2, 5 and 24 tokens; two interleaved requests; sessions in which the nodes of the trees are
+    accepted in turn, right or wrong; a verifier that samples.
 
     Checks: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes, and tokens
-    that both models know; the output equals that of `autoregressive`; the same seed gives the same trees, whatever the
-    state of torch's global generator; q, if given, has one row per node, and children may have been drawn from it
-    without replacement.
+    that both models know; under the greedy verifier the output equals that of `autoregressive`; the same seed gives the
+    same trees, whatever the state of torch's global generator; q, if given, has one row per node, and the children can
+    have been drawn from it without replacement.
 
     Args:
         drafter: A class, which must work without arguments, or an instance.
@@ -69,6 +69,7 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
 
 
 def _drafts(family: str, drafter: Drafter) -> list[tuple[str, VideoLM | None]]:
+    """List the draft models to try, with descriptions; only None if the drafter takes none."""
     if drafter.model != "draft":
         return [("no draft model", None)]
     drafts: list[tuple[str, VideoLM | None]] = [
@@ -102,6 +103,7 @@ class _WatchedSession(DraftSession):
 
 
 def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, what: str) -> None:
+    """Check that a proposal is a valid tree with this token at its root."""
     assert isinstance(tree, DraftTree), f"{what}: propose returned {type(tree).__name__}, not a DraftTree"
     count, parents = len(tree), tree.parents
     assert isinstance(parents, tuple), f"{what}: parents must be a tuple of integers, got {type(parents).__name__}"
@@ -119,7 +121,7 @@ def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, wha
 
 
 def _check_q(tree: DraftTree, what: str) -> None:
-    """Check that the children may have been drawn from q one after the other, without replacement."""
+    """Check that the children can have been drawn from q one after the other, without replacement."""
     assert tree.q is not None
     assert len(tree.q) == len(tree), f"{what}: q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}"
     for parent in sorted(set(tree.parents[1:])):
@@ -137,6 +139,7 @@ def _check_q(tree: DraftTree, what: str) -> None:
 def _decode(
     drafter: Drafter, family: str, draft: VideoLM | None, ratio: float, verifier: Verifier, where: str, limit: int = LIMIT
 ) -> tuple[list[Step], list[DraftTree]]:
+    """Decode up to `limit` tokens. Returns the steps and the trees, each of which was checked."""
     watched, trees = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, verifier, GenerationOptions(ratio=ratio))
     try:
@@ -148,6 +151,7 @@ def _decode(
 
 
 def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
+    """Check that an output equals the one that the target gives alone."""
     if got == alone:
         return
     where = f"{where}: the output differs from the target's own at token {alike(got, alone)}"
@@ -155,6 +159,7 @@ def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
+    """Check answers of so few tokens that a tree may not fit."""
     draft = _drafts(family, drafter)[0][1]
     for limit in (1, 2, 5):
         where = f"a tiny {family}, {limit} tokens"
@@ -192,7 +197,7 @@ def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
 
 @dataclass(frozen=True)
 class _Forced(Verifier):
-    """Accepts one node after the other, whatever the target says, with bonus tokens from all of its vocabulary."""
+    """Accepts one node after the other, whatever the target says, with bonus tokens from all over its vocabulary."""
 
     name = "forced"
     lossless = False
@@ -209,6 +214,7 @@ class _Forced(Verifier):
 
 
 def _check_every_verdict(drafter: Drafter, family: str) -> None:
+    """Check the trees of sessions in which the nodes are accepted in turn. Several starts cover large trees."""
     where = f"a tiny {family}, verdicts of every path"
     for draft in {draft for _, draft in _drafts(family, drafter)}:
         for start in range(0, drafter.max_nodes, 6):

@@ -1,4 +1,4 @@
-"""Tiny random models of both families, of a few thousand weights each, and prompts for them, to check drafters on.
+"""Tiny random models of both families, of less than 40,000 weights each, and prompts for them, to check drafters on.
 
 The models are float64, so that any difference is a fault and never rounding.
 """
@@ -36,7 +36,7 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """The model of seed 0 with noise on its weights: a draft model that is often right, but not always."""
+    """Return the model of seed 0 with noise on its weights: a draft model that is often right, but not always."""
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():
         weight.data += noise * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -64,7 +64,13 @@ def wrapped(hf: Any) -> VideoLM:
 
 
 def built(family: str, vocabulary: int, **text: Any) -> Any:
-    """Build a Hugging Face model, weights from torch's global generator. text: settings of its language model."""
+    """Build a Hugging Face model with random weights from torch's global generator.
+
+    Args:
+        family: "qwen2_5_vl" or "llava_onevision".
+        vocabulary: Number of token ids.
+        text: Other settings of its language model.
+    """
     return (_qwen if family == "qwen2_5_vl" else _llava)(TEXT | {"vocab_size": vocabulary} | text)
 
 

@@ -41,10 +41,10 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     `decide`, if implemented, gives the same verdict, reads as many random numbers as `dice` says, and does not read the
     value of a tensor. Calls of `.tolist()` in `decide` are not detected: only a capture on a GPU refuses them.
 
-    Checks of lossless verifiers: at temperature 0, all accepted tokens and the bonus are the argmax, in trees as in
-    `first`. Above 0, the first token of a verdict and the token after every accepted guess have the distribution that
-    `sampling` gives (chi-square over some thousand verdicts, with fixed seeds). A chain that the target is certain of
-    is accepted in full.
+    Lossless verifiers have further checks. At temperature 0, all accepted tokens and the bonus are the argmax, in trees
+    as in `first`. Above 0, the token after the root and after every accepted guess has the distribution that `sampling`
+    gives (chi-square over some thousand verdicts, with fixed seeds). A chain that the target is certain of is accepted
+    in full.
 
     Args:
         verifier: A class, which must work without arguments, or an instance.
@@ -77,6 +77,7 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
 
 
 def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
+    """Yield every case as a context, with a description for messages."""
     kinds, dtypes = ("mixed", "equal tokens", "flat", "drawn"), (torch.float64, torch.float32, torch.bfloat16)
     for device, (seed, (shape, parents)), kind, dtype in product(devices(), enumerate(SHAPES.items()), kinds, dtypes):
         chance, count = seeded(seed), len(parents)
@@ -99,6 +100,7 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
 
 
 def _again(ctx: VerifyContext, **fields: Any) -> VerifyContext:
+    """Return a copy of a context with a fresh generator, and with these fields replaced."""
     return dataclasses.replace(ctx, generator=seeded(), **fields)
 
 
@@ -110,6 +112,7 @@ def _verify(verifier: Verifier, ctx: VerifyContext, where: str) -> Verdict:
 
 
 def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    """Check that a verdict is a path of the tree from its root, and a token of the vocabulary."""
     what, parents = f"{verifier!r} on {where}", ctx.tree.parents
     assert isinstance(verdict, Verdict), f"{what}: verify returned {type(verdict).__name__}, not a Verdict"
     path = verdict.path
@@ -120,6 +123,7 @@ def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, whe
 
 
 def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    """Check that the verdict is the same again, after another one and with another state of the global generator."""
     other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
     assert ctx.hidden_MD is not None
     # Verify something else in between.
@@ -139,6 +143,7 @@ class _NoReads(TorchDispatchMode):
 
 
 def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    """Check that `decide` agrees with `verify` on random numbers drawn ahead, and reads no tensor on the host."""
     what, count = f"{verifier!r} on {where}", verifier.dice(len(ctx.tree))
     numbers = uniform(count, seeded()).to(ctx.logits_MV.device)
     before = _again(ctx, dice=numbers)
@@ -155,6 +160,7 @@ def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
 
 
 def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
+    """Check that accepted tokens, the bonus and the result of `first` are the target's argmax."""
     best, tokens = ctx.logits_MV.argmax(-1).tolist(), ctx.tree.tokens.tolist()
     what = f"{verifier!r} on {where} is not lossless"
     for above, node in zip(verdict.path, verdict.path[1:], strict=False):
@@ -167,6 +173,7 @@ def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
 
 
 def _check_certain(verifier: Verifier) -> None:
+    """Check that a chain that the target is certain of is accepted in full."""
     parents, tokens = SHAPES["a chain"], torch.tensor([0, 1, 2, 3, 4])
     logits = torch.full((5, V), -1e4).scatter(1, (tokens[:, None] + 1) % V, 1e4)
     verdict = _verify(verifier, VerifyContext(DraftTree(tokens, parents), logits, seeded()), "a certain chain")
@@ -185,6 +192,7 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
         for node in range(len(parents)):
             below = [child for child, parent in enumerate(parents) if parent == node]
             if below:
+                # 1e-300 lets other tokens be drawn if q has fewer than there are children.
                 weights = q_VV[tokens[node]] + (1e-300 if drawn else 1.0)
                 guesses = torch.multinomial(weights, len(below), generator=chance).tolist()
                 for child, guess in zip(below, guesses, strict=True):
@@ -203,7 +211,7 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
 
 
 def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
-    """Chi-square test with bounds so wide that chance fails it once in millions."""
+    """Run a chi-square test, with bounds so wide that a correct verifier fails once in millions of tests."""
     never = seen_V[p_V == 0].sum()
     assert never == 0, f"{what} is one that the target never gives"
     expected_V = p_V * seen_V.sum()

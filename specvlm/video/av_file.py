@@ -19,10 +19,11 @@ from specvlm.parsing.files import open_regular
 
 # Formats that list other files or URLs to open.
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
-# Decoders that may use frame threads. With these, FFmpeg's Theora decoder gives wrong pixels about 1 time in 40.
+# Decoders that may use frame threads. Others may not: with frame threads, FFmpeg's Theora decoder gives wrong pixels
+# about 1 time in 40.
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
 LOSSY = frozenset(("mpegts", "mpeg", "asf", "h264", "hevc", "m4v", "mpegvideo"))
-DEFAULT_PIXELS = 5_000_000  # pixels that a stream marked as default counts more when the ffmpeg tool chooses
+DEFAULT_PIXELS = 5_000_000  # when it compares sizes, the ffmpeg tool adds these to a stream marked as default
 
 
 class WrongIndex(Exception):
@@ -30,7 +31,7 @@ class WrongIndex(Exception):
 
 
 class Undecodable(Exception):
-    """A packet cannot be decoded. Its neighbours may then depend on the number of decoder threads."""
+    """A packet cannot be decoded. The frames around it may then depend on the number of decoder threads."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Orientation:
     columns: bool = False
 
     def apply(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Turn a picture (H, W, …) as stored into one as shown. Returns a view."""
+        """Turn a stored picture (H, W, …) as it is to be shown. Returns a view."""
         picture = picture.swapaxes(0, 1) if self.transposed else picture
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 
@@ -53,7 +54,7 @@ class Orientation:
         Args:
             frame: A frame of PyAV.
             path: The file, for messages.
-            before: Orientation of a frame without a display matrix.
+            before: Orientation to return if the frame has no display matrix; upright if None.
 
         Raises:
             UserError: The angle is not a multiple of 90 degrees.
@@ -73,20 +74,20 @@ class Orientation:
 
 @contextmanager
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
-    """Context manager: open a file. Gives its container, and the stream that FFmpeg would show.
+    """Context manager that opens a file, and gives its container and the stream that FFmpeg would show.
 
     Args:
         path: A regular file.
-        threads: Threads of the decoder, if it gives the same frames with several.
+        threads: Threads of the decoder; 1 is used unless it gives the same frames with several.
         options: FFmpeg options of the decoder.
 
     Raises:
-        UserError: The file is not a video or cannot be read, or FFmpeg failed in the context.
+        UserError: The file is not a video or cannot be read, or FFmpeg fails inside the `with` block.
     """
     import av
 
     try:
-        # Use an absolute path, since FFmpeg takes 12:30.mp4 for a URL. Do not let it open other files or URLs.
+        # Use an absolute path, since FFmpeg would take 12:30.mp4 for a URL. Do not let it open other files or URLs.
         may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
             stream = _shown(container, path)
@@ -110,8 +111,8 @@ def video_streams(container: Any) -> list[Any]:
 def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
     """Decode all frames from the container's current position, as FFmpeg shows them.
 
-    Packets that cannot be decoded are skipped before the first key frame, as in a stream that was cut, and at the end.
-    In formats that tolerate lost packets, or that mix other data into the stream, they are skipped anywhere.
+    A packet that cannot be decoded is skipped if it comes before the first key frame, as in a stream that was cut, or
+    is the last one. In formats that tolerate lost packets, or mix other data into the stream, it is skipped anywhere.
 
     Args:
         container: From `opened`.
@@ -120,7 +121,7 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
         strict: Raise Undecodable instead of skipping.
 
     Raises:
-        UserError: A packet in the middle cannot be decoded.
+        UserError: A packet cannot be decoded and is not skipped.
         Undecodable: With `strict`, a packet cannot be decoded.
     """
     import av
@@ -165,6 +166,7 @@ def _side_data_types() -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    """Return the error for a file that PyAV cannot open. Says so if it is a list of other files."""
     with suppress(OSError, UserError), open_regular(path) as file:  # the file may be gone by now
         if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
             return UserError(f"{path} is a list of other files, not a video")
@@ -172,7 +174,11 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _shown(container: Any, path: Path) -> Any:
-    """Choose the stream as the ffmpeg tool does: the largest picture, with a bonus for a stream marked as default."""
+    """Choose the stream as the ffmpeg tool does: the largest picture, with a bonus for a stream marked as default.
+
+    Raises:
+        UserError: The file has no video stream that can be decoded, or is an image or a text.
+    """
     from av.stream import Disposition
 
     kind = container.format.name
@@ -194,4 +200,5 @@ def _shown(container: Any, path: Path) -> Any:
 
 
 def _at(packet: Any) -> str:
+    """Say where a packet is in the file, for messages; empty if it has no time stamp."""
     return "" if packet.pts is None else f" at {float(packet.pts * packet.time_base):.2f} s"

@@ -1,8 +1,8 @@
 """Check before decoding that a video file exists and is complete.
 
-Decoders read a truncated file up to the cut, some of them silently. Containers declare their length, which reveals the
-cut. Some writers declare too much, so the length alone proves nothing. Data after the declared end, such as a tag, is
-ignored.
+Decoders read a truncated file up to the cut, some of them silently. Many containers declare their length, which reveals
+the cut. Some writers declare too much, so the length alone proves nothing. Data after the declared end, such as a tag,
+are ignored.
 """
 
 import stat
@@ -21,7 +21,7 @@ def check_file(path: Path) -> None:
 
     Raises:
         MissingVideo: There is no such file.
-        UserError: It is a folder, pipe or device, is empty, or cannot be opened.
+        UserError: It is a folder, pipe, socket or device, is empty, has an invalid name, or cannot be opened.
     """
     try:
         found = path.stat()
@@ -54,7 +54,8 @@ def declared_size(path: Path) -> int:
             return _mp4_size(file, path.stat().st_size)
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
-        return 0 if length >= 2**31 - 1 else 7 + length  # huge: unknown to the writer; the last byte may be padding
+        # A huge length means that the writer did not know it. 7, not 8, since the last byte may be padding.
+        return 0 if length >= 2**31 - 1 else 7 + length
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_size(head)
     return 0
@@ -81,7 +82,7 @@ def _mp4_size(file: BinaryIO, size: int) -> int:
 
 
 def _matroska_size(head: bytes) -> int:
-    """Return the end of the segment after the EBML header (RFC 8794, 4: lengths are variable-size integers)."""
+    """Return where the segment after the EBML header ends; 0 if that is not declared (RFC 8794, section 4)."""
     length, used = _vint(head[4:])
     segment = 4 + used + length
     if head[segment : segment + 4] != b"\x18\x53\x80\x67":
@@ -92,7 +93,7 @@ def _matroska_size(head: bytes) -> int:
 
 
 def _vint(data: bytes) -> tuple[int, int]:
-    """Read a variable-size integer. Returns it and its number of bytes (0 if there is none)."""
+    """Read a variable-size integer of EBML. Returns it and its number of bytes (0 if there is none)."""
     used = 9 - data[0].bit_length() if data and data[0] else 0
     value = int.from_bytes(data[:used], "big")
     return value & ((1 << 7 * used) - 1), used

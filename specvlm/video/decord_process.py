@@ -1,4 +1,4 @@
-"""Run decord in a process of its own, since it aborts on some damaged files: an abort is then an ordinary error here.
+"""Run decord in a process of its own: it aborts on some damaged files, which is then an ordinary error here.
 
 The process runs this file as a script. It imports neither torch nor specvlm, so that it starts quickly.
 """
@@ -18,8 +18,8 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-PATIENCE = 60.0  # seconds without an answer after which the process counts as hanging
-LENGTH = 8  # bytes of the length that precedes each message
+PATIENCE = 60.0  # seconds to wait for an answer before the process is taken to hang and killed
+LENGTH = 8  # bytes that give the length of each JSON answer, before it
 
 
 class DecordFailed(Exception):
@@ -45,7 +45,7 @@ class DecordProcess:
         return cls._shared
 
     def open(self, path: Path) -> tuple[list[float], float]:
-        """Return the seconds of each frame that decord lists, and the frame rate. Raises DecordFailed."""
+        """Return the time of each frame that decord lists, in seconds, and the frame rate. Raises DecordFailed."""
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path)})
             said = self._hear()
@@ -54,7 +54,7 @@ class DecordProcess:
         return [float(time) for time in said["times"]], float(said["fps"])
 
     def frames(self, path: Path, index: Sequence[int]) -> Generator[np.ndarray[Any, Any], None, None]:
-        """Yield the frames at ascending places, each (H, W, colours). Raises DecordFailed."""
+        """Yield the frames with these numbers, each (H, W, colours). Raises DecordFailed."""
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path), "index": list(index)})
             for _ in index:
@@ -63,7 +63,7 @@ class DecordProcess:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Kill the process after an interrupt, since the rest of its answer would be read as the next answer."""
+        """Kill the process if the block ends before its answer is read: the rest would be taken for the next answer."""
         try:
             yield
         except DecordFailed:
@@ -80,6 +80,7 @@ class DecordProcess:
             process.communicate()
 
     def _ask(self, words: dict[str, Any]) -> None:
+        """Send a request, after starting the process if it is not running."""
         if self._process is None or self._process.poll() is not None:
             self.end()
             command = [sys.executable, "-P", __file__]  # -P: import nothing from this file's folder
@@ -94,12 +95,14 @@ class DecordProcess:
             self._died()
 
     def _hear(self) -> dict[str, Any]:
+        """Read a JSON answer. Raises DecordFailed if it reports a failure."""
         said: dict[str, Any] = json.loads(self._read(int.from_bytes(self._read(LENGTH), "big")))
         if "failed" in said:
             raise DecordFailed(str(said["failed"]))
         return said
 
     def _read(self, count: int) -> bytes:
+        """Read `count` bytes. Raises DecordFailed if the process dies first, or hangs and is killed."""
         process = self._process
         assert process is not None and process.stdout is not None
         watch = Timer(PATIENCE, process.kill)
@@ -113,6 +116,7 @@ class DecordProcess:
         return data
 
     def _died(self) -> None:
+        """Raise DecordFailed for a process that has ended."""
         code = self._process.wait() if self._process else 0
         self.end()
         raise DecordFailed(f"the file crashed decord's process ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
@@ -144,12 +148,14 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def _say(answers: IO[bytes], words: dict[str, Any], data: bytes = b"") -> None:
+    """Send an answer: the length of its JSON, the JSON, and data."""
     text = json.dumps(words).encode()
     answers.write(len(text).to_bytes(LENGTH, "big") + text + data)
     answers.flush()
 
 
 def _reason(error: Exception) -> str:
+    """Explain an error of decord in a few words, by parts of its message."""
     if "st_nb" in str(error):
         return "decord finds no video stream that it can decode, and has no AV1"
     if "frame-count" in str(error):

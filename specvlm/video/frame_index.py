@@ -1,9 +1,9 @@
 """Index the frames of a file in display order, with their times. All readers and the codec signals share this index.
 
-A packet is not always a frame on the screen. Edit lists hide packets; a cut in an open group of pictures leaves packets
-that cannot be decoded; some containers have no time stamps, or derive them from the order of storage. So the index is
-made from the packets' time stamps only if container and codec are known to show one frame per packet. Otherwise every
-frame is decoded once and counted. FFmpeg's output is the reference: a frame that it drops is not in the index.
+Not every packet is shown as a frame. Edit lists hide packets; a cut in an open group of pictures leaves packets that
+cannot be decoded; some containers have no time stamps, or derive them from the order of storage. So the index is made
+from the packets' time stamps only if container and codec are known to show one frame per packet. Otherwise every frame
+is decoded once and counted. FFmpeg's output is the reference: a frame that it drops is not in the index.
 
 Shape suffixes: N frames in display order.
 """
@@ -21,8 +21,8 @@ from specvlm.video.av_file import Orientation, Undecodable, frames_of, opened, v
 from specvlm.video.container import declared_size, truncated
 from specvlm.video.packets import Entries, Packets
 
-STEP = (1e-5, 86_400.0)  # plausible mean seconds between two frames
-ANY_RATE = 25.0  # frames per second of a file that states none
+STEP = (1e-5, 86_400.0)  # lowest and highest plausible mean of the seconds between two frames
+ANY_RATE = 25.0  # frames per second assumed for a file that states none
 BROADCAST = ("mpegts", "mpeg")  # formats whose clock may jump
 JUMP = (-0.1, 10.0)  # seconds from one frame to the next; outside this range the clock has jumped
 NO_CLOCK = 128  # FFmpeg's flag of formats without time stamps
@@ -64,7 +64,10 @@ class Facts:
         return cls(*names, fps, base, streams, orientation, codec.width, codec.height)
 
     def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
-        """Return the seconds of each frame after the first: from the time stamps if plausible, else from the rate."""
+        """Return the time of each frame, in seconds since the first.
+
+        Times come from the time stamps if these are plausible, else from the frame rate.
+        """
         found = [stamp * self.base for stamp in stamps if stamp is not None]
         if len(found) == len(stamps):
             found = self._mended(found) if self.kind in BROADCAST else found
@@ -89,13 +92,13 @@ class FrameIndex:
     """The frames of one video stream in display order.
 
     Attributes:
-        times: Seconds of each frame after the first (N).
-        stamps: Time stamp of each frame, ascending (N); None if frames can only be counted from the start.
-        sizes: Compressed bytes of each frame (N).
+        times: (N) Time of each frame, in seconds since the first.
+        stamps: (N) Time stamp of each frame, ascending; None if frames can only be counted from the start.
+        sizes: (N) Compressed bytes of each frame.
         entries: The key frames, where decoding can start.
         packets: The packets that the index was made from.
         facts: Properties of the stream.
-        clean: All packets can be decoded, so that the frames do not depend on the number of threads.
+        clean: False if some packets turned out to be damaged: the frames may then depend on the number of threads.
     """
 
     times: tuple[float, ...]
@@ -111,7 +114,7 @@ class FrameIndex:
 
     @cached_property
     def even(self) -> bool:
-        """True if no frame seems to be missing, by the distances of time stamps."""
+        """True if no frame seems to be missing, judged by the distances of the time stamps; False without these."""
         steps = sorted(after - before for before, after in pairwise(self.stamps or ()))
         return bool(steps) and steps[-1] < 1.9 * steps[len(steps) // 2]
 
@@ -133,11 +136,13 @@ def index_of(path: Path, counted: bool = False) -> FrameIndex:
     return _index(*file, file in _wrong)
 
 
-_wrong: set[tuple[str, int, int]] = set()  # files whose index from time stamps was wrong
+# Files whose index from time stamps was wrong: path, size and time of modification.
+_wrong: set[tuple[str, int, int]] = set()
 
 
 @lru_cache(maxsize=16)
 def _index(name: str, size: int, changed: int, counted: bool) -> FrameIndex:
+    """Index a file for `index_of`. `changed`, its time of modification, is only part of the cache's key."""
     path = Path(name)
     declared = declared_size(path)
     try:
@@ -155,7 +160,10 @@ def _index(name: str, size: int, changed: int, counted: bool) -> FrameIndex:
 
 
 def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
-    """Make the index from the packets' time stamps, without frames that FFmpeg drops first. None if unreliable."""
+    """Make the index from the packets' time stamps, without the frames that FFmpeg drops at the start.
+
+    Returns None if there is no key frame, or if the first decoded frames do not fit the time stamps.
+    """
     listed = sorted(s for s, hidden in zip(packets.stamp, packets.hidden, strict=True) if s is not None and not hidden)
     first_key = next((stamp for stamp, key in zip(packets.stamp, packets.key, strict=True) if key), None)
     if first_key is None:
@@ -191,6 +199,14 @@ def _by_counting(path: Path, packets: Packets) -> FrameIndex:
 
 
 def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Facts]:
+    """Decode every frame. Returns their time stamps, and the properties of the stream.
+
+    The time stamps are decoding times if only these ascend.
+
+    Raises:
+        UserError: No frame can be decoded, or the file is damaged.
+        Undecodable: With `strict`, a packet cannot be decoded.
+    """
     stamps: list[int | None] = []
     decoded: list[int | None] = []  # H.264 in AVI has decoding times instead of display times
     options = {"skip_loop_filter": "all"} | ({"err_detect": "explode"} if strict else {})
@@ -207,7 +223,7 @@ def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Fa
 
 
 def _continued(stamps: list[int | None]) -> list[int | None]:
-    """Fill in the decoding times that a decoder with delay does not give for its last frames, in even steps."""
+    """Fill in the decoding times of the last frames, which a decoder with delay does not give, in even steps."""
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) < 2 or stamps[: len(known)] != known:
         return stamps
@@ -216,12 +232,15 @@ def _continued(stamps: list[int | None]) -> list[int | None]:
 
 
 def _ascend(stamps: Sequence[int | None]) -> bool:
+    """Return True if no time stamp is missing and they strictly ascend."""
     found = [stamp for stamp in stamps if stamp is not None]
     return len(found) == len(stamps) and all(before < after for before, after in pairwise(found))
 
 
 def _rate(container: Any, stream: Any) -> float:
-    guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()  # average_rate is a constant here
+    """Return the frames per second that the container states; 0 if it states no plausible rate."""
+    # Without a clock, average_rate is a constant.
+    guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()
     for rate in (*guessed, stream.average_rate, stream.guessed_rate):
         if rate and 1 / STEP[1] <= rate <= 1 / STEP[0]:
             return float(rate)

@@ -20,7 +20,7 @@ MOST_PIXELS = 2**26  # per picture, below the size at which Pillow warns
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
-    """Read all pictures of a folder as a clip, in memory.
+    """Read all pictures of a folder into memory, as a clip.
 
     They are sorted by the numbers in their names: 2.jpg comes before 10.jpg.
 
@@ -30,7 +30,8 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
 
     Raises:
         MissingVideo: There is no such folder.
-        UserError: The folder has no pictures, one is damaged, or they differ in size.
+        UserError: It is not a folder or has no pictures, one of them is damaged, they differ in size, or `fps` is not
+            above 0.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -58,8 +59,8 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
 def read_picture(path: Path) -> Tensor:
     """Read a picture, upright and with 8 bits per channel; of an animation, the first picture.
 
-    Equal to transformers' ``load_image``, which applies the EXIF orientation and drops transparency. Except for 16-bit
-    grey, whose values Pillow would clip at 255.
+    The result equals that of transformers' ``load_image``, which applies the EXIF orientation and drops transparency,
+    except for 16-bit grey: there Pillow would clip values at 255.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -85,7 +86,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def _upright(path: Path) -> Image.Image:
-    """Open a picture as upright RGB. Of 16 bits it keeps the upper eight, as Pillow does for 16-bit colour."""
+    """Open a picture as upright RGB. Of 16-bit grey, keep the upper eight bits, as Pillow does for 16-bit colour."""
     with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise UserError(f"{path} is {image.width}x{image.height}, more than {MOST_PIXELS} pixels: make it smaller")

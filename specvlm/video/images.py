@@ -25,7 +25,7 @@ def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, in
         Patches (h*w, C*temporal*patch*patch) float32, and their grid (1, h, w).
 
     Raises:
-        UserError: The folder has no image processor settings, or one side is more than 200 times the other.
+        UserError: The folder has no usable image processor settings, or one side is more than 200 times the other.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -53,7 +53,7 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
         Tiles (P, 3, S, S) float32, the image's (H, W), and the number of its tokens.
 
     Raises:
-        UserError: The folder has no image processor settings, or they do not fit the model.
+        UserError: The folder has no usable image processor settings, or they do not fit the model.
     """
     from transformers import AutoConfig
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -61,7 +61,8 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
     _check(image)
     processor, config = _load(LlavaOnevisionImageProcessorPil, folder), AutoConfig.from_pretrained(folder)
     picture = image.numpy()
-    images = picture if alone else [[picture, picture]]  # the second one only marks the first as not alone
+    # The second copy only tells the processor that the first is not alone.
+    images = picture if alone else [[picture, picture]]
     tiles = processor.preprocess(images, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
     side = config.vision_config.image_size
     if tiles.shape[2:] != (side, side):
@@ -73,8 +74,9 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
 def _llava_tokens(size: tuple[int, int], config: Any) -> int:
     """Count the tokens that LlavaOnevisionModel.pack_image_features makes of an image.
 
-    They are the whole image, then its parts: cropped to the image's shape, shrunk to at most the number of tiles in
-    ``anyres_max_9``, with a newline token after each row.
+    First come the tokens of the whole image, then those of its parts. The parts are cropped to the image's shape. If
+    they clearly exceed the number of tiles that ``anyres_max_9`` names, they are shrunk. Each row ends with a newline
+    token.
     """
     from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
@@ -95,6 +97,7 @@ def _check(image: Tensor) -> None:
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
+    """Load a processor of Hugging Face from a folder on disk. Raises UserError without usable settings."""
     if not Path(folder).is_dir():  # Hugging Face would look it up on its hub
         raise UserError(f"no such model folder: {folder}")
     wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"

@@ -10,20 +10,21 @@ from typing import Any, Self
 
 from specvlm.errors import UserError
 
-# Containers whose time stamps are display times. AVI's are decoding times, which are the same without B-frames.
+# Containers whose time stamps are display times. Those of AVI are decoding times, which are the same without B-frames.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 WITHOUT_B_FRAMES = ("avi",)
 # Codecs that show one frame per packet in these containers.
 INTRA = ("mjpeg", "prores", "dnxhd", "ffvhuff", "huffyuv", "utvideo", "rawvideo", "v210", "png", "libopenjpeg", "jpeg2000")
 INTER = ("h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1", "ffv1", "qtrle", "cinepak", "svq3", "cfhd", "magicyuv")
-ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))  # the last two except for what `_may_be_invisible` finds
+# Of mpeg4 and vp8, some packets show nothing: `_may_be_invisible` finds them.
+ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))
 MPEG4_EMPTY = 32  # bytes: an MPEG-4 packet up to this size may repeat the last picture and show nothing
 PROGRESSIVE = 1  # FFmpeg's code; 0 is unknown, above 1 are interlaced field orders
 # Types of NAL units.
 PARAMETERS = {"h264": (7,), "hevc": (33,)}  # parameter sets, which contain the picture size
 SPLICES = (16, 17, 18)  # HEVC key frames after which frames that refer to earlier ones are dropped
-ENDS = (36, 37)  # HEVC end of sequence or stream, with the same effect on the next key frame
-WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}  # key frames that no later frame refers across
+ENDS = (36, 37)  # HEVC end of sequence or stream, after which the next key frame has the same effect
+WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}  # key frames: no frame after one refers to a frame before it
 MOST = 5_000_000  # packets: a day at 57 frames per second
 
 
@@ -33,8 +34,8 @@ class Entries:
 
     Attributes:
         place: Number of the packet of each key frame.
-        stamp: Display time of each, in ticks.
-        seek: Time stamp to seek to each by.
+        stamp: Display time of each key frame, in ticks.
+        seek: Time stamp that a seek to each key frame takes, in ticks.
         place_of: Number of every packet by its time stamp (P).
     """
 
@@ -44,9 +45,9 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """Return the number of the last key frame that is stored and shown before a frame; None if there is none.
+        """Return the number of the last key frame that is stored and shown before a frame, or is that frame.
 
-        The frame refers to nothing before that key frame.
+        None if there is none. The frame refers to nothing before that key frame.
         """
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
         while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame may refer to frames before the key frame
@@ -65,11 +66,11 @@ class Packets:
         key: True for packets marked as key frames.
         hidden: True for packets that an edit list hides.
         size: Bytes of each packet.
-        corrupt: Some packets are marked as damaged.
-        invisible: Some packets may show nothing.
-        whole: No frame refers across a key frame.
-        steady: The parameter sets do not change, so the picture size cannot change.
-        spliced: The decoder may drop frames in the middle, or an edit list jumps.
+        corrupt: True if some packets are marked as damaged.
+        invisible: True if some packets may show nothing.
+        whole: True if no frame refers across a key frame.
+        steady: True if the parameter sets do not change, so that the picture size cannot change.
+        spliced: True if the decoder may drop frames in the middle, or an edit list jumps.
     """
 
     kind: str
@@ -86,7 +87,7 @@ class Packets:
 
     @classmethod
     def read(cls, container: Any, stream: Any, file_size: int) -> Self:
-        """Read all packets. Raises UserError for more packets than bytes, which a damaged table may claim."""
+        """Read all packets. Raises UserError if a damaged table claims more packets than bytes, or more than `MOST`."""
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False
         whole = steady = True
@@ -129,7 +130,7 @@ class Packets:
 
     @property
     def hidden_between(self) -> bool:
-        """True if an edit list hides packets in the middle."""
+        """True if an edit list hides packets between two that are shown."""
         pairs = [(stamp, hidden) for stamp, hidden in zip(self.stamp, self.hidden, strict=True) if stamp is not None]
         shown = [stamp for stamp, hidden in pairs if not hidden]
         first, last = min(shown, default=0), max(shown, default=0)
@@ -149,13 +150,16 @@ class Packets:
     def entries(self) -> Entries:
         """List the key frames."""
         keys = [place for place, key in enumerate(self.key) if key and self.stamp[place] is not None]
-        by = self.decoded if self.kind.startswith("mov") else self.stamp  # the unit of the container's own index
+        by = self.decoded if self.kind.startswith("mov") else self.stamp  # as the container's own index does
         seek = [by[place] if by[place] is not None else self.stamp[place] for place in keys]
         places = {stamp: place for place, stamp in enumerate(self.stamp) if stamp is not None}
         return Entries(tuple(keys), tuple(self.stamp[place] or 0 for place in keys), tuple(at or 0 for at in seek), places)
 
     def incomplete(self, container: Any, stream: Any, file_size: int) -> bool:
-        """True if a file that is shorter than it declares really lacks frames, by the container's own tables."""
+        """True if a file that is shorter than it declares really lacks frames.
+
+        Judged by the index of a MOV or MP4 file, the number of frames of an AVI file, or else the duration.
+        """
         if self.kind.startswith("mov"):
             return any(entry.pos + entry.size > file_size for entry in stream.index_entries)
         if self.kind == "avi":
@@ -169,15 +173,16 @@ class Packets:
 
 
 def _may_be_invisible(codec: str, packet: Any) -> bool:
+    """Return True for a VP8 packet that is not to be shown, and for an MPEG-4 packet that may be empty."""
     if codec == "vp8":
         return not bytes(packet)[0] >> 4 & 1  # show_frame, RFC 6386, 9.1
     return codec == "mpeg4" and packet.size <= MPEG4_EMPTY
 
 
 def _units(packet: Any, codec: Any) -> Iterator[tuple[int, bytes]]:
-    """List the NAL units of an H.264 or HEVC packet with their types (ISO/IEC 14496-15; Annex B of the standards)."""
+    """Yield type and bytes of the NAL units of an H.264 or HEVC packet (ISO/IEC 14496-15; Annex B of the standards)."""
     data, extra, hevc = bytes(packet), codec.extradata or b"", codec.name == "hevc"
-    if extra[:1] == b"\1":  # each unit is preceded by its length; these bits give the width of the length
+    if extra[:1] == b"\1":  # a length precedes each unit; these bits give its width
         width = (extra[21] if hevc and len(extra) > 21 else extra[4] if len(extra) > 4 else 3) % 4 + 1
         units, place = [], 0
         while place + width < len(data):

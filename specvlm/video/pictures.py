@@ -1,4 +1,4 @@
-"""Convert decoded frames to the pixels of a clip: upright, RGB, of one size. Checks the memory first."""
+"""Convert decoded frames to the pixels of a clip: upright, RGB, of one size. First check that they fit in memory."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,24 +17,24 @@ PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 
 
 class Pictures:
-    """The pixels of a decode, filled from several threads. Allocated when the size of the first picture is known.
+    """The pixels of the wanted frames, stored from several threads. Allocated when the first picture is stored.
 
     Attributes:
         pixels: (count, 3, H, W) uint8 RGB.
     """
 
     def __init__(self, path: Path, count: int, orientation: Orientation | None = None) -> None:
-        """Prepare for `count` frames. orientation: for frames that state none."""
+        """Prepare for `count` frames. orientation: used for frames that state none."""
         self._path, self._count, self._made = path, count, Lock()
         self._orientation, self._colours = orientation, Colours()
         self.pixels = torch.empty(0)
 
     def put(self, place: int, frame: Any, orientation: Orientation | None = None) -> None:
-        """Store a frame of PyAV at a place of the result. orientation: for a frame that states none."""
+        """Store a frame of PyAV at a place of the result. orientation: used if the frame states none."""
         self.put_array(place, self.shown(frame, orientation))
 
     def shown(self, frame: Any, orientation: Orientation | None = None) -> np.ndarray[Any, Any]:
-        """Convert a frame of PyAV to (H, W, 3) as shown."""
+        """Convert a frame of PyAV to (H, W, 3), turned as it is to be shown."""
         turned = Orientation.of(frame, self._path, orientation or self._orientation)
         return turned.apply(self._colours.convert(frame))
 
@@ -53,6 +53,7 @@ class Pictures:
         np.copyto(self.pixels[place].numpy().transpose(1, 2, 0), picture)
 
     def _room(self, height: int, width: int) -> Tensor:
+        """Allocate the pixels of all frames. Raises UserError if there is not enough memory."""
         needed, free = self._count * 3 * height * width, virtual_memory().available
         frames = f"{self._count} frames of {width}x{height} take {needed / 2**30:.1f} GiB"
         if needed > free:
@@ -79,7 +80,10 @@ class Colours:
         return graph.vpull().to_ndarray()
 
     def _graph(self, frame: Any) -> Any:
-        """FFmpeg's filters, which handle interlacing and choose a better scaler. One graph per thread and kind."""
+        """Return FFmpeg's filter graph, which handles interlacing and chooses a better scaler than PyAV itself does.
+
+        There is one graph per thread and kind of frame.
+        """
         import av
 
         kind = (frame.width, frame.height, frame.format.name, frame.interlaced_frame)

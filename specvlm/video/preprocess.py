@@ -21,7 +21,7 @@ from specvlm.video.settings import read_video_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_CHUNK = 8  # frames resized at a time; even, for temporal patches of 2
+_CHUNK = 8  # frames resized at a time; even, since temporal patches have 2
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class QwenVideoConfig:
         mean: Mean of each channel, on the scale 0 to 1.
         std: Standard deviation of each channel, on the scale 0 to 1.
         rescale: Factor from 8-bit values to the scale 0 to 1.
-        cap_pixels_per_frame: Split ``max_video_tokens`` over the frames, as qwen-vl-utils does.
-        max_video_tokens: Most tokens of a video, with ``cap_pixels_per_frame``.
+        cap_pixels_per_frame: True to limit each frame to its part of ``max_video_tokens``, as qwen-vl-utils does.
+        max_video_tokens: Most tokens of a video if ``cap_pixels_per_frame`` is set.
     """
 
     patch_size: int = 14
@@ -57,7 +57,7 @@ class QwenVideoConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read a model folder as AutoVideoProcessor does. Raises UserError for no or unsupported settings."""
+        """Read a model folder as AutoVideoProcessor does. Raises UserError for missing or unsupported settings."""
         found = read_video_settings(Path(folder), ("Qwen2VL", "Qwen2_5_VL"))
         size = found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
         size = dict(size) if isinstance(size, dict) else {}
@@ -78,7 +78,7 @@ class QwenVideoConfig:
         )
 
     def seconds_per_grid(self, fps: float) -> float:
-        """Seconds per step of the temporal grid (``second_per_grid_ts``), at ``fps`` sampled frames per second."""
+        """Return ``second_per_grid_ts``, the seconds per step of the temporal grid, for frames sampled at ``fps``."""
         return self.temporal_patch_size / fps
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class LlavaVideoConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read a model folder as AutoVideoProcessor does. Raises UserError for no or unsupported settings."""
+        """Read a model folder as AutoVideoProcessor does. Raises UserError for missing or unsupported settings."""
         found = read_video_settings(Path(folder), ("LlavaOnevision",))
         if found.get("do_center_crop"):
             raise UserError(f"{folder}: do_center_crop of the video processor is not supported")
@@ -216,6 +216,7 @@ def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pix
 
 
 def _normalisation(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of normalization that are set, under the names of our fields."""
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
     values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

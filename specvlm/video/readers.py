@@ -1,6 +1,7 @@
 """Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
 
-Both take the numbers and times of frames from `frame_index`. Every fault of a file becomes a ``UserError``.
+PyAV takes the numbers and times of frames from `frame_index`; those of decord are compared with it if PyAV is
+installed. Every fault of a file becomes a ``UserError``.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ from specvlm.video.pictures import Pictures
 NAMES = ("auto", "decord", "pyav")
 MOST_DECODERS = 16  # in parallel
 DECODER_BYTES = 256 * 2**20  # memory for the pictures of all decoders
-HELD = 20  # pictures that a decoder holds: reference pictures, and those waiting for output
+HELD = 20  # pictures that a decoder holds: those that others refer to, and those that wait for output
 LEAST_SIDE = 32  # pixels: decord adds columns to narrower pictures
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
@@ -36,7 +37,7 @@ class Reader(Protocol):
     """A video that can be decoded. Holds no open file.
 
     Attributes:
-        times: Seconds of each frame after the first.
+        times: Time of each frame, in seconds since the first.
         fps: Frames per second that the container states; 0 if it states none.
         name: Name of the reader.
         reason: Why this reader was chosen.
@@ -69,7 +70,7 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
         path: A regular file.
         name: "pyav"; "decord", which falls back to PyAV if decord would give other frames than those shown; or "auto",
             which is PyAV if it is installed, else decord.
-        counted: Count the frames by decoding, after `decode` raised WrongIndex.
+        counted: True to count the frames by decoding them, after `decode` raised WrongIndex.
 
     Raises:
         UserError: The reader is not installed, or the file is damaged, not a video, or of a kind that cannot be read.
@@ -90,7 +91,7 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
 
 
 def _not_for_decord(index: FrameIndex) -> str:
-    """Say why decord would not give the frames that are shown, without running it; empty if there is no reason."""
+    """Say why decord would not give the frames that are shown; empty if no reason is known. Does not run decord."""
     if index.stamps is None:
         return "the frames of this file must be counted, which decord does not do"
     if index.facts.kind == "flv" or min(index.facts.width, index.facts.height) < LEAST_SIDE:
@@ -111,9 +112,9 @@ def _not_for_decord(index: FrameIndex) -> str:
 class PyavReader:
     """Reads videos with PyAV, which has every codec of FFmpeg.
 
-    Starts at the key frame before each wanted frame. Decodes several groups of pictures in parallel, each with one
-    thread, skips frames that no other frame refers to, and converts only wanted frames. A frame that cannot be decoded
-    this way is decoded from the start of the file, without skipping.
+    It starts at the key frame before each wanted frame. It decodes several groups of pictures in parallel, skips frames
+    that no other frame refers to, and converts only wanted frames. A frame that cannot be decoded this way is tried
+    again with errors ignored. If the result is doubtful, it is decoded from the start of the file.
     """
 
     name = "pyav"
@@ -137,7 +138,13 @@ class PyavReader:
         return pictures.pixels
 
     def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
-        """Decode groups of pictures in parallel, by key frame. Returns the time stamps of frames that failed."""
+        """Decode groups of pictures in parallel. Returns the time stamps of frames that failed.
+
+        Args:
+            groups: Time stamps of the wanted frames, by the number of the key frame before them.
+            wanted: Place in the result by time stamp.
+            pictures: The result.
+        """
         todo, stop = deque(groups.items()), Event()
         held = HELD * self._index.facts.width * self._index.facts.height * 3 // 2
         cores = _cores()
@@ -145,7 +152,7 @@ class PyavReader:
 
         def work(_: int) -> list[int]:
             missing = []
-            # explode: raise on damage that the decoder would conceal, since the concealment may differ here
+            # explode: raise on damage that the decoder would conceal, which may look different if decoding starts here
             with opened(self._path, cores // decoders, err_detect="explode") as (container, stream):
                 group = Group(container, stream, self._index, stop)
                 while not stop.is_set():
@@ -166,12 +173,12 @@ class PyavReader:
                 stop.set()  # stop all threads after an error or Ctrl-C
 
     def _twice(self, key: int, stamps: Sequence[int], wanted: Mapping[int, int], pictures: Pictures, stop: Event) -> list[int]:
-        """Decode frames again with errors ignored, from their key frame and from the one before it.
+        """Decode frames twice with errors ignored: from their key frame, and from the one before it.
 
         Many errors are harmless: if both give the same picture, decoding from the start would give it, too.
 
         Returns:
-            The time stamps of the frames that differ.
+            The time stamps of the frames that differ, or that are missing in one of the two.
         """
 
         def decoded(start: int) -> dict[int, np.ndarray[Any, Any]]:
@@ -191,7 +198,12 @@ class PyavReader:
         return [stamp for stamp in stamps if stamp not in same]
 
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
-        """Decode from the start. wanted: place in the result by time stamp or count. Raises WrongIndex, UserError."""
+        """Decode from the start of the file. wanted: place in the result by time stamp, or else by number of the frame.
+
+        Raises:
+            WrongIndex: A wanted frame is not among the frames.
+            UserError: The file is damaged.
+        """
         left, orientation = dict(wanted), self._index.facts.orientation
         several = self._index.clean and not by_stamp  # by_stamp: a frame failed, so the file is damaged
         with opened(self._path, _cores() if several else 1) as (container, stream):
@@ -211,16 +223,16 @@ class Group:
     def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event, skips: bool = True) -> None:
         self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
         self._codec = stream.codec_context
-        # In H.264, nal_ref_idc = 0 means that no frame refers to this one; HEVC says so of one temporal layer only.
-        # If a frame is missing, the decoder's replacement for it may depend on the skipped frames.
+        # In H.264, nal_ref_idc = 0 means that no frame refers to this one; in HEVC, that none of its temporal layer
+        # does. If a frame is missing, the decoder's replacement for it may depend on the skipped frames.
         self._skips = skips and index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Sequence[int], put: Callable[[int, Any], None]) -> list[int]:
         """Decode wanted frames of the group that starts at a key frame.
 
         Args:
-            key: Number of the key frame. It must be the first frame that comes out whole; a key frame that only starts
-                a gradual refresh does not.
+            key: Number of the key frame. If it does not come out whole, as when it only starts a gradual refresh, all
+                wanted frames count as lost.
             wanted: Time stamps of the wanted frames.
             put: Called with the time stamp and the frame.
 
@@ -253,7 +265,7 @@ class Group:
         return list(left)
 
     def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
-        """Decode all frames from a key frame on; none if the container seeks past it."""
+        """Decode all frames from a key frame on. Yields none if the container seeks to a later packet."""
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
         for packet in self._container.demux(self._stream):
@@ -279,7 +291,12 @@ class DecordReader:
     name = "decord"
 
     def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
-        """Raises DecordFailed if decord lists other frames than `index`. Without an index its frames are trusted."""
+        """Open a file with decord. Without an index, its frames are trusted.
+
+        Raises:
+            DecordFailed: decord cannot open the file, or lists frames different from those of `index`.
+            UserError: decord is not installed.
+        """
         self._path, self.reason = path, reason
         if importlib.util.find_spec("decord") is None:
             raise UserError('reader "decord" is not installed: pip install decord, or try reader=auto')
@@ -301,7 +318,7 @@ class DecordReader:
 
 
 def _decord_alone(path: Path) -> DecordReader:
-    """Open a file with decord when PyAV is not installed. Raises UserError for files that decord clearly gets wrong."""
+    """Open a file with decord, without PyAV. Raises UserError if decord fails or clearly gets the file wrong."""
     declared, size = declared_size(path), path.stat().st_size
     if declared > size:
         raise truncated(path, declared, size)
@@ -315,14 +332,15 @@ def _decord_alone(path: Path) -> DecordReader:
 
 
 def _difference(listed: Sequence[float], shown: Sequence[float]) -> str:
-    """Describe how decord's frames differ from those shown, by their times, which decord has in float32."""
+    """Describe how the frames that decord lists differ from those shown, in number or times; empty if they do not."""
     if len(listed) != len(shown):
         return f"decord lists {len(listed)} frames, {len(shown)} are shown"
+    # The tolerance is for decord's times, which are float32.
     far = (place for place, (a, b) in enumerate(zip(listed, shown, strict=True)) if not abs(a - b) <= 1e-3 + 1e-6 * b)
     place = next(far, None)
     return "" if place is None else f"decord shows frame {place} at {listed[place]:.6g} s, it is shown at {shown[place]:.6g} s"
 
 
 def _cores() -> int:
-    """Number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from specvlm.errors import UserError
 from specvlm.parsing.files import json_of, read_text
 
 LARGEST = 2**31
-MOST_PIXELS = 16384 * 28 * 28  # most pixels that a small frame is enlarged to: the released checkpoints' max_pixels
+MOST_PIXELS = 16384 * 28 * 28  # most that min_pixels may be: the max_pixels of the released checkpoints
 WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),
     **dict.fromkeys(("height", "width"), 8192),
@@ -23,7 +23,7 @@ FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Frame sampling as a video processor sets it. All None with ``do_sample_frames=false``.
+    """Frame sampling as a video processor sets it. All fields are None if ``do_sample_frames`` is false.
 
     Attributes:
         fps: Sampled frames per second; None if not set.
@@ -39,7 +39,11 @@ class SamplingSettings:
 
     @classmethod
     def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
-        """Read a model folder. families: as in `read_video_settings`.
+        """Read the settings of a model folder.
+
+        Args:
+            folder: The model folder.
+            families: Allowed beginnings of the processor's class name.
 
         Raises:
             UserError: As in `read_video_settings`, or both a rate and a number of frames are set.
@@ -64,8 +68,8 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
         families: Allowed beginnings of the processor's class name.
 
     Raises:
-        UserError: There are no settings, they belong to another family or have an invalid value, or they ask for a step
-            that ``preprocess.py`` does not support.
+        UserError: There are no settings, they belong to another family or have an invalid value, or they differ from
+            the steps that ``preprocess.py`` supports.
     """
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
@@ -101,7 +105,7 @@ def _check(folder: Path, found: Any) -> None:
 
 
 def _wanted(name: str, value: Any) -> str:
-    """Describe the values that a setting may have; empty if its value is valid or the setting is unknown."""
+    """Describe the values that a setting may have. Empty if its value is valid, or the setting is not checked."""
     if name in WHOLE:
         return "" if type(value) is int and 1 <= value <= WHOLE[name] else f"a whole number from 1 to {WHOLE[name]}"
     if name in POSITIVE:
@@ -115,11 +119,12 @@ def _wanted(name: str, value: Any) -> str:
 
 
 def _number(value: Any) -> bool:
+    """Return True for a finite number; a bool is not one."""
     return type(value) in (int, float) and abs(value) < float_info.max
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no file. Raises UserError for other content or an unreadable file."""
+    """Read a JSON object; return an empty one if there is no file. Raises UserError if the file has no JSON object."""
     if not path.exists():
         return {}
     try:

@@ -62,8 +62,8 @@ class Thing:
         start: First place, an index in PLACES.
         stop: Last place, an index in PLACES.
         turn: Index of the colour that it changes to halfway; None if it does not.
-        stays: It is still there when the video ends.
-        jitter: Pixels off the centre of start (x, y) and stop (x, y).
+        stays: True if it is still there when the video ends.
+        jitter: Offset in pixels from the centre of its first place (x, y) and of its last (x, y).
     """
 
     second: int
@@ -133,6 +133,7 @@ def sample_scene(seed: int | random.Random, seconds: int = SECONDS, min_objects:
 def _sample_thing(
     rng: random.Random, second: int, seconds: int, color: int, spare: list[int], others: list[Thing]
 ) -> Thing | None:
+    """Draw an object that appears at a second; None if 30 attempts find no free place for it."""
     rest = seconds - second
     vanishes = rng.random() < 0.85 and rest >= 3
     life = min(rng.randint(2, 5), rest - 1) if vanishes else rest  # leave at least one second without it
@@ -159,6 +160,7 @@ def _direction(thing: Thing) -> str:
 
 
 def _events(thing: Thing) -> str:
+    """Say what an object does, from its appearance to the end."""
     text = f"at second {NUMBERS[thing.second]} a {SIZES[thing.size]} {COLOR_NAMES[thing.color]} {SHAPES[thing.shape]}"
     text += f" appears at the {PLACES[thing.start]}"
     if thing.moves:
@@ -183,8 +185,8 @@ def _opening(scene: Scene) -> str:
 def caption(scene: Scene) -> str:
     """Return the full caption of a scene, 40 to 140 words separated by single spaces.
 
-    The count comes first, so the first word already depends on every object, which makes the target's attention
-    informative.
+    The number of objects comes first. So the first word already depends on every object, which makes the target's
+    attention informative.
     """
     left = sum(t.stays for t in scene.things)
     ending = "the scene is empty" if left == 0 else "one object remains" if left == 1 else f"{NUMBERS[left]} objects remain"
@@ -279,7 +281,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def canvas(backgrounds: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw empty scenes (B, 3, H, W): colour, texture, and a light border that shows a vision tower the edges."""
+    """Draw empty scenes (B, 3, H, W): colour, texture, and a lighter border that shows a vision tower the edges."""
     device = backgrounds.device
     y, x = torch.meshgrid(torch.arange(SIDE, device=device), torch.arange(SIDE, device=device), indexing="ij")
     name, texture, phase = (c.view(-1, 1, 1) for c in backgrounds.unbind(1))
@@ -305,8 +307,8 @@ def draw(
         objects: (B, K, C), from `pack`.
         backgrounds: (B, 3), from `pack`.
         frames: (T,) Frame numbers.
-        dtype: Of the result.
-        cover: The opacity of shapes; `coverage`, or a compiled version of it.
+        dtype: Data type of the result.
+        cover: Function that gives the opacity of shapes: `coverage`, or a compiled version of it.
     """
     device, batch, count = objects.device, len(objects), len(frames)
     video = canvas(backgrounds, dtype)[:, None].expand(-1, count, -1, -1, -1).clone()

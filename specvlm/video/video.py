@@ -1,4 +1,4 @@
-"""Sample frames of a video file: choose which frames, and read them. Decoding is in ``readers.py``."""
+"""Sample frames of a video file: choose them and read them. Decoding is in ``readers.py``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -47,12 +47,12 @@ class Clip:
     Attributes:
         frames: (T, 3, H, W) uint8 RGB, on the CPU.
         times: Time of each frame in seconds, counted from the first frame of the file.
-        fps: Sampled frames per second: T / frames in the section * source_fps, as Hugging Face's sampled_fps.
+        fps: Sampled frames per second, (T / frames in the section) * source_fps, as Hugging Face's sampled_fps.
         source: The file, or another name of the video.
         total_frames: Number of frames in the whole file.
         source_fps: Mean frames per second of the whole file.
-        index: Number of each frame in the file, in display order; empty if the frames come from no file.
-        reader: The reader used, and why; empty if there was none.
+        index: Number of each frame in the file, in display order; empty if the frames do not come from a file.
+        reader: The reader that was used, and why; empty if there was none.
     """
 
     frames: Tensor
@@ -66,7 +66,7 @@ class Clip:
 
     @property
     def origin(self) -> Origin | None:
-        """The file and the frame numbers, for the signals of `codec.py`; None if the frames come from no file."""
+        """The file and the frame numbers, for the signals of `codec.py`; None if the frames do not come from a file."""
         return Origin(self.source, self.index) if self.index else None
 
 
@@ -125,13 +125,13 @@ def read_video(
     Args:
         source: A file, or a clip of all frames, which is read like a file of these frames.
         frames: Number of frames.
-        fps: Frames per second: ``floor(seconds * fps)`` frames, at least ``min_frames``, at most ``max_frames`` and the
-            number there is.
+        fps: Frames per second. The clip has ``floor(seconds * fps)`` frames, but at least ``min_frames``, and at most
+            ``max_frames`` and the number of frames in the section.
         start: Start of the section, in seconds.
         end: End of the section, in seconds, excluded; None for the end of the video.
         reader: "auto", "pyav" or "decord".
-        min_frames: Fewest frames with ``fps``. None: 1, or 4 for "qwen".
-        max_frames: Most frames.
+        min_frames: Fewest frames with ``fps``. None means 1, or 4 for "qwen".
+        max_frames: Most frames. ``fps`` gives no more; otherwise, more are an error.
         sampling: The rule that spaces the frames, one of ``SAMPLINGS``. "qwen" makes their number even, as Hugging Face
             does.
 
@@ -141,7 +141,7 @@ def read_video(
     Raises:
         UserError: The file is missing, a folder, not a video, damaged, truncated, or has no frames; the reader is
             unknown, not installed or lacks the codec; the section has no frames; more frames are asked for than it has
-            (as in Hugging Face, none is repeated) or than ``max_frames``.
+            (as in Hugging Face, none is repeated) or than ``max_frames``; or an argument is invalid.
     """
     _check(frames, fps, min_frames, max_frames, sampling)
 
@@ -166,6 +166,7 @@ def read_video(
 
 
 def _check(frames: int | None, fps: float | None, min_frames: int | None, max_frames: int, sampling: str) -> None:
+    """Raise UserError for an invalid argument of `read_video`."""
     if sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
@@ -186,6 +187,7 @@ class ClipReader:
         self._frames, self.times, self.fps = clip.frames, clip.times, clip.source_fps
 
     def decode(self, index: Sequence[int]) -> Tensor:
+        """Return copies of the frames with these numbers."""
         return self._frames[list(index)]
 
 
@@ -194,7 +196,7 @@ def _name(source: str | Path | Clip) -> str:
 
 
 def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipReader], Found]) -> Found:
-    """Open a video and use it. If its frame index turns out to be wrong, count the frames and try again."""
+    """Open a video and call `use` with it. If its frame index turns out to be wrong, count the frames and try again."""
     for counted in (False, True):
         with suppress(WrongIndex):
             return use(_open(source, reader, counted))
@@ -202,6 +204,7 @@ def _with(source: str | Path | Clip, reader: str, use: Callable[[Reader | ClipRe
 
 
 def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | ClipReader:
+    """Open a video. Raises UserError if it cannot be read or has no frames."""
     check_choice("reader", reader, NAMES)
     if isinstance(source, Clip):
         video: Reader | ClipReader = ClipReader(source)
@@ -214,7 +217,7 @@ def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | Cli
 
 
 def _mean_fps(video: Reader | ClipReader) -> float:
-    """Frames per second by the frames' times, since containers state a wrong rate if it varies."""
+    """Return the mean frames per second, by the frames' times: if the rate varies, containers state a wrong one."""
     seconds = video.times[-1] - video.times[0]
     if seconds <= 0:
         return video.fps or 25.0
@@ -223,6 +226,7 @@ def _mean_fps(video: Reader | ClipReader) -> float:
 
 
 def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
+    """Return the numbers of the frames in a section. Raises UserError if there are none."""
     if not 0 <= start < math.inf:
         raise UserError(f"start={start}: wanted seconds from 0")
     if end is not None and not end > start:
@@ -237,6 +241,7 @@ def _window(times: tuple[float, ...], start: float, end: float | None, path: str
 
 
 def _span(start: float, end: float | None) -> str:
+    """Describe a section, for messages; empty for the whole video."""
     if not start and end is None:
         return ""
     return f" from {start} s" + ("" if end is None else f" to {end} s")
@@ -245,6 +250,7 @@ def _span(start: float, end: float | None) -> str:
 def _count(
     total: int, source_fps: float, frames: int | None, fps: float | None, bounds: tuple[int | None, int], sampling: str
 ) -> int:
+    """Return how many of `total` frames to sample, by the rule that `read_video` states."""
     if frames is not None:
         return max(2 * round(frames / 2), 1) if sampling == "qwen" else frames
     if fps is None:

@@ -18,7 +18,7 @@ from specvlm.strategies.datasets.local import CAPTION, LocalDataset, multiple_ch
 from specvlm.types import Within
 from specvlm.video.frames import read_frames
 
-NUMBER = Within(0, 1_000_000_000)  # seconds, frames a second
+NUMBER = Within(0, 1_000_000_000)  # seconds, or frames per second
 OWN = ("id", "video", "question", "answer", "options", "start", "end", "fps")
 NUMBERS = ("start", "end", "fps")
 
@@ -28,12 +28,13 @@ class FolderDataset(LocalDataset):
     """Your own videos and questions, one question per line in questions.jsonl.
 
     A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path relative to `root`. Optional keys: id
-    (default: the path), answer, options (a list, for multiple choice), start and end (seconds). Without a question, the
-    generic caption is asked for. A video that is a folder of pictures needs fps. Any other key is kept with the
+    (default: the path), answer, options (a list, for multiple choice), start and end (seconds). Without a question, a
+    detailed description is asked for. A video that is a folder of pictures needs fps. Any other key is kept with the
     results.
 
     Attributes:
-        questions: Name of the file with the questions. A .csv file has the keys in its header, and | between options.
+        questions: Name of the file with the questions. A .csv file has the keys in its first row, and | between
+            options.
     """
 
     name = "folder"
@@ -53,6 +54,7 @@ class FolderDataset(LocalDataset):
                 raise UserError(f"{path}, line {where}: {error}") from None
 
     def _sample(self, entry: dict[str, Any]) -> Sample:
+        """Convert an entry to a sample. Raises UserError if one of its values is invalid."""
         name = entry.get("video")
         path = self.video(self.folder, name)
         options = () if entry.get("options") is None else entry["options"]
@@ -81,6 +83,7 @@ class FolderDataset(LocalDataset):
 
 
 def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parse JSON objects, one per line. Yields the number of the line and the object."""
     for number, words in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may contain other breaks
         if not words.strip():
             continue
@@ -94,6 +97,7 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parse a .csv file. Yields the number of the line, and the entry without its empty cells."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
@@ -106,7 +110,7 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _number_or_text(text: str) -> float | str:
-    """Parse a number of a .csv, which has only texts."""
+    """Convert a cell of a .csv file to a number; return it unchanged if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -114,6 +118,7 @@ def _number_or_text(text: str) -> float | str:
 
 
 def _word(key: str, value: object) -> str:
+    """Return a text or number as text. Raises UserError for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{key}={line(repr(value))}: wanted a text or a number")
     return str(value)
@@ -126,6 +131,7 @@ def _not_nested(key: str, value: object) -> object:
 
 
 def _number(entry: dict[str, Any], key: str) -> float | None:
+    """Return a number of an entry; None if it is absent. Raises UserError if it is not a number within bounds."""
     value = entry.get(key)
     if value is None:
         return None

@@ -1,7 +1,7 @@
-"""Base class of data sets on disk: their folder, the number and order of samples, and the question.
+"""Base class of data sets on disk: where they are, and which samples are used, in which order, with which question.
 
-Nothing is downloaded. Lists are read whole. A video is opened only when its sample is decoded; a missing one is skipped
-then.
+Nothing is downloaded. Lists are read whole. A video is opened only when its sample is decoded; samples whose video is
+missing are skipped then.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class LocalDataset(Dataset):
         choices: Allowed values by field.
         root: Folder of the data set.
         limit: Most samples; null for all.
-        shuffle: Seed of the order in which `limit` takes samples, as Hugging Face's `Dataset.shuffle`; null keeps the
-            listed order.
-        prompt: `own` asks the data set's questions; `caption` asks one generic question with a long answer, which has
-            no known answer.
+        shuffle: Seed of the order in which `limit` takes samples, as in Hugging Face's `Dataset.shuffle`; null keeps
+            the listed order.
+        prompt: `own` asks the data set's questions; `caption` asks for a long description of every video, and no
+            right answer is known.
     """
 
     layout: ClassVar[str]
@@ -114,7 +114,7 @@ class LocalDataset(Dataset):
         return below / text
 
     def place(self, *names: str) -> Path:
-        """The first of these folders of `root` that exists. Raises UserError naming the first one if none does."""
+        """Return the first of these folders in `root` that exists. Raises UserError, naming the first, if none does."""
         for name in names:
             if os.path.isdir(self.folder / name):  # also False for names that no folder can have
                 return self.folder / name
@@ -128,7 +128,7 @@ class LocalDataset(Dataset):
             kind: TypedDict that each object must match.
 
         Raises:
-            UserError: The file is missing or has other content.
+            UserError: The file cannot be read, or is not a JSON list of such objects.
         """
         try:
             found = json_of(_content(path, self.layout, read_bytes))
@@ -139,6 +139,7 @@ class LocalDataset(Dataset):
         return self._typed(found, kind, path)
 
     def _typed(self, found: list[dict[str, Any]], kind: Any, path: Path) -> list[dict[str, Any]]:
+        """Return the entries of a list unchanged, after checking each against a TypedDict."""
         for number, entry in enumerate(found):
             try:
                 parse(kind, entry, f"{self.folder}: an entry of {path.name}")
@@ -147,7 +148,15 @@ class LocalDataset(Dataset):
         return found
 
     def rows(self, path: Path, kind: Any) -> list[dict[str, Any]]:
-        """Read the rows of a Parquet file. Raises UserError as `entries` does, and if PyArrow is not installed."""
+        """Read the rows of a Parquet file.
+
+        Args:
+            path: The file.
+            kind: TypedDict that each row must match.
+
+        Raises:
+            UserError: The file cannot be read, is not Parquet or has other rows, or PyArrow is not installed.
+        """
         content = _content(path, self.layout, read_bytes)
         try:
             import pyarrow as arrow
@@ -169,7 +178,7 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
 
 
 def first_there(*places: Path) -> Path:
-    """Return the first path that exists; if none does, the first one, which errors then name as missing."""
+    """Return the first path that exists. If none does, return the first one, which a later error names as missing."""
     return next((place for place in places if os.path.exists(place)), places[0])
 
 
@@ -179,6 +188,7 @@ def text_of(path: Path, layout: str) -> str:
 
 
 def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
+    """Read a list. Raises UserError if it cannot be read; the message says what was expected."""
     try:
         return read(path, MOST_LIST)
     except OSError as error:
@@ -187,7 +197,7 @@ def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """Make ids unique: the second sample of an id gets the suffix #2."""
+    """Make ids unique: further samples with an id get the suffixes #2, #3 and so on."""
     named: dict[str, Sample] = {}
     for sample in samples:
         key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)

@@ -78,7 +78,7 @@ class MLVUDataset(LocalDataset):
 
     @property
     def _inner(self) -> str:
-        """Folder of the dev split: its repository has it in a subfolder MLVU."""
+        """Folder of the dev split in `root`: the subfolder MLVU, as in the repository, or `root` itself."""
         return "." if os.path.isdir(self.folder / "json") else "MLVU"
 
     def _listed_dev(self) -> Iterator[Sample]:
@@ -89,6 +89,7 @@ class MLVUDataset(LocalDataset):
                 yield _sample(f"{task}-{number:04d}", video, entry, task, entry.get("answer"))
 
     def _listed_test(self) -> Iterator[Sample]:
+        """Read the samples of the test split, with answers from those answer files that exist."""
         given = [path for path in (self.folder / name for name in ANSWERS) if path.exists()]
         answers = {_asked(entry): entry.get("answer") for path in given for entry in self.entries(path, Answer)}
         videos = self.place("MLVU_Test/video", "video")
@@ -104,7 +105,7 @@ class MLVUDataset(LocalDataset):
 
 
 def _asked(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Key that matches a question with its published answer; the two have no common id in every task."""
+    """Return a key that matches a question with its published answer, since not all tasks have a common id for both."""
     return entry["video"], entry["question"], *(entry.get("candidates") or ())
 
 

@@ -14,7 +14,7 @@ from specvlm.strategies import Sample
 from specvlm.strategies.datasets.local import LocalDataset, first_there, multiple_choice
 from specvlm.video.frames import read_frames
 
-FRAMES, FRAMES_PER_SECOND = "tvqa/frames_fps3_hq", 3.0  # folders of frames
+FRAMES, FRAMES_PER_SECOND = "tvqa/frames_fps3_hq", 3.0  # here, a video is a folder of frames
 # Folder of each task's videos below video/.
 FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 # Tasks whose questions are about the section from `start` to `end` of a longer video.
 PARTS = frozenset({"action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"})
-# Folders in the repository's branch `video`, where sections are already cut out and frames joined to videos.
+# Folders in the repository's branch `video`, where sections are already cut out and frames are joined into videos.
 CUT = {
     "star/Charades_v1_480": "star/Charades_segment",
     "sta/sta_video": "sta/sta_video_segment",
@@ -67,8 +67,8 @@ class MVBenchDataset(LocalDataset):
 
     arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json, and video/ with the archives unpacked in
     it (some videos are below video/data0613/). The branch `video` works, too. Questions of five tasks are about a
-    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository:
-    fine_grained_pose is skipped without them.
+    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository;
+    without them, the samples of fine_grained_pose are skipped.
 
     Attributes:
         tasks: Names of the tasks to use, out of 20; empty for all.
@@ -92,6 +92,7 @@ class MVBenchDataset(LocalDataset):
 
 
 def _sample(data: MVBenchDataset, key: str, task: str, entry: dict[str, Any], videos: Path, cut: bool) -> Sample:
+    """Convert an entry to a sample. cut: True if the videos are those of the branch `video`."""
     folder = CUT.get(FOLDERS[task], FOLDERS[task]) if cut else FOLDERS[task]
     path = first_there(*(data.video(videos / below / folder, entry["video"]) for below in (".", "data0613")))
     options = tuple(entry["candidates"])

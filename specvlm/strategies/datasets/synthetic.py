@@ -1,4 +1,4 @@
-"""Synthetic scenes like those that the embedded pairs were trained on, rendered on demand: nothing is downloaded."""
+"""Synthetic scenes like those that the embedded pairs were trained on. Rendered on demand: nothing is downloaded."""
 
 import random
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ FIRST = 77_000_000  # seed of scene 0, far above all training seeds (see experim
 class SyntheticDataset(Dataset):
     """Held-out scenes of two to five objects, with exact answers; 16 s each, rendered in 0.2 s on one core.
 
-    Scene n is the same in every data set; experiments/embedded_pair uses the same numbers.
+    Scene n does not depend on the fields; experiments/embedded_pair numbers its scenes in the same way.
 
     Attributes:
         scenes: Number of scenes.

@@ -24,7 +24,7 @@ class VideoDetailCaptionDataset(LocalDataset):
 
     The videos are those of Video-ChatGPT's test set, each with a reference answer. All samples ask the same question.
     Hugging Face: lmms-lab/VideoDetailCaption. Layout: data/test-00000-of-00001.parquet (video_name, question, answer),
-    Test_Videos/NAME.mp4. SpecVLM's code uses the 100 samples that shuffle=42 limit=100 gives.
+    Test_Videos/NAME.mp4. SpecVLM's code uses the 100 samples that shuffle=42 and limit=100 give.
     """
 
     name = "video_detail_caption"

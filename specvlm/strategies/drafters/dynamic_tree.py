@@ -31,7 +31,7 @@ WIDEST = 128  # most nodes expanded on one level
 
 
 def candidates(depth: int, width: int) -> int:
-    """Number of guesses if `width` nodes per level are expanded to `width` children each."""
+    """Count the guesses if the root and then `width` nodes per level are expanded to `width` children each."""
     return width + (depth - 1) * width**2
 
 
@@ -59,11 +59,11 @@ class Growth:
         columns: Most children of a node, per level.
         rows: Number of nodes expanded, per level but the last. Open nodes come first, then the most probable ones.
         nodes: Most guesses that are kept. Inner nodes come first, then the most probable ones.
-        shares: A number s per level. Of a node reached with probability P, the first max(1, floor(s * (0.5 + P)))
-            children are inner nodes. Empty: all children are.
+        shares: A number s per level. Of an open node reached with probability P, the first
+            max(1, floor(s * (0.5 + P))) children are inner nodes. Empty: all children of open nodes are.
         least: Probability that an open node must exceed, per level but the last. Empty: all inner nodes are open.
-        step: The number of nodes, root included, is rounded up to a multiple of this.
-        top: Number of most probable tokens whose entropy gives the confidence; 0 without a confidence.
+        step: The number of nodes, root included, is rounded up to a multiple of this, but not above `nodes` + 1.
+        top: Number of most probable tokens whose entropy gives the confidence; below 2, the confidence is 1.
     """
 
     columns: tuple[int, ...]
@@ -111,20 +111,20 @@ class GrownTreeDrafter(Drafter):
 class DynamicTreeDrafter(GrownTreeDrafter):
     """Expand and re-rank: grow a wide tree and keep the `nodes` guesses that are most likely to be reached.
 
-    The value of a node is the product of the draft's probabilities on the path from the root. Expansion phase: on each
-    level, the `width` nodes of highest value are expanded to their `width` best children each. Re-ranking phase: of all
-    candidates, the `nodes` of highest value stay. They form a tree, since no child is worth more than its parent and
-    ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
+    The value of a node is the product of the draft's probabilities on the path from the root. The expansion phase
+    expands the `width` nodes of highest value on each level to their `width` best children each. Of all candidates, the
+    re-ranking phase keeps the `nodes` of highest value. They form a tree, since no child is worth more than its parent
+    and ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
     close), no other tree of this size within the candidates accepts more tokens in expectation. Children are the best
-    tokens, never drawn, so the tree is exact under every verifier.
+    tokens, never drawn, so the tree is exact under every lossless verifier.
 
     EAGLE-2 (arXiv 2406.16858), sections "Expansion Phase" and "Reranking Phase".
     Deviations: any draft model instead of EAGLE's head on the target's features. Nodes and depth default to SpecVLM's
     tree, 25 guesses in 5 passes; EAGLE-2 uses 60 in 6. A width of 10 is EAGLE-2's.
 
     Cost: `depth` passes per round, of `width` rows each after the first, a log-softmax of each, a sort of the
-    candidates, and one more read on the host than a static tree: the shape. Limits: a draft that is confidently wrong,
-    such as one that sees little of the video, grows the tree in the wrong place.
+    candidates, and one more read on the host than a static tree takes, that of the shape. Limits: a draft that is
+    confidently wrong, such as one that sees little of the video, grows the tree in the wrong place.
 
     Attributes:
         nodes: Guesses per round.
@@ -225,9 +225,10 @@ def round_of(vocabulary: int, growth: Growth, model: VideoLM, cache: KVCache, st
 def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Any]) -> Passes[Grown]:
     """Grow a tree below a root token and cut it back, without reading a tensor on the host.
 
-    The root is inner and open. Other inner nodes are the first children of open nodes, as many as `growth.shares` says.
-    Inner nodes above the threshold `growth.least` are open. Free places in rows and in the tree go to the most probable
-    other nodes: the number of rows is fixed, so unused rows would cost as much.
+    The root is inner and open. The other inner nodes are the first children of open nodes, as many as `growth.shares`
+    says. Inner nodes above the threshold `growth.least` are open. Free rows of a pass go to the most probable other
+    nodes, since the number of rows is fixed and unused ones would cost as much; so do free places up to the next
+    `growth.step`.
 
     Args:
         root_1: Token of the root.
@@ -235,6 +236,9 @@ def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Te
         growth: How the tree grows.
         expand: Called with tokens (W,), their depth, and a mask (W, R) of the rows below the root that each sees, its
             own included. Returns logits (W, V), or a generator of passes that returns them.
+
+    Returns:
+        The tree that is left.
     """
     device, wide = logits_1V.device, torch.promote_types(logits_1V.dtype, torch.float32)
     tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=wide)]
@@ -281,7 +285,7 @@ def _ranked(values: Tensor, before: Tensor) -> Tensor:
 def _cut(
     growth: Growth, confidence_1: Tensor, tokens_C: Tensor, values_C: Tensor, parents_C: Tensor, rows_C: Tensor, inner_C: Tensor
 ) -> Grown:
-    """Keep the root, the best inner nodes, and as many other nodes as fill up the last step."""
+    """Keep the root and the best inner nodes, and add the best other nodes up to a multiple of `growth.step`."""
     last, most = len(tokens_C) - 1, min(growth.nodes, len(tokens_C) - 1)
     steps_1 = (inner_C.sum(0, keepdim=True).clamp(max=most + 1) + growth.step - 1) // growth.step
     count_1 = (steps_1 * growth.step).clamp(max=most + 1)
@@ -295,9 +299,9 @@ def _cut(
 
 
 def _confidence(logits_1V: Tensor, top: int) -> Tensor:
-    """Confidence 1 - H / log k, where H is the entropy of the k best tokens' normalized probabilities.
+    """Return the confidence 1 - H / log k, where H is the entropy of the k best tokens' normalized probabilities.
 
-    0 if the logits give no distribution, since a bad draft must not stop a request.
+    It is 1 for k < 2, and 0 if the logits give no distribution, since a bad draft must not stop a request.
     """
     count = min(top, logits_1V.shape[-1])
     if count < 2:
@@ -307,7 +311,7 @@ def _confidence(logits_1V: Tensor, top: int) -> Tensor:
 
 
 class GrownSession(PrunedSession):
-    """Grows one tree per round. The host reads its shape, and passes the accepted path's rows to the next round."""
+    """Grows one tree per round. The host reads its shape, and gives the next round the rows of the accepted path."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)
@@ -318,6 +322,7 @@ class GrownSession(PrunedSession):
         self.rows: list[int] = []
 
     def _round(self, growth: Growth) -> Routine:
+        """Return the routine that drafts one round of this growth. Its state is that of a trial run."""
         return Routine(
             partial(round_of, self.ctx.vocabulary, growth),
             ("grown", growth, self.deepest, self.ctx.vocabulary),
@@ -328,6 +333,7 @@ class GrownSession(PrunedSession):
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Draft a tree from the last verdict, and remember its guesses and rows for the next one."""
         path, bonus = ((0,), self.ctx.bonus) if last is None else (last.path, last.bonus)
         if last is not None:
             self.pace.went(last.accepted, self.confidence)

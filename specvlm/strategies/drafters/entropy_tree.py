@@ -1,4 +1,4 @@
-"""Draft a deep, narrow tree where the draft model is confident, a shallow, wide one where it is not (SAGE)."""
+"""Draft a deep and narrow tree where the draft model is confident, a shallow and wide one where it is not (SAGE)."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ class EntropyTreeDrafter(GrownTreeDrafter):
 
     - depth D = shallow + a * (deep - shallow), width W = narrow + (1 - a) * (wide - narrow), both rounded;
     - a node reached with probability P (the product of the draft's probabilities on its path; 1 for the root) has
-      W * (1 / l) * (0.5 + P) children on level l, its best tokens;
+      W * (1 / l) * (0.5 + P) children on level l, which are its best tokens;
     - a node on level l is expanded if P exceeds 0.1 * l / D;
     - a tree has at most `nodes` guesses, 64 nodes with the root;
     - a mean acceptance below 2 over the last 10 rounds lowers `deep` by 1, one above 3 raises it.
 
-    SAGE (arXiv 2602.00523): all of this with its constants, that is a, 3 to 8 levels, width 2 to 10, 64 nodes,
+    All of this is from SAGE (arXiv 2602.00523), with its constants: a, 3 to 8 levels, width 2 to 10, 64 nodes,
     thresholds and history.
     Deviations: the paper leaves these open, as far as we can tell. The distribution is the draft's, the only one known
     while drafting. The number of children is rounded down and at least 1. P is that of the whole path. `deep` stays
-    between `shallow` and its configured value. Acceptance counts guesses without the bonus token, over fewer rounds
-    until there are 10. Of more than 64 nodes, the most probable stay. For speed, the most probable other candidates
-    fill a tree up to a multiple of 8 nodes, so that 8 captured checks serve all trees. The number of rows of a pass
-    depends only on D and W; rows that the thresholds leave free go to the next most probable nodes.
+    between `shallow` and its configured value. Acceptance counts guesses without the bonus token; in the
+    first 9 rounds its mean is over the rounds so far. Of more than 64 nodes, the most probable stay. For speed, the
+    most probable other candidates fill a tree up to a multiple of 8 nodes, so that 8 captured checks serve all trees.
+    The number of rows of a pass depends only on D and W; rows that the thresholds leave free go to the next most
+    probable nodes.
 
     Cost: D draft passes per round, of 3 to 24 rows each after the first, one read on the host after the last, and up to
     64 rows in the target's check. The CUDA-graph engine captures one program per depth and width that occurs, at most
-    34. Limits: as `dynamic_tree`.
+    34. Limits: those of `dynamic_tree`.
 
     Attributes:
         nodes: Most guesses per round.
         deep: Depth at full confidence.
         narrow: Width at full confidence.
-        shallow: Depth without confidence.
-        wide: Width without confidence.
+        shallow: Depth at confidence 0.
+        wide: Width at confidence 0.
 
     Raises:
         ValueError: Unless 1 <= shallow <= deep, 1 <= narrow <= wide and nodes >= 1.
@@ -75,12 +76,13 @@ class EntropyTreeDrafter(GrownTreeDrafter):
             )
 
     def extent(self, confidence: float, deepest: int) -> tuple[int, int]:
-        """Return depth and width for a confidence, with `deepest` in the place of `deep`."""
+        """Return depth and width for a confidence, with `deepest` in place of `deep`."""
         depth = self.shallow + confidence * (deepest - self.shallow)
         width = self.narrow + (1 - confidence) * (self.wide - self.narrow)
         return int(depth + 0.5), int(width + 0.5)
 
     def extents(self) -> list[tuple[int, int]]:
+        """List the (depth, width) of every confidence from 0 to 1 and every value of `deepest`."""
         found: dict[tuple[int, int], None] = {}
         for deepest in range(self.shallow, self.deep + 1):
             # Depth and width are constant between two neighbouring edges; on an edge, rounding may go either way.
@@ -93,10 +95,12 @@ class EntropyTreeDrafter(GrownTreeDrafter):
         return list(found)
 
     def growth(self, depth: int, width: int) -> Growth:
+        """Return the growth of a tree, with rows for the most nodes that each level can expand."""
         levels, shares = range(1, depth + 1), [width / level for level in range(1, depth + 1)]
         rows, above = [], 1
         for level, share in zip(levels, shares, strict=True):
-            # Bound the children of `above` nodes, whose probabilities sum to at most 1; and by the threshold.
+            # The probabilities of the `above` nodes sum to at most 1, which bounds the number of their children. So do
+            # the columns and the threshold.
             children = int(above * max(1.0, share / 2) + share)
             above = min(children, above * max(1, int(1.5 * share)), -(-10 * depth // level) - 1)
             rows.append(above)

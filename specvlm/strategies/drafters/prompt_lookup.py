@@ -17,9 +17,9 @@ _GAP = -1  # replaces a run of placeholders in the history; not a token id
 class PromptLookupDrafter(Drafter):
     """Find the last words earlier in the prompt or the answer, and propose the chain of tokens that followed there.
 
-    Takes the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs earlier. Of its
-    occurrences it takes the latest: that is closest in topic, lies in the answer once the answer repeats itself, and
-    needs a table of only one entry per n-gram. A chain that reaches the end of the text continues with its own
+    It takes the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs earlier. Of
+    its occurrences it takes the latest: that is closest in topic, lies in the answer once the answer repeats itself,
+    and needs a table of only one entry per n-gram. A chain that reaches the end of the text continues with its own
     beginning, so that a loop of any period is proposed in full. Without a match the tree is only the root, and the
     round is an autoregressive step.
 
@@ -32,8 +32,8 @@ class PromptLookupDrafter(Drafter):
     more in answers that repeat themselves); 5 guesses, as deep as the paper's tree, instead of 10; placeholders of
     videos and images are never proposed, n-grams do not span them, and chains end before them.
 
-    Cost: no forward pass; max_ngram table entries per token, and none for placeholders. Limits: pays only if the answer
-    repeats itself or the prompt, which captions rarely do. The size of the tree differs from round to round.
+    Cost: no forward pass; one table entry per token and size of n-gram, none for placeholders. Limits: it pays only if
+    the answer repeats itself or the prompt, which captions rarely do. The size of the tree differs from round to round.
 
     Attributes:
         max_ngram: Tokens of the longest n-gram that is looked up.
@@ -84,6 +84,7 @@ class PromptLookupSession(DraftSession):
         self._chain: list[int] = []
 
     def propose(self, last: Verdict | None) -> DraftTree:
+        """Add the accepted tokens to the history, and propose the chain that continues it."""
         if last is None:
             last = Verdict((0,), self._bonus)
         for node in last.path[1:]:
@@ -93,6 +94,7 @@ class PromptLookupSession(DraftSession):
         return DraftTree(torch.tensor(self._chain), tuple(range(-1, len(self._chain) - 1)))
 
     def _append(self, token: int) -> None:
+        """Add a token to the history, and record it as the continuation of the n-grams before it."""
         # Enter n-grams only once the token after them is known, so that the end of the text does not match itself.
         if token in self._placeholders:
             token = _GAP
@@ -107,6 +109,7 @@ class PromptLookupSession(DraftSession):
         return [gram for gram in grams if _GAP not in gram]
 
     def _continuation(self) -> list[int]:
+        """Return the guesses: what followed the longest n-gram at the end when it last occurred; empty if none did."""
         found = next((self._next[gram] for gram in self._endings() if gram in self._next), None)
         chain: list[int] = []
         if found is None:

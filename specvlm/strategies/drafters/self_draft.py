@@ -9,12 +9,12 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 
 @dataclass(frozen=True)
 class SelfDrafter(TreeDrafter):
-    """As `tree`, with the target as draft model: video features are shared, only a second, pruned cache is added.
+    """Like `tree`, with the target as draft model: video features are shared, only a second, pruned cache is added.
 
     SpecVLM (arXiv 2508.16201), its Self-SD setting. Deviations: none.
 
-    Cost: as `tree`, but each draft pass runs the target, plus a prefill of the pruned prompt. At batch 1 a draft pass
-    reads the same weights as a target pass, so this rarely pays. It needs no second checkpoint.
+    Cost: as for `tree`, but each draft pass runs the target, and so does a prefill of the pruned prompt. At batch 1 a
+    draft pass reads the same weights as a target pass, so this rarely pays. It needs no second checkpoint.
     """
 
     name = "self"

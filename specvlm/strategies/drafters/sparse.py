@@ -23,20 +23,20 @@ class SparseDrafter(Drafter):
     """A chain of the target's own guesses, each KV head of which sees its own K video tokens and all text.
 
     The score of a video token, per layer and KV head, is the attention it receives in the target's prefill from the
-    text after the video, averaged over that text and the query heads of the KV head (StD sums them, which gives the
+    text after the video, averaged over that text and the query heads of the KV head (the paper sums, which gives the
     same order). The K tokens of highest score stay, chosen once per request; ties go to the earlier token. K is
     `entries` minus all other tokens of the prompt. Keys and values are copied in their order: already rotated, they
     keep their positions, so there is no second prefill. Rows of accepted tokens are copied from the target's cache.
     With K = N the draft equals the target, and every guess is accepted.
 
     Sparse-to-Dense (arXiv 2505.19155): scores, one choice per request, entries 1024 = K + text, and length 9.
-    Deviations: none. Cases that the paper does not cover: image tokens count as text and all stay; a prompt whose text
-    alone fills `entries` leaves K = 0; if the verifier samples, guesses are drawn from the draft's distribution. The
-    pruner is not used.
+    Deviations: none. In cases that the paper does not cover, image tokens count as text and all stay; K is 0 if the
+    text alone fills `entries`; and if the verifier samples, guesses are drawn from the draft's distribution. The pruner
+    is not used.
 
     Cost: a copy of `entries` rows of the cache per request, (L, J, N) floats for the signal
     `verifier_attention_per_kv_head`, and `length` target passes per round, which read all weights and `entries` keys.
-    Limits: pays only if reading keys takes most of the time, that is for batches or very long prompts; at batch 1 with
+    Limits: it pays only if reading keys takes most of the time, as for batches or very long prompts; at batch 1 with
     short prompts it is slower than the target alone. Passes are not captured.
 
     Attributes:
@@ -90,7 +90,7 @@ class SparseSession(DraftSession):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def _slots(self, count: int) -> Tensor:
-        """(L, J, K + T) slots of the prompt that are copied, ascending. count: K."""
+        """Return the slots of the prompt to copy, (L, J, K + T) and ascending. count: K."""
         target, prompt = self.ctx.target, self.ctx.prompt
         text = prompt.kept_slots(torch.empty(0, dtype=torch.int64)).to(target.device)
         slots_LJT = text.expand(target.layers, target.kv_heads, -1)
@@ -102,6 +102,7 @@ class SparseSession(DraftSession):
         return torch.cat([video_LJK, slots_LJT.to(best_LJK.device)], -1).sort().values
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Copy the rows of accepted tokens from the target's cache, then draft a chain, one pass per guess."""
         self.cache.length = self.base
         self.cache.follow(self.dense, self.known)
         self.base, self.known = self.cache.length, self.dense.length

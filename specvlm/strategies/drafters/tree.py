@@ -28,23 +28,24 @@ if TYPE_CHECKING:
 class TreeDrafter(Drafter):
     """A tree of fixed shape, with one forward pass of the draft model per level.
 
-    Node i is the rank[i]-th best token of the draft after the path from the root to its parent. A node attends to the
-    prompt, the answer so far, its ancestors and itself. All nodes of one depth are expanded in one pass.
+    With the best tokens as children, node i is number rank[i], counted from 0, of the draft's best tokens after the
+    path from the root to its parent. A node attends to the prompt, the answer so far, its ancestors and itself. All
+    nodes of one depth are expanded in one pass.
 
     SpecVLM (arXiv 2508.16201), which drafts from the pruned video with EAGLE-1's tree of 25 guesses (mc_sim_7b_63 in
     EAGLE's code): 4, 8, 8, 3 and 2 guesses by depth. Deviations: none.
 
     Cost: one pass per level and round (5 for the paper's tree). Keys and values of accepted nodes are reused. Those of
-    the last accepted node are computed again with the next root if it was a leaf, and always if the engine captures.
+    the last accepted node are computed again, in the pass of the next root, if it was a leaf or the engine captures.
 
     Attributes:
         shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
         children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
-            distribution, warped as the verifier's; `auto` samples if the verifier does. All are exact under every
-            verifier.
+            distribution, warped like the verifier's; `auto` samples if the verifier does. All are exact under every
+            lossless verifier.
 
     Raises:
-        ValueError: The shape or `children` is malformed.
+        ValueError: The shape is malformed, or `children` is unknown.
     """
 
     name = "tree"
@@ -90,7 +91,7 @@ def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
 
 
 def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
-    """Return the model that a drafter runs. which: the drafter's `model`, "draft" or "target"."""
+    """Return the model that a drafter runs, by its attribute `model`, "draft" or "target"."""
     model = ctx.target if which == "target" else ctx.draft
     assert model is not None
     return model
@@ -135,6 +136,7 @@ class TreeSession(PrunedSession):
         self.feed_root = self.feed_both if ctx.captured else self._round(1)
 
     def _round(self, fed: int) -> Routine:
+        """Return the routine that drafts one round, with `fed` rows in its first pass and the state of a trial run."""
         sampling, vocabulary = self.ctx.sampling if self.sample else None, self.ctx.vocabulary
         return Routine(
             partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, sampling),
@@ -147,6 +149,7 @@ class TreeSession(PrunedSession):
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        """Draft the tree below the accepted node and the bonus token."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
         base = self.root + self.shape.depths[node]
         races = self.races.exponential_(generator=self.generator) if self.sample else None
@@ -182,7 +185,12 @@ class Level(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Tables of one round, derived from the tree's shape. ways_MD: rows on the path from the root to each node."""
+    """Tables of one round, derived from the tree's shape.
+
+    Attributes:
+        ways_MD: Rows on the path from the root to each node.
+        levels: Tables of each pass.
+    """
 
     ways_MD: Tensor
     levels: tuple[Level, ...]
@@ -192,7 +200,7 @@ class Tables(NamedTuple):
 def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) -> Tables:
     """Build the tables of a shape.
 
-    Rows are numbered: the last accepted token, the root, then the expanded nodes of each level.
+    Rows are in this order: the last accepted token, the root, then the expanded nodes of each level.
 
     Args:
         shape: Shape of the tree.

@@ -24,8 +24,8 @@ class FastVPruner(Pruner):
 
     Attributes:
         layer: The layer K, counted from 1.
-        source: Whose attention. `target` is free, a by-product of its prefill; `draft` is as in FastV, and costs K
-            layers of the drafter over the unpruned video.
+        source: The model whose attention is used. `target` is free, a by-product of its prefill. `draft` is as in
+            FastV, and costs K layers of the drafter over the unpruned video.
 
     Raises:
         UserError: The model has no such layer, or `source` is unknown.

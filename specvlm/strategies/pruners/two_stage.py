@@ -1,4 +1,4 @@
-"""SpecVLM's own pruner: what the target attends to, and an even sample of the rest.
+"""Keep what the target attends to, and an even sample of the rest: SpecVLM's own pruner.
 
 Shape suffixes: N video tokens, R leftovers of stage I, F frames, P tokens of one frame.
 """
@@ -18,7 +18,7 @@ from specvlm.types import KeepSet, TokenGrid, Within
 
 SPREADS = ("linspace", "frame")
 PAPER, AUTO = 0.4, "auto"
-PART = 8  # under AUTO stage I has at most an eighth of the budget
+PART = 8  # under AUTO, stage I gets at most the budget divided by this
 MASS = f"above 0 and at most 1, or {AUTO}"
 
 
@@ -26,24 +26,33 @@ MASS = f"above 0 and at most 1, or {AUTO}"
 class TwoStagePruner(Pruner):
     """Keep the few tokens that hold most of the target's attention, and spend the left-over budget evenly.
 
-    SpecVLM's pruner (arXiv 2508.16201), for a budget B = floor(N (1 - ratio)). Stage I: the smallest set I with
-    sum_{j in I} a_j >= mass * sum_j a_j, highest a_j first (among equals the earlier token), cut to B; a_j is the mean
-    attention of the text after the video. Stage II: of the R = N - |I| leftovers in raster order, the k = B - |I| at
-    floor(i (R - 1) / (k - 1)), i = 0..k-1; a single one is the first.
+    SpecVLM's pruner (arXiv 2508.16201), for a budget B = floor(N (1 - ratio)). Let a_j be the target's mean attention
+    from the text after the video to video token j.
 
-    mass: share of the attention that stage I retains, above 0 and at most 1, or auto. 0.4 is the released code's; a
-    reproduction reports 0.5 for Qwen2.5-VL. `auto`, ours, is 0.4 with stage I cut to floor(B / 8) instead of B, so that seven
-    eighths of the budget are left to stage II, however far the attention spreads.
-    spread: how stage II spreads. `linspace` is the paper's one-dimensional stride over time, rows and columns.
-    `frame`, ours, gives every frame the same number of stage II tokens, within one, the surplus going to frames that stage I
-    left poorest, and spreads them in two dimensions inside each frame (an ordered-dither pattern, moved from frame to
-    frame); it reaches every frame as soon as k is at least the number of frames that stage I left empty.
+    Stage I takes the smallest set I with sum_{j in I} a_j >= mass * sum_j a_j, highest a_j first, but at most B tokens.
+    Ties go to the earlier token. Stage II takes k = B - |I| of the R = N - |I| leftovers: in raster order, those at
+    floor(i (R - 1) / (k - 1)) for i = 0..k-1; if k = 1, the first.
 
-    Deviations: none. All is counted exactly: of 480 tokens a ratio of 0.9 leaves 48, where the released code's floats leave 47.
+    Deviations: none by default; mass=auto and spread=frame are our own. Numbers are computed exactly: of 480 tokens a
+    ratio of 0.9 leaves 48, where the floats of the released code leave 47.
 
-    Cost: two sorts of N, three small reads by the host; the signal comes out of the target's prefill.
-    Limits: without any attention stage I is empty, and the result is that of `uniform` (spread=linspace).
-    Raises UserError for fields out of range; ValueError where the attention is NaN, infinite or negative.
+    Cost: two sorts of N and three small reads by the host; the signal is a by-product of the target's prefill.
+    Limits: if no token receives any attention, stage I is empty; with spread=linspace the result is then that of
+    `uniform`.
+
+    Attributes:
+        mass: Share of the attention that stage I retains, above 0 and at most 1, or `auto`. The released code has 0.4;
+            a reproduction reports 0.5 for Qwen2.5-VL. `auto` is 0.4 with at most floor(B / 8) tokens in stage I, so
+            that at least seven eighths of the budget are left to stage II, however far the attention spreads.
+        spread: How stage II spreads its tokens. `linspace` is the paper's one-dimensional stride over time, rows and
+            columns. `frame` gives every frame the same number of tokens, give or take one; frames with the fewest
+            stage I tokens get one more. Within a frame it spreads them in two dimensions, by an ordered-dither pattern
+            that is shifted from frame to frame. It reaches every frame if k is at least the number of frames without a
+            stage I token.
+
+    Raises:
+        UserError: A field is out of range.
+        ValueError: The attention contains a NaN, infinite or negative value.
     """
 
     name = "two_stage"
@@ -59,6 +68,7 @@ class TwoStagePruner(Pruner):
         check_choice("two_stage: spread", self.spread, SPREADS)
 
     def select(self, ctx: PruneContext) -> KeepSet:
+        """Take the tokens of stage I, then those of stage II from the leftovers."""
         scores_N = ctx.verifier_attention
         order_N = scores_N.sort(descending=True, stable=True).indices
         first = order_N[: self.stage_one(scores_N[order_N], ctx.budget)]
@@ -72,21 +82,25 @@ class TwoStagePruner(Pruner):
         return KeepSet(torch.cat([first, second]).sort().values, ctx.total)
 
     def stage_one(self, descending_N: Tensor, budget: int) -> int:
-        """How many tokens stage I takes of scores in descending order."""
+        """Return how many tokens stage I takes, given the scores in descending order."""
         if isinstance(self.mass, str):
             return min(retained(descending_N, PAPER), budget // PART)
         return min(retained(descending_N, self.mass), budget)
 
 
 def retained(descending_N: Tensor, mass: float) -> int:
-    """Length of the smallest prefix that sums to at least `mass` of the total.
+    """Return the length of the smallest prefix that sums to at least `mass` of the total.
 
-    Summed as whole multiples of a power of two near the highest score / 2^47 (for 16k tokens), and compared as
-    fractions. So a tie is a tie, 0.07 of 100 is 7, and no device's order of summation can move the answer; float sums
-    have none of that, and CUDA refuses their cumsum under deterministic algorithms.
+    The scores are rounded to multiples of a power of two, near the highest score / 2^47 for 16k tokens, and summed as
+    integers; `mass` is taken as an exact fraction. So equal sums compare as equal, 0.07 of 100 is 7, and the result
+    does not depend on the order in which a device sums. Sums of floats guarantee none of this, and CUDA refuses a
+    cumsum of floats under deterministic algorithms.
+
+    Raises:
+        ValueError: A score is NaN, infinite or negative.
     """
     peak, low = torch.stack([descending_N[0], descending_N[-1]]).tolist()
-    if not 0 <= low <= peak < math.inf:  # NaN sorts first, and compares false
+    if not 0 <= low <= peak < math.inf:  # NaN sorts first, and every comparison with it is false
         raise ValueError(f"attention must be finite and not negative, got values from {low} to {peak}")
     count = len(descending_N)
     unit = 2.0 ** (math.frexp(peak)[1] - 62 + count.bit_length())
@@ -97,10 +111,11 @@ def retained(descending_N: Tensor, mass: float) -> int:
 
 
 def by_frame(grids: Sequence[TokenGrid], taken_N: Tensor) -> Tensor:
-    """Order in which `spread=frame` takes the leftovers (R,): one of each frame a turn, newline tokens after all others."""
+    """Return the order (R,) in which `spread=frame` takes the leftovers: one per frame in turn, newline tokens last."""
     device, frames = taken_N.device, sum(grid.frames for grid in grids)
     frame_N, place_N = layout(grids, device)
-    # Within a turn: frames that stage I left poorest first, and among equals such as lie far apart in time.
+    # Within a turn, frames with the fewest stage I tokens come first. Equal ones are ordered so that the first few are
+    # spread over time.
     poor_F = torch.bincount(frame_N[taken_N], minlength=frames)[:frames]
     time_F = torch.arange(frames, device=device)
     seat_F = dither(time_F, torch.zeros_like(time_F), frames, 1)
@@ -116,14 +131,18 @@ def by_frame(grids: Sequence[TokenGrid], taken_N: Tensor) -> Tensor:
 
 
 def layout(grids: Sequence[TokenGrid], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frame of each token, over all videos (a newline token: one past the last), and its place in the frame's pattern."""
+    """Return the frame of each token over all videos, and its place in the dither pattern of that frame.
+
+    The frame of a newline token is the number of frames, one past the last.
+    """
     frames = sum(grid.frames for grid in grids)
     frame_of, place_of, before = [], [], 0
     for grid in grids:
         cell_P = torch.arange(grid.per_frame, device=device)
         row_P, column_P = cell_P // grid.width, cell_P % grid.width
         place_P = dither(row_P, column_P, grid.height, grid.width)
-        # Frame f begins at the f-th cell of the pattern, so that frames with few tokens each do not all show one corner.
+        # Frame f begins at the f-th cell of the pattern. Otherwise, with few tokens per frame, all frames would show
+        # the same corner.
         frame_F = torch.arange(grid.frames, device=device)
         start_F1 = place_P.argsort()[frame_F % grid.per_frame, None]
         moved_FP = (row_P - start_F1 // grid.width) % grid.height * grid.width + (column_P - start_F1 % grid.width) % grid.width
@@ -134,7 +153,10 @@ def layout(grids: Sequence[TokenGrid], device: torch.device) -> tuple[Tensor, Te
 
 
 def dither(row_P: Tensor, column_P: Tensor, height: int, width: int) -> Tensor:
-    """Place of each cell in Bayer's ordered-dither matrix, stretched: any number of first places is spread over the area."""
+    """Return the place of each cell in Bayer's ordered-dither matrix, stretched to the frame.
+
+    The cells that come first, however many are taken, are spread over the area.
+    """
     bits = (max(height, width) - 1).bit_length()
     row_P, column_P = (row_P << bits) // height, (column_P << bits) // width
     place_P = torch.zeros_like(row_P)

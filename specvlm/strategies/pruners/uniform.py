@@ -10,10 +10,11 @@ from specvlm.types import KeepSet
 class UniformPruner(Pruner):
     """Keep tokens at equal distances in raster order: token floor(i (N - 1) / (B - 1)) for i = 0..B-1.
 
-    Raster order is time, row, column, over all videos. The first and the last token are always kept; a budget of one
-    keeps the first. The "uniform only" ablation of SpecVLM (arXiv 2508.16201), and its Stage II.
+    Raster order is time, row, column, over all videos. A budget of one keeps the first token; larger budgets keep the
+    first and the last. This is the "uniform only" ablation of SpecVLM (arXiv 2508.16201), and its Stage II.
 
-    Deviations: none. Computed in integers, since truncating a float linspace depends on the rounding of its last bit.
+    Deviations: none. Places are computed in integers: truncating a float linspace depends on the rounding of its last
+    bit.
 
     Cost: O(B), no signal. Limits: if the stride divides the length of a row, the kept tokens form columns.
     """

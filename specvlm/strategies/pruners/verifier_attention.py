@@ -10,13 +10,13 @@ from specvlm.types import KeepSet
 class VerifierAttentionPruner(Pruner):
     """Keep the B tokens of highest a_j, the target's attention from the text after the video to video token j.
 
-    a_j is the mean over layers, heads and text rows. SpecVLM's Stage I alone (arXiv 2508.16201, "attention only"),
-    with the whole budget instead of a share of the attention. Ties go to the earlier token.
+    a_j is the mean over layers, heads and text rows. This is SpecVLM's Stage I alone (arXiv 2508.16201, "attention
+    only"), with the whole budget instead of a share of the attention. Ties go to the earlier token.
 
     Deviations: none.
 
     Cost: a sort of N; the signal is a by-product of the target's prefill. Limits: attention is long-tailed and
-    concentrates on few frames, so the drafter may not see others at all.
+    concentrates on few frames, so the drafter may not see the others at all.
 
     Raises:
         ValueError: The attention contains NaN.

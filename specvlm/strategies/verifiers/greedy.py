@@ -19,10 +19,10 @@ class GreedyVerifier(Verifier):
 
     Node i is accepted if tokens[j] = argmax logits[parents[j]] for every j on the path from the root to i, including i.
     The deepest such node wins; of equally deep ones (siblings with the same token) the one of lowest number.
-    Exact match of a tree is SpecInfer's greedy verification (arXiv 2305.09781); of a chain, Stern et al. (1811.03115).
+    For trees this is SpecInfer's greedy verification (arXiv 2305.09781), for chains that of Stern et al. (1811.03115).
     Deviations: none.
 
-    Equal logits go to the lowest id, in trees as in `first`, so both agree on exact ties, which bfloat16 models give.
+    Of equal logits the lowest id wins, in trees as in `first`, so both agree on exact ties, which bfloat16 often gives.
     The output equals the autoregressive one if the logits of both do: the forward pass of a tree may round differently
     from that of a single token.
 
@@ -37,6 +37,7 @@ class GreedyVerifier(Verifier):
         return _layout.__wrapped__(parents, torch.device("cpu"))  # type: ignore[attr-defined]
 
     def decide(self, ctx: VerifyContext) -> Tensor:
+        """Mark the nodes whose whole path matches the target's argmax, and take the deepest."""
         layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
         up_M, root_M, beside_MM, order_M = layout
         best_M = ctx.logits_MV.argmax(-1)

@@ -20,7 +20,7 @@ ROWS = 4096  # video states converted to float32 at a time
 
 @dataclass(frozen=True)
 class LooseVerifier(Verifier):
-    """Visual anchors must match the target's argmax; other guesses pass. The output is NOT the target's own.
+    """Visual anchors must match the target's argmax; other guesses need not. The output is NOT the target's own.
 
     Each guess has a score A: the mean of the `nearest` largest cosine similarities between its last hidden state in the
     target's check and the video tokens' in the prefill. Of a tree's guesses, the share `relaxed` with the lowest A is
@@ -33,14 +33,14 @@ class LooseVerifier(Verifier):
     target chooses one.
 
     LVSpec (arXiv 2604.05650): anchors by A, relaxed = 0.7 (its λ), nearest = 10 (its N), the position-shift tolerance.
-    Deviations: stop ids are strict, since they would pass as filler and cut answers off. The paper leaves these open,
-    as far as we can tell: λ is the share of one round's guesses (a running quantile would be state, and a verdict is a
-    pure function of its context), the hidden states are the last layer's, the row is the guess's own, window = 2, and
-    the rule for trees (the paper drafts chains of 10: use drafter.shape=chain:10).
+    Deviations: stop ids are strict, since they would be accepted as filler and cut answers short. The paper leaves
+    these open, as far as we can tell: λ is the share of one round's guesses (a running quantile would be state, and a
+    verdict is a pure function of its context), the hidden states are the last layer's, the row is the guess's own,
+    window = 2, and the rule for trees (the paper drafts chains of 10: use drafter.shape=chain:10).
 
     Limits: `lossless = False`, so a run's verdict is `lossy`; do not put its figures in a table with those of lossless
-    verifiers. Negations and logical words score as unrelated to the video, and pass: do not use it where they matter.
-    For prompts without a video, only the window is relaxed.
+    verifiers. Negations and logical words score as unrelated to the video, so they need not match: do not use it where
+    they matter. For prompts without a video, only the window is relaxed.
     Cost: (N, D) hidden states per request; per round M x N x D operations and a read of (M,) scores on the host. Checks
     are not captured.
 
@@ -72,6 +72,7 @@ class LooseVerifier(Verifier):
             raise ValueError(f"nearest must be at least 1 and window at least 0, got {self.nearest} and {self.window}")
 
     def verify(self, ctx: VerifyContext) -> Verdict:
+        """Follow the path from the root by the rules above, and end it with the target's argmax."""
         tree, best = ctx.tree, ctx.logits_MV.argmax(-1).tolist()
         tokens, loose = tree.tokens.tolist(), self._relaxed(ctx)
         path, below = [0], children_of(tree.parents)
@@ -93,7 +94,7 @@ class LooseVerifier(Verifier):
         return set((scores_M.sort(stable=True).indices[:count] + 1).tolist())
 
     def _around(self, path: list[int], child: int, below: list[list[int]], best: list[int]) -> set[int]:
-        """The target's choices within `window` positions of the child, on its path and down its first children."""
+        """Return the target's choices within `window` positions of the child, above it and down its first children."""
         line = [*path, child]
         while len(line) < len(path) + self.window and below[line[-1]]:
             line.append(below[line[-1]][0])
@@ -102,7 +103,7 @@ class LooseVerifier(Verifier):
 
 
 def visual_scores(hidden_MD: Tensor, video_ND: Tensor, nearest: int) -> Tensor:
-    """(M,) mean of the `nearest` largest cosine similarities to the video tokens, which have unit length."""
+    """Return (M,) means of the `nearest` largest cosine similarities to the video tokens, which have unit length."""
     unit_MD = normalize(hidden_MD.float(), dim=-1)
     cosines_MN = torch.cat([unit_MD @ piece.to(unit_MD).mT for piece in video_ND.split(ROWS)], 1)
     return cosines_MN.topk(min(nearest, cosines_MN.shape[1])).values.mean(-1)

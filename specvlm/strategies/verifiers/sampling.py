@@ -32,8 +32,8 @@ class SamplingVerifier(Verifier):
 
     Exact means: given everything before it, each token has the distribution of `first`. This requires that the children
     were drawn from q without replacement, in node order, and that none was dropped or moved depending on the draw. If q
-    has fewer tokens than the node has children, any tokens may fill up. Siblings may share a token: the second one is
-    never accepted. Ids that only one model knows have probability 0 in the other.
+    has fewer tokens than the node has children, the rest may be any tokens. Siblings may share a token: the second one
+    is never accepted. Ids that only one model knows have probability 0 in the other.
 
     Sources: Leviathan et al. (arXiv 2211.17192, section 2.3) and Chen et al. (2302.01318) for one guess; SpecInfer's
     multi-step speculative sampling (2305.09781) for several; Sequoia (2402.12374) without replacement, the rule used
@@ -79,6 +79,7 @@ class SamplingVerifier(Verifier):
         return 2 * nodes
 
     def decide(self, ctx: VerifyContext) -> Tensor:
+        """Decide all nodes at once, then follow the accepted children from the root."""
         p_MV = self.sampling.probabilities(ctx.logits_MV).double()
         accept_M, rest_MV = odds(ctx.tree, p_MV)
         next_M, bonus_M = _decide(ctx.tree, accept_M, rest_MV, ctx.numbers(2 * len(ctx.tree)))
@@ -129,7 +130,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
-    """The distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
+    """Return the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
@@ -138,7 +139,7 @@ def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
 
 
 def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """One trial: (n,) probability of accepting x, and (n, V) the distribution p after a rejection."""
+    """Run one trial. Returns the (n,) probability of accepting x, and (n, V) the distribution p after a rejection."""
     accept_n1 = (p_nV.gather(-1, x_n1) / q_nV.gather(-1, x_n1)).clamp(max=1.0)
     left_nV = (p_nV - q_nV).clamp(min=0.0)
     mass_n1 = left_nV.sum(-1, keepdim=True)
@@ -159,7 +160,7 @@ def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor)
 
 
 def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
-    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if p is no distribution.
+    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if p is not a distribution.
 
     Only tokens with p > 0 count as hits: a parallel cumulative sum may grow by rounding where p is 0.
     """
@@ -173,7 +174,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
 
 @remembered()  # never freed: captured steps refer to them by address
 def _trials(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """For trial r, list the nodes with more than r children, and the r-th child of each; cached, since shapes recur."""
+    """For each trial r from 0 on, list the nodes with more than r children, and child r of each. Cached."""
     below, trials = children_of(parents), list[Tensor]()
     for trial in range(max(map(len, below))):
         pairs = [(node, children[trial]) for node, children in enumerate(below) if len(children) > trial]
