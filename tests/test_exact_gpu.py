@@ -227,6 +227,29 @@ def test_a_trees_rows_are_those_of_sequential_steps(family, dtype):
                     assert all(torch.equal(a[0, :, base + node], b[0, :, base + depth]) for a, b in pairs)
 
 
+@pytest.mark.parametrize("count", [65, 129, 300])
+@torch.inference_mode()
+def test_a_tree_of_more_nodes_than_a_pass_has_goes_in_slices(count):
+    """Through the engine, head included: a pass of 300 rows would not fit a processor's shared memory."""
+    lm, engine = small("qwen2_5_vl", torch.bfloat16), engine_for("graphs", "cuda")
+    many, one = (lm.new_cache(900 + extra) for extra in (0, 100))
+    for cache in (many, one):
+        for store in cache.stores:
+            for tensor in store:
+                tensor[:, :, :, :500] = rows(*tensor.shape[:3], 500, tensor.shape[-1], dtype=torch.bfloat16, seed=1)
+        cache.length = 500
+    tokens = torch.randint(0, lm.vocabulary, (count,), generator=torch.Generator().manual_seed(1)).cuda()
+    tree = DraftTree(tokens, random_parents(count, 1))
+    found = engine.finish(engine.tree_rows(lm, tree, many)).logits()
+    many.length = 500
+    assert torch.equal(engine.rescore(lm, tree, many), found)
+    path = tree.way_to(count - 1)
+    for depth, node in enumerate(path):
+        one.length = 500 + depth
+        single = DraftTree(tokens[node : node + 1], (-1,))
+        assert torch.equal(engine.finish(engine.tree_rows(lm, single, one)).logits()[0], found[node])
+
+
 def small(family: str, dtype: torch.dtype):
     """Make a tiny model, as wide as the kernels need."""
     torch.manual_seed(0)

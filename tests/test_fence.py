@@ -27,13 +27,25 @@ from specvlm.decoding.output import Output
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.models import integrity
 from specvlm.models.checksum import checksum
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.passes import Pass
 from specvlm.process.memo import restored
 from specvlm.results import metrics
 from specvlm.results.metrics import tokens_of
 from specvlm.results.rows import CannotWrite, rows_of
 from specvlm.strategies import Drafter, DraftSession, Pruner, registry
 from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession
-from specvlm.strategies.fence import checked_tree, checked_verdict, defined_here, inside, is_ours, label_of, needs_of, sizes_of
+from specvlm.strategies.fence import (
+    checked_item,
+    checked_tree,
+    checked_verdict,
+    defined_here,
+    inside,
+    is_ours,
+    label_of,
+    needs_of,
+    sizes_of,
+)
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier, _layout
 from specvlm.testing import tiny as contract_tiny
@@ -452,6 +464,32 @@ def test_a_mode_of_torch_is_left_before_the_loop_goes_on(mode, said):
     with inside(Idle()), mode():
         pass  # one that is left again is no harm
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["outside", "in_a_request"])
+def test_inference_mode_is_put_back_before_the_loop_goes_on(before):
+    with torch.inference_mode(before):
+        with pytest.raises(StrategyError, match="drafter=idle left torch in an inference mode"), inside(Idle()):
+            torch.inference_mode(not before).__enter__()
+        assert torch.is_inference_mode_enabled() is before
+    assert not torch.is_inference_mode_enabled()
+
+
+class Sly(Pass):
+    """Another pass once it has been checked."""
+
+    def placed(self):
+        return "unchecked"
+
+
+def test_a_subclass_of_a_pass_is_none():
+    lm = contract_tiny.model("qwen2_5_vl")
+    with CachePool().lease(drafter=True) as lease:
+        cache = lease.take("draft", lm, 64)
+        tokens = torch.zeros(1, dtype=torch.int64)
+        checked_item(Idle(), lease, Pass(lm, cache, tokens, (0,), None, 0, 0))
+        with pytest.raises(StrategyError, match="propose yielded a Sly"):
+            checked_item(Idle(), lease, Sly(lm, cache, tokens, (0,), None, 0, 0))
 
 
 def test_a_handler_of_ctrl_c_is_put_back_before_the_next_call():

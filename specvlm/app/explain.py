@@ -18,7 +18,10 @@ from specvlm.strategies import registry
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and YAML into a UserError. Hydra also raises ValueError."""
+    """Turn errors of Hydra, OmegaConf and YAML into a UserError.
+
+    Also covers ValueError, which Hydra raises too, and RecursionError.
+    """
     try:
         yield
     except UserError:

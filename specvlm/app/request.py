@@ -160,8 +160,12 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
     if found.token is None:
         return found.verdict, str(found), None
     texts = [request.target.tokenizer.decode([token]) for token in found.candidates or ()]
-    control = metrics.tokens_of(list(alone(request, graph))) == baseline.tokens if found.verdict == "tie" else None
-    if control is False:  # the target is not deterministic, so a tie proves nothing
+    control = (
+        metrics.tokens_of(list(alone(request, graph))) == baseline.tokens
+        if found.verdict == "tie" or graph.engine.exact(graph.target)
+        else None
+    )
+    if control is False:  # the target is not deterministic, so nothing follows from a difference
         found = replace(found, verdict="mismatch", reason="the target alone, decoded again, gives another output")
     return found.verdict, str(found), asdict(found) | {"candidate_texts": texts, "control": control}
 

@@ -50,7 +50,7 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """Make a generator for the verifier apart from the drafter's: no guess may depend on the draws that judge it."""
+    """Make a generator for the verifier, separate from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from specvlm.engine import Engine
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
-from specvlm.models.video_lm import VideoLM
+from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.strategies import Verifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
@@ -113,7 +113,7 @@ def compare(
         verifier: The run's verifier.
         options: The run's options.
     """
-    first, exact = alike(output, baseline), bool(engine and engine.exact(target))
+    first, exact = alike(output, baseline), _exact(engine, target, prompt)
     if first == len(output) == len(baseline):
         return Comparison("identical", exact=exact)
     if first == min(len(output), len(baseline)):
@@ -130,6 +130,11 @@ def compare(
     with (caches or CachePool()).lease() as lease:
         passes = _Passes(target, prompt, output, steps, lease, engine or Engine(), options.repetition_penalty)
         return passes.judge(baseline[first], first, verifier)
+
+
+def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
+    """Whether no tree may change a bit. A longer question may be prefilled in other pieces by a run whose pruner watches."""
+    return engine is not None and engine.exact(target) and len(prompt) - prompt.cut <= CHUNK
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -276,7 +281,7 @@ class _Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """Mean over rows of how far the best tokens' logits lie from the one-row pass's, less the row's mean shift."""
+        """Mean over rows of the RMS distance of the best tokens' logits from the one-row pass, less the row's mean."""
         moved_TK = (other_TK - self.one_TK[: len(other_TK)])[1:, 2:]  # the first token comes from the prefill
         return float((moved_TK - moved_TK.mean(1, True)).square().mean(1).sqrt().mean()) if len(moved_TK) else 0.0
 
@@ -297,7 +302,8 @@ class _Evidence:
     def _excess(self, many: float, drift: float, room: float, most: float) -> tuple[int, str] | None:
         """Return where and why rounding cannot explain the output, else None.
 
-        many: drift of the passes over guesses; drift: of the others. room: limit on many / drift; most: on each.
+        many: drift of the passes over guesses. drift: drift of the other correct passes. room: limit on
+        many / drift. most: limit on many and on drift.
         """
         if not (drift <= most and many <= most):
             return self.first, f"passes over several rows move logits by {max(drift, many):.1g}, more than rounding does"

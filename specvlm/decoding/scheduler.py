@@ -64,7 +64,8 @@ class Ticket:
     def fail(self, error: Exception) -> None:
         """End the request with an error and release its caches now, since its steps may never be read."""
         self.done, self.error = True, error
-        self.work.close()
+        with inferring():
+            self.work.close()
 
     def _next(self, rows: Rows | None) -> Pass | Step:
         """Resume the generator with a pass's result and store what it yields."""
@@ -162,7 +163,8 @@ class Scheduler:
         """Stop a request and release its caches."""
         ticket.done = True
         self.live = [other for other in self.live if other is not ticket]
-        ticket.work.close()
+        with inferring():
+            ticket.work.close()
 
 
 def alone(engine: Engine, work: Decoding) -> Iterator[Step]:

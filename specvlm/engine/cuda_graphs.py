@@ -15,7 +15,7 @@ from functools import partial
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -216,7 +216,7 @@ class GraphsEngine(Engine):
             tokens = tree.tokens[here].to(device)
             found.append(lean(tokens, paths.depths_M[here], at, sight, base, offset, cache))
         cache.advance(len(tree))
-        return Rows(torch.cat(found), lean.logits, lean.ops.top)
+        return Rows(_joined(found), lean.logits, lean.ops.top)
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
         parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
@@ -234,7 +234,7 @@ class GraphsEngine(Engine):
             depths, ways = depths_M[at : at + ROWS], ways_MM[at : at + ROWS]
             found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
         cache.advance(len(tree))
-        return lean.logits(torch.cat(found))
+        return lean.logits(_joined(found))
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
         """Make a program of fn on the device of its inputs."""
@@ -303,6 +303,13 @@ def _run_lean(lean: LeanText, one: Pass) -> Rows:
         sight = Sight(one.seen(device, torch.int8))
     hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def _joined(found: Sequence[Any]) -> Any:
+    """Join the rows of several passes: tensors, or rows in 8 bits where the head is quantised."""
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(list(found)) if isinstance(found[0], Tensor) else type(found[0]).joined(found)
 
 
 def paths_of(seen_MM: Tensor) -> Tensor:

@@ -159,9 +159,12 @@ class LeanText:
         yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """Compute the (Q, V) logits of hidden states that a pass returned."""
+        """Compute the (Q, V) logits of hidden states that a pass returned, at most ROWS rows at a time as in a pass."""
+        count = hidden_QD.data.shape[0]  # of a tensor, or of rows in 8 bits
+        pieces = [hidden_QD] if count <= ROWS else [hidden_QD[at : at + ROWS] for at in range(0, count, ROWS)]
         with current(self.stages[-1].device):
-            mine_QV = self.ops.linear(hidden_QD, (self.head,), whole=self.dtype)[0]
+            found = [self.ops.linear(piece, (self.head,), whole=self.dtype)[0] for piece in pieces]
+        mine_QV = found[0] if len(found) == 1 else torch.cat(found)
         return mine_QV if self.head.outputs == self.vocabulary else self.ranks.gather(mine_QV)
 
 

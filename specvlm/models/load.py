@@ -44,8 +44,9 @@ class Checkpoint(NamedTuple):
 def opened(path: str | Path, weights: bool) -> Checkpoint:
     """Read everything in a checkpoint folder except the weights.
 
-    From the hub, the weight files are fetched only if `weights` is set or only they tell the dtype. They must
-    be there if they are needed, or if a local folder has any of them: a folder without weights suffices for a report.
+    From the hub, the weight files are downloaded only if `weights` is set, or if config.json gives no dtype. A missing
+    weight file is an error if the weights are needed, or if a local folder holds some of them. A local folder without
+    any is enough for a report.
 
     Raises:
         UserError: Something in the folder cannot be used.

@@ -170,7 +170,7 @@ class Call:
 
         def checked(item: object) -> Pass:
             """Return a yielded pass, placed if `read`. Raises if the routine may not yield it."""
-            if not isinstance(item, Pass) or item.cache is not routine.cache or item.model is not routine.model:
+            if type(item) is not Pass or item.cache is not routine.cache or item.model is not routine.model:
                 raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
             self.check(item)
             if len(item) > routine.widest:

@@ -29,6 +29,10 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
         file = open(path, mode, buffering, opener=_without_waiting)  # noqa: SIM115
     except ValueError as error:  # not a valid file name
         raise UserError(f"{path} is no file ({error})") from None
+    except BlockingIOError:  # another process holds a lease on it, as file servers do: wait for that one
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is no file") from None
+        file = open(path, mode, buffering)  # noqa: SIM115
     except OSError as error:
         if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
             raise UserError(f"{path} is no file") from None

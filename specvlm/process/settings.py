@@ -44,15 +44,22 @@ def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def modes_entered() -> tuple[int, int]:
-    """Return the depths of torch's stacks of function modes and dispatch modes."""
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+_UNDONE: list[torch.inference_mode] = []  # kept: torch goes back to the mode before when one of them is collected
 
 
-def leave_modes(before: tuple[int, int]) -> str:
-    """Leave the modes entered since the stacks had the depths `before`; returns a text that names their kinds."""
-    functions, dispatch = before
+def modes_entered() -> tuple[int, int, bool]:
+    """Return the depths of torch's stacks of function modes and dispatch modes, and whether inference mode is on."""
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), torch.is_inference_mode_enabled()
+
+
+def leave_modes(before: tuple[int, int, bool]) -> str:
+    """Go back to the modes of `before`; returns a text that names the kinds of those that were changed."""
+    functions, dispatch, inferring = before
     found = []
+    if torch.is_inference_mode_enabled() is not inferring:
+        _UNDONE.append(torch.inference_mode(inferring))
+        _UNDONE[-1].__enter__()
+        found.append("an inference mode")
     while torch._C._len_torch_function_stack() > functions:
         torch._C._pop_torch_function_stack()
         found.append("a function mode")

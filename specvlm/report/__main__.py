@@ -6,7 +6,7 @@
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
 FOLDER: the folder of a run or a job, or one that contains such folders at any depth. Runs with record=true also show
-attention as heat.
+attention as a heat map.
 """
 
 import argparse

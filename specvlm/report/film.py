@@ -1,4 +1,4 @@
-"""Draw a film of the drafter's view: kept tokens bright, attention as heat beside them, and the growing answer.
+"""Draw a film of the drafter's view: kept tokens bright, attention as a heat map beside them, and the growing answer.
 
 Uses Pillow's own font, which has Latin letters only; other letters become boxes.
 """

@@ -22,7 +22,7 @@ class Sample:
         id: Stable identifier within the data set.
         video: A file, or a function that returns a clip of all frames. Opened or called only when the sample is
             decoded.
-        question: The full question as put to the model, including the options of a multiple choice.
+        question: The full question as put to the model, including the options if it is multiple choice.
         answer: The right answer; None if unknown.
         options: The possible answers, written like `answer`.
         meta: Values to group results by, such as category or duration. Plain JSON.

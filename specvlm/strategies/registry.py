@@ -4,6 +4,7 @@ A strategy's name is written only in its class.
 """
 
 import dataclasses
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -254,13 +255,16 @@ def _config_class(cls: type[Strategy]) -> type:
 
 def _number_or_word(hint: Any) -> bool:
     """Return True for a type such as `float | str`. Hydra would refuse the integer 1 for it."""
-    return {float, str} <= {*get_args(hint)}
+    return {float, str} <= {*get_args(hint)} and int not in get_args(hint)
 
 
 def _number(value: Any) -> Any:
-    """Convert 1 and "0.5" to float, as Hydra does for a field of type float. Return other values unchanged."""
+    """Convert 1 and "0.5" to float, as Hydra does for a field of type float. Return words and other values unchanged."""
+    plain = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{0,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?", value)
+    if type(value) is not int and not plain:
+        return value
     try:
-        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
+        return float(value)
     except (ValueError, OverflowError):
         return value
 

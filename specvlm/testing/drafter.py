@@ -30,14 +30,14 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
 
     Runs the decoding loop on tiny random models of both families, in float64 on the CPU.
 
-    Cases: ratios 0, 0.9 and 1; as draft model a good one, the target itself, and ones with fewer and more tokens than
-    the target; answers of 1, 2, 5 and 24 tokens; two interleaved requests; sessions in which the nodes of the trees are
-    accepted in turn, right or wrong; a verifier that samples.
+    Cases: ratios 0, 0.9 and 1; as the draft model: a good one, the target itself, and ones with a smaller and a larger
+    vocabulary than the target's; answers of 1, 2, 5 and 24 tokens; two interleaved requests; sessions in which the
+    nodes of the trees are accepted in turn, right or wrong; a verifier that samples.
 
     Checks: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes, and tokens
     that both models know; under the greedy verifier the output equals that of `autoregressive`; the same seed gives the
-    same trees, whatever the state of torch's global generator; q, if given, has one row per node, and the children can
-    have been drawn from it without replacement.
+    same trees, whatever the state of torch's global generator; q, if given, has one row per node, and the children
+    could have been drawn from it without replacement.
 
     Args:
         drafter: A class, which must work without arguments, or an instance.
@@ -121,7 +121,7 @@ def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, wha
 
 
 def _check_q(tree: DraftTree, what: str) -> None:
-    """Check that the children can have been drawn from q one after the other, without replacement."""
+    """Check that the children could have been drawn from q one after the other, without replacement."""
     assert tree.q is not None
     assert len(tree.q) == len(tree), f"{what}: q must have a row for each of the {len(tree)} nodes, got {len(tree.q)}"
     for parent in sorted(set(tree.parents[1:])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,13 @@ class Narrow:
 
     def __getitem__(self, rows: slice) -> Narrow:
         return Narrow(self.data[rows].contiguous(), self.scale[rows].contiguous())
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Narrow]) -> Narrow:
+        """Join the rows of several passes."""
+        dtype = pieces[0].data.dtype
+        data = torch.cat([piece.data.view(torch.uint8) for piece in pieces]).view(dtype)  # bytes: torch joins any of them
+        return cls(data, torch.cat([piece.scale for piece in pieces]))
 
     @classmethod
     def empty(cls, rows: int, width: int, kind: str, device: torch.device) -> Narrow:

@@ -24,6 +24,7 @@ CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 ch
 LEAF = 128  # slots of a leaf; every row gathers its last one itself
 MOST = 64  # most chunks of a row; beyond that, their length doubles
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
+LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
 MERGED = 32  # segments per step of the merge
 
@@ -234,6 +235,8 @@ def path_attention(
     requests, (rows, heads, width) = base_B.numel(), q_QHD.shape
     rows //= requests
     kv_heads, capacity, _ = keys.shape[-3:]
+    if capacity > LONGEST or heads > ROWS * kv_heads:
+        raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
     group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk)
     blocks, padded = triton.cdiv(group_rows, ROWS), triton.next_power_of_2(width)
     device = q_QHD.device

@@ -20,11 +20,11 @@ from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 
 @dataclass(frozen=True)
 class SparseDrafter(Drafter):
-    """A chain of the target's own guesses, each KV head of which sees its own K video tokens and all text.
+    """A chain of the target's own guesses, for which each KV head sees its own K video tokens and all text.
 
     The score of a video token, per layer and KV head, is the attention it receives in the target's prefill from the
     text after the video, averaged over that text and the query heads of the KV head (the paper sums, which gives the
-    same order). The K tokens of highest score stay, chosen once per request; ties go to the earlier token. K is
+    same order). The K tokens with the highest scores stay, chosen once per request; ties go to the earlier token. K is
     `entries` minus all other tokens of the prompt. Keys and values are copied in their order: already rotated, they
     keep their positions, so there is no second prefill. Rows of accepted tokens are copied from the target's cache.
     With K = N the draft equals the target, and every guess is accepted.
