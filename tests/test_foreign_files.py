@@ -312,7 +312,7 @@ def test_a_sample_taken_off_a_list_is_counted_no_longer(capfd):
     for left in (entries[1:], [entries[1], {"video": "a.mp4", "id": "three"}]):
         questions(*left)
         assert main([*words, "resume=true"]) == 0
-        assert "data set no longer" in " ".join(capfd.readouterr().out.split())
+        assert "no longer in the data set" in " ".join(capfd.readouterr().out.split())
         found = summary_of(Path("out"))
         assert (found["samples"], found["ok"], found["missing"]) == (len(left), len(left), 0)
     assert len(rows_of(Path("out"))) == 3, "what was answered stays"

@@ -254,14 +254,11 @@ def test_one_frame_is_enough():
 
 @pytest.mark.slow
 def test_a_full_disk_ends_with_one_line_that_names_the_folder_and_leaves_nothing(monkeypatch, capfd):
-    real = Path.open
+    def full(path, mode="rb", *args):
+        assert "w" in mode and path.name == "steps.jsonl"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    def full(self, mode="r", *args, **named):
-        if "w" in mode and self.name == "steps.jsonl":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return real(self, mode, *args, **named)
-
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("specvlm.results.folder.open_regular", full)
     assert main(["hydra.run.dir=out", *FAST]) == 2
     error = capfd.readouterr().err
     assert "No space left on device" in error and "out" in error and not Path("out").exists()

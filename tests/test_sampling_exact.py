@@ -421,7 +421,7 @@ def test_drawn_output_has_the_targets_joint_distribution(setting):
 @pytest.mark.parametrize("fault", [*FAULTS, "last accepted child wins"])
 def test_chi_square_catches_planted_faults(fault, monkeypatch):
     """The vectorised rule with one line broken fails the same check as above."""
-    try_child, turns = sampling._try, sampling._turns
+    try_child, turns = sampling._try, sampling._trials
 
     def left_with(p_nV: Tensor, accept_n: Tensor, left_nV: Tensor) -> tuple[Tensor, Tensor]:
         mass_n1 = left_nV.sum(-1, keepdim=True)
@@ -452,7 +452,7 @@ def test_chi_square_catches_planted_faults(fault, monkeypatch):
         decide = sampling._decide
 
         def backwards(tree, accept_M, rest_MV, dice):
-            monkeypatch.setattr(sampling, "_turns", lambda *shape: tuple(reversed(turns(*shape))))
+            monkeypatch.setattr(sampling, "_trials", lambda *shape: tuple(reversed(turns(*shape))))
             return decide(tree, accept_M, rest_MV, dice)
 
         monkeypatch.setattr(sampling, "_decide", backwards)
