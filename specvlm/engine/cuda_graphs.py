@@ -208,15 +208,8 @@ class GraphsEngine(Engine):
         if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return (yield from super().tree_rows(target, tree, cache))
         paths = Paths.of(tree, device)
-        base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
-        found = []
-        for at in range(0, len(tree), ROWS):
-            here = slice(at, at + ROWS)
-            sight = Sight(None, paths.nodes_MD[here].contiguous(), paths.depths_M[here])
-            tokens = tree.tokens[here].to(device)
-            found.append(lean(tokens, paths.depths_M[here], at, sight, base, offset, cache))
-        cache.advance(len(tree))
-        return Rows(_joined(found), lean.logits, lean.ops.top)
+        hidden_MD = _run_tree(lean, tree.tokens.to(device), paths.depths_M, paths.nodes_MD, cache)
+        return Rows(hidden_MD, lean.logits, lean.ops.top)
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
         parts = tokens_Q.split(ROWS if self.lean(target) else len(tokens_Q))
@@ -227,14 +220,8 @@ class GraphsEngine(Engine):
         if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return super().rescore(target, tree, cache)
         (depths_M, seen_MM), device = placed(tree), target.device
-        base, offset = torch.tensor([[cache.length], [cache.offset]], device=device)
-        depths_M, ways_MM, tokens_M = depths_M.to(device), paths_of(seen_MM).to(device), tree.tokens.to(device)
-        found = []
-        for at in range(0, len(tree), ROWS):
-            depths, ways = depths_M[at : at + ROWS], ways_MM[at : at + ROWS]
-            found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
-        cache.advance(len(tree))
-        return lean.logits(_joined(found))
+        tables = depths_M.to(device), paths_of(seen_MM).to(device)
+        return lean.logits(_run_tree(lean, tree.tokens.to(device), *tables, cache))
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
         """Make a program of fn on the device of its inputs."""
@@ -303,6 +290,17 @@ def _run_lean(lean: LeanText, one: Pass) -> Rows:
         sight = Sight(one.seen(device, torch.int8))
     hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def _run_tree(lean: LeanText, tokens_M: Tensor, depths_M: Tensor, ways_MP: Tensor, cache: KVCache) -> Any:
+    """Run a tree uncaptured, at most ROWS rows at a time. Returns hidden states (M, D), and appends its rows to the cache."""
+    base, offset = torch.tensor([[cache.length], [cache.offset]], device=tokens_M.device)
+    found = []
+    for at in range(0, len(tokens_M), ROWS):
+        depths, ways = depths_M[at : at + ROWS], ways_MP[at : at + ROWS]
+        found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
+    cache.advance(len(tokens_M))
+    return _joined(found)
 
 
 def _joined(found: Sequence[Any]) -> Any:
