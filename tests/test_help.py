@@ -60,7 +60,7 @@ def test_help_lists_every_strategy_with_plugin_keys_and_summary(columns, capsys,
             list(config.conf_dir().glob(f"{kind}/*"))
         )
     assert "[specvlm-frame 0.7]" in entries_of(helped(capsys, "pruner"))["frame"]
-    assert entries_of(helped(capsys, "pruner"))["pruner.mass=0.4"].startswith("share of the attention that stage I retains")
+    assert entries_of(helped(capsys, "pruner"))["pruner.mass=0.4"].startswith("Share of the attention that stage I retains")
 
 
 def test_help_lists_every_key_and_preset(columns, capsys):

@@ -117,7 +117,7 @@ FAILING = {
 
 @pytest.mark.parametrize("case", FAILING)
 def test_a_template_that_fails_ends_in_one_line(case, models, monkeypatch):
-    monkeypatch.setattr(child, "SECONDS", 1 if case == "loops" else 30)
+    monkeypatch.setattr(child, "CPU_SECONDS", 1 if case == "loops" else 30)
     template, said = FAILING[case]
     tokenizer = tokenizer_of(models("llava_onevision", "as it is").folder)
     tokenizer.chat_template = template
@@ -196,7 +196,7 @@ class Waits:
 
 
 def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(monkeypatch):
-    monkeypatch.setattr(child, "PATIENCE", 10.0)
+    monkeypatch.setattr(child, "WALL_SECONDS", 10.0)
     before = gc.get_threshold()
     try:
         gc.set_threshold(100_000)
