@@ -120,10 +120,11 @@ def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def children_of(parents: tuple[int, ...]) -> list[list[int]]:
-    """Child nodes of each node, in ascending order."""
+    """Child nodes of each node, in ascending order. Several trees side by side each have a root of parent -1."""
     below: list[list[int]] = [[] for _ in parents]
-    for node, parent in enumerate(parents[1:], start=1):
-        below[parent].append(node)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            below[parent].append(node)
     return below
 
 
