@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specvlm.__main__ import main
 from specvlm.app.baselines import digest_of
 from specvlm.app.model_cache import ModelCache
-from specvlm.decoding import lossless
+from specvlm.decoding import evidence, lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.output import Output
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
@@ -361,7 +361,7 @@ def patch_code(graph):
 
 
 def patch_table(graph):
-    lossless.DRIFT[torch.float32] = 1e9
+    evidence.DRIFT[torch.float32] = 1e9
 
 
 def patch_class(graph):

@@ -16,8 +16,9 @@ from specvlm.engine import Engine
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.passes import finished
 from specvlm.results.metrics import acceptance_of, tokens_of
-from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter, Growth, _confidence, grow, unpacked
+from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyPace, EntropyTreeDrafter
+from specvlm.strategies.drafters.growing import Growth, _confidence, grow, unpacked
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.none import NonePruner
 from specvlm.strategies.pruners.uniform import UniformPruner

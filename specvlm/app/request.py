@@ -19,7 +19,7 @@ from specvlm.models.load import name_of
 from specvlm.results import metrics
 from specvlm.strategies.fence import sizes_of
 from specvlm.strategies.registry import described
-from specvlm.strategies.verifiers.sampling import own_rule
+from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import Step
 
 
@@ -149,13 +149,13 @@ def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tup
         return "not checked", "not checked", None
     if not graph.lossless:
         return "lossy", "lossy", None
-    if graph.sampling.temperature > 0:
+    if graph.sampling.temperature > 0 and not graph.sampling.coupled:
         return "sampled", "sampled", None
     record.stage = "checking"
     tokens = metrics.tokens_of(record.steps)
     found = lossless.compare(
         graph.target, request.prompt, baseline.tokens, tokens, graph.caches, graph.engine, record.steps, graph.verifier,
-        graph.options,
+        graph.options, graph.sampling,
     )  # fmt: skip
     if found.token is None:
         return found.verdict, str(found), None

@@ -105,8 +105,8 @@ def autoregressive_work(
     penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
     with caches.lease() as lease:
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
-        _, sampling = claims_of(verifier)
-        request = Request(target, cache, verifier, sampling, penalty, generator, stop_ids, clock.mark)
+        rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
+        request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
         _, logits_MV = prefill(target, prompt, cache, clock)
         token = first_token(request, logits_MV)
         clock.mark("prefill")
@@ -180,7 +180,7 @@ class DecodingGraph:
             penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
             collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
-            request = Request(target, cache, *rule, clock.mark, lossless=self.lossless)
+            request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
             features_ND, logits_MV = prefill(target, prompt, cache, clock, collector)
             copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
@@ -211,6 +211,7 @@ class DecodingGraph:
                 signals=gathered(drafter.needs, copy, collector, features_ND),
                 cache=cache,
                 captured=self.engine.captures,
+                seed=request.key(0)[0] if self.sampling.coupled else None,
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":

@@ -15,7 +15,7 @@ from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Pass, Passes, Rows, Work, driven, finished
 from specvlm.strategies import Sampling, Verifier, VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside
-from specvlm.strategies.verifiers.sampling import own_rule
+from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Request:
         video_ND: (N, D) last hidden states of the video tokens, scaled to unit length, for a verifier that reads hidden
             states.
         lossless: Whether the verifier claims to be lossless. If not, `strict_ends` decides where the answer ends.
+        seed: Seed of the noise of a coupled rule.
+        start: Slot of the answer's first token in the target's cache.
     """
 
     target: VideoLM
@@ -52,6 +54,16 @@ class Request:
     mark: Callable[[str], None] = lambda part: None
     video_ND: Tensor | None = None
     lossless: bool = True
+    seed: int = 0
+    start: int = 0
+
+    def key(self, slot: int) -> tuple[int, int]:
+        """Return the key of a coupled rule's noise for the token that goes into a slot: the seed, and its index."""
+        return self.seed % 2**63, slot - self.start
+
+    def key_2(self, slot: int, device: torch.device) -> Tensor | None:
+        """Return `key` on a device; None unless the rule is coupled."""
+        return torch.tensor(self.key(slot), device=device) if self.sampling.coupled else None
 
 
 class Engine:
@@ -98,7 +110,7 @@ class Engine:
         rows = yield from self.tree_rows(request.target, tree, cache)
         logits_MV = request.penalty(rows.logits(), tree)
         tree = tree.to(logits_MV.device)
-        context = VerifyContext(tree, logits_MV, request.generator)
+        context = VerifyContext(tree, logits_MV, request.generator, key_2=request.key_2(base + 1, logits_MV.device))
         if not request.lossless:  # pass copies: a rule that writes to them cannot affect `strict_ends`
             context = replace(context, tree=replace(tree, tokens=tree.tokens.clone()), logits_MV=logits_MV.clone())
         if request.verifier.reads_hidden:
@@ -106,7 +118,7 @@ class Engine:
         with inside(request.verifier):
             verdict = checked_verdict(request.verifier, request.verifier.verify(context), tree, logits_MV.shape[-1])
         if not request.lossless:
-            verdict = strict_ends(request, verdict, tree, logits_MV)
+            verdict = strict_ends(request, verdict, tree, logits_MV, base + 1)
         verdict = broadcast_decision(request, verdict)
         cache.keep(base, verdict.path)
         return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
@@ -167,28 +179,33 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 def first_token(request: Request, logits_1V: Tensor) -> int:
     """Choose the next token from the (1, V) logits of an undrafted step, by the request's rule."""
     logits_1V = request.penalty(logits_1V)
-    root = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,))
+    root, key_2 = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,)), request.key_2(request.cache.length, logits_1V.device)
+    coupled = {} if key_2 is None else {"key_2": key_2}
     with inside(request.verifier):
-        token = request.verifier.first((logits_1V if request.lossless else logits_1V.clone())[0], request.generator)
+        own_V = (logits_1V if request.lossless else logits_1V.clone())[0]
+        token = request.verifier.first(own_V, request.generator, **coupled)
         verdict = checked_verdict(request.verifier, Verdict((0,), token), root, logits_1V.shape[-1])
     if not request.lossless:
-        verdict = strict_ends(request, verdict, root, logits_1V)
+        verdict = strict_ends(request, verdict, root, logits_1V, request.cache.length)
     return broadcast_decision(request, verdict.bonus)
 
 
-def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor) -> Verdict:
+def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor, slot: int) -> Verdict:
     """Cut a lossy rule's verdict so that no drafted token ends or prolongs the answer.
 
     After each node of the path, compare the verdict's next token with the target's own choice: its argmax, or a draw
     from its distribution when sampling. If they differ and either is a stop id, end the path there and take the
     target's choice. So whether the answer ends after a token is decided as it would be without a draft.
+
+    slot: Slot of the token after the root.
     """
     path, stops = verdict.path, request.stop_ids
     if not stops:
         return verdict
     tokens = tree.tokens[list(path[1:])].tolist()
     rule = own_rule(request.sampling)  # not the verifier's `first`, which may be lossy too
-    chosen = [rule.first(logits_V, request.generator) for logits_V in logits_MV[list(path)]]
+    keys = (request.key_2(slot + depth, logits_MV.device) for depth in range(len(path)))
+    chosen = [rule.first(row_V, request.generator, key) for row_V, key in zip(logits_MV[list(path)], keys, strict=True)]
     for at, (token, own) in enumerate(zip([*tokens, verdict.bonus], chosen, strict=True)):
         if token != own and not stops.isdisjoint((token, own)):
             return Verdict(path[: at + 1], own)

@@ -65,12 +65,13 @@ def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
 def check_of(
     lean: LeanText,
     verifier: Verifier,
+    sampled: bool,
     parents: tuple[int, ...],
     varies: bool,
     cache: KVCache,
     factor: float,
     paths: Paths,
-    state_2: Tensor,
+    state_4: Tensor,
     tokens_M: Tensor,
     seen_V: Tensor,
     dice: Tensor,
@@ -83,12 +84,13 @@ def check_of(
     Args:
         lean: The target's lean pass.
         verifier: Acceptance rule.
+        sampled: Whether the rule samples.
         parents: (M,) parents of the tree, or of any tree of its size if `shape` is given.
         varies: Whether the drafter's trees vary in shape.
         cache: The target's KV cache.
         factor: Repetition penalty.
         paths: Tables of `parents`.
-        state_2: Slot of the root, and position minus slot.
+        state_4: Slot of the root, position minus slot, and the key of a coupled rule's noise (`VerifyContext.key_2`).
         tokens_M: (M,) drafted tokens.
         seen_V: (V,) tokens that the penalty applies to.
         dice: Uniform random numbers; empty for a greedy rule.
@@ -99,6 +101,7 @@ def check_of(
     Returns:
         Last accepted node, bonus token and the M tokens, as one tensor, so that the host reads once.
     """
+    state_2, key_2 = state_4[:2], state_4[2:]
     tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
     if shape:
         paths, tables = Paths(*shape[:3]), shape[3:]
@@ -107,8 +110,8 @@ def check_of(
     logits_MV = lean.logits(hidden_MD)
     if factor != 1:
         logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
-    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables))
-    if len(dice):  # sums over the vocabulary may round differently on two GPUs: their caches would diverge
+    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables, key_2=key_2))
+    if sampled:  # sums over the vocabulary may round differently on two GPUs: their caches would diverge
         decision_2 = lean.ranks.first(decision_2)
     if len(parents) > 1:
         move_of(cache.stores[-1], paths, state_2, decision_2[:1])

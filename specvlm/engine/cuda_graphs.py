@@ -80,6 +80,7 @@ class GraphsEngine(Engine):
         numbers = uniform(dice, request.generator) if dice else None
         q = tree.q if tree.q is not None and dice else None
         state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
+        sampled = request.sampling.temperature > 0
         spent, x = self.capture_s, tree.tokens
         shape = shape_of(tree, verifier)
         for number in earlier:
@@ -87,7 +88,7 @@ class GraphsEngine(Engine):
 
         def build(backend: str) -> Program:
             inputs = [
-                torch.tensor([cache.capacity - count, 0], device=device),
+                torch.tensor([cache.capacity - count, 0, 0, 0], device=device),
                 torch.zeros(count, dtype=torch.int64, device=device),
                 torch.zeros_like(seen),
                 torch.full((dice,), 0.5, dtype=torch.float64, device=device),
@@ -96,10 +97,10 @@ class GraphsEngine(Engine):
                 *(table.to(device) for table in shape),
             ]
             paths = Paths.of(tree, device)
-            fn = partial(check_of, lean, verifier, tree.parents, tree.varies, cache, penalty.factor, paths)
+            fn = partial(check_of, lean, verifier, sampled, tree.parents, tree.varies, cache, penalty.factor, paths)
             return self.capture(fn, inputs, backend, paths)
 
-        rule = (type(verifier), repr(verifier))
+        rule = (type(verifier), repr(verifier), sampled)
         key = ("check", lean, count if shape else tree.parents, rule, penalty.factor, None if q is None else q.shape)
         again = shape or not tree.varies  # else the shape will not recur: do not capture it
         with inside(verifier):  # capturing runs its rule
@@ -107,7 +108,9 @@ class GraphsEngine(Engine):
         moves = [self._stage_move(number, lean, tree, cache) for number in earlier if count > 1]
         if self.capture_s > spent:
             request.mark("capture")
-        (outcome,) = program(state, tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape)
+        (outcome,) = program(
+            (*state, *request.key(base + 1)), tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape
+        )
         for move in moves:
             move((base, 0), outcome[:1])
         last, bonus, *tokens = outcome.tolist()  # the only host read of a round

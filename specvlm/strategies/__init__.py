@@ -9,12 +9,13 @@ that changes during a request lives in the draft session and the caches, which a
 from specvlm.strategies.base import Strategy
 from specvlm.strategies.dataset import Dataset, Sample
 from specvlm.strategies.drafter import DraftContext, Drafter, DraftSession
+from specvlm.strategies.noise import gumbel
 from specvlm.strategies.pruner import PruneContext, Pruner
 from specvlm.strategies.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, token_signals
 from specvlm.strategies.verifier import Sampling, Verifier, VerifyContext, uniform
 
 __all__ = [
     "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "Dataset", "DraftContext", "DraftSession", "Drafter",
-    "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "Verifier", "VerifyContext", "token_signals",
-    "uniform",
+    "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "Verifier", "VerifyContext", "gumbel",
+    "token_signals", "uniform",
 ]  # fmt: skip

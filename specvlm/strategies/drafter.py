@@ -47,6 +47,8 @@ class DraftContext:
         cache: The target's KV cache, read-only. Holds the prompt and the output except its last token.
         captured: True if the engine captures each `Routine` at its first call. Then use one routine for all rounds;
             otherwise use the cheapest one for each round.
+        seed: Seed of the noise that the target's rule shares with the drafter (see `gumbel`). None unless `sampling` is
+            coupled.
     """
 
     prompt: VideoPrompt
@@ -64,6 +66,7 @@ class DraftContext:
     signals: dict[str, Tensor] = field(default_factory=dict)
     cache: KVCache | None = None
     captured: bool = False
+    seed: int | None = None
 
     def signal(self, name: str) -> Tensor:
         """Return a signal in the shape that `SIGNALS` lists.

@@ -8,7 +8,6 @@ import threading
 from _signal import getsignal  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import lru_cache
 from math import inf
 from pathlib import Path
@@ -143,10 +142,12 @@ def claims_of(verifier: Verifier) -> tuple[bool, Sampling]:
         lossless, sampling = bool(verifier.lossless), verifier.sampling
         if type(sampling) is not Sampling:
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
-        for field in fields(sampling):
-            value = getattr(sampling, field.name)
+        for name in ("temperature", "top_k", "top_p"):
+            value = getattr(sampling, name)
             if type(value) not in (int, float) or not 0 <= value < inf:
-                raise ValueError(f"sampling.{field.name} must be a number from 0 on, got {value!r:.50}")
+                raise ValueError(f"sampling.{name} must be a number from 0 on, got {value!r:.50}")
+        if type(sampling.coupled) is not bool or (sampling.coupled and not sampling.temperature):
+            raise ValueError(f"sampling.coupled must be True or False, and needs a temperature, got {sampling.coupled!r:.50}")
         return lossless, sampling
 
 

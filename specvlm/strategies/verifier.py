@@ -22,11 +22,13 @@ class Sampling:
         temperature: Divides the logits; 0 is greedy.
         top_k: Number of tokens that remain; 0 is off.
         top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        coupled: True if each token is the best by `scores`, so that the seed alone decides the draw.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    coupled: bool = False
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Warp logits by temperature, top-k and top-p, in Hugging Face's order.
@@ -40,18 +42,43 @@ class Sampling:
         Raises:
             ValueError: The temperature is 0.
         """
+        return self.warped(logits).softmax(-1)
+
+    def scores(self, logits_NV: Tensor, noise_NV: Tensor) -> Tensor:
+        """Add Gumbel noise to warped logits, so that the id of the largest is a draw from `probabilities`.
+
+        A drafter that ranks its guesses by the scores of its own logits guesses the draw of a target with similar ones.
+
+        Args:
+            logits_NV: (N, V)
+            noise_NV: From `gumbel`, (N, V) or (1, V), on the device of the logits.
+
+        Returns:
+            (N, V) float64; -inf for tokens that top-k or top-p removes.
+
+        Raises:
+            ValueError: The temperature is 0.
+        """
+        return self.warped(logits_NV).double() + noise_NV
+
+    def warped(self, logits: Tensor) -> Tensor:
+        """Apply temperature, top-k and top-p; see `probabilities`. Logits of removed tokens become -inf."""
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} gives no distribution to sample from (0 is greedy)")
         scores = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits) / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], float("-inf"))
         if self.top_p < 1.0:
-            ascending, order = scores.sort(dim=-1)
+            ascending, order = scores.sort(dim=-1, stable=self.coupled)
             # Drop a token if it and all less likely ones sum to at most 1 - top_p. The best token always stays.
-            drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
+            if self.coupled:  # sums of integers do not depend on their order: a row alone keeps the same tokens
+                weights = ((ascending - ascending[..., -1:]).exp() * 2.0**40).round().to(torch.int64)
+                drop = weights.cumsum(-1).double() <= (1.0 - self.top_p) * weights.sum(-1, keepdim=True).double()
+            else:
+                drop = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
             drop[..., -1:].fill_(False)
             scores = scores.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
-        return scores.softmax(-1)
+        return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +97,8 @@ class VerifyContext:
             `reads_hidden`, and in `Verifier.first`.
         video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None in the same
             cases, and for a prompt without a video.
+        key_2: Seed of the request, and index in the answer of the token after the root, int64 on the device of the
+            logits; input of `gumbel`. None unless the verifier's `sampling` is coupled.
     """
 
     tree: DraftTree
@@ -79,6 +108,7 @@ class VerifyContext:
     tables: tuple[Tensor, ...] | None = None
     hidden_MD: Tensor | None = None
     video_ND: Tensor | None = None
+    key_2: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
         """Return uniform random numbers.
@@ -196,15 +226,16 @@ class Verifier(Strategy, ABC):
             raise ValueError("the target's logits hold NaN or +inf: there is no distribution to draw from")
         return Verdict(tree.way_to(last), bonus)
 
-    def first(self, logits_V: Tensor, generator: torch.Generator) -> int:
+    def first(self, logits_V: Tensor, generator: torch.Generator, key_2: Tensor | None = None) -> int:
         """Choose the next token without guesses: after the prefill, and in `autoregressive`.
 
         Args:
             logits_V: (V,) The target's logits.
             generator: Random generator of the request.
+            key_2: As in `VerifyContext`. Not given unless `sampling` is coupled.
 
         Returns:
             The next token. The default verifies a tree of only the root.
         """
         root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
-        return self.verify(VerifyContext(root, logits_V[None], generator)).bonus
+        return self.verify(VerifyContext(root, logits_V[None], generator, key_2=key_2)).bonus

@@ -95,8 +95,20 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
             q /= q.sum(-1, keepdim=True)
         tree = DraftTree(tokens, parents, q).to(device)
         hidden, video = (torch.rand(rows, 8, generator=chance).to(device) for rows in (count, 9))
-        context = VerifyContext(tree, logits.to(device, dtype), seeded(), hidden_MD=hidden, video_ND=video)
+        key_2 = _key(verifier, seed, device)
+        context = VerifyContext(tree, logits.to(device, dtype), seeded(), hidden_MD=hidden, video_ND=video, key_2=key_2)
         yield context, f"{shape}, {kind}, logits of {dtype} on {device}"
+
+
+def _key(verifier: Verifier, seed: int, device: torch.device | None = None) -> Tensor | None:
+    """Return `VerifyContext.key_2` for the first token of an answer, if the verifier's rule is coupled."""
+    return torch.tensor([seed, 0], device=device) if verifier.sampling.coupled else None
+
+
+def _first(verifier: Verifier, logits_V: Tensor, chance: torch.Generator, seed: int) -> int:
+    """Call `first`, with a key only if the rule is coupled."""
+    key_2 = _key(verifier, seed, logits_V.device)
+    return verifier.first(logits_V, chance) if key_2 is None else verifier.first(logits_V, chance, key_2)
 
 
 def _again(ctx: VerifyContext, **fields: Any) -> VerifyContext:
@@ -176,7 +188,8 @@ def _check_certain(verifier: Verifier) -> None:
     """Check that a chain that the target is certain of is accepted in full."""
     parents, tokens = SHAPES["a chain"], torch.tensor([0, 1, 2, 3, 4])
     logits = torch.full((5, V), -1e4).scatter(1, (tokens[:, None] + 1) % V, 1e4)
-    verdict = _verify(verifier, VerifyContext(DraftTree(tokens, parents), logits, seeded()), "a certain chain")
+    context = VerifyContext(DraftTree(tokens, parents), logits, seeded(), key_2=_key(verifier, 0))
+    verdict = _verify(verifier, context, "a certain chain")
     whole = verdict == Verdict((0, 1, 2, 3, 4), 5)
     assert whole, f"{verifier!r}: a chain that the target is certain of must be accepted in full, got {verdict}"
 
@@ -187,7 +200,7 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
     target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")
     p_VV, q_VV = rule.probabilities(target), rule.probabilities(draft)
     counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(V, dtype=torch.float64))
-    for _ in range(RUNS):
+    for run in range(RUNS):
         tokens = [0] * len(parents)
         for node in range(len(parents)):
             below = [child for child, parent in enumerate(parents) if parent == node]
@@ -198,12 +211,12 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
                 for child, guess in zip(below, guesses, strict=True):
                     tokens[child] = guess
         tree = DraftTree(torch.tensor(tokens), parents, q_VV[tokens] if drawn else None)
-        verdict = verifier.verify(VerifyContext(tree, target[tokens], chance))
+        verdict = verifier.verify(VerifyContext(tree, target[tokens], chance, key_2=_key(verifier, run)))
         for node, following in zip(verdict.path, [*(tokens[n] for n in verdict.path[1:]), verdict.bonus], strict=True):
             counts[tokens[node]][following] += 1
     alone = torch.zeros(V, dtype=torch.float64)
-    for _ in range(RUNS):
-        alone[verifier.first(target[1], chance)] += 1
+    for run in range(RUNS):
+        alone[_first(verifier, target[1], chance, run)] += 1
     how = "drawn from q" if drawn else "given"
     for token, seen_V in counts.items():
         _plausible(seen_V, p_VV[token], f"{verifier!r} on {shape} with guesses {how}, the token after {token}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Annotated
 
-from specvlm.strategies.drafters.dynamic_tree import WIDEST, GrownTreeDrafter, Growth, Pace
+from specvlm.strategies.drafters.dynamic_tree import WIDEST, GrownTreeDrafter, Pace
+from specvlm.strategies.drafters.growing import Growth
 from specvlm.types import DEEPEST, MOST_GUESSES, Within
 
 TOP = 10  # most probable tokens whose entropy gives the confidence

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specvlm.models.passes import Pass, Work
-from specvlm.strategies import DraftContext, Drafter, DraftSession
+from specvlm.strategies import DraftContext, Drafter, DraftSession, gumbel
 from specvlm.strategies.drafters.tree import draw
 from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 
@@ -84,7 +84,7 @@ class SparseSession(DraftSession):
         self.cache = ctx.caches.take("draft", ctx.target, room)
         self.cache.gather(self.dense, slots_LJC)
         self.base, self.known = self.cache.length, self.dense.length
-        self.sample = ctx.sampling.temperature > 0
+        self.sample = ctx.sampling.temperature > 0 and not ctx.sampling.coupled
         device = ctx.target.head_device
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if self.sample else 0
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -106,17 +106,21 @@ class SparseSession(DraftSession):
         self.cache.length = self.base
         self.cache.follow(self.dense, self.known)
         self.base, self.known = self.cache.length, self.dense.length
-        target, cache = self.ctx.target, self.cache
+        target, cache, rule = self.ctx.target, self.cache, self.ctx.sampling
         token_1 = torch.tensor([self.ctx.bonus if last is None else last.bonus], device=target.head_device)
+        index = self.known - len(self.ctx.prompt) + 1  # in the answer, of the first guess
         tokens, q = [token_1], []
         for row in range(len(self.parents) - 1):
             rows = yield Pass(target, cache, token_1, (0,), None, self.base + row, cache.offset)
             logits_1V = rows.logits()[:, : self.ctx.vocabulary]
             if self.sample:
-                q_1V = self.ctx.sampling.probabilities(logits_1V)
+                q_1V = rule.probabilities(logits_1V)
                 race = torch.empty(q_1V.shape, dtype=torch.float64, device=q_1V.device)
                 token_1 = draw(q_1V, race.exponential_(generator=self.generator), 1)[0]
                 q.append(q_1V)
+            elif rule.coupled:
+                key_2 = torch.tensor([self.ctx.seed or 0, index + row], device=logits_1V.device)
+                token_1 = rule.scores(logits_1V, gumbel(key_2, self.ctx.vocabulary)).argmax(-1)
             else:
                 token_1 = logits_1V.argmax(-1)
             tokens.append(token_1)

@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ from specvlm.errors import UserError
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass, Passes, Routine, Work
 from specvlm.process.memo import remembered
-from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling
+from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling, gumbel
 from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class TreeDrafter(Drafter):
     Attributes:
         shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
         children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
-            distribution, warped like the verifier's; `auto` samples if the verifier does. All are exact under every
-            lossless verifier.
+            distribution, warped like the verifier's; `auto` takes the best by the noise that a coupled verifier shares,
+            or else samples if the verifier does. All are exact under every lossless verifier.
 
     Raises:
         ValueError: The shape is malformed, or `children` is unknown.
@@ -73,10 +73,12 @@ class TreeDrafter(Drafter):
         widest = max(shape.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
-        sample = self.children == "sample" or (self.children == "auto" and ctx.sampling.temperature > 0)
+        rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
-        return TreeSession(ctx, drafting_model(ctx, self.model), shape, sample)
+        if rule is not None and self.children == "sample":
+            rule = replace(rule, coupled=False)
+        return TreeSession(ctx, drafting_model(ctx, self.model), shape, rule)
 
 
 def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
@@ -116,6 +118,8 @@ class PrunedSession(DraftSession):
         embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
         self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
         model.prefill(embeds, positions, self.cache)
+        # Key of the coupled rule's noise: the seed, and the slot of the answer's first token.
+        self.noise = (ctx.seed or 0, self.cache.length)
         self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token
         self.free = self.cache.capacity - rows - 2  # a trial run of a routine writes from this slot on
 
@@ -123,11 +127,12 @@ class PrunedSession(DraftSession):
 class TreeSession(PrunedSession):
     """Drafts a static tree, level by level."""
 
-    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, sample: bool) -> None:
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:
+        sample = rule is not None and not rule.coupled
         # Random numbers are drawn on the logits' device, seeded from the request's generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
         super().__init__(ctx, model, len(shape))
-        self.shape, self.sample = shape, sample
+        self.shape, self.rule, self.sample = shape, rule, sample
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
         races = (sum(map(len, shape.levels)), ctx.vocabulary) if sample else (0,)
@@ -136,15 +141,18 @@ class TreeSession(PrunedSession):
         self.feed_root = self.feed_both if ctx.captured else self._round(1)
 
     def _round(self, fed: int) -> Routine:
-        """Return the routine that drafts one round, with `fed` rows in its first pass and the state of a trial run."""
-        sampling, vocabulary = self.ctx.sampling if self.sample else None, self.ctx.vocabulary
+        """Return the routine that drafts one round, with `fed` rows in its first pass.
+
+        Its own state serves the run that captures it, which writes only to free slots.
+        """
+        vocabulary = self.ctx.vocabulary
         return Routine(
-            partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, sampling),
-            ("tree", self.shape, vocabulary, sampling, fed),
+            partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, self.rule),
+            ("tree", self.shape, vocabulary, self.rule, fed),
             self.model,
             self.cache,
             max(2, *map(len, self.shape.levels)),
-            (self.free, self.free, 0, 0, 0),
+            (self.free, self.free, 0, 0, 0, 0, 0),
             (torch.zeros_like(self.tokens), self.races),
         )
 
@@ -154,7 +162,7 @@ class TreeSession(PrunedSession):
         base = self.root + self.shape.depths[node]
         races = self.races.exponential_(generator=self.generator) if self.sample else None
         routine = self.feed_root if self.shape.children[node] else self.feed_both
-        self.tokens, q_MV = yield routine((self.root, base, node, bonus, self.cache.offset), self.tokens, races)
+        self.tokens, q_MV = yield routine((self.root, base, node, bonus, self.cache.offset, *self.noise), self.tokens, races)
         self.root = base + 1
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
@@ -242,10 +250,10 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
 def expand(
     tables: Tables,
     vocabulary: int,
-    sampling: Sampling | None,
+    rule: Sampling | None,
     model: VideoLM,
     cache: KVCache,
-    state_5: Tensor,
+    state_7: Tensor,
     old_M: Tensor,
     races_RV: Tensor,
 ) -> Passes[tuple[Tensor, Tensor]]:
@@ -254,34 +262,38 @@ def expand(
     Args:
         tables: Tables of the tree's shape.
         vocabulary: Ids below this number are known to both models.
-        sampling: How children are drawn; None takes the best tokens.
+        rule: How children are drawn; None takes the best tokens.
         model: The model that drafts.
         cache: Its cache.
-        state_5: Slot of the last root, slot of the accepted node, the accepted node, token of the new root, position
-            minus slot.
+        state_7: Slot of the last root, slot of the accepted node, the accepted node, token of the new root, position
+            minus slot, seed of a coupled rule, slot of the answer's first token.
         old_M: Tokens of the previous tree.
         races_RV: Exponential random numbers, one row per expanded node.
 
     Returns:
-        Tokens (M,), and q (M, V), or (0,) without sampling.
+        Tokens (M,), and q (M, V), or (0,) if children are not drawn.
     """
-    root, base, node, bonus, offset = state_5.split(1)
+    root, base, node, bonus, offset, seed, start = state_7.split(1)
+    drawn = rule is not None and not rule.coupled
     cache.move(root, tables.ways_MD.index_select(0, node)[0])
     tokens_M = torch.zeros_like(old_M)
     tokens_M[:1] = bonus
     wide = torch.promote_types(model.dtype, torch.float32)
-    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if sampling else (0,), dtype=wide)
+    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if drawn else (0,), dtype=wide)
     done = 0
-    for level in tables.levels:
+    for depth, level in enumerate(tables.levels, start=1):
         fed = tokens_M[level.nodes_Q] if level.at else torch.cat([old_M[node], bonus])
         rows = yield Pass(model, cache, fed, level.depths_Q, level.seen_QT, base, offset, level.at)
         logits_QV = rows.logits(len(level.nodes_Q))[:, :vocabulary]
-        if sampling:
-            q_QV = sampling.probabilities(logits_QV)
+        if rule is None:
+            best = rows.best(logits_QV, level.widest)
+        elif rule.coupled:
+            noise_1V = gumbel(torch.cat([seed, base + 1 - start + depth]), vocabulary)
+            best = rule.scores(logits_QV, noise_1V).topk(level.widest).indices
+        else:
+            q_QV = rule.probabilities(logits_QV)
             q_MV.index_copy_(0, level.nodes_Q, q_QV)
             best = draw(q_QV, races_RV[done : done + len(q_QV)], level.widest)
             done += len(q_QV)
-        else:
-            best = rows.best(logits_QV, level.widest)
         tokens_M.index_copy_(0, level.children_C, best.take(level.guesses_C))
     return tokens_M, q_MV

@@ -1,6 +1,7 @@
 """Built-in verifiers, one per file, registered through the same hook as plugins."""
 
 from specvlm.strategies.plugins import hookimpl
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.loose import LooseVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
@@ -8,4 +9,4 @@ from specvlm.strategies.verifiers.sampling import SamplingVerifier
 
 @hookimpl
 def specvlm_strategies() -> list[type]:
-    return [GreedyVerifier, SamplingVerifier, LooseVerifier]
+    return [GreedyVerifier, SamplingVerifier, CoupledVerifier, LooseVerifier]

@@ -38,13 +38,26 @@ class GreedyVerifier(Verifier):
 
     def decide(self, ctx: VerifyContext) -> Tensor:
         """Mark the nodes whose whole path matches the target's argmax, and take the deepest."""
-        layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, ctx.logits_MV.device)
-        up_M, root_M, beside_MM, order_M = layout
         best_M = ctx.logits_MV.argmax(-1)
-        fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root is accepted already
-        accepted_M = (fits_M | beside_MM).all(-1)
-        last_1 = torch.where(accepted_M, order_M, -1).argmax(0, keepdim=True)
+        last_1 = deepest(ctx, best_M)
         return torch.cat([last_1, best_M[last_1]])
+
+
+def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
+    """Find the deepest node that is reached by following the target's choices from the root.
+
+    Args:
+        ctx: The tree, and the tables of `GreedyVerifier.tables` if it has any.
+        best_M: The target's choice below each node.
+
+    Returns:
+        (1,) node.
+    """
+    layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, best_M.device)
+    up_M, root_M, beside_MM, order_M = layout[:4]
+    fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root is accepted already
+    accepted_M = (fits_M | beside_MM).all(-1)
+    return torch.where(accepted_M, order_M, -1).argmax(0, keepdim=True)
 
 
 @remembered()  # never freed: captured steps refer to them by address

@@ -4,7 +4,7 @@ Shape suffixes: M tree nodes, V vocabulary (the larger one of target and drafter
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from specvlm.process.memo import remembered
 from specvlm.strategies import Sampling, Verifier, VerifyContext
-from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import DraftTree, Within, children_of
 
 
@@ -88,11 +87,6 @@ class SamplingVerifier(Verifier):
             further_1 = next_M[last_1]
             last_1 = torch.where(further_1 > 0, further_1, last_1)
         return torch.cat([last_1, bonus_M[last_1]])
-
-
-def own_rule(sampling: Sampling) -> Verifier:
-    """Return the built-in verifier that is exact for a distribution: greedy at temperature 0, else sampling."""
-    return SamplingVerifier(*astuple(sampling)) if sampling.temperature > 0 else GreedyVerifier()
 
 
 def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
