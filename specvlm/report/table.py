@@ -19,7 +19,7 @@ class Column:
     Attributes:
         key: Key of `Job.totals`; "job" and "verdict" for the first and the last column.
         title: Heading.
-        unit: Smaller text below the heading.
+        unit: Small text after the heading.
         show: Formats a value.
         compared: Whether its cells also have an interval, and the difference from the base job.
     """
