@@ -166,4 +166,4 @@ class Ranked(TypedDict):
     """A line of steps.jsonl with the rank of each accepted guess among its siblings: the keys that `fit_tree` reads."""
 
     ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
-    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # number of guesses below the root and each accepted guess
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # guesses tried below the root and each accepted guess
