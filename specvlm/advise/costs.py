@@ -30,7 +30,7 @@ ROUNDS = 20  # most rounds of a decode; the first two are warm-up
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-KNOT_FACTOR = 1.3  # least factor between two knots (tree sizes where the fit may bend), so that it does not follow noise
+KNOT_FACTOR = 1.3  # least factor between knots, the tree sizes where the fit may bend; more knots would follow noise
 CHECK = ("verify", "host")  # parts of a round's time that count as its check
 SHORTEST = 4  # fewest tokens of an answer to measure on
 MISFIT = 0.1  # a larger relative error of the fit suggests that the machine was busy
@@ -313,7 +313,7 @@ def _profile(
 
 
 def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
-    """Decode up to four times, until there are `rounds` / 2 rounds. A decode is [prefill, round, …], `rounds` at most."""
+    """Decode up to four times, until there are `rounds` / 2 rounds. Returns decodes, each [prefill, round, …]."""
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
         decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))
