@@ -163,7 +163,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
         wishes: The adviser's own options.
 
     Raises:
-        UserError: The input or the memory does not allow it.
+        UserError: The input cannot be used, or memory does not suffice.
     """
     screen = RunConsole()
     say = screen.console.print
@@ -226,7 +226,9 @@ def measure(
     limit: int,
     screen: RunConsole,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
-    """Measure costs, and acceptance unless `known`. trees: shapes and ratios by drafter; others: drafters to measure.
+    """Measure costs, and acceptance unless it is known.
+
+    trees: shapes and ratios to predict, by drafter; others: drafters to measure as they are.
 
     Returns the costs, all candidates, and the target's answer of up to `limit` tokens.
     """
@@ -311,9 +313,10 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
 
 
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
-    """Decode with a candidate twice and compare its prediction with the faster median round and the second acceptance.
+    """Decode with a candidate twice and compare its prediction with the measurement.
 
-    Returns [predicted, measured] of each figure, and `error`: relative, of the time per token.
+    Measured are the lower of the two median times per round and the acceptance of the second decode. Returns
+    [predicted, measured] of each figure, and the relative `error` of the time per token.
     """
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)

@@ -61,7 +61,7 @@ class Chances:
 
     Attributes:
         first: Chance that the drafter's best guess at depth 1, 2, 3 … is right if those above it are. The last value
-            holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
+            holds for all greater depths. Guesses of lower rank share the remaining chance, as SPREAD says.
         source: Where the chances come from, for the table.
     """
 

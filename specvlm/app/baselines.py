@@ -144,7 +144,7 @@ def waiting(path: Path) -> Iterator[None]:
 
 
 def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, Any]:
-    """Everything that the target's own answer and its times depend on, as plain values."""
+    """List what the target's own answer and its times depend on, as plain values. Their hash is a baseline's key."""
     target, places = graph.target, request.places
     sampled = graph.sampling.temperature > 0
     return {

@@ -73,7 +73,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:
-    """Parse `words` (None: those of the process), print the lines that `made` returns, and return the exit code."""
+    """Parse `words`, print the lines that `made` returns for the result, and return the exit code.
+
+    words: Arguments of the command; None takes them from sys.argv.
+    """
     parser.error = refuse  # type: ignore[method-assign]
 
     def action() -> int:

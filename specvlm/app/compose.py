@@ -89,7 +89,7 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     Args:
         overrides: As on the command line.
         sweep: Whether this is a sweep (`-m`), in which commas separate values.
-        folder: Another folder of YAML files (`--config-dir`).
+        folder: Additional folder of YAML files (`--config-dir`).
 
     Raises:
         UserError: An override is wrong, or a configuration cannot run.
@@ -130,7 +130,7 @@ def searchpath(folder: Path | None) -> list[str]:
 def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
     """Compose the configuration of a run, or the one that all jobs of a sweep share. Includes Hydra's own part.
 
-    Raises UserError if Hydra cannot read a word, a word asks for too much, or a folder name is not valid.
+    Raises UserError if Hydra cannot read a word, a sweep has too many jobs, or a folder name is not valid.
     """
     _refuse_lists(words, mode)
     try:
@@ -163,8 +163,8 @@ def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
 
-    Expands ~ in the keys of AT_HOME.
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists.
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists. Expands ~ in
+    output folders, `baselines` and `dataset.root`.
 
     Raises:
         UserError: The name of an output folder is empty.
@@ -247,7 +247,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """Return the values of a composed configuration, without Hydra's own part. Raises UserError if a key is wrong."""
+    """Return a composed configuration without Hydra's own part. Raises UserError if a key or value is wrong."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')

@@ -67,7 +67,7 @@ COLUMNS = ("job", "done", *(head for head, _, _ in NUMBERS), "verdicts", "failed
 class RunConsole:
     """Prints plans, answers, rows and tables; plain text, without colours or bars, if the output is not a terminal.
 
-    Creating one also silences Hugging Face's logs.
+    Creating one also silences Hugging Face's logs and, if the output is not a terminal, its progress bars.
 
     Args:
         console: Where to print; standard output by default.
@@ -208,7 +208,7 @@ class RunConsole:
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
         """Print the table of a sweep, without empty columns.
 
-        On a narrow terminal, each name gets a line of its own.
+        On a narrow terminal, the name of each job gets a line of its own.
         """
         there = [at for at in range(len(COLUMNS)) if not at or any(str(row[at]) for row in rows)]
         heads, lines = [COLUMNS[at] for at in there], [[row[at] for at in there] for row in rows]

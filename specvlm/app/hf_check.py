@@ -1,4 +1,4 @@
-"""Check an answer with Hugging Face's own model, which shares only token ids and pixels with our decoding.
+"""Check an answer with Hugging Face's own model, which shares only its inputs (token ids, pixels) with our decoding.
 
 The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
 positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
@@ -87,6 +87,7 @@ class Agreement:
         return "identical"
 
     def _told(self, wrong: Difference) -> str:
+        """Describe a difference that rounding does not explain."""
         others = len(self.differences) - 1
         said = f"Hugging Face's model prefers another by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
         return said + (f" ({others} more tokens differ)" if others else "")
@@ -124,7 +125,7 @@ class ReferenceModel:
     def check(
         self, prompt: VideoPrompt, output: Sequence[int], limit: int, penalty: float | None = None, generate: bool = False
     ) -> Agreement:
-        """Check that each token of the output is the model's argmax given those before it, and that the end is right.
+        """Check that each token is the model's argmax given those before it, and that the output ends where it should.
 
         Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
         token, and those two if a token differs.
@@ -209,7 +210,7 @@ class ReferenceModel:
             return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
 
     def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
-        """Yield scores (V,) per token, after transformers' own logits processor."""
+        """Yield scores (V,) per token, after transformers' own processor for the repetition penalty."""
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])

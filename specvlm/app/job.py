@@ -151,7 +151,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """Give the job up and return its summary. `close` writes it; if the job never opened a folder, this does."""
+        """Give the job up and return its summary. Writes it if the job has not started and its folder has no rows."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -250,7 +250,7 @@ class Job:
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Get the baseline, if wanted, before any strategy runs in this request; then warm up and decode with one."""
+        """Get the baseline, if wanted, before any strategy runs in this request; then decode with the drafter."""
         begin(request, graph, record)
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
@@ -274,7 +274,7 @@ class Job:
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
         """Warm up by the first of `steps`, unless an earlier warm-up is still valid. way: "drafted" or "alone".
 
-        It is not valid for a request that needs larger caches, or if captured graphs have lost the caches they were
+        An earlier one is void if this request needs larger caches, or if captured graphs have lost the caches they were
         captured with, to another job or a comparison of outputs. A warm-up by another job of this process counts if
         models, options and strategies are the same. All ranks warm up if one needs to: only rank 0 may hold a draft.
         """

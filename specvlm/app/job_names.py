@@ -31,7 +31,7 @@ def _subdir(*, _root_: DictConfig) -> str:
 def folder_name(words: Sequence[str]) -> str:
     """Make a folder name of the overrides that change results.
 
-    Unusual characters are replaced and a long name is cut; such a name ends in a checksum of all of them.
+    Unusual characters are replaced and a long name is cut; such a name ends in a checksum.
     """
     text = label(sorted(words), ",")
     plain = re.sub(r"[^\w.,=+:@-]+", "-", text)

@@ -73,7 +73,7 @@ class Call:
         return done
 
     def __call__(self, cfg: DictConfig) -> int:
-        """Check and run one job, as another launcher asks; returns its exit code. Raises JobFailed as `_job` does."""
+        """Check and run one job, for launchers other than ours. Returns its exit code, or raises JobFailed (`_job`)."""
         return self._job(cfg.get("dataset") is not None, bool(cfg.get("fail_fast")), lambda: compose.frozen(cfg))
 
     def checked(self, run: RunConfig, cfg: DictConfig) -> int:
@@ -85,7 +85,7 @@ class Call:
 
         Args:
             sampled: Whether the job has a data set.
-            fail_fast: Whether to skip the job if an earlier one failed.
+            fail_fast: Whether to skip the job if an earlier one had another exit code than 0.
             asked: Returns the checked configuration.
 
         Raises:

@@ -184,7 +184,7 @@ def check_name(path: Path) -> None:
 
 
 def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
-    """Read the frames of the sample's video that the target sees. Raises what `read` raises."""
+    """Read the frames that the target sees of the sample's video. Raises what `read` raises."""
     with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):

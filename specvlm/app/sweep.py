@@ -248,7 +248,10 @@ def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
 
 
 def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Callable[[], None]]]:
-    """Yield each task with a function that starts to read the next unread sample. Drops the readings of old windows."""
+    """Yield each task with a function that starts to read the next unread sample.
+
+    Drops all readings at the start of each window.
+    """
     window = -1
 
     def read_next(at: int) -> None:

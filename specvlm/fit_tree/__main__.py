@@ -98,9 +98,9 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """Find the `nodes` most probable paths of ranks, or fewer if no others have a chance. Of equal ones, takes shorter.
+    """Find the `nodes` most probable paths of ranks (of equal ones, the shorter), or fewer if no others have a chance.
 
-    depth: Most levels of the tree; None: as many as the chances have.
+    depth: Maximum number of levels; None: as many as the chances have, up to DEEPEST.
     """
     order = count()
     paths: Paths = []

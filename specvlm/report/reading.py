@@ -84,7 +84,7 @@ class Job:
 
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
-        """Lines of steps.jsonl by sample; the first is the prefill."""
+        """Lines of steps.jsonl by sample; the first line of each sample is the prefill."""
         if rows.is_job(self.folder):
             return rows.steps_of(self.folder)
         return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}

@@ -43,7 +43,7 @@ CONTEXT = 8  # previous tokens that the text of a token may depend on
 class Round:
     """Texts of a round: accepted guesses, refused ones, and the target's own token after them.
 
-    Round 0 has only that token. It is None in a round that a stop id or the token limit cut off before it.
+    Round 0 has only `own`, that token. In a round that a stop id or the token limit cut off before it, `own` is None.
     """
 
     accepted: list[str]
@@ -78,7 +78,7 @@ class Seen:
         sample: Id of the sample.
         question: The question.
         answer: The data set's reference answer, if any.
-        grid: Token grid of the video.
+        grid: Layout of the video's tokens.
         frames: Pictures of the frames listed in `shown`.
         shown: Indices of the grid's frames that are shown.
         seconds: Time in the video of each frame shown.
@@ -168,7 +168,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """Return the settings on which the token grid of a sample depends."""
+    """Return the settings on which a sample's token grid, the layout of its video tokens, depends."""
     return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
 
 

@@ -92,7 +92,7 @@ class Line:
 class Group:
     """A table of jobs that may be compared, with its charts.
 
-    state: "bad" if an answer is not the target's own; "good" if all are, or are exactly sampled; else "open".
+    state: "bad" if a check found a wrong answer; "good" if all are the target's own or exactly sampled; else "open".
     """
 
     name: str

@@ -239,7 +239,7 @@ MOST_TIES = 0.03  # for bfloat16 and quantised weights
 
 
 def ties_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """Compute `ties` as TOTALS explains it. `normal` is the number at the largest normal share, plus three sigma."""
+    """Compute `ties` as TOTALS explains it. `normal`: what NORMAL_TIES expects, plus three standard deviations."""
     rows = [row for row in rows if (row["verdict"] or "").startswith(("identical", "numeric tie"))]
     if not rows:
         return None

@@ -52,7 +52,7 @@ class KeptBaseline(TypedDict):
         tokens: The target's own answer.
         times_s: Seconds by part.
         key: Name of the file, without the suffix: a hash of `made_of`.
-        made_of: All that the answer and its times depend on (`baselines.inputs`).
+        made_of: What the answer and its times depend on (`baselines.inputs`).
         digest: SHA-256 of the other fields.
     """
 

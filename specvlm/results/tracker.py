@@ -208,9 +208,9 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """W&B settings: quiet, and without anything that would disturb timings.
+    """Make W&B's settings: quiet, without system statistics and the like that would disturb timings, and with limits.
 
-    Skips settings that the installed W&B does not know.
+    Leaves out settings that the installed W&B does not know.
     """
     import wandb
 
