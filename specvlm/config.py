@@ -18,7 +18,7 @@ from specvlm.parsing.bounds import KEY, Within, check
 
 EMBEDDED = "embedded:"
 CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass over the answer, or its `generate`
-THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more, and far more crash it
+THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
 SHARDS = 4096  # limit of N in shard=K/N
 # Keys whose value names a strategy or a preset; Hydra calls them groups.
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")

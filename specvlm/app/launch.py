@@ -26,7 +26,7 @@ from specvlm.errors import ExitCode, JobFailed, UserError, visible, worst
 from specvlm.parallel import torchrun
 from specvlm.results.rows import CannotWrite
 
-TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"  # our launcher
+TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"  # the launcher that runs every sweep
 
 
 class Call:

@@ -186,7 +186,7 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error means out of memory. Of torch's allocators, only the GPU's raises OutOfMemoryError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # In order: the CPU allocator, cuBLAS and similar, CUDA.
+    # What these say, in order: the CPU allocator, cuBLAS and similar libraries, CUDA.
     said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 

@@ -52,7 +52,7 @@ class Sweep:
         self.jobs: list[Job] = []
         self.failures: dict[Path, dict[str, Any]] = {}  # summaries of jobs that could not start
         self.begun: list[tuple[Job, str]] = []  # started in this process, with the key that names the folder
-        self.ended: Exception | None = None  # a fatal error before the jobs began
+        self.ended: Exception | None = None  # error that `add` keeps for `finish` to raise
 
     def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
         """Announce jobs. words: label of each job, by folder."""

@@ -18,11 +18,11 @@ from specvlm.types import TokenGrid
 
 LANCZOS = Image.Resampling.LANCZOS
 KINDS = (".mp4", ".gif")
-SECONDS = 0.5  # that each frame is shown
+SECONDS = 0.5  # how long each frame is shown
 PAPER, INK, MUTED, EDGE = (20, 23, 28), (232, 234, 238), (154, 164, 178), (255, 211, 77)
 COLOURS = {"accepted": (95, 207, 150), "refused": (255, 128, 137), "own": (240, 189, 92)}
 HEAT = np.array([[10, 7, 40], [110, 25, 110], [230, 90, 40], [250, 240, 120]], dtype=np.float32)
-PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels; most lines of the answer that are shown
+PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels; LINES: most lines of the answer that are shown
 GIF = 2 / 3  # scale of a GIF: noisy pictures make large files
 Word = tuple[str, str]  # kind, text
 Line = list[tuple[float, str, str]]  # x, kind, text

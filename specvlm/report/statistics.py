@@ -18,7 +18,7 @@ from specvlm.errors import UserError, did_you_mean
 from specvlm.report.reading import APART, Job
 from specvlm.results.metrics import SPANS
 
-DRAWS, SEED = 2000, 0  # of the bootstrap
+DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
 

@@ -146,7 +146,7 @@ def ratio_of(baseline: float | None, ours: float) -> float | None:
 
 
 OF_JOB = ("strategies", "versions")  # KEYS that rows leave out, since all rows of a job have the same values
-# KEYS that a job's totals average over the samples. LAST: KEYS that they take from the last sample.
+# A job's totals have the mean over the samples of the KEYS in MEANS, and the last sample's value of those in LAST.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
