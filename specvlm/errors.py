@@ -70,7 +70,7 @@ class StrategyError(Exception):
 def one_line(error: BaseException) -> str:
     """Format an error as one line. Unless it is a UserError or a StrategyError, the line begins with its type.
 
-    The line then ends with the error's first note that starts with "in ", which names the strategy it came from.
+    The line then ends with the error's first note that starts with "in ", which names the strategy that raised it.
     """
     if isinstance(error, UserError | StrategyError):
         return message(error)

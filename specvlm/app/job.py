@@ -225,7 +225,7 @@ class Job:
                     self.tracker.sample(found, rounds[found["sample"]])
 
     def _note(self, line: str) -> None:
-        """Print a note, once per job."""
+        """Print a note, unless it is empty or this job has printed it before."""
         if line and line not in self._told:
             self._told.add(line)
             self.screen.note(line)

@@ -132,8 +132,8 @@ class Call:
     def carry_out(self, action: Callable[[], object]) -> int:
         """Call `action`, which starts the jobs, then finish the sweep. Returns the worst exit code.
 
-        A JobFailed is reported here if jobs are registered; so is a CannotWrite if an output is also wrong, since its
-        code would hide that. Any other error is raised.
+        A JobFailed becomes an exit code here if jobs are registered, and so does a CannotWrite if an output is wrong:
+        then the code must be MISMATCH. Other errors are raised, that of a full disk as a UserError.
         """
         try:
             action()

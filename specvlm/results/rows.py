@@ -145,7 +145,7 @@ def is_job(folder: Path) -> bool:
 
 
 class Rows:
-    """The files that one process writes in a job's folder, locked until `close`. `done`: ids of samples that are ok.
+    """The files that one process writes in a job's folder, locked until `close`. `done`: ids that were ok at the start.
 
     Args:
         cfg: Configuration of the job.
