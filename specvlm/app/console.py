@@ -107,12 +107,12 @@ class RunConsole:
             self.console.print(styled(("note:", "yellow"), f" {line}"))
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
-        """Show a spinner with the label `what` during the block, if the output is a terminal."""
+        """Show a spinner with the label `what` during the block, unless bars are off."""
         return self.console.status(what) if self.live else nullcontext()
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a progress bar during the block. Yields a function that advances the bar by one of `total` steps."""
+        """Show a progress bar during the block, unless bars are off. Yields a function that advances it by one step."""
         columns = (
             TextColumn("[dim]{task.description}"),
             BarColumn(),

@@ -55,7 +55,7 @@ class Sweep:
         self.ended: Exception | None = None  # error that `add` keeps for `finish` to raise
 
     def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
-        """Announce jobs, and shorten all labels by the words that the jobs share. words: label of each job, by folder."""
+        """Announce jobs, and take the words that all jobs share out of their labels. words: labels, by folder."""
         self.words |= words
         self.tracker = tracker
         short, self.common = job_names.split_shared(list(self.words.values())) if self.words else ([], "")

@@ -16,7 +16,7 @@ Real = Annotated[float, Within(0, 1e30)]
 
 
 class Named(TypedDict):
-    """A strategy or data set in config.yaml. Its fields are not read."""
+    """A strategy or data set in config.yaml, of which only the name is read."""
 
     name: str
 
