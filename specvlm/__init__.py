@@ -4,8 +4,8 @@
     graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
     for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
 
-Names are imported on first use. So the command line can answer before torch is loaded, and plugins need not wait for
-transformers.
+Names are imported on first use. So the command line can answer before torch is loaded, and a plugin that imports only
+base classes does not load transformers.
 """
 
 from importlib import import_module
@@ -54,6 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import the module of a public name on its first use; Python calls this for names that the package lacks."""
     if name not in _LATER:
         raise AttributeError(f"module 'specvlm' has no attribute {name!r}")
     module = import_module(_LATER[name])

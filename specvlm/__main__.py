@@ -1,8 +1,10 @@
 """`python -m specvlm`: one run, or a sweep with -m.
 
 Exit codes (`errors.ExitCode`):
-0 the output equals the target's own; 1 MISMATCH; 2 a user error, explained in one line; 3 a fault of specvlm, with its
-traceback; 4 another rank died; 5 some samples failed and the table lists them, all others are done; 130 Ctrl-C.
+0 done, and no check found a wrong output; 1 MISMATCH: an output differs from the target's own and rounding does not
+explain it; 2 a user error or an error of the operating system, explained in one line; 3 a fault of specvlm or of a
+plugin, with its traceback; 4 another rank died; 5 some samples failed (the table lists them); 130 Ctrl-C; 141 the
+reader of a pipe is gone; 143 SIGTERM under torchrun.
 
 A sweep exits with 1 if any output was wrong, else with the highest code of its jobs. torchrun itself exits with 1
 whenever a rank exits with a code other than 0. HYDRA_FULL_ERROR=1 shows the traceback of user errors too.
@@ -43,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: list[str], full: bool) -> int:
-    """Answer --version, --help, --cfg and the like, or check all jobs and let Hydra run them; return the exit code."""
+    """Answer --version, --help, --cfg and the like, or check all jobs and let Hydra run them; return the exit code.
+
+    full: Print tracebacks of user errors too.
+    """
     if "--version" in argv:
         print(f"specvlm {metrics.versions()['specvlm']}")
         return ExitCode.OK
@@ -70,7 +75,7 @@ def command(argv: list[str], full: bool) -> int:
         raise UserError("a sweep does not run under torchrun: start torchrun once per job")
     args.overrides = compose.quoted(args.overrides, sweep)
     asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
-    if not asks:  # before any plugin, import everything that CODE watches
+    if not asks:  # import specvlm's own modules before any plugin, so that CODE records their original definitions
         for module in ("specvlm.app.sweep", "specvlm.app.run", *BUILTINS):
             importlib.import_module(module)
     more, main_folder = (Path(args.config_dir) if args.config_dir else None), Path(__file__).parent / (args.config_path or "")

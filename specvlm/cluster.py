@@ -1,4 +1,4 @@
-"""Moved to `specvlm.toolkit.cluster`; this path goes with the next release."""
+"""Moved to `specvlm.toolkit.cluster`; the next release removes this module."""
 
 import warnings
 

@@ -1,6 +1,6 @@
-"""Types and limits of the top-level keys of a run. Defaults and comments are in conf/config.yaml.
+"""Types and limits of the keys of a run, except for those of strategies, which come from their fields (`registry.py`).
 
-The keys of strategies come from their fields (see registry.py).
+conf/config.yaml has the defaults, and a comment that explains each key.
 """
 
 import os
@@ -17,9 +17,10 @@ from specvlm.errors import UserError, line
 from specvlm.parsing.bounds import KEY, Within, check
 
 EMBEDDED = "embedded:"
-CHECKS = ("hf", "generate")  # by Hugging Face's own model: one pass over the answer, or its `generate`
-THREADS = max(64, 4 * (os.cpu_count() or 1))  # most threads: no machine gains by more, and far more crash the process
-SHARDS = 4096
+CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass over the answer, or its `generate`
+THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
+SHARDS = 4096  # limit of N in shard=K/N
+# Keys whose value names a strategy or a preset; Hydra calls them groups.
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
 
 # Choices are read and written by name, which equals the value.
@@ -28,7 +29,7 @@ Mrope = StrEnum("Mrope", "hf reference")
 Reader = StrEnum("Reader", "auto pyav decord")
 Dtype = StrEnum("Dtype", "auto float32 float64 bfloat16 float16")
 EngineKind = StrEnum("EngineKind", "auto eager graphs")
-Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # of target or draft
+Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # how the text layers and head of target or draft are stored
 TargetParallel = StrEnum("TargetParallel", "layers tensor")
 DraftParallel = StrEnum("DraftParallel", "tensor")
 TrackerMode = StrEnum("TrackerMode", "online offline disabled")
@@ -36,7 +37,12 @@ TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Target or draft. path: a folder written by `save_pretrained`, or `embedded:…` for one inside the package."""
+    """Keys that target and draft share.
+
+    Attributes:
+        path: A folder written by `save_pretrained`, `owner/name` on the hub, or `embedded:…` for one in the package.
+        weights: Quantisation of the text layers and the head; bf16 only checks the dtype. None keeps the dtype.
+    """
 
     path: str = MISSING
     weights: Weights | None = None
@@ -44,14 +50,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TargetConfig(ModelConfig):
-    """Keys `target.…`. parallel: how to split the target over GPUs."""
+    """Keys `target.…`. parallel: how to split the target over several GPUs; None for one device."""
 
     parallel: TargetParallel | None = None
 
 
 @dataclass(frozen=True)
 class DraftConfig(ModelConfig):
-    """Keys `draft.…`. parallel: how to split the draft; device: its own device."""
+    """Keys `draft.…`.
+
+    Attributes:
+        parallel: With target.parallel=tensor: split the draft over the ranks like the target. None: rank 0 holds it.
+        device: Device for the draft alone. None: the first device of the target.
+    """
 
     parallel: DraftParallel | None = None
     device: str | None = None
@@ -59,7 +70,7 @@ class DraftConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Keys of `tracker=wandb`. mode: online, offline or disabled; project, entity: as in W&B."""
+    """Keys of `tracker=wandb`, with their defaults. project, entity: passed to `wandb.init`."""
 
     name: str = "wandb"
     mode: TrackerMode = TrackerMode.online
@@ -69,7 +80,10 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All keys of a run: both Hydra's schema and the checked values. For strategies see `registry.settings`."""
+    """All keys of a run. It serves as Hydra's schema, and later holds the checked values.
+
+    Then pruner, drafter, verifier and dataset are what `registry.settings` returns.
+    """
 
     pruner: Any = MISSING
     drafter: Any = MISSING
@@ -124,7 +138,7 @@ def schema(frozen: type) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Convert a configuration or a part of it to plain dicts, lists, strings and numbers; choices become names."""
+    """Convert a configuration or a part of it to dicts and lists of plain values; choices become their names."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -135,7 +149,7 @@ def plain(value: Any) -> Any:
 
 
 def word(value: Any) -> str:
-    """Format a value as an override on the command line."""
+    """Format a value as Hydra's command line takes it, such as `null` or `[1,2]`. Does not quote strings."""
     if isinstance(value, tuple | list):
         return f"[{','.join(map(word, value))}]"
     if isinstance(value, bool) or value is None:
@@ -144,7 +158,7 @@ def word(value: Any) -> str:
 
 
 def validate(cfg: RunConfig) -> None:
-    """Check what types cannot express. Raises UserError with the value seen and the values allowed."""
+    """Raise UserError for faults that types do not show: numbers out of bounds, malformed texts, keys that conflict."""
     check(RunConfig, vars(cfg), KEY)
     _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
@@ -169,19 +183,25 @@ def validate(cfg: RunConfig) -> None:
 
 
 def model_folder(path: str) -> Path:
-    """Folder of a model: `embedded:qwen2_5_vl/target` is inside the package; in any other path only ~ is expanded."""
+    """Resolve `target.path` or `draft.path`: `embedded:…` to a folder inside the package; expand ~ in any other path.
+
+    The result may still be a name on the hub.
+    """
     if path.startswith(EMBEDDED):
         return Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
     return home(path)
 
 
 def home(path: str) -> Path:
-    """Expand ~. An unknown user's ~ stays and fails when the path is opened."""
+    """Expand ~ in a path. The ~ of an unknown user is kept, and opening the path fails later."""
     return Path(os.path.expanduser(path))
 
 
 def conf_dir() -> Path:
-    """Folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
+    """Find conf/, the folder of YAML files: inside the package in a wheel, beside it in a checkout.
+
+    Raises FileNotFoundError if it is in neither place.
+    """
     here = Path(__file__).resolve().parent
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "config.yaml").is_file():

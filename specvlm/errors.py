@@ -1,6 +1,6 @@
 """Exceptions, exit codes and the text of error messages. Imports nothing else from specvlm.
 
-The message of a `UserError` is one line: the value seen, the values allowed, what to do.
+The message of a `UserError` says in one line what was seen, what is allowed and what to do, as far as each applies.
 """
 
 import re
@@ -18,33 +18,33 @@ LONGEST_WORD, LONGEST_LINE = 200, 590  # characters; a longer word or message is
 class ExitCode(IntEnum):
     """Exit code of the process, and of each job of a sweep."""
 
-    OK = 0  # every output equals the target's own
-    MISMATCH = 1  # an output differs from the target's own
-    MISTAKE = 2  # a UserError, explained in one line
+    OK = 0  # no check found a wrong output
+    MISMATCH = 1  # an output differs from the target's own, and rounding does not explain it
+    MISTAKE = 2  # a UserError or OSError, explained in one line
     FAULT = 3  # a bug in specvlm or in a plugin, shown with its traceback
     LOST = 4  # another rank died
-    FAILED = 5  # some samples failed, all others are done
-    INTERRUPTED = 130
-    PIPE_CLOSED = 141
-    TERMINATED = 143
+    FAILED = 5  # some samples failed or could not be checked
+    INTERRUPTED = 130  # Ctrl-C
+    PIPE_CLOSED = 141  # the reader of standard output is gone
+    TERMINATED = 143  # SIGTERM
 
 
 def worst(codes: Iterable[int]) -> int:
-    """Combine exit codes of several jobs: MISMATCH if any, since only it means a wrong output, else the highest."""
+    """Combine exit codes: MISMATCH if it is among them, since only it means a wrong output, else the highest."""
     codes = [ExitCode.OK, *codes]
     return ExitCode.MISMATCH if ExitCode.MISMATCH in codes else max(codes)
 
 
 class UserError(ValueError):
-    """A mistake of the caller, explained in one line. The command line prints that line and exits with code 2."""
+    """A mistake of the caller, explained in one line. A command that it ends prints the line and exits with code 2."""
 
 
 class MissingVideo(UserError):
-    """The video file is missing. A job skips and counts such samples, since few local copies are complete."""
+    """A video is missing. A job over a data set skips and counts such samples, since few local copies are complete."""
 
 
 class OutOfMemory(UserError):
-    """Memory ran out during a run. Results written before that are kept."""
+    """Memory ran out during a run. Results written until then are kept."""
 
 
 class Told(UserError):
@@ -52,7 +52,7 @@ class Told(UserError):
 
 
 class JobFailed(Exception):
-    """Ends a sweep with this exit code, because one of its jobs failed, perhaps in another process."""
+    """Ends a sweep with the exit code `code`, because one of its jobs failed, perhaps in another process."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -60,17 +60,17 @@ class JobFailed(Exception):
 
 
 class StrategyError(Exception):
-    """A fault of a strategy; the message names the strategy.
+    """A fault of a strategy; the message names the strategy if it is known.
 
-    Replaces some exceptions that a strategy raises and that would be misread: an OSError would look like a fault of the
-    results' disk, a SystemExit would end the process.
+    Replaces those exceptions of a strategy that callers would misread: an OSError would look like a fault of the disk
+    that holds the results, a SystemExit would end the process.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """Format an error as one line, prefixed with its type unless it is a UserError or a StrategyError.
+    """Format an error as one line. Unless it is a UserError or a StrategyError, the line begins with its type.
 
-    Adds the first note that says where the error happened.
+    The line then ends with the error's first note that starts with "in ", which names the strategy that raised it.
     """
     if isinstance(error, UserError | StrategyError):
         return message(error)
@@ -96,7 +96,7 @@ def line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Remove characters that would move the cursor, ring the bell or reverse the text. Replaces surrogates."""
+    """Remove the characters in HIDDEN, which could move the cursor or reverse the text; surrogates become U+FFFD."""
     return SURROGATE.sub("\ufffd", HIDDEN.sub("", text))
 
 
@@ -108,7 +108,10 @@ def _cut(text: str, most: int) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn a library's exception over a checkpoint's files into a UserError: `what` and the error's first line."""
+    """Turn a library's exception over a checkpoint's files into a UserError: `what` and the error's first line.
+
+    Ctrl-C, SystemExit and torch's OutOfMemoryError, which are not about the files, pass unchanged.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -120,9 +123,10 @@ def explained(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 300 characters, prefixed with its type if the text is unclear.
+    """Return the first line of an error's text, at most 300 characters of it.
 
-    For a missing module, adds how to install it.
+    The error's type comes first, unless an OSError, ImportError or ValueError (but no UnicodeError) has a text of ten
+    characters or more. A missing module gets no type, but how to install it.
     """
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""
@@ -133,7 +137,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``' Did you mean "two_stage"?'`` for the closest known name, or ``''`` if none is close."""
+    """Return ``' Did you mean "two_stage"?'`` for the closest known name; ``''`` if none is close or `name` is long."""
     if len(name) > LONGEST_WORD:
         return ""
     near = get_close_matches(name, list(known), n=1)
@@ -141,14 +145,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise UserError if `value` is not in `allowed`. The message lists the allowed values and suggests the closest."""
+    """Raise UserError if `value` is not in `allowed`. The message lists the allowed values and suggests a close one.
+
+    what: Name of the value, to begin the message.
+    """
     allowed = list(allowed)
     if value not in allowed:
         raise UserError(f"{what} must be {' or '.join(allowed)}, got {value!r}.{did_you_mean(str(value), allowed)}")
 
 
 def check_range(what: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise UserError if `value` is outside low..high (inclusive)."""
+    """Raise UserError if `value` is outside low..high (inclusive) or NaN. what: its name, to begin the message."""
     if not low <= value <= high:
         bounds = f"at least {low}" if high == float("inf") else f"within {low} and {high}"
         raise UserError(f"{what} must be {bounds}, got {value}")

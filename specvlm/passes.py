@@ -1,4 +1,4 @@
-"""Moved to `specvlm.models.passes`; this path goes with the next release."""
+"""Moved to `specvlm.models.passes`; the next release removes this module."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Moved to `specvlm.toolkit.segments`; this path goes with the next release."""
+"""Moved to `specvlm.toolkit.segments`; the next release removes this module."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Moved to `specvlm.decoding.collect`; this path goes with the next release."""
+"""Moved to `specvlm.decoding.collect`; the next release removes this module."""
 
 import warnings
 

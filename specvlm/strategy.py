@@ -1,4 +1,4 @@
-"""Moved to `specvlm.strategies`; this path goes with the next release."""
+"""Moved to `specvlm.strategies`; the next release removes this module."""
 
 import warnings
 

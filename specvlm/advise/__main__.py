@@ -50,16 +50,19 @@ OWN = {
     "costs": "the costs.json of an earlier profile, instead of a new profile; needs acceptance=",
 }
 TREES = ("tree", "self")  # fixed shapes: predicted from a few measured trees; other drafters are measured as they are
-RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)
+RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)  # to predict for tree, and for self
 CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
 SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
-PARTS = (("draft",), CHECK)
-TOKENS = Within(8, 131_072)
+PARTS = (("draft",), CHECK)  # of a round's time, that make up Candidate.draft_ms and Candidate.check_ms
+TOKENS = Within(8, 131_072)  # bounds of tokens=…
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """The adviser's own options, checked."""
+    """The adviser's own options (OWN), checked.
+
+    known: Acceptance by drafter and ratio; empty: measure it. costs: of an earlier profile; None: measure them.
+    """
 
     drafters: tuple[str, ...]
     known: Known = field(default_factory=dict)
@@ -69,7 +72,7 @@ class Wishes:
 
     @classmethod
     def of_words(cls, own: dict[str, str]) -> Self:
-        """Parse and check `key=value` options. Raises UserError."""
+        """Parse and check the options. Raises UserError if one is wrong or they conflict. own: values by key of OWN."""
         every = list(registry.collect()["drafter"])
         names = [name.strip() for name in own.get("drafters", ",".join(every)).split(",")]
         if unknown := [name for name in names if name not in every]:
@@ -93,7 +96,7 @@ class Wishes:
         return cls(tuple(names), known, int(tokens), check == "true", costs)
 
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Shapes and ratios to predict, by drafter. Includes those of the run itself."""
+        """Shapes and ratios to predict, for each wished drafter of TREES. Those of `tree` include the run's own."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
         if self.known:  # ratio 1: do not assume that a drafter without video guesses as well
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
@@ -107,7 +110,7 @@ class Wishes:
         return {name: every[name] for name in self.drafters if name in TREES}
 
     def others(self, cfg: RunConfig) -> list[Drafter]:
-        """Drafters to measure: the run's own as configured, the rest with their defaults."""
+        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults."""
         names = [name for name in self.drafters if name not in TREES]
         return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
 
@@ -151,13 +154,16 @@ def command(words: Sequence[str]) -> int:
 
 
 def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
-    """Profile, predict, print, and write costs.json and advice.json into `folder`.
+    """Profile, predict, print, and write costs.json and advice.json (with check=true also check.json) into `folder`.
 
     Args:
         cfg: Configuration of the run to advise on.
         folder: Where to write.
         words: Overrides of the run, repeated in the recommended command line.
         wishes: The adviser's own options.
+
+    Raises:
+        UserError: The input cannot be used, or memory does not suffice.
     """
     screen = RunConsole()
     say = screen.console.print
@@ -174,7 +180,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
         say(styled(("pruner:", "dim"), f" {registry.described(job.pruner)}, {len(job.prompt.video_index)} video tokens"))
         try:
             graph = MODEL_CACHE.graph(job)
-            graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # plan() took the costliest ratio
+            graph = replace(graph, options=replace(graph.options, ratio=cfg.ratio))  # plan() took the lowest ratio
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
@@ -196,7 +202,11 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
 
 
 def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
-    """Read the input and plan memory for the candidate that needs the most: one with a draft model, if there is one."""
+    """Read the input and plan memory for the candidate that needs most of it.
+
+    That is one with a draft model, if there is one, at the lowest ratio. Raises UserError if it does not fit, or for
+    tensor parallelism.
+    """
     every = [*(registry.build("drafter", name) for name in trees), *others]
     largest = min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name
     ratio = min((ratio for _, ratios in trees.values() for ratio in ratios), default=cfg.ratio)
@@ -216,7 +226,12 @@ def measure(
     limit: int,
     screen: RunConsole,
 ) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
-    """Measure costs; return them, the candidates they lead to, and the target's answer of up to `limit` tokens."""
+    """Measure costs, and acceptance unless it is known.
+
+    trees: shapes and ratios to predict, by drafter; others: drafters to measure as they are.
+
+    Returns the costs, all candidates, and the target's answer of up to `limit` tokens.
+    """
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
     screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
@@ -240,12 +255,12 @@ def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
 
 
 def shaped(name: str, shape: str = "") -> Drafter:
-    """Build one of TREES with the given shape; empty: its default."""
+    """Build a drafter of TREES by name, with the given tree shape; empty: its default shape."""
     return registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
 
 
 def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) -> DecodingGraph:
-    """Copy of `graph` with another drafter and perhaps another ratio; shares pair, caches and engine."""
+    """Copy a graph with another drafter and, if given, another ratio. The copies share models, caches and engine."""
     options = graph.options if ratio is None else replace(graph.options, ratio=ratio)
     return replace(graph, drafter=drafter, options=options)
 
@@ -253,7 +268,7 @@ def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) ->
 def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
     """Measure a drafter that has no fixed tree shape, at the ratio of the run.
 
-    first_s: time to first token of the target alone, which a drafter without a model does not change.
+    first_s: seconds to the first token of the target alone, which a drafter without a model does not change.
     """
     graph = using(graph, drafter)
     pruned = drafter.model is not None and drafter.own_budget(job.prompt) is None
@@ -275,7 +290,10 @@ def changes(drafter: Any) -> tuple[str, ...]:
 def conclude(
     screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
 ) -> Candidate | None:
-    """Show and write the advice for an answer of `tokens` tokens; returns the recommended candidate, if any."""
+    """Show and write the advice for an answer of `tokens` tokens; returns the recommended candidate, if any.
+
+    found: all candidates; words: overrides of the run, repeated in the recommended command line.
+    """
     table.show(screen, costs, found, tokens)
     best, text = recommend(costs, found, tokens)
     if best:
@@ -289,13 +307,17 @@ def conclude(
 
 
 def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
-    """Choose the candidates to check: the recommended one or else the fastest tree, the median tree and the slowest."""
+    """Choose up to three candidates to check: `best` or else the fastest tree, the median tree, and the slowest."""
     trees = sorted((c for c in found if c.shape), key=lambda c: c.token_ms) or list(found)
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
 
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
-    """Decode with `candidate` twice and compare the prediction with the faster of the two."""
+    """Decode with a candidate twice and compare its prediction with the measurement.
+
+    Measured are the lower of the two median times per round and the acceptance of the second decode. Returns
+    [predicted, measured] of each figure, and the relative `error` of the time per token.
+    """
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)
     decodes = [watched(graph.decode(job.prompt, limit)) for _ in range(2)]

@@ -1,6 +1,6 @@
 """Predict how many guesses of a tree the target accepts: replay measured ranks, or assume chances.
 
-Shape suffixes: K kept slots of the prompt, D hidden size, A rotary axes, Q tokens of the answer, V vocabulary.
+Shape suffixes: K kept slots of the prompt, D hidden size, A rotary axes, Q tokens of the answer but one, V vocabulary.
 """
 
 import os
@@ -26,15 +26,15 @@ SPREAD = 0.7
 
 @dataclass(frozen=True)
 class Replay:
-    """Replays the target's own answer from measured ranks.
+    """Predicts acceptance from measured ranks, by replaying the target's own answer.
 
     Greedy verification accepts a guess exactly if it is the answer's token, so rounds of any tree can be replayed
     without a model.
 
     Attributes:
         ranks: For each token of the answer after the first, its rank among the drafter's guesses given the tokens
-            before.
-        source: Origin of the ranks, for the table.
+            before; 0 is the best guess.
+        source: Where the ranks come from, for the table.
     """
 
     ranks: tuple[int, ...]
@@ -57,12 +57,12 @@ class Replay:
 
 @dataclass(frozen=True)
 class Chances:
-    """Assumes a chance for each guess; chances multiply along a path (Sequoia, arXiv 2402.12374).
+    """Predicts acceptance from assumed chances, which multiply along a path (Sequoia, arXiv 2402.12374).
 
     Attributes:
         first: Chance that the drafter's best guess at depth 1, 2, 3 … is right if those above it are. The last value
-            holds for all greater depths. Lower-ranked guesses share the misses by SPREAD.
-        source: Origin of the chances, for the table.
+            holds for all greater depths. Guesses of lower rank share the remaining chance, as SPREAD says.
+        source: Where the chances come from, for the table.
     """
 
     first: tuple[float, ...]
@@ -81,7 +81,7 @@ class Chances:
 
     @classmethod
     def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Self:
-        """Estimate from `acceptance_by_depth` of a run: a chain gives a chance per depth, a tree only one for all."""
+        """Estimate chances from `acceptance_by_depth` of a run: one per depth from a chain, one for all from a tree."""
         if len(shape) > shape.depth + 1:
             return cls.of_mean(sum(by_depth), shape, source)
         reached = [1.0, *by_depth]
@@ -98,13 +98,13 @@ class Chances:
 
 
 class Tree(Named):
-    """A drafter of a fixed shape in config.yaml."""
+    """A drafter with a fixed tree shape, in config.yaml."""
 
     shape: str
 
 
 class TreeRun(TypedDict):
-    """config.yaml of a run with a drafter of a fixed shape."""
+    """The keys of config.yaml that `of_run` reads."""
 
     drafter: Tree
     pruner: Named
@@ -112,7 +112,7 @@ class TreeRun(TypedDict):
 
 
 class Accepted(TypedDict):
-    """summary.json of such a run."""
+    """The key of summary.json that `of_run` reads."""
 
     acceptance_by_depth: list[Share]
 
@@ -123,7 +123,7 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 def of_words(text: str) -> Known:
     """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
 
-    Raises UserError if it is none of these.
+    Raises UserError if it is none of these, or a run cannot be used.
     """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
@@ -150,7 +150,10 @@ def of_words(text: str) -> Known:
 
 
 def of_run(folder: Path) -> Known:
-    """Read the acceptance of an earlier run from its config.yaml and summary.json. Raises UserError."""
+    """Read the acceptance of an earlier run from its config.yaml and summary.json.
+
+    Raises UserError if a file is damaged, or the run had no fixed tree shape or no complete round.
+    """
     config: TreeRun = parse(TreeRun, config_of(folder), f"acceptance={folder}, which must be a run of a tree drafter")
     found: Accepted = parse(Accepted, summary_of(folder), f"acceptance={folder}")
     try:
@@ -166,7 +169,10 @@ def of_run(folder: Path) -> Known:
 
 @torch.inference_mode()
 def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: Sequence[int]) -> Replay:
-    """Rank the tokens of the target's own answer, in one draft pass over it after a prefill of the pruned prompt."""
+    """Rank the tokens of the target's own answer, in one draft pass over it after a prefill of the pruned prompt.
+
+    A token that the draft does not know gets the largest rank, as if it were never guessed.
+    """
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None
     embeds_KD, positions_AK = model.pruned(prompt, model.features(prompt, keep), keep, graph.options.positions)

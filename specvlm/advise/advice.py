@@ -9,8 +9,8 @@ from specvlm.advise.costs import Costs, rows_of
 from specvlm.app.console import seconds
 from specvlm.types import TreeShape
 
-WORTH = 0.98  # speculation pays below this share of the target's own time
-PRUNING_WORTH = 0.97  # pruning pays below this share of the time per token without pruning
+WORTH = 0.98  # speculation pays if it takes less than this share of the target's own time
+PRUNING_WORTH = 0.97  # pruning pays if a token takes less than this share of its time without pruning
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Candidate:
         drafter: Name of the drafter.
         shape: Tree shape; empty for a drafter without a fixed one.
         ratio: Share of video tokens to drop; None if no pruner is used.
-        accepted: Guesses accepted per round.
-        source: Origin of `accepted`.
+        accepted: Guesses accepted per round, without the bonus token.
+        source: Where `accepted` comes from, for the table.
         draft_ms: Draft time per round.
-        check_ms: Verification time per round.
+        check_ms: Time per round of the verification and of work on the host.
         start_s: Seconds until the first round, including both prefills.
         changes: Overrides for those fields of the drafter that differ from their defaults.
     """
@@ -41,12 +41,12 @@ class Candidate:
 
     @property
     def round_ms(self) -> float:
-        """Time per round."""
+        """Milliseconds per round."""
         return self.draft_ms + self.check_ms
 
     @property
     def token_ms(self) -> float:
-        """Time per token, without prefills."""
+        """Milliseconds per token, without prefills."""
         return self.round_ms / (self.accepted + 1)
 
     def end_to_end_s(self, tokens: int) -> float:
@@ -64,7 +64,10 @@ class Candidate:
 
 
 def candidates(costs: Costs, known: Known, trees: Mapping[str, tuple[Sequence[str], Sequence[float]]]) -> list[Candidate]:
-    """Predict every shape × ratio of every drafter, using the acceptance known at the nearest ratio."""
+    """Predict every shape × ratio of every drafter, using the acceptance known at the nearest ratio.
+
+    trees: Shapes and ratios by drafter.
+    """
     found = []
     for drafter, (shapes, ratios) in trees.items():
         for shape, ratio in product(shapes, ratios):
@@ -78,12 +81,15 @@ def candidates(costs: Costs, known: Known, trees: Mapping[str, tuple[Sequence[st
 
 
 def alone_s(costs: Costs, tokens: int) -> float:
-    """Seconds of the target alone, end to end."""
+    """Seconds that the target alone takes for an answer of `tokens` tokens, prefill included."""
     return costs.alone_first_s + (tokens - 1) * costs.alone_ms / 1000
 
 
 def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Candidate | None, list[str]]:
-    """Recommend the candidate that is fastest end to end for `tokens` tokens, or None. Also returns the reasons."""
+    """Recommend the candidate that is fastest end to end for `tokens` tokens; None if speculation does not pay.
+
+    Also returns the reasons, as lines of text.
+    """
     quickest = min(found, key=lambda c: c.token_ms)
     best = min(found, key=lambda c: c.end_to_end_s(tokens))
     figures = f"{quickest.token_ms:.2f} ms per token, the target alone {costs.alone_ms:.2f} ms"
@@ -108,7 +114,7 @@ def recommend(costs: Costs, found: Sequence[Candidate], tokens: int) -> tuple[Ca
 
 
 def why(costs: Costs, candidate: Candidate) -> str:
-    """Explain what makes a round expensive."""
+    """Say what a candidate's round costs and yields, and what makes it expensive."""
     steps = candidate.round_ms / costs.alone_ms
     text = f"A round costs {steps:.2f} of the target's own steps and yields {candidate.accepted + 1:.2f} tokens"
     if not candidate.shape:
@@ -122,7 +128,7 @@ def why(costs: Costs, candidate: Candidate) -> str:
 
 
 def pruning(found: Sequence[Candidate], tokens: int) -> list[str]:
-    """Say whether pruning pays; empty if there is nothing to compare."""
+    """Say whether pruning pays for drafter=tree, in one line; no line if there is nothing to compare."""
     trees = [c for c in found if c.drafter == "tree" and c.ratio is not None and c.ratio < 1]
     whole, pruned = [c for c in trees if not c.ratio], [c for c in trees if c.ratio]
     if not (whole and pruned):

@@ -25,15 +25,15 @@ from specvlm.results.records import Share, Tokens
 from specvlm.strategies import registry
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
 
-ROUNDS = 20  # per probe; the first two are warm-up
+ROUNDS = 20  # most rounds of a decode; the first two are warm-up
 # In a shape such as 16x1x1, every draft pass but the first has 16 rows: this isolates the cost of a pass of 16 rows.
 WIDEST = "16x1x1"
 PROBES = (WIDEST, "8x1x1x1", "4x1x1x1x1", "paper", "chain:8", "chain:3")
 PROBES_OF_SELF = ("chain:5", "chain:3", "chain:2")
-KNOT_FACTOR = 1.3  # tree sizes within this factor share a knot of the fit, against noise
+KNOT_FACTOR = 1.3  # least factor between knots, the tree sizes where the fit may bend; more knots would follow noise
 CHECK = ("verify", "host")  # parts of a round's time that count as its check
 SHORTEST = 4  # fewest tokens of an answer to measure on
-MISFIT = 0.1  # a larger relative error means that the machine was busy
+MISFIT = 0.1  # a larger relative error of the fit suggests that the machine was busy
 Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 
 
@@ -41,7 +41,7 @@ Milliseconds = Annotated[float, Within(1e-6, 1e9)]
 class Timing:
     """Median times over a shape's rounds.
 
-    context: length of the drafter's prompt; check_ms: includes host work of the round.
+    context: length of the drafter's prompt in tokens; check_ms: verification and the host's work in the round.
     """
 
     drafter: str
@@ -54,7 +54,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds before the first round.
+    """Seconds before the first round of a drafter at a ratio.
 
     first_s: embed + prefill of the target; draft_s: prune + prefill of the drafter.
     """
@@ -66,14 +66,14 @@ class Start:
 
 
 class Curve:
-    """Cost of forward passes in ms: a constant, a cost by rows (piecewise linear), and a cost per slot of context.
+    """Cost of a round's forward passes in ms: a constant, and for each pass a cost by rows and one per slot of context.
 
-    Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. Costs are never
-    negative: a term that would be is left out.
+    The cost by rows is linear between knots; with one knot, it is a constant per pass. Minimises absolute relative
+    errors, so that a single disturbed probe does not bend the curve. A term that would be negative is left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
-        """Fit to observations. passes: rows of each pass, per observation; contexts, ms: one per observation."""
+        """Fit to observations. passes: rows of each pass, per observation; contexts, ms: one each; knots: in rows."""
         self.knots = np.array(sorted(knots), dtype=float)
         # Whether the data can tell the cost of context, and the constant, from the rest.
         self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
@@ -84,7 +84,7 @@ class Curve:
             weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
-        """Factors of the cost terms, for passes with these rows over a context."""
+        """Factors by which the fitted costs count, for passes with these rows over a context."""
         by_context, constant = self.varied
         fixed = [float(constant), float(len(rows) * context * by_context)]
         if len(self.knots) == 1:
@@ -102,7 +102,7 @@ class Curve:
 
 
 def _positive(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Non-negative least squares of rows @ x = wanted: fix the most negative x at 0 and repeat until none is."""
+    """Approximate non-negative least squares of rows @ x = wanted: fix the lowest x at 0 until none is negative."""
     costs = np.zeros(rows.shape[1])
     used = [at for at in range(rows.shape[1]) if rows[:, at].any()]
     while used:
@@ -121,9 +121,9 @@ class Costs:
     Attributes:
         text: Text tokens of the prompt.
         video: Video tokens of the prompt.
-        alone_ms: Time per token of the target alone.
+        alone_ms: Time per token of the target alone, after the first token.
         alone_first_s: Time to first token of the target alone.
-        timings: Measured rounds.
+        timings: Measured times of a round, by drafter, shape and ratio.
         starts: Measured starts by drafter and ratio.
         machine: Name of the GPU or CPU.
     """
@@ -147,7 +147,7 @@ class Costs:
             raise UserError(f"costs={path} is no costs.json of an earlier profile ({message(error)})") from None
 
     def check(self) -> None:
-        """Raise ValueError if a shape is invalid, there are no starts, or a drafter has a start but no timing."""
+        """Raise ValueError if a tree shape is invalid, there are no starts, or a drafter has a start but no timing."""
         for timing in self.timings:
             TreeShape.parse(timing.shape)
         timed = {timing.drafter for timing in self.timings}
@@ -160,7 +160,7 @@ class Costs:
 
     @cached_property
     def _drafts(self) -> dict[str, Curve]:
-        """Cost of drafting, fitted for each drafter."""
+        """Cost of a round's draft passes, fitted for each drafter."""
         curves = {}
         for drafter in dict.fromkeys(t.drafter for t in self.timings):
             seen = [t for t in self.timings if t.drafter == drafter]
@@ -172,7 +172,7 @@ class Costs:
 
     @cached_property
     def _checks(self) -> Curve:
-        """Cost of a check by tree size, fitted to all timings and the target alone."""
+        """Cost of a round's check by tree size, fitted to all timings and the target alone, which is a tree of 1."""
         nodes = [len(TreeShape.parse(t.shape)) for t in self.timings] + [1]
         ms = [t.check_ms for t in self.timings] + [self.alone_ms]
         knots = [1]
@@ -182,11 +182,11 @@ class Costs:
         return Curve([(count,) for count in nodes], [0] * len(nodes), ms, knots)
 
     def draft_ms(self, drafter: str, shape: str, ratio: float) -> float:
-        """Predicted draft time of a round."""
+        """Predict the draft time of a round in ms."""
         return self._drafts[drafter](rows_of(shape), self.context(ratio))
 
     def check_ms(self, shape: str) -> float:
-        """Predicted verification time of a round."""
+        """Predict the time of a round's verification and host work in ms."""
         return self._checks((len(TreeShape.parse(shape)),))
 
     def misfit(self) -> float:
@@ -195,7 +195,7 @@ class Costs:
         return max((abs(fitted / (t.draft_ms + t.check_ms) - 1) for fitted, t in rounds), default=0.0)
 
     def start(self, drafter: str, ratio: float) -> Start:
-        """The measured start at the ratio nearest to `ratio`."""
+        """Find the drafter's measured start at the ratio nearest to `ratio`."""
         return min((s for s in self.starts if s.drafter == drafter), key=lambda s: abs(s.ratio - ratio))
 
 
@@ -234,7 +234,7 @@ def probes(ratios: Iterable[float], drafter: str = "tree") -> list[tuple[str, fl
 
 @dataclass(frozen=True)
 class Profile:
-    """Result of `profile`. answer: the target's own tokens; kept: tokens the pruner kept, by (drafter, ratio)."""
+    """Result of `profile`. answer: tokens of the target alone; kept: tokens the pruner kept, by (drafter, ratio)."""
 
     costs: Costs
     answer: tuple[int, ...]
@@ -257,10 +257,10 @@ def profile(
         alone: Starts `autoregressive` on the same prompt.
         ratios: Ratios by drafter (`tree` or `self`).
         limit: Most new tokens per decode.
-        advance: Called after each measurement: two of the target alone, and one per pair of `probes`.
+        advance: Called after each measurement: two of the target alone, one per pair of `probes`, and repetitions.
 
     Raises:
-        UserError: The answer is too short.
+        UserError: The answer has fewer than SHORTEST tokens.
     """
     wanted = [(drafter, shape, ratio) for drafter, every in ratios.items() for shape, ratio in probes(every, drafter)]
     plain: list[list[Step]] = []
@@ -313,7 +313,7 @@ def _profile(
 
 
 def rounds_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int, rounds: int = ROUNDS) -> list[list[Step]]:
-    """Decode up to `rounds` rounds, over several decodes if answers are short. A decode is [prefill, round, …]."""
+    """Decode up to four times, until there are `rounds` / 2 rounds. Returns decodes, each [prefill, round, …]."""
     decodes: list[list[Step]] = []
     while len(decodes) < 4 and sum(len(steps) - 1 for steps in decodes) < rounds // 2:
         decodes.append(watched(graph.decode(prompt, limit), 1 + rounds))

@@ -10,11 +10,14 @@ from specvlm.advise.costs import MISFIT, Costs
 from specvlm.app.console import RunConsole, seconds
 from specvlm.app.terminal import styled
 
-FASTEST = 8
+FASTEST = 8  # candidates shown, besides the fastest of each drafter and ratio
 
 
 def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
-    """Print the target alone, the fastest candidates, and the fastest shape per drafter and ratio, by ms per token."""
+    """Print the target alone, then the fastest candidates and the fastest of each drafter and ratio, by ms per token.
+
+    tokens: length of the answer for the times end to end.
+    """
     ranked = sorted(found, key=lambda c: c.token_ms)
     firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()
     alone = alone_s(costs, tokens)
@@ -35,7 +38,7 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    """Print predicted beside measured times and acceptance of the checked candidates."""
+    """Print predicted beside measured times and acceptance of the checked candidates. checked: from `check`."""
     names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (

@@ -43,8 +43,8 @@ class Baseline:
 
     Attributes:
         tokens: Token ids, including the stop id.
-        times_s: Seconds by part.
-        key: Name of its file, without the suffix.
+        times_s: Seconds by part, as in `Step.times_s`, over all steps.
+        key: Name of its file in `Baselines`, without the suffix; empty in a run of one video, which keeps none.
     """
 
     tokens: list[int]
@@ -53,7 +53,7 @@ class Baseline:
 
     @classmethod
     def of(cls, steps: Sequence[Step], key: str = "") -> Self:
-        """Build from the steps of `autoregressive`."""
+        """Build a baseline from the steps of `autoregressive`."""
         return cls(metrics.tokens_of(steps), metrics.times_of(steps), key)
 
 
@@ -61,7 +61,7 @@ class Baselines:
     """A folder of baselines that several processes may share.
 
     Args:
-        folder: Where they are kept. None: keep nothing, and decode each of them.
+        folder: Where they are kept. None: keep nothing, and decode every baseline.
         ranks: The ranks that need the same baseline; rank 0 reads it.
         note: Called with a message about a file that cannot be used.
     """
@@ -80,6 +80,9 @@ class Baselines:
             graph: The target and the options.
             weights: Checksum of the target's weights at load time.
             decode: Decodes with the target alone.
+
+        Raises:
+            OSError: The folder cannot be written, or was removed meanwhile.
         """
         made_of = inputs(request, graph, weights)
         key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
@@ -112,7 +115,7 @@ class Baselines:
 
 
 def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> None:
-    """Raise UserError if the file cannot be what was written under this key."""
+    """Raise UserError if a file's content cannot be what `get` wrote under this key. most: limit on the tokens."""
     tokens, stop_ids = found["tokens"], graph.target.stop_ids
     if found["key"] != key:
         raise UserError("its key is another one")
@@ -133,7 +136,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that only one process makes a baseline; the others wait and then find it."""
+    """Hold a lock file during the block, so that one process makes a baseline and the others wait for its file."""
     with FileLock(path):
         yield
     with suppress(OSError):  # Windows cannot remove a file that a waiting process has open
@@ -141,7 +144,7 @@ def waiting(path: Path) -> Iterator[None]:
 
 
 def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, Any]:
-    """Everything that the target's own answer and its times depend on, as plain values."""
+    """List what the target's own answer and its times depend on, as plain values. Their hash is a baseline's key."""
     target, places = graph.target, request.places
     sampled = graph.sampling.temperature > 0
     return {
@@ -236,7 +239,10 @@ def _spans(header: bytes) -> list[tuple[int, int]]:
 
 
 def machine(device: torch.device) -> str:
-    """Model name of a device. Times on devices of the same model are comparable."""
+    """Model name of a GPU or CPU: times on devices of the same model are comparable.
+
+    Where the system does not tell the CPU's model, the name is its architecture.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Shared by all command lines: turn errors into one line and an exit code, and exit a failed rank at once."""
+"""Shared by all command lines: report errors and turn them into exit codes, and exit a failed rank at once."""
 
 import os
 import sys
@@ -14,15 +14,16 @@ from specvlm.app.terminal import loading
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible
 from specvlm.parallel import torchrun
 
-AFTER_YOU_S = 5.0  # seconds other ranks let rank 0 report first: torchrun ends all ranks when one fails
+# Seconds that other ranks wait before they exit, so that rank 0 can report: torchrun ends all ranks when one fails.
+AFTER_YOU_S = 5.0
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action` and return its exit code. Reports an error on stderr and returns the code for it (see `tell`).
+    """Call `action` and return its exit code, or handle its exception as `tell` does. Ctrl-C and SystemExit pass.
 
     Args:
         action: Returns an exit code.
-        full: Print tracebacks of user errors too. None: as `full_errors` says.
+        full: Print tracebacks of user errors too. None: if HYDRA_FULL_ERROR=1 asks for them.
     """
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
@@ -42,7 +43,11 @@ def full_errors() -> bool:
 
 
 def tell(err: Exception, full: bool) -> int:
-    """Report an error on stderr and return the exit code: one line for a user error, a traceback for our faults."""
+    """Report an error on stderr and return its exit code.
+
+    Rank 0 reports a UserError or OSError in one line, after its traceback if `full` is set. A broken pipe is not
+    reported, and a JobFailed was reported before. Any other error is a fault, and its traceback is printed.
+    """
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
         return ExitCode.PIPE_CLOSED
@@ -63,12 +68,15 @@ def tell(err: Exception, full: bool) -> int:
 
 
 def refuse(message: str) -> NoReturn:
-    """Replacement for `ArgumentParser.error` that prints no usage. Raises UserError."""
+    """Raise UserError. Replaces `ArgumentParser.error`, which would print the usage and exit."""
     raise UserError(f"{message}; --help shows what there is")
 
 
 def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:
-    """Parse `words`, print the lines that `made` returns for them, and return the exit code."""
+    """Parse `words`, print the lines that `made` returns for the result, and return the exit code.
+
+    words: Arguments of the command; None takes them from sys.argv.
+    """
     parser.error = refuse  # type: ignore[method-assign]
 
     def action() -> int:
@@ -82,7 +90,7 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
 
 
 def leave(action: Callable[[], int]) -> NoReturn:
-    """Exit the process with the code that `action` returns; a failed rank exits without cleanup."""
+    """Exit the process with the code that `action` returns. One of several ranks skips all cleanup if it failed."""
     try:
         code = action()
     except SystemExit as err:  # raised by rich if the reader of a pipe is gone

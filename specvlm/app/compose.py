@@ -28,16 +28,17 @@ from specvlm.parsing.files import escaped, read_yaml
 from specvlm.strategies import registry
 
 TEXT_KEYS = ("question",)
+# Values that the user has quoted, or that mean something to Hydra; they stay as they are.
 HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
 UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # texts that Hydra reads without quotes
 OWN_SAMPLE = ("video", "question")  # keys of a run without a data set
 PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
-MOST_JOBS = 1000  # that a sweep may have
+MOST_JOBS = 1000  # most jobs of a sweep
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
-AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # expand ~ here: shells leave it alone after =, and Hydra cannot read it
+AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # ~ is expanded here: after = shells leave it alone, Hydra cannot read it
 
 
-# The table of strategies that Hydra knows. A list that is changed in place: `integrity` undoes assignments to globals.
+# The table of strategies that Hydra knows, in a list that is changed in place: `integrity` undoes assigning to globals.
 _registered: list[object] = []
 
 
@@ -57,21 +58,22 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         overrides: As on the command line, such as `["pruner=uniform", "ratio=0.5"]`.
 
     Raises:
-        UserError: An override is wrong; the message says what exists.
+        UserError: An override is wrong, or the configuration cannot run.
     """
     return jobs(overrides, sweep=False)[0].cfg
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, or a job over samples, ready to start.
+    """A run of one video, or a job over samples, ready to start.
 
     Attributes:
         cfg: The checked configuration.
-        run_dir: Output folder of a single run.
-        folder: Output folder below the sweep's, for a job over samples.
+        run_dir: Output folder, if the job is not part of a sweep.
+        folder: Output folder of a job over samples, relative to that of the command. None for a run of one video.
         label: Name shown to the user.
-        place: Output folder below the sweep's, as a text; None if the name contains the job's number.
+        place: Output folder in a sweep, relative to the sweep's. None without a sweep, or if its name contains the
+            job's number, which is not known yet.
     """
 
     cfg: RunConfig
@@ -87,10 +89,10 @@ def jobs(overrides: Sequence[str], sweep: bool, folder: Path | None = None) -> l
     Args:
         overrides: As on the command line.
         sweep: Whether this is a sweep (`-m`), in which commas separate values.
-        folder: Another folder of YAML files (`--config-dir`).
+        folder: Additional folder of YAML files (`--config-dir`).
 
     Raises:
-        UserError: An override is wrong.
+        UserError: An override is wrong, or a configuration cannot run.
     """
     with hydra(folder):
         if not sweep:
@@ -105,8 +107,11 @@ def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None
     """Initialise Hydra for a block, and turn Hydra's errors in it into UserError.
 
     Args:
-        folder: Another folder of YAML files.
+        folder: Additional folder of YAML files (`--config-dir`). It is only checked here; `searchpath` adds it.
         main: Folder to use instead of conf/.
+
+    Raises:
+        UserError: `folder` is missing, a YAML file in it is damaged or too large, or Hydra reports an error.
     """
     if folder and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
@@ -123,7 +128,10 @@ def searchpath(folder: Path | None) -> list[str]:
 
 
 def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
-    """Compose the configuration of a run, or the one that all jobs of a sweep share. Includes Hydra's own part."""
+    """Compose the configuration of a run, or the one that all jobs of a sweep share. Includes Hydra's own part.
+
+    Raises UserError if Hydra cannot read a word, a sweep has too many jobs, or a folder name is not valid.
+    """
     _refuse_lists(words, mode)
     try:
         cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
@@ -140,13 +148,13 @@ def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictC
 
 
 def arguments_of(master: DictConfig) -> list[str]:
-    """Sweep arguments: `hydra.sweeper.params` of the preset, then the command line, which wins."""
+    """Overrides of a sweep: `hydra.sweeper.params` of the configuration, then those of the command line, which win."""
     own = OmegaConf.select(master, "hydra.sweeper.params") or {}
     return [*(f"{key}={value}" for key, value in own.items()), *master.hydra.overrides.task]
 
 
 def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
-    """Check all jobs of a sweep before any of them starts. Raises UserError."""
+    """Check all jobs of a sweep before any starts. Raises UserError if one cannot run or two would share a folder."""
     found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
@@ -155,7 +163,8 @@ def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:
     """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
 
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists.
+    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists. Expands ~ in
+    output folders, `baselines` and `dataset.root`.
 
     Raises:
         UserError: The name of an output folder is empty.
@@ -172,9 +181,9 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
-    """Raise UserError for several options of one group, or for several values of a key without -m.
+    """Raise UserError for a list as a group's value, and for several values of a key without -m.
 
-    Hydra would merge the options. Several experiments are fine.
+    Hydra would merge the options in such a list. Only several experiments may be merged.
     """
     for override in _parsed(words):
         group, value = override.key_or_group, override.value()
@@ -188,7 +197,10 @@ def _refuse_lists(words: Sequence[str], mode: RunMode) -> None:
 
 
 def _refuse_too_many(master: DictConfig) -> None:
-    """Raise UserError for what the basic sweeper cannot do, and for too many jobs. Does not check other sweepers."""
+    """Raise UserError for an interval, for a pattern that matches nothing, and for more than MOST_JOBS jobs.
+
+    Checks nothing if the user has chosen another sweeper than Hydra's basic one.
+    """
     if not is_basic(master.hydra.sweeper):
         return
     count: dict[str, int] = {}
@@ -211,7 +223,7 @@ def is_basic(plugin: DictConfig) -> bool:
 
 
 def job_of(cfg: DictConfig, sweep: bool) -> Job:
-    """Check a composed configuration and name its folders. Raises UserError."""
+    """Check a composed configuration and name its folders. Raises UserError if it cannot run."""
     words = list(cfg.hydra.overrides.task)
     sampled = OmegaConf.select(cfg, "dataset") is not None
     place = _subdir(cfg, sampled) if sweep else None
@@ -235,7 +247,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """Check a composed configuration and return its values, without Hydra's own part. Raises UserError."""
+    """Return a composed configuration without Hydra's own part. Raises UserError if a key or value is wrong."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
@@ -261,7 +273,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
-    """Raise UserError for `video` and `question` beside a data set. Reads the overrides, since both have defaults."""
+    """Raise UserError if an override sets `video` or `question` beside a data set. Their defaults do not count."""
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if key in OWN_SAMPLE:
@@ -285,7 +297,7 @@ def _refuse_shared(found: Sequence[Job]) -> None:
 
 
 def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
-    """Folder of a job below the sweep's; None if its name contains the job's number."""
+    """Folder of a job in the sweep's. If its name needs the job's number: None, or UserError for a job over samples."""
     try:
         return str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException as err:
@@ -295,7 +307,7 @@ def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
 
 
 def _length(override: Override) -> float:
-    """Number of values in a sweep over one key, without listing them."""
+    """Number of values in a `range` or a choice, without listing them; 1 for any other override."""
     sweep = override.value()
     if isinstance(sweep, RangeSweep):
         start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
@@ -331,7 +343,7 @@ def _quoted(word: str, sweep: bool) -> str:
 
 
 def _text(value: str, filled: bool = False) -> str:
-    """Quote a text for Hydra. filled: let OmegaConf resolve `${…}` in it."""
+    """Quote a text for Hydra. filled: let OmegaConf resolve `${…}` in the text; else it is read literally."""
     value = value if filled else escaped(value)
     inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     return f"'{inner}'"

@@ -1,4 +1,4 @@
-"""Terminal output of a run. Only this module and the command line itself print."""
+"""Terminal output of runs and sweeps: plans, answers, progress, rows and tables."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from specvlm.app.prepare import Prepared
 
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
-MOST_REASONS = 5  # shown per job; summary.json has all
+MOST_REASONS = 5  # most failures shown per job; summary.json has all
+# By the beginning of a verdict.
 COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
 
 
 def two_digits(value: float) -> str:
-    """Round a speed to two digits; files keep all digits.
+    """Format a speed with two significant digits; files keep all digits.
 
     Ten repeats of one run of 109 tokens on a busy CPU gave speed-ups of 0.94 to 1.63, a standard deviation of 16 %. A
     third digit is noise even in a job of hundreds of samples.
@@ -38,12 +39,12 @@ def two_digits(value: float) -> str:
 
 
 def times(speedup: float) -> str:
-    """Format a speed-up."""
+    """Format a speed-up, such as `1.6 x`."""
     return f"{two_digits(speedup)} x"
 
 
 def seconds(value: float) -> str:
-    """Format a time in s or ms."""
+    """Format a number of seconds in s or ms."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
@@ -66,9 +67,11 @@ COLUMNS = ("job", "done", *(head for head, _, _ in NUMBERS), "verdicts", "failed
 class RunConsole:
     """Prints plans, answers, rows and tables; plain text, without colours or bars, if the output is not a terminal.
 
+    Creating one also silences Hugging Face's logs and, if the output is not a terminal, its progress bars.
+
     Args:
-        console: Where to print; the terminal by default.
-        quiet: Show no bars.
+        console: Where to print; standard output by default.
+        quiet: Show no bars or spinners.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
@@ -104,12 +107,12 @@ class RunConsole:
             self.console.print(styled(("note:", "yellow"), f" {line}"))
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
-        """Show a spinner with a label."""
+        """Show a spinner with the label `what` during the block, unless bars are off."""
         return self.console.status(what) if self.live else nullcontext()
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a progress bar during the block. Yields a function that advances it by one."""
+        """Show a progress bar during the block, unless bars are off. Yields a function that advances it by one step."""
         columns = (
             TextColumn("[dim]{task.description}"),
             BarColumn(),
@@ -122,7 +125,7 @@ class RunConsole:
 
     @contextmanager
     def answer(self, tokenizer: Any) -> Iterator[Callable[[Step], None]]:
-        """Yield a function that prints the answer step by step. Holds text back while later tokens may change it."""
+        """Yield a function that prints the answer step by step. An incomplete word or character is held back."""
         tokens: list[int] = []
         shown = ""
 
@@ -143,7 +146,7 @@ class RunConsole:
             stream.add(text[len(shown) :] + "\n\n", last=True)
 
     def summary(self, summary: dict[str, Any], folder: Path) -> None:
-        """Print the table and the verdict of a run."""
+        """Print the table and the verdict of a run, and where its results are."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows(summary):
             table.add_row(styled((name, "dim")), value)
@@ -153,7 +156,7 @@ class RunConsole:
         self.written(folder)
 
     def checked(self, found: Mapping[str, Any], label: str = "") -> None:
-        """Print the verdict of Hugging Face's own model. found: the row of a sample, or the summary of a run."""
+        """Print the verdict of `check=…`. found: the row of a sample, or the summary of a run; label: of the job."""
         whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
         self.console.print(
             styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded anew")
@@ -169,7 +172,7 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. count: text such as "3/10"; left: text on the time for the rest."""
+        """Print one line for a finished sample. label: of the job; count: such as "3/10"; left: what `left` returns."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
@@ -205,7 +208,7 @@ class RunConsole:
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
         """Print the table of a sweep, without empty columns.
 
-        On a narrow terminal, each name gets a line of its own.
+        On a narrow terminal, the name of each job gets a line of its own.
         """
         there = [at for at in range(len(COLUMNS)) if not at or any(str(row[at]) for row in rows)]
         heads, lines = [COLUMNS[at] for at in there], [[row[at] for at in there] for row in rows]
@@ -223,7 +226,7 @@ class RunConsole:
 
 
 def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths: Sequence[int], headed: bool = True) -> Table:
-    """Build a table with fixed column widths."""
+    """Build a table with fixed column widths, in characters."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
     for head, width in zip(heads, widths, strict=True):
         made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
@@ -233,7 +236,7 @@ def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths:
 
 
 def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
-    """Describe the outcome of a sample in a few words. Returns parts for `styled`."""
+    """Describe the outcome of a sample in a few words, as arguments for `styled`. row: its line of samples.jsonl."""
     if row["status"] != "ok":
         return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
@@ -268,7 +271,7 @@ def not_applied(settings: Sequence[str]) -> str:
 
 
 def too_many_ties(ties: Mapping[str, int] | None) -> str:
-    """Note on a job with more numeric ties than rounding explains; empty otherwise."""
+    """Note on a job with more numeric ties than rounding explains; else empty. ties: see `metrics.TOTALS`."""
     if ties is None or ties["tied"] <= ties["normal"]:
         return ""
     found = f"numeric ties at {ties['tied']} of {ties['tokens']} tokens, rounding explains {ties['normal']}"
@@ -286,7 +289,7 @@ def spread(request: Prepared) -> str:
 
 
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and value for each line of the table below the answer."""
+    """Yield name and value for each line of the table below the answer. summary: see `metrics.KEYS`."""
     yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
     accepted = summary["accepted_per_round"]
     if accepted is not None:
@@ -310,7 +313,7 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def against(ours: float, alone: float | None, speedup: float | None) -> str:
-    """Format our time. With a baseline, adds the target's own time and the speed-up."""
+    """Format a time with a drafter and, if there is a baseline, the time of the target alone and the speed-up."""
     if alone is None or speedup is None:
         return seconds(ours)
     return f"{seconds(ours)}, the target alone {seconds(alone)}: {times(speedup)}"
@@ -328,5 +331,8 @@ def meaning(verdict: str) -> str:
 
 
 def left(done: int, more: int, since: float) -> str:
-    """Estimate the time for `more` units, after `done` units since `since` (a `monotonic` time); empty if unknown."""
+    """Format the estimated time for `more` units, given that `done` units took since `since`, a `monotonic` time.
+
+    Empty if nothing is done yet or nothing is left.
+    """
     return f", {timedelta(seconds=round((monotonic() - since) / done * more))} left" if done and more else ""

@@ -33,7 +33,10 @@ def explained() -> Iterator[None]:
 
 
 def explain(err: Exception) -> str:
-    """Describe an error without Hydra's own terms: what is wrong, what exists, and "did you mean"."""
+    """Describe an error without Hydra's own terms: what is wrong, what exists, and "did you mean".
+
+    An error of an unknown kind keeps its own text, on one line.
+    """
     cause = err if isinstance(err, OmegaConfBaseException) else err.__cause__
     if isinstance(err, MissingConfigException) and err.missing_cfg_file:
         group, _, name = err.missing_cfg_file.rpartition("/")
@@ -54,7 +57,7 @@ def explain(err: Exception) -> str:
 
 
 def _unknown_key(full_key: str, owner: Any) -> str:
-    """Message for a key that does not exist. Lists those that do. owner: the dataclass that lacks it."""
+    """Message for a key that does not exist, listing those that do. owner: the dataclass that lacks the key."""
     parent, _, key = full_key.rpartition(".")
     if not parent:
         infos = ((kind, info) for kind, by_name in registry.collect().items() for info in by_name.values())
@@ -69,7 +72,7 @@ def _unknown_key(full_key: str, owner: Any) -> str:
 
 
 def _wrong_type(cause: ValidationError) -> str:
-    """Message for a value of the wrong type. Says which type, or which choices, the key takes."""
+    """Message for a value of the wrong type. If the key's type is known, says which type or choices the key takes."""
     seen = f"{cause.full_key}={'null' if cause.value is None else cause.value}"
     reason = str(cause).splitlines()[0]
     owner: Any = cause.object_type

@@ -73,7 +73,7 @@ def show(words: Sequence[str]) -> None:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection, now and at exit: it takes 0.8 s and frees almost nothing of torch and Hydra."""
+    """Pause garbage collection in the block and at exit: it takes 0.8 s and frees almost nothing of torch and Hydra."""
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)
@@ -85,9 +85,9 @@ def _collector_paused() -> Iterator[None]:
 
 
 def whole() -> Iterator[tuple[str, Entries]]:
-    """Yield title and entries of every section.
+    """Yield title and entries of every section of the whole help.
 
-    Strategies come without their keys: reading those would import torch.
+    Built-in strategies come without their keys, and a plugin as the name of its package: more would import torch.
     """
     for kind, what in KINDS.items():
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
@@ -98,7 +98,10 @@ def whole() -> Iterator[tuple[str, Entries]]:
 
 
 def on(group: str) -> Iterator[tuple[str, Entries]]:
-    """Yield title and entries for one of GROUPS: its strategies with their sources and keys, then its presets."""
+    """Yield title and entries for one of GROUPS: its strategies with their sources and keys, then its presets.
+
+    "target" and "draft" have keys only, and "preset" is the presets of all groups.
+    """
     if group in ("target", "draft"):
         yield f"{group}.KEY=VALUE", [key for key in chain(*_keys().values()) if key[0].startswith(f"{group}.")]
     elif group == "preset":
@@ -115,7 +118,10 @@ def _at_a_glance(kind: str) -> Entries:
 
 
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:
-    """Name and description of each strategy of a kind and, indented, of each of its keys. Imports torch."""
+    """Yield name and description of each strategy of a kind (or tracker) and, indented, of each of its keys.
+
+    Imports torch for a strategy. Yields nothing for other groups.
+    """
     if kind == "tracker":
         from specvlm.config import WandbConfig
 
@@ -155,14 +161,14 @@ def _presets(group: str) -> Entries:
 
 
 def _first_sentence(path: Path) -> str:
-    """First sentence of the comment that opens a YAML file."""
+    """First sentence of the comment at the top of a YAML file, not counting `# @package`."""
     lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package"))
     comment = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
     return comment.split(". ")[0].rstrip(".")
 
 
 def _keys() -> Mapping[str, Entries]:
-    """The commented keys of conf/config.yaml, grouped by block title."""
+    """The keys of conf/config.yaml that have a comment, by the title of their block."""
     from specvlm.config import conf_dir
 
     found: dict[str, Entries] = {}
@@ -170,7 +176,8 @@ def _keys() -> Mapping[str, Entries]:
         above: list[str] = []
         for indent, key, value, comment in re.findall(r"^( *)(\w+):(?: +([^#\n]+?))?(?: # (.*))?$", block, re.M):
             above[len(indent) // 2 :] = [key]
-            default = "" if "${" in value or value == "???" else f"={value}"  # described in the comment
+            # The comment describes a default that is computed; ??? means that there is none.
+            default = "" if "${" in value or value == "???" else f"={value}"
             if comment:
                 found.setdefault(block.split("\n")[0].removeprefix("# "), []).append((f"{'.'.join(above)}{default}", comment))
     return found

@@ -1,11 +1,11 @@
-"""Check an answer with Hugging Face's own model, which shares only token ids and pixels with our decoding.
+"""Check an answer with Hugging Face's own model, which shares only its inputs (token ids, pixels) with our decoding.
 
 The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
 positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
 transformers' own class and attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging
 Face's.
 
-Shape suffixes: S prompt tokens, T output tokens, V vocabulary.
+Shape suffixes: S tokens of a pass, T output tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 
 ATTENTION = "sdpa"  # "eager" would hold the full attention matrix of a prompt
 ROUNDINGS = 5  # tolerated gap, in multiples of the typical change that one more rounding per layer makes
-MOST = 20  # differences that are reported
+MOST = 20  # most differences that are reported
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A token of the answer that is not the model's argmax.
+    """A token of the answer that is not the argmax of Hugging Face's model.
 
     Attributes:
         token: Index in the answer.
-        candidates: Ids of our token and of the argmax.
-        gap: Logit of the argmax minus that of our token, after the penalty.
+        candidates: Ids of the answer's token and of the argmax.
+        gap: Logit of the argmax minus that of the answer's token, after the repetition penalty.
         rounding: The largest gap, in logits, that rounding explains.
     """
 
@@ -67,7 +67,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Result of a check; `str` gives the verdict.
+    """Result of a check. Its `str` is the verdict.
 
     Attributes:
         differences: Tokens that are not the argmax, in order.
@@ -87,6 +87,7 @@ class Agreement:
         return "identical"
 
     def _told(self, wrong: Difference) -> str:
+        """Describe a difference that rounding does not explain."""
         others = len(self.differences) - 1
         said = f"Hugging Face's model prefers another by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
         return said + (f" ({others} more tokens differ)" if others else "")
@@ -96,7 +97,7 @@ class ReferenceModel:
     """A checkpoint loaded by transformers, unmodified: safetensors only, no remote code.
 
     Keeps stop ids and penalty of the generation config and drops the other settings, as our loops do. Without a device,
-    accelerate spreads the layers over all GPUs.
+    accelerate spreads the layers over all GPUs. Raises UserError if the checkpoint cannot be loaded.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> None:
@@ -124,20 +125,20 @@ class ReferenceModel:
     def check(
         self, prompt: VideoPrompt, output: Sequence[int], limit: int, penalty: float | None = None, generate: bool = False
     ) -> Agreement:
-        """Check that each token of the output is the model's argmax given those before it, and that the end is right.
+        """Check that each token is the model's argmax given those before it, and that the output ends where it should.
 
         Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
         token, and those two if a token differs.
 
         Args:
-            prompt: Only its token ids and pixels are read.
+            prompt: Only its token ids and the vision inputs of its videos are read.
             output: Token ids, including the stop id.
-            limit: The most new tokens that were asked for.
+            limit: Maximum number of new tokens that was asked for.
             penalty: Repetition penalty; None: that of the checkpoint's generation config.
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
-        Returns:
-            The differences found. Its `str` is the verdict.
+        Raises:
+            UserError: The prompt has images, or the output a placeholder token of a video or image.
         """
         penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
         if not generate:
@@ -145,7 +146,7 @@ class ReferenceModel:
         answer = self.generate(prompt, limit, penalty)
         if answer == list(output):
             return Agreement(fault=fault)
-        # After the first difference the texts diverge, so a pass over our text judges the rest.
+        # After the first difference the two answers diverge, so a pass over `output` judges the rest.
         common = alike(answer, output)
         told = f"{len(output)} tokens came out, Hugging Face's generate gives {len(answer)}"
         found = self._differences(prompt, output, penalty, answer[: common + 1])
@@ -154,7 +155,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmax of a pass over it. known: argmaxes of the first tokens, if known."""
+        """Compare the output with the argmaxes of one pass over prompt and output. known: the first ones, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {config.video_token_id, config.image_token_id} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
@@ -187,7 +188,7 @@ class ReferenceModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Build the inputs as Hugging Face's processors do. Our own code for that is not used: it may share a fault."""
+        """Build inputs as Hugging Face's processors do: our own code may share a fault. Raises UserError for images."""
         if prompt.images:
             raise UserError("check supports prompts of videos and text only: this one has images")
         device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
@@ -209,7 +210,7 @@ class ReferenceModel:
             return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
 
     def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
-        """Yield scores (V,) per token, after transformers' own logits processor."""
+        """Yield scores (V,) per token, after transformers' own processor for the repetition penalty."""
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
@@ -223,8 +224,8 @@ class ReferenceModel:
 def perturbation(hf: Any) -> Iterator[None]:
     """Perturb each layer's output, of text and vision, as a different order of summation might.
 
-    Adds uniform noise of up to half a unit in the last place; up to one unit in 32 and 64 bits, where sums are
-    not accumulated in a wider type. Seeded, so that verdicts are reproducible.
+    Changes each value by a random share of up to half the dtype's eps; up to eps in 32 and 64 bits, where sums are not
+    accumulated in a wider type. Seeded, so that verdicts are reproducible.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -248,7 +249,7 @@ def perturbation(hf: Any) -> Iterator[None]:
 
 @contextmanager
 def room(setup: Setup) -> Iterator[None]:
-    """Turn out-of-memory errors of any kind into OutOfMemory."""
+    """Turn torch's errors that mean out of memory into OutOfMemory."""
     try:
         yield
     except RuntimeError as error:
@@ -262,7 +263,7 @@ def room(setup: Setup) -> Iterator[None]:
 
 
 def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
-    """Format a result as hf_check and hf_difference (see `metrics.KEYS`)."""
+    """Format a result as hf_check and hf_difference (see `metrics.KEYS`); of the latter, the first MOST differences."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
         for part in found.differences[:MOST]
@@ -297,7 +298,8 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
     """Check the answers of jobs that share a target, sample by sample; write each row as it is checked.
 
     Reads each video once more for all jobs, and checks equal answers once. A row that cannot be checked stays pending
-    until the next resume=true. tell: see `sweep.take_turns`. Returns the exit codes of failures.
+    until the next resume=true. tell: see `sweep.take_turns`. Returns the exit codes of failures. With fail_fast, raises
+    JobFailed for a wrong answer.
     """
     waiting = [(index, at, row) for at, job in enumerate(jobs) for index, row in unchecked(job)]
     if not waiting:
@@ -335,7 +337,7 @@ def check_rows(jobs: Sequence[Job], readings: Readings, tell: Callable[[Exceptio
 def _of_row(
     model: ReferenceModel, job: Job, index: int, row: dict[str, Any], readings: Readings, known: dict[Any, Agreement]
 ) -> Agreement:
-    """Check the answer of one row. known: earlier results, by everything that a result depends on."""
+    """Check the answer of one row, unless `known` has the result. Raises UserError if the video has changed."""
     cfg, sample = job.cfg, job.key(index)
     asked = (sample, tuple(row["token_ids"]), cfg.max_new_tokens, cfg.repetition_penalty, cfg.check)
     if asked not in known:

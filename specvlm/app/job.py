@@ -41,7 +41,7 @@ class Job:
     be loaded, and under torchrun also an error while decoding.
 
     folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
-    cfg.baselines names another. label, group: names of the job and the sweep. wandb: None for no mirror.
+    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. wandb: None for no mirror.
     """
 
     quiet = True  # no progress bars, since several jobs share the screen
@@ -66,11 +66,11 @@ class Job:
         self.tracker = Tracker(wandb)
         self.rows: Rows | None = None
         self._own = object()  # makes a warm-up's key unique to this job
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # notes and reasons printed so far
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
     def start(self) -> None:
-        """Check all that needs no weights, open the folder, and find the samples still to do. Raises UserError."""
+        """Check all that needs no weights, open the folder, find the samples to do. Raises UserError if that fails."""
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
@@ -136,7 +136,7 @@ class Job:
         return partial(read, self.setup, self.samples[index])
 
     def close(self) -> int:
-        """Write the totals and release the folder. Returns the worst exit code over the rows of this job's shard."""
+        """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK without any."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -151,7 +151,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """Give the job up and return its summary. Writes it if the job never started; else `close` writes it."""
+        """Give the job up and return its summary. Writes it if the job has not started and its folder has no rows."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -225,13 +225,13 @@ class Job:
                     self.tracker.sample(found, rounds[found["sample"]])
 
     def _note(self, line: str) -> None:
-        """Print a note, once per job."""
+        """Print a note, unless it is empty or this job has printed it before."""
         if line and line not in self._told:
             self._told.add(line)
             self.screen.note(line)
 
     def _graph(self, request: Prepared, record: RequestResult) -> DecodingGraph:
-        """Load the models, build the graph of a request, and print its notes."""
+        """Load the models, build the graph of a request, and print the notes of target and engine."""
         graph = self.held.graph(request, self.ranks)
         self._note(not_applied(graph.target.ignored_settings))
         self._note(graph.target.left_full)
@@ -250,7 +250,7 @@ class Job:
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Decode the baseline, if wanted, before any strategy has run; then with the drafter. Warm up before each."""
+        """Get the baseline, if wanted, before any strategy runs in this request; then decode with the drafter."""
         begin(request, graph, record)
         if self.cfg.baseline:
             record.baseline = self._baseline(request, graph, record)
@@ -272,10 +272,10 @@ class Job:
                 self._note(step.keep.note)
 
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Warm up unless an earlier warm-up is still valid.
+        """Warm up by the first of `steps`, unless an earlier warm-up is still valid. way: "drafted" or "alone".
 
-        A longer request needs larger caches. Captured graphs also need the very caches they were captured with: another
-        job or a comparison of outputs may have replaced them. A warm-up by another job of this process counts if
+        An earlier one is void if this request needs larger caches, or if captured graphs have lost the caches they were
+        captured with, to another job or a comparison of outputs. A warm-up by another job of this process counts if
         models, options and strategies are the same. All ranks warm up if one needs to: only rank 0 may hold a draft.
         """
         most, _ = sizes_of(self.setup.drafter)
@@ -289,7 +289,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Rest of a warm-up's key. A plugin may depend on anything, so a job with plugins shares no warm-up."""
+        """Part of a warm-up's key: what decodes. A plugin may depend on anything, so its job shares no warm-up."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -297,13 +297,13 @@ class Job:
         return graph.draft, own, replace(graph.options, max_new_tokens=1, seed=0)
 
     def _alone(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> list[Step]:
-        """Decode with the target alone, after a warm-up."""
+        """Warm up if needed and decode with the target alone."""
         self._warm_up("alone", alone(request, graph), request, graph, record)
         with self.screen.progress("the target on its own", self.cfg.max_new_tokens) as advance:
             return decode_alone(request, graph, record, advance)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> Baseline:
-        """Read the baseline if it is kept, else decode it."""
+        """Read the baseline if an earlier one is kept, else decode it and keep it."""
         weights = self.held.weights[graph.target]
         with writable(self.baselines.folder):
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from specvlm.results.rows import NEUTRAL_KEYS
 
-LONGEST = 150  # characters of a folder name; file systems take 255
+LONGEST = 150  # most characters of a folder name before its checksum; file systems take 255 bytes
 
 
 def register() -> None:
@@ -17,11 +17,11 @@ def register() -> None:
 
 
 def _subdir(*, _root_: DictConfig) -> str:
-    """Name the folder of a job.
+    """Name the folder of a job of a sweep.
 
-    A job over samples is named by its overrides alone, so that a later sweep and other shards reach the same folder. A
-    single run also gets its number: `exclude_keys` in conf/config.yaml leaves texts and paths out of its name, so names
-    could clash.
+    The name of a job over samples has no number, so that a later sweep and other shards reach the same folder. The name
+    of a run of one video begins with its number in the sweep: `exclude_keys` in conf/config.yaml leaves texts and paths
+    out of it, so two names could be equal.
     """
     if OmegaConf.select(_root_, "dataset") is None:
         return f"{_root_.hydra.job.num}_{_root_.hydra.job.override_dirname}"
@@ -29,7 +29,10 @@ def _subdir(*, _root_: DictConfig) -> str:
 
 
 def folder_name(words: Sequence[str]) -> str:
-    """Folder name for these overrides. Replaces unusual characters and cuts a long name; either adds a checksum."""
+    """Make a folder name of the overrides that change results.
+
+    Unusual characters are replaced and a long name is cut; such a name ends in a checksum.
+    """
     text = label(sorted(words), ",")
     plain = re.sub(r"[^\w.,=+:@-]+", "-", text)
     if plain == text and len(text) <= LONGEST:
@@ -38,13 +41,13 @@ def folder_name(words: Sequence[str]) -> str:
 
 
 def label(words: Sequence[str], separator: str = " ") -> str:
-    """Label of a job: its overrides, without those that change no result."""
+    """Label a job by its overrides, without those that change no result (NEUTRAL_KEYS)."""
     words = [re.sub(r"^(dataset\.\w+)='(.*)'$", r"\1=\2", word) for word in words]  # the quotes are for Hydra
     return separator.join(word for word in words if re.split(r"[.=]", word.lstrip("+"), maxsplit=1)[0] not in NEUTRAL_KEYS)
 
 
 def split_shared(labels: Sequence[str]) -> tuple[list[str], str]:
-    """Split off the words that all labels share. Returns the shortened labels and the shared words."""
+    """Split off the words that all labels share. Returns the shortened labels, and the shared words as one text."""
     words = [text.split(" ") for text in labels]
     common = [word for word in words[0] if all(word in others for others in words)]
     return [" ".join(word for word in own if word not in common) for own in words], " ".join(common)

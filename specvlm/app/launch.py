@@ -1,4 +1,4 @@
-"""Compose each job once, check all before any starts, and have Hydra run them."""
+"""Compose and check all jobs of a command line before any starts, and have Hydra run them."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -26,15 +26,17 @@ from specvlm.errors import ExitCode, JobFailed, UserError, visible, worst
 from specvlm.parallel import torchrun
 from specvlm.results.rows import CannotWrite
 
-TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"
+TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"  # the launcher that runs every sweep
 
 
 class Call:
-    """The jobs of one command line. Also Hydra's task function, which launchers may call in other processes.
+    """Runs the jobs of one command line. An instance is also Hydra's task function, called by Hydra's launchers.
+
+    Some launchers call it in other processes.
 
     Args:
         folder: Folder of the run or the sweep.
-        key: The key that names the folder; empty if the user gave that key.
+        key: Key that would set this folder, named in a message; empty if the user did set it.
         guarded: Calls a function and turns its errors into an exit code.
         tell: Reports an error and returns its exit code.
     """
@@ -53,7 +55,7 @@ class Call:
     def expect(self, jobs: Sequence[Job]) -> None:
         """Register jobs that are about to start.
 
-        Raises UserError if they should resume, but the user gave no folder and the default one does not exist.
+        Raises UserError for resume=true if the user gave no folder and the default one does not exist.
         """
         if jobs[0].cfg.resume and self.key and self.there_before != self.folder:
             raise UserError(f"resume=true needs an existing folder: give {self.key}=FOLDER")
@@ -62,7 +64,7 @@ class Call:
         self.sweep.expect(inner, jobs[0].cfg.tracker)
 
     def take_turns(self, jobs: Sequence[tuple[Job, DictConfig]], context: HydraContext) -> list[JobReturn]:
-        """Run the jobs of a sweep in this process, a few samples of each in turn."""
+        """Run the jobs of a sweep in this process: first each run of one video, then the jobs over samples in turns."""
         self.sweep.together = True
         done = [
             run_job(partial(self.checked, job.cfg), cfg, "hydra.sweep.dir", "hydra.sweep.subdir", context) for job, cfg in jobs
@@ -71,11 +73,11 @@ class Call:
         return done
 
     def __call__(self, cfg: DictConfig) -> int:
-        """Check and run one job; returns its exit code."""
+        """Check and run one job, for launchers other than ours. Returns its exit code, or raises JobFailed (`_job`)."""
         return self._job(cfg.get("dataset") is not None, bool(cfg.get("fail_fast")), lambda: compose.frozen(cfg))
 
     def checked(self, run: RunConfig, cfg: DictConfig) -> int:
-        """Run one job that was checked already; returns its exit code."""
+        """Run one job that was checked already, or add it to the sweep; returns its exit code. cfg: not used."""
         return self._job(run.dataset is not None, run.fail_fast, lambda: run)
 
     def _job(self, sampled: bool, fail_fast: bool, asked: Callable[[], RunConfig]) -> int:
@@ -83,11 +85,11 @@ class Call:
 
         Args:
             sampled: Whether the job has a data set.
-            fail_fast: Whether to skip the job if an earlier one failed.
+            fail_fast: Whether to skip the job if an earlier one had another exit code than 0.
             asked: Returns the checked configuration.
 
         Raises:
-            JobFailed: The job's exit code is not 0, and this process is a worker of another launcher.
+            JobFailed: The job's exit code is not 0, and this is not the process that parsed the command line.
         """
         state = HydraConfig.get()
         folder = Path(state.runtime.output_dir)
@@ -99,7 +101,7 @@ class Call:
             print(visible(f"[{state.job.num + 1}/{self.jobs}] {' '.join(state.overrides.task)}{rest}"), flush=True)
             self.sweep.expect({folder: job_names.label(state.overrides.task)}, self.sweep.tracker)
         if torchrun.rank_here():
-            self.tidy(folder)  # also before the job, since a rank may be killed
+            self.tidy(folder)  # also before the job: a rank that is killed cannot tidy afterwards
         try:
             code = self.sweep.add(asked(), folder, state) if sampled else self.guarded(lambda: _run(asked(), folder))
         finally:
@@ -121,14 +123,18 @@ class Call:
             folder = folder.parent
 
     def tidy_sweep(self) -> None:
-        """Remove Hydra's multirun.yaml, and the sweep's folder, if no job wrote anything."""
+        """Remove the sweep's folder if this call made it and it holds nothing but Hydra's multirun.yaml."""
         ours = self.folder != self.there_before and self.folder.is_dir()
         if ours and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
             (self.folder / "multirun.yaml").unlink()
         self.tidy(self.folder)
 
     def carry_out(self, action: Callable[[], object]) -> int:
-        """Call `action`, which starts the jobs, then finish the sweep. Returns the worst exit code."""
+        """Call `action`, which starts the jobs, then finish the sweep. Returns the worst exit code.
+
+        A JobFailed becomes an exit code here if jobs are registered, and so does a CannotWrite if an output is wrong:
+        then the code must be MISMATCH. Other errors are raised, that of a full disk as a UserError.
+        """
         try:
             action()
             self.codes.append(self.sweep.finish())
@@ -148,7 +154,7 @@ class Call:
 
 
 def answer(args: Namespace, parser: ArgumentParser) -> int:
-    """Have Hydra show help, a configuration or completions; returns the exit code. Call inside `compose.hydra`."""
+    """Have Hydra answer --hydra-help, --cfg, --shell-completion or --info. Call inside `compose.hydra`."""
     hydra, name, words = cast("Any", GlobalHydra.instance().hydra), args.config_name or "config", args.overrides
     if args.hydra_help:
         hydra.hydra_help(name, parser, args)
@@ -167,11 +173,11 @@ def start(words: Sequence[str], sweep: bool, call_of: Callable[[Path, str], Call
     Args:
         words: Overrides, quoted for Hydra.
         sweep: Whether -m was given.
-        call_of: Makes a Call from a folder and a key.
+        call_of: Makes a Call from its `folder` and `key`.
         name: Name of the primary configuration.
 
     Raises:
-        UserError: The words ask for something that cannot run.
+        UserError: An override is wrong, or the jobs that the words ask for cannot run.
     """
     key, other = FOLDERS[sweep], FOLDERS[not sweep]
     if any(word.startswith(f"{other}=") for word in words):

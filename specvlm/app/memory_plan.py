@@ -23,7 +23,10 @@ Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipelin
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by purpose. Weights and caches are exact; activations are an estimate."""
+    """Bytes on one device, by purpose. Activations are an estimate; weights and caches are computed exactly.
+
+    Only the weights of a checkpoint whose files are quantised are estimated too, by the size of its files.
+    """
 
     parts: dict[str, int]
 
@@ -38,11 +41,11 @@ class Need:
     """A model and the settings that determine how much memory it takes.
 
     Attributes:
-        model: May be a skeleton (see `load.skeleton`); must not be quantised yet.
-        slots: Slots of its KV cache.
+        model: May be a skeleton, a model without weights. Must not be quantised by `load` yet.
+        slots: Tokens that its KV cache must hold.
         dtype: Dtype of its weights and cache.
-        quantisation: Quantisation of its linear layers, such as int8. None: not quantised.
-        signals: Bytes of the signals held for strategies (`collect.held_bytes`).
+        quantisation: How `load` will quantise its text layers and head, such as int8. None: not at all.
+        signals: Bytes of attention and hidden states that the prefill keeps for strategies (`collect.held_bytes`).
     """
 
     model: VideoLM
@@ -65,16 +68,19 @@ def plan(
     Activations are planned on every device that the prefill runs on.
 
     Args:
-        target: The target and its needs.
-        draft: The draft and its needs. If the target drafts, pass it again: it gets a second cache. None: no draft
-            model.
+        target: The target.
+        draft: The draft. If the target drafts for itself, a second need of the same model, for its second cache. None:
+            no model drafts.
         patches: Patches in one pass of the vision tower.
         places: Devices of target and draft.
-        free: Free bytes by device.
+        free: Free bytes by device, to split the layers of the target by. None counts as 0.
         layers: Number of layers per device, if a split target is already loaded. Empty: split it by free memory.
 
     Returns:
         The plan by device, and the number of layers per device (empty unless the target is split).
+
+    Raises:
+        UserError: The target has fewer layers than devices.
     """
     target_drafts = draft is not None and draft.model is target.model
     mine = draft if draft and not target_drafts and (places.draft_shared or rank_here() == 0) else None
@@ -110,8 +116,9 @@ def plan(
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
     """Bytes of weights on each device, for one rank.
 
-    A tied head counts twice if it is on a different device from the embedding. Layers outside all stages are not
-    counted. A quantised checkpoint counts wholly on the first stage's device.
+    A tied head counts twice if it is on a different device from the embedding. Layers beyond those of all stages are
+    not counted. A checkpoint that stays quantised in memory counts as the size of its files, on the first stage's
+    device.
     """
     if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
         return {stages[0][1]: packed}
@@ -131,7 +138,10 @@ def cache(need: Need, layers: int, ranks: int = 1) -> int:
 
 
 def activations(needs: Sequence[Need], patches: int) -> int:
-    """Peak bytes of activations on a device, from the widest layer. Models run in turn, so the largest counts."""
+    """Estimate the peak bytes of activations on a device, from the widest layer of each model.
+
+    Models run in turn, so the largest peak counts. patches: patches in one pass of the vision tower.
+    """
     prompts, passes = [], []
     for need in needs:
         config, vision = need.model.hf.config.get_text_config(), need.model.hf.config.vision_config
@@ -147,9 +157,9 @@ def activations(needs: Sequence[Need], patches: int) -> int:
 
 
 def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
-    """Peak bytes while a tensor-parallel rank loads: its full-precision share is loaded, then quantised.
+    """Peak bytes of weights while a tensor-parallel rank loads: its share is read in full precision, then quantised.
 
-    draft: a shared draft, loaded after the target is quantised. Returns 0 if nothing is quantised.
+    draft: a draft that the ranks share, loaded after the target is quantised. Returns 0 if nothing is quantised.
     """
 
     def share(need: Need) -> int:
@@ -165,7 +175,7 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory on a device, in bytes."""
+    """Free memory on a device, in bytes. On a GPU this includes what torch's allocator holds unused."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -173,19 +183,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means out of memory. Only one of torch's allocators raises OutOfMemoryError."""
+    """Whether an error means out of memory. Of torch's allocators, only the GPU's raises OutOfMemoryError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # In order: the CPU allocator, cuBLAS and similar, CUDA.
+    # What these say, in order: the CPU allocator, cuBLAS and similar libraries, CUDA.
     said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak memory statistics.
-
-    A CPU peak can only be reset on Linux; elsewhere it is the peak since the process started.
-    """
+    """Reset the peak memory of a device. The peak on a CPU can only be reset on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -194,7 +201,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak bytes since the last reset: of the allocator on a GPU, of the whole process on a CPU."""
+    """Peak bytes since the last reset: of torch's allocator on a GPU, of the whole process on a CPU.
+
+    Off Linux, the peak on a CPU is the one since the process started.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):

@@ -26,7 +26,10 @@ from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours, label_of
 
 
 class ModelCache:
-    """Holds one target, its drafts and their caches. A request for another target drops all of them first."""
+    """Holds one target, the drafts used with it, and their caches and engines.
+
+    `plan` drops all of them if the request is for another target.
+    """
 
     def __init__(self) -> None:
         self.clear()
@@ -42,7 +45,7 @@ class ModelCache:
         self.release_memory()
 
     def release_memory(self) -> None:
-        """Drop everything but the models, such as after a request that ran out of memory."""
+        """Drop everything but the models, for example after a request that ran out of memory."""
         self.caches.empty()
         self.engines: dict[Hashable, Engine] = {}
         # What was warmed up -> (cache slots, `caches.changes` after the warm-up).
@@ -52,13 +55,13 @@ class ModelCache:
             torch.cuda.empty_cache()
 
     def target_of(self, setup: Setup) -> Hashable:
-        """Cache key of the target: equal for setups that share one."""
+        """Cache key of the target: equal for setups that can share one loaded target."""
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Plan the memory of a request. If it does not fit, drop the models that it does not use and plan again.
+        """Plan the memory of a request. If the plan does not fit, drop models that the request does not use and retry.
 
-        Raises UserError if it still does not fit.
+        Raises UserError if the second plan does not fit either.
         """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:
@@ -73,14 +76,14 @@ class ModelCache:
             return plan(setup, reading, self._reusable(setup, (target, draft)), self.layers)
 
     def _reusable(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
-        """Bytes per device of the held models and caches that the request uses again."""
+        """Bytes per device of all caches, and of the held models with these keys, which the request uses again."""
         mine = [self.models[key] for key in keys if key in self.models]
         return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
 
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
-        """Build the graph of a request, loading missing models.
+        """Build the graph of a request, loading the models that are not held.
 
-        A draft that only rank 0 holds is a skeleton on the other ranks.
+        If only rank 0 holds the draft, it is a skeleton (a model without weights) on the other ranks.
         """
         self._restore_shared_state()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0
@@ -106,7 +109,10 @@ class ModelCache:
         return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
 
     def _restore_shared_state(self) -> None:
-        """Undo changes that strategies made outside of a request, such as in constructors. Drops changed models."""
+        """Undo changes that strategies made outside of a request, such as in constructors.
+
+        Drops everything if a model has changed.
+        """
         if CODE.watched:
             CODE.look()
             CODE.undo()
@@ -130,6 +136,8 @@ class ModelCache:
     @contextmanager
     def guard(self, graph: DecodingGraph) -> Iterator[None]:
         """Guard models, caches and code while strategies run: undo their changes, or drop everything if that fails.
+
+        Also drops everything if a plugin started a thread that may still run.
 
         Raises:
             StrategyError: A strategy changed something that other requests use, and the request raised nothing itself.
@@ -164,6 +172,7 @@ def _strategies(graph: DecodingGraph) -> tuple[Strategy, ...]:
 
 
 def _listed(names: list[str]) -> str:
+    """List up to three names and count the rest."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -172,7 +181,7 @@ MODEL_CACHE = ModelCache()
 
 
 def _key(setup: Setup, side: str) -> Hashable:
-    """Cache key of a loaded model; None for a draft that is not used."""
+    """Cache key of a loaded model; None for a draft that is not used. side: "target" or "draft"."""
     model = setup.target if side == "target" else setup.draft
     if model is None:
         return None

@@ -17,8 +17,8 @@ class Placement:
     Attributes:
         parallel: "layers", "tensor", or None for a single device.
         target: Devices of the target's layers in order; this rank's device if tensor-parallel.
-        draft: Device of the draft; `first` unless it has a device of its own.
-        ranks: Number of tensor-parallel ranks.
+        draft: Device of the draft; `first` unless draft.device names another.
+        ranks: Number of tensor-parallel ranks; 1 without them.
         draft_shared: Whether the draft is tensor-parallel too; else rank 0 alone holds it.
     """
 
@@ -35,7 +35,7 @@ class Placement:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All devices that this process uses."""
+        """Devices of target and draft in this process, each once."""
         return tuple(dict.fromkeys((*self.target, self.draft)))
 
 
@@ -62,7 +62,7 @@ def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or de
 
 
 def places_of(cfg: RunConfig) -> Placement:
-    """Assign devices as `cfg` asks. Raises UserError if this machine or torchrun does not offer them."""
+    """Assign devices as `cfg` asks. Raises UserError if its keys conflict, or if devices or ranks are missing."""
     parallel, named = cfg.target.parallel, cfg.device not in ("auto", "cpu", "cuda")
     if named and parallel:
         how = "set CUDA_VISIBLE_DEVICES"
@@ -82,7 +82,10 @@ def places_of(cfg: RunConfig) -> Placement:
 
 
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
-    """Placement for target.parallel=layers: the target on all GPUs but the draft's own. Raises UserError."""
+    """Placement for target.parallel=layers: the target on all GPUs but draft.device.
+
+    Raises UserError if these are fewer than two.
+    """
     if device.type != "cuda":
         raise UserError("target.parallel=layers splits a target over GPUs, but there is no GPU")
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
@@ -94,7 +97,10 @@ def _split(device: torch.device, draft: torch.device | None) -> Placement:
 
 
 def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool) -> Placement:
-    """Placement for target.parallel=tensor: a GPU per rank, or the CPU if no GPU is visible. Raises UserError."""
+    """Placement for target.parallel=tensor: a GPU per rank, or the CPU if no GPU is visible.
+
+    Raises UserError if there are fewer than two ranks, too few GPUs, or the draft's device is a rank's.
+    """
     ranks = torchrun.size_here()
     if ranks < 2:
         raise UserError("target.parallel=tensor needs two ranks or more: torchrun --nproc-per-node 2 -m specvlm …")
@@ -108,6 +114,6 @@ def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool
     elif torch.cuda.is_available():
         how = "hide them with CUDA_VISIBLE_DEVICES= for the CPU"
         raise UserError(f"target.parallel=tensor uses GPUs if there are any: {how}")
-    if torchrun.rank_here():  # only rank 0 uses it; a mere query of its free memory would allocate some
+    if torchrun.rank_here():  # only rank 0 uses the draft's device; a mere query of its free memory would allocate some
         draft = None
     return Placement("tensor", (device,), draft or device, ranks, draft_shared)

@@ -26,17 +26,19 @@ from specvlm.video.clips import find_clip
 from specvlm.video.video import Clip, probe, read_video
 
 LONGEST_QUESTION = 100_000  # characters
+# Advice for a run that does not fit into memory.
 SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked configuration with model skeletons (no weights).
+    """A checked configuration with its strategies and with skeletons, models without weights.
 
     Attributes:
         draft: None if the drafter needs no draft model.
-        vocabulary: Number of token ids that target and draft share.
-        kinds: Quantisation of the text layers by side (target, draft); None if not quantised.
+        vocabulary: Number of token ids that target and draft share; without a draft, the target's.
+        dtype: Dtype of the target.
+        kinds: By side ("target", "draft"), how `load` will quantise text layers and head; None: not at all.
     """
 
     cfg: RunConfig
@@ -51,7 +53,7 @@ class Setup:
     kinds: dict[str, str | None]
 
     def graph(self) -> DecodingGraph:
-        """Build a graph of skeletons, to check that its parts fit together and to compute budgets. Raises UserError."""
+        """Build a graph of skeletons, to compute budgets. Raises UserError if the pruner does not fit the target."""
         return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
 
     @property
@@ -69,8 +71,8 @@ class Reading:
     Attributes:
         clip: Name of the video.
         video_s: Seconds spent on reading the video and making the prompt.
-        read_bytes: Host memory held while reading: frames and pixel tensors.
-        reader: The video reader used, and why.
+        read_bytes: Bytes of host memory that frames and pixel tensors take while reading.
+        reader: The video reader used, and why; empty if no file was read.
     """
 
     prompt: VideoPrompt
@@ -86,9 +88,9 @@ class Prepared(Setup, Reading):
     """A configuration and a sample that fit into memory.
 
     Attributes:
-        kept: Number of video tokens that the drafter sees.
+        kept: Number of video tokens that the drafter may see.
         layers: Number of layers on each device of a split target; empty if it is not split.
-        plans: Memory plan of each device of this process.
+        plans: Memory plan of each device of this process, and of the host if the next video is read ahead.
     """
 
     kept: int
@@ -97,12 +99,12 @@ class Prepared(Setup, Reading):
 
     @property
     def planned(self) -> int:
-        """Planned bytes on all devices of this process."""
+        """Planned bytes, summed over `plans`."""
         return sum(plan.total for plan in self.plans.values())
 
 
 def set_up(cfg: RunConfig, places: Placement) -> Setup:
-    """Build strategies and skeletons and check all that needs no video. Raises UserError."""
+    """Build strategies and skeletons and check all that needs no video. Raises UserError if the run is not possible."""
     pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     target.check_template()
@@ -120,7 +122,7 @@ def set_up(cfg: RunConfig, places: Placement) -> Setup:
     with settled(), inside(verifier):
         setup.graph()
     for strategy in (pruner, drafter):
-        with settled():  # its properties may run code of a plugin
+        with settled():  # reading `needs` may run code of a plugin
             needs_of(strategy)
     return setup
 
@@ -146,7 +148,7 @@ def own_sample(cfg: RunConfig) -> Sample:
 
 
 def read(setup: Setup, sample: Sample) -> Reading:
-    """Read the video and make the prompt. Raises UserError."""
+    """Read the video and make the prompt. Raises MissingVideo if it is missing, UserError if it cannot be used."""
     check_question(sample.question)
     start = perf_counter()
     clip = frames_of(setup.cfg, setup.target, sample)
@@ -157,14 +159,14 @@ def read(setup: Setup, sample: Sample) -> Reading:
 
 
 def reads_ahead(cfg: RunConfig, places: Placement) -> bool:
-    """Whether to read the next video during decoding. prefetch=auto: only on a GPU; on a CPU it slows decoding down."""
+    """Whether to read the next video during decoding. prefetch=auto: not on a CPU, where that slows decoding down."""
     if cfg.dataset is None:
         return False
     return places.first.type == "cuda" if cfg.prefetch == "auto" else bool(cfg.prefetch)
 
 
 def check_question(question: object) -> None:
-    """Raise UserError if the question is not a text or is too long."""
+    """Raise UserError if the question is not a string, contains surrogates, or is too long."""
     if not isinstance(question, str) or SURROGATE.search(question):
         raise UserError(f"the question is not a text: {line(repr(question))}")
     if len(question) > LONGEST_QUESTION:
@@ -182,7 +184,7 @@ def check_name(path: Path) -> None:
 
 
 def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
-    """Read the frames of the sample's video that the target sees. Raises UserError."""
+    """Read the frames that the target sees of the sample's video. Raises what `read` raises."""
     with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):
@@ -205,7 +207,7 @@ def plan(
         layers: Number of layers per device, if a split target is already loaded.
 
     Raises:
-        UserError: A device has too little free memory.
+        UserError: A device has too little free memory, or the target has fewer layers than devices.
     """
     cfg, places, drafter, prompt = setup.cfg, setup.places, setup.drafter, reading.prompt
     target, draft = setup.target, setup.draft

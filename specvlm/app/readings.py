@@ -44,7 +44,7 @@ class Readings(AbstractContextManager["Readings"]):
         return self._held[key]
 
     def begin(self, key: Hashable, read: Read, count: int | None) -> None:
-        """Start to read `key` in the background. count: torch threads to use there; None for the default."""
+        """Start to read `key` in the background. count: torch threads to use there; None for torch's own choice."""
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._drop(self._ahead)
@@ -63,6 +63,6 @@ class Readings(AbstractContextManager["Readings"]):
 
     @staticmethod
     def _drop(begun: tuple[Hashable, Future[Reading]] | None) -> None:
-        """Discard a reading that nobody will ask for, since its job failed. Waits for it if it has begun."""
+        """Discard a reading that is no longer wanted, as when its job has failed. Waits for a read in progress."""
         if begun is not None and not begun[1].cancel():
             wait([begun[1]])

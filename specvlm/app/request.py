@@ -32,10 +32,9 @@ class RequestResult:
         baseline: The complete baseline, or None.
         stage: Current stage, for messages.
         out_of_memory: The stage in which memory ran out, or None.
-        peak_bytes: Peak memory, once measured.
+        peak_bytes: Peak memory in bytes, once measured.
         captured_s: Seconds that the engine had spent on capturing before this request.
-        save: Saves the work done before memory ran out, and returns a note; does nothing until there is something to
-            save.
+        save: Saves the work done before memory ran out and returns a note for the message. By default it saves nothing.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -97,7 +96,7 @@ def row(number: int, step: Step) -> dict[str, Any]:
 
 
 def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[dict[str, Any], str]:
-    """Return the content of summary.json (see `metrics.KEYS`) and the bare verdict."""
+    """Return the content of summary.json (see `metrics.KEYS`) and the verdict in a word, see `judge`."""
     steps, baseline = record.steps, record.baseline
     peak = max(map(memory_plan.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
     verdict, text, difference = judge(request, graph, record)
@@ -136,14 +135,21 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
 
 
 def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Baseline | None) -> dict[str, Any]:
-    """Compute the times with the drafter and those of the baseline, None without one (see `metrics.KEYS`)."""
+    """Compute the times with the drafter and those of the baseline, which are None without one (see `metrics.KEYS`).
+
+    times_s: seconds by part with the drafter; tokens: number of output tokens.
+    """
     alone = metrics.speed(baseline.times_s, len(baseline.tokens), video_s) if baseline else {}
     told = ("decode_s", "end_to_end_s", "file_to_first_token_s", "file_to_last_token_s")
     return metrics.speed(times_s, tokens, video_s) | {f"baseline_{key}": alone.get(key) for key in told}
 
 
 def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[str, str, dict[str, Any] | None]:
-    """Compare the answer with the baseline. Returns the bare verdict, its full text, and the first difference."""
+    """Compare the answer with the baseline, unless it is sampled or lossy.
+
+    Returns the verdict in a word, such as "tie"; in full, such as "numeric tie at token 5 (gap 0.1)"; and `difference`
+    as `metrics.KEYS` explains it.
+    """
     baseline = record.baseline
     if baseline is None or record.out_of_memory:
         return "not checked", "not checked", None
@@ -182,7 +188,7 @@ def hf_check_of(cfg: RunConfig, graph: DecodingGraph) -> str | None:
 
 
 def ran_out(request: Prepared, record: RequestResult, done: str = "") -> OutOfMemory:
-    """Build the error for a request that ran out of memory."""
+    """Build the error for a request that ran out of memory. done: the note of `RequestResult.save`, to add."""
     where, planned = " or ".join(map(str, request.places.devices)), f"{request.planned / 2**30:.1f} GiB"
     return OutOfMemory(f"{where} ran out of memory while {record.stage}, though {planned} were planned: {SMALLER}{done}")
 

@@ -34,8 +34,9 @@ def run(cfg: RunConfig, folder: Path) -> int:
         The exit code: 1 on MISMATCH, else 0.
 
     Raises:
-        UserError: The input cannot be used; nothing is written.
-        OutOfMemory: Memory ran out; the work done until then is written.
+        UserError: The configuration or the input cannot be used, or the folder cannot be written.
+        StrategyError: A strategy broke a rule.
+        OutOfMemory: Memory ran out. If that was after loading, the tokens decoded until then are written.
     """
     places, record = places_of(cfg), RequestResult()
     if places.ranks == 1:
@@ -46,12 +47,15 @@ def run(cfg: RunConfig, folder: Path) -> int:
 
 
 class Run(Job):
-    """A job of one sample, whose video and question the configuration gives. Raises errors instead of noting them."""
+    """A job of one sample, whose video and question the configuration gives.
+
+    Raises the errors that a job over samples would note in a row.
+    """
 
     quiet = False
 
     def answer(self, record: RequestResult) -> int:
-        """Decode, write the files and print the answer; returns the exit code."""
+        """Read the video, decode, write the files and print the answer; returns the exit code."""
         with threads(self.cfg.threads):
             self.setup = set_up(self.cfg, places_of(self.cfg))
             request = self.held.plan(self.setup, read(self.setup, own_sample(self.cfg)))
@@ -64,9 +68,9 @@ class Run(Job):
         return self.code_of([{"status": "ok"} | summary])
 
     def _written(self, request: Prepared, record: RequestResult) -> dict[str, Any]:
-        """Decode and write summary.json; returns the summary.
+        """Load the models, decode and write summary.json; returns the summary.
 
-        If memory runs out, saves the work done until then and raises OutOfMemory.
+        If memory runs out, saves the tokens decoded until then, if there are any, and raises OutOfMemory.
         """
         done = ""
         try:
@@ -90,7 +94,10 @@ class Run(Job):
         return summary
 
     def _check(self, request: Prepared, summary: dict[str, Any], folder: Path) -> None:
-        """Check the answer with Hugging Face's own model. Drops the loaded models first, to make room."""
+        """Check the answer with Hugging Face's own model and add the verdict to summary.json.
+
+        Drops the loaded models first, to make room.
+        """
         with self.screen.waiting(f"check={self.cfg.check}"):
             summary |= check_run(self.held, request, summary["token_ids"])
         with writable(folder):
@@ -98,6 +105,7 @@ class Run(Job):
         self.screen.checked(summary)
 
     def _stream(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
+        """Decode with the drafter; write and print each step."""
         if self.folder:  # not earlier: a run that cannot start must leave nothing behind
             write_yaml(self.folder / "config.yaml", plain(self.cfg))
         with steps_file(self.folder) as log, self.screen.answer(request.target.tokenizer) as show:
@@ -110,12 +118,13 @@ class Run(Job):
                 show(step)
 
     def _baseline(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> Baseline:
+        """Decode the baseline. A run of one video neither reads nor keeps baselines."""
         return Baseline.of(self._alone(request, graph, record))
 
     def _save(self, request: Prepared, graph: DecodingGraph, record: RequestResult) -> str:
-        """Save the work done before memory ran out, here or on another rank; returns a note.
+        """Save what was decoded before memory ran out, here or on another rank. Computes nothing on a GPU.
 
-        Computes nothing on a GPU.
+        Returns a note to add to the error; empty on a rank without a folder.
         """
         if self.folder is None:
             return ""

@@ -15,7 +15,7 @@ from specvlm.strategies.registry import described
 def unique(dataset: Dataset) -> Sequence[Sample]:
     """Read the samples of a data set.
 
-    Raises UserError if two ids are equal, an id is not a str, or there are no samples.
+    Raises UserError if two ids are equal, an id is not a str, or there are no samples, and what `samples()` raises.
     """
     with inside(dataset):
         # Convert ids to plain str: a plugin's subclass would run its own code in every comparison.
@@ -33,7 +33,10 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """Metadata of a sample. If it is not plain JSON or nested too deep, its values become texts, cut if long."""
+    """Return a sample's metadata for JSON. If JSON cannot hold it or it is nested too deep, its values become texts.
+
+    Long texts are then cut.
+    """
     try:
         json.dumps(sample.meta)
         if not nested(sample.meta):

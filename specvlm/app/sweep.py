@@ -33,7 +33,9 @@ FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the 
 
 
 class Sweep:
-    """The jobs that Hydra starts. If `together` is set, they wait for `finish` to take turns; else each runs at `add`.
+    """The jobs that Hydra starts. Jobs over samples wait for `finish` if `together` is set; else each runs at `add`.
+
+    Runs of one video are only listed here, for the table.
 
     Args:
         folder: Folder of the sweep, or of a single job.
@@ -50,10 +52,10 @@ class Sweep:
         self.jobs: list[Job] = []
         self.failures: dict[Path, dict[str, Any]] = {}  # summaries of jobs that could not start
         self.begun: list[tuple[Job, str]] = []  # started in this process, with the key that names the folder
-        self.ended: Exception | None = None  # a fatal error before the jobs began
+        self.ended: Exception | None = None  # error that `add` keeps for `finish` to raise
 
     def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
-        """Announce jobs. words: label of each job, by folder."""
+        """Announce jobs, and take the words that all jobs share out of their labels. words: labels, by folder."""
         self.words |= words
         self.tracker = tracker
         short, self.common = job_names.split_shared(list(self.words.values())) if self.words else ([], "")
@@ -62,9 +64,11 @@ class Sweep:
         self.name = " ".join([*presets, self.folder.name]).strip()
 
     def add(self, cfg: RunConfig, folder: Path, hydra: Any) -> int:
-        """Add a job; run it now unless jobs wait for `finish`.
+        """Add a job over samples; run it now unless jobs wait for `finish`. Returns the exit code.
 
-        hydra: Hydra's own configuration. Returns the exit code.
+        An error that ends all jobs is kept for `finish` to raise. In a worker process it is reported here.
+
+        hydra: Hydra's own configuration.
         """
         if self.ended:
             return ExitCode.OK
@@ -115,14 +119,14 @@ class Sweep:
         return self.wandb
 
     def finish(self) -> int:
-        """Run the waiting jobs; returns the worst exit code. Raises an error that `add` kept back."""
+        """Run the waiting jobs; returns the worst exit code. Raises the error that `add` kept, if there is one."""
         if self.ended:
             raise self.ended
         jobs, self.jobs = self.jobs, []
         return take_turns(jobs, jobs[0].cfg.turn, self.tell) if jobs else ExitCode.OK
 
     def mismatch(self) -> list[int]:
-        """Return [MISMATCH] if the summary of any job has one, else []."""
+        """Return [MISMATCH] if the summary of any job counts one, else []."""
         found = [summary_of(folder) for folder in self.labels]
         wrong = any("MISMATCH" in summary.get(key, {}) for summary in found for key in ("verdicts", "hf_checks"))
         return [ExitCode.MISMATCH] if wrong else []
@@ -134,7 +138,10 @@ class Sweep:
                 job.close()
 
     def show(self) -> None:
-        """Print the table of jobs; log that of several to the tracker. Does nothing if no job has a result."""
+        """Print the table of jobs, and log it to the tracker if there are several.
+
+        Does nothing if no job has a result, or if `add` has kept an error.
+        """
         if self.ended:
             return
         screen, never = RunConsole(), {"status": "failed", "reason": "it never began"}
@@ -153,14 +160,14 @@ class Sweep:
             screen.note(sync_line(self.folder))
 
     def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-        """Row of a job in the tracker's table."""
+        """Row of a job in the table that the tracker gets. found: its summary."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
         figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:
-        """Summary of a job, complete or not; empty if it has no results."""
+        """Summary of a job, computed from its rows if it was not written; empty if there are no results."""
         found = self.failures.get(folder) or summary_of(folder)
         if "token_ids" in found:  # a run of one video
             return totals([{"status": "ok", **dict.fromkeys(("dataset", "split", "version")), "sample": "", **found}], 1)
@@ -187,8 +194,8 @@ class Task:
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
-    Jobs that share a target run together, one target after the other. If a job fails, the others go on.
-    If it has fail_fast set, JobFailed is raised instead.
+    Jobs that share a target run together, one target after the other; then their answers are checked, for check=….
+    If a job fails, the others go on, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are raised.
 
     Args:
         jobs: Started jobs.
@@ -223,9 +230,8 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
     """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
 
-    The order of jobs rotates by one after each turn, so that no job is always first or always follows the same other
-    job. The order depends only on sample indices, so it is the same in an interrupted or sharded sweep. Shards of one
-    configuration count as one job.
+    The order of jobs rotates by one after each turn, so that no job is always first. The order depends only on sample
+    indices, so it is the same in an interrupted or sharded sweep. Shards of one configuration count as one job.
     """
     folders = dict[Any, list[tuple[Job, set[int]]]]()
     for job in jobs:
@@ -242,7 +248,10 @@ def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
 
 
 def walk(tasks: Sequence[Task], readings: Readings) -> Iterator[tuple[Task, Callable[[], None]]]:
-    """Yield each task with a function that starts to read the next unread sample."""
+    """Yield each task with a function that starts to read the next unread sample.
+
+    Drops all readings at the start of each window.
+    """
     window = -1
 
     def read_next(at: int) -> None:
@@ -273,7 +282,7 @@ def share_ranks(cfg: RunConfig, folder: Path) -> int:
 
 
 def _turn(task: Task, readings: Readings, read_next: Callable[[], None], tell: Callable[[Exception], int]) -> int:
-    """Answer one sample; an error ends its job. Returns the exit code."""
+    """Answer one sample. An error that is not noted in a row ends the sample's job. Returns the exit code."""
     job = task.job
     try:
         with contained():

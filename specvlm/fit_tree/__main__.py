@@ -5,13 +5,14 @@
     python -m specvlm drafter=tree drafter.shape=tree.json ...
 
 Each round in steps.jsonl records, per level, the rank of the guess that the target accepted (`ranks`) and the number of
-guesses tried (`widths`). A rank beyond those tried is unknown. The product-limit estimator (Kaplan and Meier, 1958)
-gives p(rank r at depth d | all above accepted); a round counts for a rank only if that rank was tried.
+guesses tried (`widths`). Whether the target would have accepted a rank beyond those tried is unknown. The product-limit
+estimator (Kaplan and Meier, 1958) gives p(rank r at depth d | all above accepted); a round counts for a rank only if
+that rank was tried.
 
-Ranks at different depths are assumed independent. Then a node is accepted with the product of the chances along its
-path, and a tree accepts the sum over its nodes in expectation. The best tree of M nodes has the M most probable
-nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never tried counts as
-never accepted, so the tree grows only where the runs looked.
+Ranks at different depths are assumed independent. Then the chance that a node is accepted is the product of the chances
+along its path, and the expected number of accepted guesses is the sum over all nodes. The best tree of M nodes has the
+M most probable nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never
+tried counts as never accepted, so the tree grows only where the runs looked.
 
 The fit is judged on held-out data: every second folder, or every second round of a single run. A tree is fitted to
 the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
@@ -41,19 +42,24 @@ from specvlm.results.records import Ranked
 from specvlm.results.rows import lines_of
 from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
 
-Paths = list[list[int]]
+Paths = list[list[int]]  # nodes of a tree, each as the ranks on its path from the root
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round. ranks: ranks of the accepted guesses, by depth; widths: guesses tried by depth, one entry more."""
+    """One round.
+
+    Attributes:
+        ranks: Rank of the accepted guess at each depth, among the guesses with the same parent, from 0.
+        widths: Number of guesses tried at each depth. One entry more: the last is below the last accepted guess.
+    """
 
     ranks: tuple[int, ...]
     widths: tuple[int, ...]
 
 
 def read(folder: Path) -> list[Round]:
-    """Read the rounds of a run's folder. Raises UserError if none records ranks."""
+    """Read the rounds of a run's folder. Raises UserError if steps.jsonl is missing or damaged, or records no ranks."""
     if not (folder / "steps.jsonl").is_file():
         inner = sorted({file.parent.name for file in folder.glob("*/steps.jsonl")})
         which = f"a sweep: give folders of its jobs, such as {folder / inner[0]}" if inner else "no folder of a run"
@@ -69,7 +75,7 @@ def read(folder: Path) -> list[Round]:
 
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
-    """Estimate p[depth][rank]: the chance that the target accepts this guess, given those above.
+    """Estimate p[depth][rank]: the chance that the target accepts the guess of this rank, if it accepts those above.
 
     Leaves out ranks that were never tried.
     """
@@ -92,9 +98,9 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """The `nodes` most probable paths of ranks, or fewer if no others were ever accepted.
+    """Find the `nodes` most probable paths of ranks (of equal ones, the shorter), or fewer if no others have a chance.
 
-    Ties: shorter first, then by rank.
+    depth: Maximum number of levels; None: as many as the chances have, up to DEEPEST.
     """
     order = count()
     paths: Paths = []
@@ -111,13 +117,13 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
-    """Guesses of a tree expected to be accepted per round."""
+    """Compute the expected number of accepted guesses per round of a tree. chances: from `fit_ranks`."""
     known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
     return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
 
 def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
-    """Split rounds into a part to fit and a held-out part; also returns a description of the split."""
+    """Split rounds into a part to fit and a held-out part, by runs if there are several; also describes the split."""
     if len(runs) > 1:
         fitted, held = ([r for run in runs[first::2] for r in run] for first in (0, 1))
         return fitted, held, f"{len(runs) // 2} of {len(runs)} runs"
@@ -125,7 +131,10 @@ def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
 
 
 def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
-    """Report the fit in lines. The last line says whether the fit beats the paper's tree."""
+    """Report the fit in lines. The last line says whether the fit beats the paper's tree.
+
+    tree: fitted to all runs. The report also fits one to part of them, to judge it on the rest.
+    """
     fitted, held, how = split(runs)
     lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]
     by_depth = [sum(len(path) == d for path in tree) for d in range(1, 1 + max(map(len, tree)))]
@@ -142,7 +151,10 @@ def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | No
 
 
 def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None = None) -> list[str]:
-    """Fit a tree to the runs in `folders`, write it to `out`, and return the report. Raises UserError."""
+    """Fit a tree to the runs in `folders`, write it to `out`, and return the report.
+
+    Raises UserError if an argument is wrong, a run cannot be read, or no guess was ever accepted.
+    """
     for name, value, most in (("nodes", nodes, MOST_GUESSES), ("depth", 1 if depth is None else depth, DEEPEST)):
         if value not in Within(1, most):
             raise UserError(f"{name} must be at least 1, got {value} (at most {most})")

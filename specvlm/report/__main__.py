@@ -5,8 +5,8 @@
     python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
-FOLDER: the folder of a run or a job, or one that contains such folders at any depth. Runs with record=true also show
-attention as a heat map.
+FOLDER: the folder of a run or a job, or one that contains such folders at any depth. For runs with record=true, the
+report also shows the target's attention to the video as a heat map.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from specvlm.app.cli import print_lines
 from specvlm.errors import UserError
 from specvlm.parsing.bounds import Within
 
-FRAMES, MOST_FRAMES = 48, 1024
+FRAMES, MOST_FRAMES = 48, 1024  # default and limit of --frames
 PAGES = (".html", ".htm")
 
 
@@ -45,7 +45,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def written(asked: argparse.Namespace) -> list[str]:
-    """Write the page, the film or both. Returns one line per file."""
+    """Write the page, the film or both. Returns one line per file.
+
+    Raises UserError if an option is wrong, a folder has nothing to report, or a file in it is damaged.
+    """
     try:
         from specvlm.report.page import best, chosen, page
         from specvlm.report.statistics import called

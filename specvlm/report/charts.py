@@ -15,10 +15,10 @@ from specvlm.report.reading import Job
 from specvlm.report.statistics import figure, front
 from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 
-COLOURS = [f"var(--c{number})" for number in range(8)]  # CSS variables of the page
+COLOURS = [f"var(--c{number})" for number in range(8)]  # of series and parts: CSS variables of the page
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
-HEIGHT, MANY = 260, 5  # height of a chart in pixels; with more series than MANY, bands are hidden
+HEIGHT, MANY = 260, 5  # height of a chart in pixels; most series whose bands are all shown
 QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": 400}
 LOOKS = {
     "background": "transparent",
@@ -31,7 +31,7 @@ REFERENCE = {"color": "var(--muted)", "strokeDash": [5, 4]}
 SERIES = "series:N"
 
 
-SEPARATORS = {0x2028: " ", 0x2029: " "}
+SEPARATORS = {0x2028: " ", 0x2029: " "}  # Unicode's line and paragraph separators, and what replaces them
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def charts(jobs: Sequence[Job]) -> list[Chart]:
 
 
 def finished(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
-    """Return the specification of a chart as wide as its container, in the page's style."""
+    """Return the specification of a chart, made as wide as its container and in the page's style."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     return without_separators(chart.properties(width="container", autosize=fit).configure(**LOOKS).to_dict())
 
 
 def without_separators(part: Any) -> Any:
-    """Replace Unicode line and paragraph separators: Vega cannot parse an expression with one in a string."""
+    """Replace SEPARATORS in all texts of a specification: Vega cannot parse an expression with one in a string."""
     if isinstance(part, dict):
         return {without_separators(key): without_separators(value) for key, value in part.items()}
     if isinstance(part, list):
@@ -110,12 +110,12 @@ def without_separators(part: Any) -> Any:
 
 
 def chart_of(rows: list[dict[str, Any]], **properties: Any) -> alt.Chart:
-    """Start a chart with its data inline."""
+    """Start a chart with these rows of data in its specification."""
     return alt.Chart(alt.InlineData(values=rows), **properties)
 
 
 def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
-    """Colour and shape of each series, the same in all charts, and a selection by a click in the legend."""
+    """Return colour and shape of each series, the same in all charts of these jobs, and the selection in the legend."""
     names = list(dict.fromkeys(job.series for job in jobs))
     ranges = ([all_of[i % len(all_of)] for i in range(len(names))] for all_of in (COLOURS, SHAPES))
     colours, shapes = (alt.Scale(domain=names, range=some) for some in ranges)
@@ -134,9 +134,9 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 
 
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """Draw one line per job with point and interval, highest first; for jobs that share one ratio.
+    """Draw one line per job with the point and interval of `key`, highest first; for jobs that share one ratio.
 
-    reference: value of a dashed line.
+    reference: where to draw a dashed line. Returns None if no job has the metric.
     """
     rows = sorted(figures_of(jobs, key), key=lambda row: -row["value"])
     if not rows:
@@ -159,9 +159,9 @@ def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = 
 
 
 def against_ratio(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
-    """Draw one curve per series with its band; jobs without a ratio are horizontal lines.
+    """Draw `key` against the ratio: one curve per series with its band; jobs without a ratio are horizontal lines.
 
-    reference: value of a dashed line.
+    reference: where to draw a dashed line. Returns None if no job has the metric.
     """
     rows = figures_of(jobs, key)
     pruned = [row for row in rows if row["ratio"] is not None]
@@ -196,7 +196,10 @@ TIPS = [("job", "N", ""), ("value", "Q", ".3f"), ("low", "Q", ".3f"), ("high", "
 
 
 def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """Plot tokens against milliseconds per round, with the Pareto front and a line for the target's own speed."""
+    """Plot tokens against milliseconds per round, with the Pareto front and a line for the target's own speed.
+
+    Returns None if no job has drafted.
+    """
     rows: list[dict[str, Any]] = []
     for job in jobs:
         known, gain = job.totals, job.totals["tokens_per_round"]
@@ -237,7 +240,10 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
 
 
 def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
-    """Draw one curve per series at one ratio; if there are several ratios, a menu below the chart selects one."""
+    """Draw the acceptance by depth, one curve per series. With several ratios, a menu below the chart selects one.
+
+    Returns None if no job has drafted.
+    """
     rows = [
         {"job": job.label, "series": job.series, "dropped": job.drops, "depth": place, "share": share}
         for job in jobs
@@ -264,7 +270,10 @@ def depth(jobs: Sequence[Job]) -> alt.LayerChart | alt.Chart | None:
 
 
 def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
-    """Draw one stacked bar of times per job, with a tick for the target alone."""
+    """Draw one stacked bar per job of the mean seconds by part, with a tick for the target alone, end to end.
+
+    Returns None if no job has times.
+    """
     rows = [
         {"job": job.label, "part": part.replace("_", " "), "order": PARTS.index(part), "seconds": seconds}
         for job in jobs

@@ -1,4 +1,4 @@
-"""Draw a film of the drafter's view: kept tokens bright, attention as a heat map beside them, and the growing answer.
+"""Draw a film of what the drafter saw: kept tokens bright, attention as a heat map beside them, and the growing answer.
 
 Uses Pillow's own font, which has Latin letters only; other letters become boxes.
 """
@@ -18,11 +18,11 @@ from specvlm.types import TokenGrid
 
 LANCZOS = Image.Resampling.LANCZOS
 KINDS = (".mp4", ".gif")
-SECONDS = 0.5  # per frame
+SECONDS = 0.5  # how long each frame is shown
 PAPER, INK, MUTED, EDGE = (20, 23, 28), (232, 234, 238), (154, 164, 178), (255, 211, 77)
 COLOURS = {"accepted": (95, 207, 150), "refused": (255, 128, 137), "own": (240, 189, 92)}
 HEAT = np.array([[10, 7, 40], [110, 25, 110], [230, 90, 40], [250, 240, 120]], dtype=np.float32)
-PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels; most lines of the answer that are shown
+PANEL, MARGIN, SIZE, LINES = 448, 16, 17, 9  # pixels; LINES: most lines of the answer that are shown
 GIF = 2 / 3  # scale of a GIF: noisy pictures make large files
 Word = tuple[str, str]  # kind, text
 Line = list[tuple[float, str, str]]  # x, kind, text
@@ -37,7 +37,7 @@ def kind_of(path: Path) -> str:
 
 
 def film(seen: Seen, path: Path) -> None:
-    """Write the film of the first view. Raises UserError for a wrong suffix, or if there are no frames to show."""
+    """Write the film of `seen.views[0]`. Raises UserError for a wrong suffix, or if there are no frames to show."""
     kind = kind_of(path)
     if not seen.frames:
         raise UserError(f"cannot show {seen.sample}: {seen.problem}")
@@ -60,7 +60,7 @@ def film(seen: Seen, path: Path) -> None:
 
 
 def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
-    """Draw one picture per frame. The answer grows evenly; its last LINES lines are shown."""
+    """Draw one picture per frame. The answer grows evenly from picture to picture; its last LINES lines are shown."""
     assert seen.grid is not None
     words = list(words_of(view))
     font = ImageFont.load_default(SIZE)
@@ -93,12 +93,12 @@ def cells_of(values: NDArray[np.float32], place: int, grid: TokenGrid) -> NDArra
 
 
 def stretched(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Scale token cells up to pixels, without smoothing."""
+    """Scale the values of one frame's tokens up to `size`, (width, height) in pixels, without smoothing."""
     return np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.NEAREST))
 
 
 def dimmed(image: Image.Image, view: View, place: int, grid: TokenGrid) -> Image.Image:
-    """Darken dropped tokens and draw an edge around kept ones. Returns the image itself if nothing was pruned."""
+    """Darken dropped tokens and draw an edge around kept ones. Returns the image itself if no pruner was used."""
     if view.kept is None:
         return image
     kept = np.zeros(len(grid), dtype=np.float32)
@@ -113,7 +113,7 @@ def dimmed(image: Image.Image, view: View, place: int, grid: TokenGrid) -> Image
 
 
 def heated(image: Image.Image, heat: NDArray[np.float32], place: int, grid: TokenGrid) -> Image.Image:
-    """Overlay attention as colour. The scale ends at the 99th percentile."""
+    """Overlay attention as colour. heat: of all tokens, (N,); the scale ends at its 99th percentile."""
     share = (heat / max(float(np.quantile(heat, 0.99)), 1e-6)).clip(0, 1)
     value = stretched(cells_of(share.astype(np.float32), place, grid), image.size)
     stops = np.linspace(0, 1, len(HEAT))
@@ -123,7 +123,7 @@ def heated(image: Image.Image, heat: NDArray[np.float32], place: int, grid: Toke
 
 
 def words_of(view: View) -> Iterator[Word]:
-    """Yield the texts of all rounds in order, each with its kind."""
+    """Yield the texts of all rounds in order, each with its kind: accepted, refused, or own (the target's token)."""
     for one in view.rounds:
         yield from (("accepted", text) for text in one.accepted)
         yield from (("refused", text) for text in one.refused)
@@ -132,7 +132,7 @@ def words_of(view: View) -> Iterator[Word]:
 
 
 def broken_into_lines(words: Sequence[Word], font: Font, wide: float) -> list[Line]:
-    """Break words into lines of at most `wide` pixels, each word with its x position."""
+    """Break words into lines of at most `wide` pixels (or one longer word), each word with its x position."""
     lines: list[Line] = [[]]
     x = 0.0
     for kind, text in words:
@@ -145,7 +145,7 @@ def broken_into_lines(words: Sequence[Word], font: Font, wide: float) -> list[Li
 
 
 def write(pen: ImageDraw.ImageDraw, font: Font, lines: Sequence[Line], left: int, top: int) -> None:
-    """Draw lines of text; strike refused words through."""
+    """Draw lines of text; strike refused words through. left, top: corner of the text in pixels."""
     for row, line in enumerate(lines):
         y = top + row * (SIZE + 8)
         for x, kind, text in line:

@@ -29,10 +29,11 @@ NOTES = (
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
     """Choose samples to show; returns their titles by id.
 
-    Chooses those named, else all of up to three, else the median, worst and best by mean accepted per round.
+    Takes those named. Without names, takes the median, worst and best by accepted_per_round (mean over jobs), or simply
+    the first three if no more than three samples have that metric.
 
     Raises:
-        UserError: No job has a sample of that name.
+        UserError: No job has finished a sample of a given name.
     """
     known: dict[str, list[float]] = {row["sample"]: [] for job in jobs for row in job.done}
     for row in (row for job in jobs for row in job.done if row["accepted_per_round"] is not None):
@@ -49,16 +50,16 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
 
 
 def best(jobs: Sequence[Job]) -> Job:
-    """The job to show first: the fastest end to end, or without times the one with most accepted guesses per round.
+    """Choose the job to show first: the fastest end to end, or without baselines the one with most accepted per round.
 
-    Prefers lossless jobs that prune.
+    Chooses among the lossless jobs that dropped video tokens, if there are any, else among all.
     """
     pruned = [job for job in jobs if job.ratio and not job.lossy] or list(jobs)
     return max(pruned, key=lambda job: tuple(job.totals[key] or 0.0 for key in ("speedup_end_to_end", "accepted_per_round")))
 
 
 def facts(jobs: Sequence[Job]) -> list[str]:
-    """Facts about the jobs for the header: counts, data sets, models, dtypes, versions."""
+    """List facts about the jobs for the page's header: counts, data sets, models, dtypes, versions."""
 
     def each(key: str, before: str = "") -> list[str]:
         """List the values of a setting; count them if there are more than three."""
@@ -82,7 +83,7 @@ def facts(jobs: Sequence[Job]) -> list[str]:
 def page(
     jobs: Sequence[Job], looked: Sequence[tuple[str, Seen]], title: str, base: str | None = None, failed: Sequence[str] = ()
 ) -> str:
-    """Render the file's content.
+    """Render the HTML text of the report.
 
     Args:
         jobs: Jobs of the report.
@@ -124,5 +125,5 @@ def bundle() -> str:
 
 
 def sha(script: str) -> str:
-    """SHA-256 of a script, for the content security policy."""
+    """SHA-256 of a script in base64, as the page's content security policy wants it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

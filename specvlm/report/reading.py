@@ -25,8 +25,9 @@ class Job:
     Attributes:
         folder: Folder of the job.
         config: Plain configuration.
-        rows: One row per sample, in the data set's order; see `specvlm.results.rows` and `metrics.KEYS`.
-        series: Name that distinguishes the job from others, without the ratio.
+        rows: One row per sample that has one, in the data set's order; see `specvlm.results.rows` and `metrics.KEYS`.
+        series: Name that distinguishes the job from others, without the ratio. Jobs that differ only in their ratio
+            share it.
     """
 
     folder: Path
@@ -46,7 +47,7 @@ class Job:
 
     @cached_property
     def totals(self) -> dict[str, Any]:
-        """Totals over the rows that exist; `metrics.TOTALS` explains them."""
+        """Totals over the rows, as if the job had no other samples; `metrics.TOTALS` explains them."""
         return metrics.totals(self.rows, len(self.rows))
 
     @cached_property
@@ -56,12 +57,12 @@ class Job:
 
     @property
     def lossy(self) -> bool:
-        """Whether the verifier is lossy, so that the output need not be the target's own."""
+        """Whether an answer has the verdict lossy: its verifier may give another output than the target's own."""
         return "lossy" in self.totals["verdicts"]
 
     @cached_property
     def ratio(self) -> float | None:
-        """Configured share of video tokens to drop; 0 if the pruner kept all, None if no pruner was used."""
+        """Configured share of video tokens to drop; 0 if the pruner kept all of them, None if no pruner was used."""
         kept = [(row["kept_tokens"], row["video_tokens"]) for row in self.done if row["kept_tokens"] is not None]
         if not kept:
             return None
@@ -74,23 +75,26 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Name of the job, with its ratio."""
+        """Name of the job: its series and its ratio."""
         return ", ".join(part for part in (self.series, self.drops) if part)
 
     def row(self, sample: str) -> Row | None:
-        """Row of a sample that is ok, or None."""
+        """Find the row of a sample; None if the job has none that is ok."""
         return next((row for row in self.done if row["sample"] == sample), None)
 
     @cached_property
     def steps(self) -> Mapping[str, list[Row]]:
-        """Lines of steps.jsonl by sample; the first is the prefill."""
+        """Lines of steps.jsonl by sample; the first line of each sample is the prefill."""
         if rows.is_job(self.folder):
             return rows.steps_of(self.folder)
         return {self.done[0]["sample"]: rows.lines_of(self.folder / "steps.jsonl")}
 
 
 def read_jobs(places: Sequence[Path]) -> list[Job]:
-    """Read the jobs in and below these folders that have a finished sample. Raises UserError if there are none."""
+    """Read the jobs in and below these folders that have a finished sample.
+
+    Raises UserError if there are none, or if the files of a job are damaged.
+    """
     jobs = [job for job in map(read_job, folders_in(places)) if job.done]
     if not jobs:
         raise UserError(f"there is nothing to report: {'; '.join(failures(places))}")
@@ -119,7 +123,10 @@ def folders_in(places: Sequence[Path]) -> list[Path]:
 
 
 def read_job(folder: Path) -> Job:
-    """Read one job. A run of one video becomes a job of one sample, with its summary as the row."""
+    """Read one job. A run of one video becomes a job of one sample, with its summary as the row.
+
+    Raises UserError if a file is damaged or was written by another version.
+    """
     config = rows.config_of(folder)
     parse(Ran, config, folder / "config.yaml")
     if rows.is_job(folder):
@@ -146,8 +153,8 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 def named(jobs: Sequence[Job]) -> list[Job]:
     """Name the series of each job and sort the jobs by series and ratio.
 
-    A name consists of the pruner and every setting in which the jobs differ, without a drafter or verifier that most
-    jobs share. Jobs that would have the same label get a number.
+    A name consists of the pruner, if one was used, and every setting in which the jobs differ, except for the name of a
+    drafter or verifier that most jobs share. Jobs that would have the same label get a number.
     """
     keys = list(dict.fromkeys(key for job in jobs for key in job.settings if key not in APART))
     words: list[list[str]] = [[] for _ in jobs]
@@ -174,7 +181,7 @@ def named(jobs: Sequence[Job]) -> list[Job]:
 
 
 def same(jobs: Sequence[Job], one: Job, key: str) -> list[Job]:
-    """Jobs with the same value of `key` as `one`."""
+    """Select the jobs with the same value of `key` as `one`."""
     return [job for job in jobs if job.settings.get(key) == one.settings.get(key)]
 
 

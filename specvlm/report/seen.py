@@ -1,7 +1,7 @@
-"""Collect the drafter's view of a sample: frames, kept tokens, attention, and accepted and refused words.
+"""Collect what the drafter saw of a sample: frames, kept tokens, attention, and accepted and refused words.
 
 Reads the frames again from the sample's video, as the job did. That needs the target's folder (configuration and
-tokenizer, no weights). If something is missing, the report says so and goes on.
+tokenizer, no weights). If the video, the sample or that folder is missing, the report says so and goes on.
 """
 
 import base64
@@ -34,14 +34,17 @@ from specvlm.strategies import Sample, registry
 from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
-SIDE = 384  # most pixels on a frame's longer side
+SIDE = 384  # most pixels on the longer side of a picture
 ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys for the player
 CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
 @dataclass(frozen=True)
 class Round:
-    """Texts of a round: accepted guesses, refused ones, and the target's own token (alone in round 0)."""
+    """Texts of a round: accepted guesses, refused ones, and the target's own token after them.
+
+    Round 0 has only `own`, that token. In a round that a stop id or the token limit cut off before it, `own` is None.
+    """
 
     accepted: list[str]
     refused: list[str]
@@ -54,9 +57,9 @@ class View:
 
     Attributes:
         job: The job.
-        row: Its row of the sample.
-        kept: Indices of the video tokens the drafter saw; None if no pruner was used.
-        heat: Attention, shape (N,), in multiples of its mean; None if not recorded.
+        row: Line of samples.jsonl that the job wrote for the sample.
+        kept: Indices of the video tokens that the drafter saw; None if no pruner was used.
+        heat: The target's attention to each video token, (N,), in multiples of its mean; None if not recorded.
         rounds: Texts of each round.
     """
 
@@ -74,11 +77,11 @@ class Seen:
     Attributes:
         sample: Id of the sample.
         question: The question.
-        answer: The reference answer, if any.
-        grid: Token grid of the video.
-        frames: Pictures of the grid's frames listed in `shown`.
-        shown: Indices of the frames shown.
-        seconds: Time of each shown frame in the video.
+        answer: The data set's reference answer, if any.
+        grid: Layout of the video's tokens.
+        frames: Pictures of the frames listed in `shown`.
+        shown: Indices of the grid's frames that are shown.
+        seconds: Time in the video of each frame shown.
         views: One view per job.
         problem: Why frames or words are missing; empty if they are not.
     """
@@ -94,9 +97,9 @@ class Seen:
     problem: str = ""
 
     def packed(self, numbers: Mapping[Job, int]) -> dict[str, Any]:
-        """Encode for the player: pictures as data URIs, kept tokens as bits, heat as bytes.
+        """Encode for the page's player: pictures as data URIs, kept tokens as bits, heat as bytes.
 
-        numbers: index of each job.
+        numbers: index of each job in the report.
         """
         grid = self.grid
         # All jobs share the target, so its attention is stored once.
@@ -122,9 +125,15 @@ class Seen:
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """Collect the views that jobs with the same token grid have of a sample. Raises UserError if no job has it.
+    """Collect the views that jobs with the same token grid have of a sample.
 
-    most: limit on the frames to show.
+    Args:
+        sample: Id of the sample.
+        jobs: The first that has finished the sample decides on the grid.
+        most: Limit on the frames to show.
+
+    Raises:
+        UserError: No job has finished the sample, or a job's rounds or attention are damaged.
     """
     did = {job: row for job in jobs if (row := job.row(sample))}
     if not did:
@@ -159,13 +168,13 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """Settings on which the token grid of a sample depends."""
+    """Return the settings on which a sample's token grid, the layout of its video tokens, depends."""
     return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
 
 
 @cache
 def target_of(path: str, mrope: str) -> VideoLM:
-    """Skeleton of the target. Raises UserError if its folder is not on this machine."""
+    """Load the target without weights. Raises UserError if its folder is not on this machine or cannot be used."""
     folder = model_folder(path)
     if not folder.is_dir():  # never download what a results folder names
         raise UserError(f"{path}: no such model folder here")
@@ -173,7 +182,10 @@ def target_of(path: str, mrope: str) -> VideoLM:
 
 
 def sample_of(cfg: Any, name: str) -> Sample:
-    """Find a sample in its data set. Raises UserError if it is missing or the data set cannot be read."""
+    """Find a sample in the data set of `cfg`. Raises UserError if it is missing or the data set cannot be read.
+
+    Without a data set, returns the video and question of the configuration.
+    """
     if not cfg.dataset:
         return own_sample(cfg)
     found = next((sample for sample in samples_of(json.dumps(vars(cfg.dataset))) if sample.id == name), None)
@@ -184,12 +196,12 @@ def sample_of(cfg: Any, name: str) -> Sample:
 
 @cache
 def samples_of(fields: str) -> Sequence[Sample]:
-    """Samples of a data set. fields: its configuration as JSON, so that it can be cached."""
+    """Read the samples of a data set. fields: its configuration as JSON text, which can be a key of the cache."""
     return registry.build("dataset", json.loads(fields)).samples()
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
-    """Collect one job's view of a sample. Raises UserError if its files are damaged."""
+    """Collect one job's view of a sample. Raises UserError if its rounds or attention are damaged or do not match."""
     steps, total = job.steps[row["sample"]], row["video_tokens"]
     for step in steps:
         parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
@@ -200,7 +212,10 @@ def view(job: Job, row: Row, tokenizer: Any) -> View:
 
 
 def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
-    """Recorded attention of a sample; None if there is none. Raises UserError for a file that does not fit."""
+    """Read the recorded attention of a sample, (N,); None if there is none.
+
+    Raises UserError if the file is damaged, or is not about `total` tokens.
+    """
     if not file.is_file():
         return None
     try:
@@ -213,7 +228,7 @@ def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
 
 
 def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
-    """Texts of each round. A round's tokens are the accepted guesses, then the target's own token unless cut off."""
+    """Decode the texts of each round, whose tokens are the accepted guesses, then the target's own unless cut off."""
     before: list[int] = []
     rounds = []
     for step in steps:
@@ -227,7 +242,10 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Decode each token to its text. A character made of several tokens goes to the last. skip: omit special tokens."""
+    """Decode each of `tokens` to its text, given those before. A character of several tokens goes to the last one.
+
+    skip: Omit special tokens.
+    """
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:
         known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
@@ -238,7 +256,7 @@ def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bo
 
 
 def picture(frame: torch.Tensor) -> Image.Image:
-    """Make a thumbnail of a frame, uint8 (3, H, W)."""
+    """Make a picture of at most SIDE pixels a side of a frame, uint8 (3, height, width)."""
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image
@@ -252,16 +270,16 @@ def data_uri(image: Image.Image) -> str:
 
 
 def bits(kept: Sequence[int], total: int) -> str:
-    """Encode kept tokens as base64: one bit per token, most significant bit first."""
+    """Encode the indices of kept tokens as base64: one bit for each of `total` tokens, most significant bit first."""
     mask = np.zeros(total, dtype=np.uint8)
     mask[list(kept)] = 1
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:
-    """Encode heat as base64, one byte per token; also returns the value of 255.
+    """Encode heat as base64, one byte per token; also returns the heat for which byte 255 stands.
 
-    255 is the 99th percentile, since outliers would dim the rest.
+    That is the 99th percentile: if it were the maximum, a few outliers would dim the rest.
     """
     top = max(float(np.quantile(heat, 0.99)), 1e-6)
     return base64.b64encode((heat / top * 255).clip(0, 255).astype(np.uint8).tobytes()).decode(), top

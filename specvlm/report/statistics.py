@@ -18,14 +18,14 @@ from specvlm.errors import UserError, did_you_mean
 from specvlm.report.reading import APART, Job
 from specvlm.results.metrics import SPANS
 
-DRAWS, SEED = 2000, 0
+DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval over `count` samples. low, high: None for fewer than two samples."""
+    """A value with its 95 % interval over `count` samples. low, high: None for fewer than two samples."""
 
     value: float
     low: float | None
@@ -54,7 +54,7 @@ def gained(*columns: NDArray[np.float64], axis: int = -1) -> Any:
 
 
 def interval(columns: Columns, statistic: Any = total) -> Interval | None:
-    """Bootstrap a statistic of columns with one entry per sample; None without samples. The seed is fixed."""
+    """Bootstrap a statistic of columns with one entry per sample. Returns None if they are empty. The seed is fixed."""
     count = len(columns[0])
     if not count:
         return None
@@ -67,12 +67,12 @@ def interval(columns: Columns, statistic: Any = total) -> Interval | None:
 
 
 def mean_of(values: Sequence[float]) -> Interval | None:
-    """Mean with its interval."""
+    """Mean of the values with its interval; None if there are none."""
     return interval([np.asarray(values, dtype=np.float64)])
 
 
 def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
-    """Values from which a metric is computed, by sample; skips samples that lack the metric."""
+    """Collect by sample the one or two values from which a metric is computed; skips samples that lack the metric."""
     parts = QUOTIENTS.get(key, (key,))
     return {row["sample"]: tuple(float(row[part]) for part in parts) for row in job.done if row.get(key) is not None}
 
@@ -91,7 +91,7 @@ def difference(job: Job, base: Job, key: str) -> Interval | None:
 
 
 def columns_of(table: Sequence[tuple[float, ...]]) -> Columns:
-    """Transpose rows of values into columns."""
+    """Transpose rows of values into columns; a table without rows becomes one empty column."""
     return list(np.asarray(table, dtype=np.float64).T) if table else [np.empty(0)]
 
 
@@ -119,13 +119,13 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
 
 
 def uniform_like(job: Job, jobs: Sequence[Job]) -> Job | None:
-    """The job with pruner=uniform that is otherwise like `job`."""
+    """Find a job that used pruner=uniform and differs from `job` in nothing else (`apart_from_pruner`), or None."""
     uniform = (other for other in jobs if other.ratio is not None and other.settings.get("pruner.name") == "uniform")
     return next((other for other in uniform if apart_from_pruner(other, job)), None)
 
 
 def called(name: str, jobs: Sequence[Job]) -> list[Job]:
-    """Jobs with this label, series or folder. Raises UserError if there are none."""
+    """Find the jobs with this label, series, or folder (its name or whole path). Raises UserError if there are none."""
     found = [job for job in jobs if name in (job.label, job.series, job.folder.name, str(job.folder))]
     if not found:
         names = [job.label for job in jobs]
@@ -134,7 +134,7 @@ def called(name: str, jobs: Sequence[Job]) -> list[Job]:
 
 
 def apart_from_pruner(one: Job, other: Job) -> bool:
-    """Whether two jobs differ in nothing but their pruner."""
+    """Whether two jobs have the same ratio and settings, not counting the pruner and the keys in APART."""
     mine, others = (
         {k: v for k, v in job.settings.items() if k not in APART and not k.startswith("pruner.")} for job in (one, other)
     )
@@ -142,7 +142,7 @@ def apart_from_pruner(one: Job, other: Job) -> bool:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the Pareto front of (cost, gain) points: lower cost and higher gain are better."""
+    """Indices of the Pareto front of (cost, gain) points: no other point costs no more and gains at least as much."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     best, found = -float("inf"), []
     for place in order:

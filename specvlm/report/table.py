@@ -14,7 +14,15 @@ FINE = ("identical", "numeric tie", "sampled")  # verdicts of a lossless answer
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. show: formats a value; compared: whether to add interval and difference from the base."""
+    """A column of the table.
+
+    Attributes:
+        key: Key of `Job.totals`; "job" and "verdict" for the first and the last column.
+        title: Heading.
+        unit: Small text after the heading.
+        show: Formats a value.
+        compared: Whether its cells also have an interval, and the difference from the base job.
+    """
 
     key: str
     title: str
@@ -57,9 +65,9 @@ class Cell:
         key: Key of its column.
         value: Number to sort by, or None.
         text: The value as text.
-        bounds: Its interval.
-        against: Difference from the base, with its interval.
-        side: up or down if that interval has no 0, else empty.
+        bounds: Interval of the value as text, or empty.
+        against: Difference from the base job as text, with its interval, or empty.
+        side: up or down if the whole interval of the difference is above or below 0, else empty.
     """
 
     key: str
@@ -72,7 +80,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table. job: index of the job; view: says how much the drafter saw, see `view`."""
+    """A line of the table. job: index among all jobs of the report; view: how much the drafter saw, from `view`."""
 
     job: int
     series: str
@@ -82,7 +90,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs that one table may compare. state: whether the verdict is good, bad or open."""
+    """A table of jobs that may be compared, with its charts.
+
+    state: "bad" if a check found a wrong answer; "good" if all are the target's own or exactly sampled; else "open".
+    """
 
     name: str
     title: str
@@ -103,7 +114,7 @@ def groups(jobs: Sequence[Job], base: str | None = None) -> list[Group]:
 
 
 def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base: str | None) -> Group:
-    """Make the table of some jobs. every: all jobs of the report, for their indices."""
+    """Make the table of `jobs`. every: all jobs of the report, for their indices; base: see `bases`."""
     against = bases(jobs, base)
     columns = [column for column in COLUMNS if any(job.totals[column.key] is not None for job in jobs)]
     lines = []
@@ -117,7 +128,7 @@ def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base
 
 
 def cell(job: Job, base: Job | None, column: Column) -> Cell:
-    """Make one cell of a job's line."""
+    """Make one cell of a job's line. base: the job to compare with, if any."""
     value = job.totals[column.key]
     if value is None:
         return Cell(column.key, None, "–")
@@ -137,7 +148,10 @@ def bounds(found: Interval | None, show: Callable[[float], str]) -> str:
 
 
 def view(job: Job) -> list[str]:
-    """Say how much the drafter saw: `drops 90 %`, `keeps 102 of 1024` (means). Empty if no pruner was used."""
+    """Say how much of the video the drafter saw: `drops 90 %` and `keeps 102 of 1024` tokens, means over samples.
+
+    Empty if no pruner was used.
+    """
     known = [(row["kept_tokens"], row["video_tokens"]) for row in job.done if row["kept_tokens"] is not None]
     if not known:
         return []
@@ -146,12 +160,12 @@ def view(job: Job) -> list[str]:
 
 
 def counted(verdicts: Mapping[str, int]) -> str:
-    """Format counts by verdict."""
+    """Format counts by verdict, such as `3 identical, 1 numeric tie`."""
     return ", ".join(f"{count} {kind}" for kind, count in verdicts.items())
 
 
 def judged(jobs: Sequence[Job]) -> tuple[str, str]:
-    """Overall verdict, and whether it is good, bad or open."""
+    """Return the verdict on all answers of the jobs as a sentence, and its `Group.state`."""
     found = sum((Counter[str](job.totals["verdicts"]) for job in jobs), Counter[str]())
     total, text = sum(found.values()), counted(found)
     if wrong := found.get("MISMATCH", 0):
@@ -166,7 +180,7 @@ def judged(jobs: Sequence[Job]) -> tuple[str, str]:
 
 
 def problems(jobs: Sequence[Job]) -> list[str]:
-    """One line for each mismatch and failed sample, and for each incomplete job."""
+    """List one line for each mismatch, each sample that failed or was skipped, and each incomplete job."""
     lines = []
     for job in jobs:
         if job.summary.get("missing"):
@@ -180,7 +194,7 @@ def problems(jobs: Sequence[Job]) -> list[str]:
 
 
 def comparison_note(against: Mapping[Job, Job | None]) -> str:
-    """Explain the differences in the table; empty if there is no base."""
+    """Say what the differences in the table are to; empty if no job has a base. against: base of each job, or None."""
     others = {base for base in against.values() if base}
     if not others:
         return ""

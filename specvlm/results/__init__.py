@@ -1,1 +1,1 @@
-"""Results of a run: rows, metrics, folders, and their mirror on W&B."""
+"""Results of runs and jobs: metrics, the files that hold them, and their mirror on W&B."""

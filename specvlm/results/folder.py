@@ -23,15 +23,15 @@ ATTENTION = "attention"
 
 @contextmanager
 def files_of(folder: Path | None) -> Iterator[None]:
-    """Remove the files of an earlier run first, and those of this run if the block raises an OSError.
+    """Remove the files of an earlier run before the block, and those of this run if the block raises an OSError.
 
-    Other errors leave them, so a run that is out of memory keeps its partial results. A broken pipe leaves them too.
+    After any other error, and after a broken pipe, the files stay: a run that is out of memory keeps partial results.
 
     Args:
         folder: The run's folder. None: write nothing.
 
     Raises:
-        UserError: The folder holds a job, or cannot be written.
+        UserError: The folder holds the samples of a job, or cannot be written.
     """
     if folder is None:
         yield
@@ -65,7 +65,7 @@ def steps_file(folder: Path | None) -> TextIO:
 
 
 def check_there(file: IO[Any]) -> None:
-    """Raise OSError if an open file was removed or moved: writes would still succeed, but be lost."""
+    """Raise FileNotFoundError if an open file was removed or moved: writes would still succeed, but be lost."""
     try:
         same = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
@@ -95,14 +95,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def attention_file(folder: Path, number: int) -> Path:
-    """Path of the recorded attention of sample `number` of the data set."""
+    """Path of the recorded attention of a sample. number: index in the data set; 0 in a run of one video."""
     return folder / ATTENTION / f"{number}.safetensors"
 
 
 def write_attention(folder: Path | None, number: int, attention_N: Tensor) -> None:
-    """Write attention scores, shape (video tokens,), as float16 multiples of their mean.
+    """Write attention scores, (N,) for N video tokens, as float16 multiples of their mean; nothing without a folder.
 
-    The scores themselves would underflow.
+    The scores themselves would underflow in float16.
     """
     if folder is None:
         return

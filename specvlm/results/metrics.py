@@ -1,4 +1,4 @@
-"""Compute the metrics of summary.json from the steps of a request. KEYS and TOTALS explain every key."""
+"""Compute the metrics of summary.json and samples.jsonl. KEYS explains those of a request, TOTALS those of a job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = {
     "baseline_token_ids": "token ids of the target's own answer, from `autoregressive`; null without a baseline",
     "prompt_tokens": "number of tokens in the prompt",
     "video_tokens": "number of video tokens in the prompt",
-    "kept_tokens": "number of video tokens the drafter saw; null if no drafter was started",
+    "kept_tokens": "number of video tokens the drafter saw; null if it has no model, chooses them itself or was not started",
     "new_tokens": "length of token_ids",
     "rounds": "verification passes of the target after the prefill",
     "accepted_per_round": "mean guesses accepted per round, without the bonus token (the paper's tau), over the rounds that no "
@@ -72,13 +72,14 @@ KEYS = {
 }
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # each has a `baseline_…_s` and a `speedup_…`
-# KEYS that older rows and summaries lack.
+# KEYS that rows and summaries of older versions may lack.
 LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "hf_check", "hf_difference")
+# Parts of a request's time that make up time_to_first_token_s and drafter_start_s.
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
 
 def tokens_of(steps: Sequence[Step]) -> list[int]:
-    """All output tokens of the steps."""
+    """Join the output tokens of the steps."""
     return [token for step in steps for token in step.tokens]
 
 
@@ -92,7 +93,7 @@ def times_of(steps: Sequence[Step]) -> dict[str, float]:
 
 
 def speed_of(steps: Sequence[Step]) -> dict[str, float]:
-    """Times and speed of a request, without reading the video; see `speed`."""
+    """Compute the times and the speed of a request, leaving out the time to read the video; see `speed`."""
     return speed(times_of(steps), len(tokens_of(steps)))
 
 
@@ -100,7 +101,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
     """Compute the times and the speed that KEYS explains.
 
     Args:
-        times: Seconds by part, see `Step.times_s`.
+        times: Seconds by part, as in `Step.times_s`, over all steps.
         tokens: Number of output tokens.
         video_s: Seconds spent on reading the video.
     """
@@ -119,12 +120,12 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
 
 
 def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """Compute `speedup_…` for each of SPANS; None without a baseline."""
+    """Compute `speedup_…` for each of SPANS; None without a baseline. figures: has `…_s` and `baseline_…_s` of each."""
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"]) for span in SPANS}
 
 
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
-    """Compute rounds, accepted_per_round, tokens_per_round, drafted_per_round and acceptance_by_depth."""
+    """Compute rounds, accepted_per_round, tokens_per_round, drafted_per_round and acceptance_by_depth (see KEYS)."""
     rounds = steps[1:]
     full = [step for step in rounds if step.full]
     accepted = [step.accepted for step in full]
@@ -145,7 +146,7 @@ def ratio_of(baseline: float | None, ours: float) -> float | None:
 
 
 OF_JOB = ("strategies", "versions")  # KEYS that rows leave out, since all rows of a job have the same values
-# KEYS that a job's totals average over the samples. LAST: KEYS that they take from the last sample.
+# A job's totals have the mean over the samples of the KEYS in MEANS, and the last sample's value of those in LAST.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
@@ -238,7 +239,7 @@ MOST_TIES = 0.03  # for bfloat16 and quantised weights
 
 
 def ties_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
-    """Compute `ties` as TOTALS explains it. normal: the expected number plus three standard deviations."""
+    """Compute `ties` as TOTALS explains it. `normal`: what NORMAL_TIES expects, plus three standard deviations."""
     rows = [row for row in rows if (row["verdict"] or "").startswith(("identical", "numeric tie"))]
     if not rows:
         return None

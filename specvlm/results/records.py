@@ -1,4 +1,4 @@
-"""Schemas, with bounds, of the files that runs write. Everything read back is parsed into these first."""
+"""Schemas, with bounds, of what is read back from the files that runs write. Other keys of these files are ignored."""
 
 from typing import Annotated, Any, Literal, NotRequired, Required
 
@@ -10,13 +10,13 @@ from specvlm.types import MOST_GUESSES
 
 Token = Annotated[int, Within(0, 2**31 - 1)]
 Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
-Rank = Annotated[int, Within(0, MOST_GUESSES)]
+Rank = Annotated[int, Within(0, MOST_GUESSES)]  # of a guess among its siblings, from 0; or a number of siblings
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
 
 
 class Named(TypedDict):
-    """A strategy or data set in config.yaml; other fields are ignored."""
+    """A strategy or data set in config.yaml, of which only the name is read."""
 
     name: str
 
@@ -28,7 +28,7 @@ class Side(TypedDict):
 
 
 class Ran(TypedDict):
-    """The keys of config.yaml that are read back."""
+    """The keys of config.yaml that a report reads."""
 
     pruner: Named
     drafter: Named
@@ -46,7 +46,15 @@ class Ran(TypedDict):
 
 
 class KeptBaseline(TypedDict):
-    """A file of `baselines/`. digest: SHA-256 of the other fields."""
+    """A file of `baselines/`.
+
+    Attributes:
+        tokens: The target's own answer.
+        times_s: Seconds by part.
+        key: Name of the file, without the suffix: a hash of `made_of`.
+        made_of: What the answer and its times depend on (`baselines.inputs`).
+        digest: SHA-256 of the other fields.
+    """
 
     tokens: list[Token]
     times_s: dict[str, Seconds]
@@ -100,7 +108,7 @@ class Figures(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """The keys that every summary.json may have."""
+    """Keys that any summary.json may have, that of a run or of a job."""
 
     status: str
     reason: str | None
@@ -126,7 +134,7 @@ class Totals(Summary, total=False):
 
 
 class Row(TypedDict):
-    """A line of samples.jsonl. If the sample is ok, the line also has the keys of `Figures`."""
+    """A line of samples.jsonl. If the sample is ok, the line is also an `Answered`."""
 
     sample: str
     index: Count
@@ -141,11 +149,11 @@ class Row(TypedDict):
 
 
 class Answered(Row, Figures):
-    """A line of samples.jsonl whose sample is ok."""
+    """A line of samples.jsonl whose sample is ok: with metrics."""
 
 
 class Round(TypedDict):
-    """A line of steps.jsonl."""
+    """A line of steps.jsonl, which is one round: the keys that a report reads."""
 
     tokens: Annotated[list[Token], MaxLen(MOST_GUESSES + 1)]
     accepted: Count
@@ -155,7 +163,7 @@ class Round(TypedDict):
 
 
 class Ranked(TypedDict):
-    """A line of steps.jsonl with the rank of each accepted guess among its siblings (see `fit_tree`)."""
+    """A line of steps.jsonl with the rank of each accepted guess among its siblings: the keys that `fit_tree` reads."""
 
     ranks: Annotated[list[Rank], MaxLen(MOST_GUESSES)]
-    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # tried below the root and each accepted guess
+    widths: Annotated[list[Rank], MaxLen(MOST_GUESSES + 1)]  # guesses tried below the root and each accepted guess

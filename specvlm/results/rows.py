@@ -34,12 +34,12 @@ from specvlm.results.records import Answered, Row, Summary, Totals
 # Keys that do not change the rows.
 NEUTRAL_KEYS = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")
 SAMPLES, STEPS = "samples", "steps"
-A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on disk, estimated generously
+A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on disk per token, per sample and in all, estimated generously
 UNCHECKED = (None, "not checked")  # values of hf_check that a later line may replace
 
 
 class CannotWrite(UserError):
-    """A folder cannot be written, as when the disk is full. Ends the sweep: no other sample could be written either."""
+    """A folder cannot be written, as when the disk is full. Ends the sweep: nothing else could be written either."""
 
 
 class Taken(UserError):
@@ -56,7 +56,7 @@ def writable(folder: Path | None) -> Iterator[None]:
 
 
 def room(folder: Path, samples: int, tokens: int) -> None:
-    """Create `folder`, and check that it can be written and has room for the results. Raises CannotWrite."""
+    """Create `folder` and raise CannotWrite unless it can be written and has room. tokens: most per sample."""
     needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
-    """Find the row of each sample that counts, and the file it comes from."""
+    """Find for each sample the line that counts, as the module docstring says, and the file it comes from."""
     found: dict[str, tuple[dict[str, Any], Path]] = {}
     for path in _files(folder, SAMPLES):
         for row in lines_of(path):
@@ -97,13 +97,13 @@ def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
 
 
 def _replaces(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a sample's later line replaces an earlier one."""
+    """Whether a sample's later line replaces the one before: one that is ok, only by a check that was pending."""
     checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
     return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
 
 def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the rounds of each sample that is ok, over all shards, by sample id."""
+    """Read the rounds of each sample that is ok, over all shards, by sample id. Raises UserError for a damaged file."""
     files = {row["sample"]: path for row, path in _current_rows(folder) if row["status"] == "ok"}
     found: dict[str, list[dict[str, Any]]] = {sample: [] for sample in files}
     for path in dict.fromkeys(files.values()):  # skip rounds without a row: their process was killed
@@ -115,7 +115,7 @@ def steps_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a job. Raises UserError if it is missing or damaged."""
+    """Read the configuration of a run or a job. Raises UserError if it is missing or damaged."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
     found = read_yaml(folder / "config.yaml")
@@ -145,7 +145,7 @@ def is_job(folder: Path) -> bool:
 
 
 class Rows:
-    """The files that one process writes in a job's folder, locked until `close`.
+    """The files that one process writes in a job's folder, locked until `close`. `done`: ids that were ok at the start.
 
     Args:
         cfg: Configuration of the job.
@@ -156,6 +156,7 @@ class Rows:
         Taken: Another process writes these files; or the folder holds rows and `resume` is off, rows of another
             configuration, or a run without a data set.
         CannotWrite: The folder cannot be written.
+        UserError: A file in the folder is damaged.
     """
 
     def __init__(self, cfg: RunConfig, folder: Path | None, shard: tuple[int, int] | None = None) -> None:
@@ -171,7 +172,7 @@ class Rows:
             raise
 
     def _open(self, cfg: RunConfig, folder: Path, shard: tuple[int, int] | None) -> None:
-        """Create the folder and claim the files in it. Raises Taken if another process holds them."""
+        """Create the folder and claim the files in it. Raises what the class docstring lists."""
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -216,7 +217,7 @@ class Rows:
         write_yaml(folder / "config.yaml", plain(cfg))
 
     def begin(self) -> None:
-        """Note where the rounds of the next sample start in steps.jsonl."""
+        """Note where the rounds of the next sample start in steps.jsonl, for `end` to remove them if it is not ok."""
         self._start = self._files[1].tell() if self._files else 0
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -281,11 +282,10 @@ def _files(folder: Path, what: str) -> list[Path]:
 
 
 def _objects(path: Path, torn: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each JSON object of a file with the offset of its end. Skips a last line that is not valid JSON.
+    """Yield each JSON object of a file with the offset of its end in bytes.
 
-    Raises UserError for any other line that is not a JSON object, and for one that is too long.
-
-    torn: also yield a last line without a newline, if it parses.
+    Skips a last line that is not valid JSON, and one without a newline unless `torn` is set and it is an object. Raises
+    UserError for any other line that is not a JSON object, and for one that is too long.
     """
     if not path.exists():
         return
@@ -317,24 +317,27 @@ def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """Read the JSON objects of a file of lines; a missing file has none.
 
     Args:
-        path: A .jsonl file.
-        torn: Also return a last line that lacks its newline, if it parses.
+        path: A .jsonl file. Its last line is skipped if it is not valid JSON, or if it lacks its newline.
+        torn: Return a last line without a newline, if it is a JSON object.
 
     Raises:
-        UserError: A line is too long, or it is not a JSON object; a last line that is not valid JSON is skipped.
+        UserError: A line is too long, or a line that is not skipped is no JSON object.
     """
     return [line for line, _ in _objects(path, torn)]
 
 
 def _cut(file: BinaryIO, end: int) -> None:
-    """Truncate an open file at `end` and seek there."""
+    """Truncate an open file at offset `end` and seek there."""
     file.flush()
     os.ftruncate(file.fileno(), end)
     file.seek(end)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, above: str = "") -> None:
-    """Raise Taken for the first key in which two configurations differ."""
+    """Raise Taken for the first key in which two configurations differ. `check` may be added to an old one.
+
+    above: dotted key of the parts compared, with a dot at its end.
+    """
     for key in [*old, *(key for key in new if key not in old)]:
         before, now, name = old.get(key), new.get(key), f"{above}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):

@@ -1,6 +1,6 @@
-"""Mirror a job's folder to Weights & Biases: one W&B run per job, grouped by sweep. Files on disk are written first.
+"""Mirror results to Weights & Biases: one W&B run per job, grouped by sweep. Files on disk are written first.
 
-An error of W&B turns the mirror of that job off, with a note; the job goes on.
+An error of W&B ends the mirror of that job, with a note; the job goes on.
 """
 
 import os
@@ -20,7 +20,8 @@ from specvlm.errors import one_line
 from specvlm.results.metrics import LATER
 
 PATIENCE_S = 3.0  # wait for any answer of the server; with BEGIN_S this makes the 5 s that the docs promise
-BEGIN_S, END_S = 2.0, 60.0
+BEGIN_S, END_S = 2.0, 60.0  # limits on starting and on ending a W&B run, in seconds
+# Keys of a round that are logged, each with a function that makes a number of its value.
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
            "baseline_decode_s", "baseline_end_to_end_s", "speedup_decode", "speedup_end_to_end", "tokens_per_second",
@@ -33,10 +34,10 @@ CELL = 6  # pixels per video token in the picture
 
 
 class Wandb:
-    """Access of this process to W&B. Once it cannot go online, all later runs are offline.
+    """Starts this process's W&B runs. Once one could not start online, all later ones are written offline.
 
     Args:
-        wish: The values of `tracker=…`.
+        wish: The checked keys of `tracker=wandb`.
         note: Shows a message to the user.
     """
 
@@ -44,7 +45,7 @@ class Wandb:
         self.wish, self.note, self.mode = wish, note, str(wish.mode)
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str) -> Any:
-        """Start a W&B run. `name` and `group` are final: W&B cannot rename offline runs.
+        """Start a W&B run and return it. `name` and `group` are final: W&B cannot rename offline runs.
 
         Args:
             name: Name of the run.
@@ -74,7 +75,7 @@ class Wandb:
 
 
 class Tracker:
-    """Mirror of one job; off until `begin`."""
+    """Mirror of one job. Does nothing before `begin`, after an error, without W&B, or with mode=disabled."""
 
     def __init__(self, wandb: Wandb | None) -> None:
         self.wandb = wandb if wandb and wandb.mode != "disabled" else None
@@ -83,7 +84,7 @@ class Tracker:
         self.rows: dict[str, tuple[Mapping[str, Any], Any]] = {}
 
     def begin(self, name: str, group: str, folder: Path, config: Mapping[str, Any], kind: str = "job") -> None:
-        """Start the W&B run; see `Wandb.begin`."""
+        """Start the W&B run of this job; for the arguments see `Wandb.begin`."""
         if self.wandb is None:
             return
         with self._safely():
@@ -136,7 +137,7 @@ class Tracker:
             self._end(told)
 
     def _end(self, told: dict[str, Any], summary: Mapping[str, Any] | None = None, code: int = 0) -> None:
-        """Log the last values and end the run, within END_S."""
+        """Log the last values and end the run. Waits at most END_S seconds for its end."""
         run, self.run = self.run, None
         with staging(self.folder):
             run.log(told)
@@ -146,7 +147,7 @@ class Tracker:
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
-        """Turn the mirror off on any error, with a note."""
+        """Turn the mirror off, with a note, if the block raises an Exception."""
         try:
             yield
         except Exception as error:
@@ -191,7 +192,10 @@ def _in_time(action: Callable[[], Any], seconds: float) -> bool:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[None]:
-    """Have W&B stage pictures of tables beside its offline runs instead of in the user's home."""
+    """During the block, have W&B stage pictures of tables in `folder`/wandb instead of in the user's home.
+
+    Changes nothing if WANDB_DATA_DIR is set.
+    """
     key = "WANDB_DATA_DIR"
     if key in os.environ:
         yield
@@ -204,9 +208,9 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """W&B settings: quiet, and without anything that would disturb timings.
+    """Make W&B's settings: quiet, without system statistics and the like that would disturb timings, and with limits.
 
-    Skips settings that the installed W&B does not know.
+    Leaves out settings that the installed W&B does not know.
     """
     import wandb
 
@@ -218,7 +222,10 @@ def settings() -> Any:
 
 
 def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
-    """Draw all frames side by side, one square per video token, bright if kept; None if no tokens were chosen."""
+    """Draw all frames in a grid, one square per token, bright if the drafter saw it; None if no pruner was used.
+
+    Tokens that belong to no frame are left out.
+    """
     if row["kept"] is None or not row["grids"]:
         return None
     kept, parts, start = np.zeros(row["video_tokens"], np.uint8), [], 0
@@ -238,5 +245,5 @@ def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
 
 
 def sync_line(folder: Path) -> str:
-    """Command that uploads the offline runs in `folder`; empty if there are none."""
+    """Return the command that uploads the offline W&B runs in `folder`; empty if there are none."""
     return f"wandb sync {folder / 'wandb'}/offline-run-*" if any(folder.glob("wandb/offline-run-*")) else ""
