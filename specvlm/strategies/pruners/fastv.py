@@ -12,10 +12,10 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 
 @dataclass(frozen=True)
 class FastVPruner(Pruner):
-    """Keep the tokens of highest attention from the last prompt token in one layer, mean over heads.
+    """Keep the B tokens of highest attention from the last prompt token in one layer, mean over heads.
 
-    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, by
-    default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
+    FastV (arXiv 2403.06764): score_j = mean over heads of the last prompt token's attention to video token j in layer
+    K, by default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
     starts. Ties go to the earlier token.
 
     Deviations: none.
@@ -28,7 +28,7 @@ class FastVPruner(Pruner):
             FastV, and costs K layers of the drafter over the unpruned video.
 
     Raises:
-        UserError: The model has no such layer, or `source` is unknown.
+        UserError: `layer` is below 1 or above the model's number of layers, or `source` is unknown.
         ValueError: The attention contains NaN.
     """
 
