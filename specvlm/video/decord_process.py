@@ -27,7 +27,7 @@ class DecordFailed(Exception):
 
 
 class DecordProcess:
-    """Client of the decord process, which serves all files. After a crash or a fork, the next request starts a new one."""
+    """Client of the decord process, which serves all files. The next request after a crash or fork starts a new one."""
 
     _shared: ClassVar[DecordProcess | None] = None
 

@@ -334,7 +334,7 @@ def draw(
 
 
 def render(scene: Scene, seed: int = 0) -> np.ndarray:
-    """Render a video as uint8 (T, SIDE, SIDE, 3) at 2 frames per second, with seeded noise. Takes up to 0.3 s on one core."""
+    """Render a video as uint8 (T, SIDE, SIDE, 3) at 2 frames per second, with seeded noise. Takes up to 0.3 s."""
     objects, backgrounds = (torch.from_numpy(a) for a in pack([scene]))
     video = draw(objects, backgrounds, torch.arange(scene.seconds * FPS).float())[0]
     video += NOISE * torch.randn(video.shape, generator=torch.Generator().manual_seed(seed))
