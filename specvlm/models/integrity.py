@@ -215,11 +215,11 @@ class Snapshot:
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
-        """Undo changes of code, settings and cached tensors, and find others.
+        """Undo changes of code, settings and cached tensors, and find changes of models, caches and engine.
 
         Returns:
-            Names of the changes undone, and names of the parts of models, caches and engine that differ, which cannot
-            be undone.
+            Names of what was restored, and names of the parts of models, caches and engine that changed, which cannot
+            be restored.
         """
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]

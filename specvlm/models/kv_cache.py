@@ -300,7 +300,7 @@ class CacheLease(AbstractContextManager["CacheLease"]):
         Args:
             role: Name of the cache within the request, such as "draft".
             model: Model whose keys and values it will hold.
-            capacity: Least number of slots.
+            capacity: Minimum number of slots.
 
         Raises:
             ValueError: The role is taken or reserved, or the lease has ROLES caches already.

@@ -1,4 +1,4 @@
-"""Spread one model over several devices: split its layers into pipeline stages, or share every layer among ranks.
+"""Spread one model over several devices: split its layers into pipeline stages, or share each text layer among ranks.
 
 A stage is a run of consecutive layers on one device. The embedding and the vision tower are on the first stage's
 device, the final norm and the head on the last one's. Only what belongs to a pass (hidden states, mask, rotary angles)

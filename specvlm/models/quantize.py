@@ -152,8 +152,8 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
 def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup) -> QuantizedLinear:
     """Quantise this rank's share of a tensor-parallel layer and add the collective that the layer needs.
 
-    If rows of the weight are split over ranks, each rank computes its own scales for its part. The weights then differ
-    slightly from those quantised on one device.
+    If each row of the weight is cut into parts for the ranks, every rank computes scales for its own parts. The weights
+    then differ slightly from those quantised on one device.
     """
     weight, bias = local_shard(linear.weight.detach()), linear.bias
     share = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

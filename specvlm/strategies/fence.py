@@ -1,4 +1,7 @@
-"""Guarded calls into strategies: attribute their errors to them, and check what they return before the loop uses it."""
+"""Guarded calls into strategies: attribute their errors to them, and check what they return before the loop uses it.
+
+Shape suffixes: Q rows of a pass, T slots that rows may attend to, V vocabulary.
+"""
 
 import signal
 import sys
@@ -198,7 +201,7 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
 
 
 def check_pass(label: str, one: Pass) -> None:
-    """Check the shapes of a pass, and that its rows fit the cache, without reading tensors. Raises StrategyError."""
+    """Check a pass without reading tensors. Raises StrategyError if shapes disagree or rows exceed the cache."""
     tokens, seen = one.tokens_Q, one.seen_QT
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
         raise StrategyError(f"{label}: tokens of a pass must be (Q,) int64, got {_described(tokens)}")
@@ -275,7 +278,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
 
 @lru_cache(maxsize=256)
 def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Check the parents and ranks of a tree, and return them. Raises TypeError or ValueError. Cached: shapes recur."""
+    """Return the parents and ranks of a tree. Raises TypeError or ValueError for invalid ones. Cached: shapes recur."""
     for name, values in (("parents", parents), ("ranks", ranks)):
         if values is not None and not (type(values) is tuple and all(type(value) is int for value in values)):
             raise TypeError(f"{name} must be a tuple of int, got {values!r:.200}")

@@ -304,6 +304,7 @@ def _as_tuple(value: Any, hint: Any) -> Any:
 
 
 def _summary(cls: type) -> str:
+    """Return `StrategyInfo.summary`."""
     text = cls.__doc__ or ""
     if text.startswith(f"{cls.__name__}("):  # @dataclass writes this if the class has no docstring
         text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""

@@ -2,6 +2,8 @@
 
 They need no video, no checkpoint and no test framework; drafters run on tiny random models. A violation raises an
 AssertionError that names the rule and the failing case.
+
+Shape suffixes: N video tokens, K kept video tokens, T text tokens after the video, D feature size.
 """
 
 import dataclasses
@@ -49,8 +51,8 @@ def __getattr__(name: str) -> Any:
 def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     """Check that a pruner keeps the contract of `Pruner.select`. Takes a second or two.
 
-    Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos), budgets from 1 to
-    N, random, equal and zero signals, float32 and bfloat16, on the CPU and, if available, on CUDA.
+    Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos); all budgets from 1
+    to N for random float32 signals, a few for equal, zero and bfloat16 signals; on the CPU and, if available, on CUDA.
 
     Checks: the budget is kept, or all tokens if `keeps_all` is set; the result is on the right device; rows of `pool`
     sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs are not

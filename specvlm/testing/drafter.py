@@ -1,4 +1,7 @@
-"""Contract checks for drafters: are trees valid and repeatable, and is the output the target's own?"""
+"""Contract checks for drafters: are trees valid and repeatable, and is the output the target's own?
+
+Shape suffixes: M tree nodes, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
 
 
 def _drafts(family: str, drafter: Drafter) -> list[tuple[str, VideoLM | None]]:
-    """List the draft models to try, with descriptions; only None if the drafter takes none."""
+    """List the draft models to try, each with a description; if the drafter takes none, the only one is None."""
     if drafter.model != "draft":
         return [("no draft model", None)]
     drafts: list[tuple[str, VideoLM | None]] = [

@@ -1,6 +1,6 @@
 """Contract checks for verifiers, on random logits. Needs no model and no drafter.
 
-Shape suffixes: M tree nodes, V vocabulary.
+Shape suffixes: M tree nodes, V vocabulary, N video tokens, D feature size.
 """
 
 import dataclasses
@@ -135,7 +135,7 @@ def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where:
 
 
 class _NoReads(TorchDispatchMode):
-    """Fails if the value of a tensor is read on the host."""
+    """Mode of torch that raises AssertionError for the operations in READS, which read a tensor on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

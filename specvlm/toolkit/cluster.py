@@ -3,7 +3,7 @@
 Rodriguez and Laio, Science 344 (2014); with k nearest neighbours: Du et al., Knowledge-Based Systems 99 (2016).
 FlashVID, FastVID, HoliTom and PruneVid all pick their centres this way.
 
-Shape suffixes: G groups (frames, segments), P tokens per group, D feature size.
+Shape suffixes: G groups (frames, segments), P tokens per group, D feature size, K nearest neighbours.
 """
 
 import torch

@@ -284,5 +284,5 @@ class Verdict:
 
     @property
     def accepted(self) -> int:
-        """Number of accepted draft tokens, not counting the bonus token (tau in the paper)."""
+        """Number of accepted draft tokens, not counting the bonus token. Its mean over rounds is the paper's tau."""
         return len(self.path) - 1

@@ -53,7 +53,7 @@ class VideoPrompt:
 
     Attributes:
         tokens: (S,) int64, on the host.
-        video_index: (N,) slots of all video tokens, ascending, over all videos.
+        video_index: (N,) slots (indices in `tokens`) of all video tokens, ascending, over all videos.
         grids: One per video; their lengths add up to N.
         videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also
             has its `origin`, a `specvlm.video.codec.Origin`.
@@ -113,7 +113,7 @@ class KeepSet:
         note: One line to show the user, such as what the pruner did when its signal was uninformative.
 
     Raises:
-        ValueError: `index` breaks these rules, or `pool` has the wrong shape. The values of `pool` are not checked.
+        ValueError: `index` is not as described, or `pool` has another shape. The values of `pool` are not checked.
     """
 
     index: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from specvlm.errors import UserError
 from specvlm.video.av_file import Orientation
 
-# Pixel formats that PyAV itself converts to the same pixels as the ffmpeg tool, if sides are even and not interlaced.
+# Pixel formats that PyAV itself converts as the ffmpeg tool does, if sides are even and the frame is not interlaced.
 PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 
 

@@ -196,6 +196,7 @@ def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
 
 
 def _check_frames(frames: Tensor) -> None:
+    """Raise ValueError unless frames are uint8 (T, 3, H, W) on the CPU, and UserError if there are none."""
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or frames.device.type != "cpu":
         raise ValueError(
             f"frames: wanted uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"

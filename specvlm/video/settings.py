@@ -8,7 +8,7 @@ from typing import Any, Self
 from specvlm.errors import UserError
 from specvlm.parsing.files import json_of, read_text
 
-LARGEST = 2**31  # upper bound of settings that need no lower one
+LARGEST = 2**31  # upper bound of most settings that are whole numbers
 MOST_PIXELS = 16384 * 28 * 28  # upper bound of min_pixels: the max_pixels of the released checkpoints
 WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),

@@ -153,6 +153,7 @@ def _sample_thing(
 
 
 def _direction(thing: Thing) -> str:
+    """Say in which direction an object moves, such as "up left"."""
     (row0, col0), (row1, col1) = divmod(thing.start, 3), divmod(thing.stop, 3)
     vertical = "down" if row1 > row0 else "up" if row1 < row0 else ""
     horizontal = "right" if col1 > col0 else "left" if col1 < col0 else ""

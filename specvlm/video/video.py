@@ -84,7 +84,7 @@ def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0
     """Describe a video file or a section of it. Indexes the file's frames and decodes the section's first frame.
 
     Args:
-        source: A file, or a clip of all frames.
+        source: A file, or a clip of all frames, which is described like a file of these frames.
         reader: "auto", "pyav" or "decord".
         start: Start of the section, in seconds.
         end: End of the section, in seconds, excluded; None for the end of the video.
@@ -141,7 +141,7 @@ def read_video(
     Raises:
         UserError: The file is missing, a folder, not a video, damaged, truncated, or has no frames; the reader is
             unknown, not installed or lacks the codec; the section has no frames; more frames are asked for than the
-            section has (none is repeated) or than ``max_frames``; or an argument is invalid.
+            section has (none is repeated), than ``max_frames`` or than fit in memory; or an argument is invalid.
     """
     _check(frames, fps, min_frames, max_frames, sampling)
 

@@ -28,7 +28,7 @@ CAPTION = "Please provide a detailed description of the video, focusing on the m
 PROMPTS = ("own", "caption")
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # tried if a list names videos without a suffix
 GUIDE = "docs/guides/datasets.md"
-MOST_LIST = 512 * 2**20  # bytes
+MOST_LIST = 512 * 2**20  # maximum size in bytes of a file that lists samples
 T = TypeVar("T")
 
 

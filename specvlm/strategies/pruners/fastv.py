@@ -1,4 +1,7 @@
-"""Keep the video tokens that the last prompt token attends to most in an early layer."""
+"""Keep the video tokens that the last prompt token attends to most in an early layer.
+
+Shape suffixes: L layers, N video tokens.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -24,8 +27,9 @@ class FastVPruner(Pruner):
 
     Attributes:
         layer: The layer K, counted from 1.
-        source: The model whose attention is used. `target` is free, a by-product of its prefill. `draft` is as in
-            FastV, and costs K layers of the drafter over the unpruned video.
+        source: The model whose attention is used. `target` is free, a by-product of the target's prefill. `draft` takes
+            the model whose tokens are dropped, as FastV does, and costs K layers of the drafter over the unpruned
+            video.
 
     Raises:
         UserError: `layer` is below 1 or above the model's number of layers, or `source` is unknown.

@@ -1,4 +1,4 @@
-"""Keep video tokens at random."""
+"""Keep video tokens at random. Shape suffix: K kept video tokens."""
 
 from dataclasses import dataclass
 
