@@ -199,7 +199,7 @@ class KVCache:
 
 
 class CachePool:
-    """KV caches reused across requests. A request leases the caches it needs and owns them until it ends.
+    """KV caches reused across requests. A request leases the caches it needs, and no other uses them until it ends.
 
     Free caches are kept per role (the name of a cache within a request, such as "target") and reused last-in first-out,
     so that the graphs an engine captured for a cache serve the next request.

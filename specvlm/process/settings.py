@@ -157,7 +157,7 @@ def set_again(before: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Restore the SETTINGS after this block. Used for calls into strategies outside a request."""
+    """Context manager that restores the SETTINGS after its block: for calls into strategies outside a request."""
     before = settings()
     try:
         yield

@@ -118,7 +118,7 @@ class FrameIndex:
 
     @cached_property
     def even(self) -> bool:
-        """True if no frame seems to be missing: no distance of two time stamps is 1.9 times the median or more.
+        """True if no frame seems to be missing: all steps between time stamps are below 1.9 times the median step.
 
         False without time stamps.
         """
@@ -127,7 +127,7 @@ class FrameIndex:
 
 
 def index_of(path: Path, counted: bool = False) -> FrameIndex:
-    """Index the frames of a file. Cached until the file changes.
+    """Index the frames of a file. The last 16 indexes are cached, each until its file changes in size or date.
 
     Args:
         path: A regular file.

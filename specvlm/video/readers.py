@@ -1,6 +1,6 @@
 """Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
 
-PyAV takes the numbers and times of frames from `frame_index`; those of decord are compared with it if PyAV is
+PyAV's reader takes the numbers and times of frames from `frame_index`; decord's are compared with it if PyAV is
 installed. Faults of a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
 """
 

@@ -90,7 +90,7 @@ class TwoStagePruner(Pruner):
 
 
 def retained(descending_N: Tensor, mass: float) -> int:
-    """Return the length of the smallest prefix that sums to at least `mass` of the total.
+    """Return the length of the shortest prefix of the scores that sums to at least `mass` of their total.
 
     The scores are rounded to multiples of a power of two, near the highest score / 2^47 for 16k tokens, and summed as
     integers; `mass` is taken as an exact fraction. So equal sums compare as equal, 0.07 of 100 is 7, and the result
