@@ -1,6 +1,6 @@
 """Read and validate the files of a checkpoint folder: configuration, weight files, quantisation.
 
-A checkpoint comes from elsewhere, so any fault in it becomes a one-line UserError before the weights are read.
+A checkpoint comes from elsewhere, so its files are checked before the weights are loaded. Faults raise a UserError.
 """
 
 import re
@@ -17,14 +17,14 @@ from specvlm.video.settings import read_json
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
-MOST_PARTS = 1000  # largest number of layers, experts or labels in a config.json, since code loops over them
+MOST_PARTS = 1000  # maximum number of layers, experts or labels in a config.json, since code loops over them
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
-LARGEST = 2**31  # largest other number in a config.json
+LARGEST = 2**31  # largest other whole number in a config.json; the smallest number is its negative
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # arguments of from_pretrained
 PACKAGES = {"quark": "amd-quark"}  # quantisation methods whose package has a different name
 
 
-TEXTS = (".json", ".jinja", ".txt", ".model")  # files that are read as a whole, so their size is limited
+TEXTS = (".json", ".jinja", ".txt", ".model")  # suffixes of files that are read as a whole, so their size is limited
 
 
 def folder_of(path: str | Path, weights: bool = False) -> Path:
@@ -35,7 +35,8 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
         weights: Download the weights as well.
 
     Raises:
-        UserError: There is no such model, it is not a Hugging Face model folder, or `check_entry` refuses a file in it.
+        UserError: There is no such model, it has no config.json, or its folder contains a pipe, a device or a text file
+            that is too large.
     """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
@@ -54,7 +55,7 @@ def folder_of(path: str | Path, weights: bool = False) -> Path:
 
 
 def check_entry(path: Path) -> None:
-    """Raise UserError for a pipe or device, and for a text file too large to belong to a checkpoint."""
+    """Raise UserError for a pipe, socket or device, and for a text file of more than MOST_BYTES bytes."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a pipe or a device, not a file")
     if path.is_file() and path.suffix in TEXTS and path.stat().st_size > MOST_BYTES:
@@ -64,7 +65,7 @@ def check_entry(path: Path) -> None:
 def config_of(folder: Path) -> Any:
     """Load the configuration. Raises UserError if it cannot be used or the folder holds an adapter.
 
-    The attention implementation that it names is replaced by a placeholder for ours.
+    The attention implementation that it names is replaced by "sdpa", which stands in until the model gets ours.
     """
     from transformers import AutoConfig
 
@@ -81,7 +82,13 @@ def config_of(folder: Path) -> Any:
 
 
 def check_numbers(folder: Path, found: Any, key: str = "") -> None:
-    """Raise UserError for absurdly large numbers: building the model would never end."""
+    """Raise UserError if config.json has absurdly large numbers, with which building the model would never end.
+
+    Args:
+        folder: The model folder, for messages.
+        found: Content of config.json, or a part of it.
+        key: Key of that part.
+    """
     if isinstance(found, dict):
         for name, value in found.items():
             check_numbers(folder, value, str(name))
@@ -95,10 +102,13 @@ def check_numbers(folder: Path, found: Any, key: str = "") -> None:
 
 
 def weight_files(folder: Path, config: Any) -> list[Path]:
-    """List the weight files that Hugging Face will read: config.json's, else model.safetensors, else the index's.
+    """List the weight files that Hugging Face will read.
+
+    These are the file or index that config.json names, else model.safetensors, else the files in the index.
 
     Raises:
-        UserError: There are none, one is not a safetensors file in this very folder, or the checkpoint is distributed.
+        UserError: A file is missing or is not a safetensors file in this very folder, the index is invalid, or the
+            folder holds shards of a distributed checkpoint.
     """
     name = getattr(config, "transformers_weights", None)
     if name is None:
@@ -117,7 +127,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the names of the weight files in an index. Raises UserError if it has none or `_plain` refuses one."""
+    """Return the names of the weight files in an index. Raises UserError if it has none, or one is not a plain name."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{index}: has no weight_map, which says where each tensor is")
@@ -144,7 +154,11 @@ def tensors_in(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
-    """Return the dtype to load weights in. "auto": config.json's, else the first float tensor's, as in Hugging Face."""
+    """Return the dtype to load weights in.
+
+    As in Hugging Face, "auto" is that of config.json, else that of the first float tensor in the first weight file,
+    else float32.
+    """
     if dtype != "auto":
         return DTYPES[dtype]
     if config.dtype is not None:
@@ -155,19 +169,25 @@ def dtype_in(folder: Path, config: Any, dtype: str) -> torch.dtype:
 
 
 def quantization_of(config: Any) -> Any:
-    """Return the quantisation settings in config.json; None or empty if the checkpoint is not quantised."""
+    """Return the quantisation settings in config.json, unchecked; None or empty if the checkpoint is not quantised."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     return found.to_dict() if found and not isinstance(found, dict) and hasattr(found, "to_dict") else found
 
 
 def method_of(config: Any) -> str | None:
-    """Return the name of the checkpoint's quantisation method; None if it is not quantised."""
+    """Return the name of the checkpoint's quantisation method; None if it is not quantised.
+
+    Settings without a method are those of bitsandbytes.
+    """
     found = quantization_of(config)
     return str(found.get("quant_method") or "bitsandbytes") if found else None
 
 
 def quantizer_of(folder: Path, config: Any) -> Any:
-    """Return Hugging Face's quantizer for the checkpoint, None if not quantised. Raises UserError if it is unusable."""
+    """Return Hugging Face's quantizer for the checkpoint; None if the checkpoint is not quantised.
+
+    Raises UserError if the quantizer cannot be used, for example because a package is missing.
+    """
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = quantization_of(config)
@@ -190,7 +210,7 @@ def quantizer_of(folder: Path, config: Any) -> Any:
 
 
 def packed_bytes(folder: Path, config: Any) -> int | None:
-    """Return the bytes of a quantised checkpoint's files if the weights stay packed in memory, else None."""
+    """Return the bytes of a checkpoint's weight files if it is quantised and stays so in memory, else None."""
     reader = quantizer_of(folder, config)
     if reader is None or getattr(reader.quantization_config, "dequantize", False):
         return None

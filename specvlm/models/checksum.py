@@ -8,15 +8,16 @@ from torch import Tensor
 
 from specvlm.parallel.ranks import local_shard
 
-WORDS = 65_537  # words (8 bytes) this far apart are summed before weighting; prime, unlike any matrix width
-SMALL = 2**16  # bytes; smaller tensors are concatenated first
+WORDS = 65_537  # number of weights: words (8 bytes) this far apart share one. Prime, unlike any matrix width
+SMALL = 2**16  # bytes; smaller tensors are concatenated and summed together
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Compute a checksum of every byte and its position. Skips tensors on meta.
+    """Compute a checksum that depends on every byte and its position. Skips tensors on meta.
 
-    Sums 8-byte words modulo 2**64, each weighted by its position modulo 65,537. Costs one pass over the memory, as much
-    as about one token of plain decoding. It detects accidental changes, not ones designed to keep the checksum.
+    Sums 8-byte words modulo 2**64, each weighted by its position modulo WORDS and, for large tensors, by the tensor's
+    number. Costs one pass over the memory, as much as about one token of plain decoding. It detects accidental changes,
+    not ones designed to keep the checksum.
     """
     small: dict[torch.device, list[Tensor]] = {}  # summed together: launching kernels for each would cost more
     parts: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -39,7 +40,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
-    """Yield partial sums of a byte tensor, () int64 each: of rows of WORDS words, the remaining words and bytes."""
+    """Yield weighted sums of a byte tensor, () int64 each: of full rows of WORDS words, other words, other bytes."""
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # viewing bytes as words needs alignment
     count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]
@@ -53,5 +54,5 @@ def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Itera
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """(count,) odd, distinct weights; products wrap around."""
+    """Return (count,) int64 weights, odd and distinct. They and the products wrap around."""
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C16 + 0x5851F42D4C957F2D

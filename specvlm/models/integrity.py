@@ -1,9 +1,10 @@
 """Detect and undo changes that a strategy made to shared state: weights, modules, settings and specvlm's code.
 
 A strategy is third-party code in this process, with access to the models. Anything it changes, by mistake or not, would
-affect the baseline, the verdict and later requests. So the shared state is compared after every request and restored.
-This finds any accidental change and any patch of the compared state, but not code that reaches into C, or a thread that
-acts later. `check=hf` is a further check, which shares no code with the decoding loop.
+affect the baseline, the verdict and later requests. So the shared state is compared after every request. Code and
+settings are restored; models and caches that changed are dropped. This finds changes of the compared state, but not
+those made by code that reaches into C or by a thread that acts later. `check=hf` is a further check, which shares no
+code with the decoding loop.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def weights_of(model: VideoLM) -> int:
 
 
 def structure(model: VideoLM) -> dict[str, Any]:
-    """Describe a model for comparison: its attributes, its settings, and its modules with hooks and attributes."""
+    """Describe a model for comparison: its attributes, configurations, and modules with their hooks and attributes."""
     found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
     for name, module in model.hf.named_modules():
         found[f"its module {name or 'root'}"] = _module(module)
@@ -54,7 +55,7 @@ def structure(model: VideoLM) -> dict[str, Any]:
 
 
 def _config(config: object) -> object:
-    """Return a configuration's attributes as text, with those of the configurations nested in it."""
+    """Return a configuration's attributes as text, including those of configurations nested in it."""
     inner = {key: _config(value) if hasattr(value, "to_dict") else value for key, value in vars(config).items()}
     return repr(inner)
 
@@ -70,15 +71,15 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(value: object) -> object:
-    """Return what to compare: a simple value itself, and of any other object its type and identity."""
+    """Return what to compare: simple values, tuples and frozensets themselves; of other objects type and identity."""
     return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
 
 
 class Code:
-    """Records definitions in specvlm's modules and classes, in FOREIGN modules, and in classes of torch and models.
+    """Records the names in specvlm's modules and classes, in FOREIGN modules, and in classes of torch and models.
 
-    `undo` also deletes callables added later to classes, where they would override inherited ones, and to specvlm's
-    modules, where they would shadow built-ins.
+    `undo` restores them. It also deletes callables added later to classes, where they would override inherited ones,
+    and to specvlm's modules, where they would shadow built-ins.
     """
 
     def __init__(self) -> None:
@@ -89,9 +90,10 @@ class Code:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep to the definitions recorded now, before plugins are imported, for the whole command in this block.
+        """Context manager in which `look` keeps the definitions recorded at its start, before plugins are imported.
 
-        Outside such a block, each request restores the definitions that it began with.
+        A whole command runs in it. Outside, `look` records all definitions again, so that each request restores those
+        that it began with.
         """
         self.owners.clear()
         self.entries = []
@@ -103,7 +105,7 @@ class Code:
             self.watched = False
 
     def look(self, classes: Iterable[type] = ()) -> None:
-        """Record all definitions; while watching, only those of new modules and classes."""
+        """Record all definitions, also those in `classes`; while watching, only those of new modules and classes."""
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inside = ((value, module.__name__) for module in modules for value in vars(module).values())
         inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
@@ -121,7 +123,7 @@ class Code:
         self.names = (self.names if self.watched else {}) | {owner: set(vars(owner)) for owner in closed}
 
     def undo(self) -> list[str]:
-        """Restore definitions that differ; returns their names."""
+        """Restore definitions that differ and delete callables that were added; returns the names of both."""
         changed = []
         for owner, name, value, inside in self.entries:
             now = vars(owner).get(name)
@@ -150,7 +152,10 @@ def _ours(name: str) -> bool:
 
 
 def _theirs(owner: Any, now: Any) -> bool:
-    """Whether torch or transformers made the change: both replace some of torch's functions, for example to compile."""
+    """Whether a change is one of torch's or transformers': both replace functions of torch, for example to compile.
+
+    owner: The module or class that was changed. now: its new value.
+    """
     if _ours(getattr(owner, "__module__", None) or owner.__name__) or type(now) is not FunctionType:
         return False
     homes = (vars(sys.modules[name])["__file__"] for name in ("torch", "transformers") if name in sys.modules)
@@ -158,7 +163,7 @@ def _theirs(owner: Any, now: Any) -> bool:
 
 
 def _called(value: object) -> bool:
-    """Whether a value is callable or a descriptor."""
+    """Whether a value is callable or a descriptor, and not a module."""
     return not isinstance(value, ModuleType) and (callable(value) or hasattr(type(value), "__get__"))
 
 
@@ -168,14 +173,17 @@ def _compared(name: str) -> bool:
 
 
 def _inside(name: str, value: Any) -> tuple[Any, ...]:
-    """Return what can change inside a value: a function's code and defaults, or the content of a constant dict."""
+    """Return what to compare inside a value: a function's code and defaults, or the content of a constant dict.
+
+    name: The name of the value; constants have upper case names.
+    """
     if type(value) is FunctionType:
         return value.__code__, value.__defaults__
     return (*value.keys(), *value.values()) if name.isupper() and type(value) is dict else ()
 
 
 def classes_of(model: VideoLM) -> set[type]:
-    """Classes of a model and of its modules, with their base classes."""
+    """Return the classes of a model and of its modules, with their base classes except object and nn.Module."""
     found = {base for module in model.hf.modules() for base in type(module).__mro__}
     return {cls for cls in (*found, *type(model).__mro__) if cls not in (object, nn.Module)}
 
@@ -184,7 +192,10 @@ CODE = Code()  # of this process
 
 
 class Snapshot:
-    """The shared state before strategies run. weights: the checksum of each model when it was loaded."""
+    """The shared state before strategies run, to compare with afterwards.
+
+    weights: The checksum of each model when it was loaded.
+    """
 
     def __init__(
         self, code: Code, models: Sequence[VideoLM], weights: Sequence[int], caches: CachePool, engine: object
@@ -204,10 +215,11 @@ class Snapshot:
         return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
 
     def undo(self) -> tuple[list[str], list[str]]:
-        """Undo changes of code and settings.
+        """Undo changes of code, settings and cached tensors, and find changes of models, caches and engine.
 
         Returns:
-            Names of the changes undone, and of the changed parts of models, caches and engine, which cannot be undone.
+            Names of what was restored, and names of the parts of models, caches and engine that changed, which cannot
+            be restored.
         """
         undo_code, set_again, structure, weights_of = self._parts
         undone = [*undo_code(), *set_again(self.settings), *["tensors that specvlm keeps"] * restored()]

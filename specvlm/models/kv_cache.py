@@ -1,6 +1,9 @@
 """Preallocated KV caches and the pool that reuses them.
 
-Rows are moved inside a cache only here, and in the losslessness check, which must not share this code.
+Only this module and the losslessness check move rows inside a cache. The check must not share this code.
+
+Shape suffixes: L layers, H KV heads, C slots, D head dimension (in `path_D`: nodes of a path), Q rows of a pass, K
+slots to copy.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from torch import Tensor
 
 
 def pooled(slots: int) -> int:
-    """Round a capacity up to a multiple of 256 slots, so that a slightly longer request fits the same cache."""
+    """Round a capacity up to a multiple of 256 slots, so that a slightly longer request can reuse the cache."""
     return -(-slots // 256) * 256
 
 
-ROLES = 8  # most roles whose free caches a pool keeps, and most caches in one lease
+ROLES = 8  # maximum number of roles whose free caches a pool keeps, and of caches in one lease
 
 
 class Shaped(Protocol):
@@ -44,7 +47,10 @@ class Store(NamedTuple):
     values: Tensor
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do what `KVCache.keep` does, with indices on the device, to allow capture. Does not set `length`."""
+        """Move the rows at `base_1 + path_D` to the slots from `base_1` on.
+
+        The indices are on the device, so that a CUDA graph can capture the move.
+        """
         to = base_1 + torch.arange(len(path_D), device=path_D.device)
         for store in self:
             rows = store.flatten(0, 2)
@@ -58,7 +64,8 @@ class KVCache:
     token, so their difference is constant: `offset` = position - slot.
 
     Hugging Face's attention layers call `update` and `get_seq_length`; they need nothing else of the Cache class. A
-    forward pass writes its rows from slot `length` on; rows of rejected guesses are overwritten after `keep`.
+    forward pass writes its rows from slot `length` on. Once `keep` has lowered `length`, the next pass overwrites the
+    rows of rejected guesses.
 
     Args:
         layers: Number of layers.
@@ -90,13 +97,13 @@ class KVCache:
 
     @property
     def keys(self) -> Tensor:
-        """Keys of all layers, for a cache on one device."""
+        """Keys (L, 1, H, C, D) of all layers. Only for a cache on one device."""
         (store,) = self.stores
         return store.keys
 
     @property
     def values(self) -> Tensor:
-        """Values of all layers, for a cache on one device."""
+        """Values (L, 1, H, C, D) of all layers. Only for a cache on one device."""
         (store,) = self.stores
         return store.values
 
@@ -107,7 +114,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on all devices."""
+        """Size of the cache in bytes, on all devices together."""
         return sum(tensor.nbytes for store in self.stores for tensor in store)
 
     @property
@@ -116,14 +123,17 @@ class KVCache:
         return self.length + self.offset
 
     def fits(self, model: Shaped, capacity: int) -> bool:
-        """Whether the cache has the model's shape, dtype and devices, and at least `capacity` slots."""
+        """Whether the cache has at least `capacity` slots, and the heads, dtype and devices that `model` needs."""
         first = self.stores[0].keys
         here = [(len(store.keys), store.keys.device) for store in self.stores]
         same = (first.shape[2], first.shape[4], first.dtype) == (model.kv_heads, model.head_dim, model.dtype)
         return same and self.capacity >= capacity and here == [(stage.layers, stage.device) for stage in model.stages]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write rows (1, H, Q, D) from slot `length` on; returns all keys and values so far. `advance` counts them."""
+        """Write a layer's rows (1, H, Q, D) from slot `length` on; return its keys and values up to their end.
+
+        Does not change `length`: call `advance` when all layers have run.
+        """
         end = self.length + key.shape[2]
         keys, values = self.layer(layer_idx)
         keys[:, :, self.length : end] = key
@@ -135,11 +145,14 @@ class KVCache:
         return self.length
 
     def advance(self, rows: int) -> None:
-        """Count `rows` newly written rows as part of the sequence."""
+        """Count `rows` newly written rows as part of the sequence: add them to `length`."""
         self.length += rows
 
     def keep(self, base: int, path: Sequence[int]) -> None:
-        """Of the rows from slot `base` on, keep those at `base + path` (ascending), moved together in place."""
+        """Of the rows from slot `base` on, keep those at `base + path` (ascending): move them to `base` and following.
+
+        Sets `length` to the end of the last one kept.
+        """
         end = base + len(path)
         if list(path) != list(range(len(path))):
             for store in self.stores:
@@ -149,14 +162,21 @@ class KVCache:
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do what `keep` does, with indices on the device, to allow capture. The caller sets `length`."""
+        """Move rows as `keep` does, with indices on the device, so that a CUDA graph can capture it.
+
+        Does not set `length`.
+        """
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 
     def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
-        """Fill an empty cache with rows of another cache of the same model.
+        """Fill this cache, which must be empty, with rows of another cache of the same model.
 
-        slots_LHK: Slots to copy, for each layer and KV head; ascending.
+        The next position stays that of `source`.
+
+        Args:
+            source: The other cache.
+            slots_LHK: Slots to copy, for each layer and KV head; ascending.
         """
         for number, slots_HK in enumerate(slots_LHK):
             for mine, theirs in zip(self.layer(number), source.layer(number), strict=True):
@@ -166,7 +186,7 @@ class KVCache:
         self.offset = source.position - self.length
 
     def follow(self, source: KVCache, start: int) -> None:
-        """Append the rows of another cache of the same model from slot `start` to its end."""
+        """Append the rows from slot `start` to the end of `source`, a cache of the same model."""
         end = self.length + source.length - start
         for mine, theirs in zip(self.stores, source.stores, strict=True):
             for to, of in zip(mine, theirs, strict=True):
@@ -174,19 +194,19 @@ class KVCache:
         self.length = end
 
     def clear(self) -> None:
-        """Forget the sequence."""
+        """Forget the sequence: set `length` and `offset` to 0. The tensors keep their content."""
         self.length = self.offset = 0
 
 
 class CachePool:
-    """KV caches reused across requests. A request leases the caches it needs and owns them until it ends.
+    """KV caches reused across requests. A request leases the caches it needs, and no other uses them until it ends.
 
-    Free caches are kept per role and reused last-in first-out, so that the graphs an engine captured for a cache serve
-    the next request.
+    Free caches are kept per role (the name of a cache within a request, such as "target") and reused last-in first-out,
+    so that the graphs an engine captured for a cache serve the next request.
 
     Attributes:
-        changes: Number of times that a cache was allocated or all were dropped. Graphs captured for a dropped cache are
-            invalid.
+        changes: Number of times that a cache was allocated or all were dropped. If it grows, graphs captured for caches
+            that have been dropped are invalid.
     """
 
     def __init__(self) -> None:
@@ -203,11 +223,14 @@ class CachePool:
         return CacheLease(self, ("target",) if drafter else ())
 
     def reserve(self, role: str, model: Shaped, capacity: int) -> None:
-        """Allocate a cache ahead of time, for coming requests of up to `capacity` slots to reuse."""
+        """Make sure that a cache is free for a coming request of up to `capacity` slots."""
         self.give_back(role, self.take(role, model, capacity))
 
     def take(self, role: str, model: Shaped, capacity: int) -> KVCache:
-        """Take an empty cache out of the pool, or allocate one. Called by leases."""
+        """Take a free cache out of the pool and clear it, or allocate one. Called by leases.
+
+        If the role has free caches but none fits, one of them is dropped first.
+        """
         with self._lock:
             free = self._free.setdefault(role, [])
             cache = next((cache for cache in reversed(free) if cache.fits(model, capacity)), None)
@@ -226,7 +249,7 @@ class CachePool:
     def give_back(self, role: str, cache: KVCache) -> None:
         """Return a cache to the pool, unless the pool was emptied meanwhile.
 
-        If there are then more than ROLES roles, the free caches of the oldest are dropped.
+        If the pool would then keep more than ROLES roles, the free caches of the role that came first are dropped.
         """
         with self._lock:
             for number, (_, leased) in enumerate(self._leased):
@@ -252,17 +275,20 @@ class CachePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all caches."""
+        """Bytes of all caches, free and leased."""
         return sum(cache.nbytes for cache in self.held)
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes of all caches on one device."""
+        """Bytes on one device of all caches, free and leased."""
         tensors = [t for cache in self.held for store in cache.stores for t in store]
         return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
 
 
 class CacheLease(AbstractContextManager["CacheLease"]):
-    """Caches of one request, by role, given back to the pool on `release`. reserved: roles that it may not take."""
+    """Caches of one request, by role, given back to the pool by `release` or at the end of a `with` block.
+
+    reserved: Roles that the lease may not take.
+    """
 
     def __init__(self, pool: CachePool, reserved: tuple[str, ...] = ()) -> None:
         self._pool, self._reserved = pool, reserved
@@ -274,7 +300,7 @@ class CacheLease(AbstractContextManager["CacheLease"]):
         Args:
             role: Name of the cache within the request, such as "draft".
             model: Model whose keys and values it will hold.
-            capacity: Least number of slots.
+            capacity: Minimum number of slots.
 
         Raises:
             ValueError: The role is taken or reserved, or the lease has ROLES caches already.

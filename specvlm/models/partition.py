@@ -1,8 +1,10 @@
-"""Spread one model over several devices: split its layers into pipeline stages, or share every layer among ranks.
+"""Spread one model over several devices: split its layers into pipeline stages, or share each text layer among ranks.
 
 A stage is a run of consecutive layers on one device. The embedding and the vision tower are on the first stage's
-device, the final norm and the head on the last one's. Only the rows of a pass move between stages, through `cross` or
-into the inputs of a captured stage.
+device, the final norm and the head on the last one's. Only what belongs to a pass (hidden states, mask, rotary angles)
+moves between stages, through `cross` or into the inputs of a captured stage.
+
+Shape suffixes: Q rows of a pass, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from specvlm.models.vision_probe import HiddenStateProbe
 
 @dataclass(frozen=True)
 class Stage:
-    """Pipeline stage: layers start..end-1 of a language model, and their device."""
+    """Pipeline stage: layers start..end-1 of a language model, counted from 0, and their device."""
 
     device: torch.device
     start: int
@@ -45,7 +47,7 @@ def stages_of(text: Any) -> tuple[Stage, ...]:
 
 
 def cross(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Move tensors to the next stage's device. The two streams wait for each other; the host does not wait."""
+    """Move tensors to a stage's device without waiting on the host; the streams of two GPUs wait for each other."""
     return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
@@ -61,9 +63,17 @@ def through(
 ) -> Tensor:
     """Run a language model's layers as its own forward does, moving rows between devices. Returns (Q, D) hidden states.
 
-    accelerate's hooks do the same, but inspect every argument of every layer in every pass.
+    accelerate's hooks do the same, but slowly: they inspect every argument of every layer in every pass.
 
-    states: Receives the embeddings and every layer's output.
+    Args:
+        stages: The stages, in order.
+        text: The language model.
+        embeds_QD: Its input.
+        position_ids: Rotary positions.
+        cache: Keys and values, to which the rows are written.
+        mask: Attention mask, or None.
+        extra: Other arguments of each layer.
+        states: Receives the embeddings and every layer's output.
     """
     hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
@@ -87,12 +97,12 @@ def through(
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one in a block: our own kernels launch on the current device, not on their tensors'."""
+    """Make `device` the current one in a block: our own kernels launch on the current device, wherever tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def split(layers: int, room: Sequence[float]) -> list[int]:
-    """Split layers over devices in proportion to their free memory, at least one layer each.
+    """Split layers over devices in proportion to the devices' free memory, with at least one layer on each.
 
     Args:
         layers: Number of layers.
@@ -114,9 +124,12 @@ def split(layers: int, room: Sequence[float]) -> list[int]:
 
 
 def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Make Hugging Face's `device_map` for the given number of layers per device. No entry is a prefix of another.
+    """Make Hugging Face's `device_map`, from names of modules and parameters to devices. No entry lies inside another.
 
-    hf: The model, which may be on meta.
+    Args:
+        hf: The model, which may be on meta.
+        counts: Number of layers on each device.
+        devices: The devices, in the order of the layers.
     """
     text, first, last = hf.model.language_model, devices[0], devices[-1]
     placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != "language_model"}
@@ -135,10 +148,10 @@ SHARED = {
 
 
 def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
-    """Make Hugging Face's `tp_plan`, since releases differ in whether "auto" shards the embedding and the head.
+    """Make Hugging Face's `tp_plan`, from names of layers to how ranks share them.
 
     Every rank holds the whole embedding and vision tower, and the whole head if it is tied to the embedding or its rows
-    cannot be divided evenly.
+    cannot be divided evenly. The plan "auto" is not used, since releases differ in what it shards of these.
     """
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -156,7 +169,11 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
     """Raise UserError if heads or MLP columns cannot be divided by the number of ranks.
 
-    asked: The setting that asks for the ranks, to begin the message. instead: Advice to end it.
+    Args:
+        config: The model's configuration.
+        ranks: Number of ranks.
+        asked: The setting that asks for the ranks, which begins the message.
+        instead: Advice, which ends the message.
     """
     text = config.get_text_config()
     counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}

@@ -7,7 +7,8 @@ dependency. We have read about the alternatives but not measured them: torchao's
 for speed; bitsandbytes' 8-bit layer could not be captured in a CUDA graph (vLLM pull request 15611). transformers'
 quantization_config leads to libraries of this kind.
 
-Shape suffixes: N output features, K input features, J = K/2 bytes, G groups of K, B rows of one block.
+Shape suffixes: N output features, K input features (or those of one group), J = K/2 bytes, G groups of input features
+that share a scale, B rows of one block.
 """
 
 import re
@@ -23,9 +24,9 @@ from specvlm.models.partition import tensor_plan
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
 KINDS = ("fp8", "int8", "int4")
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # number stored for the largest weight that shares a scale
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # stored for the largest weight among those that share a scale
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
-GROUP = 128  # most weights of a row that share an int4 scale
+GROUP = 128  # maximum number of weights of a row that share an int4 scale
 BLOCK = 1024  # rows quantised at once: bounds the float32 copies, 121 MB each at the widest layer of a 72B model
 
 
@@ -91,10 +92,10 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, kind={self.kind}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the layer for `.to`, `.cuda` and the like; only the bias is cast.
+        """Move the layer for `.to`, `.cuda` and the like; only the bias is cast to another dtype.
 
-        `.to(dtype)` would cast the float8 weights and float32 scales too. So `fn` gets them as integers of the same width,
-        which it does not cast.
+        `.to(dtype)` would cast the float8 weights and float32 scales too. So `fn` gets these as integers of the same
+        width, which it does not cast.
         """
         quantised = {id(buffer) for buffer in (self.qweight, self.scale)}
         bits = {1: torch.uint8, 4: torch.int32}
@@ -119,13 +120,16 @@ def unpack(bytes_NJ: Tensor) -> Tensor:
 
 
 def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = None) -> QuantizedLinear:
-    """Quantise a linear layer. `linear` is not changed, and shares its bias.
+    """Quantise a linear layer. `linear` is not changed. Its bias is shared, or copied to another device.
 
     Args:
         linear: Layer to quantise; on meta, the result is on meta too.
         kind: One of KINDS.
-        device: Device of the result; by default that of `linear`. Rows are moved there block by block, so that the
-            device never holds the whole unquantised weight.
+        device: Device of the result; by default that of `linear`. From another device, rows are moved block by block,
+            so that `device` never holds the whole unquantised weight.
+
+    Raises:
+        UserError: The kind is not in KINDS, or the number of inputs is odd for int4.
     """
     where = linear.weight.device if device is None else torch.device(device)
     bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(where), linear.bias.requires_grad)
@@ -146,9 +150,10 @@ def quantize(linear: nn.Linear, kind: str, device: torch.device | str | None = N
 
 
 def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup) -> QuantizedLinear:
-    """Quantise this rank's share of a tensor-parallel layer and add the collective that its style needs.
+    """Quantise this rank's share of a tensor-parallel layer and add the collective that the layer needs.
 
-    A row split over ranks gets one scale per rank, so the weights differ slightly from those quantised on one device.
+    If each row of the weight is cut into parts for the ranks, every rank computes scales for its own parts. The weights
+    then differ slightly from those quantised on one device.
     """
     weight, bias = local_shard(linear.weight.detach()), linear.bias
     share = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -165,8 +170,9 @@ def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup)
 def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, ranks: ProcessGroup = SINGLE) -> None:
     """Quantise every nn.Linear of a Hugging Face model's text layers, and its head, in place.
 
-    Each weight is freed before the next layer is quantised, so that `device` holds at most one unquantised block (see
-    `quantize`). A head tied to the embedding is untied: the embedding keeps its weight and dtype.
+    Each weight is freed before the next layer is quantised. If the model is on another device than `device`, the latter
+    holds at most one block of unquantised rows. A head tied to the embedding is untied: the embedding keeps its weight
+    and dtype.
     """
     for parent, name in _text_linears(hf):
         linear = getattr(parent, name)
@@ -175,7 +181,10 @@ def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, 
 
 
 def left_full(hf: Any, kind: str) -> str:
-    """Describe weights that `quantize_text` left unquantised, such as fused experts; empty if there are none."""
+    """Describe the weights of text layers that `quantize_text` left unquantised, such as fused experts.
+
+    Empty if there are none.
+    """
     layers = hf.model.language_model.layers
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
     if not left:
@@ -186,7 +195,7 @@ def left_full(hf: Any, kind: str) -> str:
 
 
 class Stored(NamedTuple):
-    """A parameter as a loaded model stores it. key: equal for tied parameters. nbytes: size on one rank."""
+    """A parameter as a loaded model stores it. key: equal for tied parameters. nbytes: size in bytes on one rank."""
 
     name: str
     key: object
@@ -194,9 +203,13 @@ class Stored(NamedTuple):
 
 
 def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1) -> Iterator[Stored]:
-    """List parameters as `load` would store them: in `dtype`, text quantised to `kind`, split over `ranks`.
+    """Yield parameters as `load` would store them.
 
-    hf: The model, which may be on meta.
+    Args:
+        hf: The model, which may be on meta.
+        dtype: Dtype of parameters that are not quantised.
+        kind: Kind of quantisation of text layers and head; None for none.
+        ranks: Number of ranks that share the model.
     """
     styles = tensor_plan(hf.config, ranks) if ranks > 1 else {}
     quantised = {id(getattr(parent, name)) for parent, name in _text_linears(hf)} if kind else set()

@@ -1,8 +1,8 @@
-"""Process groups for tensor parallelism and their collectives. Each rank holds a share of every layer.
+"""Process groups for tensor parallelism and their collectives. Each rank holds a share of every text layer.
 
 All ranks run the same loop on the same input. Decisions are computed from tensors that are equal on all ranks (sums,
-gathered logits), or made on rank 0 and broadcast. Collectives run in the current stream and may be captured in a CUDA
-graph. Every rank must call each of them, in the same order.
+gathered logits), or made on rank 0 and broadcast. Collectives on tensors run in the current stream and may be captured
+in a CUDA graph. Every rank must call each of them, in the same order.
 
 Shape suffixes: Q rows of a pass, N outputs of a layer, R ranks.
 """
@@ -28,16 +28,19 @@ from specvlm.parallel.watchdog import Watch
 
 T = TypeVar("T")
 _JOINED = count()  # counts the groups joined so far, equally on all ranks
-ROOM = 64  # rows of a symmetric buffer: the most rows of a pass of the lean language model
+ROOM = 64  # rows of a symmetric buffer; an all-reduce of more rows is not fused
 
 
 @dataclass(frozen=True)
 class SymmetricBuffer:
-    """Memory that all ranks can read, for all-reduces of one width and dtype (`engine/kernels/fused_all_reduce.py`).
+    """Memory that all ranks can read and write, for the all-reduces of `engine/kernels/fused_all_reduce.py`.
+
+    There is one per row width and dtype.
 
     Attributes:
-        shares: (R,) address of each rank's (2, ROOM, width) rows.
-        marks: (R,) address of each rank's (R, ROOM) int32 flags, indexed by the rank that sets them.
+        shares: (R,) address of each rank's two alternating buffers of rows, (2, ROOM, width).
+        marks: (R,) address of each rank's (R, ROOM) int32 marks, first index the rank that sets them: the number of the
+            all-reduce for which that rank's row is ready.
         turns: (ROOM,) int32, how many times each row has been all-reduced.
         held: Tensors that own the memory behind the addresses.
     """
@@ -49,7 +52,7 @@ class SymmetricBuffer:
 
 
 class ProcessGroup:
-    """A group of one process, and the base class of larger groups. Its collectives return their input."""
+    """A group of one process, whose collectives return their input; base class of larger groups."""
 
     rank = 0
     size = 1
@@ -59,11 +62,11 @@ class ProcessGroup:
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Return a buffer for a fused all-reduce of (rows, width); None if the GPUs or `rows` do not allow one."""
+        """Return a buffer to all-reduce (rows, width) in a fused kernel; None if the GPUs or `rows` do not allow it."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
-        """Concatenate the columns of all ranks: (Q, N * R)."""
+        """Concatenate the columns (Q, N) of all ranks, in the order of ranks, to (Q, N * R)."""
         return share_QN
 
     def first(self, tensor: Tensor) -> Tensor:
@@ -121,7 +124,10 @@ class ProcessRanks(ProcessGroup):
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Return a buffer, made on first use. It is never made in a capture: a step runs once before it is captured."""
+        """Return a buffer; None if the GPUs cannot share memory or rows > ROOM.
+
+        It is made on first use, which is never in a capture: a step runs once before it is captured.
+        """
         return self._room(width, dtype, device) if self.reach and rows <= ROOM else None
 
     def gather(self, share_QN: Tensor) -> Tensor:
@@ -149,15 +155,16 @@ def local_shard(tensor: Tensor) -> Tensor:
 def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[ProcessGroup]:
     """Join the ranks that torchrun started, over gloo on the CPU or over NCCL with one GPU per rank.
 
-    If a rank dies, the others exit with a one-line message (see `Watch`).
+    If a rank dies, the others exit, and one of them says why in one line (see `Watch`).
 
     Args:
         device: This rank's device.
-        save: See `Watch`.
+        save: Called on rank 0 when another rank runs out of memory, to save the results so far. Returns a text to add
+            to the message.
 
     Raises:
         UserError: The ranks are on several machines, or the system is not Linux.
-        Told: On a non-zero rank, instead of any UserError.
+        Told: On a non-zero rank, instead of a UserError raised inside the block: rank 0 reports it.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():

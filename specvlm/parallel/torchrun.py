@@ -31,5 +31,5 @@ def several_machines() -> bool:
 
 
 def nowhere() -> Path | None:
-    """Return a path to use as the run's folder on a non-zero rank, since only rank 0 writes results; None on rank 0."""
+    """Return a temporary path as the run's folder on a non-zero rank, which writes no results; None on rank 0."""
     return Path(gettempdir()) / f"specvlm-{os.getpid()}" if rank_here() else None

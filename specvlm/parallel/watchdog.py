@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from specvlm.errors import ExitCode, OutOfMemory, UserError
 
 DONE, FAILED, MEMORY, FOLLOWED = "done", "failed", "memory", "followed"  # how a rank ended; unset if it was killed
-PATIENCE_S = 3.0  # seconds a failed rank waits to learn whether a dead peer was the cause
+PATIENCE_S = 3.0  # seconds to wait, after an error or a SIGTERM, to learn whether a dead peer was the cause
 HANGS_S = 20.0  # seconds after which a block under `patience` counts as hanging
 
 
@@ -29,11 +29,12 @@ class Watch:
         store: A torch.distributed store with a connection of its own.
         rank: This process's rank.
         size: Number of ranks.
-        save: Called on rank 0 when another rank runs out of memory, to save results. Its return value is added to the
+        save: Called on rank 0 when another rank runs out of memory, to save results. Returns a text to add to the
             message.
 
     Raises:
-        UserError: The system is not Linux: elsewhere a process can only wait for its own children.
+        UserError: The system is not Linux. Elsewhere a process can only wait for its own children, which the other
+            ranks are not.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -64,12 +65,20 @@ class Watch:
             os.close(fd)
 
     def ended(self, kind: str = DONE, why: str = "") -> None:
-        """Tell the other ranks how this one ends. From now on the watchdog no longer exits this process."""
+        """Tell the other ranks how this one ends. From now on, the watchdog no longer exits this process for a death.
+
+        Args:
+            kind: DONE, FAILED or MEMORY.
+            why: Message of the error, if any.
+        """
         self.ending.acquire(blocking=False)
         self.store.set(f"ended/{self.rank}", f"{kind} {why}")
 
     def failed(self, error: BaseException) -> None:
-        """Call `ended`, unless a dead peer caused the error: then the thread reports that and exits this process."""
+        """Call `ended`, unless a dead peer caused the error: then the thread reports that and exits this process.
+
+        Waits up to twice PATIENCE_S for the thread to find a dead peer.
+        """
         if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
             self.thread.join(PATIENCE_S)  # a dead peer may have made a collective fail
         if self.rank:
@@ -118,7 +127,10 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another one."""
+        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another one.
+
+        Does nothing if this process is ending by itself.
+        """
         kind, why = self._last_word(rank)
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
@@ -153,13 +165,13 @@ class Watch:
             os.write(2, f"specvlm: {line}\n".encode())
 
     def _follow(self, code: int) -> NoReturn:
-        """Exit this process because another one ended."""
+        """Exit this process because another one ended, and record that for the other ranks."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"ended/{self.rank}", FOLLOWED)
         self._exit(code)
 
     def _exit(self, code: int) -> NoReturn:
-        """Exit at once: other threads may be blocked in a collective."""
+        """Exit at once, without cleanup: other threads may be blocked in a collective."""
         if sys.stdout is not None:
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Parse external input within bounds."""
+"""Parse external input, within limits on sizes and values."""

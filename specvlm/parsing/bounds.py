@@ -1,7 +1,7 @@
 """Check external values against types with bounds: keys of a run, fields of strategies, content of files.
 
-A bound is part of the type: `frames: Annotated[int | None, Within(1, 16_384)]`. A number without one gets the default
-bounds of its type. Hydra checks the types of keys and fields, `check` their bounds; `parse` checks both for files.
+A bound is part of the type: `frames: Annotated[int | None, Within(1, 16_384)]`. For keys and fields, Hydra checks types
+and `check` bounds; numbers without a bound of their own get INTEGER or REAL. For content of files, `parse` checks both.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from specvlm.errors import SURROGATE, UserError, line, message
 
-SHOWN = 100  # most characters of an unexpected value to show
+SHOWN = 100  # maximum number of characters of an unexpected value to show
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Within:
         high: Upper bound, itself allowed.
         what: Description for messages, such as "a share"; replaces the wording of the lower bound.
         above: The value must be larger than `low`.
+
+    Raises:
+        ValueError: The bounds are not two numbers, the lower one first.
     """
 
     low: float
@@ -46,12 +49,12 @@ class Within:
 
     @property
     def least(self) -> str:
-        """Wording of the lower bound, or `what`."""
+        """Wording of the lower bound, such as "at least 1"; `what` if it is set."""
         return self.what or f"{'more than' if self.above else 'at least'} {self.low}"
 
     @property
     def most(self) -> str:
-        """Wording of the upper bound, or of both after `what`."""
+        """Wording of the upper bound, such as "at most 5"; if `what` is set, of both bounds, such as "from 0 to 1"."""
         return f"from {self.low} to {self.high}" if self.what else f"at most {self.high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -61,7 +64,7 @@ class Within:
         return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def _checked(self, value: float | None) -> float | None:
-        """Return the value, or raise ValueError if it is out of bounds."""
+        """Return the value unchanged. Raises ValueError if it is out of bounds; None passes."""
         if value is not None and value not in self:
             raise ValueError(f"expected {self}")
         return value
@@ -72,7 +75,7 @@ Seconds = Annotated[float, Within(0, 1e9)]
 
 
 KEY, FIELD = "{name}={value}: expected {least}, {most}", "{name} must be {least}, got {value} ({most})"  # messages of `check`
-INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # bounds of numbers that declare none
+INTEGER, REAL = Within(-(2**31), 2**31 - 1), Within(-1e30, 1e30)  # bounds that `check` applies to types without any
 
 
 def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
@@ -84,7 +87,7 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
         wording: KEY for keys of a run, FIELD for fields of a strategy.
 
     Raises:
-        UserError: A value is out of bounds; names the key, the value and the bounds.
+        UserError: A value is out of bounds. The message names the key, the value and the bounds.
     """
     for name, hint in get_type_hints(owner, include_extras=True).items():
         if hint is Any:  # for example a strategy among the keys of a run, which is checked separately
@@ -98,9 +101,10 @@ def check(owner: type, values: Mapping[str, Any], wording: str = FIELD) -> None:
 
 
 def parse(kind: Any, value: Any, where: object) -> Any:
-    """Validate a value read from a file. Strict about types: "3" and true are not numbers, 3.0 is not an integer.
+    """Check a value read from a file against a type, and convert it to that type.
 
-    Values that JSON lacks, such as dates in YAML, are read as text. Lone surrogates in a text become U+FFFD.
+    Types are strict: "3" and true are not numbers, 3.0 is not an integer. Values that JSON lacks, such as dates in
+    YAML, are read as text. Lone surrogates in a text become U+FFFD.
 
     Args:
         kind: Type with bounds, such as a dataclass or a TypedDict.
@@ -108,7 +112,8 @@ def parse(kind: Any, value: Any, where: object) -> Any:
         where: Name of the file, to begin the message.
 
     Raises:
-        UserError: The value is not valid; names the first invalid part.
+        UserError: The value does not fit the type (the message names the first invalid part), or cannot be written as
+            JSON.
     """
     from pydantic import ValidationError
 
@@ -141,14 +146,14 @@ def _described(error: Mapping[str, Any]) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, also of one inside Annotated."""
+    """Return the members of a union type, or of a union inside Annotated."""
     return get_args(getattr(hint, "__origin__", hint)) or get_args(hint)
 
 
 def _numbers(value: Any, hint: Any, around: tuple[Within, ...] = ()) -> Iterator[tuple[float, tuple[Within, ...]]]:
-    """Yield each number in a value with its bounds: those of its type and of the enclosing types.
+    """Yield each number in a value, with the bounds in its type and in the types around it.
 
-    Passes nested dataclasses to `check` and yields nothing for them.
+    Nested dataclasses are passed to `check`; nothing is yielded for them.
     """
     if metadata := getattr(hint, "__metadata__", ()):
         around = (*around, *(part for part in metadata if isinstance(part, Within)))

@@ -11,18 +11,20 @@ import yaml
 
 from specvlm.errors import UserError, message
 
-MOST_BYTES = 64 * 2**20  # most bytes of a file that is read as a whole
-MOST_YAML = 2**20  # most bytes of a YAML file
-DEEPEST = 100  # most levels of nesting; deeper data would crash recursive parsers
+MOST_BYTES = 64 * 2**20  # maximum size of a file that is read as a whole
+MOST_YAML = 2**20  # maximum size of a YAML file in bytes
+DEEPEST = 100  # maximum number of nested levels; deeper data would crash recursive parsers
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MOST_NODES = 100_000  # most nodes in a YAML file, with its aliases expanded
+MOST_NODES = 100_000  # maximum number of values in a YAML file, with its aliases expanded
 
 
 def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
-    """Open a regular file. Never waits, as opening a pipe would until somebody opens its other end.
+    """Open a regular file. Refuses a pipe, whose opening would wait until somebody opens the other end.
+
+    Waits only if another process holds a lease on the file, until that process gives it up.
 
     Raises:
-        UserError: The path is not valid, or not that of a regular file.
+        UserError: The path is not a valid file name, or names something other than a regular file.
         OSError: The file cannot be opened.
     """
     try:
@@ -52,8 +54,8 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Read a file of at most `most` bytes.
 
     Raises:
-        UserError: It is not a regular file, or is too long.
-        OSError: It cannot be read.
+        UserError: The path is not that of a regular file, or the file has more bytes.
+        OSError: The file cannot be read.
     """
     with open_regular(path) as file:
         content: bytes = file.read(most + 1)
@@ -63,7 +65,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Read a UTF-8 text file as `read_bytes` does, without a byte order mark. Raises UserError if it is not UTF-8."""
+    """Read a UTF-8 text file of at most `most` bytes, without its byte order mark.
+
+    Raises:
+        UserError: The path is not that of a regular file, or the file has more bytes or is not UTF-8.
+        OSError: The file cannot be read.
+    """
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -79,15 +86,18 @@ def json_of(text: str | bytes) -> Any:
 
 
 def nested(value: Any, most: int = DEEPEST) -> bool:
-    """Whether lists and objects are nested more than `most` deep. Such data could be written, but not parsed again."""
+    """Whether lists and objects are nested more than `most` deep. Such JSON could be written, but not parsed again."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return most < 0 or any(nested(part, most - 1) for part in inner)
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data. Interpolations stay text.
+    """Read a YAML file as plain data. OmegaConf's interpolations, such as ${HOME}, stay text.
 
-    Raises UserError if it is invalid, nested too deeply, or larger than MOST_YAML bytes or MOST_NODES values.
+    Raises:
+        UserError: The path is not that of a regular file, or the file is invalid, nested more than DEEPEST deep, or
+            larger than MOST_YAML bytes or MOST_NODES values.
+        OSError: The file cannot be read.
     """
     text = read_text(path, MOST_YAML)
     try:
@@ -103,7 +113,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    """Raise ValueError if a YAML text is nested more than DEEPEST deep."""
+    """Raise ValueError if a YAML text is nested more than DEEPEST deep. Aliases are not followed."""
     depth = 0
     for event in yaml.parse(text, Loader=Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -124,7 +134,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def literal(value: Any) -> Any:
-    """Escape the texts in a value, except keys, so that OmegaConf reads `${HOME}` literally. Tuples become lists."""
+    """Escape all texts in a value, except keys, so that OmegaConf keeps `${HOME}` as text. Tuples become lists."""
     if isinstance(value, dict):
         return {key: literal(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -133,7 +143,7 @@ def literal(value: Any) -> Any:
 
 
 def escaped(text: str) -> str:
-    """Escape `${` in a text for OmegaConf."""
+    """Escape each `${` in a text with backslashes, so that OmegaConf keeps it as text."""
     if "${" not in text:
         return text
     head, *tail = text.split("${")

@@ -1,6 +1,6 @@
 """Run untrusted code in a fork of this process: if it loops, crashes or exhausts memory, only the fork ends.
 
-Limits time and memory only; files and network stay open.
+Time, memory and the size of the result are limited. Files and the network are not closed to the code.
 """
 
 import gc
@@ -23,16 +23,16 @@ _ALONE = Lock()  # one fork at a time: a lock that another thread holds during a
 
 
 class ChildError(Exception):
-    """The child raised, crashed or exceeded a limit; the message says which."""
+    """The code in the child raised, crashed or exceeded a limit; the message says which."""
 
 
 def in_child(action: Callable[[], str]) -> str:
-    """Call `action` in a fork and return its result. Calls it in this process if the system cannot fork.
+    """Call `action` in a fork and return its result. If the system cannot fork, call it in this process, unlimited.
 
     Takes a few milliseconds. The action must not use CUDA or torch's threads.
 
     Raises:
-        ChildError: The action raised, crashed or exceeded a limit.
+        ChildError: In the fork, the action raised, crashed or exceeded a limit.
     """
     if not hasattr(os, "fork"):
         return action()
@@ -84,7 +84,7 @@ def _limit() -> None:
 
 
 def _read(source: int) -> bytes:
-    """Read the child's output. Raises ChildError if it takes too long or is too large."""
+    """Read the child's output. Raises ChildError if it takes over WALL_SECONDS or has more than LONGEST bytes."""
     parts: list[bytes] = []
     size, end = 0, monotonic() + WALL_SECONDS
     while True:

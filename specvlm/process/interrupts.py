@@ -12,7 +12,7 @@ from specvlm.errors import ExitCode, line
 
 
 class _Names(threading.local):
-    """Names of the strategies whose code the current thread is running."""
+    """Labels, such as "drafter=tree", of the strategies whose code the current thread is running."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -22,7 +22,7 @@ class Interrupts:
     """Counts presses of Ctrl-C, and knows which strategies each thread is running.
 
     Attributes:
-        heard: How many times Ctrl-C was pressed since the command began.
+        heard: How many times Ctrl-C was pressed since the signal handler was last installed.
         installed: Whether the signal handler is installed.
     """
 
@@ -32,12 +32,15 @@ class Interrupts:
 
     @property
     def names(self) -> list[str]:
-        """Strategies that the calling thread is running, the innermost last."""
+        """Labels of the strategies that the calling thread is running, the innermost last."""
         return self._local.names
 
     @property
     def where(self) -> str:
-        """Text such as `` in drafter=tree``, naming the strategy that the calling thread is running; else empty."""
+        """Text such as `` in drafter=tree``, naming the innermost strategy that the calling thread is running.
+
+        Empty if it runs none.
+        """
         return f" in {line(self.names[-1])}" if self.names else ""
 
     def pressed(self, presses: int) -> bool:
@@ -49,7 +52,7 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the handler for this block, if this is the main thread and nobody else has installed one."""
+        """Install the handler for this block. Does nothing outside the main thread, or if another one is installed."""
         here = threading.current_thread() is threading.main_thread()
         if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
@@ -63,7 +66,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """Raise KeyboardInterrupt on the first Ctrl-C. Exit on the second: the first was caught, or cleanup hangs."""
+        """Raise KeyboardInterrupt on the first Ctrl-C; exit on the second: the first was caught, or cleanup hangs."""
         self.heard += 1
         if self.heard > 1:
             os.write(2, f"specvlm: interrupted{self.where}, and ended at once\n".encode())

@@ -17,12 +17,12 @@ _COPIES: list[tuple[ref[Tensor], Tensor]] = []
 
 
 def remembered(most: int | None = None) -> Callable[[F], F]:
-    """Decorate a function of shapes so that its results are cached. Nobody may write to the tensors in them.
+    """Return a decorator that caches the results of a function of hashable arguments, such as shapes.
 
-    The uncached function is `__wrapped__`.
+    Callers must not write to the tensors in a result. The uncached function is `__wrapped__`.
 
     Args:
-        most: Number of results to keep. None keeps all, for tensors whose addresses a captured graph holds.
+        most: Maximum number of results to keep. None keeps all, for tensors whose addresses a captured graph holds.
     """
 
     def decorated(made: F) -> F:
@@ -46,7 +46,7 @@ def remembered(most: int | None = None) -> Callable[[F], F]:
 
 @torch.inference_mode()  # tensors made in inference mode cannot be written to outside of it
 def restored() -> bool:
-    """Restore cached tensors that were written to; returns whether there were any."""
+    """Restore the cached tensors that were written to, from their copies; returns whether there were any."""
     with _LOCK:
         _COPIES[:] = [pair for pair in _COPIES if pair[0]() is not None]
         pairs = list(_COPIES)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+# Names of torch's tables of hooks that run for every module.
 GLOBAL_HOOKS = tuple(
     name for name, value in vars(torch.nn.modules.module).items() if name[:8] == "_global_" and isinstance(value, dict)
 )
@@ -19,13 +20,13 @@ GLOBAL_HOOKS = tuple(
 
 @dataclass(frozen=True)
 class Setting:
-    """A process-wide setting: how to read it, set it, and compare two values."""
+    """A process-wide setting: how to read it, set it, and compare two values. `name` is for messages."""
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
     same: Callable[[Any, Any], bool] = eq
-    blamed: bool = True  # report a change; False restores it silently, since reading a video may change it
+    blamed: bool = True  # report a change; if False, only restore it, since reading a video may change the setting, too
 
 
 def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
@@ -53,7 +54,10 @@ def modes_entered() -> tuple[int, int, bool]:
 
 
 def leave_modes(before: tuple[int, int, bool]) -> str:
-    """Go back to the modes of `before`; returns a text that names the kinds of those that were changed."""
+    """Leave the modes entered since `before`, and turn inference mode on or off as before.
+
+    Returns a text that names the kinds of modes that differed.
+    """
     functions, dispatch, inferring = before
     found = []
     if torch.is_inference_mode_enabled() is not inferring:
@@ -70,18 +74,18 @@ def leave_modes(before: tuple[int, int, bool]) -> str:
 
 
 def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether all old entries are unchanged. New ones are allowed: late imports and libraries add some."""
+    """Whether all entries of `before` are unchanged. New ones are allowed: late imports and libraries add some."""
     return all(now.get(name) == value for name, value in before.items())
 
 
 def _modules() -> dict[str, Any]:
-    """Imported modules of specvlm. If an entry were replaced, pickle and late imports would find another module."""
+    """Map names to specvlm's imported modules. If one were replaced, pickle and late imports would use the other."""
     found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter, since there are thousands
     return {name: sys.modules[name] for name in found if name.partition(".")[0] == "specvlm"}
 
 
 def _signal(number: int) -> Setting:
-    """Make the setting of a signal's handler. Only the main thread can restore it; in others nothing is restored."""
+    """Make the setting of a signal's handler. It is restored only in the main thread, since others cannot set it."""
 
     def write(handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -129,7 +133,7 @@ def settings() -> list[Any]:
 
 
 def _read(setting: Setting) -> Any:
-    """Read a setting; None if it cannot be read."""
+    """Read a setting; None if reading raises OSError or RuntimeError."""
     try:
         return setting.read()
     except (OSError, RuntimeError):  # the working directory is gone, or torch's old and new settings were mixed
@@ -137,7 +141,10 @@ def _read(setting: Setting) -> Any:
 
 
 def set_again(before: Sequence[Any]) -> list[str]:
-    """Restore settings that differ, if they could be read before; returns the names of those to report."""
+    """Restore the settings that differ from `before`, unless they could not be read then.
+
+    Returns the names of those that differed and are to be reported (`Setting.blamed`).
+    """
     changed = []
     for setting, was in zip(SETTINGS, before, strict=True):
         if (now := _read(setting)) is was or setting.same(was, now):
@@ -150,7 +157,7 @@ def set_again(before: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Restore all settings after this block. Used for calls into strategies outside a request."""
+    """Context manager that restores the SETTINGS after its block: for calls into strategies outside a request."""
     before = settings()
     try:
         yield

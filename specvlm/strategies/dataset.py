@@ -1,4 +1,4 @@
-"""Base class of data sets, and the samples they list."""
+"""Base class of data sets, and the samples that they list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sample:
 
     Attributes:
         id: Stable identifier within the data set.
-        video: A file, or a function that returns a clip of all frames. Opened or called only when the sample is
+        video: A file, or a function that returns a clip of all frames. It is opened or called only when the sample is
             decoded.
         question: The full question as put to the model, including the options if it is multiple choice.
         answer: The right answer; None if unknown.
@@ -66,5 +66,5 @@ class Dataset(Strategy, ABC):
             The samples in their fixed order.
 
         Raises:
-            UserError: A list cannot be read. The message says which files are expected and where.
+            UserError: A file that lists the samples cannot be read. The message says which files are expected where.
         """

@@ -1,4 +1,7 @@
-"""Guarded calls into strategies: attribute their errors to them, and check what they return before the loop uses it."""
+"""Guarded calls into strategies: attribute their errors to them, and check what they return before the loop uses it.
+
+Shape suffixes: Q rows of a pass, T slots that rows may attend to, V vocabulary.
+"""
 
 import signal
 import sys
@@ -27,7 +30,7 @@ from specvlm.types import DraftTree, Verdict
 
 
 def label_of(strategy: object) -> str:
-    """Return the command-line form of a strategy or class, such as "drafter=tree". Strings are returned unchanged."""
+    """Return the label of a strategy or its class, such as "drafter=tree". Strings are returned unchanged."""
     if type(strategy) is str:
         return strategy
     return _label(strategy if isinstance(strategy, type) else type(strategy))
@@ -64,12 +67,12 @@ THIRD_PARTY_CALLS = ThirdPartyCalls()
 
 
 class inside:
-    """Context manager for a call into a strategy: name the strategy in errors, undo its changes to the process.
+    """Context manager for a call into a strategy: name the strategy in errors, restore Ctrl-C and torch's modes.
 
     Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
-    OSError (which would look like a full results disk), StopIteration, SystemExit, a KeyboardInterrupt without the
-    user's Ctrl-C, and specvlm's own errors except for StrategyError, UserError and MissingVideo. These three are raised
-    unchanged. The SIGINT handler and torch's modes are restored.
+    OSError (which would look like a full results disk), StopIteration, a KeyboardInterrupt without the user's Ctrl-C,
+    SystemExit and the like, and specvlm's own errors and their subclasses. Only StrategyError, UserError and
+    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored.
 
     It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
@@ -90,7 +93,7 @@ class inside:
         self.modes, self.handler = modes_entered(), getsignal(signal.SIGINT)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Restore the handler and the modes, then raise what the class docstring lists."""
+        """Restore the SIGINT handler and torch's modes, then raise an error if the class docstring calls for one."""
         self.names.pop()
         if getsignal(signal.SIGINT) is not self.handler and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.handler)  # restore it at once: the next call may hang
@@ -104,7 +107,7 @@ class inside:
             raise _interrupted(self.label)
 
     def _tell(self, error: BaseException) -> None:
-        """Raise the error in its proper form, or return if it may propagate, perhaps with a note."""
+        """Raise the error that replaces this one. Return if this one may propagate, after adding a note if needed."""
         label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
             raise _interrupted(label) from error  # the strategy turned the user's Ctrl-C into another error
@@ -127,7 +130,10 @@ def _interrupted(label: str) -> KeyboardInterrupt:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Context manager for code that may call strategies: turn SystemExit and similar exceptions into StrategyError."""
+    """Context manager for code that may call strategies: turn SystemExit and the like into a StrategyError.
+
+    Other exceptions pass: those derived from Exception, GeneratorExit and KeyboardInterrupt.
+    """
     try:
         yield
     except (Exception, GeneratorExit, KeyboardInterrupt):
@@ -171,10 +177,11 @@ def sizes_of(drafter: Drafter) -> tuple[int, int]:
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
-    """Check what a drafter yields.
+    """Check what a drafter yields. Returns it, a pass with its slots read to the host.
 
     Raises:
-        StrategyError: It is not a well-formed pass or call on a cache that the session took.
+        StrategyError: It is not a valid pass or call of a routine, or does not write to a cache that the session took.
+        TypeError: The key of a routine is not hashable.
     """
     label = label_of(drafter)
     if type(item) is not Pass and type(item) is not Call:  # a subclass may answer otherwise once it has been checked
@@ -195,7 +202,7 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
 
 
 def check_pass(label: str, one: Pass) -> None:
-    """Check the shapes of a pass without reading its tensors. Raises StrategyError if they do not match."""
+    """Check a pass without reading tensors. Raises StrategyError if shapes disagree or rows exceed the cache."""
     tokens, seen = one.tokens_Q, one.seen_QT
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
         raise StrategyError(f"{label}: tokens of a pass must be (Q,) int64, got {_described(tokens)}")
@@ -209,7 +216,10 @@ def check_pass(label: str, one: Pass) -> None:
 
 
 def _check_call(label: str, call: Call) -> None:
-    """Check that a routine call can be captured. Done on every engine, so that authors see errors on a CPU, too."""
+    """Check that a call fits its routine and can be captured. Raises StrategyError, or TypeError for an unhashable key.
+
+    Done on every engine, so that authors see errors on a CPU, too.
+    """
     routine, made = call.routine, call.routine.function
     if not isinstance(made, FunctionType) or "<locals>" in made.__qualname__:
         raise StrategyError(f"{label}: a routine's work must be a module-level function or a partial of one, got {made!r:.100}")
@@ -227,7 +237,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
     """Check a proposal and copy it to a plain DraftTree with the last accepted token at node 0.
 
     On a CPU, token ids outside the vocabulary are refused. On a GPU they are clamped, since reading them would wait for
-    the device; a wrong guess never changes what is accepted.
+    the device; the verifier then judges the changed guess like any other.
 
     Args:
         drafter: Named in errors.
@@ -269,7 +279,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
 
 @lru_cache(maxsize=256)
 def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Check the parents and ranks of a tree; cached, since shapes recur."""
+    """Return the parents and ranks of a tree. Raises TypeError or ValueError for invalid ones. Cached: shapes recur."""
     for name, values in (("parents", parents), ("ranks", ranks)):
         if values is not None and not (type(values) is tuple and all(type(value) is int for value in values)):
             raise TypeError(f"{name} must be a tuple of int, got {values!r:.200}")
@@ -281,7 +291,10 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 
 def is_ours(value: object) -> bool:
-    """Return True for an unmodified instance of a class that specvlm defines."""
+    """Return True for an instance of a class of specvlm's own, unless a method of it may have been replaced.
+
+    That is, `propose` is set on the instance, or, on a dataclass, anything besides its fields.
+    """
     own = vars(value) if hasattr(value, "__dict__") else {}
     fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets
     changed = "propose" in own or (fields is not None and not own.keys() <= fields.keys())
@@ -289,7 +302,7 @@ def is_ours(value: object) -> bool:
 
 
 def defined_here(cls: Any) -> bool:
-    """Return True for a class or function of specvlm's own that its module still holds under its name."""
+    """Return True for a class or function of specvlm's own that has not been replaced in its module."""
     home = cls.__module__
     return type(home) is str and home in OURS and getattr(sys.modules.get(home), cls.__name__, None) is cls
 

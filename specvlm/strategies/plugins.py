@@ -1,6 +1,6 @@
 """Load strategies: the built-ins, and every installed package with an entry point in the group `specvlm`.
 
-Both use the same hook. Plugins load one by one; a broken plugin is reported and skipped.
+Both use the same hook. Plugins load one by one; a broken plugin is skipped, with a warning.
 
 SPECVLM_PLUGINS=a,b          load only these installed plugins (empty: none), and always the built-ins
 SPECVLM_STRICT_PLUGINS=1     treat a broken plugin as an error
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Hooks:
-    """Hooks of a plugin: functions marked with `@hookimpl` in the module that its entry point names."""
+    """Hooks that a plugin implements, by functions marked with `@hookimpl` in the module that its entry point names."""
 
     @hookspec
     def specvlm_strategies(self) -> list[type]:  # type: ignore[empty-body]
@@ -76,6 +76,8 @@ class Plugin:
 def load() -> list[Plugin]:
     """Load the built-ins, then the installed plugins in the order of their entry points' names.
 
+    Skips plugins that SPECVLM_PLUGINS excludes, and, with a warning, broken ones.
+
     Raises:
         PluginError: A plugin is broken and SPECVLM_STRICT_PLUGINS=1 is set.
     """
@@ -98,13 +100,13 @@ def load() -> list[Plugin]:
 
 
 def installed() -> list[str]:
-    """List "name version" of every installed plugin, loaded or not."""
+    """List "name version" of every installed plugin, whether it is loaded or not."""
     return list(_installed(entry_points, tuple(sys.path)))
 
 
 @lru_cache(maxsize=8)  # it is called for every sample, and reads a file of each installed package
 def _installed(points: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[str, ...]:
-    """List the plugins that `points` finds on `path`. The path is there only as a cache key."""
+    """List the plugins that `points`, called with our group, finds. `path` is there only as a cache key."""
     return tuple(sorted({" ".join(_distribution(point)).strip() for point in points(group=GROUP)}))
 
 
@@ -174,7 +176,7 @@ def _unambiguous(points: Any) -> list[EntryPoint]:
 
 
 def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
-    """Apply SPECVLM_PLUGINS, which lists names of entry points or of distributions."""
+    """Keep those entry points whose name, or distribution, SPECVLM_PLUGINS lists; all of them if it is not set."""
     wish = os.environ.get("SPECVLM_PLUGINS")
     if wish is None:
         return points
@@ -187,7 +189,7 @@ def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    """Return the name and version of an entry point's package; its own name and no version if that is unknown."""
+    """Return name and version of an entry point's package; if unknown, the entry point's name and an empty version."""
     return (point.dist.name, point.dist.version) if point.dist else (point.name, "")
 
 

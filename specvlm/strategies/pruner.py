@@ -20,11 +20,11 @@ from specvlm.types import KeepSet, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PruneContext:
-    """Input of a pruner. Its tensors are copies; leave them unchanged all the same (`check_pruner` checks this).
+    """Input of a pruner. Do not change its tensors (`check_pruner` checks this).
 
     Attributes:
         grids: Token grid of each video, in prompt order. The tokens of all videos are numbered 0 to total - 1.
-        budget: Number of tokens that may be kept.
+        budget: Maximum number of tokens to keep.
         signals: Signals by name: only those in the pruner's `needs`. Read them with `signal`.
         generator: Random generator on the CPU, seeded per request.
         device: Device of the signals.
@@ -43,7 +43,7 @@ class PruneContext:
 
     @property
     def grid(self) -> TokenGrid:
-        """Grid of the only video. Use `grids` and `by_frame` to support several.
+        """Grid of the prompt's only video. Use `grids` and `by_frame` to support several videos.
 
         Raises:
             ValueError: The prompt has more than one video, or none.
@@ -61,7 +61,7 @@ class PruneContext:
         return signal_of(self.signals, name, "pruner")
 
     def scores(self, name: str) -> Tensor:
-        """Return a signal in float32, for ranking tokens.
+        """Return a signal in float32, for ranking tokens by it.
 
         Raises:
             ValueError: The signal contains NaN, or is not in the pruner's `needs`.
@@ -94,7 +94,7 @@ class PruneContext:
         return [part[: g.cells].unflatten(0, (g.frames, g.per_frame)) for part, g in zip(parts, self.grids, strict=True)]
 
     def flatten(self, values_FP: Sequence[Tensor], newline: float = float("-inf")) -> Tensor:
-        """Invert `by_frame` for one value per token.
+        """Join values per frame to one value per token: the inverse of `by_frame`.
 
         Args:
             values_FP: One (F, P) tensor per video.
@@ -109,9 +109,9 @@ class PruneContext:
     def each_video(self, select: Callable[[Self], KeepSet]) -> KeepSet:
         """Call a single-video `select` for each video and join the results.
 
-        The budget is split in proportion to the videos' tokens. `select` is not called for a video with a share of 0,
-        which is dropped, nor for one whose share covers all its cells, which keeps them all. Newline tokens are kept
-        only if the share exceeds the number of cells.
+        The budget is split in proportion to the videos' numbers of tokens. `select` is not called for a video with a
+        share of 0, which is dropped, nor for one whose share covers all its cells (tokens except newline tokens), which
+        keeps them all. Newline tokens are kept only if the share exceeds the number of cells.
 
         Args:
             select: Called with a context of one video: its grid without newline tokens, the signals of its tokens,
@@ -152,7 +152,7 @@ class PruneContext:
         return replace(KeepSet.merge(torch.cat(owner), torch.cat(source), torch.cat(weight), self.total), note=note)
 
     def _within(self, name: str, start: int, stop: int) -> Tensor:
-        """Slice a signal to tokens start to stop - 1. A signal without a token axis is returned whole."""
+        """Slice a signal to video tokens start to stop - 1. A signal without a token axis N is returned whole."""
         axes = axes_of(name)
         return self.signals[name].narrow(axes.index("N"), start, stop - start) if "N" in axes else self.signals[name]
 
@@ -182,7 +182,9 @@ class Pruner(Strategy, ABC):
         return 0
 
     def state_layer(self, layers: int) -> int:
-        """Return the target layer after which the signals in `STATE_SIGNALS` are read.
+        """Return the target layer from which the signals in `STATE_SIGNALS` are read: its output or its keys.
+
+        Only "final_norm" does not depend on the layer, but needs a valid one, too.
 
         Args:
             layers: Number of layers of the target.
@@ -195,14 +197,14 @@ class Pruner(Strategy, ABC):
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """Weight the text tokens whose attention makes up the signal "verifier_attention_weighted".
 
-        Called before the attention is computed.
+        Called before the attention is computed, and only if `needs` contains that signal. By default, all weigh 1.
 
         Args:
             text_TD: (T, D) Embeddings of the text after the video, as they enter the target's first layer.
             features_ND: (N, D) Video features, as they enter the target's first layer.
 
         Returns:
-            (T,) Weights, none negative and not all 0. Their sum does not matter.
+            (T,) Weights, none negative and not all 0. They need not sum to 1.
         """
         return text_TD.new_ones(len(text_TD))
 
@@ -214,5 +216,5 @@ class Pruner(Strategy, ABC):
             ctx: The videos, the budget and the signals. The loop calls `select` only if 0 < budget < total.
 
         Returns:
-            1 to `ctx.budget` of the tokens.
+            At least one token and at most `ctx.budget`.
         """

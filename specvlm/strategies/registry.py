@@ -1,6 +1,6 @@
 """Registry of strategies by kind and name: check their classes, offer them as Hydra options, build them from configs.
 
-A strategy's name is written only in its class.
+A strategy is registered under the `name` of its class; no other list of names exists.
 """
 
 import dataclasses
@@ -58,14 +58,14 @@ class StrategyInfo:
 def collect() -> dict[str, dict[str, StrategyInfo]]:
     """Collect all usable strategies. Cached, so that plugins load once per process.
 
-    A class that breaks the rules is reported and left out. If two classes of one kind share a name, the clash is
-    reported: the built-in one stays, and if none is built-in, all are left out.
+    A class that `describe` refuses is left out, with a warning. If classes of one kind share a name, a warning says so:
+    a built-in one is used, and if none is built-in, all are left out.
 
     Returns:
         `{kind: {name: info}}`, in order of registration.
 
     Raises:
-        PluginError: A plugin or class would be reported, and SPECVLM_STRICT_PLUGINS=1 is set.
+        PluginError: There would be a warning, and SPECVLM_STRICT_PLUGINS=1 is set.
     """
     found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
     for plugin in plugins.load():
@@ -92,7 +92,8 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
         plugin: Label of the package that provides it.
 
     Raises:
-        PluginError: The class breaks a rule; the message names both.
+        PluginError: The class is not a frozen dataclass derived from a base class of strategies, is abstract, has no
+            valid name, or has a field that a config cannot hold or whose name is taken. The message names the class.
     """
     if not isinstance(cls, type) or not issubclass(cls, Strategy):
         raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier or Dataset")
@@ -105,7 +106,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 
 def store() -> None:
-    """Register every strategy with Hydra, and the schemas of the run and its tracker. May be called repeatedly."""
+    """Register every strategy with Hydra, and the schemas of the run and of the tracker. May be called repeatedly."""
     options = ConfigStore.instance()
     options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
     options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
@@ -133,7 +134,7 @@ def find(kind: str, name: str) -> StrategyInfo:
 
 
 def unknown(kind: str, name: str, names: list[str]) -> str:
-    """Return the message for an unknown name, with the known ones and the closest match."""
+    """Return the message for an unknown name, with the known `names` and the closest of them."""
     there = ", ".join(sorted(names)) or "none"
     return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
 
@@ -183,6 +184,8 @@ def build(kind: str, chosen: Any) -> Any:
     Raises:
         UserError: The config is invalid (see `settings`), a number is out of bounds, or the constructor raises a
             ValueError or ArithmeticError.
+        StrategyError: The constructor raises an error that would be misread (see `fence.inside`).
+        TypeError: The constructor returns an instance of another class.
     """
     if not dataclasses.is_dataclass(chosen):
         chosen = settings(kind, {"name": chosen} if isinstance(chosen, str) else chosen)
@@ -219,7 +222,7 @@ def _check_class(cls: type[Strategy]) -> None:
 
 
 def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
-    """Return the one class to use out of those that share a kind and name; report a clash. None if none is used."""
+    """Return the class to use out of those that share a kind and name, None if none is; report a clash of several."""
     if len(infos) == 1:
         return infos[0]
     builtin = [info for info in infos if info.plugin == "specvlm"]
@@ -231,7 +234,10 @@ def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | Non
 
 
 def _config_class(cls: type[Strategy]) -> type:
-    """Create the dataclass that Hydra sees: the fields of the class, preceded by its name."""
+    """Create the dataclass that Hydra sees: the name of the strategy, then the fields of its class.
+
+    Raises PluginError for a field whose type Hydra cannot handle.
+    """
     try:
         hints = get_type_hints(cls)
     except NameError as err:
@@ -254,12 +260,12 @@ def _config_class(cls: type[Strategy]) -> type:
 
 
 def _number_or_word(hint: Any) -> bool:
-    """Return True for a type such as `float | str`. Hydra would refuse the integer 1 for it."""
+    """Return True for a type such as `float | str`, without int: Hydra would refuse the integer 1 for it."""
     return {float, str} <= {*get_args(hint)} and int not in get_args(hint)
 
 
 def _number(value: Any) -> Any:
-    """Convert 1 and "0.5" to float, as Hydra does for a field of type float. Return words and other values unchanged."""
+    """Convert an int, or a text such as "0.5", to float, as Hydra does for a float field; return others unchanged."""
     plain = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{0,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?", value)
     if type(value) is not int and not plain:
         return value
@@ -279,7 +285,7 @@ def described(strategy: object) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """Return a field's default for a new dataclass; OmegaConf's MISSING if it has none."""
+    """Return a dataclass field with the same default; with OmegaConf's MISSING as default if there is none."""
     if field.default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=field.default_factory)
     return dataclasses.field(default=MISSING if field.default is dataclasses.MISSING else field.default)
@@ -290,7 +296,7 @@ def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _as_tuple(value: Any, hint: Any) -> Any:
-    """Convert lists back to tuples, which OmegaConf does not keep."""
+    """Convert lists back to tuples where the type asks for them: OmegaConf turns tuples into lists."""
     if get_origin(hint) is not tuple or not isinstance(value, list):
         return value
     inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
@@ -298,6 +304,7 @@ def _as_tuple(value: Any, hint: Any) -> Any:
 
 
 def _summary(cls: type) -> str:
+    """Return `StrategyInfo.summary`."""
     text = cls.__doc__ or ""
     if text.startswith(f"{cls.__name__}("):  # @dataclass writes this if the class has no docstring
         text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
@@ -305,7 +312,7 @@ def _summary(cls: type) -> str:
 
 
 def _source(cls: type) -> str:
-    """Return `StrategyInfo.source`; empty unless both parts are non-empty texts."""
+    """Return `StrategyInfo.source`; empty unless `fidelity` and `paper` are both non-empty texts."""
     paper, fidelity = getattr(cls, "paper", ""), getattr(cls, "fidelity", "")
     return f"{fidelity}: {paper}" if isinstance(paper, str) and isinstance(fidelity, str) and paper and fidelity else ""
 

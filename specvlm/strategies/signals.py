@@ -27,7 +27,7 @@ CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
 
 
 def token_signals() -> list[str]:
-    """List the (N,) signals that need no `state_layer`. Some pruners accept any of these as saliency."""
+    """List the signals of shape (N,) that need no `state_layer`. Some pruners let users rank tokens by any of these."""
     return [name for name in SIGNALS if axes_of(name) == ["N"] and name not in STATE_SIGNALS]
 
 
@@ -37,7 +37,10 @@ def axes_of(name: str) -> list[str]:
 
 
 def signal_of(signals: dict[str, Tensor], name: str, whose: str) -> Tensor:
-    """Look up a signal. Raises ValueError if it is missing; `whose` is the kind of strategy, for the message."""
+    """Look up a signal. Raises ValueError if it is missing.
+
+    whose: The kind of strategy, such as "pruner", for the message.
+    """
     if name not in signals:
         there = ", ".join(sorted(signals)) or "none"
         raise ValueError(f'signal "{name}" is not available (available: {there}): add it to the `needs` of the {whose}')

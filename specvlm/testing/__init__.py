@@ -2,6 +2,8 @@
 
 They need no video, no checkpoint and no test framework; drafters run on tiny random models. A violation raises an
 AssertionError that names the rule and the failing case.
+
+Shape suffixes: N video tokens, K kept video tokens, T text tokens after the video, D feature size.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 
 def __getattr__(name: str) -> Any:
-    """Import the other two suites on first use, so that `check_pruner` need not wait for Hugging Face's models."""
+    """Import the other checks on first use, so that `check_pruner` need not wait for Hugging Face's models."""
     if name in ("check_drafter", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -49,17 +51,18 @@ def __getattr__(name: str) -> Any:
 def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     """Check that a pruner keeps the contract of `Pruner.select`. Takes a second or two.
 
-    Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos), budgets from 1 to
-    N, random, equal and zero signals, float32 and bfloat16, on the CPU and, if available, on CUDA.
+    Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos); all budgets from 1
+    to N for random float32 signals, a few for equal, zero and bfloat16 signals; on the CPU and, if available, on CUDA.
 
-    Checks: the budget is kept; the result is on the right device; rows of `pool` sum to 1; the same seed gives the same
-    tokens, whatever the state of torch's global generator; inputs are not changed; the names of fields and signals are
-    allowed; a missing signal raises a ValueError that names it. A pruner may refuse several videos, but only with a
-    ValueError that explains it.
+    Checks: the budget is kept, or all tokens if `keeps_all` is set; the result is on the right device; rows of `pool`
+    sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs are not
+    changed; the names of fields and signals are allowed; `draft_layers`, `state_layer` and `row_weights` fit `needs`; a
+    missing signal raises a ValueError that names it. A pruner may refuse several videos, but only with a ValueError
+    whose message is a sentence.
 
     Args:
-        pruner: A class, which must work without arguments, or an instance.
-        **fields: Values of its fields.
+        pruner: A class or an instance. The class must work without arguments.
+        **fields: Values of the pruner's fields.
 
     Raises:
         AssertionError: The pruner breaks the contract.
@@ -86,7 +89,7 @@ def _check_fields(cls: type[Pruner]) -> None:
 
 
 def _check_needs(pruner: Pruner) -> None:
-    """Check `needs`, and the properties that go with certain signals."""
+    """Check `needs`, and the members that certain signals require: `draft_layers`, `state_layer` and `row_weights`."""
     needs = pruner.needs
     assert isinstance(needs, frozenset), f"{pruner!r}: needs must be a frozenset of names, got {needs!r}"
     unknown = sorted(needs - SIGNALS.keys())
@@ -105,7 +108,7 @@ def _check_needs(pruner: Pruner) -> None:
 
 
 def _check_row_weights(pruner: Pruner) -> None:
-    """Check that `row_weights` gives valid weights for one and several rows, and for embeddings that are all 0."""
+    """Check that `row_weights` gives valid weights for one and several text tokens, and for embeddings of all 0."""
     for dtype in (torch.float32, torch.bfloat16):
         for rows, scale in ((1, 1.0), (6, 1.0), (6, 0.0)):
             text_TD = scale * torch.randn(rows, WIDTH, generator=seeded()).to(dtype)
@@ -176,7 +179,7 @@ def _check_keep(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) ->
 
 
 def _check_repeatable(pruner: Pruner, ctx: PruneContext, keep: KeepSet, where: str) -> None:
-    """Select again with the same seed and signals, and another state of torch's global generator."""
+    """Check that the same seed and signals give the same tokens with another state of torch's global generator."""
     with other_global_state(repr(pruner)):
         again = pruner.select(ctx)
     same = torch.equal(keep.index, again.index) and (keep.pool is None) == (again.pool is None)

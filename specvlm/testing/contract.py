@@ -10,12 +10,13 @@ import torch
 
 from specvlm.strategies import Strategy
 
+# Types that the fields of a strategy may have.
 PLAIN = (int, float, str, bool, type(None), enum.Enum, tuple, list)
 S = TypeVar("S", bound=Strategy)
 
 
 def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
-    """Check the class of a strategy, and return the instance to check, with these values of its fields."""
+    """Check the class of a strategy, and return the instance to test: the given or a new one, with these fields."""
     cls: type[S] = strategy if isinstance(strategy, type) else type(strategy)
     check_class(cls, base)
     if isinstance(strategy, type):
@@ -24,7 +25,7 @@ def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
 
 
 def check_class(cls: type[Any], base: type[Strategy]) -> None:
-    """Check that a class is a frozen dataclass of plain values that can be built without arguments."""
+    """Check that a class is a named, frozen dataclass of plain values that can be built without arguments."""
     what = cls.__name__
     assert issubclass(cls, base), f"{what} is not a subclass of specvlm.strategies.{base.__name__}"
     name = getattr(cls, "name", None)
@@ -52,7 +53,7 @@ def devices() -> list[torch.device]:
 
 @contextmanager
 def other_global_state(what: str) -> Iterator[None]:
-    """Run a block with another state of torch's global generator, and check that it does not draw from it."""
+    """Run a block with another state of torch's global CPU generator, and check that the block leaves it unchanged."""
     before, state = torch.get_rng_state(), seeded(1).get_state()
     try:
         torch.set_rng_state(state)

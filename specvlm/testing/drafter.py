@@ -1,4 +1,7 @@
-"""Contract checks for drafters: their trees, their use of the seed, and that the output is the target's own."""
+"""Contract checks for drafters: are trees valid and repeatable, and is the output the target's own?
+
+Shape suffixes: M tree nodes, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
     could have been drawn from it without replacement.
 
     Args:
-        drafter: A class, which must work without arguments, or an instance.
-        **fields: Values of its fields.
+        drafter: A class or an instance. The class must work without arguments.
+        **fields: Values of the drafter's fields.
 
     Raises:
         AssertionError: The drafter breaks the contract.
@@ -69,7 +72,7 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
 
 
 def _drafts(family: str, drafter: Drafter) -> list[tuple[str, VideoLM | None]]:
-    """List the draft models to try, with descriptions; only None if the drafter takes none."""
+    """List the draft models to try, each with a description; if the drafter takes none, the only one is None."""
     if drafter.model != "draft":
         return [("no draft model", None)]
     drafts: list[tuple[str, VideoLM | None]] = [
@@ -151,7 +154,7 @@ def _decode(
 
 
 def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
-    """Check that an output equals the one that the target gives alone."""
+    """Check that an output equals `alone`, the one that the target gives without a drafter."""
     if got == alone:
         return
     where = f"{where}: the output differs from the target's own at token {alike(got, alone)}"
@@ -159,7 +162,7 @@ def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """Check answers of so few tokens that a tree may not fit."""
+    """Check answers that are shorter than a tree may be deep: 1, 2 and 5 tokens."""
     draft = _drafts(family, drafter)[0][1]
     for limit in (1, 2, 5):
         where = f"a tiny {family}, {limit} tokens"
@@ -183,7 +186,7 @@ def _check_repeatable(drafter: Drafter, family: str) -> None:
 
 
 def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """Check that interleaved requests do not affect each other: state must be in the session, not in the drafter."""
+    """Check that a second request in between changes nothing: state must be in the session, not in the drafter."""
     draft, where = _drafts(family, drafter)[0][1], f"a tiny {family}, two requests in turns"
     watched, _ = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), GenerationOptions(ratio=0.5))
@@ -214,7 +217,7 @@ class _Forced(Verifier):
 
 
 def _check_every_verdict(drafter: Drafter, family: str) -> None:
-    """Check the trees of sessions in which the nodes are accepted in turn. Several starts cover large trees."""
+    """Check the trees of sessions in which the verifier accepts each node in turn. Several starts cover large trees."""
     where = f"a tiny {family}, verdicts of every path"
     for draft in {draft for _, draft in _drafts(family, drafter)}:
         for start in range(0, drafter.max_nodes, 6):

@@ -1,6 +1,6 @@
 """Tiny random models of both families, of less than 40,000 weights each, and prompts for them, to check drafters on.
 
-The models are float64, so that any difference is a fault and never rounding.
+The models are float64, so that a difference between two outputs comes from a fault and not from rounding.
 """
 
 import copy
@@ -28,7 +28,7 @@ TEXT = dict(
 
 @cache
 def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
-    """Build a model with random weights that depend only on the arguments, not on torch's global generator."""
+    """Build a model with random weights. They depend only on the arguments, not on the state of torch's generator."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return wrapped(built(family, vocabulary).double())
@@ -36,7 +36,10 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """Return the model of seed 0 with noise on its weights: a draft model that is often right, but not always."""
+    """Return the model of seed 0 with noise on its weights: as a draft model for it, often right, but not always.
+
+    noise: Standard deviation.
+    """
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():
         weight.data += noise * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -44,7 +47,7 @@ def noisy(family: str, noise: float = 0.02) -> VideoLM:
 
 
 def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
-    """Build a prompt of 14 random words around a random video."""
+    """Build a prompt of 14 random text tokens, with a random video after the first five."""
     generator = torch.Generator().manual_seed(100 + seed)
     words = torch.randint(5, 80, (14,), generator=generator).tolist()
     grid = TokenGrid(frames, 3, 3, newline=1)

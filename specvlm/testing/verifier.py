@@ -1,6 +1,6 @@
 """Contract checks for verifiers, on random logits. Needs no model and no drafter.
 
-Shape suffixes: M tree nodes, V vocabulary.
+Shape suffixes: M tree nodes, V vocabulary, N video tokens, D feature size.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from specvlm.strategies import Sampling, Verifier, VerifyContext, uniform
 from specvlm.testing.contract import devices, made, other_global_state, seeded
 from specvlm.types import DraftTree, TreeShape, Verdict
 
-V = 6
-RUNS = 1200
+V = 6  # size of the vocabulary
+RUNS = 1200  # verdicts per test of a distribution
+# Operations of torch that read the value of a tensor on the host.
 READS = ("_local_scalar_dense", "nonzero", "masked_select")
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -34,21 +35,21 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     """Check that a verifier keeps the contract of `Verifier`.
 
     Cases: random logits in float32, float64 and bfloat16; trees of one node, chains, siblings (some with the same
-    token) and uneven trees, with and without q.
+    token) and uneven trees, without q and, for a temperature above 0, with it.
 
     Checks: the verdict is a path from the root and a token of the vocabulary; it is the same for the same context and
     seed, whatever was verified before and whatever the state of torch's global generator; inputs are not changed;
-    `decide`, if implemented, gives the same verdict, reads as many random numbers as `dice` says, and does not read the
+    `decide`, if implemented, gives the same verdict from as many random numbers as `dice` says, and does not read the
     value of a tensor. Calls of `.tolist()` in `decide` are not detected: only a capture on a GPU refuses them.
 
-    Lossless verifiers have further checks. At temperature 0, all accepted tokens and the bonus are the argmax, in trees
-    as in `first`. Above 0, the token after the root and after every accepted guess has the distribution that `sampling`
-    gives (chi-square over some thousand verdicts, with fixed seeds). A chain that the target is certain of is accepted
-    in full.
+    Lossless verifiers have further checks. At temperature 0, accepted tokens, the bonus and the token that `first`
+    returns are the argmax. Above 0, the token after the root and after every accepted guess has the distribution that
+    `sampling` gives (chi-square test over RUNS verdicts per shape of tree, with fixed seeds). A chain that the target
+    is certain of is accepted in full.
 
     Args:
-        verifier: A class, which must work without arguments, or an instance.
-        **fields: Values of its fields.
+        verifier: A class or an instance. The class must work without arguments.
+        **fields: Values of the verifier's fields.
 
     Raises:
         AssertionError: The verifier breaks the contract.
@@ -135,7 +136,7 @@ def _check_verdict(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, whe
 
 
 def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
-    """Check that the verdict is the same again, after another one and with another state of the global generator."""
+    """Check that the verdict is the same after verifying something else, with another state of the global generator."""
     other = DraftTree(torch.zeros(1, dtype=torch.int64, device=ctx.tree.tokens.device), (-1,))
     assert ctx.hidden_MD is not None
     # Verify something else in between.
@@ -146,7 +147,7 @@ def _check_pure(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where:
 
 
 class _NoReads(TorchDispatchMode):
-    """Fails if the value of a tensor is read on the host."""
+    """Mode of torch that raises AssertionError for the operations in READS, which read a tensor on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -155,7 +156,7 @@ class _NoReads(TorchDispatchMode):
 
 
 def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
-    """Check that `decide` agrees with `verify` on random numbers drawn ahead, and reads no tensor on the host."""
+    """Check that `decide`, given random numbers drawn ahead, agrees with `verify`, and reads no tensor on the host."""
     what, count = f"{verifier!r} on {where}", verifier.dice(len(ctx.tree))
     numbers = uniform(count, seeded()).to(ctx.logits_MV.device)
     before = _again(ctx, dice=numbers)
@@ -172,7 +173,7 @@ def _check_decide(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, wher
 
 
 def _check_greedy(verifier: Verifier, ctx: VerifyContext, verdict: Verdict, where: str) -> None:
-    """Check that accepted tokens, the bonus and the result of `first` are the target's argmax."""
+    """Check that accepted tokens, the bonus and the token that `first` returns are the argmax of the logits."""
     best, tokens = ctx.logits_MV.argmax(-1).tolist(), ctx.tree.tokens.tolist()
     what = f"{verifier!r} on {where} is not lossless"
     for above, node in zip(verdict.path, verdict.path[1:], strict=False):
@@ -195,7 +196,10 @@ def _check_certain(verifier: Verifier) -> None:
 
 
 def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
-    """Check the distribution of the token after every accepted node. A node's logits depend only on its token."""
+    """Check the distribution of the token that follows each accepted node. A node's logits depend only on its token.
+
+    drawn: Draw the guesses from q and pass q on; else draw other guesses and pass no q.
+    """
     parents, chance, rule = SHAPES[shape], seeded(5), verifier.sampling
     target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")
     p_VV, q_VV = rule.probabilities(target), rule.probabilities(draft)
@@ -224,7 +228,7 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
 
 
 def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
-    """Run a chi-square test, with bounds so wide that a correct verifier fails once in millions of tests."""
+    """Check counts against a distribution by chi-square; a correct verifier fails this once in millions of tests."""
     never = seen_V[p_V == 0].sum()
     assert never == 0, f"{what} is one that the target never gives"
     expected_V = p_V * seen_V.sum()

@@ -1,1 +1,1 @@
-"""Building blocks for pruners: clustering, segmentation, budgets."""
+"""Building blocks for pruners: cluster tokens, cut videos into segments, divide budgets."""

@@ -3,26 +3,26 @@
 Rodriguez and Laio, Science 344 (2014); with k nearest neighbours: Du et al., Knowledge-Based Systems 99 (2016).
 FlashVID, FastVID, HoliTom and PruneVid all pick their centres this way.
 
-Shape suffixes: G groups (frames, segments), P tokens per group, D feature size.
+Shape suffixes: G groups (frames, segments), P tokens per group, D feature size, K nearest neighbours.
 """
 
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 25  # most distances in memory at once, unless a single group has more
+ENTRIES = 1 << 25  # maximum number of distances in memory at once, unless a single group has more
 
 
 def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> Tensor:
-    """Score tokens as cluster centres: log(density * distance to the nearest denser token).
+    """Score tokens as cluster centres: score_i = log(density_i * gamma_i), gamma_i the distance to a denser token.
 
-    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest, including i itself);
+    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest tokens j, including i itself);
     gamma_i = min d_ij over denser j, or max d_ij for the densest token. Of equally dense tokens the earlier counts as
     denser; the published implementations add noise instead. Computed in logs, since exp(-d^2) underflows to 0 in
-    float32 for tokens that are far apart. Costs G P^2 D.
+    float32 for tokens that are far apart. Takes time proportional to G P^2 D.
 
     Args:
         x_GPD: (G, P, D) features.
-        k: Neighbours; groups with fewer tokens use all of them.
+        k: Number of nearest tokens that the density is computed from; groups with fewer tokens use all of them.
         mask_GP: (G, P) bool, tokens to use; all by default.
 
     Returns:
@@ -34,20 +34,20 @@ def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> 
 def cluster(
     x_GPD: Tensor, count_G: Tensor, k: int = 7, mask_GP: Tensor | None = None, capped: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Cluster each group's tokens around its best centres by `density_scores`. Ties go to the earlier token.
+    """Cluster each group's tokens around those with the highest `density_scores`. Ties go to the earlier token.
 
-    Costs G P^2 D.
+    Takes time proportional to G P^2 D.
 
     Args:
         x_GPD: (G, P, D) features.
         count_G: (G,) number of centres per group.
-        k: Neighbours used for the density.
+        k: Number of nearest tokens that the density is computed from.
         mask_GP: (G, P) bool, tokens to use; all by default.
-        capped: Use at most as many neighbours as the group has centres, as HoliTom and FlashVID do.
+        capped: Lower k to the group's number of centres if that is less, as HoliTom and FlashVID do.
 
     Returns:
-        (G, P) bool, true for centres; and (G, P) int64, the index within the group of each token's nearest centre. A
-        centre's nearest is itself. The index is -1 outside the mask and in groups without a centre.
+        (G, P) bool, true for centres; and (G, P) int64, the index within the group of each token's nearest centre (for
+        a centre, of itself). The index is -1 outside the mask and in groups without a centre.
     """
     mask_GP = _or_all(x_GPD, mask_GP)
     centres, owners = [], []
@@ -71,7 +71,7 @@ def _or_all(x_GPD: Tensor, mask_GP: Tensor | None) -> Tensor:
 
 
 def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split features and mask into batches of groups with at most ENTRIES distances, one group at least."""
+    """Split features and mask into batches of groups, each with at most ENTRIES distances or of one group."""
     step = max(1, ENTRIES // max(x_GPD.shape[1] ** 2, 1))
     return list(zip(x_GPD.split(step), mask_GP.split(step), strict=True))
 

@@ -13,15 +13,15 @@ ELEMENTS = 1 << 20  # numbers in one slice on a CPU, so that the slice fits its 
 
 
 def at_once(device: torch.device) -> int:
-    """Return how many numbers to process at once: more on a GPU (256 MB in float32), to launch few large kernels."""
+    """Return how many numbers to process at once: more on a GPU (256 MiB in float32), to launch few large kernels."""
     return ELEMENTS if device.type == "cpu" else 64 * ELEMENTS
 
 
 def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
     """Cosine similarity over the last axis of two tensors of equal shape, in float32; 0 where either vector is 0.
 
-    Works in slices of the first axis that fit a CPU's cache. On a CPU this is several times faster than torch's
-    function, and it makes no normalised copy of all features.
+    Works through the first axis in slices that fit a CPU's cache. On a CPU this is several times faster than torch's
+    cosine_similarity, and no normalised copy of all features is made.
     """
     step = max(1, at_once(a_FD.device) // max(a_FD[:1].numel(), 1))
     parts = zip(a_FD.split(step), b_FD.split(step), strict=True)
@@ -29,7 +29,7 @@ def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
 
 
 def adjacent_cosine(x_FD: Tensor) -> Tensor:
-    """Cosine similarity of each frame to the next, in float32: (F, D) to (E,), or (F, P, D) to (E, P)."""
+    """Cosine similarity of each frame to the next, in float32: (E,) for features (F, D), (E, P) for (F, P, D)."""
     return cosine(x_FD[:-1], x_FD[1:])
 
 
@@ -43,7 +43,7 @@ def cuts(similarity_E: Tensor, threshold: float = -1.0, least: int = 1) -> Tenso
     Args:
         similarity_E: (E,) similarity of each frame to the next.
         threshold: Cut where the similarity is below this.
-        least: Least number of segments; at most one per frame.
+        least: Minimum number of segments. More than one per frame is not possible.
 
     Returns:
         (E,) bool, true where a segment ends between the two frames of the pair.
@@ -54,26 +54,26 @@ def cuts(similarity_E: Tensor, threshold: float = -1.0, least: int = 1) -> Tenso
 
 
 def spans(cut_E: Tensor) -> list[tuple[int, int]]:
-    """Convert cuts (E,) to segments, each as (first frame, one past its last)."""
+    """Convert cuts (E,), as `cuts` returns them, to segments, each as (first frame, last frame + 1)."""
     starts = [0, *(cut_E.nonzero().flatten() + 1).tolist()]
     return list(zip(starts, [*starts[1:], len(cut_E) + 1], strict=True))
 
 
 def even_spans(count: int, parts: int) -> list[tuple[int, int]]:
-    """Split `count` frames into `parts` (at most `count`) spans whose lengths differ by at most one."""
+    """Split `count` frames into `parts` spans (first frame, last frame + 1) whose lengths differ by at most one."""
     return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
 def written(share: float) -> Fraction:
-    """Convert a share to the exact fraction it is written as: 0.07 of 100 is then 7, while 0.07 * 100 exceeds 7."""
+    """Convert a share to the exact fraction it is written as: 0.07 becomes 7/100, while 0.07 * 100 exceeds 7."""
     return Fraction(str(share))
 
 
 def apportion(total: int, sizes_G: Tensor) -> Tensor:
     """Divide `total` in proportion to `sizes_G`, by largest remainders. Ties go to the earlier group.
 
-    Exact integer arithmetic. The shares add up to `total`; no group gets more than its size if `total` is at most the
-    sum of sizes.
+    Uses exact integer arithmetic. The shares add up to `total`, unless all sizes are 0. No group gets more than its
+    size if `total` is at most the sum of the sizes.
 
     Args:
         total: Number to divide, such as a token budget.
@@ -90,12 +90,12 @@ def apportion(total: int, sizes_G: Tensor) -> Tensor:
 
 
 def spread(count: int, budget: int, device: torch.device | str = "cpu") -> Tensor:
-    """(budget,) ascending indices within 0..count-1, the middles of equal parts; unique if budget <= count."""
+    """Return the middles of `budget` equal parts of 0..count-1, ascending; (budget,), unique if budget <= count."""
     return (2 * torch.arange(budget, device=device) + 1) * count // max(2 * budget, 1)
 
 
 def block_of(height: int, width: int, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """(P,) index of the middle cell of the block that each cell lies in.
+    """Divide a grid of cells into blocks. Returns (P,), for each cell the index of the middle cell of its block.
 
     Blocks have `side` x `side` cells, fewer at the bottom and right edges of the grid; P = height * width.
     """

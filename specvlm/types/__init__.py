@@ -1,4 +1,4 @@
-"""Data types that the parts of a decoding graph exchange. Depends on torch and little else.
+"""Data types that the models and strategies of a run exchange. Imports no model code.
 
 Shape suffixes, here and elsewhere: S prompt tokens, N video tokens, K kept video tokens, M tree nodes (root included),
 V vocabulary, F frames, P tokens per frame, A rotary axes (3 for M-RoPE, 1 otherwise), D hidden size.

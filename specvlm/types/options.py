@@ -1,4 +1,4 @@
-"""Options of one request."""
+"""Options of one request, such as its token limit and seed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ class GenerationOptions:
     """Everything that one request sets besides its prompt.
 
     Attributes:
-        max_new_tokens: Most tokens to generate; a stop id ends the answer earlier.
+        max_new_tokens: Maximum number of tokens to generate; a stop id ends the answer earlier.
         ratio: Share of the video tokens hidden from the drafter, 0..1. At 1 the drafter sees no video.
-        positions: Rotary positions of the drafter: `original` (those of the full prompt) or `reindexed` (contiguous, as
-            in the paper's code).
+        positions: Rotary positions of the drafter's prompt tokens: `original` (those in the full prompt) or `reindexed`
+            (contiguous, as in the paper's code).
         seed: Seed of every random draw for this request.
-        repetition_penalty: None uses the value of the target's checkpoint; 1 turns it off.
+        repetition_penalty: Factor that makes repeated tokens less likely. None uses the value of the target's
+            checkpoint; 1 turns it off.
         stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.
         record: Also return the target's attention to the video (`Step.attention`).
 
@@ -44,7 +45,10 @@ class GenerationOptions:
             raise UserError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
-        """Resolve a caller's argument: an int replaces `max_new_tokens`, options replace `self`, None keeps it."""
+        """Resolve a caller's argument: None gives `self`, an int gives `self` with that `max_new_tokens`.
+
+        Options are returned as they are, and replace `self` as a whole.
+        """
         if options is None:
             return self
         return replace(self, max_new_tokens=options) if isinstance(options, int) else options

@@ -16,10 +16,11 @@ class Step:
     Attributes:
         tokens: Tokens added to the output, cut at the token limit and after the first stop id (which is included).
             Round 0 is the prefill: one token, nothing drafted.
-        tree: The verified draft tree, copied by `DraftTree.on_host`. None when nothing was drafted.
-        verdict: The verifier's verdict, before the output was cut.
+        tree: The verified draft tree, copied to the host without the values of `q` (see `DraftTree.on_host`). None in
+            round 0, and if the target decodes alone.
+        verdict: The verifier's verdict, before the output was cut. None if `tree` is.
         times_s: Seconds per stage since the previous step, without the caller's time in between. The stages are embed,
-            prefill, prune, draft_prefill, draft, verify, and capture when the engine met a new shape.
+            prefill, prune, draft_prefill, draft, verify, and capture when the engine captured a CUDA graph.
         keep: Video tokens that the drafter sees. Set only in the first drafted step, and only if the drafter runs a
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
@@ -43,12 +44,12 @@ class Step:
 
     @property
     def depth(self) -> int:
-        """Depth of the draft tree: the most guesses on one path."""
+        """Depth of the draft tree: the maximum number of guesses on one path. 0 without a tree."""
         return max(self.tree.depths) if self.tree else 0
 
     @property
     def accepted(self) -> int:
-        """Number of guesses accepted, before the output was cut."""
+        """Number of guesses accepted, counted before the output was cut."""
         return self.verdict.accepted if self.verdict else 0
 
     @property
@@ -58,22 +59,31 @@ class Step:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each accepted guess among its siblings (see `DraftTree.ranks_on`); empty if the verifier is lossy."""
+        """Rank of each accepted guess among the drafter's best guesses there, from 0.
+
+        Empty without a tree, if guesses were drawn at random, or if the verifier is lossy.
+        """
         return self._ranks_and_widths[0]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Number of best guesses tried below the root and below each accepted guess; empty where `ranks` is."""
+        """Number of best guesses tried, up to the first one left out, below the root and below each accepted guess.
+
+        Empty without a tree, if guesses were drawn at random, or if the verifier is lossy.
+        """
         return self._ranks_and_widths[1]
 
     @cached_property
     def _ranks_and_widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`DraftTree.ranks_on` the accepted path; empty if nothing was drafted or the verifier is lossy."""
+        """Compute `ranks` and `widths` together."""
         if self.tree is None or self.verdict is None or not self.lossless:
             return (), ()
         return self.tree.ranks_on(self.verdict.path)
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """Rejected best guesses after the accepted path (see `DraftTree.refused`); empty if the output was cut."""
+        """Tokens of the best guesses that follow the accepted path and were rejected (see `DraftTree.refused`).
+
+        Empty without a tree, or if the output was cut.
+        """
         return self.tree.refused(self.verdict.path) if self.tree and self.verdict and self.full else ()

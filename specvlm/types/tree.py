@@ -23,12 +23,12 @@ from specvlm.process.memo import remembered
 
 T = TypeVar("T")
 MOST_GUESSES, DEEPEST = 1024, 128  # limits on a tree, far above any size that was ever worth its cost
-LONGEST_FILE = 1_000_000  # most bytes of a .json file that holds a tree
+LONGEST_FILE = 1_000_000  # maximum size in bytes of a .json file that holds a tree
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Shape of a static draft tree, without tokens. It is fixed for a session, so derived values are computed once.
+    """Shape of a static draft tree, without tokens. It does not change during a run, so derived values are cached.
 
     Attributes:
         parents: (M,) parent of each node, parents[i] < i. Node 0 is the root, with parent -1.
@@ -43,7 +43,8 @@ class TreeShape:
         """Build a shape from its nodes, each written as the ranks on its path from the root: [[0], [1], [0, 0]].
 
         Raises:
-            ValueError: A node's parent is missing, a rank is negative or not an int, or the tree is too large.
+            ValueError: A node's parent is missing, a rank is negative or not an int, or the tree has more than
+                MOST_GUESSES nodes or DEEPEST levels below the root.
         """
         try:
             _check_size(len(paths), max(map(len, paths), default=0))
@@ -61,8 +62,9 @@ class TreeShape:
         """Parse `paper`, `chain:5`, `4x2x1` (children per node, by level), a JSON list of nodes, or a .json file.
 
         Raises:
-            ValueError: The text is none of these, the file cannot be opened or is not JSON, or the tree is too large.
-            UserError: The file is too long, or not a regular file.
+            ValueError: The text is none of these, the file cannot be opened or is not JSON, or the nodes do not form a
+                tree within the limits (see `from_paths`).
+            UserError: The file is longer than LONGEST_FILE, or not a regular file.
         """
         if text == "paper":
             return cls.from_paths(PAPER_TREE)
@@ -94,17 +96,17 @@ class TreeShape:
 
     @property
     def depth(self) -> int:
-        """Depth of the deepest node."""
+        """Depth of the deepest node; the root has 0."""
         return max(self.depths)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Child nodes of each node, best first."""
+        """(M,) child nodes of each node, best guess first."""
         return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n])) for nodes in children_of(self.parents))
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Nodes with children, by depth. Expanding one level takes one forward pass of the drafter."""
+        """Nodes with children, one tuple per depth from 0. One forward pass of the drafter finds a level's children."""
         return tuple(
             tuple(n for n, d in enumerate(self.depths) if d == depth and self.children[n]) for depth in range(self.depth)
         )
@@ -112,7 +114,7 @@ class TreeShape:
 
 @lru_cache(256)
 def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """Depth of each node; the root has 0."""
+    """(M,) depth of each node; the root has 0."""
     depths = [0]
     for parent in parents[1:]:
         depths.append(depths[parent] + 1)
@@ -120,7 +122,7 @@ def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def children_of(parents: tuple[int, ...]) -> list[list[int]]:
-    """Child nodes of each node, in ascending order. Several trees side by side each have a root of parent -1."""
+    """(M,) child nodes of each node, in ascending order. Nodes of parent -1 are roots; there may be several."""
     below: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -129,7 +131,7 @@ def children_of(parents: tuple[int, ...]) -> list[list[int]]:
 
 
 def _check_size(guesses: int, depth: int) -> None:
-    """Raise ValueError for a tree beyond the limits."""
+    """Raise ValueError for a tree of more than MOST_GUESSES nodes or DEEPEST levels below the root."""
     if guesses > MOST_GUESSES or depth > DEEPEST:
         most = f"at most {MOST_GUESSES} guesses, {DEEPEST} deep"
         raise ValueError(f"the shape of a tree has {most}; this one has {guesses:.4g} and is {depth:.4g} deep")
@@ -222,7 +224,8 @@ class DraftTree:
 
         Returns:
             The rank of each guess on the path, and for each node of the path how many of the best guesses below it were
-            tried before the first one left out. Both are empty if guesses were drawn at random: those have no rank.
+            tried before the first one left out. Both are empty if guesses were drawn at random, since such guesses have
+            no rank.
         """
         if self.q is not None:
             return (), ()
@@ -235,8 +238,8 @@ class DraftTree:
     def refused(self, path: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens of the best guesses that follow an accepted path and were rejected.
 
-        Follows the best child from the last node of `path` down to a leaf; empty if that node is a leaf. If guesses
-        were drawn at random, the first one drawn counts as the best.
+        They are found by going from the last node of `path` to its best child, and on to a leaf; none if that node is a
+        leaf. If guesses were drawn at random, the first one drawn counts as the best.
         """
         line, last, below = [], path[-1], children_of(self.parents)
         while below[last]:
@@ -250,7 +253,10 @@ class DraftTree:
         return self.kept(ancestor_mask)(self.parents)
 
     def kept(self, made: Callable[..., T]) -> Callable[..., T]:
-        """Return `made`, a cached function of shapes, or its uncached original if the shape changes every round."""
+        """Return `made`, or if the shape changes every round, the function without the cache of `remembered`.
+
+        made: A function of shapes decorated with `remembered`.
+        """
         return made.__wrapped__ if self.varies else made  # type: ignore[attr-defined]
 
 
@@ -278,5 +284,5 @@ class Verdict:
 
     @property
     def accepted(self) -> int:
-        """Number of accepted draft tokens, not counting the bonus token (tau in the paper)."""
+        """Number of accepted draft tokens, not counting the bonus token. Its mean over rounds is the paper's tau."""
         return len(self.path) - 1

@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Layout of one video's tokens in time and space, after the vision tower's own merging.
+    """Layout of one video's tokens in time and space, as the language model gets them.
 
     Attributes:
-        frames: Number of frames in the grid; one may stand for several frames of the clip.
+        frames: Number of frames in the grid. Each may stand for several frames of the clip (2 in Qwen2.5-VL).
         height: Rows of tokens per frame.
         width: Columns of tokens per frame.
         newline: Tokens after the last frame that belong to no frame (LLaVA-OneVision appends one). They count as video
@@ -53,11 +53,14 @@ class VideoPrompt:
 
     Attributes:
         tokens: (S,) int64, on the host.
-        video_index: (N,) slots of all video tokens, ascending, over all videos.
+        video_index: (N,) slots (indices in `tokens`) of all video tokens, ascending, over all videos.
         grids: One per video; their lengths add up to N.
         videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also
             has its `origin`, a `specvlm.video.codec.Origin`.
         images: One dict of tensors per image.
+
+    Raises:
+        ValueError: The grids' lengths do not add up to N.
     """
 
     tokens: Tensor
@@ -91,7 +94,7 @@ class VideoPrompt:
         return int(self.video_index[-1]) + 1 if len(self.video_index) else 0
 
     def kept_slots(self, index_K: Tensor) -> Tensor:
-        """Prompt slots that remain when only the video tokens `index_K` are kept; ascending, on the host."""
+        """Slots of the prompt that remain if only the video tokens `index_K` are kept; ascending, on the host."""
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[self.video_index] = False
         keep[self.video_index[index_K.cpu()]] = True
@@ -110,7 +113,7 @@ class KeepSet:
         note: One line to show the user, such as what the pruner did when its signal was uninformative.
 
     Raises:
-        ValueError: `index` breaks these rules, or `pool` has the wrong shape. The values of `pool` are not checked.
+        ValueError: `index` is not as described, or `pool` has another shape. The values of `pool` are not checked.
     """
 
     index: Tensor
@@ -136,10 +139,10 @@ class KeepSet:
 
     @staticmethod
     def budget(total: int, ratio: float) -> int:
-        """Number of tokens kept when the share `ratio` is dropped: floor(N (1 - ratio)). Holds for N below 2^22.
+        """Number of tokens kept when the share `ratio` of N is dropped: floor(N (1 - ratio)), exact for N below 2^22.
 
-        Corrects the binary rounding of 1 - 0.9: keeps 48 of 480 tokens, where the released SpecVLM's
-        int(480 * (1 - 0.9)) gives 47.
+        Corrects the binary rounding of 1 - ratio: keeps 48 of 480 tokens at a ratio of 0.9, where int(480 * (1 - 0.9)),
+        as in the released SpecVLM, gives 47.
         """
         return math.floor(total * (1 - ratio) + 1e-9)
 
@@ -161,7 +164,7 @@ class KeepSet:
 
     @classmethod
     def uniform(cls, total: int, budget: int, device: torch.device | str = "cpu") -> KeepSet:
-        """Keep `budget` evenly spaced tokens: linspace(0, total - 1) rounded down. A budget of 1 keeps token 0.
+        """Keep `budget` evenly spaced tokens: linspace(0, total - 1, budget) rounded down. A budget of 1 keeps token 0.
 
         Uses integer arithmetic, since truncating a float linspace depends on how its last bit was rounded.
         """
@@ -169,16 +172,16 @@ class KeepSet:
 
     @classmethod
     def merge(cls, owner_E: Tensor, source_E: Tensor, weight_E: Tensor, total: int) -> KeepSet:
-        """Merge tokens: each owner keeps its position and becomes the weighted mean of its sources.
+        """Merge tokens: each token that owns others is kept, and its feature becomes the weighted mean of its sources'.
 
-        Entries for the same (owner, source) pair add up, and each owner's weights are scaled to sum to 1. A source may
-        have several owners; one without an owner is dropped. An owner need not be among its own sources. An owner whose
-        weights are all 0 keeps its own feature.
+        Entry e says that token owner_E[e] takes in token source_E[e]. Weights of equal entries add up, and each owner's
+        weights are scaled to sum to 1. A source may have several owners; tokens that own none are dropped. An owner
+        need not be among its own sources. An owner whose weights are all 0 keeps its own feature.
 
         Args:
-            owner_E: (E,) token that entry e contributes to; entries below 0 are ignored.
-            source_E: (E,) token that contributes.
-            weight_E: (E,) weight of the contribution, not negative.
+            owner_E: (E,) token that takes in the source; entries below 0 are ignored.
+            source_E: (E,) token whose feature is taken in.
+            weight_E: (E,) weight of the source, not negative.
             total: N, the number of video tokens.
         """
         there_E = owner_E >= 0

@@ -1,6 +1,6 @@
 """Open a video file with PyAV: choose the stream, decode its frames, and find their orientation.
 
-All three follow FFmpeg's own tool.
+For files that are accepted here, the result is that of the `ffmpeg` command-line tool.
 """
 
 import math
@@ -17,17 +17,18 @@ import numpy as np
 from specvlm.errors import UserError
 from specvlm.parsing.files import open_regular
 
-# Formats that list other files or URLs to open.
+# Formats whose files name other files, URLs or devices to open. They are refused.
 LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manifest", "sdp", "rtsp", "rtp", "sap", "lavfi"))
 # Decoders that may use frame threads. Others may not: with frame threads, FFmpeg's Theora decoder gives wrong pixels
 # about 1 time in 40.
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
+# Formats that tolerate lost packets, or mix other data into the stream: see `frames_of`.
 LOSSY = frozenset(("mpegts", "mpeg", "asf", "h264", "hevc", "m4v", "mpegvideo"))
 DEFAULT_PIXELS = 5_000_000  # when it compares sizes, the ffmpeg tool adds these to a stream marked as default
 
 
 class WrongIndex(Exception):
-    """The frame index made from the packets' time stamps is wrong: the frames must be counted."""
+    """A file decodes to other frames than its `FrameIndex` lists. Callers then index it again, by counting frames."""
 
 
 class Undecodable(Exception):
@@ -36,7 +37,13 @@ class Undecodable(Exception):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a picture is turned for display: transposed first, then its rows and columns reversed."""
+    """How a stored picture is turned for display.
+
+    Attributes:
+        transposed: Swap rows and columns first.
+        rows: Then reverse the order of the rows.
+        columns: Then reverse the order of the columns.
+    """
 
     transposed: bool = False
     rows: bool = False
@@ -54,10 +61,10 @@ class Orientation:
         Args:
             frame: A frame of PyAV.
             path: The file, for messages.
-            before: Orientation to return if the frame has no display matrix; upright if None.
+            before: Orientation to return if the frame has no display matrix. None means as stored.
 
         Raises:
-            UserError: The angle is not a multiple of 90 degrees.
+            UserError: The angle is more than 1 degree from a multiple of 90.
         """
         kinds = _side_data_types()  # must come before any access to the frame's side data
         found = frame.side_data.get(kinds.DISPLAYMATRIX)
@@ -74,15 +81,16 @@ class Orientation:
 
 @contextmanager
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
-    """Context manager that opens a file, and gives its container and the stream that FFmpeg would show.
+    """Context manager that opens a file, and gives its container and the video stream that the ffmpeg tool would use.
 
     Args:
         path: A regular file.
-        threads: Threads of the decoder; 1 is used unless it gives the same frames with several.
+        threads: Threads of the decoder. Decoders that are not in FRAME_THREADS get 1.
         options: FFmpeg options of the decoder.
 
     Raises:
-        UserError: The file is not a video or cannot be read, or FFmpeg fails inside the `with` block.
+        UserError: The file cannot be read, has no video stream that can be decoded, or is an image or a text; or FFmpeg
+            fails inside the `with` block.
     """
     import av
 
@@ -102,26 +110,26 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
 
 
 def video_streams(container: Any) -> list[Any]:
-    """List the video streams of a container, without cover pictures."""
+    """List the video streams of a container, without cover pictures (which FFmpeg lists as video)."""
     from av.stream import Disposition
 
     return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> Iterator[Any]:
-    """Decode all frames from the container's current position, as FFmpeg shows them.
+    """Decode all frames from the container's current position, in display order.
 
-    A packet that cannot be decoded is skipped if it comes before the first key frame, as in a stream that was cut, or
-    is the last one. In formats that tolerate lost packets, or mix other data into the stream, it is skipped anywhere.
+    A packet that cannot be decoded is skipped if no key frame has been decoded yet, as in a stream that was cut, or if
+    it is the last one. In the formats of LOSSY it is skipped anywhere.
 
     Args:
         container: From `opened`.
         stream: From `opened`.
         path: The file, for messages.
-        strict: Raise Undecodable instead of skipping.
+        strict: Raise Undecodable at the first packet that cannot be decoded.
 
     Raises:
-        UserError: A packet cannot be decoded and is not skipped.
+        UserError: Without `strict`, a packet cannot be decoded and is not skipped.
         Undecodable: With `strict`, a packet cannot be decoded.
     """
     import av
@@ -149,9 +157,9 @@ def frames_of(container: Any, stream: Any, path: Path, strict: bool = False) -> 
 
 @lru_cache(maxsize=1)
 def _side_data_types() -> Any:
-    """Return PyAV's enum of side data types, made to accept types that FFmpeg added later, such as EXIF.
+    """Return PyAV's enum of side data types, changed to accept types that it does not list, such as EXIF.
 
-    Otherwise a frame with such a type raises on any access to its side data.
+    Without this change, any access to the side data of a frame with such a type raises ValueError.
     """
     from av.sidedata.sidedata import Type
 
@@ -166,7 +174,7 @@ def _side_data_types() -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Return the error for a file that PyAV cannot open. Says so if it is a list of other files."""
+    """Return the error for a file that PyAV cannot read. The message is different for a list of other files."""
     with suppress(OSError, UserError), open_regular(path) as file:  # the file may be gone by now
         if file.read(16).lstrip(b"\xef\xbb\xbf").startswith((b"#EXTM3U", b"ffconcat")):
             return UserError(f"{path} is a list of other files, not a video")

@@ -9,15 +9,16 @@ FOLDER = Path(__file__).parent.parent / "assets" / "clips"
 
 
 def names() -> list[str]:
-    """List the names of the clips."""
+    """List the names of the clips, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.mp4"))
 
 
 def find_clip(video: str) -> Path:
-    """Resolve a value of `video=` to a clip by name, or else to a path.
+    """Return the path of the clip with this name. If there is none, return the value as a path, with ~ expanded.
 
     Raises:
-        UserError: There is no such file, and the value looks like a name. The message lists the clips.
+        UserError: There is no such file, and the value has neither a slash nor a suffix, so it looks like a clip's
+            name. The message lists the clips.
     """
     if video in names():
         return FOLDER / f"{video}.mp4"

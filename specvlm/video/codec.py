@@ -1,6 +1,6 @@
 """Read signals of the compressed video through PyAV: motion vectors, packet sizes and intra-coded frames.
 
-Shapes: T sampled frames, h and w cells of CELL pixels.
+Shapes: T sampled frames; h rows and w columns of cells, each CELL x CELL pixels.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Origin:
 
     Attributes:
         path: The file.
-        index: Numbers of the frames in the file, in display order.
+        index: Number of each sampled frame in the file, ascending. Frames are numbered from 0 in display order.
     """
 
     path: str
@@ -40,10 +40,11 @@ class Stream:
     frame alone.
 
     Attributes:
-        motion: (T, h, w) Pixels that a cell moved, less the frame's median motion (the camera's), summed over the
-            frames; 0 for cells without a vector. Frames of a different size from the first do not count.
-        size: (T,) Compressed bytes of the frames.
-        intra: (T,) Share of the frames that are coded without reference to others.
+        motion: (T, h, w) Pixels that each cell moved, after subtracting the median motion of its frame (taken as the
+            camera's), summed over the entry's frames. Cells without a vector, and frames of another size than the
+            first, add 0.
+        size: (T,) Compressed bytes of the entry's frames.
+        intra: (T,) Share of the entry's frames that are coded without reference to others.
     """
 
     motion: Tensor
@@ -52,13 +53,13 @@ class Stream:
 
 
 def read_stream(origin: Origin) -> Stream:
-    """Read the signals of a video: decodes it up to the last sampled frame with FFmpeg's `export_mvs`.
+    """Read the signals of a video. Decodes the file up to its last sampled frame, with FFmpeg's option `export_mvs`.
 
-    Only some decoders export motion vectors (H.264, MPEG-1, -2 and -4, VP8 and older). For others (HEVC, VP9, AV1) the
-    motion is 0. Vectors are used as coded, whatever the distance of their reference frame.
+    Only some decoders export motion vectors (H.264, MPEG-1, -2 and -4). For others (HEVC, VP8, VP9, AV1) the motion is
+    0. Vectors are used as coded, whatever the distance of their reference frame.
 
     Raises:
-        UserError: PyAV is not installed or cannot read the file.
+        UserError: PyAV is not installed, or the file is missing, cannot be read, or holds none of the sampled frames.
     """
     try:
         import av
@@ -77,7 +78,7 @@ def read_stream(origin: Origin) -> Stream:
 
 
 def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Stream:
-    """Decode the file and sum the signals of its frames per sampled frame.
+    """Decode the file, and sum the signals of its frames to one entry per sampled frame.
 
     A frame's place in the file is found by its time stamp, or by counting if the index has no time stamps.
 
@@ -116,9 +117,9 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
 
 
 def _moved(av: Any, frame: Any) -> np.ndarray[Any, Any]:
-    """(h, w) length of each cell's motion in pixels, after subtracting the frame's median motion.
+    """Return (h, w), the length in pixels of each cell's motion after subtracting the frame's median motion.
 
-    A cell that several blocks cover moves by their mean, weighted by area.
+    A cell that several blocks cover moves by the blocks' mean, weighted by area. Cells without a vector get 0.
     """
     rows, columns = -(-frame.height // CELL), -(-frame.width // CELL)
     found = frame.side_data.get(av.sidedata.sidedata.Type.MOTION_VECTORS)

@@ -1,8 +1,8 @@
-"""Check before decoding that a video file exists and is complete.
+"""Check before decoding that a video file exists, and read from its container how long it should be.
 
 Decoders read a truncated file up to the cut, some of them silently. Many containers declare their length, which reveals
-the cut. Some writers declare too much, so the length alone proves nothing. Data after the declared end, such as a tag,
-are ignored.
+the cut. Some writers declare too much, so the length alone proves nothing: `Packets.incomplete` looks for frames that
+are really missing. Data after the declared end, such as a tag, are ignored.
 """
 
 import stat
@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from specvlm.errors import MissingVideo, UserError
 
+# Types of the top-level boxes that an MP4 or MOV file consists of.
 BOXES = frozenset(
     b"ftyp styp moov moof mdat mfra free skip wide pnot uuid meta meco udta sidx ssix pdin emsg prft imda".split()
 )
@@ -42,12 +43,15 @@ def check_file(path: Path) -> None:
 
 
 def truncated(path: Path, declared: int, size: int) -> UserError:
-    """Return the error for a file of `size` bytes that declares `declared`."""
+    """Return the error for a file that has `size` bytes but declares `declared` bytes."""
     return UserError(f"{path} is truncated: it declares {declared:,} bytes and has {size:,}; fetch or write it again")
 
 
 def declared_size(path: Path) -> int:
-    """Return the size in bytes that an MP4/MOV, AVI or Matroska/WebM file declares; 0 if it declares none."""
+    """Return the size in bytes that an MP4/MOV, AVI or Matroska/WebM file declares.
+
+    Returns 0 for other formats, and for AVI and Matroska files that declare none.
+    """
     with path.open("rb") as file:
         head = file.read(64)
         if head[4:8] in BOXES:
@@ -62,9 +66,9 @@ def declared_size(path: Path) -> int:
 
 
 def _mp4_size(file: BinaryIO, size: int) -> int:
-    """Follow the top-level boxes, each (size, type), to the end of the last one (ISO/IEC 14496-12, 4.2).
+    """Return where the last top-level box ends, by following the (size, type) of each box (ISO/IEC 14496-12, 4.2).
 
-    Data of an unknown type that seems to run past the end of the file is not a box, but something appended.
+    A box of unknown type that would run past the end of the file is taken for other data appended to the file.
     """
     place = 0
     while place + 8 <= size:

@@ -1,6 +1,6 @@
-"""Run decord in a process of its own: it aborts on some damaged files, which is then an ordinary error here.
+"""Run decord in a separate process, since it aborts or hangs on some damaged files. Here that raises DecordFailed.
 
-The process runs this file as a script. It imports neither torch nor specvlm, so that it starts quickly.
+The process runs this file as a script. The file imports neither torch nor specvlm, so that the process starts quickly.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-PATIENCE = 60.0  # seconds to wait for an answer before the process is taken to hang and killed
-LENGTH = 8  # bytes that give the length of each JSON answer, before it
+PATIENCE = 60.0  # seconds to wait for a part of an answer; after that the process counts as hanging and is killed
+LENGTH = 8  # bytes of the number that precedes each JSON answer and gives its length
 
 
 class DecordFailed(Exception):
@@ -27,7 +27,7 @@ class DecordFailed(Exception):
 
 
 class DecordProcess:
-    """A client of the decord process. The process serves all files, and is restarted after a crash or a fork."""
+    """Client of the decord process, which serves all files. The next request after a crash or fork starts a new one."""
 
     _shared: ClassVar[DecordProcess | None] = None
 
@@ -38,14 +38,17 @@ class DecordProcess:
 
     @classmethod
     def shared(cls) -> DecordProcess:
-        """Return the client of this process, which is shared by all readers."""
+        """Return the client that all readers of this Python process share."""
         if cls._shared is None or cls._shared._owner != os.getpid():
             cls._shared = cls()
             atexit.register(cls._shared.end)
         return cls._shared
 
     def open(self, path: Path) -> tuple[list[float], float]:
-        """Return the time of each frame that decord lists, in seconds, and the frame rate. Raises DecordFailed."""
+        """Return the time in seconds of each frame that decord lists, and the frame rate per second.
+
+        Raises DecordFailed if decord cannot open the file or finds no frames in it, crashes or hangs.
+        """
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path)})
             said = self._hear()
@@ -54,7 +57,10 @@ class DecordProcess:
         return [float(time) for time in said["times"]], float(said["fps"])
 
     def frames(self, path: Path, index: Sequence[int]) -> Generator[np.ndarray[Any, Any], None, None]:
-        """Yield the frames with these numbers, each (H, W, colours). Raises DecordFailed."""
+        """Yield the frames with these numbers, each (H, W, 3) uint8 RGB.
+
+        Raises DecordFailed if decord cannot read a frame, crashes or hangs.
+        """
         with self._lock, self._in_step():
             self._ask({"path": os.path.abspath(path), "index": list(index)})
             for _ in index:
@@ -63,7 +69,10 @@ class DecordProcess:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Kill the process if the block ends before its answer is read: the rest would be taken for the next answer."""
+        """Kill the process if the block is left before the whole answer is read, by an exception or a closed generator.
+
+        The rest of the answer would be taken for the next one.
+        """
         try:
             yield
         except DecordFailed:
@@ -80,7 +89,7 @@ class DecordProcess:
             process.communicate()
 
     def _ask(self, words: dict[str, Any]) -> None:
-        """Send a request, after starting the process if it is not running."""
+        """Send a request, as JSON on one line. Starts the process first if it is not running."""
         if self._process is None or self._process.poll() is not None:
             self.end()
             command = [sys.executable, "-P", __file__]  # -P: import nothing from this file's folder
@@ -95,14 +104,14 @@ class DecordProcess:
             self._died()
 
     def _hear(self) -> dict[str, Any]:
-        """Read a JSON answer. Raises DecordFailed if it reports a failure."""
+        """Read a JSON answer. Raises DecordFailed if it reports a failure, or the process crashes or hangs."""
         said: dict[str, Any] = json.loads(self._read(int.from_bytes(self._read(LENGTH), "big")))
         if "failed" in said:
             raise DecordFailed(str(said["failed"]))
         return said
 
     def _read(self, count: int) -> bytes:
-        """Read `count` bytes. Raises DecordFailed if the process dies first, or hangs and is killed."""
+        """Read `count` bytes of the process's output. Raises DecordFailed if it dies first, or hangs and is killed."""
         process = self._process
         assert process is not None and process.stdout is not None
         watch = Timer(PATIENCE, process.kill)
@@ -116,14 +125,14 @@ class DecordProcess:
         return data
 
     def _died(self) -> None:
-        """Raise DecordFailed for a process that has ended."""
+        """Raise DecordFailed, with the exit code or signal of the process, which has ended."""
         code = self._process.wait() if self._process else 0
         self.end()
         raise DecordFailed(f"the file crashed decord's process ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
 
 def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
-    """Main loop of the process: answer requests, one JSON object per line, until the input ends."""
+    """Main loop of the process: answer requests until the input ends. Each request is a JSON object on one line."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -148,14 +157,14 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def _say(answers: IO[bytes], words: dict[str, Any], data: bytes = b"") -> None:
-    """Send an answer: the length of its JSON, the JSON, and data."""
+    """Send an answer: the length of its JSON, the JSON, and `data`, which holds the pixels of a frame."""
     text = json.dumps(words).encode()
     answers.write(len(text).to_bytes(LENGTH, "big") + text + data)
     answers.flush()
 
 
 def _reason(error: Exception) -> str:
-    """Explain an error of decord in a few words, by parts of its message."""
+    """Explain an error of decord in a few words. Known errors are recognised by a part of their message."""
     if "st_nb" in str(error):
         return "decord finds no video stream that it can decode, and has no AV1"
     if "frame-count" in str(error):

@@ -1,9 +1,12 @@
-"""Index the frames of a file in display order, with their times. All readers and the codec signals share this index.
+"""Index the frames of a file in display order, with their times. Needs PyAV.
 
-Not every packet is shown as a frame. Edit lists hide packets; a cut in an open group of pictures leaves packets that
-cannot be decoded; some containers have no time stamps, or derive them from the order of storage. So the index is made
-from the packets' time stamps only if container and codec are known to show one frame per packet. Otherwise every frame
-is decoded once and counted. FFmpeg's output is the reference: a frame that it drops is not in the index.
+PyAV's reader and the codec signals use the index, and decord's list of frames is compared with it.
+
+Not every packet is shown as a frame. Edit lists hide packets; if a file was cut where frames refer across a key frame,
+some packets cannot be decoded; some containers have no time stamps, or derive them from the order of storage. So the
+index is made from the packets' time stamps only if container and codec are known to show one frame per packet, and the
+first decoded frames agree. Otherwise every frame is decoded and counted. FFmpeg's output is the reference: a frame that
+it drops is not in the index.
 
 Shape suffixes: N frames in display order.
 """
@@ -35,10 +38,10 @@ class Facts:
     Attributes:
         kind: FFmpeg's name of the container.
         codec: FFmpeg's name of the decoder.
-        pixels: FFmpeg's name of the pixel format.
-        fps: Frames per second that the container states; 0 if it states none.
-        base: Seconds per tick of the time stamps; 0 if the format has none.
-        streams: Number of video streams in the file, without covers.
+        pixels: FFmpeg's name of the pixel format; empty if unknown.
+        fps: Frames per second that the container states; 0 if it states no plausible rate.
+        base: Seconds per tick, the unit of time stamps; 0 if the format has no time stamps.
+        streams: Number of video streams in the file, without cover pictures.
         orientation: Orientation of the first frame.
         width: Width of a frame as stored, in pixels.
         height: Height of a frame as stored, in pixels.
@@ -56,7 +59,7 @@ class Facts:
 
     @classmethod
     def of(cls, container: Any, stream: Any, orientation: Orientation) -> Self:
-        """Read the properties of an open stream."""
+        """Read the properties of an open stream, except the orientation, which is given."""
         codec, streams, fps = stream.codec_context, len(video_streams(container)), _rate(container, stream)
         made_up = container.format.flags & NO_CLOCK
         base = 0.0 if made_up else float(stream.time_base or 0)
@@ -66,7 +69,7 @@ class Facts:
     def times(self, stamps: Sequence[int | None]) -> tuple[float, ...]:
         """Return the time of each frame, in seconds since the first.
 
-        Times come from the time stamps if these are plausible, else from the frame rate.
+        Times come from the time stamps (in ticks) if these ascend at a plausible rate, else from the frame rate.
         """
         found = [stamp * self.base for stamp in stamps if stamp is not None]
         if len(found) == len(stamps):
@@ -78,7 +81,7 @@ class Facts:
         return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
 
     def _mended(self, seconds: list[float]) -> list[float]:
-        """Replace jumps of the clock by the duration of one frame."""
+        """Replace each jump of the clock by 1 / fps seconds, and shift the times after it."""
         out, shift = seconds[:1], 0.0
         for time in seconds[1:]:
             if not JUMP[0] <= time + shift - out[-1] <= JUMP[1]:
@@ -93,12 +96,13 @@ class FrameIndex:
 
     Attributes:
         times: (N) Time of each frame, in seconds since the first.
-        stamps: (N) Time stamp of each frame, ascending; None if frames can only be counted from the start.
-        sizes: (N) Compressed bytes of each frame.
-        entries: The key frames, where decoding can start.
-        packets: The packets that the index was made from.
+        stamps: (N) Time stamp of each frame in ticks, ascending. None if frames were counted instead.
+        sizes: (N) Compressed bytes of each frame; 0 if unknown.
+        entries: The key frames, where decoding can start. Empty if frames were counted.
+        packets: All packets of the stream.
         facts: Properties of the stream.
-        clean: False if some packets turned out to be damaged: the frames may then depend on the number of threads.
+        clean: False if some packets turned out to be damaged: what FFmpeg decodes may then depend on the number of
+            decoder threads.
     """
 
     times: tuple[float, ...]
@@ -114,20 +118,24 @@ class FrameIndex:
 
     @cached_property
     def even(self) -> bool:
-        """True if no frame seems to be missing, judged by the distances of the time stamps; False without these."""
+        """True if no frame seems to be missing: all steps between time stamps are below 1.9 times the median step.
+
+        False without time stamps.
+        """
         steps = sorted(after - before for before, after in pairwise(self.stamps or ()))
         return bool(steps) and steps[-1] < 1.9 * steps[len(steps) // 2]
 
 
 def index_of(path: Path, counted: bool = False) -> FrameIndex:
-    """Index the frames of a file. Cached until the file changes.
+    """Index the frames of a file. The last 16 indexes are cached, each until its file changes in size or date.
 
     Args:
         path: A regular file.
-        counted: Decode and count every frame, since an index made from time stamps has turned out to be wrong.
+        counted: Decode and count every frame, since an index made from time stamps has turned out to be wrong. Later
+            calls for the same file then count, too.
 
     Raises:
-        UserError: PyAV is not installed, or the file is damaged, not a video, or of a kind that cannot be read.
+        UserError: The file is damaged, not a video, or of a kind that cannot be read.
     """
     found = path.stat()
     file = (str(path), found.st_size, found.st_mtime_ns)
@@ -162,7 +170,7 @@ def _index(name: str, size: int, changed: int, counted: bool) -> FrameIndex:
 def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
     """Make the index from the packets' time stamps, without the frames that FFmpeg drops at the start.
 
-    Returns None if there is no key frame, or if the first decoded frames do not fit the time stamps.
+    Returns None if there is no key frame, or if the frames up to the first key frame decode to other time stamps.
     """
     listed = sorted(s for s, hidden in zip(packets.stamp, packets.hidden, strict=True) if s is not None and not hidden)
     first_key = next((stamp for stamp, key in zip(packets.stamp, packets.key, strict=True) if key), None)
@@ -185,7 +193,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
-    """Make the index by decoding every frame, which costs about as much as decoding the file."""
+    """Make the index by decoding the whole file: once, or twice if the first pass meets a packet that is damaged."""
     clean = not packets.corrupt
     try:
         stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)
@@ -199,9 +207,9 @@ def _by_counting(path: Path, packets: Packets) -> FrameIndex:
 
 
 def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Facts]:
-    """Decode every frame. Returns their time stamps, and the properties of the stream.
+    """Decode every frame. Returns the frames' time stamps in display order, and the properties of the stream.
 
-    The time stamps are decoding times if only these ascend.
+    If the display times do not ascend but the decoding times do, the latter are returned as time stamps.
 
     Raises:
         UserError: No frame can be decoded, or the file is damaged.
@@ -238,7 +246,7 @@ def _ascend(stamps: Sequence[int | None]) -> bool:
 
 
 def _rate(container: Any, stream: Any) -> float:
-    """Return the frames per second that the container states; 0 if it states no plausible rate."""
+    """Return the frames per second that the container states, or that FFmpeg guesses; 0 if neither is plausible."""
     # Without a clock, average_rate is a constant.
     guessed = (stream.guessed_rate,) if container.format.flags & NO_CLOCK else ()
     for rate in (*guessed, stream.average_rate, stream.guessed_rate):

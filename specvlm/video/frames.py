@@ -1,4 +1,4 @@
-"""Read a folder of pictures as a clip. Data sets that may not share their videos are distributed as frames."""
+"""Read a folder of pictures as a clip: some data sets are distributed as frames, since they may not share videos."""
 
 import math
 import re
@@ -16,13 +16,13 @@ from specvlm.video.video import Clip
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, whatever the suffix
-MOST_PIXELS = 2**26  # per picture, below the size at which Pillow warns
+MOST_PIXELS = 2**26  # limit for one picture, below the size at which Pillow warns
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
-    """Read all pictures of a folder into memory, as a clip.
+    """Read all pictures of a folder into memory, as a clip. Hidden files and other suffixes than SUFFIXES are left out.
 
-    They are sorted by the numbers in their names: 2.jpg comes before 10.jpg.
+    Pictures are sorted by their names, in which numbers count as numbers: 2.jpg comes before 10.jpg.
 
     Args:
         folder: The folder.
@@ -30,8 +30,8 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
 
     Raises:
         MissingVideo: There is no such folder.
-        UserError: It is not a folder or has no pictures, one of them is damaged, they differ in size, or `fps` is not
-            above 0.
+        UserError: `folder` is a file or has no pictures, a picture cannot be read (see `read_picture`), pictures differ
+            in size, or `fps` is not a finite number above 0.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -60,13 +60,13 @@ def read_picture(path: Path) -> Tensor:
     """Read a picture, upright and with 8 bits per channel; of an animation, the first picture.
 
     The result equals that of transformers' ``load_image``, which applies the EXIF orientation and drops transparency,
-    except for 16-bit grey: there Pillow would clip values at 255.
+    except for 16-bit grey: ``load_image`` clips its values at 255, while here the upper 8 bits are kept.
 
     Returns:
         (3, H, W) uint8 RGB.
 
     Raises:
-        UserError: The file is not a picture, is damaged, or has more than `MOST_PIXELS` pixels.
+        UserError: There is no such file, it is not a picture or is damaged, or it has more than `MOST_PIXELS` pixels.
     """
     if not path.is_file():  # a pipe would block
         raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")

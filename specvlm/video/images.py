@@ -1,7 +1,7 @@
 """Preprocess still images with Hugging Face's PIL image processors, which need no torchvision.
 
 With torchvision installed, Hugging Face uses other processors, which differ in 0.1 % of the values by up to 2/255.
-Shapes: H height, W width, P tiles, S tile side; grid (t, h, w) counts patches.
+Shapes: H height, W width, C = 3 colours, P tiles, S tile side; grid (t, h, w) counts patches.
 """
 
 import math
@@ -26,6 +26,7 @@ def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, in
 
     Raises:
         UserError: The folder has no usable image processor settings, or one side is more than 200 times the other.
+        ValueError: `image` is not uint8 (3, H, W), or is empty.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -41,7 +42,8 @@ def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, in
 def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[Tensor, tuple[int, int], int]:
     """Preprocess an image for LLaVA-OneVision.
 
-    The first tile is the whole image. The others are its parts, at the best of the model's resolutions.
+    The first tile is the whole image, shrunk to one tile. The others are parts of the image, enlarged or shrunk to the
+    resolution that fits it best among those that the settings list.
 
     Args:
         image: (3, H, W) uint8.
@@ -53,7 +55,8 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
         Tiles (P, 3, S, S) float32, the image's (H, W), and the number of its tokens.
 
     Raises:
-        UserError: The folder has no usable image processor settings, or they do not fit the model.
+        UserError: The folder has no usable image processor settings, or their tile size differs from the model's.
+        ValueError: `image` is not uint8 (3, H, W), or is empty.
     """
     from transformers import AutoConfig
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -74,9 +77,9 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
 def _llava_tokens(size: tuple[int, int], config: Any) -> int:
     """Count the tokens that LlavaOnevisionModel.pack_image_features makes of an image.
 
-    First come the tokens of the whole image, then those of its parts. The parts are cropped to the image's shape. If
-    they clearly exceed the number of tiles that ``anyres_max_9`` names, they are shrunk. Each row ends with a newline
-    token.
+    First come the tokens of the whole image, then those of its parts, cropped to the image's shape. If the parts have
+    over 1.1² times the tokens of n tiles, where ``vision_aspect_ratio`` is ``anyres_max_n``, they are shrunk to about
+    that number. Each row ends with a newline token.
     """
     from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
@@ -92,12 +95,16 @@ def _llava_tokens(size: tuple[int, int], config: Any) -> int:
 
 
 def _check(image: Tensor) -> None:
+    """Raise ValueError unless the image is uint8 (3, H, W) and not empty."""
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image: wanted uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
-    """Load a processor of Hugging Face from a folder on disk. Raises UserError without usable settings."""
+    """Load a processor of Hugging Face from a folder on disk.
+
+    Raises UserError if there is no such folder, or it has no usable settings.
+    """
     if not Path(folder).is_dir():  # Hugging Face would look it up on its hub
         raise UserError(f"no such model folder: {folder}")
     wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"

@@ -1,4 +1,4 @@
-"""Read the packets of a video stream without decoding, and judge whether they describe its frames reliably.
+"""Read the packets of a video stream without decoding, and judge whether their time stamps are those of its frames.
 
 Shape suffixes: P packets in the order of storage, K key frames.
 """
@@ -20,23 +20,24 @@ INTER = ("h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1", "ffv1", "qtrle"
 ONE_TO_ONE = frozenset((*INTRA, *INTER, "mpeg4", "vp8"))
 MPEG4_EMPTY = 32  # bytes: an MPEG-4 packet up to this size may repeat the last picture and show nothing
 PROGRESSIVE = 1  # FFmpeg's code; 0 is unknown, above 1 are interlaced field orders
-# Types of NAL units.
+# Types of NAL units, the parts of an H.264 or HEVC packet.
 PARAMETERS = {"h264": (7,), "hevc": (33,)}  # parameter sets, which contain the picture size
 SPLICES = (16, 17, 18)  # HEVC key frames after which frames that refer to earlier ones are dropped
 ENDS = (36, 37)  # HEVC end of sequence or stream, after which the next key frame has the same effect
-WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}  # key frames: no frame after one refers to a frame before it
-MOST = 5_000_000  # packets: a day at 57 frames per second
+# Key frames such that no frame that is stored and shown after one refers to a frame before it.
+WHOLE = {"h264": (5,), "hevc": (16, 17, 18, 19, 20, 21)}
+MOST = 5_000_000  # maximum number of packets: a day at 57 frames per second
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The key frames of a file, where decoding can start (K).
+    """The key frames of a file, where decoding can start, in the order of storage.
 
     Attributes:
-        place: Number of the packet of each key frame.
-        stamp: Display time of each key frame, in ticks.
-        seek: Time stamp that a seek to each key frame takes, in ticks.
-        place_of: Number of every packet by its time stamp (P).
+        place: (K,) number of each key frame's packet, counted from 0 in the order of storage.
+        stamp: (K,) display time of each key frame, in ticks (units of the stream's time base).
+        seek: (K,) time stamp to pass to a seek to each key frame, in ticks.
+        place_of: Number of each packet, by its display time.
     """
 
     place: tuple[int, ...] = ()
@@ -45,9 +46,12 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """Return the number of the last key frame that is stored and shown before a frame, or is that frame.
+        """Return the index k in 0..K-1 of the last key frame that is stored and shown before a frame, or is the frame.
 
-        None if there is none. The frame refers to nothing before that key frame.
+        None if there is none. If `Packets.whole` is true, the frame refers to nothing before that key frame.
+
+        Args:
+            stamp: Display time of the frame.
         """
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
         while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame may refer to frames before the key frame
@@ -61,16 +65,16 @@ class Packets:
 
     Attributes:
         kind: FFmpeg's name of the container.
-        stamp: Display time of each packet in ticks; None if the container does not state it.
-        decoded: Decoding time of each packet in ticks; None if the container does not state it.
-        key: True for packets marked as key frames.
-        hidden: True for packets that an edit list hides.
-        size: Bytes of each packet.
+        stamp: (P,) display time of each packet in ticks; None if the container does not state it.
+        decoded: (P,) decoding time of each packet in ticks; None if the container does not state it.
+        key: (P,) True for packets marked as key frames.
+        hidden: (P,) True for packets that an edit list hides.
+        size: (P,) bytes of each packet.
         corrupt: True if some packets are marked as damaged.
         invisible: True if some packets may show nothing.
-        whole: True if no frame refers across a key frame.
-        steady: True if the parameter sets do not change, so that the picture size cannot change.
-        spliced: True if the decoder may drop frames in the middle, or an edit list jumps.
+        whole: False if H.264 or HEVC key frames are of other types than those in WHOLE.
+        steady: False if H.264 or HEVC key frames bring different parameter sets, so that the picture size may change.
+        spliced: True if the decoder may drop frames in the middle, or an edit list jumps back or hides packets there.
     """
 
     kind: str
@@ -87,7 +91,10 @@ class Packets:
 
     @classmethod
     def read(cls, container: Any, stream: Any, file_size: int) -> Self:
-        """Read all packets. Raises UserError if a damaged table claims more packets than bytes, or more than `MOST`."""
+        """Read all packets.
+
+        Raises UserError if there are more packets than bytes in the file, as a damaged table claims, or than `MOST`.
+        """
         codec, found = stream.codec_context, cls(container.format.name)
         corrupt = invisible = False
         whole = steady = True
@@ -120,7 +127,10 @@ class Packets:
         self.size.append(packet.size)
 
     def stamped(self, stream: Any) -> bool:
-        """True if each packet that is not hidden shows one frame, at the packet's time stamp."""
+        """True if container, codec and packets leave no doubt that each packet shows one frame, at its time stamp.
+
+        Packets that an edit list hides at the start or the end do not count.
+        """
         codec = stream.codec_context
         container = self.kind in STAMPED or (self.kind in WITHOUT_B_FRAMES and not codec.has_b_frames)
         halves = codec.field_order > PROGRESSIVE  # a packet may be half a frame
@@ -138,7 +148,7 @@ class Packets:
 
     @property
     def open_gop(self) -> bool:
-        """True if a frame stored after a key frame is shown before it."""
+        """True if some frame is stored after a key frame, but shown before it (an open group of pictures)."""
         last = None
         for stamp, key in zip(self.stamp, self.key, strict=True):
             if key:
@@ -148,7 +158,7 @@ class Packets:
         return False
 
     def entries(self) -> Entries:
-        """List the key frames."""
+        """List the key frames whose display time is stated."""
         keys = [place for place, key in enumerate(self.key) if key and self.stamp[place] is not None]
         by = self.decoded if self.kind.startswith("mov") else self.stamp  # as the container's own index does
         seek = [by[place] if by[place] is not None else self.stamp[place] for place in keys]
@@ -156,9 +166,10 @@ class Packets:
         return Entries(tuple(keys), tuple(self.stamp[place] or 0 for place in keys), tuple(at or 0 for at in seek), places)
 
     def incomplete(self, container: Any, stream: Any, file_size: int) -> bool:
-        """True if a file that is shorter than it declares really lacks frames.
+        """True if a file that is shorter than it declares seems to lack frames.
 
-        Judged by the index of a MOV or MP4 file, the number of frames of an AVI file, or else the duration.
+        Compares the packets with the index of a MOV or MP4 file, the number of frames that an AVI file states, or else
+        the duration that the container states.
         """
         if self.kind.startswith("mov"):
             return any(entry.pos + entry.size > file_size for entry in stream.index_entries)
@@ -173,14 +184,17 @@ class Packets:
 
 
 def _may_be_invisible(codec: str, packet: Any) -> bool:
-    """Return True for a VP8 packet that is not to be shown, and for an MPEG-4 packet that may be empty."""
+    """Return True for a VP8 packet marked as not shown, and for an MPEG-4 packet so small that it may show nothing."""
     if codec == "vp8":
         return not bytes(packet)[0] >> 4 & 1  # show_frame, RFC 6386, 9.1
     return codec == "mpeg4" and packet.size <= MPEG4_EMPTY
 
 
 def _units(packet: Any, codec: Any) -> Iterator[tuple[int, bytes]]:
-    """Yield type and bytes of the NAL units of an H.264 or HEVC packet (ISO/IEC 14496-15; Annex B of the standards)."""
+    """Yield type and bytes of each NAL unit of an H.264 or HEVC packet.
+
+    Reads units with length prefixes (ISO/IEC 14496-15) and with start codes (Annex B of the codecs' standards).
+    """
     data, extra, hevc = bytes(packet), codec.extradata or b"", codec.name == "hevc"
     if extra[:1] == b"\1":  # a length precedes each unit; these bits give its width
         width = (extra[21] if hevc and len(extra) > 21 else extra[4] if len(extra) > 4 else 3) % 4 + 1

@@ -13,36 +13,40 @@ from torch import Tensor
 from specvlm.errors import UserError
 from specvlm.video.av_file import Orientation
 
+# Pixel formats that PyAV itself converts as the ffmpeg tool does, if sides are even and the frame is not interlaced.
 PLAIN = frozenset(("yuv420p", "yuvj420p", "rgb24", "gray"))
 
 
 class Pictures:
-    """The pixels of the wanted frames, stored from several threads. Allocated when the first picture is stored.
+    """Collects the pixels of the wanted frames. Several threads may store pictures at once.
 
     Attributes:
-        pixels: (count, 3, H, W) uint8 RGB.
+        pixels: (count, 3, H, W) uint8 RGB; an empty tensor until the first picture is stored.
     """
 
     def __init__(self, path: Path, count: int, orientation: Orientation | None = None) -> None:
-        """Prepare for `count` frames. orientation: used for frames that state none."""
+        """Prepare for `count` frames of a file. orientation: used for frames that state none; by default as stored."""
         self._path, self._count, self._made = path, count, Lock()
         self._orientation, self._colours = orientation, Colours()
         self.pixels = torch.empty(0)
 
     def put(self, place: int, frame: Any, orientation: Orientation | None = None) -> None:
-        """Store a frame of PyAV at a place of the result. orientation: used if the frame states none."""
+        """Store a frame of PyAV as `pixels[place]`. orientation: used if the frame states none."""
         self.put_array(place, self.shown(frame, orientation))
 
     def shown(self, frame: Any, orientation: Orientation | None = None) -> np.ndarray[Any, Any]:
-        """Convert a frame of PyAV to (H, W, 3), turned as it is to be shown."""
+        """Convert a frame of PyAV to (H, W, 3) uint8 RGB, turned as it is to be shown.
+
+        orientation: Used if the frame states none; by default the one given to the constructor.
+        """
         turned = Orientation.of(frame, self._path, orientation or self._orientation)
         return turned.apply(self._colours.convert(frame))
 
     def put_array(self, place: int, picture: np.ndarray[Any, Any]) -> None:
-        """Store a picture (H, W, 3) at a place of the result.
+        """Store a picture (H, W, 3) as `pixels[place]`.
 
         Raises:
-            UserError: Its size differs from the first one's, or there is not enough memory for all frames.
+            UserError: The picture's size differs from the first one's, or there is not enough memory for all frames.
         """
         height, width = picture.shape[:2]
         with self._made:
@@ -80,9 +84,9 @@ class Colours:
         return graph.vpull().to_ndarray()
 
     def _graph(self, frame: Any) -> Any:
-        """Return FFmpeg's filter graph, which handles interlacing and chooses a better scaler than PyAV itself does.
+        """Return the FFmpeg filter graph that converts frames like this one. There is one per thread and kind of frame.
 
-        There is one graph per thread and kind of frame.
+        The graph handles interlacing and chooses a better scaler than PyAV's own conversion.
         """
         import av
 

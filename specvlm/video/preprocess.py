@@ -1,7 +1,8 @@
 """Preprocess frames for a model, bit-equal on the CPU to Hugging Face's video processors.
 
-Those need torchvision; this needs only torch, and processes the frames in chunks. Equality (``torch.equal``) is tested
-against transformers 5.17 and 5.23. It relies on resizing uint8 on the CPU: the float path differs by up to 17/255.
+Those need torchvision; this module needs only torch, and processes the frames in chunks. Equality (``torch.equal``) is
+tested against transformers 5.17 and 5.23. It holds because uint8 is resized on the CPU: the results of resizing floats
+differ by up to 17/255.
 
 Shapes: T frames, H height, W width, C = 3 colours, S side; grid (t, h, w) counts patches.
 Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_processing_llava_onevision.py``.
@@ -21,27 +22,28 @@ from specvlm.video.settings import read_video_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_CHUNK = 8  # frames resized at a time; even, since temporal patches have 2
+_CHUNK = 8  # frames resized at a time; for Qwen, rounded down to whole temporal patches
 
 
 @dataclass(frozen=True)
 class QwenVideoConfig:
     """How frames are resized, normalized and cut into patches for Qwen2.5-VL; defaults as in Qwen2VLVideoProcessor.
 
-    Released checkpoints set the bounds of images (``max_pixels`` 12,845,056), which Hugging Face applies to videos,
-    too. Lower them with ``dataclasses.replace(config, max_pixels=…)``, or set ``cap_pixels_per_frame``.
+    Released checkpoints set the bounds of images (``max_pixels`` 12,845,056), which Hugging Face applies to each frame
+    of a video, too. Lower them with ``dataclasses.replace(config, max_pixels=…)``, or set ``cap_pixels_per_frame``.
 
     Attributes:
         patch_size: Side of a patch in pixels.
         temporal_patch_size: Frames per patch.
         merge_size: Side of the square of patches that becomes one token.
-        min_pixels: Fewest pixels of a resized frame.
-        max_pixels: Most pixels of a resized frame.
+        min_pixels: Minimum number of pixels of a resized frame.
+        max_pixels: Maximum number of pixels of a resized frame.
         mean: Mean of each channel, on the scale 0 to 1.
         std: Standard deviation of each channel, on the scale 0 to 1.
         rescale: Factor from 8-bit values to the scale 0 to 1.
-        cap_pixels_per_frame: True to limit each frame to its part of ``max_video_tokens``, as qwen-vl-utils does.
-        max_video_tokens: Most tokens of a video if ``cap_pixels_per_frame`` is set.
+        cap_pixels_per_frame: True to also limit each frame to its part of ``max_video_tokens``, as qwen-vl-utils does.
+        max_video_tokens: Token budget of a video if ``cap_pixels_per_frame`` is set. Frames get equal parts of 90 % of
+            it, but at least 1.05 * ``min_pixels``, so that very many frames exceed it.
     """
 
     patch_size: int = 14
@@ -57,7 +59,10 @@ class QwenVideoConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read a model folder as AutoVideoProcessor does. Raises UserError for missing or unsupported settings."""
+        """Read a model folder as AutoVideoProcessor does.
+
+        Raises UserError if settings are missing, invalid or not supported.
+        """
         found = read_video_settings(Path(folder), ("Qwen2VL", "Qwen2_5_VL"))
         size = found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
         size = dict(size) if isinstance(size, dict) else {}
@@ -82,7 +87,10 @@ class QwenVideoConfig:
         return self.temporal_patch_size / fps
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) to which each of ``frames`` frames of this size is resized."""
+        """Return the (height, width) to which each of ``frames`` frames of this size is resized.
+
+        Raises UserError if one side is more than 200 times the other.
+        """
         factor = self.patch_size * self.merge_size
         most = self.max_pixels
         if self.cap_pixels_per_frame:
@@ -91,14 +99,17 @@ class QwenVideoConfig:
         return _smart_resize(height, width, factor, self.min_pixels, most)
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return the patch grid (t, h, w) of a clip. It has t*h*w / merge_size² tokens."""
+        """Return the patch grid (t, h, w) of a clip, which gives t*h*w / merge_size² tokens.
+
+        Raises UserError if one side is more than 200 times the other.
+        """
         tall, wide = self.frame_size(frames, height, width)
         return -(-frames // self.temporal_patch_size), tall // self.patch_size, wide // self.patch_size
 
 
 @dataclass(frozen=True)
 class LlavaVideoConfig:
-    """How frames are resized and normalized for LLaVA-OneVision; defaults as in Hugging Face.
+    """How frames are resized and normalized for LLaVA-OneVision; defaults as in LlavaOnevisionVideoProcessor.
 
     Attributes:
         height: Height of a resized frame in pixels. The aspect ratio is not kept.
@@ -116,7 +127,10 @@ class LlavaVideoConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read a model folder as AutoVideoProcessor does. Raises UserError for missing or unsupported settings."""
+        """Read a model folder as AutoVideoProcessor does.
+
+        Raises UserError if settings are missing, invalid or not supported.
+        """
         found = read_video_settings(Path(folder), ("LlavaOnevision",))
         if found.get("do_center_crop"):
             raise UserError(f"{folder}: do_center_crop of the video processor is not supported")
@@ -138,6 +152,7 @@ def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[i
 
     Raises:
         UserError: The clip is empty, or one side is more than 200 times the other.
+        ValueError: `frames` is not uint8 (T, 3, H, W) on the CPU.
     """
     _check_frames(frames)
     count, _, height, width = frames.shape
@@ -170,6 +185,7 @@ def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
 
     Raises:
         UserError: The clip is empty.
+        ValueError: `frames` is not uint8 (T, 3, H, W) on the CPU.
     """
     _check_frames(frames)
     size = (config.height, config.width)
@@ -180,6 +196,7 @@ def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
 
 
 def _check_frames(frames: Tensor) -> None:
+    """Raise ValueError unless frames are uint8 (T, 3, H, W) on the CPU, and UserError if there are none."""
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or frames.device.type != "cpu":
         raise ValueError(
             f"frames: wanted uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
@@ -193,21 +210,24 @@ def _chunks(frames: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 frames as torchvision's v2 resize does."""
+    """Resize uint8 frames to (height, width) as torchvision's v2 resize does: bicubic, with antialiasing."""
     if tuple(frames.shape[2:]) == size:
         return frames
     return interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def _normalise(frames: Tensor, config: QwenVideoConfig | LlavaVideoConfig) -> Tensor:
-    """Normalize on the 0-255 scale in one step, as Hugging Face fuses rescaling and normalization."""
+    """Rescale and normalize 8-bit values in one step, as Hugging Face does. Returns float32."""
     mean = torch.tensor(config.mean) * (1.0 / config.rescale)
     std = torch.tensor(config.std) * (1.0 / config.rescale)
     return (frames.float() - mean[:, None, None]) / std[:, None, None]
 
 
 def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size of nearest aspect ratio with sides that are multiples of ``factor`` and an area within bounds."""
+    """Return a (height, width) of about the same aspect ratio, in multiples of ``factor``, with an area within bounds.
+
+    Raises UserError if one side is more than 200 times the other.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     if max(height, width) / min(height, width) > 200:
@@ -216,7 +236,7 @@ def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pix
 
 
 def _normalisation(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of normalization that are set, under the names of our fields."""
+    """Return those settings of normalization that are given, under the names of our fields."""
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
     values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,7 +1,7 @@
 """Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
 
-PyAV takes the numbers and times of frames from `frame_index`; those of decord are compared with it if PyAV is
-installed. Every fault of a file becomes a ``UserError``.
+PyAV's reader takes the numbers and times of frames from `frame_index`; decord's are compared with it if PyAV is
+installed. Faults of a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
 """
 
 import importlib.util
@@ -26,19 +26,20 @@ from specvlm.video.frame_index import FrameIndex, index_of
 from specvlm.video.pictures import Pictures
 
 NAMES = ("auto", "decord", "pyav")
-MOST_DECODERS = 16  # in parallel
+MOST_DECODERS = 16  # maximum number of decoders in parallel
 DECODER_BYTES = 256 * 2**20  # memory for the pictures of all decoders
 HELD = 20  # pictures that a decoder holds: those that others refer to, and those that wait for output
 LEAST_SIDE = 32  # pixels: decord adds columns to narrower pictures
+# Pixel formats that decord converts to the same colours as the ffmpeg tool.
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 
 
 class Reader(Protocol):
-    """A video that can be decoded. Holds no open file.
+    """A video file whose frames can be decoded by number.
 
     Attributes:
         times: Time of each frame, in seconds since the first.
-        fps: Frames per second that the container states; 0 if it states none.
+        fps: Frames per second that the container states, or that decord reports; 0 if unknown.
         name: Name of the reader.
         reason: Why this reader was chosen.
     """
@@ -58,8 +59,8 @@ class Reader(Protocol):
             (n, 3, H, W) uint8 RGB, upright.
 
         Raises:
-            WrongIndex: The file has other frames than its index says.
-            UserError: The file is damaged.
+            WrongIndex: The file decodes to other frames than its `FrameIndex` lists.
+            UserError: The file is damaged, its picture size changes, or there is not enough memory.
         """
 
 
@@ -68,9 +69,9 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
 
     Args:
         path: A regular file.
-        name: "pyav"; "decord", which falls back to PyAV if decord would give other frames than those shown; or "auto",
-            which is PyAV if it is installed, else decord.
-        counted: True to count the frames by decoding them, after `decode` raised WrongIndex.
+        name: "pyav"; "decord", which falls back to PyAV if decord fails on the file or would give other frames than
+            those shown; or "auto", which is PyAV if it is installed, else decord.
+        counted: True to count the frames by decoding them, after `decode` raised WrongIndex. Needs PyAV.
 
     Raises:
         UserError: The reader is not installed, or the file is damaged, not a video, or of a kind that cannot be read.
@@ -110,11 +111,12 @@ def _not_for_decord(index: FrameIndex) -> str:
 
 
 class PyavReader:
-    """Reads videos with PyAV, which has every codec of FFmpeg.
+    """Reads videos with PyAV, which decodes with FFmpeg.
 
-    It starts at the key frame before each wanted frame. It decodes several groups of pictures in parallel, skips frames
-    that no other frame refers to, and converts only wanted frames. A frame that cannot be decoded this way is tried
-    again with errors ignored. If the result is doubtful, it is decoded from the start of the file.
+    For each wanted frame, decoding starts at the key frame before it. Several groups of pictures, each from one key
+    frame to the next, are decoded in parallel. In H.264, unwanted frames that no other refers to are skipped. Frames
+    that fail are tried again with errors ignored. Those that still are doubtful, and all frames of a file whose frames
+    were counted, are decoded from the start of the file.
     """
 
     name = "pyav"
@@ -138,11 +140,11 @@ class PyavReader:
         return pictures.pixels
 
     def _side_by_side(self, groups: Mapping[Any, list[int]], wanted: Mapping[int, int], pictures: Pictures) -> list[int]:
-        """Decode groups of pictures in parallel. Returns the time stamps of frames that failed.
+        """Decode groups of pictures in parallel. Returns the time stamps of the frames that failed.
 
         Args:
-            groups: Time stamps of the wanted frames, by the number of the key frame before them.
-            wanted: Place in the result by time stamp.
+            groups: Time stamps of the wanted frames, by the number of the key frame before them (see `Entries`).
+            wanted: Place in the result, by time stamp.
             pictures: The result.
         """
         todo, stop = deque(groups.items()), Event()
@@ -175,10 +177,8 @@ class PyavReader:
     def _twice(self, key: int, stamps: Sequence[int], wanted: Mapping[int, int], pictures: Pictures, stop: Event) -> list[int]:
         """Decode frames twice with errors ignored: from their key frame, and from the one before it.
 
-        Many errors are harmless: if both give the same picture, decoding from the start would give it, too.
-
-        Returns:
-            The time stamps of the frames that differ, or that are missing in one of the two.
+        Many errors are harmless: pictures that are the same both times are stored, since decoding from the start of the
+        file should give them, too. Returns the time stamps of the others.
         """
 
         def decoded(start: int) -> dict[int, np.ndarray[Any, Any]]:
@@ -198,10 +198,10 @@ class PyavReader:
         return [stamp for stamp in stamps if stamp not in same]
 
     def _walk(self, wanted: Mapping[int, int], pictures: Pictures, by_stamp: bool) -> None:
-        """Decode from the start of the file. wanted: place in the result by time stamp, or else by number of the frame.
+        """Decode from the start of the file. wanted: place in the result by time stamp (if `by_stamp`) or by number.
 
         Raises:
-            WrongIndex: A wanted frame is not among the frames.
+            WrongIndex: The file ends before all wanted frames were found.
             UserError: The file is damaged.
         """
         left, orientation = dict(wanted), self._index.facts.orientation
@@ -218,29 +218,29 @@ class PyavReader:
 
 
 class Group:
-    """Decodes groups of pictures of an open file."""
+    """Decodes groups of pictures (a key frame and the frames up to the next) of an open file."""
 
     def __init__(self, container: Any, stream: Any, index: FrameIndex, stop: Event, skips: bool = True) -> None:
         self._container, self._stream, self._entries, self._stop = container, stream, index.entries, stop
         self._codec = stream.codec_context
-        # In H.264, nal_ref_idc = 0 means that no frame refers to this one; in HEVC, that none of its temporal layer
-        # does. If a frame is missing, the decoder's replacement for it may depend on the skipped frames.
+        # H.264 marks frames that no other refers to (nal_ref_idc = 0); HEVC only those that none of the same temporal
+        # layer refers to. If a frame is missing, the decoder's replacement for it may depend on the skipped frames.
         self._skips = skips and index.facts.codec == "h264" and index.even
 
     def decode(self, key: int, wanted: Sequence[int], put: Callable[[int, Any], None]) -> list[int]:
         """Decode wanted frames of the group that starts at a key frame.
 
         Args:
-            key: Number of the key frame. If it does not come out whole, as when it only starts a gradual refresh, all
-                wanted frames count as lost.
+            key: Number of the key frame.
             wanted: Time stamps of the wanted frames.
-            put: Called with the time stamp and the frame.
+            put: Called with the time stamp and each decoded wanted frame, even if it is returned as failed later.
 
         Returns:
-            The time stamps of the frames that did not come out whole.
+            The time stamps of the frames that failed: all wanted ones if FFmpeg reports an error, a frame is marked as
+            corrupt, or the key frame does not come first, as in a gradual refresh; else those that did not come.
 
         Raises:
-            WrongIndex: A frame is not in the index, or is out of order.
+            WrongIndex: A frame has a time stamp that no packet has, or is out of order.
         """
         import av
 
@@ -265,7 +265,10 @@ class Group:
         return list(left)
 
     def _frames(self, key: int, wanted: Sequence[int]) -> Iterator[Any]:
-        """Decode all frames from a key frame on. Yields none if the container seeks to a later packet."""
+        """Decode from a key frame on; if `_skips`, without unwanted frames that no other refers to.
+
+        Yields nothing if the container seeks to a later packet.
+        """
         entries, started = self._entries, False
         self._container.seek(entries.seek[key], stream=self._stream, backward=True)
         for packet in self._container.demux(self._stream):
@@ -286,12 +289,12 @@ class Group:
 
 
 class DecordReader:
-    """Reads videos with decord 0.6, in a process of its own, since it may abort or hang."""
+    """Reads videos with decord 0.6, in a separate process, since decord may abort or hang."""
 
     name = "decord"
 
     def __init__(self, path: Path, index: FrameIndex | None, reason: str) -> None:
-        """Open a file with decord. Without an index, its frames are trusted.
+        """Open a file with decord. Without `index`, the frames that decord lists are not checked.
 
         Raises:
             DecordFailed: decord cannot open the file, or lists frames different from those of `index`.
@@ -318,7 +321,7 @@ class DecordReader:
 
 
 def _decord_alone(path: Path) -> DecordReader:
-    """Open a file with decord, without PyAV. Raises UserError if decord fails or clearly gets the file wrong."""
+    """Open a file without PyAV. Raises UserError if it is truncated, or decord is missing, fails or gives bad times."""
     declared, size = declared_size(path), path.stat().st_size
     if declared > size:
         raise truncated(path, declared, size)

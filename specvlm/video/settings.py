@@ -8,8 +8,8 @@ from typing import Any, Self
 from specvlm.errors import UserError
 from specvlm.parsing.files import json_of, read_text
 
-LARGEST = 2**31
-MOST_PIXELS = 16384 * 28 * 28  # most that min_pixels may be: the max_pixels of the released checkpoints
+LARGEST = 2**31  # upper bound of most settings that are whole numbers
+MOST_PIXELS = 16384 * 28 * 28  # upper bound of min_pixels: the max_pixels of the released checkpoints
 WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), 1024),
     **dict.fromkeys(("height", "width"), 8192),
@@ -23,13 +23,13 @@ FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Frame sampling as a video processor sets it. All fields are None if ``do_sample_frames`` is false.
+    """Frame sampling as a video processor's settings give it. All fields are None if ``do_sample_frames`` is false.
 
     Attributes:
         fps: Sampled frames per second; None if not set.
         num_frames: Number of sampled frames; None if not set.
-        min_frames: Fewest sampled frames; None if not set.
-        max_frames: Most sampled frames; None if not set.
+        min_frames: Minimum number of sampled frames; None if not set.
+        max_frames: Maximum number of sampled frames; None if not set.
     """
 
     fps: float | None = None
@@ -46,7 +46,8 @@ class SamplingSettings:
             families: Allowed beginnings of the processor's class name.
 
         Raises:
-            UserError: As in `read_video_settings`, or both a rate and a number of frames are set.
+            UserError: Settings are missing, invalid or not supported (see `read_video_settings`), or both a rate and a
+                number of frames are set.
         """
         found = read_video_settings(folder, families)
         if found.get("do_sample_frames") is False:
@@ -61,15 +62,15 @@ class SamplingSettings:
 
 
 def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
-    """Read the settings of the video processor, or of the image processor if a folder has only those.
+    """Read the settings of the video processor, or those of the image processor if a folder has no others.
 
     Args:
         folder: The model folder.
         families: Allowed beginnings of the processor's class name.
 
     Raises:
-        UserError: There are no settings, they belong to another family or have an invalid value, or they differ from
-            the steps that ``preprocess.py`` supports.
+        UserError: There is no such folder, it has no settings or a broken file, or the settings belong to another
+            family, have an invalid value, turn off a step of ``preprocess.py``, or ask for other than bicubic resizing.
     """
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
@@ -95,7 +96,7 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
 
 
 def _check(folder: Path, found: Any) -> None:
-    """Raise UserError for an invalid value."""
+    """Raise UserError if the settings are not a dict, or one of them has an invalid value."""
     if not isinstance(found, dict):
         raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
     size = found.get("size")
@@ -124,7 +125,10 @@ def _number(value: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; return an empty one if there is no file. Raises UserError if the file has no JSON object."""
+    """Read a JSON object; return an empty one if there is no file.
+
+    Raises UserError if the file cannot be read or does not contain a JSON object.
+    """
     if not path.exists():
         return {}
     try:

@@ -1,8 +1,8 @@
 """Generate short synthetic videos with exact captions, for the embedded model pairs.
 
 One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly
-disappear again. `sample_scene`, `questions` and `render` are pure functions of their seed (the noise comes from a CPU
-generator). Seeds below `HELD_OUT` are never used in training.
+disappear again. The results of `sample_scene`, `questions` and `render` depend only on their arguments. Seeds below
+`HELD_OUT` are never used in training.
 
 Legend: B scenes, K object slots, C columns of an object row, T frames, S side of a sprite box in pixels.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 SECONDS, FPS, SIDE, MAX_OBJECTS = 16, 2, 224, 5
 HELD_OUT = 1_000_000
 NOISE = 4.0  # standard deviation in 8-bit steps
-SPRITE = 46  # pixels: the largest shape has a radius of 16, and its centre is rounded
+SPRITE = 46  # side in pixels of the box that an object is drawn in: the largest radius is 16, and the box is rounded
 
 SHAPES = ["circle", "square", "triangle", "cross", "ring", "diamond", "star", "bar"]
 COLORS = {"red": (225, 45, 45), "green": (50, 200, 70), "blue": (70, 110, 255), "yellow": (245, 220, 50),
@@ -54,16 +54,16 @@ class Thing:
     """One object of a scene.
 
     Attributes:
-        second: When it appears, in whole seconds.
-        end: When it disappears, excluded.
+        second: Whole second from which the object is shown.
+        end: Whole second from which the object is no longer shown.
         shape: Index in SHAPES.
         color: Index in COLORS.
         size: Index in SIZES.
         start: First place, an index in PLACES.
         stop: Last place, an index in PLACES.
-        turn: Index of the colour that it changes to halfway; None if it does not.
-        stays: True if it is still there when the video ends.
-        jitter: Offset in pixels from the centre of its first place (x, y) and of its last (x, y).
+        turn: Index in COLORS of the colour that the object changes to halfway; None if it does not.
+        stays: True if the object is still there when the video ends.
+        jitter: Offset in pixels from the centre of the first place (x, y) and of the last place (x, y).
     """
 
     second: int
@@ -79,7 +79,7 @@ class Thing:
 
     @property
     def moves(self) -> bool:
-        """True if it changes its place."""
+        """True if the object changes its place."""
         return self.start != self.stop
 
 
@@ -92,7 +92,7 @@ class Scene:
         texture: Index in TEXTURES.
         phase: Pixels by which the texture is shifted.
         things: The objects, sorted by the second in which they appear.
-        seconds: Duration.
+        seconds: Duration in seconds.
     """
 
     background: int
@@ -103,12 +103,12 @@ class Scene:
 
 
 def sample_scene(seed: int | random.Random, seconds: int = SECONDS, min_objects: int = 1) -> Scene:
-    """Draw a scene of 1 to 5 objects, no two of which appear in the same second or share a place at the same time.
+    """Sample a scene of 1 to 5 objects. No two appear in the same second, or share a place while both are shown.
 
     Args:
-        seed: A seed, or a generator to continue.
-        seconds: Duration, 3 to 16.
-        min_objects: Fewest objects, as far as the duration allows.
+        seed: A seed, or a generator to draw from.
+        seconds: Duration in seconds, 3 to 16.
+        min_objects: Minimum number of objects, 1 to 5. A scene has at most `seconds` - 2, even if this is less.
 
     Raises:
         ValueError: `seconds` is out of range.
@@ -133,7 +133,7 @@ def sample_scene(seed: int | random.Random, seconds: int = SECONDS, min_objects:
 def _sample_thing(
     rng: random.Random, second: int, seconds: int, color: int, spare: list[int], others: list[Thing]
 ) -> Thing | None:
-    """Draw an object that appears at a second; None if 30 attempts find no free place for it."""
+    """Sample an object that appears at a second; None if 30 attempts find no places that `others` leave free."""
     rest = seconds - second
     vanishes = rng.random() < 0.85 and rest >= 3
     life = min(rng.randint(2, 5), rest - 1) if vanishes else rest  # leave at least one second without it
@@ -153,6 +153,7 @@ def _sample_thing(
 
 
 def _direction(thing: Thing) -> str:
+    """Say in which direction an object moves, such as "up left"."""
     (row0, col0), (row1, col1) = divmod(thing.start, 3), divmod(thing.stop, 3)
     vertical = "down" if row1 > row0 else "up" if row1 < row0 else ""
     horizontal = "right" if col1 > col0 else "left" if col1 < col0 else ""
@@ -183,10 +184,9 @@ def _opening(scene: Scene) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Return the full caption of a scene, 40 to 140 words separated by single spaces.
+    """Return the full caption of a scene, 36 to 140 words separated by single spaces.
 
-    The number of objects comes first. So the first word already depends on every object, which makes the target's
-    attention informative.
+    The first word is the number of objects. It depends on every object, which makes the target's attention informative.
     """
     left = sum(t.stays for t in scene.things)
     ending = "the scene is empty" if left == 0 else "one object remains" if left == 1 else f"{NUMBERS[left]} objects remain"
@@ -194,7 +194,7 @@ def caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, seed: int | random.Random) -> list[tuple[str, str]]:
-    """Return five (question, answer) pairs in random order, one of each kind, about objects that the seed picks."""
+    """Return five (question, answer) pairs, one of each kind, in random order, about randomly chosen objects."""
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     pairs = []
     for kind in rng.sample(range(5), 5):
@@ -227,7 +227,7 @@ class Col(IntEnum):
 
 
 def pack(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """Encode scenes: objects float32 (B, K, C) by `Col`, backgrounds int64 (B, 3) as name, texture, phase."""
+    """Encode scenes: objects as float32 (B, K, C) by `Col`; background, texture and phase as int64 (B, 3)."""
     objects = np.zeros((len(scenes), MAX_OBJECTS, len(Col)), np.float32)
     for b, scene in enumerate(scenes):
         for k, o in enumerate(scene.things):
@@ -243,7 +243,7 @@ def pack(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def centers(objects: Tensor, frames: Tensor) -> Tensor:
-    """Return the object centres in pixels (B, K, T, 2) as x, y at the frame numbers (T,)."""
+    """Return the objects' centres (x, y) in pixels at the frame numbers (T,), as (B, K, T, 2)."""
     start, stop = objects[..., Col.MOVE0, None], objects[..., Col.MOVE1, None]
     way = ((frames - start) / (stop - start).clamp(min=1)).clamp(0, 1)[..., None]
     from_, to = objects[:, :, None, Col.X0 : Col.Y0 + 1], objects[:, :, None, Col.X1 : Col.Y1 + 1]
@@ -281,7 +281,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def canvas(backgrounds: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw empty scenes (B, 3, H, W): colour, texture, and a lighter border that shows a vision tower the edges."""
+    """Draw empty scenes (B, 3, SIDE, SIDE) in 0..255. A lighter border shows a vision tower where the edges are."""
     device = backgrounds.device
     y, x = torch.meshgrid(torch.arange(SIDE, device=device), torch.arange(SIDE, device=device), indexing="ij")
     name, texture, phase = (c.view(-1, 1, 1) for c in backgrounds.unbind(1))
@@ -301,7 +301,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     cover: Callable[..., Tensor] = coverage,
 ) -> Tensor:
-    """Draw frames without noise, (B, T, 3, H, W) in 0..255. Cheap, since only the boxes of objects are drawn.
+    """Draw frames without noise, (B, T, 3, SIDE, SIDE) in 0..255. Cheap: objects are drawn only in their boxes.
 
     Args:
         objects: (B, K, C), from `pack`.
@@ -335,7 +335,7 @@ def draw(
 
 
 def render(scene: Scene, seed: int = 0) -> np.ndarray:
-    """Render a video as uint8 (T, H, W, 3) at 2 frames per second, with seeded noise. 0.1 to 0.3 s on one core."""
+    """Render a video as uint8 (T, SIDE, SIDE, 3) at 2 frames per second, with seeded noise. Takes up to 0.3 s."""
     objects, backgrounds = (torch.from_numpy(a) for a in pack([scene]))
     video = draw(objects, backgrounds, torch.arange(scene.seconds * FPS).float())[0]
     video += NOISE * torch.randn(video.shape, generator=torch.Generator().manual_seed(seed))

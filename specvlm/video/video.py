@@ -26,11 +26,11 @@ class VideoInfo:
     """Properties of a video file, or of a section of it.
 
     Attributes:
-        frames: Number of frames.
-        fps: Mean frames per second.
+        frames: Number of frames in the section.
+        fps: Mean frames per second of the whole file.
         width: Width as shown, in pixels.
         height: Height as shown, in pixels.
-        duration: Seconds.
+        duration: Duration of the section in seconds, as frames / fps.
     """
 
     frames: int
@@ -51,8 +51,8 @@ class Clip:
         source: The file, or another name of the video.
         total_frames: Number of frames in the whole file.
         source_fps: Mean frames per second of the whole file.
-        index: Number of each frame in the file, in display order; empty if the frames do not come from a file.
-        reader: The reader that was used, and why; empty if there was none.
+        index: Number of each frame in the file, counted in display order; empty if the frames do not come from a file.
+        reader: Name of the reader and why it was chosen; empty if none was used.
     """
 
     frames: Tensor
@@ -81,10 +81,10 @@ SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {  # rules that choose `
 
 
 def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0, end: float | None = None) -> VideoInfo:
-    """Describe a video file or a section of it. Reads the file's index and decodes the section's first frame.
+    """Describe a video file or a section of it. Indexes the file's frames and decodes the section's first frame.
 
     Args:
-        source: A file, or a clip of all frames.
+        source: A file, or a clip of all frames, which is described like a file of these frames.
         reader: "auto", "pyav" or "decord".
         start: Start of the section, in seconds.
         end: End of the section, in seconds, excluded; None for the end of the video.
@@ -93,7 +93,7 @@ def probe(source: str | Path | Clip, reader: str = "auto", *, start: float = 0.0
         Frames and duration of the section; rate and size of the video.
 
     Raises:
-        UserError: As in ``read_video``.
+        UserError: The video cannot be read (see ``read_video``), or the section is invalid or has no frames.
     """
 
     def describe(video: Reader | ClipReader) -> VideoInfo:
@@ -130,18 +130,18 @@ def read_video(
         start: Start of the section, in seconds.
         end: End of the section, in seconds, excluded; None for the end of the video.
         reader: "auto", "pyav" or "decord".
-        min_frames: Fewest frames with ``fps``. None means 1, or 4 for "qwen".
-        max_frames: Most frames. ``fps`` gives no more; otherwise, more are an error.
-        sampling: The rule that spaces the frames, one of ``SAMPLINGS``. "qwen" makes their number even, as Hugging Face
-            does.
+        min_frames: Minimum number of frames with ``fps``. None means 1, or 4 for "qwen".
+        max_frames: Maximum number of frames. ``fps`` gives no more; without ``fps``, more are an error.
+        sampling: The rule that spaces the frames, one of ``SAMPLINGS``. "qwen" rounds their number to an even one, as
+            Hugging Face does, if ``frames`` or ``fps`` is set.
 
     Returns:
         The frames, with their times and their places in the file.
 
     Raises:
         UserError: The file is missing, a folder, not a video, damaged, truncated, or has no frames; the reader is
-            unknown, not installed or lacks the codec; the section has no frames; more frames are asked for than it has
-            (as in Hugging Face, none is repeated) or than ``max_frames``; or an argument is invalid.
+            unknown, not installed or lacks the codec; the section has no frames; more frames are asked for than the
+            section has (none is repeated), than ``max_frames`` or than fit in memory; or an argument is invalid.
     """
     _check(frames, fps, min_frames, max_frames, sampling)
 
@@ -217,7 +217,10 @@ def _open(source: str | Path | Clip, reader: str, counted: bool) -> Reader | Cli
 
 
 def _mean_fps(video: Reader | ClipReader) -> float:
-    """Return the mean frames per second, by the frames' times: if the rate varies, containers state a wrong one."""
+    """Return the container's frame rate if it is within 1 % of the mean rate by the frames' times, else that mean.
+
+    Containers state a wrong rate if it varies. A single frame has the container's rate, or 25 if it states none.
+    """
     seconds = video.times[-1] - video.times[0]
     if seconds <= 0:
         return video.fps or 25.0
@@ -226,7 +229,7 @@ def _mean_fps(video: Reader | ClipReader) -> float:
 
 
 def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
-    """Return the numbers of the frames in a section. Raises UserError if there are none."""
+    """Return the numbers of the frames in a section. Raises UserError if it is invalid or has no frames."""
     if not 0 <= start < math.inf:
         raise UserError(f"start={start}: wanted seconds from 0")
     if end is not None and not end > start:
@@ -250,7 +253,10 @@ def _span(start: float, end: float | None) -> str:
 def _count(
     total: int, source_fps: float, frames: int | None, fps: float | None, bounds: tuple[int | None, int], sampling: str
 ) -> int:
-    """Return how many of `total` frames to sample, by the rule that `read_video` states."""
+    """Return how many of `total` frames to sample (see the arguments of `read_video`).
+
+    bounds: `min_frames` and `max_frames`.
+    """
     if frames is not None:
         return max(2 * round(frames / 2), 1) if sampling == "qwen" else frames
     if fps is None:

@@ -1,4 +1,4 @@
-"""Your own videos: a folder with a file of questions."""
+"""Your own videos: a folder with videos and a file of questions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class FolderDataset(LocalDataset):
 
     A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path relative to `root`. Optional keys: id
     (default: the path), answer, options (a list, for multiple choice), start and end (seconds). Without a question, a
-    detailed description is asked for. A video that is a folder of pictures needs fps. Any other key is kept with the
-    results.
+    detailed description is asked for. A video that is a folder of pictures needs fps, its frames per second. Any other
+    key is kept with the results.
 
     Attributes:
-        questions: Name of the file with the questions. A .csv file has the keys in its first row, and | between
-            options.
+        questions: Name of the file with the questions, in `root`. A .csv file has the keys in its first row, and |
+            between options.
     """
 
     name = "folder"
@@ -83,7 +83,7 @@ class FolderDataset(LocalDataset):
 
 
 def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parse JSON objects, one per line. Yields the number of the line and the object."""
+    """Parse JSON objects, one per line. Yields the line number and the object. Raises UserError for an invalid line."""
     for number, words in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may contain other breaks
         if not words.strip():
             continue
@@ -97,7 +97,10 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parse a .csv file. Yields the number of the line, and the entry without its empty cells."""
+    """Parse a .csv file. Yields the line number, and the row as an entry without its empty cells.
+
+    Raises UserError if the file is not valid CSV.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
@@ -125,6 +128,7 @@ def _word(key: str, value: object) -> str:
 
 
 def _not_nested(key: str, value: object) -> object:
+    """Return the value unchanged. Raises UserError if it is nested too deeply for a results file."""
     if nested(value):
         raise UserError(f"{line(key)} is nested too deeply to be kept with the results")
     return value

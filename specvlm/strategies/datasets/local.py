@@ -28,7 +28,7 @@ CAPTION = "Please provide a detailed description of the video, focusing on the m
 PROMPTS = ("own", "caption")
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")  # tried if a list names videos without a suffix
 GUIDE = "docs/guides/datasets.md"
-MOST_LIST = 512 * 2**20  # bytes
+MOST_LIST = 512 * 2**20  # maximum size in bytes of a file that lists samples
 T = TypeVar("T")
 
 
@@ -38,9 +38,9 @@ class LocalDataset(Dataset):
 
     Attributes:
         layout: Content of `root`, for error messages.
-        choices: Allowed values by field.
+        choices: Allowed values of those fields that have only certain ones, by field.
         root: Folder of the data set.
-        limit: Most samples; null for all.
+        limit: Maximum number of samples; null for all.
         shuffle: Seed of the order in which `limit` takes samples, as in Hugging Face's `Dataset.shuffle`; null keeps
             the listed order.
         prompt: `own` asks the data set's questions; `caption` asks for a long description of every video, and no
@@ -77,7 +77,7 @@ class LocalDataset(Dataset):
 
     @cached_property
     def version(self) -> str:
-        """Checksum of the lists. Equal checksums mean the same questions in the same order."""
+        """Checksum of the files that list the samples: the first 12 digits of their SHA-256."""
         digest = hashlib.sha256()
         for path in self.lists():
             digest.update(_content(path, self.layout, read_bytes))
@@ -95,9 +95,9 @@ class LocalDataset(Dataset):
         return chosen
 
     def video(self, below: Path, name: object) -> Path:
-        """Return the path of a video that a list names.
+        """Return the path of a video that a list names. The file need not exist.
 
-        Lists may come from strangers, so paths that lead out of the folder are refused. Symbolic links in the folder
+        Lists may come from strangers, so paths with ".." and absolute paths are refused. Symbolic links in the folder
         are followed: they are the user's own.
 
         Args:
@@ -114,7 +114,7 @@ class LocalDataset(Dataset):
         return below / text
 
     def place(self, *names: str) -> Path:
-        """Return the first of these folders in `root` that exists. Raises UserError, naming the first, if none does."""
+        """Return the first of these subfolders of `root` that exists. Raises UserError if none does."""
         for name in names:
             if os.path.isdir(self.folder / name):  # also False for names that no folder can have
                 return self.folder / name
@@ -128,7 +128,7 @@ class LocalDataset(Dataset):
             kind: TypedDict that each object must match.
 
         Raises:
-            UserError: The file cannot be read, or is not a JSON list of such objects.
+            UserError: The file cannot be read, is larger than MOST_LIST, or is not a JSON list of such objects.
         """
         try:
             found = json_of(_content(path, self.layout, read_bytes))
@@ -155,7 +155,8 @@ class LocalDataset(Dataset):
             kind: TypedDict that each row must match.
 
         Raises:
-            UserError: The file cannot be read, is not Parquet or has other rows, or PyArrow is not installed.
+            UserError: The file cannot be read, is larger than MOST_LIST, is not Parquet or has other rows, or PyArrow
+                is not installed.
         """
         content = _content(path, self.layout, read_bytes)
         try:
@@ -178,17 +179,20 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
 
 
 def first_there(*places: Path) -> Path:
-    """Return the first path that exists. If none does, return the first one, which a later error names as missing."""
+    """Return the first of these paths that exists. If none does, return the first, so that a later error names it."""
     return next((place for place in places if os.path.exists(place)), places[0])
 
 
 def text_of(path: Path, layout: str) -> str:
-    """Read a list as text. Raises UserError if it cannot be read."""
+    """Read a list as UTF-8 text. Raises UserError if it cannot be read or is larger than MOST_LIST.
+
+    layout: What the data set's folder should contain, for the message.
+    """
     return _content(path, layout, read_text)
 
 
 def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
-    """Read a list. Raises UserError if it cannot be read; the message says what was expected."""
+    """Read a list with `read`. Raises UserError if it cannot be read; the message says what was expected."""
     try:
         return read(path, MOST_LIST)
     except OSError as error:
@@ -197,7 +201,7 @@ def _content(path: Path, layout: str, read: Callable[[Path, int], T]) -> T:
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """Make ids unique: further samples with an id get the suffixes #2, #3 and so on."""
+    """Make ids unique: if several samples have the same id, all but the first get the suffixes #2, #3 and so on."""
     named: dict[str, Sample] = {}
     for sample in samples:
         key = next(key for key in chain([sample.id], (f"{sample.id}#{n}" for n in count(2))) if key not in named)

@@ -41,7 +41,8 @@ class LongVideoBenchDataset(LocalDataset):
 
     Attributes:
         split: `val` or `test`.
-        durations: Groups of videos to use, by their longest duration in seconds: 15, 60, 600, 3600; empty for all.
+        durations: Groups of videos to use, each named by its maximum duration in seconds: 15, 60, 600, 3600; empty for
+            all.
     """
 
     name = "long_video_bench"

@@ -66,9 +66,9 @@ class MVBenchDataset(LocalDataset):
     """MVBench: multiple choice, 20 tasks of 200 questions on short clips.
 
     arXiv 2311.17005; Hugging Face: OpenGVLab/MVBench. Layout: json/TASK.json, and video/ with the archives unpacked in
-    it (some videos are below video/data0613/). The branch `video` works, too. Questions of five tasks are about a
-    section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are not in the repository;
-    without them, the samples of fine_grained_pose are skipped.
+    it (some videos are below video/data0613/). The layout of the repository's branch `video` works, too. Questions of
+    five tasks are about a section of the video; one task has folders of frames as videos. The 320 NTU RGB+D videos are
+    not in the repository; without them, the samples of fine_grained_pose are skipped.
 
     Attributes:
         tasks: Names of the tasks to use, out of 20; empty for all.

@@ -21,12 +21,12 @@ FIRST = 77_000_000  # seed of scene 0, far above all training seeds (see experim
 class SyntheticDataset(Dataset):
     """Held-out scenes of two to five objects, with exact answers; 16 s each, rendered in 0.2 s on one core.
 
-    Scene n does not depend on the fields; experiments/embedded_pair numbers its scenes in the same way.
+    Scene n is the same whatever the fields, and the same as scene n in experiments/embedded_pair.
 
     Attributes:
         scenes: Number of scenes.
         first: Number of the first scene.
-        ask: `caption` (40 to 140 words) or `question` (one of five kinds).
+        ask: `caption` (answers of 55 to 140 words) or `question` (short answers to one of five kinds of question).
     """
 
     name = "synthetic"

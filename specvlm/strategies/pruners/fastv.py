@@ -1,4 +1,7 @@
-"""Keep the video tokens that the last prompt token attends to most in an early layer."""
+"""Keep the video tokens that the last prompt token attends to most in an early layer.
+
+Shape suffixes: L layers, N video tokens.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,10 +15,10 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 
 @dataclass(frozen=True)
 class FastVPruner(Pruner):
-    """Keep the tokens of highest attention from the last prompt token in one layer, mean over heads.
+    """Keep the B tokens of highest attention from the last prompt token in one layer, mean over heads.
 
-    FastV (arXiv 2403.06764): score_j = mean over heads of the attention of the last row to token j in layer K, by
-    default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
+    FastV (arXiv 2403.06764): score_j = mean over heads of the last prompt token's attention to video token j in layer
+    K, by default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
     starts. Ties go to the earlier token.
 
     Deviations: none.
@@ -24,11 +27,12 @@ class FastVPruner(Pruner):
 
     Attributes:
         layer: The layer K, counted from 1.
-        source: The model whose attention is used. `target` is free, a by-product of its prefill. `draft` is as in
-            FastV, and costs K layers of the drafter over the unpruned video.
+        source: The model whose attention is used. `target` is free, a by-product of the target's prefill. `draft` takes
+            the model whose tokens are dropped, as FastV does, and costs K layers of the drafter over the unpruned
+            video.
 
     Raises:
-        UserError: The model has no such layer, or `source` is unknown.
+        UserError: `layer` is below 1 or above the model's number of layers, or `source` is unknown.
         ValueError: The attention contains NaN.
     """
 

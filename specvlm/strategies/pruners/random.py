@@ -1,4 +1,4 @@
-"""Keep video tokens at random."""
+"""Keep video tokens at random. Shape suffix: K kept video tokens."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from specvlm.types import KeepSet
 class RandomPruner(Pruner):
     """Keep a uniformly random subset, drawn without replacement: the baseline SD-Rand of SpecVLM (arXiv 2508.16201).
 
-    It takes the first B of a random permutation and sorts them. The request's generator draws on the CPU, so a seed
+    The first B (the budget) of a random permutation are kept. The request's generator draws on the CPU, so that a seed
     gives the same tokens on every device.
 
     Deviations: none.

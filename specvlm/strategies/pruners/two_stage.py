@@ -1,6 +1,6 @@
 """Keep what the target attends to, and an even sample of the rest: SpecVLM's own pruner.
 
-Shape suffixes: N video tokens, R leftovers of stage I, F frames, P tokens of one frame.
+Shape suffixes: N video tokens, R tokens left over by stage I, F frames, P tokens of one frame.
 """
 
 import math
@@ -36,7 +36,8 @@ class TwoStagePruner(Pruner):
     Deviations: none by default; mass=auto and spread=frame are our own. Numbers are computed exactly: of 480 tokens a
     ratio of 0.9 leaves 48, where the floats of the released code leave 47.
 
-    Cost: two sorts of N and three small reads by the host; the signal is a by-product of the target's prefill.
+    Cost: a sort of N, one of B (more with spread=frame), and a few small reads by the host; the signal is a by-product
+    of the target's prefill.
     Limits: if no token receives any attention, stage I is empty; with spread=linspace the result is then that of
     `uniform`.
 
@@ -45,10 +46,10 @@ class TwoStagePruner(Pruner):
             a reproduction reports 0.5 for Qwen2.5-VL. `auto` is 0.4 with at most floor(B / 8) tokens in stage I, so
             that at least seven eighths of the budget are left to stage II, however far the attention spreads.
         spread: How stage II spreads its tokens. `linspace` is the paper's one-dimensional stride over time, rows and
-            columns. `frame` gives every frame the same number of tokens, give or take one; frames with the fewest
-            stage I tokens get one more. Within a frame it spreads them in two dimensions, by an ordered-dither pattern
-            that is shifted from frame to frame. It reaches every frame if k is at least the number of frames without a
-            stage I token.
+            columns. `frame` gives every frame the same number of stage II tokens, give or take one (less if it runs out
+            of tokens); frames with the fewest stage I tokens get one more. Within a frame it spreads them in two
+            dimensions, by an ordered-dither pattern that is shifted from frame to frame. It reaches every frame if k is
+            at least the number of frames without a stage I token.
 
     Raises:
         UserError: A field is out of range.
@@ -82,14 +83,14 @@ class TwoStagePruner(Pruner):
         return KeepSet(torch.cat([first, second]).sort().values, ctx.total)
 
     def stage_one(self, descending_N: Tensor, budget: int) -> int:
-        """Return how many tokens stage I takes, given the scores in descending order."""
+        """Return how many tokens stage I takes of the budget, given the scores in descending order."""
         if isinstance(self.mass, str):
             return min(retained(descending_N, PAPER), budget // PART)
         return min(retained(descending_N, self.mass), budget)
 
 
 def retained(descending_N: Tensor, mass: float) -> int:
-    """Return the length of the smallest prefix that sums to at least `mass` of the total.
+    """Return the length of the shortest prefix of the scores that sums to at least `mass` of their total.
 
     The scores are rounded to multiples of a power of two, near the highest score / 2^47 for 16k tokens, and summed as
     integers; `mass` is taken as an exact fraction. So equal sums compare as equal, 0.07 of 100 is 7, and the result
@@ -111,7 +112,11 @@ def retained(descending_N: Tensor, mass: float) -> int:
 
 
 def by_frame(grids: Sequence[TokenGrid], taken_N: Tensor) -> Tensor:
-    """Return the order (R,) in which `spread=frame` takes the leftovers: one per frame in turn, newline tokens last."""
+    """Return the order in which `spread=frame` takes the leftovers: one per frame in turn, newline tokens last.
+
+    Returns:
+        (R,) indices of the leftovers, those not set in `taken_N`.
+    """
     device, frames = taken_N.device, sum(grid.frames for grid in grids)
     frame_N, place_N = layout(grids, device)
     # Within a turn, frames with the fewest stage I tokens come first. Equal ones are ordered so that the first few are
@@ -155,7 +160,7 @@ def layout(grids: Sequence[TokenGrid], device: torch.device) -> tuple[Tensor, Te
 def dither(row_P: Tensor, column_P: Tensor, height: int, width: int) -> Tensor:
     """Return the place of each cell in Bayer's ordered-dither matrix, stretched to the frame.
 
-    The cells that come first, however many are taken, are spread over the area.
+    The first n cells in this order are spread over the whole area, for every n.
     """
     bits = (max(height, width) - 1).bit_length()
     row_P, column_P = (row_P << bits) // height, (column_P << bits) // width

@@ -10,8 +10,9 @@ from specvlm.types import KeepSet
 class VerifierAttentionPruner(Pruner):
     """Keep the B tokens of highest a_j, the target's attention from the text after the video to video token j.
 
-    a_j is the mean over layers, heads and text rows. This is SpecVLM's Stage I alone (arXiv 2508.16201, "attention
-    only"), with the whole budget instead of a share of the attention. Ties go to the earlier token.
+    B is the budget; a_j is the mean over layers, heads and text tokens. This is SpecVLM's Stage I alone (arXiv
+    2508.16201, "attention only"), which then takes the whole budget instead of a share of the attention. Ties go to the
+    earlier token.
 
     Deviations: none.
 
