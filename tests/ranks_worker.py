@@ -32,6 +32,7 @@ from specvlm.strategies.drafters.sparse import SparseDrafter
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.random import RandomPruner
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import DraftTree, GenerationOptions, TreeShape, VideoPrompt
@@ -50,6 +51,7 @@ CASES = (
     ("dynamic", "lone", RandomPruner(), DynamicTreeDrafter(nodes=12, depth=4, width=4), GreedyVerifier()),
     ("sparse", "lone", RandomPruner(), SparseDrafter(entries=256, length=3), GreedyVerifier()),
     ("sampled", "lone", RandomPruner(), TreeDrafter("3x2"), SAMPLING),
+    ("coupled", "lone", RandomPruner(), TreeDrafter("3x2"), CoupledVerifier(0.8, top_k=20)),
 )
 
 

@@ -31,6 +31,7 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.none import NonePruner
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions, KeepSet
@@ -118,7 +119,7 @@ DRAFTERS = {
     "sparse": [SparseDrafter(), SparseDrafter(128, 5)],
     "prompt_lookup": [PromptLookupDrafter()],
 }
-VERIFIERS = (GREEDY, SamplingVerifier(top_k=1))  # one token to draw from: greedy by another way
+VERIFIERS = (GREEDY, SamplingVerifier(top_k=1), CoupledVerifier(top_k=1))  # one token to draw from: greedy by other ways
 OF_PACKAGES = packages.strategies(Pruner)
 
 

@@ -20,6 +20,7 @@ from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.testing.tiny import built
 from specvlm.types import DraftTree, GenerationOptions
@@ -257,9 +258,10 @@ def small(family: str, dtype: torch.dtype):
     return tiny.wrap(built(family, 97, **sizes).to(dtype).cuda())
 
 
+@pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("drafter", [TreeDrafter(), TreeDrafter("chain:5"), DynamicTreeDrafter(nodes=12)], ids=str)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
-def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter):
+def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter, verifier):
     from specvlm.config import model_folder
     from specvlm.models.load import load
     from specvlm.strategies.datasets.synthetic import SyntheticDataset
@@ -271,7 +273,7 @@ def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter):
         draft,
         TwoStagePruner(),
         drafter,
-        GreedyVerifier(),
+        verifier,
         GenerationOptions(ratio=0.9),
         engine=engine_for("graphs", "cuda"),
     )
@@ -280,7 +282,7 @@ def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter):
         clip = sample.video()
         request = target.prompt(sample.question, [read_video(clip, **target.sampling(probe(clip)))])
         steps = list(graph.decode(request, 64))
-        plain = tokens_of(list(autoregressive(target, request, 64, GreedyVerifier(), graph.caches, graph.engine)))
+        plain = tokens_of(list(autoregressive(target, request, 64, verifier, graph.caches, graph.engine)))
         assert tokens_of(steps) == plain
 
 

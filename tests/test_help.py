@@ -101,6 +101,7 @@ def test_it_is_there_without_torch(words):
 
 
 COMMANDS = ["specvlm ratio=0.5", "specvlm --help pruner", "specvlm.advise ratio=0.5", "specvlm.report x", "specvlm.fit_tree x"]
+COMMANDS += ["specvlm.exact_probe dtype=float32"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

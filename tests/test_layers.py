@@ -22,6 +22,7 @@ from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions, Step
@@ -84,11 +85,11 @@ def test_repetition_penalty_and_sampling(monkeypatch):
     outs = []
     for lm, engine in ((tiny.model(family), Engine()), (in_stages(family, 1), GraphsEngine("direct"))):
         monkeypatch.setattr(lm, "repetition_penalty", 1.3)
-        for verifier in (GreedyVerifier(), SamplingVerifier(temperature=0.8)):
+        for verifier in (GreedyVerifier(), SamplingVerifier(temperature=0.8), CoupledVerifier(0.8)):
             drafter = PromptLookupDrafter()
             graph = DecodingGraph(lm, None, TwoStagePruner(), drafter, verifier, GenerationOptions(ratio=0.5), engine=engine)
             outs.append(tokens_of(list(graph.decode(request, 20))))
-    assert outs[:2] == outs[2:]
+    assert outs[:3] == outs[3:]
 
 
 def test_all_that_crosses_goes_through_one_function(monkeypatch):

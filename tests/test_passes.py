@@ -29,6 +29,7 @@ from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.sparse import SparseDrafter
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.loose import LooseVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
@@ -44,7 +45,7 @@ DRAFTERS = (
     SparseDrafter(entries=64, length=3),
     PromptLookupDrafter(),
 )
-VERIFIERS = (GreedyVerifier(), SamplingVerifier(0.8, top_k=20), LooseVerifier())
+VERIFIERS = (GreedyVerifier(), SamplingVerifier(0.8, top_k=20), LooseVerifier(), CoupledVerifier(0.8, top_k=20))
 LIMITS, FRAMES = (12, 6, 9, 15), (3, 5, 2, 4)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specvlm.strategies import Sampling, Verifier, VerifyContext, verifiers
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.loose import LooseVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
@@ -15,7 +16,14 @@ from specvlm.testing import check_verifier
 from specvlm.testing import verifier as contract
 from specvlm.types import DraftTree, Verdict
 
-INSTANCES = [GreedyVerifier(), SamplingVerifier(), SamplingVerifier(0.7, top_p=0.9), LooseVerifier(), LooseVerifier(1.0)]
+INSTANCES = [
+    GreedyVerifier(),
+    SamplingVerifier(),
+    SamplingVerifier(0.7, top_p=0.9),
+    CoupledVerifier(0.7, top_p=0.9),
+    LooseVerifier(),
+    LooseVerifier(1.0),
+]
 
 
 @pytest.mark.slow
