@@ -300,6 +300,7 @@ def test_a_choice_between_nearly_equal_scores_is_a_tie_in_bfloat16():
     assert {one.verdict for one in found} <= {"identical", "tie"}
 
 
+@pytest.mark.slow
 def test_a_gap_is_how_far_logits_must_move_at_least():
     """Against random moves; without top-k and top-p the gap is also enough."""
     chance = torch.Generator().manual_seed(2)

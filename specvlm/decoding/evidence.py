@@ -89,8 +89,9 @@ class Choice:
         ahead_V, spare_V = scores_V - scores_V[token], torch.full_like(scores_V, torch.inf)
         lacking = 0.0
         if not bool(may_V.all()):
-            spare_V = logits_V.double() - logits_V[may_V].min()
-            lacking = max(0.0, -float(spare_V[token]))
+            logits_V = logits_V.double()
+            spare_V = logits_V - logits_V[~may_V].max()  # until the first token that is left out comes in instead
+            lacking = 0.0 if may_V[token] else float(logits_V[may_V].min() - logits_V[token])
         return max(lacking, float(torch.minimum(ahead_V, spare_V).max()))
 
 
