@@ -7,7 +7,7 @@ serve several at once. It holds no state of a request, only captured graphs, key
 import torch
 
 from specvlm.engine.base import Engine
-from specvlm.engine.program import why_not_captured
+from specvlm.engine.program import untested, why_not_captured
 from specvlm.errors import UserError
 
 __all__ = ["ENGINES", "Engine", "Fallback", "engine_for"]
@@ -19,7 +19,7 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
     """Create an engine.
 
     Args:
-        name: "auto", "eager" or "graphs". auto: graphs if it can run on the device, else eager.
+        name: "auto", "eager" or "graphs". auto: graphs if it can run on the device and was tested there, else eager.
         device: Device of the models it will run.
 
     Returns:
@@ -38,9 +38,14 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
         why = f"{device} is not the current CUDA device: call torch.cuda.set_device, or set CUDA_VISIBLE_DEVICES"
     if why is not None:
         return Fallback(why) if name == "graphs" else Engine()
+    note = untested(device)
+    if note and name == "auto":
+        return Engine()
     from specvlm.engine.cuda_graphs import GraphsEngine
 
-    return GraphsEngine()
+    engine = GraphsEngine()
+    engine.note = note
+    return engine
 
 
 class Fallback(Engine):

@@ -118,13 +118,21 @@ class Program:
         return staged
 
 
+def untested(device: torch.device) -> str:
+    """Return a note if the kernels were never run on a GPU of this age, else an empty string."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if capability >= (9, 0):
+        return ""
+    return f"engine=graphs is untested on {torch.cuda.get_device_name(device)}: it was measured on Hopper GPUs only"
+
+
 def why_not_captured(device: torch.device) -> str | None:
     """Say why steps on a device cannot be captured; None if they can."""
     if device.type != "cuda":
         return f"{device} is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:  # the kernels need programmatic dependent launch
-        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 9.0 is needed"
+    if major < 8:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 8.0 is needed"
     try:
         from triton.language.extra.cuda import gdc_wait  # noqa: F401
     except ImportError:

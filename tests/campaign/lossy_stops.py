@@ -16,8 +16,8 @@ import torch
 
 from campaign import fork  # noqa: F401  (its environment: no hub, no plugins of the developer's)
 from specvlm.config import model_folder
-from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.evidence import DRIFT, GAP
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load

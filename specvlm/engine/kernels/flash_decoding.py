@@ -173,11 +173,13 @@ def attention(
     sizes = {"H": heads, "J": kv_heads, "D": width, "DP": triton.next_power_of_2(width)}
     part = torch.empty(parts, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(parts, kv_heads, group_rows, dtype=torch.float32, device=device)
+    tile, keys = Tile(warps=8 if many > 64 else 4, stages=4 if beside else 3), 32 if beside else 64
+    row_bytes = sizes["DP"] * q_QHD.element_size()
     _attention_kernel[(kv_heads, parts, blocks)](
         q_QHD, keys_JCD, values_JCD, seen_QT, base, part, lse,
         rows, seen_QT.shape[1], capacity, scale * LOG2_E, triton.cdiv(group_rows, blocks),
-        **sizes, R=many, BN=32 if beside else 64, IEEE=q_QHD.dtype == torch.float32,
-        **options_of(Tile(warps=8 if many > 64 else 4, stages=4 if beside else 3)),
+        **sizes, R=many, BN=keys, IEEE=q_QHD.dtype == torch.float32,
+        **options_of(tile, 2 * keys * row_bytes, many * row_bytes),
     )  # fmt: skip
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(rows, heads * width, kind, device) if y is None else y

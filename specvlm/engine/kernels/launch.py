@@ -74,9 +74,30 @@ class Narrow:
         return cls(data, torch.empty(rows, width // GROUP, dtype=torch.float32, device=device))
 
 
-def options_of(tile: Tile) -> dict[str, Any]:
-    """Return the launch options of a tiling."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "PDL": PDL, **({"launch_pdl": True} if PDL else {})}
+def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[str, Any]:
+    """Return the launch options of a tiling.
+
+    On a GPU before Hopper, there is no dependent launch, and fewer stages run where shared memory is short. The number
+    of stages changes no bit of a result.
+
+    Args:
+        tile: The tiling, tuned on Hopper.
+        stage_bytes: Shared memory that a stage takes.
+        other_bytes: Shared memory that the kernel takes besides.
+    """
+    limit, stages, dependent = older_limit(), tile.stages, PDL
+    if limit is not None:
+        dependent = False
+        while stages > 1 and stages * stage_bytes + other_bytes > limit:
+            stages -= 1
+    return {"num_warps": tile.warps, "num_stages": stages, "PDL": dependent, **({"launch_pdl": True} if dependent else {})}
+
+
+def older_limit() -> int | None:
+    """Return the shared memory of a program in bytes if the current GPU is older than Hopper, else None."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+        return None
+    return 166_912 if torch.cuda.get_device_capability() in ((8, 0), (8, 7)) else 101_376  # CUDA's guide: 163 KiB, 99 KiB
 
 
 def width_of(rows: int) -> int:

@@ -213,6 +213,8 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
         # Outputs need no check: they are inputs of the next layer, except the LM head's, which may be any number.
         if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
+        if weight.kind == "fp8" and (capability := torch.cuda.get_device_capability(weight.data.device)) < (8, 9):
+            return f"weights in fp8 need compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
         if weight.kind == "int4" and weight.inputs % (2 * GROUP):
             return f"weights in int4 need inputs of multiples of {2 * GROUP}"
     return None
@@ -236,6 +238,12 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
     return max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
 
 
+def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
+    """Estimate the shared memory of a stage (tiles of weights and rows), and what a program takes besides, in bytes."""
+    size = 2 if weight.kind == "full" else 1
+    return tile.inputs * size * (weights * tile.outputs + width_of(rows)), 2048
+
+
 def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """Multiply x by one to three weights; concatenate the results to (S, Q, N) float32, S partial sums over k.
 
@@ -255,7 +263,7 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
     _rows_kernel[(tiles, parts)](
         x, scale, *(w.data for w in three), *(w.scale for w in three), y, rows, *sizes, inputs, chunk,
         BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, KIND=first.kind, GROUP=first.group,
-        BYTES=first.data.element_size(), WIDTH=stored, AHEAD=AHEAD, **options_of(tile),
+        BYTES=first.data.element_size(), WIDTH=stored, AHEAD=AHEAD, **options_of(tile, *bytes_of(tile, first, rows)),
     )  # fmt: skip
     return y
 
@@ -271,6 +279,7 @@ def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, k
     _gated_kernel[(triton.cdiv(gate.outputs, tile.outputs),)](
         x, scale, gate.data, up.data, gate.scale, up.scale, out, out_scale, y, rows, gate.outputs, inputs,
         BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, KIND=gate.kind, GROUP=gate.group,
-        BYTES=gate.data.element_size(), WIDTH=gate.data.shape[1], AHEAD=AHEAD, NARROW=narrow is not None, **options_of(tile),
+        BYTES=gate.data.element_size(), WIDTH=gate.data.shape[1], AHEAD=AHEAD, NARROW=narrow is not None,
+        **options_of(tile, *bytes_of(tile, gate, rows, weights=2)),
     )  # fmt: skip
     return y if narrow is None else narrow

@@ -239,7 +239,7 @@ def path_attention(
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
     group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk)
     blocks, padded = triton.cdiv(group_rows, ROWS), triton.next_power_of_2(width)
-    device = q_QHD.device
+    device, row_bytes = q_QHD.device, padded * q_QHD.element_size()
     part = torch.empty(requests, most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(requests, most, kv_heads, group_rows, dtype=torch.float32, device=device)
     sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF, "MOST": MOST}
@@ -248,7 +248,8 @@ def path_attention(
     _path_kernel[(kv_heads, own * rows + most * blocks, requests)](
         q_QHD, keys, values, ways_QP, depths_Q, base_B, part, lse,
         rows, longest, most, own, keys.stride(0) if keys.ndim == 4 else 0, capacity, scale * LOG2_E,
-        triton.cdiv(group_rows, blocks), blocks, R=ROWS, BN=TILE, **sizes, **options_of(Tile(warps=4, stages=3)),
+        triton.cdiv(group_rows, blocks), blocks, R=ROWS, BN=TILE, **sizes,
+        **options_of(Tile(warps=4, stages=3), 2 * TILE * row_bytes, ROWS * row_bytes),
     )  # fmt: skip
     y = torch.empty(len(q_QHD), heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(len(q_QHD), heads * width, kind, device) if y is None else y

@@ -1,0 +1,99 @@
+"""The Triton kernels compile for older GPUs ahead of time, in the shared memory that these have. Needs Triton, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from specvlm.engine.ops import Weight
+from specvlm.models.quantize import quantize
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.slow
+
+LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes of shared memory of a program, by compute capability
+NAMES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.int8: "i8", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+HEADS = [(40, 8, 128), (4, 2, 48)]  # of the 32B, and of the embedded pairs
+
+
+def compiled(capability: int, calls: list[tuple[str, int]], monkeypatch) -> None:
+    """Replace launches by compilation for a GPU. calls: gets each kernel's name and its bytes of shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    from specvlm.engine.kernels import launch
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        values = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in named.items() if k in self.arg_names}
+        options = {k: v for k, v in named.items() if k not in self.arg_names and k != "launch_pdl"}
+        signature, constants, hints = dict[str, str](), dict[str, Any](), dict[tuple[int], list[list[Any]]]()
+        for at, parameter in enumerate(self.params):
+            name, value = parameter.name, values[parameter.name]
+            plain = parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            kind = NAMES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+            signature[name] = f"*{kind}" if isinstance(value, torch.Tensor) else kind
+            if isinstance(value, torch.Tensor) or (kind == "i32" and value % 16 == 0 and not plain):
+                hints[at,] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=hints)
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        calls.append((self.__name__, kernel.metadata.shared))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(launch, "older_limit", lambda: LIMITS[capability] if capability < 90 else None)
+
+
+def attend(rows: int) -> None:
+    from specvlm.engine import kernels
+
+    for heads, kv_heads, width in HEADS:
+        q = torch.empty(rows, heads, width, dtype=torch.bfloat16)
+        keys, base = torch.empty(kv_heads, 2_000, width, dtype=torch.bfloat16), torch.tensor([1_900])
+        kernels.attention(q, keys, keys, base, torch.eye(rows, dtype=torch.int8), 0.1)
+        kernels.path_attention(q, keys, keys, base, torch.zeros(rows).long(), torch.zeros(rows, 6).long(), 0.1)
+    kernels.top(torch.empty(rows, 32_000, dtype=torch.bfloat16), 8)
+
+
+def multiply(kind: str, rows: int) -> None:
+    from specvlm.engine import kernels
+
+    layers = [nn.Linear(1024, outputs, bias=False, dtype=torch.bfloat16) for outputs in (1024, 256, 21_504)]
+    weights = [Weight.of(layer if kind == "full" else quantize(layer, kind)) for layer in layers]
+    x = torch.empty(rows, 1024, dtype=torch.bfloat16)
+    _, y = kernels.add_norm(x, None, torch.ones(1024, dtype=torch.bfloat16), 1e-6, kind)
+    kernels.linear(y, (weights[0], weights[1], weights[1]))
+    kernels.linear(y, (weights[2],), whole=torch.bfloat16)
+    kernels.gated(y, weights[2], weights[2], torch.bfloat16, kind)
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("rows", [1, 26, 64])
+def test_attention_fits_the_gpu(capability, rows, monkeypatch):
+    check(capability, lambda: attend(rows), monkeypatch)
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("kind", ["full", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 26, 64])
+def test_linear_layers_fit_the_gpu(capability, kind, rows, monkeypatch):
+    if kind == "fp8" and capability < 89:
+        pytest.skip("fp8 needs compute capability 8.9")
+    check(capability, lambda: multiply(kind, rows), monkeypatch)
+
+
+def check(capability: int, launch: Callable[[], None], monkeypatch) -> None:
+    calls: list[tuple[str, int]] = []
+    compiled(capability, calls, monkeypatch)
+    launch()
+    assert len(calls) >= 3
+    assert [call for call in calls if call[1] > LIMITS[capability]] == []
