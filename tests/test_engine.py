@@ -406,3 +406,16 @@ def test_engine_for():
     assert "cpu is no CUDA device" in fallback.note and "\n" not in fallback.note
     with pytest.raises(UserError, match="engine=fast is none of auto, eager, graphs"):
         engine_for("fast")
+
+
+@pytest.mark.parametrize("capability, kind", [((8, 0), Engine), ((8, 9), Engine), ((9, 0), GraphsEngine)])
+def test_a_gpu_older_than_hopper_captures_only_if_asked_and_says_that_it_is_untested(capability, kind, monkeypatch):
+    monkeypatch.setattr("specvlm.engine.why_not_captured", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "an older GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked = engine_for("graphs", "cuda:0")
+    assert type(engine_for("auto", "cuda:0")) is kind and type(asked) is GraphsEngine
+    assert asked.note == (
+        "" if kind is GraphsEngine else "engine=graphs is untested on an older GPU: it was measured on Hopper GPUs only"
+    )
