@@ -249,7 +249,7 @@ class DecodingGraph:
     def _proposed(
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Passes[DraftTree]:
-        """Run the drafter's `propose` and yield the passes that it asks for. They may write only to caches of `lease`."""
+        """Run the drafter's `propose` and yield its passes. They may write only to caches that `lease` holds."""
         label = label_of(self.drafter)
         guard, check = partial(inside, label), partial(check_pass, label)
         with inside(self.drafter):

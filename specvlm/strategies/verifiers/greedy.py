@@ -26,7 +26,7 @@ class GreedyVerifier(Verifier):
     The output equals the autoregressive one if the logits of both do: the forward pass of a tree may round differently
     from that of a single token.
 
-    Cost: an argmax over (M, V), an (M, M) reduction, and one copy of two integers to the host.
+    Cost: an argmax over (M, V), an (M, M) reduction, and a copy of two integers to the host.
     """
 
     name = "greedy"
@@ -47,8 +47,8 @@ def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
     """Find the deepest node that is reached by following the target's choices from the root.
 
     Args:
-        ctx: The tree, and the tables of `GreedyVerifier.tables` if it has any.
-        best_M: The target's choice below each node.
+        ctx: The tree, and as tables None or those of `GreedyVerifier.tables`, perhaps followed by others.
+        best_M: (M,) the target's choice of the token after each node.
 
     Returns:
         (1,) node.

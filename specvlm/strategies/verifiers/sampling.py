@@ -124,7 +124,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
-    """Return the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
+    """Return (n, V) the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
@@ -143,7 +143,7 @@ def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Decide every node as if it were reached: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
+    """Decide every node as if the path reached it: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
     dice_M, dice_bonus_M = uniform.chunk(2)
     taken_M = dice_M < accept_M
     next_M = torch.zeros_like(taken_M, dtype=torch.int64)
@@ -154,7 +154,7 @@ def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor)
 
 
 def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
-    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if p is not a distribution.
+    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if that sum is not finite.
 
     Only tokens with p > 0 count as hits: a parallel cumulative sum may grow by rounding where p is 0.
     """
@@ -168,7 +168,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
 
 @remembered()  # never freed: captured steps refer to them by address
 def _trials(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """For each trial r from 0 on, list the nodes with more than r children, and child r of each. Cached."""
+    """For each trial r from 0 on, list (n,) the nodes with more than r children, and (n,) child r of each. Cached."""
     below, trials = children_of(parents), list[Tensor]()
     for trial in range(max(map(len, below))):
         pairs = [(node, children[trial]) for node, children in enumerate(below) if len(children) > trial]
