@@ -1,7 +1,7 @@
 """Draft a static tree with a model that sees the pruned video (SpecVLM, section 3; the default tree is EAGLE-1's).
 
-Shape suffixes: M tree nodes, Q rows of a pass, R nodes that are expanded, C children, D nodes on the longest path,
-V vocabulary.
+Shape suffixes: M tree nodes, Q rows of a pass, T slots that they may attend to, R nodes that are expanded, C children,
+D nodes on the longest path, V vocabulary.
 """
 
 from __future__ import annotations
