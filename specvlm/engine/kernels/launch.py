@@ -63,7 +63,7 @@ class Narrow:
     def joined(cls, pieces: Sequence[Narrow]) -> Narrow:
         """Join the rows of several passes."""
         dtype = pieces[0].data.dtype
-        data = torch.cat([piece.data.view(torch.uint8) for piece in pieces]).view(dtype)  # as bytes, which torch can always join
+        data = torch.cat([piece.data.view(torch.uint8) for piece in pieces]).view(dtype)  # as bytes, which torch can join
         return cls(data, torch.cat([piece.scale for piece in pieces]))
 
     @classmethod

@@ -222,7 +222,7 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
 
 
 def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
-    """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: one kernel reads two weights (gate, up)."""
+    """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: for gate and up in one kernel."""
     if weight.kind == "full" and weight.inputs % GROUP:
         return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
     if weight.kind == "full":
