@@ -25,7 +25,7 @@ KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
-    """Return the pruner's `state_layer`, counted from 1: it reads hidden states after this layer, or keys inside it.
+    """Return the pruner's `state_layer`, counted from 1. Hidden states are read after this layer, keys inside it.
 
     Returns 0 if the pruner needs none of STATE_SIGNALS. Raises UserError if the target has no such layer.
     """

@@ -3,8 +3,9 @@
 A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
 bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric tie is measured, never assumed:
 
-1. The run is replayed from its draft trees, by code that does not share its mask, positions, cache moves or
-   acceptance rule. An engine is deterministic, so the replay must give the same tokens in every round.
+1. The run is replayed from its draft trees, by other code for masks, positions, cache moves and acceptance (except
+   the noise and warping of a coupled rule). An engine is deterministic, so the replay must give the same tokens in
+   every round.
 2. For the logits, replay and run share only the model's pass over masked rows and the repetition penalty. On average
    over the answer, the replayed logits must be about as close to those of one-row passes as the logits of a plain
    causal pass over the same tokens are (`evidence.RATIO`).

@@ -31,7 +31,7 @@ class RepetitionPenalty:
 
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt, factor: float | None = None) -> RepetitionPenalty:
-        """Create one that has seen the prompt. factor: None takes the one of the target's generation config."""
+        """Create a penalty that has seen the prompt. factor: None takes that of the target's generation config."""
         made = cls(
             target.repetition_penalty if factor is None else factor,
             torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device),

@@ -6,8 +6,8 @@ again, in passes of one row and of several, in three arithmetics: specvlm's engi
 and eager attention. The table shows the shares of positions (tokens of the answer) whose logits, and whose best token,
 differ from those of a pass of one row.
 
-Takes the overrides of a run, such as target.path=… video=… dtype=bfloat16 engine=graphs. max_new_tokens is the number
-of positions, 128 by default; dtype is bfloat16 by default.
+Takes the overrides of a run, such as target.path=… video=… dtype=bfloat16 engine=graphs. The answer has max_new_tokens
+tokens, 128 by default; dtype is bfloat16 by default.
 Exit code 1: the engine claims to be exact, and it is not. The other exit codes are those of a run.
 """
 
@@ -59,7 +59,7 @@ class Counts:
         arithmetic: "specvlm", "sdpa" or "eager".
         rows: Number of rows of each pass.
         positions: Number of positions compared.
-        bits: Number of positions whose logits are not all equal.
+        bits: Number of positions where any logit differs.
         best: Number of positions whose best token differs.
     """
 

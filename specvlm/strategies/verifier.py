@@ -20,8 +20,8 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
         coupled: True if each token is the one of highest `scores`, with noise that follows from the request's seed, not
             from a random generator.
     """

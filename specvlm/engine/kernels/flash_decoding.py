@@ -146,7 +146,7 @@ def _merge_kernel(
 
 
 def row_blocks(rows: int) -> tuple[int, int]:
-    """Split the query rows of a KV head into equal blocks of at most R rows. Returns (R, blocks).
+    """Split the query rows of a KV head into blocks of at most R rows. Returns R and the number of blocks.
 
     Blocks read the same keys at the same time, so all but one hit the L2 cache. One program of 128 rows has a third
     more throughput than two of 64, so R is at most 64 only for up to 64 rows, or for three blocks, where that saves

@@ -69,7 +69,7 @@ def all_reduce_add_norm(
 ) -> tuple[Tensor, Tensor | Narrow]:
     """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first.
 
-    Uses one fused kernel if the ranks share a buffer with room for the rows, else an all-reduce of its own.
+    Uses one fused kernel if the ranks share a buffer with room for the rows, else a separate all-reduce.
     """
     rows, width = x_QK.shape
     room = ranks.room(rows, width, x_QK.dtype, x_QK.device)

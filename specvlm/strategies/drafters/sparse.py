@@ -31,8 +31,8 @@ class SparseDrafter(Drafter):
 
     Sparse-to-Dense (arXiv 2505.19155): scores, one choice per request, entries 1024 = K + text, and length 9.
     Deviations: none. In cases that the paper does not cover, image tokens count as text and all stay; K is 0 if the
-    text alone fills `entries`; and if the verifier samples, guesses are drawn from the draft's distribution. The pruner
-    is not used.
+    text alone fills `entries`; and under `sampling` guesses are drawn from the draft's distribution, under `coupled`
+    they are the best by scores with the shared noise. The pruner is not used.
 
     Cost: a copy of `entries` rows of the cache per request, (L, J, N) floats for the signal
     `verifier_attention_per_kv_head`, and `length` target passes per round, each of which reads all weights, and the

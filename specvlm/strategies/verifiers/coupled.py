@@ -25,8 +25,8 @@ class CoupledVerifier(SamplingVerifier):
     `greedy`. So the output is the very sequence that the target alone samples with this seed, whatever the pruner,
     ratio, drafter and tree. A run with a baseline compares the two.
 
-    Built-in drafters that run a model rank their guesses by its logits plus the same noise, unless set otherwise. The
-    best guess, from a draft distribution q, is then accepted with probability
+    Built-in drafters that run a model rank guesses by that model's logits plus the same noise, unless set otherwise.
+    The best guess, from a draft distribution q, is then accepted with probability
     sum_i 1 / sum_j max(p_j / p_i, q_j / q_i). That is at least (1 - d) / (1 + d) where `sampling` accepts a guess with
     probability 1 - d, the overlap of p and q.
 
@@ -40,8 +40,8 @@ class CoupledVerifier(SamplingVerifier):
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
 
     Raises:
         ValueError: A field is out of range, `VerifyContext.key_2` is missing, or the logits give no distribution (NaN,

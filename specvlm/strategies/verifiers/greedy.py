@@ -18,7 +18,7 @@ class GreedyVerifier(Verifier):
     """Accept the longest path on which every token is the target's argmax below its parent.
 
     Node i is accepted if tokens[j] = argmax logits[parents[j]] for every j on the path from the root to i, including i.
-    The deepest such node wins; of equally deep ones (siblings with the same token) the one of lowest number.
+    The deepest such node wins; of equally deep ones (possible if siblings share a token) the one of lowest number.
     For trees this is SpecInfer's greedy verification (arXiv 2305.09781), for chains that of Stern et al. (1811.03115).
     Deviations: none.
 

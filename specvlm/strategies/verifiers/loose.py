@@ -28,7 +28,7 @@ class LooseVerifier(Verifier):
 
     From the root down, the path takes the child that equals the target's argmax, if there is one. Otherwise it takes
     the first child (the drafter's best) if that is relaxed, or if its token is among the target's argmaxes within
-    `window` positions on its path. Otherwise it ends, and the bonus is the argmax. relaxed = 0 with window = 0 is
+    `window` positions on its path. Otherwise the path ends, and the argmax follows it. relaxed = 0 with window = 0 is
     strict. As with every lossy verifier, the loop decides where an answer ends: a stop id is accepted exactly where the
     target chooses one.
 

@@ -23,8 +23,8 @@ class SamplingVerifier(Verifier):
     With p the target's distribution at a node, warped by temperature, top_k and top_p, and q the distribution that its
     children were drawn from, a child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes
     max(p - q, 0), x is removed from q, both are normalized, and the next child is tried. If all are rejected, and at a
-    leaf, the bonus is drawn from the remaining p. If q is None, or q(x) = 0, q is the point mass at x: x is accepted
-    with probability p(x), or else removed from p.
+    leaf, the next token is drawn from the remaining p. If the tree has no q, or q(x) = 0, q is the point mass at x: x
+    is accepted with probability p(x), or else removed from p.
 
     One trial gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y). By induction
     over the trials the node has the distribution p, and by induction over the depth so does the path.
@@ -44,8 +44,8 @@ class SamplingVerifier(Verifier):
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
 
     Raises:
         ValueError: A field is out of range, q has another length than the tree, or the logits give no distribution
