@@ -132,6 +132,8 @@ class View(NamedTuple):
 class DecodingGraph:
     """A target, a draft and three strategies that decode requests. Safe to share between requests and threads.
 
+    Raises UserError if the drafter needs a draft model and has none, or the pruner a layer that the target lacks.
+
     Attributes:
         draft: The draft model, on the meta device on ranks that do not hold it. None if the drafter needs none.
         options: Defaults for requests that pass no options.
@@ -188,7 +190,6 @@ class DecodingGraph:
             yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
             if output.done:
                 return
-
             recorded = gathered(RECORDED, prompt, collector, features_ND) if asked.record else {}
             attention = recorded.get("verifier_attention")
             clock.resume()
@@ -318,8 +319,7 @@ class DecodingGraph:
     ) -> KeepSet:
         """Ask the pruner which video tokens to keep; keep all or none without asking if `view` says so.
 
-        view: None takes the budget at the ratio of the graph's options. Raises ValueError, naming the pruner, if the
-        pruner exceeds its budget or does not return a `KeepSet` for this prompt.
+        view: By default that of the graph's options. Raises ValueError unless the pruner's `KeepSet` fits its budget.
         """
         total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
         if not pruned:
