@@ -234,7 +234,7 @@ GROUPS = {
     "Write a strategy": (
         *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),
         *("Drafter", "DraftContext", "DraftSession", "DraftTree", "TreeShape"),
-        *("Verifier", "VerifyContext", "Verdict", "Sampling"),
+        *("Verifier", "VerifyContext", "Verdict", "Sampling", "gumbel"),
         *("Dataset", "Sample", "VideoPrompt", "hookimpl"),
     ),
     "Errors": ("UserError",),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Sampling,
         Verifier,
         VerifyContext,
+        gumbel,
     )
     from specvlm.strategies.plugins import hookimpl
     from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
 _TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TreeShape", "Verdict", "VideoPrompt")
 _LATER = {
-    **dict.fromkeys((*_STRATEGY, "VerifyContext"), "specvlm.strategies"),
+    **dict.fromkeys((*_STRATEGY, "VerifyContext", "gumbel"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
     "UserError": "specvlm.errors",
     "hookimpl": "specvlm.strategies.plugins",
@@ -49,7 +50,7 @@ __all__ = [
     "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
     "KeepSet", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
     "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "compare",
-    "hookimpl", "load", "read_video", "registry",
+    "gumbel", "hookimpl", "load", "read_video", "registry",
 ]  # fmt: skip
 
 

@@ -12,19 +12,19 @@ from specvlm.types import DraftTree, Verdict
 
 
 class BroadcastSession(DraftSession):
-    """Session that proposes rank 0's trees on every rank. It wraps the drafter's session on rank 0, None elsewhere."""
+    """Session that proposes rank 0's trees on every rank. Only on rank 0 does it wrap a session of the drafter."""
 
     def __init__(self, drafter: Drafter, session: DraftSession | None, ctx: DraftContext) -> None:
         self.session, self.ranks, self.device = session, ctx.target.ranks, ctx.target.device
         self.shape = drafter.fixed
-        # On rank 0, the drafter may have drawn from the generator when it started.
+        # On rank 0 the drafter may have drawn from the generator when it started: give all ranks the same state.
         ctx.generator.set_state(self.ranks.share(ctx.generator.get_state))
         self._wide = torch.promote_types(ctx.target.dtype, torch.float32)
         self._vocabulary = ctx.vocabulary
-        self._drawn: bool | None = None  # whether trees have a `q`; None before the first tree
+        self._drawn: bool | None = None  # whether trees have draft distributions `q`; None before the first tree
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
-        """Propose a tree on rank 0 and broadcast it."""
+        """Propose a tree on rank 0, and return it on every rank."""
         tree = None
         if self.session is not None:
             proposed: Work[DraftTree] | DraftTree = self.session.propose(last)
@@ -41,7 +41,10 @@ class BroadcastSession(DraftSession):
         return self.ranks.share(on_cpu).to(self.device)
 
     def _share_fixed_shape(self, tree: DraftTree | None) -> DraftTree:
-        """Broadcast tokens and `q` from device to device, for a tree whose shape every rank knows."""
+        """Broadcast tokens and draft distributions `q` from device to device, for a tree whose shape every rank knows.
+
+        Raises ValueError on rank 0 if the tree has another shape.
+        """
         shape = self.shape
         assert shape is not None
         if tree is not None and tree.parents != shape.parents:

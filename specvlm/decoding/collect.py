@@ -1,7 +1,7 @@
 """Gather the signals that strategies need (`strategies.signals`) from the target's prefill and from the video file.
 
-Every rank holds the same signals: means over heads are averaged over ranks, norms are summed, and the rest is computed
-from replicated tensors. Only the means per KV head differ: each rank holds those of its own heads.
+Every rank holds the same signals, except the means per KV head, of which each rank holds those of its own heads. Means
+over all heads are averaged over ranks, norms are summed, and the rest is computed from replicated tensors.
 
 Shape suffixes: T sampled frames of a clip, F frames of the grid, P tokens per frame, N video tokens, D hidden size.
 """
@@ -21,13 +21,13 @@ from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
 from specvlm.types import TokenGrid, VideoPrompt
 from specvlm.video.codec import Stream, read_stream
 
-KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # signals from stored hidden states
+KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # signals of a `HiddenStateProbe`
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
-    """Return the number of layers after which the pruner reads hidden states or keys; 0 if it reads neither.
+    """Return the pruner's `state_layer`, counted from 1. Hidden states are read after this layer, keys inside it.
 
-    Raises UserError if the target has no such layer.
+    Returns 0 if the pruner needs none of STATE_SIGNALS. Raises UserError if the target has no such layer.
     """
     if not pruner.needs & STATE_SIGNALS:
         return 0
@@ -44,8 +44,13 @@ def collector_for(
 
     Args:
         pruner: The pruner, or None if nothing is pruned.
-        more: Signals needed besides the pruner's.
+        target: The target.
+        prompt: The request's prompt, with at least one video token.
+        more: Names of signals needed besides the pruner's.
         hidden: Whether the verifier reads the video tokens' last hidden states.
+
+    Raises:
+        UserError: The pruner reads a layer that the target does not have.
     """
     needs = more | (pruner.needs if pruner else frozenset())
     layer = state_layer(pruner, target) if pruner else 0
@@ -69,10 +74,7 @@ def collector_for(
 def gathered(
     needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features_ND: Tensor
 ) -> dict[str, Tensor]:
-    """Return the requested signals of the target and of the video file, on the device of the features.
-
-    Signals that were not collected are left out.
-    """
+    """Return the signals named in `needs` on the device of the features. Those that were not collected are left out."""
     signals, device = {}, features_ND.device
     if "features" in needs:
         signals["features"] = features_ND.clone()  # strategies may write to their signals
@@ -96,15 +98,23 @@ def gathered(
     if (states := collector.states) is not None:
         made = {"hidden_text": states.text, "final_norm": states.norm}
         made["text_similarity"] = partial(states.similarity, features_ND)
-        made["hidden"] = states.video  # last, since it hands out the probe's own tensor, not a copy
+        made["hidden"] = states.video  # last: it hands out the probe's own tensor, which `similarity` reads
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
 def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Estimate the bytes of signals on one rank in a request. Counts only those that grow with hidden size or heads.
+    """Estimate the bytes that one rank holds for two large kinds of signal: hidden states, and means per KV head.
 
-    Includes the memory in which `drafter=sparse` sorts scores per KV head. tokens: N. hidden: as in `collector_for`.
+    Includes the memory in which `drafter=sparse` sorts the means per KV head.
+
+    Args:
+        needs: Names of the request's signals.
+        hidden: Whether the verifier reads the video tokens' last hidden states.
+        target: The target, not yet split over ranks.
+        tokens: Number of video tokens.
+        dtype: Dtype of the target.
+        ranks: Number of ranks.
     """
     width = int(target.hf.config.get_text_config().hidden_size)
     states = tokens * width * dtype.itemsize * (bool(needs & KEPT_STATES) + hidden)
@@ -115,9 +125,9 @@ def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int
 
 
 def codec(prompt: VideoPrompt) -> Tensor:
-    """(3, N) motion, packet_bytes and intra of each token, from the prompt's video files.
+    """Read the (3, N) signals motion, packet_bytes and intra of each token from the prompt's video files.
 
-    They are 0 for newline tokens and for a video without a file, or with one that cannot be read.
+    They are 0 for newline tokens, and for videos without a file or with one that cannot be read.
     """
     parts = []
     for grid, video in zip(prompt.grids, prompt.videos, strict=True):
@@ -130,9 +140,10 @@ def codec(prompt: VideoPrompt) -> Tensor:
 
 
 def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
-    """(3, F * P) codec signals of each token of a grid.
+    """Pool the signals of a clip's frames to (3, F * P): motion, packet_bytes and intra of each token of a grid.
 
-    If a frame of the grid covers several frames of the clip, their motion and intra are averaged, their bytes added.
+    A token's motion is the mean over its area. If a frame of the grid covers several frames of the clip, their motion
+    and intra are averaged, and their bytes are added.
     """
     group = -(-len(stream.size) // grid.frames)
     pooled_TP = adaptive_avg_pool2d(stream.motion[:, None], (grid.height, grid.width)).flatten(1)

@@ -1,4 +1,4 @@
-"""Classify a difference from the target's own output by logits of several kinds of pass: a numeric tie or a mismatch.
+"""Classify an output's difference from the target's own as a numeric tie or a mismatch, by logits of several passes.
 
 Shape suffixes: T tokens of the output, K watched tokens, V vocabulary.
 """
@@ -13,11 +13,11 @@ from specvlm.strategies import Sampling, gumbel
 
 # Passes over guesses move logits about as far as causal passes do: 0.4 to 1.1 times as far in all ties seen on CPU and
 # H200 (the embedded pairs and random 7B weights, both engines). A hidden slot or a wrong position moves them 1.3 to 10
-# times as far in bfloat16, 2,000 times in float32. RATIO is the limit for long answers; SPREAD / sqrt(tokens) adds
-# three standard deviations for short ones.
+# times as far in bfloat16, 2,000 times in float32. RATIO limits this quotient for long answers; SPREAD / sqrt(tokens)
+# adds three standard deviations for short ones.
 RATIO, SPREAD = 1.2, 1.2
 GAP = 12  # most that a token may lie below the one-row choice, in units of drift; 6.0 was the most in the same ties
-LEAST = 0.125  # lower bound of the drift, in roundings of the largest logit: a few tokens may happen to move less
+LEAST = 0.125  # lower bound of the drift, in roundings (eps) of the largest logit: a few tokens may happen to move less
 # Largest drift allowed, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs and 1.1
 # in a 7B model; in float32: 2.6. The drift grows with the square root of the number of layers.
 DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -25,20 +25,23 @@ DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.b
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of `compare`.
+    """Result of comparing an output with the target's own.
+
+    The gaps and the drift are None if the verdict needed no passes.
 
     Attributes:
-        verdict: identical, tie or mismatch.
-        token: Index of the first difference, or of the first fault.
+        verdict: "identical", "tie" or "mismatch".
+        token: Index of the output's first difference, or of the token that rounding cannot explain. None if identical.
         gap: Logit of the target's best token less that of the output's token there, in a one-row pass. Under a coupled
             rule: how far logits must move for the rule to choose the output's token.
         drift: How far rounding moves a logit relative to the others, on average over the answer.
-        reason: Why it is a mismatch; empty otherwise.
+        reason: Why the verdict is "mismatch"; empty otherwise.
         candidates: The output's token there, and the target's choice in a one-row pass.
-        gap_many_rows: Logit of the second candidate less that of the first, in a pass over several rows. None if the
-            replay did not reach that token.
+        gap_many_rows: Logit of the second candidate less that of the first, in a pass over several rows (under a
+            coupled rule, the first one's gap less the second's). None if the replay did not reach that token.
         ties: Number of output tokens that are not the target's one-row choice.
-        exact: Whether the engine computes the rows of a tree bit for bit as sequential steps would.
+        exact: True if the output is identical by construction: the engine computes the rows of a tree bit for bit as
+            sequential steps would. False for every other verdict.
     """
 
     verdict: str
@@ -61,13 +64,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Choice:
-    """The target's choice of a token, written anew: the best logit, or the best logit plus noise."""
+    """The target's rule for choosing a token, apart from the verifiers' code: the largest logit, or logit plus noise.
+
+    Attributes:
+        sampling: Greedy, or coupled.
+        seed: The request's seed, for a coupled rule.
+    """
 
     sampling: Sampling
     seed: int
 
     def scored(self, logits_V: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Return (V,) scores in units of logits, and which tokens the rule may choose. at: index in the answer."""
+        """Return (V,) scores in units of logits, and (V,) bool: which tokens may be chosen. at: index in the answer."""
         logits_V = logits_V.double()
         if not self.sampling.coupled:
             return logits_V, torch.ones_like(logits_V, dtype=torch.bool)
@@ -76,14 +84,14 @@ class Choice:
         return logits_V + noise_V, self.sampling.warped(logits_V).isfinite()
 
     def choice(self, logits_V: Tensor, at: int) -> int:
-        """Choose the token of an index in the answer."""
+        """Choose the token at index `at` of the answer from its (V,) logits."""
         scores_V, may_V = self.scored(logits_V, at)
         return int(scores_V.where(may_V, -torch.inf).argmax())
 
     def gap(self, logits_V: Tensor, at: int, token: int) -> float:
-        """Return how far logits must move at least for `token` to be chosen; 0 if it is.
+        """Return how far logits must move at least for `token` to be chosen; 0 if it is already.
 
-        It must be among the tokens that top-k and top-p leave, and every other one of these must score less or drop out.
+        For that, top-k and top-p must leave `token`, and every other token that they leave must score less or drop out.
         """
         scores_V, may_V = self.scored(logits_V, at)
         ahead_V, spare_V = scores_V - scores_V[token], torch.full_like(scores_V, torch.inf)
@@ -97,11 +105,15 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Gaps and logits of the watched tokens from three kinds of pass, (T, K) each: one row, causal, many rows.
+    """Gaps (see `Choice.gap`) and logits of a few watched tokens from three kinds of pass over the output.
 
-    The watched tokens of a row are the output's and the preferred one, with their gaps, then the NEAR best, with their
-    logits. first: index of the first
-    difference. wrong: where and why the replay differs from the run, if it does; many_TK then ends there.
+    Attributes:
+        ids_TK: Watched tokens of each row: the output's, the target's choice, then the NEAR best of the one-row pass.
+        one_TK: From passes of one row: the gaps of the first two watched tokens, then the logits of the others.
+        causal_TK: The same from one causal pass over the whole output.
+        many_TK: The same from a replay of the draft trees; equal to causal_TK without one.
+        first: Index of the first difference.
+        wrong: Where and why the replay differs from the run; many_TK then ends there. None if they agree.
     """
 
     ids_TK: list[list[int]]
@@ -112,12 +124,22 @@ class Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """Mean over rows of the RMS distance of the best tokens' logits from the one-row pass, less the row's mean."""
+        """Measure how far logits lie from those of the one-row pass: RMS over the NEAR best, averaged over rows.
+
+        The mean distance of a row is subtracted first, since it does not change the order of tokens.
+        """
         moved_TK = (other_TK - self.one_TK[: len(other_TK)])[1:, 2:]  # the first token comes from the prefill
         return float((moved_TK - moved_TK.mean(1, True)).square().mean(1).sqrt().mean()) if len(moved_TK) else 0.0
 
     def verdict(self, scale: float, dtype: torch.dtype, otherwise: Callable[[list[list[int]]], Tensor]) -> Comparison:
-        """Classify the difference. scale: the largest logit. otherwise: runs one more correct pass, if needed."""
+        """Classify the difference.
+
+        Args:
+            scale: Largest absolute logit.
+            dtype: Dtype of the target.
+            otherwise: Maps ids_TK to (T, K) gaps and logits from one-row passes after another prefill. Called only if
+                the replayed logits lie too far off for the causal pass to explain.
+        """
         many, room = self.drift(self.many_TK), RATIO + SPREAD / max(1, len(self.one_TK) - 1) ** 0.5
         drift = max(self.drift(self.causal_TK), torch.finfo(dtype).eps * scale * LEAST)
         if self.wrong is None and many > drift * room:
@@ -131,10 +153,10 @@ class Evidence:
         return Comparison("mismatch" if wrong else "tie", at, gap, drift, why, (got, preferred), lead, ties)
 
     def _excess(self, many: float, drift: float, room: float, most: float) -> tuple[int, str] | None:
-        """Return where and why rounding cannot explain the output, else None.
+        """Return where and why rounding cannot explain the output; None if it can.
 
-        many: drift of the passes over guesses. drift: drift of the other correct passes. room: limit on
-        many / drift. most: limit on many and on drift.
+        many: drift of the replay. drift: drift of the other correct passes. room: limit on many / drift. most: limit on
+        many and on drift.
         """
         if not (drift <= most and many <= most):
             return self.first, f"passes over several rows move logits by {max(drift, many):.1g}, more than rounding does"

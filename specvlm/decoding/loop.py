@@ -41,7 +41,7 @@ from specvlm.strategies.fence import (
 from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-MOST_PASSES = 4096  # most passes of a drafter in one round, above the depth of any tree
+MOST_PASSES = 4096  # maximum number of passes and routine calls of a drafter in one round, above the depth of any tree
 
 
 def generator_for(seed: int) -> torch.Generator:
@@ -50,7 +50,7 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """Make a generator for the verifier, separate from the drafter's: no guess may depend on the draws that judge it."""
+    """Make a generator for the verifier, apart from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -98,7 +98,7 @@ def autoregressive_work(
     caches: CachePool,
     engine: Engine,
 ) -> Generator[Pass | Step, Any, None]:
-    """`autoregressive` as a generator of passes and steps, for a `Scheduler`."""
+    """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run."""
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
     output, generator = Output(asked.max_new_tokens, stop_ids), verifier_generator(asked.seed)
@@ -121,7 +121,7 @@ def autoregressive_work(
 
 
 class View(NamedTuple):
-    """The number of video tokens that the drafter may see, and the strategy that chooses them."""
+    """Number of video tokens that the drafter may see, and who chooses them: the drafter, the pruner, or neither."""
 
     budget: int
     own: bool  # the drafter chooses them itself
@@ -132,10 +132,12 @@ class View(NamedTuple):
 class DecodingGraph:
     """A target, a draft and three strategies that decode requests. Safe to share between requests and threads.
 
+    Raises UserError if the drafter needs a draft model and has none, or the pruner a layer that the target lacks.
+
     Attributes:
         draft: The draft model, on the meta device on ranks that do not hold it. None if the drafter needs none.
         options: Defaults for requests that pass no options.
-        vocabulary: Both models know the token ids below it. 0 takes the smaller vocabulary of the two.
+        vocabulary: Both models know the token ids below this number. 0 takes the smaller vocabulary of the two.
         caches: KV caches, kept between requests.
         engine: Engine that runs the passes (see `specvlm.engine`).
     """
@@ -168,7 +170,7 @@ class DecodingGraph:
         return alone(self.engine, self.work(prompt, options))
 
     def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
-        """`decode` as a generator of passes and steps, for a `Scheduler`."""
+        """Decode as `decode` does, as a generator of passes and steps for a `Scheduler` to run."""
         target, drafter, verifier = self.target, self.drafter, self.verifier
         asked, clock = self.options.asked(options), Clock(target.device)
         stop_ids, generator = asked.stop_ids_or(target.stop_ids), generator_for(asked.seed)
@@ -188,7 +190,6 @@ class DecodingGraph:
             yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
             if output.done:
                 return
-
             recorded = gathered(RECORDED, prompt, collector, features_ND) if asked.record else {}
             attention = recorded.get("verifier_attention")
             clock.resume()
@@ -238,7 +239,7 @@ class DecodingGraph:
                 token, shown, attention = verdict.bonus, None, None
 
     def _session(self, context: DraftContext) -> DraftSession:
-        """Start the drafter. If only rank 0 holds the draft model, broadcast the trees."""
+        """Start the drafter. If only rank 0 holds the draft model, wrap its session so that trees are broadcast."""
         ranks = self.target.ranks
         on_rank0_only = self.drafter.model == "draft" and self.draft is not None and self.draft.ranks.size < ranks.size
         with inside(self.drafter):
@@ -249,7 +250,7 @@ class DecodingGraph:
     def _proposed(
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Passes[DraftTree]:
-        """Run the drafter's `propose` and yield the passes that it asks for. They may only write to its own caches."""
+        """Run the drafter's `propose` and yield its passes. They may write only to caches that `lease` holds."""
         label = label_of(self.drafter)
         guard, check = partial(inside, label), partial(check_pass, label)
         with inside(self.drafter):
@@ -274,7 +275,7 @@ class DecodingGraph:
         return self._view(prompt, self.options.ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget and who chooses. Nothing is pruned if all or none are kept, or the drafter has no model."""
+        """Return the budget and who chooses: not the pruner if all or none are kept, or the drafter has no model."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -284,7 +285,7 @@ class DecodingGraph:
         return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
 
     def _collector(self, prompt: VideoPrompt, view: View, record: bool) -> AttentionCollector | None:
-        """Make the collector of the target signals that the strategies read; None if they read none."""
+        """Make the collector of the signals of the target's prefill; None if none is read, or there is no video."""
         if not len(prompt.video_index):
             return None
         pruner = self.pruner if view.pruned else None
@@ -299,7 +300,7 @@ class DecodingGraph:
         features_ND: Tensor,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select`. With several ranks, broadcast rank 0's choice, since the draft may be on rank 0 only."""
+        """Run `select` where the draft model is, and broadcast rank 0's choice and generator state to all ranks."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
         keep = self.select(prompt, collector, features_ND, generator, view) if here else None
         if ranks.size > 1:
@@ -316,10 +317,9 @@ class DecodingGraph:
         generator: torch.Generator,
         view: View | None = None,
     ) -> KeepSet:
-        """Ask the pruner which video tokens to keep.
+        """Ask the pruner which video tokens to keep; keep all or none without asking if `view` says so.
 
-        view: None takes the budget at the ratio of the graph's options. Raises ValueError, naming the pruner, if the
-        pruner exceeds its budget or does not return a `KeepSet` for this prompt.
+        view: By default that of the graph's options. Raises ValueError unless the pruner's `KeepSet` fits its budget.
         """
         total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
         if not pruned:
@@ -337,7 +337,7 @@ class DecodingGraph:
             return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
 
     def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
-        """(L, N) attention of the last row to the unpruned video in the drafter's first layers. Runs only these."""
+        """(L, N) attention of the last row to the unpruned video in the drafter's first `draft_layers` layers."""
         model = self.target if self.drafter.model == "target" else self.draft
         assert model is not None
         features = features_ND if model is self.target else model.features(prompt)

@@ -3,17 +3,21 @@
 A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
 bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric tie is measured, never assumed:
 
-1. The run is replayed from its draft trees, by code that does not share its mask, positions, cache moves or
-   acceptance rule. An engine is deterministic, so the replay must give the same tokens in every round.
-2. The replay and the run share only the model's pass over masked rows. On average over the answer, its logits must be
-   as close to those of the one-row pass as the logits of a plain causal pass over the same tokens are.
-3. No token of the output may lie further below the target's one-row choice than rounding moves logits.
+1. The run is replayed from its draft trees, by other code for masks, positions, cache moves and acceptance (except
+   the noise and warping of a coupled rule). An engine is deterministic, so the replay must give the same tokens in
+   every round.
+2. For the logits, replay and run share only the model's pass over masked rows and the repetition penalty. On average
+   over the answer, the replayed logits must be about as close to those of one-row passes as the logits of a plain
+   causal pass over the same tokens are (`evidence.RATIO`).
+3. No token of the output may lie further below the target's choice, in the one-row passes or in the replay, than a
+   multiple (`evidence.GAP`) of the distance that rounding moves logits on average.
 
 `tests/campaign/planted_faults.py` plants 42 faults, on 40 prompts of real footage. Of the outputs that they changed, 3
 of 977 were called ties in bfloat16 and 0 of 920 in float32. Of 130 genuine ties on CPU and H200, none was called a
 mismatch.
 
-Limit: a fault common to all passes over several rows, plain causal ones included, is only detected beyond DRIFT.
+Limit: a fault common to all passes over several rows, plain causal ones included, is detected only if it moves logits
+further than `evidence.DRIFT`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +37,8 @@ from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
 
 GREEDY = GreedyVerifier()
 ARGMAX = Sampling()
-NEAR = 8  # number of best tokens over whose logits, less their mean, the distance of two passes is measured
-PIECES = 4  # chunks of the prefill when a third correct pass is needed
+NEAR = 8  # number of best tokens of a row whose logits measure how far two passes differ
+PIECES = 4  # chunks, about, of the repeated prefill
 
 
 @torch.inference_mode()
@@ -52,20 +56,22 @@ def compare(
 ) -> Comparison:
     """Compare an output with the target's own and classify the first difference as a numeric tie or a mismatch.
 
-    It is a tie if a correct replay of the same draft trees gives the same output and rounding explains the difference.
+    The difference is a tie if a correct replay of the same draft trees gives the same output and rounding explains it.
     With an engine that is exact by construction, every difference is a mismatch.
 
-    Free when the two are identical. Otherwise it costs a prefill, a one-row pass per token, a pass over the answer and
-    a pass per round. If these look like a fault, the prefill and the one-row passes are repeated.
+    Free if the two are identical, or if the tokens alone show the mismatch. Otherwise the check costs a prefill, a
+    one-row pass per token, a pass over the answer and a pass per round. If the replayed logits lie too far off, the
+    prefill and the one-row passes are repeated.
 
     Args:
         target: The model whose output is checked.
         prompt: The request's prompt.
         baseline: Tokens of `autoregressive`.
         output: Tokens of the run.
-        caches: Caches to reuse.
-        engine: The engine that made the output. It also runs the passes of the check, so its arithmetic counts as that
-            of the target: an engine that rounds activations to 8 bits computes a different model.
+        caches: Caches to reuse; new ones by default.
+        engine: The engine that made the output; the eager one by default. It also runs the passes of the check, so its
+            arithmetic counts as that of the target: an engine that rounds activations to 8 bits computes a different
+            model.
         steps: The run's steps, whose tokens are the output. Without them a plain causal pass stands in for the replay,
             and a fault that moves logits no further than rounding does is called a tie.
         verifier: The run's verifier.
@@ -93,7 +99,10 @@ def compare(
 
 
 def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
-    """Whether no tree may change a bit. A longer question may be prefilled in other pieces by a run whose pruner watches."""
+    """Whether any difference is an error: the engine is exact, and one pass prefills all text after the video.
+
+    Longer text is prefilled in several passes, but in one by a run that collects the attention of all its rows.
+    """
     return engine is not None and engine.exact(target) and len(prompt) - prompt.cut <= CHUNK
 
 
@@ -103,11 +112,11 @@ def alike(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class _ReplayError(Exception):
-    """The replay differs from the run. Arguments: the index of the token, and the reason."""
+    """The replay differs from the run. Arguments: the index of the output's token, and the reason."""
 
 
 class _Passes:
-    """Computes logits of the output in several kinds of pass after one prefill, with the repetition penalty applied.
+    """Computes logits of the output in several kinds of pass, with the repetition penalty applied.
 
     Shape suffixes: T tokens of the output, M tree nodes, K watched tokens, V vocabulary.
     """
@@ -151,14 +160,17 @@ class _Passes:
         return Evidence(ids_TK, *tables, first, wrong).verdict(scale, self.target.dtype, self._prefilled_otherwise)
 
     def _prefilled_otherwise(self, ids_TK: list[list[int]]) -> Tensor:
-        """(T, K) logits of one-row passes after a prefill in other chunks, whose keys and values round differently."""
+        """Repeat the one-row passes after a prefill in other chunks, whose keys and values round differently.
+
+        Returns (T, K) gaps and logits, as in `Evidence`.
+        """
         self.cache.clear()
         self.target.prefill(*self.inputs, self.cache, self.prompt.cut, chunk=max(1, len(self.prompt) // PIECES))
         rows = enumerate(self._penalised(self._one_row()))
         return _table([self._watched(row_V, at, ids) for (at, row_V), ids in zip(rows, ids_TK, strict=True)])
 
     def _watched(self, row_V: Tensor, at: int, ids_K: list[int]) -> Tensor:
-        """(K,) gaps of the first two tokens, the output's and the preferred one, and logits of the best ones."""
+        """(K,) gaps of the first two watched tokens, the output's and the preferred one, then logits of the others."""
         gaps = [self.rule.gap(row_V, at, token) for token in ids_K[:2]]
         return torch.cat([torch.tensor(gaps, dtype=torch.float64), row_V[ids_K[2:]].double().cpu()])
 
@@ -175,25 +187,28 @@ class _Passes:
         return self.cache
 
     def _one_row(self) -> Iterator[Tensor]:
-        """(V,) logits of each token, from passes of one row."""
+        """Yield the (V,) logits of each token: the first from the prefill, the others from passes of one row."""
         cache = self._rewound_cache()
         yield self.first_1V[0]
         for token in self.output[:-1]:
             yield self.engine.append(self.target, torch.tensor([token]), cache)[0]
 
     def _causal(self) -> Iterator[Tensor]:
-        """(V,) logits of each token, from one causal pass over the whole output."""
+        """Yield the (V,) logits of each token: the first from the prefill, the others from one causal pass."""
         cache = self._rewound_cache()
         yield self.first_1V[0]
         if len(self.output) > 1:
             yield from self.engine.append(self.target, torch.tensor(self.output[:-1]), cache)
 
     def _replayed(self, verifier: Verifier) -> Iterator[Tensor]:
-        """Replay the draft trees and yield the logits that give each token. Raises _ReplayError if a token differs."""
+        """Replay the draft trees and yield the penalised (V,) logits that give each token.
+
+        Raises _ReplayError if a token differs, or if a round does not fit its tree.
+        """
         penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
 
         def checked(logits_V: Tensor) -> Iterator[Tensor]:
-            """Yield the penalised logits of token `at`, then check that they give this token."""
+            """Yield the penalised logits of the output's token `at`, then check that they give this token."""
             row_V = penalty(logits_V[None])[0]
             yield row_V
             if (token := self.rule.choice(row_V, at)) != self.output[at]:
@@ -222,7 +237,7 @@ class _Passes:
 
 
 def _keep(cache: KVCache, base: int, path: Sequence[int]) -> None:
-    """Do what `KVCache.keep` does, independently of it, so that a fault there shows."""
+    """Move the rows at `base + path` to the slots from `base` on, as `KVCache.keep` does, whose faults this reveals."""
     for store in cache.stores:
         for tensor in store:
             tensor[:, :, :, base : base + len(path)] = tensor[:, :, :, [base + node for node in path]]
@@ -230,5 +245,5 @@ def _keep(cache: KVCache, base: int, path: Sequence[int]) -> None:
 
 
 def _table(rows: Sequence[Tensor]) -> Tensor:
-    """(T, K), from rows (K,)."""
+    """Stack rows (K,) to (T, K)."""
     return torch.stack(list(rows))

@@ -21,7 +21,7 @@ NOTHING = nullcontext()
 
 
 def inferring() -> AbstractContextManager[None]:
-    """Enter torch's inference mode unless it is on already; a strategy may have left it."""
+    """Make a context manager that turns torch's inference mode on, unless it is; a strategy may have turned it off."""
     return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
@@ -34,8 +34,8 @@ class Ticket:
         steps: Steps not read yet.
         error: Exception that ended the request, if any.
         done: Whether the request has ended.
-        wanted: Pass that it waits for, if any.
-        rows: Result of its last pass, until it is resumed.
+        wanted: Pass that the request waits for, if any.
+        rows: Result of the request's last pass, until the request is resumed with it.
     """
 
     work: Decoding
@@ -46,9 +46,11 @@ class Ticket:
     rows: Rows | None = None
 
     def advance(self, on: bool) -> None:
-        """Run to the next pass, the next step or the end. `on`: after a step, run on to the next of these.
+        """Run the request up to its next pass, its next step or its end.
 
         Stores an exception of the request; one that is not an Exception, such as KeyboardInterrupt, is raised as well.
+
+        on: After a step, run on to the next pass, step or end.
         """
         try:
             item = self._next(self.rows)
@@ -87,8 +89,8 @@ class Scheduler:
     scheduler; several schedulers may share a graph.
 
     Attributes:
-        asked: Passes requested so far.
-        run: Engine calls that served them.
+        asked: Number of passes requested so far.
+        run: Number of engine calls that served them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -97,17 +99,20 @@ class Scheduler:
         self.asked = self.run = 0
 
     def submit(self, work: Decoding) -> Ticket:
-        """Add a request. Read its steps with `steps`.
+        """Add a request.
 
         Args:
             work: From `DecodingGraph.work` or `autoregressive_work`.
+
+        Returns:
+            The request's ticket, to read its steps with `steps`.
         """
         ticket = Ticket(work)
         self.live.append(ticket)
         return ticket
 
     def turn(self) -> None:
-        """Advance every request by one pass."""
+        """Advance every request to its next pass, then run the pending passes; a lone request also stops at a step."""
         together = len(self.live) > 1  # a single request pauses at each step, so that it is read at once
         for ticket in self.live:
             if ticket.wanted is None:  # otherwise an interrupt came before its pass ran
@@ -122,7 +127,7 @@ class Scheduler:
             self._run(group)
 
     def _run(self, group: Sequence[Ticket]) -> None:
-        """Run the pending passes of requests on one model in one call of the engine."""
+        """Run the pending passes of requests on one model in one call of the engine; one by one if that fails."""
         passes = [ticket.wanted for ticket in group if ticket.wanted is not None]
         try:
             with inferring():
@@ -140,7 +145,10 @@ class Scheduler:
             self._run([ticket])
 
     def steps(self, ticket: Ticket) -> Iterator[Step]:
-        """Yield a request's steps as they happen, advancing all requests. Raises the error that ended the request."""
+        """Yield a request's steps as they happen, advancing all requests. Cancels the request if the reader stops.
+
+        Raises the error that ended the request.
+        """
         try:
             while True:
                 while ticket.steps:

@@ -10,8 +10,8 @@ import torch
 class Clock:
     """Measures seconds per stage since the last `lap`.
 
-    On a GPU it records events in the stream, so that marking never waits for the device. A stage then includes its own
-    work and the time that the device waited for the host.
+    On a GPU the clock records events in the stream, so that `mark` never waits for the device. The time of a stage is
+    then that of its work on the device, plus the time that the device waited for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Clock:
         self.marks[-1] = ("", self._now())
 
     def lap(self) -> dict[str, float]:
-        """Return seconds per stage since the last lap and start a new one. Waits for the device."""
+        """Return the seconds of each stage since the last lap, and start a new lap. Waits for the device."""
         if self.device.type == "cuda":
             self.marks[-1][1].synchronize()
         parts: dict[str, float] = {}

@@ -1,7 +1,8 @@
-"""Engines, which run the steps of the decoding loop: `eager` on any device, `graphs` on NVIDIA GPUs.
+"""Engines, which run the steps of the decoding loop: `eager` on any device, `graphs` on recent NVIDIA GPUs.
 
-The eager engine runs Hugging Face's modules; the other one replays CUDA graphs. An engine outlives requests and may
-serve several at once. It holds no state of a request, only captured graphs, keyed by shape and cache.
+The eager engine runs Hugging Face's modules; the other one replays CUDA graphs, and needs compute capability 9.0. An
+engine outlives requests and may serve several at once. It holds no state of a request, only what all may use, such as
+captured graphs, keyed by shape and cache.
 """
 
 import torch
@@ -20,13 +21,13 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
 
     Args:
         name: "auto", "eager" or "graphs". auto: graphs if it can run on the device and was tested there, else eager.
-        device: Device of the models it will run.
+        device: Device of the models that the engine will run.
 
     Returns:
         The engine. If "graphs" is asked for but cannot run, an eager one, whose `note` says why.
 
     Raises:
-        UserError: For any other name.
+        UserError: `name` is none of these.
     """
     if name not in ENGINES:
         raise UserError(f"engine={name} is none of {', '.join(ENGINES)}")

@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The parts of a request that a tree check needs.
+    """The parts of a request that a step of the target needs: a tree's check, or one token without drafting.
 
     Attributes:
         target: Target model.
         cache: The target's KV cache.
         verifier: Acceptance rule.
-        sampling: Distribution that the verifier claims to sample exactly, as set when the request began.
+        sampling: The verifier's `sampling`, read once, before the first step.
         penalty: Repetition penalty, which knows the tokens so far.
         generator: Source of the request's random numbers.
         stop_ids: Token ids that end the answer.
-        mark: Called with "capture" when a step was captured before it ran, to attribute its time.
+        mark: Called with "capture" when a step was captured before it ran, to time the capture apart.
         video_ND: (N, D) last hidden states of the video tokens, scaled to unit length, for a verifier that reads hidden
             states.
         lossless: Whether the verifier claims to be lossless. If not, `strict_ends` decides where the answer ends.
@@ -58,11 +58,11 @@ class Request:
     start: int = 0
 
     def key(self, slot: int) -> tuple[int, int]:
-        """Return the key of a coupled rule's noise for the token that goes into a slot: the seed, and its index."""
+        """Return the key of a coupled rule's noise for a slot's token: seed, and index of the token in the answer."""
         return self.seed % 2**63, slot - self.start
 
     def key_2(self, slot: int, device: torch.device) -> Tensor | None:
-        """Return `key` on a device; None unless the rule is coupled."""
+        """Return `key` as a (2,) int64 tensor on a device; None unless the rule is coupled."""
         return torch.tensor(self.key(slot), device=device) if self.sampling.coupled else None
 
 
@@ -70,7 +70,7 @@ class Engine:
     """Eager engine, which runs Hugging Face's modules; base class of the others.
 
     A subclass needs to override `run` only. One that captures graphs also overrides `call`, `check` and `next`. These
-    are generators: they yield the passes that they do not run themselves, for `run` to serve.
+    three are generators: they yield the passes that they do not run themselves, for `run` to serve.
     """
 
     name: ClassVar[str] = "eager"
@@ -91,7 +91,7 @@ class Engine:
         return finished(driven(work), run)
 
     def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
-        """Run a drafter's routine. mark: called with "capture" if it was captured before it ran."""
+        """Run a drafter's routine and return its tensors. mark: called with "capture" if it was captured first."""
         return (yield from call.work())
 
     def next(self, request: Request, token: int) -> Passes[int]:
@@ -128,7 +128,7 @@ class Engine:
         return (yield tree_pass(target, tree, cache))
 
     def exact(self, model: VideoLM) -> bool:
-        """Whether tree passes are bit-identical to sequential steps. If so, any difference is an error, never a tie."""
+        """Whether tree passes are bit-identical to sequential steps. If so, no difference in the output is a tie."""
         return False
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
@@ -156,7 +156,7 @@ class Engine:
         return target.head(target.forward(target.embed_tokens(tree.tokens), positions_AM, cache, seen_MK))
 
     def runs(self, model: VideoLM) -> str:
-        """Name of the engine that really runs this model: an engine may fall back to eager for one of two models."""
+        """Return the name of the engine that really runs this model: some models fall back to eager."""
         return self.name
 
 
@@ -177,7 +177,7 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 
 
 def first_token(request: Request, logits_1V: Tensor) -> int:
-    """Choose the next token from the (1, V) logits of an undrafted step, by the request's rule."""
+    """Choose the next token from the (1, V) logits of a step without drafting, by the request's verifier."""
     logits_1V = request.penalty(logits_1V)
     root, key_2 = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,)), request.key_2(request.cache.length, logits_1V.device)
     coupled = {} if key_2 is None else {"key_2": key_2}
@@ -191,13 +191,13 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor, slot: int) -> Verdict:
-    """Cut a lossy rule's verdict so that no drafted token ends or prolongs the answer.
+    """Cut a lossy rule's verdict so that the answer does not end, or go on, against the target's choice.
 
     After each node of the path, compare the verdict's next token with the target's own choice: its argmax, or a draw
     from its distribution when sampling. If they differ and either is a stop id, end the path there and take the
     target's choice. So whether the answer ends after a token is decided as it would be without a draft.
 
-    slot: Slot of the token after the root.
+    slot: Slot in the target's cache of the token after the root.
     """
     path, stops = verdict.path, request.stop_ids
     if not stops:
@@ -213,7 +213,7 @@ def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: 
 
 
 def broadcast_decision(request: Request, decided: T) -> T:
-    """Broadcast rank 0's decision when the target is tensor-parallel and samples.
+    """Return rank 0's decision if the target is sampled from, else this rank's own, which is the same.
 
     Sums over the vocabulary may round differently on two GPUs, and then the ranks' caches would diverge.
     """

@@ -1,6 +1,6 @@
 """A tree's check as functions of device tensors, for capture: target pass, acceptance rule, and cache compaction.
 
-Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
+Shape suffixes: M tree nodes, D nodes on the longest path (of hidden states: their width), V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOBODY = torch.Generator()  # unused: a captured step gets its random numbers a
 def ways(tree: DraftTree) -> list[list[int]]:
     """List the nodes on each node's path from the root, padded to the longest path.
 
-    Position i of the padding holds i, so that rows moved along a path stay in place there.
+    Padding at position i is i, so that moving rows along the path leaves those past its end in place.
     """
     length = max(tree.depths) + 1
     return [[*way, *range(len(way), length)] for way in map(tree.way_to, range(len(tree)))]
@@ -50,9 +50,10 @@ class Paths(NamedTuple):
 
 
 def shape_of(tree: DraftTree, verifier: Verifier) -> tuple[Tensor, ...]:
-    """Tables of a varying tree's shape, as inputs of a step captured per tree size.
+    """Encode a varying tree's shape as host tensors, for a step that is captured once per number of nodes.
 
-    Empty if each shape is captured on its own: a fixed tree, or a rule without tables.
+    Empty for a fixed tree, whose shape is captured on its own, and for a verifier without tables, which checks varying
+    trees uncaptured.
     """
     tables = verifier.tables(tree.parents) if tree.varies else None
     if tables is None:
@@ -79,27 +80,27 @@ def check_of(
     x_MD: Tensor,
     *shape: Tensor,
 ) -> tuple[Tensor]:
-    """Run a tree through the last stage, apply penalty and rule, and compact the cache, all on that stage's device.
+    """Run a tree through the last stage, apply penalty and rule, and compact that stage's cache, all on its device.
 
     Args:
         lean: The target's lean pass.
         verifier: Acceptance rule.
-        sampled: Whether the rule samples.
+        sampled: Whether the rule samples; ranks then take rank 0's decision.
         parents: (M,) parents of the tree, or of any tree of its size if `shape` is given.
         varies: Whether the drafter's trees vary in shape.
         cache: The target's KV cache.
         factor: Repetition penalty.
         paths: Tables of `parents`.
         state_4: Slot of the root, position minus slot, and the key of a coupled rule's noise (`VerifyContext.key_2`).
-        tokens_M: (M,) drafted tokens.
-        seen_V: (V,) tokens that the penalty applies to.
-        dice: Uniform random numbers; empty for a greedy rule.
+        tokens_M: (M,) tokens of the tree, root included.
+        seen_V: (V,) bool, True for tokens of the prompt and the output; empty without a penalty.
+        dice: Uniform random numbers, as many as `Verifier.dice` returns.
         q_MV: (M, V) draft distributions; may be empty.
         x_MD: (M, D) hidden states from the stage before; empty if there is only one stage.
         shape: Tables of this tree (see `shape_of`), which replace those of `parents`; may be empty.
 
     Returns:
-        Last accepted node, bonus token and the M tokens, as one tensor, so that the host reads once.
+        (M + 2,) last accepted node, bonus token and the M tokens, as one tensor, so that the host reads once.
     """
     state_2, key_2 = state_4[:2], state_4[2:]
     tree, tables, above_MM = DraftTree(tokens_M, parents, q_MV if len(q_MV) else None, varies), None, None
@@ -119,7 +120,10 @@ def check_of(
 
 
 def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:
-    """Run a tree through one stage. rows: (M,) tokens, or (M, D) hidden states from the stage before."""
+    """Run a tree through one stage; returns (M, D) hidden states.
+
+    rows: (M,) tokens for the first stage, else (M, D) hidden states from the stage before.
+    """
     x = lean.enter(rows) if number == 0 else rows
     return (
         lean.run(number, x, paths.depths_M, 0, Sight(None, paths.nodes_MD, paths.depths_M), state_2[:1], state_2[1:], cache),
@@ -127,6 +131,6 @@ def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: 
 
 
 def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:
-    """Compact the cache: move the rows on the path to node `last` to the slots right after the root's."""
+    """Compact one stage's cache: move the rows on the path to node `last_1` to the slots from the root's on."""
     store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
     return ()

@@ -1,9 +1,9 @@
 """CUDA-graph engine: one graph for a drafter's routine, one for a tree's check, one for an autoregressive step.
 
-The host writes a few integers before each graph and reads one small tensor after the check. Graphs are captured per
+The host writes small inputs before each graph and reads one small tensor after the check. Graphs are captured per
 shape and cache, not per request: they read the context length from the device. Prefills run as in the eager engine.
 
-Shape suffixes: M tree nodes, Q rows of a pass, D nodes on the longest path, V vocabulary.
+Shape suffixes: M tree nodes, Q rows of a pass, D hidden size, P nodes of a path (padded), V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
-MOST = 48  # programs of one kind per cache; a drafter whose trees never repeat would otherwise capture every round
+MOST = 48  # maximum number of programs of one kind per cache: trees that never repeat must not be captured every round
 
 
 class GraphsEngine(Engine):
     """Engine that captures drafting and verification as CUDA graphs.
 
     Args:
-        backend: Of `Program`. The default needs a GPU; the others run the same code without one, for tests.
+        backend: How a `Program` runs. The default needs a GPU; the others run the same code without one, for tests.
     """
 
     name, captures = "graphs", True
@@ -52,7 +52,7 @@ class GraphsEngine(Engine):
         self.backend = backend
         self.capture_s = 0.0
         self._lean: WeakKeyDictionary[VideoLM, LeanText | None] = WeakKeyDictionary()
-        # Weak references: programs do not keep their cache alive. They do keep the weights.
+        # Weak references: a captured program does not keep its cache alive. Its key keeps the weights.
         self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
         self.capture_pools: dict[torch.device, CapturePool] = {}
         self._lock = RLock()  # guards the dicts above; requests may run in several threads
@@ -60,7 +60,7 @@ class GraphsEngine(Engine):
     # ---- target steps -----------------------------------------------------------------------------------------------
 
     def next(self, request: Request, token: int) -> Passes[int]:
-        if type(request.verifier).first is not Verifier.first:  # it has its own rule for undrafted steps
+        if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here
             return (yield from super().next(request, token))
         root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
         verdict, _ = yield from self.check(request, root)
@@ -113,14 +113,14 @@ class GraphsEngine(Engine):
         )
         for move in moves:
             move((base, 0), outcome[:1])
-        last, bonus, *tokens = outcome.tolist()  # the only host read of a round
+        last, bonus, *tokens = outcome.tolist()  # the only host read of a check
         with inside(verifier):
             verdict = checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, target.vocabulary)
         cache.length = base + len(verdict.path)
         return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 
     def _stage_pass(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """Program that runs a tree through a pipeline stage other than the last."""
+        """Return the program that runs a tree through a pipeline stage other than the last."""
         device, count = lean.stages[number].device, len(tree)
 
         def build(backend: str) -> Program:
@@ -133,7 +133,7 @@ class GraphsEngine(Engine):
         return self.program((f"through {number}", lean, tree.parents), cache, build)
 
     def _stage_move(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """Program that compacts that stage's cache after the verdict."""
+        """Return the program that compacts such a stage's cache after the verdict."""
         device = lean.stages[number].device
 
         def build(backend: str) -> Program:
@@ -167,7 +167,7 @@ class GraphsEngine(Engine):
     # ---- cached state -----------------------------------------------------------------------------------------------
 
     def lean(self, model: VideoLM) -> LeanText | None:
-        """Return the model's lean pass, cached. None, with one warning, if the model needs its own modules."""
+        """Return the model's lean pass, cached. None, with one warning, if the model or its device rules that out."""
         with self._lock:
             if model not in self._lean:
                 lean = None
@@ -180,7 +180,7 @@ class GraphsEngine(Engine):
             return self._lean[model]
 
     def _misplaced(self, model: VideoLM) -> str | None:
-        """Say why a device of the model cannot capture; it may differ from the engine's. None if all can."""
+        """Say why one of the model's devices, which may not be the engine's, cannot capture. None if all can."""
         devices = [stage.device for stage in model.stages] if self.backend == "cudagraph" else []
         return next((why for why in map(why_not_captured, devices) if why), None)
 
@@ -188,7 +188,7 @@ class GraphsEngine(Engine):
         return Engine.name if self.lean(model) is None else self.name
 
     def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """Run passes one by one: lean, or through Hugging Face's modules if wide or of an unsupported model."""
+        """Run passes one by one: lean, or through Hugging Face's modules above ROWS rows or for unsupported models."""
         lean, found = self.lean(passes[0].model), list[Rows]()
         if lean is None:
             return super().run(passes)
@@ -206,7 +206,10 @@ class GraphsEngine(Engine):
         return lean is not None and lean.ops is not ops and model.ranks.size == 1
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
-        """Run a tree uncaptured through the lean pass, at most ROWS rows at a time."""
+        """Run a tree uncaptured through the lean pass, if the model has one, at most ROWS rows at a time.
+
+        Without kernels, a tree of more rows runs through Hugging Face's modules.
+        """
         lean, device = self.lean(target), target.device
         if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return (yield from super().tree_rows(target, tree, cache))
@@ -241,9 +244,10 @@ class GraphsEngine(Engine):
         """Return the program of a key and cache, built at first use. Drops the programs of caches that are gone.
 
         Args:
-            key: Its first item is the kind: "check", "draft", …
+            key: What the program depends on, besides the cache. The first item is the kind: "check", "draft", …
             cache: KV cache that the program works on.
-            build: Makes the program for a backend of `Program`; "direct" once a cache has MOST programs of a kind.
+            build: Makes the program for a backend. Once a cache has MOST programs of a kind, that is "direct", and the
+                program is not kept.
         """
         if self.backend == "cudagraph":  # other backends keep their cache alive, so keep one program per key
             key = (*key, id(cache))
@@ -266,7 +270,7 @@ class GraphsEngine(Engine):
 
 
 def _kind(key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    """Group keys for MOST: routines by their function, other programs by the first item."""
+    """Return what programs counted together for MOST share: the first item, and of routines the function."""
     return key[:3:2] if key[0] == "draft" else key[:1]
 
 
@@ -286,7 +290,7 @@ def _run_lean(lean: LeanText, one: Pass) -> Rows:
     """Run one pass through the lean pass, without reading its device tensors on the host."""
     device = lean.stages[0].device
     base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
-    if one.seen_QT is None and not one.at:  # causal: each row's path is all rows before it
+    if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
         above_Q = torch.arange(len(one), device=device)
         sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
     else:
@@ -296,7 +300,7 @@ def _run_lean(lean: LeanText, one: Pass) -> Rows:
 
 
 def _run_tree(lean: LeanText, tokens_M: Tensor, depths_M: Tensor, ways_MP: Tensor, cache: KVCache) -> Any:
-    """Run a tree uncaptured, at most ROWS rows at a time. Returns hidden states (M, D), and appends its rows to the cache."""
+    """Run a tree uncaptured, ROWS rows at a time, and append its rows to the cache. Returns hidden states (M, D)."""
     base, offset = torch.tensor([[cache.length], [cache.offset]], device=tokens_M.device)
     found = []
     for at in range(0, len(tokens_M), ROWS):
@@ -314,12 +318,12 @@ def _joined(found: Sequence[Any]) -> Any:
 
 
 def paths_of(seen_MM: Tensor) -> Tensor:
-    """List the nodes that each node sees, in order: (M, M), of which the rest is padding."""
+    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
     return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
 
 
 def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device without a host copy, which would block and is not allowed in a captured step."""
+    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
     if isinstance(numbers, Tensor):
         return numbers
     if isinstance(numbers, range):

@@ -62,7 +62,7 @@ def _run_batch(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
 
 
 class _Batch:
-    """Presents several caches as one to Hugging Face's attention layers, which call only these two methods."""
+    """Presents several caches as one to Hugging Face's language model, which calls only these two methods."""
 
     def __init__(self, passes: Sequence[Pass]) -> None:
         self.passes, self.starts = passes, [one.start for one in passes]
@@ -81,5 +81,5 @@ class _Batch:
         return both[0], both[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of slots before the new rows."""
+        """Return the number of slots before the new rows, in the cache that is filled furthest."""
         return self.slots - self.rows

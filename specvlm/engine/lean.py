@@ -1,10 +1,11 @@
 """Lean pass: a language model's forward pass over a few text tokens, without host reads, so that it can be captured.
 
-It uses the parameters of Hugging Face's modules. Both families have Qwen2's language model (arXiv 2407.10671):
-RMSNorm, grouped-query attention with rotary positions, and a gated MLP. A text token has the same position on all axes
-of M-RoPE, which then equals plain rotary embedding.
+The pass uses the parameters of Hugging Face's modules. Qwen2.5-VL and LLaVA-OneVision both have Qwen2's language model
+(arXiv 2407.10671): RMSNorm, grouped-query attention with rotary positions, and a gated MLP. A text token has the same
+position on all axes of M-RoPE, which then equals plain rotary embedding.
 
-Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size.
+Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size,
+S parts of a linear layer's output, N its width.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from specvlm.models.quantize import QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
-ROWS = 64  # most rows per pass that the kernels are tuned for
+ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
 
 
 def why_not(model: VideoLM) -> str | None:
@@ -58,11 +59,12 @@ def why_not(model: VideoLM) -> str | None:
 class Sight(NamedTuple):
     """Which slots from `base` on each row of a pass attends to. All rows attend to all slots before `base`.
 
-    Given either as a mask or as paths. With paths, a row's result is bit-identical to that of a pass of one row.
+    Given either as a mask or as paths. With paths and the Triton kernels, a row's result is bit-identical to that of a
+    pass of one row.
 
     Attributes:
         seen_QT: (Q, T) int8 mask, which includes the row's own slot.
-        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to itself; the rest is padding.
+        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to the row itself; the rest is padding.
         above_Q: (Q,) number of rows above each row on its path.
     """
 
@@ -74,8 +76,8 @@ class Sight(NamedTuple):
 class LeanText:
     """A VideoLM's language model as a function of device tensors, one per pipeline stage.
 
-    When it is tensor-parallel, each layer's output is all-reduced, rounded as in Hugging Face's modules, and logits are
-    gathered.
+    In a tensor-parallel model, the outputs of attention and MLP are all-reduced, rounded as in Hugging Face's modules,
+    and logits are gathered.
 
     Args:
         model: Model whose parameters to use. Nothing is copied.
@@ -118,13 +120,13 @@ class LeanText:
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
-        """Embed tokens: the (Q, D) input of the first stage."""
+        """Embed tokens to the (Q, D) input of the first stage. Ids outside the vocabulary are clamped into it."""
         return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
     def run(
         self, number: int, x: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
     ) -> Tensor:
-        """Run (Q, D) rows through one stage, the last with its final norm. All tensors are on the stage's device."""
+        """Run (Q, D) rows through one stage; the last one adds the final norm. Tensors are on the stage's device."""
         ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
         angles = (base + offset + depths_Q).float()[:, None] * self.turns[number].float()
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -146,7 +148,7 @@ class LeanText:
         return self._add_norm(x, parts, self.norm, self.head.kind)[1]
 
     def _add_norm(self, x: Tensor, parts_SQN: Tensor | None, norm: nn.Module, kind: str) -> tuple[Tensor, Any]:
-        """Add a linear layer's parts, summed over ranks, to the residual stream. Returns the sum and its norm."""
+        """Add a linear layer's parts, if any, summed over ranks, to the residual stream x. Returns sum and norm."""
         given = (norm.weight, norm.variance_epsilon, kind)
         if parts_SQN is None or self.ranks.size == 1:
             return self.ops.add_norm(x, parts_SQN, *given)
@@ -159,7 +161,7 @@ class LeanText:
         yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """Compute the (Q, V) logits of hidden states that a pass returned, at most ROWS rows at a time as in a pass."""
+        """Compute the (Q, V) logits of hidden states that a pass returned, at most ROWS rows at a time."""
         count = hidden_QD.data.shape[0]  # of a tensor, or of rows in 8 bits
         pieces = [hidden_QD] if count <= ROWS else [hidden_QD[at : at + ROWS] for at in range(0, count, ROWS)]
         with current(self.stages[-1].device):

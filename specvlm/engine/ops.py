@@ -1,8 +1,8 @@
 """Operations of the lean pass in plain torch: the reference for the kernels, and the fallback without them.
 
 Signatures and shapes are those of `kernels/`; its docstring lists the shape suffixes. `kind` is the storage type of the
-weights that the result will be multiplied with. Only the kernels use it, to quantise their results; here rows keep
-their dtype, and quantised weights are dequantised.
+weights that the result will be multiplied with (see `Weight`). Only the kernels use `kind`, to quantise their results;
+here rows keep their dtype, and quantised weights are dequantised.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Weight:
     Attributes:
         layer: The layer.
         data: (N, K) weights; (N, K/2) for int4, two to a byte.
-        scale: (N,) scales; (N, K/group) for int4; unused for "full".
+        scale: (N,) float32 scales; (N, K/group) for int4; unused for "full".
         kind: "full" (same dtype as the rows), "fp8", "int8" or "int4".
-        group: Inputs that share a scale; 0 for "full".
+        group: Number of inputs that share a scale; 0 for "full".
     """
 
     layer: nn.Module
@@ -62,17 +62,17 @@ class Weight:
 
 
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
-    """Multiply x by one to three weights; concatenate the results to (1, Q, N)."""
+    """Multiply x by one to three weights; concatenate the results to (1, Q, N), in x's dtype. whole: not used here."""
     return torch.cat([w.times(x_QK) for w in weights], -1)[None]
 
 
 def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor:
-    """Compute silu(gate(x)) * up(x), (Q, N)."""
+    """Compute (Q, N) silu(gate(x)) * up(x). dtype: not used here."""
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
 def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
-    """Compute x + the sum of parts, and its RMSNorm times the weight; both (Q, K)."""
+    """Compute x + the sum of parts, if any, and the RMSNorm of that times the weight; both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
     wide = total.float()  # always float32, as in Hugging Face's modules
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -82,7 +82,7 @@ def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: floa
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
-    """`add_norm` with the parts summed over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
+    """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
     return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)
 
 
@@ -95,7 +95,10 @@ def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
 ) -> Tensor:  # fmt: skip
-    """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row. cos, sin: (Q, D/2)."""
+    """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row.
+
+    parts and biases hold queries, keys and values in this order. cos, sin: (Q, D/2). base: (1,). heads: H.
+    """
     kv_heads, _, width = keys_JCD.shape
     rows_QN = parts_SQN.sum(0)
     if biases:
@@ -114,9 +117,10 @@ def rope(
 def attention(
     q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
 ) -> Tensor:
-    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks; (Q, H * D).
+    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks.
 
-    The naive form: a mask over every slot of the cache, with keys and values repeated for each query head.
+    Returns (Q, H * D). The naive form: a mask over every slot of the cache, with keys and values repeated for each
+    query head.
     """
     heads = q_QHD.shape[1]
     kv_heads, capacity, _ = keys_JCD.shape

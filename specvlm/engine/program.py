@@ -25,18 +25,19 @@ class CapturePool:
 class Program:
     """Runs a function from fixed input buffers to fixed output buffers.
 
-    The function must not depend on anything that the host could change: no sizes, no Python numbers, no reads.
-    Capturing runs it on `inputs`, so these must do no harm. Each later call copies its values into the same buffers.
+    The function must not read tensors on the host, and must do the same work for all values of its inputs: a capture
+    fixes sizes and Python numbers. Capturing runs it on `inputs`, so a run on these must do no harm. Each later call
+    copies its values into the same buffers.
 
-    Everything is on the device of the first input. Values may come from another device; the copies are ordered with
-    the current streams of both.
+    Inputs and outputs are on the device of the first input. The values of a call may come from another device; the
+    copies are ordered with the current streams of both.
 
     Args:
         fn: Function to run.
         inputs: Example inputs.
         backend: "cudagraph"; "traced", a list of torch operations without the Python between them, to test on machines
             without a GPU what a graph would do; or "direct".
-        capture_pool: Shared with other programs on the device; None makes one.
+        capture_pool: Shared with other programs on the device; None makes one. Only for "cudagraph".
         tables: Owner of the other tensors that fn reads, model weights aside. A graph only knows their addresses and
             does not keep them alive.
     """
@@ -82,7 +83,10 @@ class Program:
                 mine.copy_(out)
 
     def __call__(self, *values: Tensor | Sequence[int] | None) -> list[Tensor]:
-        """Run on new values; return the outputs, which the next call overwrites. None keeps an input's last value."""
+        """Run on new values; return the outputs, which the next call overwrites.
+
+        values: One per input, a tensor or integers. None keeps the input's last value.
+        """
         for number, (buffer, value) in enumerate(zip(self.inputs, values, strict=True)):
             if value is None:
                 continue
@@ -102,9 +106,9 @@ class Program:
         return self.outputs
 
     def _stage(self, number: int, buffer: Tensor, value: Sequence[int]) -> Tensor:
-        """Put integers into pinned memory, so that copying them does not block.
+        """Put integers into pinned memory, so that copying them to a GPU does not block.
 
-        Wait for the previous copy first: a routine may be called several times before the host reads a result.
+        Waits for the previous copy of this input: a program may be called again before the host reads a result.
         """
         if buffer.device.type != "cuda":
             return torch.tensor(value)

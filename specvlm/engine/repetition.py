@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 
 
 class RepetitionPenalty:
-    """Divides positive logits of tokens in the prompt, output or path by a factor, and multiplies negative ones by it.
+    """Divides positive logits of the tokens seen so far by a factor, and multiplies negative ones by it.
+
+    A tree node has seen the tokens of the prompt, the output, and its path from the root.
 
     Source: CTRL (arXiv 1909.05858), section 4.1, in Hugging Face's form. A factor of 1 changes nothing, at no cost.
     """
 
     def __init__(self, factor: float, seen_V: Tensor) -> None:
-        """seen_V: (V,) bool, tokens in the prompt and output so far; updated in place."""
+        """seen_V: (V,) bool, True for tokens of the prompt and the output so far; `add` updates it in place."""
         self.factor, self.seen_V = factor, seen_V
 
     @classmethod
     def of(cls, target: VideoLM, prompt: VideoPrompt, factor: float | None = None) -> RepetitionPenalty:
-        """Create one that has seen the prompt. factor: None takes the one of the target's generation config."""
+        """Create a penalty that has seen the prompt. factor: None takes that of the target's generation config."""
         made = cls(
             target.repetition_penalty if factor is None else factor,
             torch.zeros(target.vocabulary, dtype=torch.bool, device=target.head_device),
@@ -47,8 +49,9 @@ class RepetitionPenalty:
 
         Args:
             logits_MV: (M, V) logits.
-            tree: Draft tree; each node has also seen itself and its ancestors. None: rows have seen nothing more.
-            above_MM: (M, M) float32 ancestor mask, given in steps that are captured for trees of any shape.
+            tree: Draft tree, whose nodes have also seen their own tokens and their ancestors'. None: rows have not.
+            above_MM: (M, M) float32, 1 where the column is the row's node or an ancestor of it. Given in steps that are
+                captured for all trees of one size; by default made from the tree.
 
         Returns:
             (M, V) logits.
@@ -68,5 +71,5 @@ class RepetitionPenalty:
 
 @remembered()  # never evicted: captured graphs read these addresses
 def _above(parents: tuple[int, ...], device: torch.device) -> Tensor:
-    """(M, M) float32 ancestor mask on the device, cached because tree shapes recur every round."""
+    """(M, M) float32 `ancestor_mask` on the device, cached because tree shapes recur every round."""
     return ancestor_mask(parents).to(device, torch.float32)

@@ -2,12 +2,13 @@
 
 Plain decoding runs one row per pass, a check of guesses runs many. If a row's logits depend on how many rows share
 the pass, speculation may choose other tokens. The target answers a question about a video. The same tokens are then run
-again, in passes of several rows, in three arithmetics: specvlm's engine, and Hugging Face's modules with SDPA and eager
-attention. Shown are the shares of positions whose logits, and whose best token, differ from those of a pass of one row.
+again, in passes of one row and of several, in three arithmetics: specvlm's engine, and Hugging Face's modules with SDPA
+and eager attention. The table shows the shares of positions (tokens of the answer) whose logits, and whose best token,
+differ from those of a pass of one row.
 
-Takes the overrides of a run, such as target.path=… video=… dtype=bfloat16 engine=graphs. max_new_tokens is the number
-of positions. Without one of them, 128 positions in bfloat16 are used.
-Exit code 1: the engine claims to be exact, and it is not. The others are those of a run.
+Takes the overrides of a run, such as target.path=… video=… dtype=bfloat16 engine=graphs. The answer has max_new_tokens
+tokens, 128 by default; dtype is bfloat16 by default.
+Exit code 1: the engine claims to be exact, and it is not. The other exit codes are those of a run.
 """
 
 if __name__ == "__main__":
@@ -45,21 +46,21 @@ from specvlm.results.metrics import tokens_of
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import VideoPrompt
 
-ROWS = (2, 6, 16, 26, 64)  # rows of a pass; 26 are those of the paper's tree
+ROWS = (2, 6, 16, 26, 64)  # numbers of rows of a pass; 26 is that of the paper's tree
 DEFAULTS = {"dtype": "bfloat16", "max_new_tokens": "128", "drafter": "prompt_lookup"}
 Append = Callable[[Tensor, KVCache], Tensor]  # runs (Q,) tokens after the cached ones; returns (Q, V) logits
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Positions of one arithmetic that differ from a pass of one row.
+    """Counts of positions that differ from passes of one row, for one arithmetic and number of rows.
 
     Attributes:
         arithmetic: "specvlm", "sdpa" or "eager".
-        rows: Rows of each pass.
-        positions: Positions compared.
-        bits: Those whose logits differ in any bit.
-        best: Those whose best token differs.
+        rows: Number of rows of each pass.
+        positions: Number of positions compared.
+        bits: Number of positions where any logit differs.
+        best: Number of positions whose best token differs.
     """
 
     arithmetic: str
@@ -83,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(words: Sequence[str]) -> int:
-    """Read the overrides, measure, print, and write exact_probe.json into the run's folder; returns the exit code."""
+    """Read the overrides, measure, print, and write exact_probe.json into the run's folder; returns the exit code.
+
+    Raises:
+        UserError: An override is not understood, or asks for a data set or several ranks.
+    """
     if options := [word for word in words if word.startswith("-")]:
         raise UserError(f"{options[0]}: the probe has no options but --help")
     given = {word.partition("=")[0].lstrip("+") for word in words}
@@ -106,7 +111,8 @@ def probe(cfg: RunConfig) -> tuple[bool, list[Counts], dict[str, object]]:
     """Load the target, count differences in all arithmetics, and print a table.
 
     Returns:
-        Whether the engine claims to be exact, the counts, and what was measured.
+        Whether the engine claims to be exact, the counts, and the facts about the run that go with them: target, dtype,
+        device, engine, numbers of tokens.
     """
     screen = RunConsole()
     setup = set_up(cfg, places_of(cfg))
@@ -136,7 +142,7 @@ def answer_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int) -> list[int
 
 
 def arithmetics(target: VideoLM, engine: Engine) -> Iterator[tuple[str, Append]]:
-    """Yield each arithmetic with a function that appends tokens to a cache; only valid until the next one."""
+    """Yield the name of each arithmetic, and a function that runs tokens in it, valid until the next one is yielded."""
     yield "specvlm", lambda tokens_Q, cache: engine.append(target, tokens_Q, cache)
     for attention in ("sdpa", "eager"):
         with attention_of(target, attention):
@@ -144,11 +150,11 @@ def arithmetics(target: VideoLM, engine: Engine) -> Iterator[tuple[str, Append]]
 
 
 def appended(target: VideoLM, additive: bool, tokens_Q: Tensor, cache: KVCache) -> Tensor:
-    """Append tokens through Hugging Face's modules; returns (Q, V) logits.
+    """Append tokens to a cache through Hugging Face's modules; returns (Q, V) logits.
 
     The mask is explicit: without one, SDPA takes the first row for the first of the whole sequence.
 
-    additive: The mask is added to scores, as eager attention does, instead of a mask of True and False.
+    additive: Pass a mask to add to scores, as eager attention needs, instead of one of True and False.
     """
     base, rows = cache.length, len(tokens_Q)
     mask_QK = torch.ones(rows, base + rows, dtype=torch.bool).tril(base)
@@ -177,9 +183,11 @@ def differences(
     widths: Sequence[int],
     advance: Callable[[], None],
 ) -> list[Counts]:
-    """Run the answer one row at a time, then `widths` rows at a time, and compare. The prompt is prefilled once.
+    """Run the answer one row at a time, then so many rows at a time for each of `widths`, and compare.
 
-    advance: called after each walk over the answer.
+    The prompt is prefilled once. Tokens at the end that do not fill a pass are left out.
+
+    advance: Called after each walk over the answer.
     """
     cache, tokens_T, start = target.new_cache(len(prompt) + len(answer)), torch.tensor(answer), len(prompt)
     target.prefill(target.embed(prompt, target.features(prompt)), target.positions(prompt), cache, prompt.cut)
@@ -199,7 +207,7 @@ def differences(
 
 
 def show(screen: RunConsole, counts: Sequence[Counts], about: dict[str, object]) -> None:
-    """Print the shares by rows of a pass and arithmetic, and what the engine claims."""
+    """Print the shares of differing positions by rows of a pass and arithmetic, and what the engine claims."""
     names = list(dict.fromkeys(one.arithmetic for one in counts))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("rows", justify="right")

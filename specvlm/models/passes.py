@@ -1,8 +1,8 @@
 """Forward passes as values: a generator yields a `Pass` and is sent the resulting `Rows`.
 
-The decoding loop, its checks and every drafter are such generators, so they leave open how a pass runs. An engine
-may run it alone or replay a captured graph, and a scheduler may batch it with passes of other requests (see
-`specvlm.decoding.scheduler`).
+The decoding loop, its checks and the drafters that run a model are such generators, so they leave open how a pass
+runs. An engine may run the pass alone or replay a captured graph, and a scheduler may batch it with passes of other
+requests (see `specvlm.decoding.scheduler`).
 
 Shape suffixes: Q rows of a pass, T slots from `base` on, D hidden size, V vocabulary.
 """
@@ -28,7 +28,7 @@ T = TypeVar("T")
 Y = TypeVar("Y")
 Guard: TypeAlias = Callable[[], AbstractContextManager[Any]]
 Passes: TypeAlias = "Generator[Pass, Any, T]"
-Work: TypeAlias = "Generator[Pass | Call, Any, T]"  # a drafter's generator, which may also call a routine
+Work: TypeAlias = "Generator[Pass | Call, Any, T]"  # a drafter's generator, which may also yield calls of a `Routine`
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +46,17 @@ class Rows:
     best: Callable[[Tensor, int], Tensor] = lambda logits_QV, count: logits_QV.topk(count).indices
 
     def logits(self, last: int = 0) -> Tensor:
-        """(Q, V) logits, or those of the `last` rows only."""
+        """(Q, V) logits of all rows, or of the `last` rows only; 0 is all."""
         return self.head(self.hidden_QD[-last:])
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """A forward pass over text rows, which writes their keys and values to cache slots from `base + at` on.
+    """A forward pass over text tokens, one per row, which writes their keys and values to slots from `base + at` on.
 
     Attributes:
         model: Model to run.
-        cache: Its KV cache.
+        cache: KV cache of the model.
         tokens_Q: (Q,) token ids.
         depths_Q: (Q,) rotary position of each row, relative to that of slot `base`.
         seen_QT: (Q, T), which of the slots from `base` to that of the last row each row attends to. Every row attends
@@ -80,19 +80,22 @@ class Pass:
 
     @property
     def start(self) -> int:
-        """First slot to write. Waits for the device if `base` is a tensor. Raises IndexError if rows do not fit."""
+        """First slot to write. Waits for the device if `base` is a tensor there.
+
+        Raises IndexError if the rows do not fit into the cache.
+        """
         base, at, capacity = int(self.base), self.at, self.cache.capacity
         if base < 0 or not base <= base + at <= capacity - self.tokens_Q.numel():
             raise IndexError(f"a pass to slots from {base + at} on, its cache has {capacity}")
         return base + at
 
     def placed(self) -> Pass:
-        """Copy the pass, with `base` and `offset` read to the host. Raises IndexError as `start` does."""
+        """Copy the pass, with `base` and `offset` read to the host. Raises IndexError if its rows do not fit."""
         base, offset = self.start - self.at, int(self.offset)
         return Pass(self.model, self.cache, self.tokens_Q, self.depths_Q, self.seen_QT, base, offset, self.at)
 
     def seen(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(Q, T) mask on a device. A causal one is made on the device, since a captured step cannot wait for a copy."""
+        """(Q, T) mask on a device. A causal one is made there, since a captured step cannot wait for a copy."""
         if self.seen_QT is not None:
             return self.seen_QT.to(device, dtype)
         return torch.ones(len(self), self.at + len(self), dtype=dtype, device=device).tril(self.at)
@@ -100,10 +103,10 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Routine:
-    """Work that a drafter repeats every round on the device; an engine that captures graphs captures it once.
+    """Work that a drafter repeats every round on the device; an engine that captures graphs captures it once per cache.
 
     `work(model, cache, state, *inputs)` yields passes and returns a tuple of tensors. It must not read tensors on the
-    host. Later requests reuse it, so data of a request may only enter through the state and the inputs.
+    host. Later requests reuse the capture, so data of a request may only enter through the state and the inputs.
 
     Attributes:
         work: A module-level function, or a `partial` of one. A function made per request would be captured per request.
@@ -111,8 +114,8 @@ class Routine:
             mean equal work.
         model: Model of its passes.
         cache: Cache of its passes.
-        widest: Most rows of one of its passes.
-        state: Integers for the warm-up run, which must only write to slots that are not in use.
+        widest: Maximum number of rows of a pass.
+        state: Integers for the runs that warm up and capture, which must write only to slots that are not in use.
         inputs: Example tensors. Those of later calls must have the same shapes and dtypes.
     """
 
@@ -126,11 +129,11 @@ class Routine:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The function of `work`, unwrapped from a `partial`."""
+        """The function that `work` is, or is a `partial` of."""
         return self.work.func if type(self.work) is partial else self.work
 
     def __call__(self, state: Sequence[int], *inputs: Tensor | None) -> Call:
-        """Make a call to yield. The tensors sent back are valid until the next call of the routine."""
+        """Make a call for a drafter to yield. The tensors it is sent are valid until the routine's next call."""
         return Call(self, tuple(state), inputs)
 
 
@@ -140,11 +143,11 @@ class Call:
 
     Attributes:
         routine: Routine to run.
-        state: Integers passed to it.
-        inputs: Tensors passed to it. None takes the routine's own input.
+        state: Integers passed to the routine.
+        inputs: Tensors passed to the routine. None takes the routine's own input.
         guard: Makes a context manager, entered whenever the routine's own code runs.
         check: Called with each pass of the routine; raises if the pass cannot run.
-        ours: Whether both the session and the function belong to specvlm.
+        ours: Whether the drafter, its session and the function all belong to specvlm.
     """
 
     routine: Routine
@@ -165,7 +168,11 @@ class Call:
         return self.begin(state, *self.given, read=state.device.type == "cpu")
 
     def begin(self, *inputs: Tensor, read: bool = False) -> Passes[tuple[Tensor, ...]]:
-        """Run the routine under the guard and check its passes. read: read slots to the host (not while capturing)."""
+        """Run the routine under the guard, yielding its checked passes, and return its tensors.
+
+        inputs: The state, then the tensors. read: Read slots to the host (not while capturing).
+        Raises TypeError or ValueError if the routine yields or returns what it may not.
+        """
         routine = self.routine
 
         def checked(item: object) -> Pass:
@@ -187,7 +194,7 @@ class Call:
 
 
 def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[object], Y]) -> Generator[Y, Any, T]:
-    """Drive a generator under a guard and yield its items, `checked`. The guard is left while an item is served."""
+    """Drive a generator under a guard and yield what `checked` makes of its items, outside of the guard."""
     result: Any = None
     while True:
         with guard():
@@ -199,14 +206,14 @@ def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[objec
 
 
 def driven(value: Generator[Any, Any, T] | T) -> Generator[Any, Any, T]:
-    """Run a generator of passes and return its result; return any other value at once."""
+    """Delegate to a generator of passes and return its result; return any other value at once."""
     if isinstance(value, GeneratorType):
         return (yield from value)
     return value  # type: ignore[return-value]
 
 
 def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any]) -> T:
-    """Run a generator of passes to its end and return its result. run: serves each yielded item."""
+    """Run a generator of passes to its end and return its result. run: maps a yielded item to what is sent back."""
     try:
         item = next(work)
         while True:

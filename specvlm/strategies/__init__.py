@@ -1,9 +1,9 @@
 """Base classes of the four kinds of strategy, with the contexts they are called with. One file per kind.
 
-A plugin needs only this package and `specvlm.types`.
+A plugin needs only this package and `specvlm.types`; a drafter that runs a model also needs `specvlm.models.passes`.
 
 A strategy is a frozen dataclass of plain values. Its fields are its Hydra config, its repr is its log line. State
-that changes during a request lives in the draft session and the caches, which are created per request.
+that changes during a request lives in the draft session and the caches, which each request gets for itself.
 """
 
 from specvlm.strategies.base import Strategy

@@ -35,20 +35,20 @@ class DraftContext:
         keep: The video tokens that the pruner kept.
         bonus: The first output token, taken from the target's prefill. Root of the first draft tree.
         target: The target model.
-        draft: The draft model; None unless the drafter's `model` is "draft".
+        draft: The draft model; may be None unless the drafter's `model` is "draft".
         features_ND: (N, D) The target's video features, for drafters that run the target.
         positions: Rotary positions of the drafter: "original" (of the full prompt) or "reindexed" (contiguous).
-        max_new_tokens: Most tokens of the answer.
+        max_new_tokens: Maximum number of tokens of the answer.
         vocabulary: Ids below this number are known to both models.
-        sampling: The distribution of the target's next token. Drafters that sample warp theirs the same way.
+        sampling: How the target's next token is drawn. Drafters that sample warp their distribution the same way.
         generator: Random generator on the CPU, seeded per request.
         caches: Source of the session's KV caches. They are returned when the request ends.
         signals: Copies of the signals in the drafter's `needs`, by name. Read them with `signal`.
         cache: The target's KV cache, read-only. Holds the prompt and the output except its last token.
         captured: True if the engine captures each `Routine` at its first call. Then use one routine for all rounds;
             otherwise use the cheapest one for each round.
-        seed: Seed of the noise that the target's rule shares with the drafter (see `gumbel`). None unless `sampling` is
-            coupled.
+        seed: Seed of the noise that a coupled verifier shares with the drafter (see `gumbel`). None unless `sampling`
+            is coupled.
     """
 
     prompt: VideoPrompt
@@ -72,7 +72,7 @@ class DraftContext:
         """Return a signal in the shape that `SIGNALS` lists.
 
         Raises:
-            ValueError: The signal is not in the drafter's `needs`.
+            ValueError: The signal is not in the drafter's `needs`, or the prompt has no video to collect it from.
         """
         return signal_of(self.signals, name, "drafter")
 
@@ -84,8 +84,8 @@ class DraftSession(ABC):
     def propose(self, last: Verdict | None) -> DraftTree | Work[DraftTree]:
         """Propose a tree of guesses that continue the output.
 
-        Node 0 is the last accepted token: `last.bonus`, or `ctx.bonus` in the first round. The loop fills it in, and
-        checks the tree.
+        Node 0 is the last accepted token: `last.bonus`, or `ctx.bonus` in the first round. For plugins the loop fills
+        it in. The loop checks every tree.
 
         A session that runs a model writes `propose` as a generator that returns the tree. It yields either a `Pass`,
         and receives its `Rows`, or a call of a `Routine`, which may be captured, and receives its tensors. Passes may
@@ -112,27 +112,27 @@ class Drafter(Strategy, ABC):
     @property
     @abstractmethod
     def max_nodes(self) -> int:
-        """Most nodes of a tree, root included. The target's cache reserves slots for them."""
+        """Maximum number of nodes of a tree, root included. The target's cache reserves slots for them."""
 
     @property
     def fixed(self) -> TreeShape | None:
-        """Shape of every tree, or None if it varies.
+        """Shape of every tree, or None if the shape varies.
 
-        If it is fixed, ranks without a draft model are sent only the tokens of a tree.
+        If it is fixed, ranks without a draft model are sent only a tree's tokens, and its `q` if guesses are drawn.
         """
         return None
 
     @property
     def max_rows(self) -> int:
-        """Most rows that a round writes to the drafter's cache.
+        """Maximum number of rows that a round writes to the drafter's cache.
 
-        Exceeds `max_nodes` for a tree that is grown and then cut back.
+        Exceeds `max_nodes` for a tree that is grown beyond that size and then cut back.
         """
         return self.max_nodes
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the target's signals that a session reads, out of `SIGNALS`. May be a class attribute."""
+        """Names of the signals that a session reads, out of `SIGNALS`. May be a class attribute."""
         return frozenset()
 
     def own_budget(self, prompt: VideoPrompt) -> int | None:

@@ -12,15 +12,15 @@ FACTORS = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def gumbel(key_2: Tensor, vocabulary: int, ahead_N: Tensor | None = None) -> Tensor:
-    """Compute independent standard Gumbel numbers for tokens of an answer. Runs on the device only.
+    """Compute independent standard Gumbel numbers for tokens of an answer, without reading a tensor on the host.
 
     Equal seed, index and token id give equal noise, whatever the number of rows and the vocabulary. So two models share
     the noise of all ids that both know.
 
     Args:
-        key_2: The request's seed, and an index in the answer, int64.
+        key_2: (2,) int64: the request's seed, and the index in the answer of a token.
         vocabulary: Number of ids, from 0 on.
-        ahead_N: Distance of each row's token from that index, int64. None is one row, for the token at that index.
+        ahead_N: (N,) int64: how far behind that index each row's token is. None: one row, for the index itself.
 
     Returns:
         (N, V) float64, on the device of the key.
@@ -34,7 +34,7 @@ def gumbel(key_2: Tensor, vocabulary: int, ahead_N: Tensor | None = None) -> Ten
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """Hash int64 numbers one to one; multiplication wraps around."""
+    """Map int64 numbers one to one to numbers that look random; multiplication wraps around."""
     bits = (bits ^ _shifted(bits, 30)) * FACTORS[0]
     bits = (bits ^ _shifted(bits, 27)) * FACTORS[1]
     return bits ^ _shifted(bits, 31)

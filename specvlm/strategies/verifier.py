@@ -16,13 +16,14 @@ from specvlm.types import DraftTree, Verdict
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the target's next token is drawn.
+    """Settings by which the target's next token is chosen.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
-        coupled: True if each token is the best by `scores`, so that the seed alone decides the draw.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
+        coupled: True if each token is the one of highest `scores`, with noise that follows from the request's seed, not
+            from a random generator.
     """
 
     temperature: float = 0.0
@@ -40,7 +41,7 @@ class Sampling:
             (..., V) Probabilities in float32, or in float64 for float64 logits.
 
         Raises:
-            ValueError: The temperature is 0.
+            ValueError: The temperature is not above 0.
         """
         return self.warped(logits).softmax(-1)
 
@@ -57,12 +58,16 @@ class Sampling:
             (N, V) float64; -inf for tokens that top-k or top-p removes.
 
         Raises:
-            ValueError: The temperature is 0.
+            ValueError: The temperature is not above 0.
         """
         return self.warped(logits_NV).double() + noise_NV
 
     def warped(self, logits: Tensor) -> Tensor:
-        """Apply temperature, top-k and top-p; see `probabilities`. Logits of removed tokens become -inf."""
+        """Apply temperature, top-k and top-p to (..., V) logits. Logits of removed tokens become -inf.
+
+        Raises:
+            ValueError: The temperature is not above 0.
+        """
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} gives no distribution to sample from (0 is greedy)")
         scores = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits) / self.temperature
@@ -70,7 +75,7 @@ class Sampling:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], float("-inf"))
         if self.top_p < 1.0:
             ascending, order = scores.sort(dim=-1, stable=self.coupled)
-            # Drop a token if it and all less likely ones sum to at most 1 - top_p. The best token always stays.
+            # Drop a token if its probability and all lower ones sum to at most 1 - top_p. The best token always stays.
             if self.coupled:  # sums of integers do not depend on their order: a row alone keeps the same tokens
                 weights = ((ascending - ascending[..., -1:]).exp() * 2.0**40).round().to(torch.int64)
                 drop = weights.cumsum(-1).double() <= (1.0 - self.top_p) * weights.sum(-1, keepdim=True).double()
@@ -89,16 +94,16 @@ class VerifyContext:
         tree: The draft tree of M nodes.
         logits_MV: (M, V) The target's logits, one row per node, over the target's full vocabulary.
         generator: Random generator, seeded per request.
-        dice: Uniform random numbers on the device, drawn ahead of a captured step; None if drawn on demand. Read them
-            with `numbers`.
-        tables: Result of `Verifier.tables` for this tree, on the device, if the captured step serves all trees of one
+        dice: Uniform random numbers on the device, drawn ahead of a captured step. None: `numbers`, with which to read
+            them, draws them.
+        tables: Result of `Verifier.tables` for this tree, on the device, if a captured step serves all trees of this
             size; None otherwise.
         hidden_MD: (M, D) The target's last hidden states of the nodes. None if the verifier does not set
             `reads_hidden`, and in `Verifier.first`.
         video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None in the same
             cases, and for a prompt without a video.
-        key_2: Seed of the request, and index in the answer of the token after the root, int64 on the device of the
-            logits; input of `gumbel`. None unless the verifier's `sampling` is coupled.
+        key_2: (2,) int64: seed of the request, and index in the answer of the token after the root; input of `gumbel`.
+            On the device of the logits. Of use only if the verifier's `sampling` is coupled; may be None otherwise.
     """
 
     tree: DraftTree
@@ -114,7 +119,7 @@ class VerifyContext:
         """Return uniform random numbers.
 
         Args:
-            count: Number of random numbers. If they were drawn ahead, it must be what `Verifier.dice` returns.
+            count: Number of random numbers. If they were drawn ahead, this must be what `Verifier.dice` returned.
 
         Returns:
             (count,) float64 in [0, 1), on the device of the logits.
@@ -145,7 +150,8 @@ class Verifier(Strategy, ABC):
     with a lossy verifier is not captured.
 
     Attributes:
-        lossless: True if the output is exactly the target's own (greedy) or has exactly its distribution (sampling).
+        lossless: True if the output is exactly the target's own (greedy, coupled) or has exactly its distribution
+            (sampling).
         reads_hidden: True if `verify` reads `hidden_MD` and `video_ND`. Costs an (N, D) tensor per request.
     """
 
@@ -155,7 +161,7 @@ class Verifier(Strategy, ABC):
 
     @property
     def sampling(self) -> Sampling:
-        """The distribution that this verifier is exact for. Drafters that sample warp theirs the same way."""
+        """Settings that this verifier is exact for. Drafters that sample warp their distribution the same way."""
         return Sampling()
 
     @property
@@ -206,7 +212,7 @@ class Verifier(Strategy, ABC):
             The accepted path and the target's next token after it.
 
         Raises:
-            ValueError: The target's logits contain NaN or +inf.
+            ValueError: `decide` reports that the logits give no distribution (NaN, +inf).
         """
         last, bonus = self.decide(ctx).tolist()
         return self.verdict(last, bonus, ctx.tree)
@@ -218,6 +224,9 @@ class Verifier(Strategy, ABC):
             last: The last accepted node.
             bonus: The target's next token after it; -1 if the logits give no distribution.
             tree: The tree that was verified.
+
+        Returns:
+            The path to `last`, and `bonus`.
 
         Raises:
             ValueError: `bonus` is -1.
@@ -232,10 +241,11 @@ class Verifier(Strategy, ABC):
         Args:
             logits_V: (V,) The target's logits.
             generator: Random generator of the request.
-            key_2: As in `VerifyContext`. Not given unless `sampling` is coupled.
+            key_2: (2,) seed of the request, and index of the next token in the answer. Not given unless `sampling` is
+                coupled.
 
         Returns:
-            The next token. The default verifies a tree of only the root.
+            The next token: by default, that of `verify` for a tree of only the root.
         """
         root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
         return self.verify(VerifyContext(root, logits_V[None], generator, key_2=key_2)).bonus

@@ -2,13 +2,16 @@
 
 Every kernel can be captured in a CUDA graph: it reads what changes between passes, such as the prefix length, from the
 device. With `launch.PDL` (programmatic dependent launch), a kernel may start before its predecessor has ended. Each
-kernel lets its successor start at once, and waits for its predecessor before it reads anything but weights or writes
+kernel lets its successor start early, and waits for its predecessor before it reads anything but weights or writes
 anything. Since every kernel waits, memory operations keep the order of the stream.
+
+The argument `kind` of a function is the storage type of the weights that its result will be multiplied with (see
+`ops.Weight`). Unless that is "full", the result is in 8 bits (`launch.Narrow`).
 
 Shape suffixes: Q rows, K inputs, N outputs, S parts of a split sum, H query heads, J KV heads, G = H / J, D head width,
 C cache slots, T tree rows, V vocabulary.
 
-`engine/ops.py` has the same functions in plain torch. The tests compare the two.
+`engine/ops.py` has the same operations in plain torch. The tests compare the two.
 """
 
 from __future__ import annotations

@@ -18,7 +18,10 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE: tl.constexpr):
-    """Add a tile of keys to an online softmax in base 2: running maximum m, total weight, weighted values acc."""
+    """Add a tile of keys to an online softmax in base 2: running maximum m, total weight, weighted values acc.
+
+    seen: which keys each row sees, read only if MASKED.
+    """
     if IEEE:  # noqa: SIM108
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
@@ -41,7 +44,7 @@ def _attend_tile(q, k, v, seen, m, total, acc, scale, MASKED: tl.constexpr, IEEE
 
 @triton.jit
 def _load_heads(ptr, rows, ok, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr):
-    """Load (n, DP) rows of a head, zero-padded from width D. ok: (n,) which rows exist; ignored if ALL do."""
+    """Load (n, DP) rows of a head, zero-padded from width D to DP. ok: (n,) which rows exist; not read if ALL do."""
     d = tl.arange(0, DP)
     at = ptr + rows[:, None] * D + d[None, :]
     if ALL:
@@ -60,8 +63,9 @@ def _attention_kernel(
 ):  # fmt: skip
     """Attend from a block of a KV head's query rows to one part of the keys. Grid (J, parts, blocks).
 
-    A block has `share` rows, at most R. The full tiles of the first `base` slots are split evenly into parts. The last
-    part also takes the rest of those slots, and the T slots of the tree.
+    A block has at most `share` rows, and `share` is at most R. The full tiles of the first `base` slots are split into
+    parts of equally many tiles, of which the last ones may be short or empty. The last part also takes the rest of
+    those slots, and the T slots of the tree.
     """
     head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -115,7 +119,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """Merge the S parts of an attention by their log-sum-exp (base 2). Grid (Q, H).
 
-    NARROW: y in 8 bits, with a scale per head and row.
+    NARROW: store y in 8 bits, with a scale per head and row.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -142,10 +146,11 @@ def _merge_kernel(
 
 
 def row_blocks(rows: int) -> tuple[int, int]:
-    """Split the query rows of a KV head into equal blocks of at most R rows. Returns (R, blocks).
+    """Split the query rows of a KV head into blocks of at most R rows. Returns R and the number of blocks.
 
     Blocks read the same keys at the same time, so all but one hit the L2 cache. One program of 128 rows has a third
-    more throughput than two of 64, so 64 is used only for up to 64 rows, or for three blocks, where it saves padding.
+    more throughput than two of 64, so R is at most 64 only for up to 64 rows, or for three blocks, where that saves
+    padding.
     """
     blocks = triton.cdiv(rows, 64)
     return (min(64, width_of(rows)), blocks) if blocks in (1, 3) else (128, triton.cdiv(rows, 128))
@@ -154,10 +159,10 @@ def row_blocks(rows: int) -> tuple[int, int]:
 def attention(
     q_QHD: Tensor, keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, seen_QT: Tensor, scale: float, kind: str = "full"
 ) -> Tensor | Narrow:
-    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks; (Q, H * D).
+    """Attend from each row to the first `base` slots and to those of the next T that `seen` (int8) marks.
 
-    Flash decoding: keys are split into parts, which are merged by their log-sum-exp. The last part has the tree mask.
-    kind: of the next layer's weights.
+    Returns (Q, H * D). Flash decoding: keys are split into parts, which are merged by their log-sum-exp. The mask
+    applies to the last part only.
     """
     rows, heads, width = q_QHD.shape
     kv_heads, capacity, _ = keys_JCD.shape

@@ -22,11 +22,11 @@ def _all_reduce_norm_kernel(
     S: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """_add_norm_kernel with the parts summed over ranks. Grid (Q,): the programs of a row on all ranks synchronise.
+    """Do as _add_norm_kernel, with parts summed over ranks. Grid (Q,): the programs of a row on all ranks synchronise.
 
     Each program writes its share to a buffer that all ranks can read. It marks the row as ready on every other rank
     with the turn number, waits for their marks, and sums the shares in rank order, so all ranks get the same sum. Two
-    buffers alternate: a rank that has reached the next turn has finished reading this one.
+    buffers alternate by turn: a rank that marks the next turn has finished reading the buffers of this one.
     """
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
@@ -67,7 +67,10 @@ def _all_reduce_norm_kernel(
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """`add_norm` with the parts summed over ranks. Each rank rounds its sum first."""
+    """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first.
+
+    Uses one fused kernel if the ranks share a buffer with room for the rows, else a separate all-reduce.
+    """
     rows, width = x_QK.shape
     room = ranks.room(rows, width, x_QK.dtype, x_QK.device)
     if room is None:

@@ -17,7 +17,7 @@ GROUP = 128  # values of an 8-bit row that share a scale: a tile of k, a head, o
 
 @triton.jit
 def to_8_bits(y, y_ptr):
-    """Quantise (GROUP, n) values to y_ptr's 8-bit type, with one scale per column."""
+    """Quantise (GROUP, n) values to y_ptr's 8-bit type, with one scale per column. Returns values and (n,) scales."""
     kind = y_ptr.dtype.element_ty
     largest: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
     scale = tl.maximum(tl.max(tl.abs(y), 0) / largest, 1e-20)
@@ -29,13 +29,13 @@ def to_8_bits(y, y_ptr):
 
 @dataclass(frozen=True)
 class Tile:
-    """Tiling of a linear layer.
+    """Tiling of a linear layer, and launch options of any kernel.
 
     Attributes:
-        outputs: Outputs of a tile.
-        inputs: Inputs of a tile.
-        stages: Tiles in flight (pipeline stages).
-        warps: Warps of a program.
+        outputs: Number of outputs of a tile. Only linear layers use it.
+        inputs: Number of inputs of a tile. Only linear layers use it.
+        stages: Number of tiles in flight (pipeline stages).
+        warps: Number of warps of a program.
     """
 
     outputs: int = 64
@@ -50,7 +50,7 @@ class Narrow:
 
     Attributes:
         data: (Q, K) int8 or float8.
-        scale: (Q, K / GROUP) float32.
+        scale: (Q, K / GROUP) float32, one for every GROUP neighbouring values.
     """
 
     data: Tensor
@@ -63,7 +63,7 @@ class Narrow:
     def joined(cls, pieces: Sequence[Narrow]) -> Narrow:
         """Join the rows of several passes."""
         dtype = pieces[0].data.dtype
-        data = torch.cat([piece.data.view(torch.uint8) for piece in pieces]).view(dtype)  # bytes: torch joins any of them
+        data = torch.cat([piece.data.view(torch.uint8) for piece in pieces]).view(dtype)  # as bytes, which torch can join
         return cls(data, torch.cat([piece.scale for piece in pieces]))
 
     @classmethod
@@ -75,7 +75,7 @@ class Narrow:
 
 
 def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[str, Any]:
-    """Return the launch options of a tiling.
+    """Return a kernel's keyword arguments for a tiling: warps, stages and PDL.
 
     On a GPU before Hopper, there is no dependent launch, and fewer stages run where shared memory is short. The number
     of stages changes no bit of a result.
@@ -111,5 +111,5 @@ def processors_of(device: torch.device) -> int:
 
 
 def split(x: Tensor | Narrow) -> tuple[Tensor, Tensor]:
-    """Return data and scale of 8-bit rows; for other rows, the rows twice, since kernels ignore their scale."""
+    """Return data and scale of 8-bit rows. Other rows are returned twice, since kernels then ignore the scale."""
     return (x.data, x.scale) if isinstance(x, Narrow) else (x, x)

@@ -1,4 +1,4 @@
-"""Linear layers for few rows. Shape suffixes: see the package docstring."""
+"""Compute linear layers for few rows. Shape suffixes: see the package docstring."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, processors_of, split, to_8_bits, width_of
 from specvlm.engine.ops import Weight
 
-AHEAD = 1  # weight tiles a program prefetches into L2 while the previous kernel still runs
-LEAST = 32  # minimum inputs of a tile
+AHEAD = 1  # number of weight tiles that a program prefetches into L2 while the previous kernel still runs
+LEAST = 32  # minimum number of inputs of a tile
 
 
 @triton.jit
@@ -65,11 +65,11 @@ def _dot_rows(
     x_ptr, xs_ptr, w_ptr, ws_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Multiply w (N, K) with x (Q, K) over k_lo..k_hi, whole tiles of k only: (BN, BQ) float32.
+    """Multiply w (N, K) with x (Q, K) over stored columns k_lo..k_hi, whole tiles only: (BN, BQ) float32.
 
-    Weights are the left operand, so that they fill the tensor cores. 8-bit rows have a scale for every BK values. For
-    them, padding rows and outputs repeat the last one instead of being masked: a mask costs a pass through registers.
-    Values of padding may be anything; callers do not store them.
+    A stored column of int4 holds two inputs. Weights are the left operand, so that they fill the tensor cores. 8-bit
+    rows have a scale for every BK values. For them, padding rows and outputs repeat the last one instead of being
+    masked: a mask costs a pass through registers. Values of padding may be anything; callers do not store them.
     """
     offs_k = tl.arange(0, BK)
     rows = tl.minimum(offs_q, Q - 1)
@@ -120,7 +120,10 @@ def _rows_kernel(
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
     WIDTH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Multiply x with up to three weights; y (S, Q, N0+N1+N2) has S partial sums over k. Grid (tiles, S)."""
+    """Multiply x with up to three weights; y (S, Q, N0+N1+N2) has S partial sums over k. Grid (tiles, S).
+
+    CHUNK: stored columns of a part. WIDTH: stored columns of all parts.
+    """
     tile = tl.program_id(0)
     part = tl.program_id(1)
     t0 = tl.cdiv(N0, BN)
@@ -152,7 +155,7 @@ def _gated_kernel(
 ):  # fmt: skip
     """Compute y (Q, N) = silu(x gate^T) * (x up^T), rounded where the Hugging Face layer rounds. Grid (tiles,).
 
-    NARROW: y in 8 bits, with a scale per tile and row.
+    NARROW: store y in 8 bits, with a scale per tile and row.
     """
     tile = tl.program_id(0)
     offs_n = tile * BN + tl.arange(0, BN)
@@ -204,7 +207,7 @@ def _gated_kernel(
 
 
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
-    """Say why these kernels cannot run a model's linear layers; None if they can."""
+    """Say why these kernels cannot run a model with these weights and head width; None if they can."""
     if head_dim < 16 or head_dim % 16:
         return f"its heads are {head_dim} wide, which is no multiple of 16"
     for weight in weights:
@@ -221,7 +224,7 @@ def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
 
 
 def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
-    """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: two weights at once (gate, up)."""
+    """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: for gate and up in one kernel."""
     if weight.kind == "full" and weight.inputs % GROUP:
         return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
     if weight.kind == "full":
@@ -232,7 +235,7 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
     """Choose the number of parts of a sum over k, so that layers with few output tiles fill the device.
 
-    It must not depend on the number of rows, so that sums are rounded alike in a pass of one row and in that of a tree.
+    The choice must not depend on the number of rows: sums are to be rounded alike in passes of one row and of a tree.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     return max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
@@ -247,7 +250,7 @@ def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[i
 def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """Multiply x by one to three weights; concatenate the results to (S, Q, N) float32, S partial sums over k.
 
-    whole: Return the full sum instead, (1, Q, N) in this dtype.
+    whole: Dtype in which to return the full sum instead, (1, Q, N).
     """
     x, scale = split(x_QK)
     rows, inputs = x.shape
@@ -269,7 +272,7 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
 
 
 def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
-    """Compute silu(x gate^T) * (x up^T), (Q, N), rounding each step to dtype. kind: of the next layer's weights."""
+    """Compute (Q, N) silu(x gate^T) * (x up^T), rounding each step to dtype."""
     x, scale = split(x_QK)
     rows, inputs = x.shape
     tile = tile_of(gate, rows, double=True)

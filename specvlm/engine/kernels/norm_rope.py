@@ -16,7 +16,10 @@ def store_normed(
     x, weight, sum_ptr, y_ptr, ys_ptr, row, offs, ok, K, eps,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Store a row x to sum, and its RMSNorm times weight to y. NARROW: y in 8 bits, with a scale per GROUP values."""
+    """Store a row x to sum, and its RMSNorm times weight to y.
+
+    NARROW: store y in 8 bits, with a scale per GROUP values.
+    """
     kind = sum_ptr.dtype.element_ty
     tl.store(sum_ptr + row * K + offs, x.to(kind), mask=ok)
     scaled = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
@@ -36,7 +39,7 @@ def _add_norm_kernel(
     x_ptr, part_ptr, weight_ptr, sum_ptr, y_ptr, ys_ptr, Q, K, eps,
     S: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute sum = x + (the S parts of a linear layer's output) and y = RMSNorm(sum) * weight. Grid (Q,)."""
+    """Compute sum = x + (the S parts of a linear layer's output, or none) and y = RMSNorm(sum) * weight. Grid (Q,)."""
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     ok = offs < K
@@ -128,7 +131,7 @@ def _rope_kernel(
 def add_norm(
     x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """Compute x + sum of parts, and its RMSNorm times weight; both (Q, K). kind: of the next layer's weights."""
+    """Compute x + the sum of parts, if any, and the RMSNorm of that times the weight; both (Q, K)."""
     rows, width = x_QK.shape
     total = torch.empty_like(x_QK)
     y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)
@@ -153,10 +156,10 @@ def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
 ) -> Tensor:  # fmt: skip
-    """Return (Q, H, D) rotated queries; write keys and values to the cache.
+    """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row.
 
-    cos, sin: (Q, D/2). base: (1,) on the device. For B requests with equally many rows each, base is (B,), and keys and
-    values are (B, J, C, D).
+    cos, sin: (Q, D/2). base: (1,) on the device. For B requests with equally many rows each, base is (B,), keys and
+    values are (B, J, C, D), and rows are counted per request.
     """
     kv_heads, capacity, width = keys_JCD.shape[-3:]
     rows = parts_SQN.shape[1]

@@ -1,12 +1,13 @@
 """Path attention: bit-exact attention, whose result for a row depends only on the row's own path.
 
-The n keys of a row are split into the same segments, whatever else is in the pass: full chunks, then leaves of LEAF
-slots, the last of which may be shorter. A chunk has CHUNK slots, doubled until a row has at most MOST chunks. Segments
-below `base` are contiguous and shared by blocks of rows. The last segments are gathered along the row's own path, with
-the same arithmetic in the same order. Segments are merged in order. So neither the number of rows, nor the tree, nor
-the cache's capacity, nor other requests change a bit (tests/test_exact_gpu.py).
+The n keys of a row, in the order of its path, are split into segments that depend on n alone: full chunks, then leaves
+of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, doubled until a row has at most MOST chunks.
+Segments that end below `base` are contiguous in the cache, and blocks of rows read them together. A row's other
+segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So
+neither the number of rows, nor the tree, nor the cache's capacity, nor other requests change a bit
+(tests/test_exact_gpu.py).
 
-Shape suffixes: see the package docstring; B requests, P slots of a path.
+Shape suffixes: see the package docstring; B requests, P slots of a path, S segments.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_he
 from specvlm.engine.kernels.launch import Narrow, Tile, options_of, split, to_8_bits
 
 CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
-LEAF = 128  # slots of a leaf; every row gathers its last one itself
-MOST = 64  # most chunks of a row; beyond that, their length doubles
+LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
+MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
 LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
@@ -31,7 +32,7 @@ MERGED = 32  # segments per step of the merge
 
 @triton.jit
 def _chunk_of(n, CHUNK: tl.constexpr, MOST: tl.constexpr):
-    """Compute the chunk length of rows with n keys."""
+    """Compute the length in slots of a chunk, for rows with n keys."""
     chunk = n * 0 + CHUNK
     for _ in tl.static_range(12):
         chunk = tl.where(n > chunk * MOST, chunk * 2, chunk)
@@ -59,7 +60,7 @@ def _own_segment(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a row's segment `back` (0 is the last) if it ends after `base`, gathering keys along the row's path."""
+    """Attend to a row's segment `back` (0 is its last), if that ends after `base`: gather keys along the row's path."""
     G: tl.constexpr = H // J
     n = base + tl.load(depth_ptr + node).to(tl.int32) + 1
     chunk = _chunk_of(n, CHUNK, MOST)
@@ -93,7 +94,7 @@ def _shared_segment(
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Attend to segment `part`, if it ends at or before `base`, for a block of rows that have this chunk length."""
+    """Attend to segment `part`, if it ends at or before `base`, for those of a block's rows with this chunk length."""
     whole = base // chunk
     lo = tl.where(part < whole, part * chunk, whole * chunk + (part - whole) * LEAF)
     hi = lo + tl.where(part < whole, chunk, LEAF)
@@ -117,7 +118,7 @@ def _path_kernel(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all segments. Grid (J, T Q + S blocks, B): the last T segments of each row, then the shared ones."""
+    """Attend to all segments. Grid (J, T Q + S blocks, B): each row's last T segments, then shared ones by block."""
     head, job, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         gdc_wait()
@@ -163,7 +164,7 @@ def _merge_path_kernel(
 ):  # fmt: skip
     """Merge the segments of each row. Grid (Q, H, B).
 
-    NARROW: y in 8 bits, with a scale per head and row.
+    NARROW: store y in 8 bits, with a scale per head and row.
     """
     row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // J
@@ -197,7 +198,7 @@ def _merge_path_kernel(
 
 
 def segments_for(slots: int, chunk: int = CHUNK) -> int:
-    """Return an upper bound on the number of segments of any row with at most `slots` keys."""
+    """Return an upper bound on the number of segments of a row with at most `slots` keys."""
     if slots <= chunk * MOST:
         return slots // chunk + chunk // LEAF
     while slots > chunk * MOST:
@@ -220,17 +221,20 @@ def path_attention(
 
     Args:
         q_QHD: (Q, H, D) queries, request by request, with equally many rows each.
-        keys: (J, C, D), or (B, J, C, D).
-        values: As `keys`.
+        keys: (J, C, D) for one request, or (B, J, C, D).
+        values: In the shape of `keys`.
         base_B: (B,) number of slots that all rows of a request see.
         depths_Q: (Q,) number of rows above each row on its path.
-        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to itself; the rest is not read.
+        ways_QP: (Q, P) rows on each row's path, from the first row of the tree to the row itself; the rest is not read.
         scale: Factor of the scores before the softmax.
-        kind: Of the next layer's weights.
+        kind: Storage type of the next layer's weights.
         chunk: Length of the shortest chunk; only tests set it.
 
     Returns:
         (Q, H * D) outputs, in 8 bits unless `kind` is "full".
+
+    Raises:
+        ValueError: The cache has more than LONGEST slots, or a KV head serves more than ROWS query heads.
     """
     requests, (rows, heads, width) = base_B.numel(), q_QHD.shape
     rows //= requests

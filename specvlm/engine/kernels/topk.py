@@ -1,4 +1,4 @@
-"""Top-k of each row. Shape suffixes: see the package docstring."""
+"""Find the largest values of each row. Shape suffixes: see the package docstring."""
 
 from __future__ import annotations
 

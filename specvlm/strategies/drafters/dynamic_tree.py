@@ -25,7 +25,7 @@ from specvlm.types import DEEPEST, MOST_GUESSES, DraftTree, Verdict, Within
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-WIDEST = 128  # most nodes expanded on one level
+WIDEST = 128  # maximum number of nodes expanded on one level
 
 
 def candidates(depth: int, width: int) -> int:
@@ -44,11 +44,15 @@ class Pace:
         self.extent = (depth, width)
 
     def went(self, accepted: int, confidence: float) -> None:
-        """Record a round: the number of accepted guesses, and the draft's `confidence` below the root."""
+        """Record a round: the number of accepted guesses, and the draft's confidence below the root (`Growth.top`)."""
 
 
 class GrownTreeDrafter(Drafter):
-    """Base class of drafters that grow a tree. What adapts the tree from round to round belongs in the session's `Pace`."""
+    """Base class of drafters that grow a tree. State that adapts the tree to earlier rounds belongs in a `Pace`.
+
+    Attributes:
+        nodes: Maximum number of guesses per round.
+    """
 
     nodes: int
 
@@ -88,19 +92,20 @@ class DynamicTreeDrafter(GrownTreeDrafter):
     re-ranking phase keeps the `nodes` of highest value. They form a tree, since no child is worth more than its parent
     and ties go to the earlier node. If the draft's probabilities equal the chances of acceptance (EAGLE-2 finds them
     close), no other tree of this size within the candidates accepts more tokens in expectation. Children are the best
-    tokens, never drawn, so the tree is exact under every lossless verifier.
+    tokens, never drawn from q, so the output is exact under every lossless verifier. Under `coupled`, scores with the
+    shared noise take the place of logits in all of this.
 
     EAGLE-2 (arXiv 2406.16858), sections "Expansion Phase" and "Reranking Phase".
     Deviations: any draft model instead of EAGLE's head on the target's features. Nodes and depth default to SpecVLM's
     tree, 25 guesses in 5 passes; EAGLE-2 uses 60 in 6. A width of 10 is EAGLE-2's.
 
-    Cost: `depth` passes per round, of `width` rows each after the first, a log-softmax of each, a sort of the
-    candidates, and one more read on the host than a static tree takes, that of the shape. Limits: a draft that is
+    Cost: `depth` passes per round, of `width` rows each after the first, a log-softmax of each pass's logits, a sort of
+    the candidates, and one more read on the host than a static tree takes, that of the shape. Limits: a draft that is
     confidently wrong, such as one that sees little of the video, grows the tree in the wrong place.
 
     Attributes:
         nodes: Guesses per round.
-        depth: Draft passes per round, and levels of the tree.
+        depth: Draft passes per round, and maximum depth of the tree.
         width: Nodes expanded per level, and children of each.
 
     Raises:
@@ -141,15 +146,15 @@ def round_of(
     Args:
         vocabulary: Ids below this number are known to both models.
         growth: How the tree grows.
-        rule: Coupled rule, by whose scores the tree grows instead of the logits; None otherwise.
+        rule: Coupled sampling, by whose scores the tree grows; None grows it by logits.
         model: The model that drafts.
-        cache: Its cache.
+        cache: KV cache of that model.
         state: Slot of the last root, slot of the accepted node, token of the accepted node, token of the new root,
-            position minus slot, seed of the rule, slot of the answer's first token, and the rows on the path to the
-            accepted node, counted from the last root's.
+            position minus slot, seed of the rule, slot of the answer's first token, and the cache rows on the path to
+            the accepted node, counted from the last root's. The accepted node is the last one of the accepted path.
 
     Returns:
-        The packed tree.
+        The tree, as `Grown.packed` encodes it.
     """
     root, base, old, bonus, offset, seed, start = state[:7].split(1)
     cache.move(root, state[7:])
@@ -174,7 +179,7 @@ def round_of(
 
 
 class GrownSession(PrunedSession):
-    """Grows one tree per round. The host reads its shape, and gives the next round the rows of the accepted path."""
+    """Grows one tree per round. The host reads the tree's shape, and tells the next round which rows were accepted."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)
@@ -188,7 +193,7 @@ class GrownSession(PrunedSession):
     def _round(self, growth: Growth) -> Routine:
         """Return the routine that drafts one round of this growth.
 
-        Its own state serves the run that captures it, which writes only to free slots.
+        `Routine.state` is for the runs that capture it, and makes them write to free slots only.
         """
         return Routine(
             partial(round_of, self.ctx.vocabulary, growth, self.rule),
@@ -205,7 +210,7 @@ class GrownSession(PrunedSession):
         if last is not None:
             self.pace.went(last.accepted, self.confidence)
             self.last = self.guesses[path[-1]]
-        # A node that was not expanded is fed again, so any row will do. Rows past the path stay where they are.
+        # An accepted node without a row is fed again, so any row will do. Rows past the path stay where they are.
         rows = [self.rows[node] if node and self.rows[node] >= 0 else at for at, node in enumerate(path)]
         rows += range(len(rows), self.deepest + 1)
         base = self.root + len(path) - 1

@@ -11,7 +11,7 @@ from specvlm.strategies.drafters.dynamic_tree import WIDEST, GrownTreeDrafter, P
 from specvlm.strategies.drafters.growing import Growth
 from specvlm.types import DEEPEST, MOST_GUESSES, Within
 
-TOP = 10  # most probable tokens whose entropy gives the confidence
+TOP = 10  # number of most probable tokens whose entropy gives the confidence
 FIRST = 0.5  # confidence that shapes the first tree
 ROUNDS, FEW, MANY = 10, 2, 3  # a mean acceptance over ROUNDS below FEW or above MANY changes the greatest depth
 STEP = 8  # trees have a multiple of this many nodes: the check is captured once per size
@@ -29,25 +29,25 @@ class EntropyTreeDrafter(GrownTreeDrafter):
     - a node reached with probability P (the product of the draft's probabilities on its path; 1 for the root) has
       W * (1 / l) * (0.5 + P) children on level l, which are its best tokens;
     - a node on level l is expanded if P exceeds 0.1 * l / D;
-    - a tree has at most `nodes` guesses, 64 nodes with the root;
+    - a tree has at most `nodes` guesses; by default 63, or 64 nodes with the root;
     - a mean acceptance below 2 over the last 10 rounds lowers `deep` by 1, one above 3 raises it.
 
-    All of this is from SAGE (arXiv 2602.00523), with its constants: a, 3 to 8 levels, width 2 to 10, 64 nodes,
-    thresholds and history.
+    All of this is from SAGE (arXiv 2602.00523), with its constants: the first a, 3 to 8 levels, width 2 to 10, 64
+    nodes, thresholds and history.
     Deviations: the paper leaves these open, as far as we can tell. The distribution is the draft's, the only one known
     while drafting. The number of children is rounded down and at least 1. P is that of the whole path. `deep` stays
     between `shallow` and its configured value. Acceptance counts guesses without the bonus token; in the
     first 9 rounds its mean is over the rounds so far. Of more than 64 nodes, the most probable stay. For speed, the
     most probable other candidates fill a tree up to a multiple of 8 nodes, so that 8 captured checks serve all trees.
-    The number of rows of a pass depends only on D and W; rows that the thresholds leave free go to the next most
-    probable nodes.
+    The number of rows of a pass depends only on D, W and the level; rows that the thresholds leave free go to the next
+    most probable nodes.
 
     Cost: D draft passes per round, of 3 to 24 rows each after the first, one read on the host after the last, and up to
     64 rows in the target's check. The CUDA-graph engine captures one program per depth and width that occurs, at most
-    34. Limits: those of `dynamic_tree`.
+    34 by default. Limits: a draft that is confidently wrong grows the tree in the wrong place.
 
     Attributes:
-        nodes: Most guesses per round.
+        nodes: Maximum number of guesses per round.
         deep: Depth at full confidence.
         narrow: Width at full confidence.
         shallow: Depth at confidence 0.
@@ -77,7 +77,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
             )
 
     def extent(self, confidence: float, deepest: int) -> tuple[int, int]:
-        """Return depth and width for a confidence, with `deepest` in place of `deep`."""
+        """Return depth and width for a confidence, 0..1. deepest: takes the place of `deep`."""
         depth = self.shallow + confidence * (deepest - self.shallow)
         width = self.narrow + (1 - confidence) * (self.wide - self.narrow)
         return int(depth + 0.5), int(width + 0.5)
@@ -96,7 +96,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
         return list(found)
 
     def growth(self, depth: int, width: int) -> Growth:
-        """Return the growth of a tree, with rows for the most nodes that each level can expand."""
+        """Return how a tree grows, with as many rows per level as nodes there can pass its threshold at most."""
         levels, shares = range(1, depth + 1), [width / level for level in range(1, depth + 1)]
         rows, above = [], 1
         for level, share in zip(levels, shares, strict=True):
@@ -120,7 +120,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
 
 
 class EntropyPace(Pace):
-    """Follows the confidence of the last round and the mean acceptance of the last rounds."""
+    """Sets depth and width by the last round's confidence and the mean acceptance of the last ROUNDS rounds."""
 
     def __init__(self, drafter: EntropyTreeDrafter) -> None:
         self.drafter, self.deepest = drafter, drafter.deep

@@ -20,17 +20,18 @@ from specvlm.models.passes import Passes, driven
 
 @dataclass(frozen=True)
 class Growth:
-    """How a tree grows. All sizes are known before the first pass, so that one captured program serves every round.
+    """Sizes and thresholds of a tree, known before the first pass, so that one captured program serves every round.
 
-    An *inner* node is kept before any other, an *open* node is expanded before any other.
+    A drafter's own rule decides which nodes the tree should consist of, called inner, and which of these should get
+    children, called open. The root is both. Sizes are fixed, so the most probable other nodes fill places left free.
 
     Attributes:
         columns: Maximum number of children of a node, per level.
-        rows: Number of nodes expanded, per level but the last. Open nodes come first, then the most probable ones.
-        nodes: Maximum number of guesses kept. Inner nodes come first, then the most probable ones.
+        rows: Number of nodes expanded, per level but the last. Open nodes come first, then the most probable others.
+        nodes: Maximum number of guesses kept. Inner nodes come first, then the most probable others.
         shares: A number s per level. Of an open node reached with probability P, the first
-            max(1, floor(s * (0.5 + P))) children are inner nodes. Empty: all children of open nodes are.
-        least: Probability that an open node must exceed, per level but the last. Empty: all inner nodes are open.
+            max(1, floor(s * (0.5 + P))) children are inner. Empty: all children of open nodes are.
+        least: Probability P that an open node must exceed, per level but the last. Empty: all inner nodes are open.
         step: The number of nodes, root included, is rounded up to a multiple of this, but not above `nodes` + 1.
         top: Number of most probable tokens whose entropy gives the confidence; below 2, the confidence is 1.
     """
@@ -52,7 +53,7 @@ class Grown(NamedTuple):
         parents_M: Parent of each node; -1 for the root.
         rows_M: Cache row of each node, counted from the root's; -1 if the node was not expanded.
         count_1: Number of nodes, root included.
-        confidence_1: The draft's confidence below the root, float64.
+        confidence_1: The draft's confidence below the root (`Growth.top`), float64.
     """
 
     tokens_M: Tensor
@@ -68,7 +69,7 @@ class Grown(NamedTuple):
 
 
 def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int], float]:
-    """Unpack the integers of `Grown.packed` to tokens, parents, rows and confidence."""
+    """Unpack the integers of `Grown.packed` to the valid nodes' tokens, parents and rows, and the confidence."""
     *nodes, count, bits = integers
     most = len(nodes) // 3
     tokens, parents, rows = (nodes[start : start + count] for start in range(0, 3 * most, most))
@@ -78,20 +79,18 @@ def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int]
 def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Any]) -> Passes[Grown]:
     """Grow a tree below a root token and cut it back, without reading a tensor on the host.
 
-    Inner nodes are kept before any others, and open nodes are expanded before any others. The root is both. The other
-    inner nodes are the first children of open nodes, as many as `growth.shares` says. Inner nodes above the threshold
-    `growth.least` are open. Free rows of a pass go to the most probable other nodes, since the number of rows is fixed
-    and unused ones would cost as much; so do free places up to the next `growth.step`.
+    `Growth` says what inner and open nodes are. Rows of a pass that open nodes leave free go to the most probable other
+    nodes, since unused rows would cost as much. So do places that inner nodes leave free up to the next `growth.step`.
 
     Args:
         root_1: Token of the root.
-        logits_1V: Logits below the root.
-        growth: How the tree grows.
+        logits_1V: Logits of the token after the root.
+        growth: Sizes and thresholds of the tree.
         expand: Called with tokens (W,), their depth, and a mask (W, R) of the rows below the root that each sees, its
             own included. Returns logits (W, V), or a generator of passes that returns them.
 
     Returns:
-        The tree that is left.
+        The tree after the cut.
     """
     device, wide = logits_1V.device, torch.promote_types(logits_1V.dtype, torch.float32)
     tokens_C, values_C = [root_1], [logits_1V.new_zeros(1, dtype=wide)]
@@ -154,7 +153,8 @@ def _cut(
 def _confidence(logits_1V: Tensor, top: int) -> Tensor:
     """Return the confidence 1 - H / log k, where H is the entropy of the k best tokens' normalized probabilities.
 
-    It is 1 for k < 2, and 0 if the logits give no distribution, since a bad draft must not stop a request.
+    k is `top`, or the vocabulary if that is smaller. The confidence is 1 for k < 2, and 0 if the logits give no
+    distribution, since a bad draft must not stop a request.
     """
     count = min(top, logits_1V.shape[-1])
     if count < 2:

@@ -17,8 +17,8 @@ _GAP = -1  # replaces a run of placeholders in the history; not a token id
 class PromptLookupDrafter(Drafter):
     """Find the last words earlier in the prompt or the answer, and propose the chain of tokens that followed there.
 
-    It takes the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs earlier. Of
-    its occurrences it takes the latest: that is closest in topic, lies in the answer once the answer repeats itself,
+    The last words are the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs
+    earlier. Its latest occurrence counts: that is closest in topic, lies in the answer once the answer repeats itself,
     and needs a table of only one entry per n-gram. A chain that reaches the end of the text continues with its own
     beginning, so that a loop of any period is proposed in full. Without a match the tree is only the root, and the
     round is an autoregressive step.
@@ -36,9 +36,9 @@ class PromptLookupDrafter(Drafter):
     the answer repeats itself or the prompt, which captions rarely do. The size of the tree differs from round to round.
 
     Attributes:
-        max_ngram: Tokens of the longest n-gram that is looked up.
-        min_ngram: Tokens of the shortest n-gram that is looked up.
-        length: Most guesses per round.
+        max_ngram: Number of tokens of the longest n-gram that is looked up.
+        min_ngram: Number of tokens of the shortest n-gram that is looked up.
+        length: Maximum number of guesses per round.
 
     Raises:
         ValueError: Unless 1 <= min_ngram <= max_ngram and length >= 1.
@@ -68,7 +68,7 @@ class PromptLookupDrafter(Drafter):
 
 
 class PromptLookupSession(DraftSession):
-    """Keeps the text so far and where each n-gram last ended. Appends accepted tokens, and never rescans the text."""
+    """Keeps the text so far, and for each n-gram where the text went on after it last. Never rescans the text."""
 
     def __init__(self, drafter: PromptLookupDrafter, ctx: DraftContext) -> None:
         self._length = drafter.length
@@ -109,7 +109,7 @@ class PromptLookupSession(DraftSession):
         return [gram for gram in grams if _GAP not in gram]
 
     def _continuation(self) -> list[int]:
-        """Return the guesses: what followed the longest n-gram at the end when it last occurred; empty if none did."""
+        """Return the guesses: what last followed the longest known n-gram at the end; empty if none is known."""
         found = next((self._next[gram] for gram in self._endings() if gram in self._next), None)
         chain: list[int] = []
         if found is None:

@@ -13,8 +13,8 @@ class SelfDrafter(TreeDrafter):
 
     SpecVLM (arXiv 2508.16201), its Self-SD setting. Deviations: none.
 
-    Cost: as for `tree`, but each draft pass runs the target, and so does a prefill of the pruned prompt. At batch 1 a
-    draft pass reads the same weights as a target pass, so this rarely pays. It needs no second checkpoint.
+    Cost: as for `tree`, but the draft passes and the prefill of the pruned prompt run the target. At batch 1 a draft
+    pass reads the same weights as a target pass, so this rarely pays. No second checkpoint is needed.
     """
 
     name = "self"

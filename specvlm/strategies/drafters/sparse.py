@@ -25,22 +25,23 @@ class SparseDrafter(Drafter):
     The score of a video token, per layer and KV head, is the attention it receives in the target's prefill from the
     text after the video, averaged over that text and the query heads of the KV head (the paper sums, which gives the
     same order). The K tokens with the highest scores stay, chosen once per request; ties go to the earlier token. K is
-    `entries` minus all other tokens of the prompt. Keys and values are copied in their order: already rotated, they
-    keep their positions, so there is no second prefill. Rows of accepted tokens are copied from the target's cache.
-    With K = N the draft equals the target, and every guess is accepted.
+    `entries` minus all other tokens of the prompt, between 0 and N. Keys and values are copied in the prompt's order:
+    already rotated, they keep their positions, so there is no second prefill. Rows of accepted tokens are copied from
+    the target's cache. With K = N the draft equals the target, and every guess is accepted, rounding aside.
 
     Sparse-to-Dense (arXiv 2505.19155): scores, one choice per request, entries 1024 = K + text, and length 9.
     Deviations: none. In cases that the paper does not cover, image tokens count as text and all stay; K is 0 if the
-    text alone fills `entries`; and if the verifier samples, guesses are drawn from the draft's distribution. The pruner
-    is not used.
+    text alone fills `entries`; and under `sampling` guesses are drawn from the draft's distribution, under `coupled`
+    they are the best by scores with the shared noise. The pruner is not used.
 
     Cost: a copy of `entries` rows of the cache per request, (L, J, N) floats for the signal
-    `verifier_attention_per_kv_head`, and `length` target passes per round, which read all weights and `entries` keys.
+    `verifier_attention_per_kv_head`, and `length` target passes per round, each of which reads all weights, and the
+    keys and values of `entries` tokens and the answer.
     Limits: it pays only if reading keys takes most of the time, as for batches or very long prompts; at batch 1 with
     short prompts it is slower than the target alone. Passes are not captured.
 
     Attributes:
-        entries: Tokens of the prompt that the draft attends to, text included.
+        entries: Number of prompt tokens that the draft attends to, text included; more if the text alone is longer.
         length: Guesses per round.
 
     Raises:

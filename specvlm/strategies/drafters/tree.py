@@ -1,7 +1,7 @@
-"""Draft a static tree with a small model that sees the pruned video (SpecVLM, section 3; the tree is EAGLE-1's).
+"""Draft a static tree with a model that sees the pruned video (SpecVLM, section 3; the default tree is EAGLE-1's).
 
-Shape suffixes: M tree nodes, Q rows of a pass, R nodes that are expanded, C children, D nodes on the longest path,
-V vocabulary.
+Shape suffixes: M tree nodes, Q rows of a pass, T slots that they may attend to, R nodes that are expanded, C children,
+D nodes on the longest path, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class TreeDrafter(Drafter):
     """A tree of fixed shape, with one forward pass of the draft model per level.
 
     With the best tokens as children, node i is number rank[i], counted from 0, of the draft's best tokens after the
-    path from the root to its parent. A node attends to the prompt, the answer so far, its ancestors and itself. All
-    nodes of one depth are expanded in one pass.
+    path from the root to its parent. A node attends to the pruned prompt, the answer so far, its ancestors and itself.
+    One pass expands all nodes of one depth that have children.
 
     SpecVLM (arXiv 2508.16201), which drafts from the pruned video with EAGLE-1's tree of 25 guesses (mc_sim_7b_63 in
     EAGLE's code): 4, 8, 8, 3 and 2 guesses by depth. Deviations: none.
@@ -41,8 +41,9 @@ class TreeDrafter(Drafter):
     Attributes:
         shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
         children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
-            distribution, warped like the verifier's; `auto` takes the best by the noise that a coupled verifier shares,
-            or else samples if the verifier does. All are exact under every lossless verifier.
+            distribution, warped like the verifier's; `auto` goes by the verifier: it samples for `sampling`, takes the
+            best tokens by score with the shared noise for `coupled`, and the best tokens for others. The output is
+            exact under every lossless verifier.
 
     Raises:
         ValueError: The shape is malformed, or `children` is unknown.
@@ -87,7 +88,7 @@ def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
     Args:
         q_QV: Distribution of each row.
         race_QV: Exponential random numbers, float64.
-        count: Ids per row, in the order drawn.
+        count: Number of ids per row. They are returned in the order drawn.
     """
     return (race_QV / q_QV.double()).topk(count, largest=False).indices  # ids with q = 0 come last, as inf
 
@@ -102,13 +103,14 @@ def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
 class PrunedSession(DraftSession):
     """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
 
-    A round compacts the accepted rows, then feeds the last accepted token and the new root. The last accepted token is
-    fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one.
+    A round compacts the accepted rows, then feeds the last accepted node of the old tree and the new root. The former
+    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. Where
+    routines are not captured, `TreeSession` feeds the root alone if that row is there.
 
     Args:
         ctx: Context of the request.
         model: The model that drafts.
-        rows: Most rows that a round writes after the last accepted token.
+        rows: Maximum number of rows that a round writes, the last accepted node's aside.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
@@ -143,7 +145,7 @@ class TreeSession(PrunedSession):
     def _round(self, fed: int) -> Routine:
         """Return the routine that drafts one round, with `fed` rows in its first pass.
 
-        Its own state serves the run that captures it, which writes only to free slots.
+        `Routine.state` is for the runs that capture it, and makes them write to free slots only.
         """
         vocabulary = self.ctx.vocabulary
         return Routine(
@@ -157,7 +159,7 @@ class TreeSession(PrunedSession):
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
-        """Draft the tree below the accepted node and the bonus token."""
+        """Draft the tree below the bonus token, which follows the last accepted node."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
         base = self.root + self.shape.depths[node]
         races = self.races.exponential_(generator=self.generator) if self.sample else None
@@ -167,19 +169,20 @@ class TreeSession(PrunedSession):
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
 
-FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # mask of the last accepted token and the new root
+FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # mask of the last accepted node and the new root
 
 
 class Level(NamedTuple):
     """Tables of one pass, which expands the nodes of one level.
 
     Attributes:
-        nodes_Q: The nodes that are expanded.
-        depths_Q: Positions of the rows, relative to the last accepted token's.
-        at: Slot of the first row, relative to the last accepted token's.
-        seen_QT: Attention mask; None for causal.
+        nodes_Q: The nodes that are expanded, one per row, except that the first pass may also feed the last accepted
+            node of the old tree.
+        depths_Q: Positions of the rows, relative to that node's.
+        at: Slot of the first row, relative to that node's.
+        seen_QT: (Q, T) attention mask over slots from that node's on (see `Pass`); None for causal.
         widest: Number of best tokens taken per node.
-        children_C: The nodes that the pass fills in.
+        children_C: The nodes whose tokens the pass finds.
         guesses_C: Index of each child's token among the (nodes x widest) best tokens.
     """
 
@@ -196,7 +199,8 @@ class Tables(NamedTuple):
     """Tables of one round, derived from the tree's shape.
 
     Attributes:
-        ways_MD: Rows on the path from the root to each node.
+        ways_MD: Cache rows on the path from the root to each node, counted from the root's. Past the path, position i
+            holds i.
         levels: Tables of each pass.
     """
 
@@ -208,13 +212,13 @@ class Tables(NamedTuple):
 def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) -> Tables:
     """Build the tables of a shape.
 
-    Rows are in this order: the last accepted token, the root, then the expanded nodes of each level.
+    A round writes rows in this order: the last accepted node, the root, then the expanded nodes of each level.
 
     Args:
         shape: Shape of the tree.
-        sample: True if children are drawn: child i of a node is its i-th draw, not its rank-th best token.
+        sample: True if children are drawn: child i of a node is then draw i, else the best token of the child's rank.
         device: Where the tables are needed.
-        fed: Rows of the first pass: 2, or 1 for the root alone.
+        fed: Number of rows of the first pass: 2, or 1 for the root alone.
     """
     above_MM = ancestor_mask(shape.parents)
     levels, written, row_of = list[Level](), list[int](), {0: 0}
@@ -242,7 +246,7 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
             )
         )
     ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
-    # A node that was not expanded is fed again, so any row will do. Rows past the path stay where they are.
+    # An accepted node without a row is fed again, so any row will do. Rows past the path stay where they are.
     rows_MD = [[*(row_of.get(n, at) for at, n in enumerate(way)), *range(len(way), length)] for way in ways]
     return Tables(torch.tensor(rows_MD, device=device), tuple(levels))
 
@@ -262,13 +266,13 @@ def expand(
     Args:
         tables: Tables of the tree's shape.
         vocabulary: Ids below this number are known to both models.
-        rule: How children are drawn; None takes the best tokens.
+        rule: How children are drawn, or scored if the rule is coupled; None takes the best tokens by logits.
         model: The model that drafts.
-        cache: Its cache.
-        state_7: Slot of the last root, slot of the accepted node, the accepted node, token of the new root, position
-            minus slot, seed of a coupled rule, slot of the answer's first token.
+        cache: KV cache of that model.
+        state_7: Slot of the last root, slot of the last accepted node, that node, token of the new root, position minus
+            slot, seed of a coupled rule, slot of the answer's first token.
         old_M: Tokens of the previous tree.
-        races_RV: Exponential random numbers, one row per expanded node.
+        races_RV: Exponential random numbers, one row per expanded node; (0,) if children are not drawn.
 
     Returns:
         Tokens (M,), and q (M, V), or (0,) if children are not drawn.

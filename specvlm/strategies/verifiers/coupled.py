@@ -23,27 +23,29 @@ class CoupledVerifier(SamplingVerifier):
     and Gumbel noise is largest for token x with probability p(x), so each token has the distribution p, warped by
     temperature, top_k and top_p. Given the seed the choice is fixed: guesses are accepted where they equal it, as in
     `greedy`. So the output is the very sequence that the target alone samples with this seed, whatever the pruner,
-    ratio, drafter and tree. Every run compares the two.
+    ratio, drafter and tree. A run with a baseline compares the two.
 
-    Drafters rank their guesses by their own logits plus the same noise. A guess from q is then accepted with
-    probability sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - d) / (1 + d) where `sampling` accepts 1 - d, the
-    overlap of p and q.
+    Built-in drafters that run a model rank guesses by that model's logits plus the same noise, unless set otherwise.
+    The best guess, from a draft distribution q, is then accepted with probability
+    sum_i 1 / sum_j max(p_j / p_i, q_j / q_i). That is at least (1 - d) / (1 + d) where `sampling` accepts a guess with
+    probability 1 - d, the overlap of p and q.
 
     Daliri, Musco and Suresh (arXiv 2408.07978), drafter-invariant coupling. Deviations: trees as well as chains; the
     noise is hashed (SplitMix64), so no table of random numbers is shared.
 
     Cost: hashes and logarithms in float64 for each level of the tree and id of the vocabulary, and as in `greedy` an
-    argmax over (M, V). The same in every pass of the drafter.
-    Limits: in 16 bits without the exact engine, rounding may change a choice, as in `greedy`. The noise in float64 may
-    differ in its last bit between devices.
+    argmax over (M, V). A drafter that ranks by the noise computes the same for each of its passes.
+    Limits: without an engine that is exact by construction, rounding may change a choice, as in `greedy`. The noise in
+    float64 may differ in its last bit between devices.
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
 
     Raises:
-        ValueError: A field is out of range, or the logits give no distribution (NaN, +inf).
+        ValueError: A field is out of range, `VerifyContext.key_2` is missing, or the logits give no distribution (NaN,
+            +inf).
     """
 
     name = "coupled"
@@ -62,7 +64,7 @@ class CoupledVerifier(SamplingVerifier):
         return (*GreedyVerifier().tables(parents), depths_M)
 
     def decide(self, ctx: VerifyContext) -> Tensor:
-        """Choose the best token by score below every node, and follow the choices from the root."""
+        """Choose the token of highest score after every node, and follow the choices from the root."""
         if ctx.key_2 is None:
             raise ValueError("verifier=coupled needs the seed and the index of the next token: set VerifyContext.key_2")
         key_2, vocabulary = ctx.key_2.to(ctx.logits_MV.device), ctx.logits_MV.shape[-1]
@@ -77,7 +79,7 @@ class CoupledVerifier(SamplingVerifier):
 
 
 def own_rule(sampling: Sampling) -> Verifier:
-    """Return the built-in verifier that is exact for a distribution: greedy at temperature 0, else one that samples."""
+    """Return the built-in verifier that is exact for these settings: `greedy`, `coupled` or `sampling`."""
     if not sampling.temperature > 0:
         return GreedyVerifier()
     rule = CoupledVerifier if sampling.coupled else SamplingVerifier

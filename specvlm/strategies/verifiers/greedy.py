@@ -18,7 +18,7 @@ class GreedyVerifier(Verifier):
     """Accept the longest path on which every token is the target's argmax below its parent.
 
     Node i is accepted if tokens[j] = argmax logits[parents[j]] for every j on the path from the root to i, including i.
-    The deepest such node wins; of equally deep ones (siblings with the same token) the one of lowest number.
+    The deepest such node wins; of equally deep ones (possible if siblings share a token) the one of lowest number.
     For trees this is SpecInfer's greedy verification (arXiv 2305.09781), for chains that of Stern et al. (1811.03115).
     Deviations: none.
 
@@ -26,7 +26,7 @@ class GreedyVerifier(Verifier):
     The output equals the autoregressive one if the logits of both do: the forward pass of a tree may round differently
     from that of a single token.
 
-    Cost: an argmax over (M, V), an (M, M) reduction, and one copy of two integers to the host.
+    Cost: an argmax over (M, V), an (M, M) reduction, and a copy of two integers to the host.
     """
 
     name = "greedy"
@@ -47,8 +47,8 @@ def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
     """Find the deepest node that is reached by following the target's choices from the root.
 
     Args:
-        ctx: The tree, and the tables of `GreedyVerifier.tables` if it has any.
-        best_M: The target's choice below each node.
+        ctx: The tree, and as tables None or those of `GreedyVerifier.tables`, perhaps followed by others.
+        best_M: (M,) the target's choice of the token after each node.
 
     Returns:
         (1,) node.

@@ -28,7 +28,7 @@ class LooseVerifier(Verifier):
 
     From the root down, the path takes the child that equals the target's argmax, if there is one. Otherwise it takes
     the first child (the drafter's best) if that is relaxed, or if its token is among the target's argmaxes within
-    `window` positions on its path. Otherwise it ends, and the bonus is the argmax. relaxed = 0 with window = 0 is
+    `window` positions on its path. Otherwise the path ends, and the argmax follows it. relaxed = 0 with window = 0 is
     strict. As with every lossy verifier, the loop decides where an answer ends: a stop id is accepted exactly where the
     target chooses one.
 
@@ -39,8 +39,8 @@ class LooseVerifier(Verifier):
     window = 2, and the rule for trees (the paper drafts chains of 10: use drafter.shape=chain:10).
 
     Limits: `lossless = False`, so a run's verdict is `lossy`; do not put its figures in a table with those of lossless
-    verifiers. Negations and logical words score as unrelated to the video, so they need not match: do not use it where
-    they matter. For prompts without a video, only the window is relaxed.
+    verifiers. Negations and logical words score as unrelated to the video, so they need not match: do not use this
+    verifier where they matter. For prompts without a video, no guess is relaxed, and only `window` has an effect.
     Cost: (N, D) hidden states per request; per round M x N x D operations and a read of (M,) scores on the host. Checks
     are not captured.
 
@@ -72,7 +72,7 @@ class LooseVerifier(Verifier):
             raise ValueError(f"nearest must be at least 1 and window at least 0, got {self.nearest} and {self.window}")
 
     def verify(self, ctx: VerifyContext) -> Verdict:
-        """Follow the path from the root by the rules above, and end it with the target's argmax."""
+        """Follow the path from the root as far as guesses match or need not, and end it with the target's argmax."""
         tree, best = ctx.tree, ctx.logits_MV.argmax(-1).tolist()
         tokens, loose = tree.tokens.tolist(), self._relaxed(ctx)
         path, below = [0], children_of(tree.parents)
@@ -86,7 +86,7 @@ class LooseVerifier(Verifier):
         return Verdict(tuple(path), best[path[-1]])
 
     def _relaxed(self, ctx: VerifyContext) -> set[int]:
-        """Return the guesses that need not match."""
+        """Return the nodes of the guesses that need not match: those least related to the video."""
         count = math.floor(written(self.relaxed) * (len(ctx.tree) - 1))
         if not count or ctx.hidden_MD is None or ctx.video_ND is None:
             return set()
@@ -103,7 +103,7 @@ class LooseVerifier(Verifier):
 
 
 def visual_scores(hidden_MD: Tensor, video_ND: Tensor, nearest: int) -> Tensor:
-    """Return (M,) means of the `nearest` largest cosine similarities to the video tokens, which have unit length."""
+    """Return (M,) means of the `nearest` largest cosine similarities to the video states, which have unit length."""
     unit_MD = normalize(hidden_MD.float(), dim=-1)
     cosines_MN = torch.cat([unit_MD @ piece.to(unit_MD).mT for piece in video_ND.split(ROWS)], 1)
     return cosines_MN.topk(min(nearest, cosines_MN.shape[1])).values.mean(-1)

@@ -23,8 +23,8 @@ class SamplingVerifier(Verifier):
     With p the target's distribution at a node, warped by temperature, top_k and top_p, and q the distribution that its
     children were drawn from, a child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes
     max(p - q, 0), x is removed from q, both are normalized, and the next child is tried. If all are rejected, and at a
-    leaf, the bonus is drawn from the remaining p. If q is None, or q(x) = 0, q is the point mass at x: x is accepted
-    with probability p(x), or else removed from p.
+    leaf, the next token is drawn from the remaining p. If the tree has no q, or q(x) = 0, q is the point mass at x: x
+    is accepted with probability p(x), or else removed from p.
 
     One trial gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y). By induction
     over the trials the node has the distribution p, and by induction over the depth so does the path.
@@ -44,8 +44,8 @@ class SamplingVerifier(Verifier):
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of tokens that remain; 0 is off.
-        top_p: Probability mass that remains, in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
+        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
 
     Raises:
         ValueError: A field is out of range, q has another length than the tree, or the logits give no distribution
@@ -124,7 +124,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
-    """Return the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
+    """Return (n, V) the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
@@ -143,7 +143,7 @@ def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Decide every node as if it were reached: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
+    """Decide every node as if the path reached it: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
     dice_M, dice_bonus_M = uniform.chunk(2)
     taken_M = dice_M < accept_M
     next_M = torch.zeros_like(taken_M, dtype=torch.int64)
@@ -154,7 +154,7 @@ def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor)
 
 
 def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
-    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if p is not a distribution.
+    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if that sum is not finite.
 
     Only tokens with p > 0 count as hits: a parallel cumulative sum may grow by rounding where p is 0.
     """
@@ -168,7 +168,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
 
 @remembered()  # never freed: captured steps refer to them by address
 def _trials(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """For each trial r from 0 on, list the nodes with more than r children, and child r of each. Cached."""
+    """For each trial r from 0 on, list (n,) the nodes with more than r children, and (n,) child r of each. Cached."""
     below, trials = children_of(parents), list[Tensor]()
     for trial in range(max(map(len, below))):
         pairs = [(node, children[trial]) for node, children in enumerate(below) if len(children) > trial]
