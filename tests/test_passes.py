@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType
 
@@ -64,11 +65,22 @@ def request_of(family: str, number: int):
     return tiny.prompt(family, seed=number, frames=FRAMES[number % 4]), LIMITS[number % 4]
 
 
+DTYPES = ("float64", "float32")
+EVERY = [
+    (family, drafter, verifier, dtype)
+    for (d, drafter), (v, verifier) in product(enumerate(DRAFTERS), enumerate(VERIFIERS))
+    for family, dtype in [(tiny.FAMILIES[(d + v) % 2], DTYPES[(d + v // 2) % 2])]
+]
+
+
+def test_any_two_choices_of_a_joined_request_meet():
+    for one, other in combinations(range(4), 2):
+        met = {(repr(case[one]), repr(case[other])) for case in EVERY}
+        assert len(met) == len({repr(case[one]) for case in EVERY}) * len({repr(case[other]) for case in EVERY})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("verifier", VERIFIERS, ids=repr)
-@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "drafter", "verifier", "dtype"), EVERY, ids=lambda choice: str(choice))
 def test_four_unlike_requests_joined_have_the_tokens_of_each_alone(family, drafter, verifier, dtype):
     graphs = [graph_of(family, drafter, verifier, dtype, seed=number) for number in range(4)]
     want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
