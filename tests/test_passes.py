@@ -6,13 +6,13 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import tiny
 import torch
+from covering import covering
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Scheduler
@@ -65,18 +65,7 @@ def request_of(family: str, number: int):
     return tiny.prompt(family, seed=number, frames=FRAMES[number % 4]), LIMITS[number % 4]
 
 
-DTYPES = ("float64", "float32")
-EVERY = [
-    (family, drafter, verifier, dtype)
-    for (d, drafter), (v, verifier) in product(enumerate(DRAFTERS), enumerate(VERIFIERS))
-    for family, dtype in [(tiny.FAMILIES[(d + v) % 2], DTYPES[(d + v // 2) % 2])]
-]
-
-
-def test_any_two_choices_of_a_joined_request_meet():
-    for one, other in combinations(range(4), 2):
-        met = {(repr(case[one]), repr(case[other])) for case in EVERY}
-        assert len(met) == len({repr(case[one]) for case in EVERY}) * len({repr(case[other]) for case in EVERY})
+EVERY = covering(tiny.FAMILIES, DRAFTERS, VERIFIERS, ("float64", "float32"))
 
 
 @pytest.mark.slow
