@@ -22,6 +22,7 @@ from specvlm.app.cli import full_errors, guarded, leave, refuse, tell
 from specvlm.app.terminal import loading
 from specvlm.errors import ExitCode, UserError, visible
 from specvlm.parallel import torchrun
+from specvlm.process.collector import paused_for_imports
 from specvlm.process.interrupts import INTERRUPTS
 from specvlm.results import metrics
 
@@ -56,12 +57,13 @@ def command(argv: list[str], full: bool) -> int:
         manual.show([word for word in argv if not word.startswith("-")])
         return ExitCode.OK
     loading()
-    from hydra._internal.utils import get_args_parser
+    with paused_for_imports():
+        from hydra._internal.utils import get_args_parser
 
-    from specvlm.app import compose
-    from specvlm.app.launch import Call, answer, start
-    from specvlm.models.integrity import CODE  # imports torch
-    from specvlm.strategies.plugins import BUILTINS
+        from specvlm.app import compose
+        from specvlm.app.launch import Call, answer, start
+        from specvlm.models.integrity import CODE
+        from specvlm.strategies.plugins import BUILTINS
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]

@@ -209,13 +209,6 @@ def test_speed_is_a_file_of_its_own_with_the_name_of_its_machine(sweep, tmp_path
     assert "| `none` | 6 | 2.00 × [2.00, 2.00] | 1.56 × [1.56, 1.56] | eager |" in text and "a quiet one" in text
 
 
-@pytest.mark.slow
-def test_a_mistake_is_one_line(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"ablations: {tmp_path} is not a results folder of python -m specvlm, and contains none\n"
-    assert small.main(["--pair", "embeded_qwen", "--scenes", "0"]) == 2
-
-
 # ---- tables and verdicts ---------------------------------------------------------------------------------------------
 
 
@@ -373,3 +366,11 @@ def test_the_small_version_ends_with_table_verdicts_and_report_and_goes_on(tmp_p
     capfd.readouterr()
     assert small.main(["--scenes", "2"]) == 2
     assert "nonesuch" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"ablations: {tmp_path} is not a results folder of python -m specvlm, and contains none\n"
+    monkeypatch.setattr(small.subprocess, "Popen", Fork)
+    assert small.main(["--pair", "embeded_qwen", "--scenes", "0"]) == 2

@@ -18,6 +18,7 @@ MOST = 14
 TRACE = """
 import inspect, sys, threading
 from pathlib import Path
+import specvlm.app.run, specvlm.app.sweep, transformers.models.qwen2_5_vl  # a profiled import takes twice as long
 from specvlm.__main__ import main
 
 root, seen, kept = Path(sys.argv[1]), {}, set()
@@ -31,7 +32,7 @@ def note(frame, event, arg):
 
 threading.setprofile(note)
 sys.setprofile(note)
-main(["max_new_tokens=8", "baseline=false", f"hydra.run.dir={sys.argv[2]}"])
+main(["frames=4", "max_new_tokens=8", "baseline=false", f"hydra.run.dir={sys.argv[2]}"])
 sys.setprofile(None)
 print("CALLS", *seen, sep="\\n")
 """

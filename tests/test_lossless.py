@@ -11,6 +11,7 @@ import tiny
 import torch
 from campaign import planted_faults
 from campaign.faults import planted
+from covering import covering
 from towers import remember_features, remember_passes
 
 from specvlm.app import memory_plan
@@ -61,6 +62,12 @@ OF_A_PRUNED_VIEW = [
     SelfDrafter(),
 ]
 GREEDY = GreedyVerifier()
+SEVERAL = covering(
+    tiny.FAMILIES,
+    [dict(videos=2), dict(images=1), dict(videos=3, images=1)],
+    [TwoStagePruner(), TwoStagePruner(spread="frame"), FastVPruner(source="draft")],
+    ["original", "reindexed"],
+)
 SHORT = 18  # tokens, where every pruner meets every drafter: rounds enough for guesses that stand and guesses that fall
 
 
@@ -100,9 +107,7 @@ def test_autoregressive_equals_hugging_face_generate(family, request_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
-@pytest.mark.parametrize("drafter", OF_A_PRUNED_VIEW, ids=repr)
+@pytest.mark.parametrize(("family", "pruner", "drafter"), covering(tiny.FAMILIES, PRUNERS, OF_A_PRUNED_VIEW), ids=str)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, drafter):
     for ratio in (0.5, 0.9):
         answer = tokens_of(decode(family, pruner, drafter, ratio, limit=SHORT))
@@ -128,10 +133,7 @@ def test_drafters_that_ask_no_pruner_give_the_output_of_generate(family, drafter
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("request_of", [dict(videos=2), dict(images=1), dict(videos=3, images=1)], ids=str)
-@pytest.mark.parametrize("pruner", [TwoStagePruner(), TwoStagePruner(spread="frame"), FastVPruner(source="draft")], ids=repr)
-@pytest.mark.parametrize("positions", ["original", "reindexed"])
+@pytest.mark.parametrize(("family", "request_of", "pruner", "positions"), SEVERAL, ids=str)
 def test_several_videos_and_images_stay_lossless(family, request_of, pruner, positions):
     request = tiny.prompt(family, **request_of)
     expected = tiny.hf_greedy(tiny.model(family), request, 20)

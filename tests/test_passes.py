@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import tiny
 import torch
+from covering import covering
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Scheduler
@@ -65,11 +66,11 @@ def request_of(family: str, number: int):
     return tiny.prompt(family, seed=number, frames=FRAMES[number % 4]), LIMITS[number % 4]
 
 
+EVERY = covering(tiny.FAMILIES, DRAFTERS, VERIFIERS, ("float64", "float32"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("verifier", VERIFIERS, ids=repr)
-@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "drafter", "verifier", "dtype"), EVERY, ids=lambda choice: str(choice))
 def test_four_unlike_requests_joined_have_the_tokens_of_each_alone(family, drafter, verifier, dtype):
     graphs = [graph_of(family, drafter, verifier, dtype, seed=number) for number in range(4)]
     want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]

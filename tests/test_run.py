@@ -442,6 +442,6 @@ def test_a_run_of_quantised_models_is_the_quantised_targets_own_output_and_says_
 def test_a_draft_in_8_bits_guesses_nearly_as_well():
     accepted = []
     for weights in ("null", "int8", "fp8"):
-        assert main([f"draft.weights={weights}", "max_new_tokens=80", "hydra.run.dir=out"]) == 0
+        assert main([f"draft.weights={weights}", "max_new_tokens=80", "baseline=false", "hydra.run.dir=out"]) == 0
         accepted.append(runs()[0]["accepted_per_round"])
     assert min(accepted[1:]) > accepted[0] - 0.5, accepted

@@ -1,7 +1,7 @@
 """docs/tutorial.md from first to last line, in one shell as a reader would: every file written, every command run.
 
 The repository beside it is as `make demo` leaves it. Without a network nothing can be fetched, nor needs to be. Two
-scenes stand in for the eight of the text.
+scenes of four frames stand in for the eight of sixteen of the text.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from specvlm.types import TokenGrid
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 SCENES, FEWER = "export SCENES=8\n", "export SCENES=2\n"
+FRAMES = "\nframes: null "
 BLOCK = re.compile(r"(?:<!-- exit code (?P<code>\d) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```\n", re.S)
 FILE = re.compile(r"`(specvlm-blend/[\w.]+)`")
 END = "end of block, exit code"
@@ -101,8 +102,11 @@ def checkout(tmp_path):
         pytest.skip("needs make")
     folder = tmp_path / "specvlm"
     folder.mkdir()
-    for name in ("specvlm", "conf"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "specvlm").symlink_to(ROOT / "specvlm")
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    usual = (folder / "conf" / "config.yaml").read_text(encoding="utf-8")
+    assert FRAMES in usual
+    (folder / "conf" / "config.yaml").write_text(usual.replace(FRAMES, "\nframes: 4 "), encoding="utf-8")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     venv = folder / ".venv"

@@ -1,11 +1,8 @@
 """Print `specvlm --help`, in full or by group, from the registered strategies and conf/."""
 
-import atexit
 import dataclasses
-import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from itertools import chain, takewhile
 from pathlib import Path
@@ -15,6 +12,7 @@ from rich.table import Column, Table
 
 from specvlm.app.terminal import Terminal, loading, styled
 from specvlm.errors import check_choice
+from specvlm.process import collector
 
 Entries = list[tuple[str, str]]  # (name, description) pairs
 
@@ -63,25 +61,12 @@ def show(words: Sequence[str]) -> None:
     if not groups:  # needs no torch: the user can read it while torch is imported
         terminal.print(INTRODUCTION)
         terminal.file.flush()
-    with _collector_paused():
+    with collector.paused():
         for title, entries in chain.from_iterable(map(on, groups)) if groups else whole():
             table = Table(Column(no_wrap=True), Column(), show_header=False, box=None, padding=(0, 0, 0, 2))
             for name, text in entries:
                 table.add_row(styled((name, "cyan")), text)
             terminal.print(styled((title, "bold")), table, "", sep="\n")
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection in the block and at exit: it takes 0.8 s and frees almost nothing of torch and Hydra."""
-    enabled = gc.isenabled()
-    gc.disable()
-    atexit.register(gc.freeze)
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def whole() -> Iterator[tuple[str, Entries]]:

@@ -73,7 +73,9 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     if verifier.lossless:
         _check_certain(verifier)
     if verifier.lossless and verifier.sampling.temperature > 0:
-        for shape, drawn in product(("one node", "a chain", "siblings", "an uneven tree"), (True, False)):
+        _check_first(verifier)
+        _check_distribution(verifier, "one node", drawn=True)  # it has no guesses to be given
+        for shape, drawn in product(("a chain", "siblings", "an uneven tree"), (True, False)):
             _check_distribution(verifier, shape, drawn)
 
 
@@ -218,13 +220,18 @@ def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
         verdict = verifier.verify(VerifyContext(tree, target[tokens], chance, key_2=_key(verifier, run)))
         for node, following in zip(verdict.path, [*(tokens[n] for n in verdict.path[1:]), verdict.bonus], strict=True):
             counts[tokens[node]][following] += 1
-    alone = torch.zeros(V, dtype=torch.float64)
-    for run in range(RUNS):
-        alone[_first(verifier, target[1], chance, run)] += 1
     how = "drawn from q" if drawn else "given"
     for token, seen_V in counts.items():
         _plausible(seen_V, p_VV[token], f"{verifier!r} on {shape} with guesses {how}, the token after {token}")
-    _plausible(alone, p_VV[1], f"{verifier!r}, its `first`")
+
+
+def _check_first(verifier: Verifier) -> None:
+    """Check the distribution of the first token, which follows the prompt."""
+    chance, seen_V = seeded(5), torch.zeros(V, dtype=torch.float64)
+    target_V = torch.randn(V, generator=chance, dtype=torch.float64)
+    for run in range(RUNS):
+        seen_V[_first(verifier, target_V, chance, run)] += 1
+    _plausible(seen_V, verifier.sampling.probabilities(target_V[None])[0], f"{verifier!r}, its `first`")
 
 
 def _plausible(seen_V: Tensor, p_V: Tensor, what: str) -> None:
