@@ -243,8 +243,8 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
     """Estimate the shared memory of a stage (tiles of weights and rows), and what a program takes besides, in bytes."""
-    size = 2 if weight.kind == "full" else 1
-    return tile.inputs * size * (weights * tile.outputs + width_of(rows)), 2048
+    size, halves = 2 if weight.kind == "full" else 1, 2 if weight.kind == "int4" else 1  # int4 reads two tiles of rows
+    return tile.inputs * size * (weights * tile.outputs + halves * width_of(rows)), 2048
 
 
 def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
