@@ -72,7 +72,7 @@ def show(words: Sequence[str]) -> None:
 def whole() -> Iterator[tuple[str, Entries]]:
     """Yield title and entries of every section of the whole help.
 
-    Built-in strategies come without their keys, and a plugin as the name of its package: more would import torch.
+    Lists built-in strategies without their keys, and of plugins only package and version: more would import torch.
     """
     for kind, what in KINDS.items():
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
@@ -103,9 +103,10 @@ def _at_a_glance(kind: str) -> Entries:
 
 
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:
-    """Yield name and description of each strategy of a kind (or tracker) and, indented, of each of its keys.
+    """Yield name and description of each strategy of a kind, followed by one indented entry per key.
 
-    Imports torch for a strategy. Yields nothing for other groups.
+    A tracker is one entry, whose description lists its keys. Yields nothing for other groups. Imports torch for a
+    strategy.
     """
     if kind == "tracker":
         from specvlm.config import WandbConfig

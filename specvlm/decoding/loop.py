@@ -275,7 +275,7 @@ class DecodingGraph:
         return self._view(prompt, self.options.ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget and who chooses: not the pruner if all or none are kept, or the drafter has no model."""
+        """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -300,7 +300,7 @@ class DecodingGraph:
         features_ND: Tensor,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select` where the draft model is, and broadcast rank 0's choice and generator state to all ranks."""
+        """Run `select` on each rank that has the draft, or on all if there is none, then use rank 0's choice everywhere."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
         keep = self.select(prompt, collector, features_ND, generator, view) if here else None
         if ranks.size > 1:

@@ -53,7 +53,7 @@ Append = Callable[[Tensor, KVCache], Tensor]  # runs (Q,) tokens after the cache
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of positions that differ from passes of one row, for one arithmetic and number of rows.
+    """Number of positions whose logits, or best token, differ from those of a pass of one row.
 
     Attributes:
         arithmetic: "specvlm", "sdpa" or "eager".
@@ -154,7 +154,7 @@ def appended(target: VideoLM, additive: bool, tokens_Q: Tensor, cache: KVCache) 
 
     The mask is explicit: without one, SDPA takes the first row for the first of the whole sequence.
 
-    additive: Pass a mask to add to scores, as eager attention needs, instead of one of True and False.
+    additive: Use a mask that is added to the scores, as eager attention needs, instead of a boolean mask.
     """
     base, rows = cache.length, len(tokens_Q)
     mask_QK = torch.ones(rows, base + rows, dtype=torch.bool).tril(base)
@@ -183,7 +183,7 @@ def differences(
     widths: Sequence[int],
     advance: Callable[[], None],
 ) -> list[Counts]:
-    """Run the answer one row at a time, then so many rows at a time for each of `widths`, and compare.
+    """Run the answer with one row per pass, then again with each number of rows in `widths`, and count differences.
 
     The prompt is prefilled once. Tokens at the end that do not fill a pass are left out.
 

@@ -33,8 +33,8 @@ class Watch:
             message.
 
     Raises:
-        UserError: The system is not Linux. Elsewhere a process can only wait for its own children, which the other
-            ranks are not.
+        UserError: The system lacks `os.pidfd_open`, which is Linux only. It lets a process wait for the other ranks,
+            which are not its children.
     """
 
     def __init__(self, store: Any, rank: int, size: int, save: Callable[[], str] = str) -> None:
@@ -65,7 +65,7 @@ class Watch:
             os.close(fd)
 
     def ended(self, kind: str = DONE, why: str = "") -> None:
-        """Tell the other ranks how this one ends. From now on, the watchdog no longer exits this process for a death.
+        """Tell the other ranks how this one ends. From now on, the watchdog no longer exits this process if one dies.
 
         Args:
             kind: DONE, FAILED or MEMORY.

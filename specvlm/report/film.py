@@ -1,6 +1,6 @@
 """Draw a film of what the drafter saw: kept tokens bright, attention as a heat map beside them, and the growing answer.
 
-Uses Pillow's own font, which has Latin letters only; other letters become boxes.
+Uses Pillow's built-in font, which covers little more than ASCII: accented letters and other scripts become boxes.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Tiny random models of both families, of less than 40,000 weights each, and prompts for them, to check drafters on.
+"""Tiny random models of both families, with fewer than 40,000 weights each, and prompts to check drafters with.
 
 The models are float64, so that a difference between two outputs comes from a fault and not from rounding.
 """
@@ -36,9 +36,9 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """Return the model of seed 0 with noise on its weights: as a draft model for it, often right, but not always.
+    """Return a copy of `model(family)` with Gaussian noise on its weights. As its draft it often guesses right, not always.
 
-    noise: Standard deviation.
+    noise: Standard deviation of the noise.
     """
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():

@@ -71,7 +71,7 @@ def _or_all(x_GPD: Tensor, mask_GP: Tensor | None) -> Tensor:
 
 
 def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split features and mask into batches of groups, each with at most ENTRIES distances or of one group."""
+    """Split into batches of groups. A batch has at most ENTRIES distances, unless a single group has more."""
     step = max(1, ENTRIES // max(x_GPD.shape[1] ** 2, 1))
     return list(zip(x_GPD.split(step), mask_GP.split(step), strict=True))
 

@@ -38,7 +38,7 @@ class LocalDataset(Dataset):
 
     Attributes:
         layout: Content of `root`, for error messages.
-        choices: Allowed values of those fields that have only certain ones, by field.
+        choices: Allowed values of each restricted field.
         root: Folder of the data set.
         limit: Maximum number of samples; null for all.
         shuffle: Seed of the order in which `limit` takes samples, as in Hugging Face's `Dataset.shuffle`; null keeps
@@ -155,8 +155,8 @@ class LocalDataset(Dataset):
             kind: TypedDict that each row must match.
 
         Raises:
-            UserError: The file cannot be read, is larger than MOST_LIST, is not Parquet or has other rows, or PyArrow
-                is not installed.
+            UserError: The file cannot be read, is larger than MOST_LIST, is not Parquet, has a row that does not
+                match `kind`, or PyArrow is not installed.
         """
         content = _content(path, self.layout, read_bytes)
         try:
