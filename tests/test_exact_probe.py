@@ -71,3 +71,4 @@ def test_a_mistake_is_one_line(word, said, capsys, tmp_path):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

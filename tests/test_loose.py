@@ -221,7 +221,7 @@ def checked_by(verifier, tokens, best, stops, scale=1.0, generator=None):
     logits = torch.zeros(len(tokens), V).scatter(1, torch.tensor(best)[:, None], scale)
     generator = generator or torch.Generator().manual_seed(0)
     request = Request(None, None, verifier, verifier.sampling, None, generator, stops, lossless=False)
-    return strict_ends(request, verifier.verify(VerifyContext(tree, logits, generator)), tree, logits)
+    return strict_ends(request, verifier.verify(VerifyContext(tree, logits, generator)), tree, logits, 1)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_built_ins_come_through_the_hook():
     assert set(table["pruner"]) == {"none", "uniform", "random", "window", "verifier_attention", "two_stage", "fastv"}
     grown = {"dynamic_tree", "entropy_tree"}
     assert set(table["drafter"]) == {"tree", "self", "sparse", "prompt_lookup"} | grown
-    assert set(table["verifier"]) == {"greedy", "sampling", "loose"}
+    assert set(table["verifier"]) == {"greedy", "sampling", "coupled", "loose"}
     assert all(info.plugin == "specvlm" and info.summary for kind in table.values() for info in kind.values())
 
 

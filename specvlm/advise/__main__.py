@@ -1,4 +1,4 @@
-"""`python -m specvlm.advise`: profile this machine and say whether speculation pays.
+"""`python -m specvlm.advise`: profile this machine, say if speculation pays.
 
 Takes the overrides of a run, such as pair=… video=… dtype=…, and the keys below.
 Exit codes are those of a run.

@@ -1,14 +1,17 @@
-"""`python -m specvlm.exact_probe`: count how often the number of rows of a pass changes its logits, bit by bit.
+"""`python -m specvlm.exact_probe`: count results that depend on a pass's rows.
 
-Plain decoding runs one row per pass, a check of guesses runs many. If a row's logits depend on how many rows share
-the pass, speculation may choose other tokens. The target answers a question about a video. The same tokens are then run
-again, in passes of one row and of several, in three arithmetics: specvlm's engine, and Hugging Face's modules with SDPA
-and eager attention. The table shows the shares of positions (tokens of the answer) whose logits, and whose best token,
-differ from those of a pass of one row.
+Plain decoding runs one row per pass, a check of guesses runs many. If a row's
+logits depend on how many rows share the pass, speculation may choose other
+tokens. The target answers a question about a video. The same tokens are then
+run again, in passes of one row and of several, in three ways: by specvlm's
+engine, and by Hugging Face's modules with SDPA and eager attention. The table
+shows the shares of positions (tokens of the answer) whose logits differ in any
+bit from those of a pass of one row, and whose best token differs.
 
-Takes the overrides of a run, such as target.path=… video=… dtype=bfloat16 engine=graphs. The answer has max_new_tokens
-tokens, 128 by default; dtype is bfloat16 by default.
-Exit code 1: the engine claims to be exact, and it is not. The other exit codes are those of a run.
+Takes the overrides of a run, such as target.path=… video=… engine=graphs.
+max_new_tokens is the number of positions, 128 by default; dtype is bfloat16
+by default. Exit code 1: the engine claims to be exact, and it is not. The other
+exit codes are those of a run.
 """
 
 if __name__ == "__main__":

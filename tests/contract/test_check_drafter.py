@@ -156,7 +156,7 @@ def test_a_drafter_that_trusts_its_draft_to_know_all_tokens_is_caught():
         def start(self, ctx):
             from specvlm.types import TreeShape
 
-            return Trusting(ctx, ctx.draft, TreeShape.parse("chain:2"), False)
+            return Trusting(ctx, ctx.draft, TreeShape.parse("chain:2"), None)
 
     with pytest.raises(AssertionError, match="no embedding"):
         check_drafter(TrustingDrafter)
