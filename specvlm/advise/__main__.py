@@ -1,6 +1,6 @@
 """`python -m specvlm.advise`: profile this machine, say if speculation pays.
 
-Takes the overrides of a run, such as pair=… video=… dtype=…, and the keys below.
+Takes the overrides of a run, such as pair=… video=…, and the keys below.
 Exit codes are those of a run.
 """
 
