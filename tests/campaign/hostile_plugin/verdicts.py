@@ -142,7 +142,7 @@ def lie(ctx, verdict):
     return Verdict((0,), second(ctx.logits_MV, 0))
 
 
-WARM = Sampling(0.7)
+WARM, COUPLED = Sampling(0.7), Sampling(0.7, coupled=True)
 CLAIMS = {
     "lossless_now_and_then": {"lossless": property(lambda self: times("lossless") % 2 == 0)},
     "lossless_at_last": {"lossless": property(lambda self: times("at last") > 12)},
@@ -155,6 +155,10 @@ CLAIMS = {
     "sampling_at_nan": {"sampling": property(lambda self: Sampling(float("nan")))},
     "sampling_below_zero": {"sampling": property(lambda self: Sampling(-1.0))},
     "sampling_at_text": {"sampling": property(lambda self: Sampling("0"))},
+    "coupled_by_word_alone": {"sampling": property(lambda self: COUPLED)},
+    "coupled_now_and_then": {"sampling": property(lambda self: COUPLED if times("coupled") % 2 else WARM)},
+    "coupled_without_temperature": {"sampling": property(lambda self: Sampling(coupled=True))},
+    "coupled_as_text": {"sampling": property(lambda self: Sampling(0.7, coupled="no"))},
 }
 for name, content in CLAIMS.items():
     strategy("verifier", name, "claims", attack=lambda self, ctx, verdict: lie(ctx, verdict), **content)
@@ -185,6 +189,13 @@ strategy(
 def samples_and_claims_to_be_greedy(self, ctx, verdict):
     hot_V = (ctx.logits_MV[0] / 5).softmax(-1)
     return Verdict((0,), int(torch.multinomial(hot_V, 1, generator=ctx.generator)))
+
+
+@decides("claims", sampling=property(lambda self: COUPLED))
+def edits_the_key_of_the_noise(self, ctx, verdict):
+    if ctx.key_2 is not None:
+        ctx.key_2.zero_()
+    return verdict
 
 
 @decides("claims")
