@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from time import sleep
@@ -56,7 +56,7 @@ def disk_fills_up(folder: Path, chance: random.Random) -> list[str]:
         sleep(chance.uniform(0.2, 4))
         fill(place / "other")
         ended = child.wait(300)
-        (place / "other").unlink()
+        (place / "other").unlink(missing_ok=True)
         return ended.faults() + mended(place, folder / "resumed")
 
 
@@ -132,10 +132,7 @@ def disk(folder: Path) -> Iterator[Path | None]:
 
 
 def fill(path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        except OSError:
-            pass
+    with suppress(OSError), path.open("wb") as file:  # even opening it fails on a disk that the sweep has filled
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
