@@ -292,11 +292,10 @@ def test_what_a_rule_writes_into_its_context_moves_no_end(family, monkeypatch):
 def test_a_rule_that_samples_has_no_word_of_its_own_on_where_answers_end():
     """Its `first` never stops. Both stop ids still come as often as the target gives them, and no others do."""
     target, rule = SimpleNamespace(ranks=SINGLE), Sloppy(1.0, stops=frozenset({8, 9}))
+    cache = SimpleNamespace(length=0)
     penalty = RepetitionPenalty(1.0, torch.zeros(V, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)
-    request = Request(
-        target, SimpleNamespace(length=0), rule, rule.sampling, penalty, generator, frozenset({8, 9}), lossless=False
-    )
+    request = Request(target, cache, rule, rule.sampling, penalty, generator, frozenset({8, 9}), lossless=False)
     logits_1V, runs = torch.zeros(1, V).index_fill_(1, torch.tensor([2, 8]), 2.0), 1500
     drawn = [first_token(request, logits_1V) for _ in range(runs)]
     for stop, weight in ((8, math.exp(2)), (9, 1.0)):
