@@ -25,7 +25,7 @@ from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.app import compose, memory_plan
-from specvlm.app.cli import guarded
+from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole, not_applied, size
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
@@ -117,15 +117,7 @@ class Wishes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h"} & set(words):
-        show_help()
-        return ExitCode.OK
-    try:
-        return guarded(lambda: command(words))
-    except KeyboardInterrupt:
-        print("specvlm: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    return run_command(argv, show_help, command)
 
 
 def show_help() -> None:

@@ -37,6 +37,25 @@ def guarded(action: Callable[[], int], full: bool | None = None) -> int:
         return tell(err, full)
 
 
+def run_command(argv: Sequence[str] | None, show_help: Callable[[], None], command: Callable[[list[str]], int]) -> int:
+    """Run a command that takes overrides of a run, or show its help; returns the exit code.
+
+    Args:
+        argv: Arguments of the command; None takes them from sys.argv.
+        show_help: Prints the help.
+        command: Takes the words and returns an exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(words):
+        show_help()
+        return ExitCode.OK
+    try:
+        return guarded(lambda: command(words))
+    except KeyboardInterrupt:
+        print("specvlm: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
 def full_errors() -> bool:
     """Whether to show tracebacks of user errors: HYDRA_FULL_ERROR=1."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from specvlm.app import compose
-from specvlm.app.cli import guarded
+from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
@@ -75,15 +75,7 @@ class Counts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h"} & set(words):
-        print((__doc__ or "").strip())
-        return ExitCode.OK
-    try:
-        return guarded(lambda: command(words))
-    except KeyboardInterrupt:
-        print("specvlm: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    return run_command(argv, lambda: print((__doc__ or "").strip()), command)
 
 
 def command(words: Sequence[str]) -> int:
