@@ -5,7 +5,7 @@ Does what Hugging Face's processors do, without torchvision, which they need.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,18 @@ def processor_template(folder: Path) -> Any:
         return found.get("chat_template")
 
 
-def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, content: Sequence[dict[str, Any]], question: str, spelled: Callable[[str], str] = str
+) -> list[int]:
     """Return the token ids of a user turn, `content` followed by the question, up to where the assistant begins.
+
+    spelled: Replaces the marks of videos and images in the rendered text.
 
     Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found by
     comparing the token ids with those of a harmless question: tokenizers and templates may transform a text before they
     match control tokens in it.
     """
-    text, plain = rendered(tokenizer, content, (question, PLAIN))
+    text, plain = map(spelled, rendered(tokenizer, content, (question, PLAIN)))
     ids = encoded(tokenizer, text)
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if not entry.content.isspace()}
     control = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}

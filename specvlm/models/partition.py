@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.models.kv_cache import KVCache
 from specvlm.models.vision_probe import HiddenStateProbe
 
 
@@ -52,23 +51,28 @@ def cross(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
 def through(
     stages: Sequence[Stage],
     text: Any,
-    embeds_QD: Tensor,
+    hidden: Tensor,
     position_ids: Tensor,
-    cache: KVCache,
+    cache: Any,
     mask: Tensor | None,
     extra: dict[str, Any],
     states: HiddenStateProbe | None = None,
+    added_QLD: Tensor | None = None,
 ) -> Tensor:
-    """Run a language model's layers as its own forward does, moving rows between devices. Returns (Q, D) hidden states.
+    """Run a language model's layers as its own forward does, moving rows between devices. Returns the hidden states.
 
-    accelerate's hooks do the same, but inspect every argument of every layer in every pass.
+    The models' own forward makes a mask of its own, which cannot be that of a tree in every family. accelerate's hooks
+    could move rows too, but inspect every argument of every layer in every pass.
 
-    states: Receives the embeddings and every layer's output.
+    Args:
+        hidden: (B, Q, D) rows that enter.
+        cache: Has the `update` of a Hugging Face cache.
+        states: Receives the embeddings and every layer's output, for B = 1.
+        added_QLD: Added to the outputs of the first L layers (DeepStack), for B = 1.
     """
-    hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
     if states is not None:
-        states.enter(embeds_QD)
+        states.enter(hidden[0])
     for stage in stages:
         hidden, mask, *angles = cross(stage.device, hidden, mask, *angles)
         for number, layer in enumerate(text.layers[stage.start : stage.end], start=stage.start + 1):
@@ -81,9 +85,11 @@ def through(
                 use_cache=True,
                 **extra,
             )
-            if states is not None:
+            if states is not None:  # before anything is added, as in Hugging Face's hidden states
                 states.observe(number, hidden[0])
-    return text.norm(hidden)[0]
+            if added_QLD is not None and number <= added_QLD.shape[1]:
+                hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
+    return text.norm(hidden)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
