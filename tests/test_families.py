@@ -56,7 +56,7 @@ def bringing(monkeypatch):
 
 def test_built_in_families_come_through_the_hook():
     assert plugins.families_of(families) == families.specvlm_families()
-    assert {"qwen2_5_vl", "llava_onevision"} <= set(families.specvlm_families())
+    assert {"qwen2_5_vl", "llava_onevision", "qwen3_vl"} <= set(families.specvlm_families())
     assert families.find("qwen2_5_vl") is Qwen2_5_VL and families.find("llava_onevision") is LlavaOneVision
     assert all(families.find(name).family == name for name in families.specvlm_families())
 

@@ -34,6 +34,7 @@ def specvlm_families() -> dict[str, str]:
     return {
         "llava_onevision": "specvlm.models.llava_onevision:LlavaOneVision",
         "qwen2_5_vl": "specvlm.models.qwen2_5_vl:Qwen2_5_VL",
+        "qwen3_vl": "specvlm.models.qwen3_vl:Qwen3VL",
     }
 
 

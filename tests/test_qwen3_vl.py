@@ -1,0 +1,115 @@
+"""Qwen3-VL: decodes equal those of Hugging Face's own model, and DeepStack's rows travel with the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import family_checks as checks
+import numpy as np
+import pytest
+import torch
+
+from specvlm.decoding.scheduler import Scheduler
+from specvlm.models.load import check_pair
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.types import Features, KeepSet
+from specvlm.video.video import VideoInfo
+
+FAMILY = "qwen3_vl"
+TREE = TreeDrafter("chain:3")
+
+
+def last_logits(lm, request, features) -> torch.Tensor:
+    cache = lm.new_cache(len(request))
+    return lm.head(lm.prefill(lm.embed(request, features), lm.positions(request), cache, request.cut)[None])[0]
+
+
+def merge(total: int) -> KeepSet:
+    """Merge each pair of neighbours, with unequal weights."""
+    source = torch.arange(total)
+    return KeepSet.merge(source // 2 * 2, source, 1.0 + source % 2, total)
+
+
+@pytest.mark.slow
+def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
+    tried, wrong = checks.unequal_requests(FAMILY)
+    assert (tried, wrong) == (7 * 7, [])
+    assert min(len(set(answer)) for name, answer in checks.answers(FAMILY).items() if name != "text") > 7
+
+
+@pytest.mark.slow
+def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_model():
+    tried, wrong = checks.unequal_strategies(FAMILY)
+    assert tried >= 2 * 26 + 36 and wrong == []
+
+
+@pytest.mark.slow
+def test_joined_requests_have_the_answers_of_each_alone():
+    names = ("video", "mixed", "two videos")
+    graph = checks.graph_of(FAMILY, "draft", UniformPruner(), TREE, ratio=0.5)
+    scheduler = Scheduler(graph.engine)
+    tickets = [scheduler.submit(graph.work(checks.prompt(FAMILY, name))) for name in names]
+    found = [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets]
+    assert found == [checks.answers(FAMILY)[name] for name in names]
+
+
+@pytest.mark.slow
+def test_a_target_that_drafts_for_itself_and_sees_all_is_accepted_in_full():
+    steps = list(checks.graph_of(FAMILY, "target", UniformPruner(), TREE, ratio=0.0).decode(checks.prompt(FAMILY, "mixed")))
+    assert {step.accepted for step in steps[1:] if step.full} == {3}
+
+
+def test_prompts_equal_those_of_hugging_faces_processor():
+    tried, wrong = checks.unlike_the_processor(FAMILY)
+    assert (tried, wrong) == (7 + 7 + 3, [])
+
+
+def test_frames_are_sampled_by_hugging_faces_rule():
+    lm = checks.model(FAMILY)
+    for total, fps in ((100, 25.0), (37, 29.97), (3, 1.0), (4000, 5.0)):
+        found = lm.sampling(VideoInfo(total, fps, 64, 64, total / fps))
+        wanted = min(max(int(total / fps * 2), 4), 768, total)
+        index = np.linspace(0, total - 1, wanted).round().astype(int)
+        assert found["frames"] == wanted and found["sampling"](total, wanted) == index.tolist()
+
+
+def test_zeroing_deepstacks_rows_moves_the_logits():
+    lm, request = checks.model(FAMILY), checks.prompt(FAMILY, "video")
+    features = lm.features(request)
+    assert isinstance(features, Features) and features.added.shape == (36, 3, 64)
+    for level in range(3):
+        without = features.added.clone()
+        without[:, level] = 0
+        moved = last_logits(lm, request, replace(features, added=without)) - last_logits(lm, request, features)
+        assert float(moved.abs().max()) > 1e-2, level
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_added_rows_travel_with_kept_and_merged_tokens(merged):
+    lm, request = checks.model(FAMILY), checks.prompt(FAMILY, "mixed")
+    features, total = lm.features(request), len(request.video_index)
+    keep = merge(total) if merged else KeepSet(torch.tensor([0, 3, 20, 35]), total)
+    weights_KN = torch.eye(total)[keep.index] if keep.pool is None else keep.pool.to_dense()
+    found = lm.embed(request, features, keep)
+    slots, kept = request.kept_slots(keep.index), request.video_index[keep.index]
+    ours = torch.isin(slots, kept)
+    assert torch.allclose(found.rows[ours], weights_KN @ features.rows, atol=1e-6)
+    assert torch.allclose(found.added[ours], torch.einsum("kn,nld->kld", weights_KN, features.added), atol=1e-6)
+    images = torch.isin(slots, request.image_index)
+    assert torch.equal(found.added[images], lm.encode_image(request.images[0]).added)
+    assert not found.added[~ours & ~images].any() and images.sum() == request.images[0]["tokens"]
+
+
+def test_a_frame_is_encoded_without_the_others():
+    lm, request = checks.model(FAMILY), checks.prompt(FAMILY, "two videos")
+    every, keep = lm.features(request), KeepSet(torch.tensor([13, 40]), 44)
+    some = lm.features(request, keep)
+    assert torch.allclose(some.rows[12:24], every.rows[12:24], atol=1e-5) and not some.rows[:12].any()
+    assert torch.allclose(some.added[36 + 4 :], every.added[36 + 4 :], atol=1e-5) and not some.added[24:40].any()
+
+
+def test_the_pair_is_checked_and_a_draft_may_have_fewer_levels():
+    target, small = checks.model(FAMILY), checks.model(FAMILY, "small")
+    assert (target.levels, small.levels) == (3, 1) and check_pair(target, small) == 192
