@@ -52,7 +52,7 @@ def clip(count: int, height: int, width: int, fps: float) -> Clip:
 
 @cache
 def prompt(family: str, request: str) -> VideoPrompt:
-    videos, images = family_folders.REQUESTS[request]
+    videos, images = family_folders.requests(family)[request]
     pictures = [family_folders.frames(1, *size)[0] for size in images]
     return model(family).prompt(family_folders.QUESTION, [clip(*video) for video in videos], pictures)
 

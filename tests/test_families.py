@@ -94,7 +94,7 @@ def test_an_unknown_type_names_what_exists_and_a_package_that_brings_it(bringing
         ("no_such_module:Later", "cannot be imported: ModuleNotFoundError"),
         (f"{HERE}:Missing", "cannot be imported: AttributeError"),
         (f"{HERE}:HERE", "is not a class derived from specvlm.models.video_lm.VideoLM"),
-        (f"{HERE}:Unfinished", "does not define check_settings, encode_image, encode_video, .*positions"),
+        (f"{HERE}:Unfinished", "does not define check_settings, encode_image, encode_video, .*hf_inputs"),
         (f"{HERE}:Later", "has family = 'later_vl', but is registered as 'broken_vl'"),
     ],
 )

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from specvlm.decoding.scheduler import Scheduler
+from specvlm.engine.lean import why_not
+from specvlm.errors import UserError
 from specvlm.models.load import check_pair
+from specvlm.models.partition import check_shares
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
@@ -113,3 +116,20 @@ def test_a_frame_is_encoded_without_the_others():
 def test_the_pair_is_checked_and_a_draft_may_have_fewer_levels():
     target, small = checks.model(FAMILY), checks.model(FAMILY, "small")
     assert (target.levels, small.levels) == (3, 1) and check_pair(target, small) == 192
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_drafts():
+    target, small = checks.model("qwen3_vl_moe"), checks.model("qwen3_vl_moe", "small")
+    assert (target.family, small.family) == ("qwen3_vl_moe", "qwen3_vl") and check_pair(target, small) == 192
+    assert checks.unlike_the_processor("qwen3_vl_moe") == (7 + 7 + 3, [])
+    assert checks.unequal_requests("qwen3_vl_moe") == (7 * 7, [])
+    assert why_not(target), "it does not run captured"
+    with pytest.raises(UserError, match="a mixture of experts cannot be shared by ranks; use one"):
+        check_shares(target.hf.config, 2, "target.parallel=tensor", "use one")
+
+
+@pytest.mark.slow
+def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_mixture_of_experts():
+    tried, wrong = checks.unequal_strategies("qwen3_vl_moe")
+    assert tried >= 2 * 26 + 36 and wrong == []

@@ -35,6 +35,7 @@ def specvlm_families() -> dict[str, str]:
         "llava_onevision": "specvlm.models.llava_onevision:LlavaOneVision",
         "qwen2_5_vl": "specvlm.models.qwen2_5_vl:Qwen2_5_VL",
         "qwen3_vl": "specvlm.models.qwen3_vl:Qwen3VL",
+        "qwen3_vl_moe": "specvlm.models.qwen3_vl:Qwen3VLMoe",
     }
 
 

@@ -23,6 +23,7 @@ class Family(ABC):
     Attributes:
         family: Hugging Face's `model_type`.
         axes: Number of rotary axes: 1, or 3 for M-RoPE.
+        lineage: Models of one lineage may be a pair. By default, those of the family.
         version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
             are part of it in any case.
         hf: The Hugging Face model; its language model must be `hf.model.language_model`, its head `hf.lm_head`.
@@ -31,6 +32,7 @@ class Family(ABC):
 
     family: ClassVar[str]
     axes: ClassVar[int]
+    lineage: ClassVar[str] = ""
     version: ClassVar[str] = ""
     hf: Any
     tokenizer: Any
@@ -76,9 +78,9 @@ class Family(ABC):
         """Return the lengths of a video's runs of adjacent slots, which sum to `len(grid)`: one run, or one per frame."""
         return [len(grid)]
 
-    @abstractmethod
     def positions(self, prompt: VideoPrompt) -> Tensor:
         """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
+        return torch.arange(len(prompt)).expand(self.axes, -1)
 
     # ---- pixels
 

@@ -74,7 +74,7 @@ class LlavaOneVision(VideoLM):
             # transformers 5.23 appends the newline row to this output, 5.17 does so only in its forward.
             return out[: len(pixels_F) * grid.per_frame]
 
-        features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
+        features = self.encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
         if sight is not None:
             sight.add_newlines(grid.newline)
         return torch.cat([features, core.image_newline.to(self.dtype)[None]])
@@ -110,9 +110,6 @@ class LlavaOneVision(VideoLM):
         shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: the prompt has other images
         out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device), **shared)
         return torch.cat(list(out.pooler_output))
-
-    def positions(self, prompt: VideoPrompt) -> Tensor:
-        return torch.arange(len(prompt))[None]
 
     @staticmethod
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:

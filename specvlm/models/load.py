@@ -176,8 +176,9 @@ def load(
     with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
-        raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
+    if others := {*(getattr(hf.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}:
+        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
+        raise UserError(f"{path}: has layers of {kind}, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
@@ -293,9 +294,9 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
     Raises:
         UserError: The families, tokenizers or vision settings of the two differ.
     """
-    if target.family != draft.family:
-        families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
-        raise UserError(f"{families}: a pair needs one family")
+    if (target.lineage or target.family) != (draft.lineage or draft.family):
+        names = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
+        raise UserError(f"{names}: a pair needs one family")
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
         token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))

@@ -165,6 +165,8 @@ def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
     asked: The setting that asks for the ranks, to begin the message. instead: Advice to end it.
     """
     text = config.get_text_config()
+    if getattr(text, "num_experts", 0):
+        raise UserError(f"{asked}: a mixture of experts cannot be shared by ranks; {instead}")
     counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}
     counts["MLP columns"] = text.intermediate_size
     fits = [n for n in range(2, ranks + 1) if not any(count % n for count in counts.values())]

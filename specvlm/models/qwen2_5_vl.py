@@ -91,7 +91,7 @@ class Qwen2_5_VL(VideoLM):
         def encode(pixels_FPV: Tensor) -> Tensor:
             return self._tower(pixels_FPV.flatten(0, 1), (len(pixels_FPV), h, w), sight)
 
-        return self._encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
+        return self.encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
 
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         t, h, w = video["thw"]

@@ -25,7 +25,7 @@ from specvlm.video.video import Clip, VideoInfo
 class Qwen3VL(Qwen2_5_VL):
     """Qwen3-VL. Videos are {"pixels": (t*h*w, patch values), "thw": patch grid, "times": seconds of each frame}."""
 
-    family = "qwen3_vl"
+    family = lineage = "qwen3_vl"
 
     @cached_property
     def _video_config(self) -> Qwen3VideoConfig:
@@ -98,6 +98,20 @@ class Qwen3VL(Qwen2_5_VL):
     def tiny_video(cls, frames: int, generator: torch.Generator) -> tuple[TokenGrid, dict[str, Any]]:
         grid, video = super().tiny_video(frames, generator)
         return grid, {"pixels": video["pixels"], "thw": video["thw"], "times": [0.5 * frame for frame in range(frames)]}
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """Qwen3-VL with a mixture of experts. A dense Qwen3-VL may draft for it."""
+
+    family = "qwen3_vl_moe"
+
+    @classmethod
+    def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
+        from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+        made = tiny_settings(text)
+        made["text_config"] |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=text["intermediate_size"])
+        return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**made, tie_word_embeddings=False, **ids))
 
 
 def endpoints(total: int, count: int) -> list[int]:

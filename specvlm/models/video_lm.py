@@ -154,7 +154,7 @@ class VideoLM(Family):
         rows_ND = torch.zeros(count, width, dtype=self.dtype, device=self.device)
         return Features(rows_ND, rows_ND.new_zeros(count, self.levels, width)) if self.levels else rows_ND
 
-    def _encode_frames(
+    def encode_frames(
         self,
         pixels: Tensor,
         grid: TokenGrid,

@@ -25,9 +25,8 @@ def digest(pixels: torch.Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def asked(processor: Any, request: str) -> dict[str, Any]:
+def asked(processor: Any, videos: list, images: list) -> dict[str, Any]:
     """Token ids as [token, length] runs, grids, and digests of the videos' pixels (images need PIL's processor)."""
-    videos, images = family_folders.REQUESTS[request]
     content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
     turn = [{"role": "user", "content": [*content, {"type": "text", "text": family_folders.QUESTION}]}]
     more: dict[str, Any] = {}
@@ -62,7 +61,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = family_folders.make(Path(scratch), family) / "target"
             processor = AutoProcessor.from_pretrained(folder)
-            found[family] = {request: asked(processor, request) for request in family_folders.REQUESTS}
+            found[family] = {request: asked(processor, *parts) for request, parts in family_folders.requests(family).items()}
     assert not any(module.partition(".")[0] == "specvlm" for module in sys.modules)
     (HERE / "families.json").write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
