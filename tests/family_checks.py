@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from itertools import groupby, product
@@ -31,10 +32,13 @@ from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.video import Clip
 
 HERE = Path(__file__).parent
+REQUESTS = (*family_folders.REQUESTS, *family_folders.CHATS)
 
 
 @cache
 def folder(family: str) -> Path:
+    if (family_folders.ASSETS.parents[1] / family).is_dir():
+        return family_folders.ASSETS.parents[1] / family
     return family_folders.make(Path(mkdtemp(prefix=f"specvlm_{family}_")), family)
 
 
@@ -50,17 +54,23 @@ def clip(count: int, height: int, width: int, fps: float) -> Clip:
     return Clip(family_folders.frames(count, height, width), times, fps, "made", 4 * count, 4 * fps, index)
 
 
+def picture(height: int, width: int) -> torch.Tensor:
+    return family_folders.frames(1, height, width)[0]
+
+
 @cache
 def prompt(family: str, request: str) -> VideoPrompt:
+    if request in family_folders.CHATS:
+        return model(family).chat(family_folders.chat(request, clip, picture))
     videos, images = family_folders.requests(family)[request]
-    pictures = [family_folders.frames(1, *size)[0] for size in images]
+    pictures = [picture(*size) for size in images]
     return model(family).prompt(family_folders.QUESTION, [clip(*video) for video in videos], pictures)
 
 
 @cache
 def answers(family: str, name: str = "target") -> dict[str, list[int]]:
     """Answers of Hugging Face's own model under sdpa to every request, from a process without specvlm."""
-    made = {request: model(family).generate_inputs(prompt(family, request)) for request in family_folders.REQUESTS}
+    made = {request: model(family).generate_inputs(prompt(family, request)) for request in REQUESTS}
     place = Path(mkdtemp(prefix="specvlm_answers_"))
     torch.save(made, place / "requests.pt")
     command = [
@@ -83,14 +93,15 @@ def decode(family: str, request: str, draft: str, pruner: object, drafter: objec
     return tokens_of(list(graph_of(family, draft, pruner, drafter, **options).decode(prompt(family, request))))
 
 
-def unequal_requests(family: str) -> tuple[int, list[str]]:
+def unequal_requests(family: str, draft: str = "draft", requests: Sequence[str] = REQUESTS) -> tuple[int, list[str]]:
     """Decode every request alone and with two drafters. Returns the number of decodes, and those unlike `generate`."""
     wrong, tried = [], 0
-    for request, answer in answers(family).items():
+    for request in requests:
+        answer = answers(family)[request]
         found = {"alone": tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))}
         for drafter, ratio in product((TreeDrafter("chain:3"), SelfDrafter("chain:3")), (0.0, 0.9, 1.0)):
             name = f"{drafter!r}, ratio {ratio}"
-            found[name] = decode(family, request, "draft", TwoStagePruner(), drafter, ratio=ratio)
+            found[name] = decode(family, request, draft, TwoStagePruner(), drafter, ratio=ratio)
         tried += len(found)
         wrong += [f"{request}: {name}" for name, tokens in found.items() if tokens != answer]
     return tried, wrong

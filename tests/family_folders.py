@@ -25,6 +25,19 @@ REQUESTS: dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int
     "two videos": ([(6, 96, 128, 2.0), (4, 64, 80, 0.4)], []),
     "mixed": ([(6, 96, 128, 2.0)], [(90, 120)]),
 }
+# Turns of a role and its parts: a text, or the size of a video or of an image.
+CHATS: dict[str, list[tuple[str, list[Any]]]] = {
+    "question first": [("user", [QUESTION, (6, 96, 128, 2.0)])],
+    "interleaved": [
+        ("user", ["first", (6, 64, 80, 0.4), "then", (90, 120), "and", (6, 96, 128, 2.0), "which ?", (60, 150), QUESTION])
+    ],
+    "earlier turns": [
+        ("system", ["answer with one word ."]),
+        ("user", [(6, 96, 128, 2.0), "how many objects appear ?"]),
+        ("assistant", ["two ."]),
+        ("user", ["and in the picture", (90, 120), "?"]),
+    ],
+}
 STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
 TEXT = dict(
     intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
@@ -192,7 +205,18 @@ def shaken(hf: Any) -> Any:
 
 
 def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
-    return REQUESTS | (STACKED if family == "internvl" else {})
+    return REQUESTS | (STACKED if family in ("internvl", "llava_onevision") else {})
+
+
+def chat(name: str, video: Callable[..., Any], image: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Make a chat of CHATS. video, image: make what stands in its parts from the sizes."""
+
+    def part(of: Any) -> dict[str, Any]:
+        if isinstance(of, str):
+            return {"type": "text", "text": of}
+        return {"type": "image", "image": image(*of)} if len(of) == 2 else {"type": "video", "video": video(*of)}
+
+    return [{"role": role, "content": [part(of) for of in parts]} for role, parts in CHATS[name]]
 
 
 def frames(count: int, height: int, width: int) -> torch.Tensor:

@@ -124,7 +124,7 @@ class InternVL(VideoLM):
     @staticmethod
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
         inputs = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
-        pixels = [item["pixels"] for item in (*prompt.images, *prompt.videos)]
+        pixels = [item["pixels"] for item in prompt.items]
         return inputs | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
 

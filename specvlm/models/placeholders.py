@@ -41,14 +41,17 @@ def expanded(
     runs: Sequence[Sequence[int]],
     videos: Sequence[dict[str, Any]],
     images: Sequence[dict[str, Any]],
+    order: Sequence[str] = (),
 ) -> VideoPrompt:
     """Implement `VideoLM.expand`. slots: token ids of a video and of an image. runs: lengths of each video's runs."""
     video_token, image_token = slots
-    video_runs = [("video", length) for lengths in runs for length in lengths]
-    image_runs = [("image", int(image["tokens"])) for image in images]
-    wanted = {video_token: video_runs, image_token: image_runs}
-    if video_token == image_token:
-        wanted = {video_token: image_runs + video_runs}  # the chat turn has images first
+    of_kind = {"video": [[("video", length) for length in lengths] for lengths in runs]}
+    of_kind["image"] = [[("image", int(image["tokens"]))] for image in images]
+    left = {kind: iter(parts) for kind, parts in of_kind.items()}
+    kinds = order or ["image"] * len(images) + ["video"] * len(videos)
+    wanted = {video_token: list[tuple[str, int]](), image_token: list[tuple[str, int]]()}
+    for kind in kinds:
+        wanted[video_token if kind == "video" else image_token] += next(left[kind])
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):
             what = "videos" if token == video_token else "images"
@@ -60,8 +63,10 @@ def expanded(
         raise UserError(f"the tokenizer gives token id {largest}, but the model has {vocabulary}: they do not match")
     parts = list(_parts(ids, {token: iter(there) for token, there in wanted.items()}))
     tokens_S = torch.tensor([token for token, _, length in parts for _ in range(length)])
-    kinds = [kind for _, kind, length in parts for _ in range(length)]
-    video_N, image_I = (torch.tensor([at for at, its in enumerate(kinds) if its == kind]).long() for kind in ("video", "image"))
+    kind_S = [kind for _, kind, length in parts for _ in range(length)]
+    video_N, image_I = (
+        torch.tensor([at for at, its in enumerate(kind_S) if its == kind]).long() for kind in ("video", "image")
+    )
     prompt = VideoPrompt(tokens_S, video_N, tuple(grids), tuple(videos), tuple(images), image_I)
     if prompt.cut == len(prompt):
         raise UserError(

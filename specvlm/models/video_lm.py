@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specvlm.models.attention import AttentionCollector, StopForward
-from specvlm.models.chat import PLAIN, prompt_ids
+from specvlm.models.chat import PLAIN, Message, Part, bare, chat_ids, checked, prompt_ids
 from specvlm.models.checkpoint import method_of
 from specvlm.models.family import Family
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
@@ -111,13 +111,33 @@ class VideoLM(Family):
         Raises:
             UserError: The template fails or leaves no text after the video, or the question contains control tokens.
         """
-        content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips)
+        content: list[Part] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "video": clip} for clip in clips]
+        return self.chat([{"role": "user", "content": [*content, {"type": "text", "text": question}]}], max_pixels)
+
+    def chat(self, messages: Sequence[Message], max_pixels: int | None = None) -> VideoPrompt:
+        """Build the prompt of a chat, whose turns may have texts, videos and images in any order.
+
+        A pruner's signals are read from the rows after the last video. If the question stands before it, those are the
+        template's own.
+
+        Args:
+            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text", "text": …},
+                {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
+            max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
+
+        Raises:
+            UserError: As in `prompt`, or something is no message.
+        """
+        parts = checked(messages)
+        clips, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
         spelt = [self.spell_video(*video) for video in videos], [self.spell_image(picture) for picture in pictures]
-        ids = prompt_ids(self.tokenizer, content, question, Spelling(self.marks, *spelt))
+        ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt))
         pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
-        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures)
+        order = [part["type"] for part in parts if part["type"] != "text"]
+        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures, order)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""
@@ -129,14 +149,18 @@ class VideoLM(Family):
         grids: Sequence[TokenGrid],
         videos: Sequence[dict[str, Any]],
         images: Sequence[dict[str, Any]] = (),
+        order: Sequence[str] = (),
     ) -> VideoPrompt:
         """Expand each slot token in `ids`, one for each of a video's `runs` and for each image, to one per feature.
+
+        order: "video" or "image" for each of them, where they share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
         """
         runs = [self.runs(grid) for grid in grids]
-        return expanded(ids, (self.video_token, self.image_token), self.vocabulary, grids, runs, videos, images)
+        slots = (self.video_token, self.image_token)
+        return expanded(ids, slots, self.vocabulary, grids, runs, videos, images, order)
 
     def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
         """Convert a prompt to keyword arguments of Hugging Face's `generate`."""

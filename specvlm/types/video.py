@@ -89,6 +89,17 @@ class VideoPrompt:
         return VideoPrompt(self.tokens.clone(), index[0], grids, videos, images, index[1])
 
     @property
+    def items(self) -> list[dict[str, Any]]:
+        """Videos and images in the order of their slots."""
+        found, ends = [], {"video": 0, "image": 0}
+        sizes = [("video", len(grid), video) for grid, video in zip(self.grids, self.videos, strict=True)]
+        for kind, size, item in [*sizes, *(("image", int(image["tokens"]), image) for image in self.images)]:
+            index = self.video_index if kind == "video" else self.image_index
+            found.append((int(index[ends[kind]]), item))
+            ends[kind] += size
+        return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+    @property
     def cut(self) -> int:
         """First slot of the text after the last video, where the prefill is split. 0 without a video."""
         return int(self.video_index[-1]) + 1 if len(self.video_index) else 0

@@ -25,27 +25,40 @@ def digest(pixels: torch.Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def asked(processor: Any, videos: list, images: list) -> dict[str, Any]:
+def messages(videos: list, images: list) -> list[dict[str, Any]]:
+    """One turn: images, videos, and the question."""
+    content = [{"type": "image", "image": image(*size)} for size in images]
+    content += [{"type": "video", "video": video(*size)} for size in videos]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": family_folders.QUESTION}]}]
+
+
+def video(count: int, height: int, width: int, fps: float) -> tuple[torch.Tensor, dict[str, Any]]:
+    index = list(range(0, 4 * count, 4))
+    return family_folders.frames(count, height, width), {
+        "total_num_frames": 4 * count, "fps": 4 * fps, "frames_indices": index,
+    }  # fmt: skip
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return family_folders.frames(1, height, width)[0]
+
+
+def asked(processor: Any, chat: list[dict[str, Any]]) -> dict[str, Any]:
     """Token ids as [token, length] runs, grids, and digests of the videos' pixels (images need PIL's processor)."""
-    content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
-    turn = [{"role": "user", "content": [*content, {"type": "text", "text": family_folders.QUESTION}]}]
-    more: dict[str, Any] = {}
+    parts = [part for turn in chat for part in turn["content"]]
+    videos, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
+    more: dict[str, Any] = {"images": images} if images else {}
     if videos:
-        more["videos"] = [family_folders.frames(*video[:3]) for video in videos]
-        more["video_metadata"] = [
-            {"total_num_frames": 4 * count, "fps": 4 * fps, "frames_indices": list(range(0, 4 * count, 4))}
-            for count, _, _, fps in videos
-        ]
+        more |= {"videos": [frames for frames, _ in videos], "video_metadata": [about for _, about in videos]}
         more["do_sample_frames"] = False
-    if images:
-        more["images"] = [family_folders.frames(1, *size)[0] for size in images]
-    text = processor.apply_chat_template(turn, add_generation_prompt=True)
+    bare = [[part if part["type"] == "text" else {"type": part["type"]} for part in turn["content"]] for turn in chat]
+    turns = [turn | {"content": content} for turn, content in zip(chat, bare, strict=True)]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
     out = processor(text=[text], return_tensors="pt", **more)
     found = {"ids": [[token, len(list(same))] for token, same in groupby(out["input_ids"][0].tolist())]}
     found |= {name: out[name].tolist() for name in ("video_grid_thw", "image_grid_thw") if name in out}
     if videos and not images:
-        pixels = out["pixel_values_videos"] if "pixel_values_videos" in out else out["pixel_values"]
-        found["pixels"] = digest(pixels)
+        found["pixels"] = digest(out["pixel_values_videos"] if "pixel_values_videos" in out else out["pixel_values"])
     return found
 
 
@@ -61,7 +74,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = family_folders.make(Path(scratch), family) / "target"
             processor = AutoProcessor.from_pretrained(folder)
-            found[family] = {request: asked(processor, *parts) for request, parts in family_folders.requests(family).items()}
+            requests = {name: messages(*parts) for name, parts in family_folders.requests(family).items()}
+            requests |= {name: family_folders.chat(name, video, image) for name in family_folders.CHATS}
+            found[family] = {name: asked(processor, chat) for name, chat in requests.items()}
     assert not any(module.partition(".")[0] == "specvlm" for module in sys.modules)
     (HERE / "families.json").write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
