@@ -190,8 +190,6 @@ class ReferenceModel:
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
         """Build the inputs as Hugging Face's processors do. more: token ids after the prompt."""
-        if prompt.images:
-            raise UserError("check supports prompts of videos and text only: this one has images")
         tokens_S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])
         made = self.family.hf_inputs(self.hf.config, replace(prompt, tokens=tokens_S))
         device = self.hf.get_input_embeddings().weight.device

@@ -135,6 +135,8 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         cfg.dataset = SimpleNamespace(**cfg.dataset)
     try:
         target, asked = target_of(cfg.target["path"], cfg.mrope), sample_of(cfg, sample)
+        if asked.more:
+            raise UserError("its prompt has several videos, which are not shown")
         clip = frames_of(cfg, target, asked)
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
@@ -160,7 +162,9 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 def looks(job: Job) -> tuple[Any, ...]:
     """Settings on which the token grid of a sample depends."""
-    return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
+    return tuple(
+        job.settings.get(key) for key in ("target.path", "video", "image", "question", "frames", "fps", "max_pixels", "reader")
+    )
 
 
 @cache
