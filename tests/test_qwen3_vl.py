@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.scheduler import Scheduler
 from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
-from specvlm.models.load import check_pair
-from specvlm.models.partition import check_shares
+from specvlm.models.load import check_pair, load
+from specvlm.models.partition import Stage, check_shares
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
-from specvlm.types import Features, KeepSet
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.types import Features, GenerationOptions, KeepSet
 from specvlm.video.video import VideoInfo
 
 FAMILY = "qwen3_vl"
@@ -133,3 +135,21 @@ def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_draft
 def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_mixture_of_experts():
     tried, wrong = checks.unequal_strategies("qwen3_vl_moe")
     assert tried >= 2 * 26 + 36 and wrong == []
+
+
+def test_layers_split_into_stages_add_the_same_rows():
+    lm, request = checks.model(FAMILY), checks.prompt(FAMILY, "mixed")
+    cpu = torch.device("cpu")
+    split = type(lm)(lm.hf, lm.tokenizer, lm.folder, stages=[Stage(cpu, 0, 1), Stage(cpu, 1, 4)])
+    features = lm.features(request)
+    assert torch.equal(last_logits(split, request, features), last_logits(lm, request, features))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_target_gives_its_own_answer_with_every_kind_of_draft(kind):
+    target = load(checks.folder(FAMILY) / "target", "float32", weights=kind)
+    prompt = checks.prompt(FAMILY, "mixed")
+    alone = tokens_of(list(autoregressive(target, prompt, 24, GreedyVerifier())))
+    graph = DecodingGraph(target, checks.model(FAMILY, "small"), UniformPruner(), TREE, GreedyVerifier())
+    assert not target.left_full and tokens_of(list(graph.decode(prompt, GenerationOptions(24, 0.5)))) == alone

@@ -1,7 +1,7 @@
 """Turn the marks of a chat prompt into slots: spell out each video and image, then expand each slot token to a run."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +44,11 @@ def expanded(
     order: Sequence[str] = (),
 ) -> VideoPrompt:
     """Implement `VideoLM.expand`. slots: token ids of a video and of an image. runs: lengths of each video's runs."""
-    video_token, image_token = slots
-    of_kind = {"video": [[("video", length) for length in lengths] for lengths in runs]}
-    of_kind["image"] = [[("image", int(image["tokens"]))] for image in images]
-    left = {kind: iter(parts) for kind, parts in of_kind.items()}
-    kinds = order or ["image"] * len(images) + ["video"] * len(videos)
-    wanted = {video_token: list[tuple[str, int]](), image_token: list[tuple[str, int]]()}
-    for kind in kinds:
-        wanted[video_token if kind == "video" else image_token] += next(left[kind])
+    sizes: dict[str, Sequence[Sequence[int]]] = {"video": runs, "image": [[int(image["tokens"])] for image in images]}
+    wanted = _wanted(slots, sizes, order or ["image"] * len(images) + ["video"] * len(grids))
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):
-            what = "videos" if token == video_token else "images"
+            what = "videos" if token == slots[0] else "images"
             raise UserError(
                 f"{found} placeholders for {len(there)} {what} in the prompt: the chat template places them otherwise, or "
                 "config.json gives them another token"
@@ -73,6 +67,16 @@ def expanded(
             "no text follows the video: put the question after it, since its attention is what scores the video tokens"
         )
     return prompt
+
+
+def _wanted(
+    slots: tuple[int, int], sizes: Mapping[str, Sequence[Sequence[int]]], order: Sequence[str]
+) -> dict[int, list[tuple[str, int]]]:
+    """List (kind, number of slots) of each slot token's runs, in order."""
+    left, found = {kind: iter(runs) for kind, runs in sizes.items()}, {slot: list[tuple[str, int]]() for slot in slots}
+    for kind in order:
+        found[slots[0] if kind == "video" else slots[1]] += [(kind, length) for length in next(left[kind])]
+    return found
 
 
 def _parts(ids: Sequence[int], left: dict[int, Iterator[tuple[str, int]]]) -> Iterator[tuple[int, str, int]]:
