@@ -8,6 +8,7 @@ import family_checks as checks
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.scheduler import Scheduler
@@ -15,6 +16,7 @@ from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
 from specvlm.models.load import check_pair, load
 from specvlm.models.partition import Stage, check_shares
+from specvlm.models.vision_probe import VisionProbe
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
@@ -153,3 +155,23 @@ def test_a_quantised_target_gives_its_own_answer_with_every_kind_of_draft(kind):
     alone = tokens_of(list(autoregressive(target, prompt, 24, GreedyVerifier())))
     graph = DecodingGraph(target, checks.model(FAMILY, "small"), UniformPruner(), TREE, GreedyVerifier())
     assert not target.left_full and tokens_of(list(graph.decode(prompt, GenerationOptions(24, 0.5)))) == alone
+
+
+def test_recorded_attention_is_that_of_the_towers_last_layer():
+    """Against a naive softmax, frame by frame. A token is four adjacent patches."""
+    lm, prompt = checks.model(FAMILY), checks.prompt(FAMILY, "video")
+    attention, entered, sight = lm.hf.model.visual.blocks[-1].attn, [], VisionProbe()
+
+    def note(_, args, kwargs):
+        entered.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
+
+    handle = attention.register_forward_pre_hook(note, with_kwargs=True)
+    lm.features(prompt, sight=sight)
+    handle.remove()
+    ((hidden_RD, angles),) = entered
+    query, key, _ = attention.qkv(hidden_RD).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *angles)
+    query_FHRD, key_FHRD = (x.unflatten(0, (3, 48)).transpose(1, 2) for x in (query, key))
+    received_FR = (query_FHRD @ key_FHRD.mT * attention.scaling).softmax(-1).mean((1, 2))
+    assert torch.allclose(sight.attention(), received_FR.unflatten(1, (12, 4)).mean(2).flatten(), atol=1e-6)
+    assert torch.allclose(sight.keys(), key_FHRD.mean(1).unflatten(1, (12, 4)).mean(2).flatten(0, 1), atol=1e-5)
