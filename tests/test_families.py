@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import tiny
+import torch
 
+from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import UserError
 from specvlm.models import families, plugins
 from specvlm.models.llava_onevision import LlavaOneVision
@@ -17,6 +18,12 @@ from specvlm.models.load import family_of
 from specvlm.models.plugins import PluginError, hookimpl
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.testing import tiny as tiny_models
+from specvlm.types import GenerationOptions
 
 
 class Later(Qwen2_5_VL):
@@ -140,5 +147,11 @@ def test_no_file_outside_a_familys_own_asks_for_a_family():
     assert [line for line in found.stdout.decode().splitlines() if not line.startswith("specvlm/models/families.py")] == []
 
 
-def test_tiny_models_are_the_families_own():
-    assert all(type(tiny.model(name)) is families.find(name) for name in tiny.FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.specvlm_families())
+def test_every_built_in_family_has_a_tiny_model_to_check_drafters_on(name):
+    target, prompt = tiny_models.model(name), tiny_models.prompt(name)
+    assert type(target) is families.find(name) and target.dtype == torch.float64
+    alone = tokens_of(list(autoregressive(target, prompt, 20, GreedyVerifier())))
+    graph = DecodingGraph(target, tiny_models.noisy(name), UniformPruner(), TreeDrafter(), GreedyVerifier())
+    assert tokens_of(list(graph.decode(prompt, GenerationOptions(20, 0.5)))) == alone

@@ -111,7 +111,9 @@ class Qwen3VLMoe(Qwen3VL):
 
         made = tiny_settings(text)
         made["text_config"] |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=text["intermediate_size"])
-        return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**made, tie_word_embeddings=False, **ids))
+        hf = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**made, tie_word_embeddings=False, **ids))
+        hf.set_experts_implementation("eager")  # torch's grouped matmul has no float64
+        return hf
 
 
 def endpoints(total: int, count: int) -> list[int]:
