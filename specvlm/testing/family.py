@@ -34,8 +34,8 @@ def check_family(target: str | Path, draft: str | Path) -> int:
     The two checkpoints may have random weights. Both are loaded in float32 on the CPU, and the target a second time by
     transformers alone, with its own attention.
 
-    Cases: prompts of text, an image, two images, a video, two videos, and both; the drafters `tree` and `self`, ratios
-    0, 0.9 and 1, original and reindexed positions.
+    Cases: prompts of text, an image, two images, a video, two videos, both, and a question before both; the drafters
+    `tree` and `self`, ratios 0, 0.9 and 1, original and reindexed positions.
 
     Checks: shapes of features, embeddings and positions; runs that fill a grid; text after the last video or image that
     counts up by one, on all axes alike; a frame's features that do not depend on other frames; attention recorded by a
@@ -84,6 +84,8 @@ def _prompts(lm: VideoLM) -> Iterator[tuple[str, VideoPrompt]]:
     }
     for case, (clips, images) in cases.items():
         yield case, lm.prompt("describe the video.", clips, images)
+    parts = [{"type": "text", "text": "and now?"}, {"type": "video", "video": _clip(4)}, {"type": "image", "image": image}]
+    yield "question first", lm.chat([{"role": "user", "content": parts}])
 
 
 def _clip(frames: int, seed: int = 0) -> Clip:
