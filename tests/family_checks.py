@@ -11,7 +11,7 @@ from functools import cache
 from hashlib import sha256
 from itertools import groupby, product
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import family_folders
 import packages
@@ -32,14 +32,20 @@ from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.video import Clip
 
 HERE = Path(__file__).parent
+SCRATCH: list[TemporaryDirectory] = []  # removed when the process ends
 REQUESTS = (*family_folders.REQUESTS, *family_folders.CHATS)
+
+
+def scratch() -> Path:
+    SCRATCH.append(TemporaryDirectory(prefix="specvlm_"))
+    return Path(SCRATCH[-1].name)
 
 
 @cache
 def folder(family: str) -> Path:
     if (family_folders.ASSETS.parents[1] / family).is_dir():
         return family_folders.ASSETS.parents[1] / family
-    return family_folders.make(Path(mkdtemp(prefix=f"specvlm_{family}_")), family)
+    return family_folders.make(scratch(), family)
 
 
 @cache
@@ -71,7 +77,7 @@ def prompt(family: str, request: str) -> VideoPrompt:
 def answers(family: str, name: str = "target") -> dict[str, list[int]]:
     """Answers of Hugging Face's own model under sdpa to every request, from a process without specvlm."""
     made = {request: model(family).generate_inputs(prompt(family, request)) for request in REQUESTS}
-    place = Path(mkdtemp(prefix="specvlm_answers_"))
+    place = scratch()
     torch.save(made, place / "requests.pt")
     command = [
         sys.executable,
