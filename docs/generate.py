@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import specvlm
 from specvlm import config, testing
+from specvlm.models import families
 from specvlm.results import metrics
 from specvlm.strategies import SIGNALS, Strategy, plugins, registry
 from specvlm.types import Within
@@ -76,9 +77,12 @@ def strategies() -> str:
 
 def packages() -> str:
     """Page of the packages under plugins/."""
-    rows = []
+    rows, brought = [], []
     for folder in sorted((ROOT / "plugins").glob("specvlm-*")):
-        for cls in plugins.strategies_of(module_of(folder)):
+        module = module_of(folder)
+        models = [f"`{model_type}`" for model_type in plugins.families_of(module)]
+        brought += [(f"`{folder.name}`", name, (module.__doc__ or "").split("\n")[0]) for name in models]
+        for cls in plugins.strategies_of(module):
             name, what, options, source = row(f"{cls.kind}={cls.name}", cls)
             rows.append((f"`{folder.name}`", name, what, options, source))
     return (
@@ -89,6 +93,11 @@ def packages() -> str:
         "By default each follows its paper, as far as a drafter's context allows. "
         "Their docstrings list formulas, costs, limits and deviations.\n\n"
         + table(("package", "name", "what it does", "options", "source"), rows)
+        + "\n\nThe others bring a [model family](../write/family.md): checkpoints of its `model_type` load once the package is "
+        "installed. Built in are "
+        + ", ".join(f"`{name}`" for name in families.specvlm_families())
+        + ".\n\n"
+        + table(("package", "model_type", "what it is"), brought)
         + "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
         "nor its authors' code was available: [KiToke](https://arxiv.org/abs/2604.03414) and "
         "[HieraVid](https://arxiv.org/abs/2604.01881)."

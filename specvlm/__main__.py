@@ -62,8 +62,9 @@ def command(argv: list[str], full: bool) -> int:
 
         from specvlm.app import compose
         from specvlm.app.launch import Call, answer, start
+        from specvlm.models.families import specvlm_families
         from specvlm.models.integrity import CODE
-        from specvlm.strategies.plugins import BUILTINS
+        from specvlm.models.plugins import BUILTINS
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
@@ -78,7 +79,8 @@ def command(argv: list[str], full: bool) -> int:
     args.overrides = compose.quoted(args.overrides, sweep)
     asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
     if not asks:  # import specvlm's own modules before any plugin, so that CODE records their original definitions
-        for module in ("specvlm.app.sweep", "specvlm.app.run", *BUILTINS):
+        modules = (place.partition(":")[0] for place in specvlm_families().values())
+        for module in ("specvlm.app.sweep", "specvlm.app.run", *BUILTINS, *modules):
             importlib.import_module(module)
     more, main_folder = (Path(args.config_dir) if args.config_dir else None), Path(__file__).parent / (args.config_path or "")
     with CODE.watching(), compose.hydra(more, main_folder if args.config_path else None):

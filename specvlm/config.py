@@ -95,7 +95,8 @@ class RunConfig:
     ratio: Annotated[float, Within(0, 1, "a share of the video tokens to drop")] = MISSING
     positions: Positions = MISSING
     mrope: Mrope = MISSING
-    video: str = MISSING
+    video: Any = MISSING
+    image: Any = None
     question: str | None = MISSING
     frames: Annotated[int | None, Within(1, 16_384)] = MISSING
     fps: Annotated[float | None, Within(0, 1000, above=True)] = MISSING
@@ -170,7 +171,8 @@ def validate(cfg: RunConfig) -> None:
         if asked and cfg.dataset is None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
-    _expect(cfg, "video", bool(cfg.video.strip()), "a file or the name of an embedded clip")
+    _expect(cfg, "video", bool(listed(cfg.video)), "a file or the name of an embedded clip, or a list of these")
+    _expect(cfg, "image", cfg.image is None or bool(listed(cfg.image)), "an image file, a list of these, or null")
     _expect(cfg, "baselines", "\0" not in (cfg.baselines or ""), "a folder name without null characters")
     if cfg.target.parallel == "layers" and cfg.target.weights not in (None, "bf16"):
         wish = f"target.weights={cfg.target.weights}"
@@ -180,6 +182,12 @@ def validate(cfg: RunConfig) -> None:
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")
+
+
+def listed(value: Any) -> list[str]:
+    """Return the names in a value of `video` or `image`; empty if it is neither a name nor a list of names."""
+    names = value if isinstance(value, list | tuple) else [value]
+    return list(names) if all(isinstance(name, str) and name.strip() for name in names) else []
 
 
 def model_folder(path: str) -> Path:

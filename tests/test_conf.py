@@ -86,6 +86,13 @@ def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran,
         assert f"experiment=frames is a sweep, over frames, pruner: {why}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pair", [path.stem for path in sorted((config.conf_dir() / "pair").glob("*.yaml"))])
+def test_a_pair_of_released_checkpoints_takes_their_folders(pair):
+    cfg = compose.compose([f"pair={pair}", "target.path=/a", "draft.path=/b"])
+    assert (cfg.target.path, cfg.draft.path) == ("/a", "/b") and cfg.ratio == compose.compose().ratio
+    assert "embedded" in pair or cfg.drafter.name == "tree"
+
+
 def test_presets_add_to_the_defaults():
     sampling = compose.compose(["experiment=sampling"]).verifier
     assert (sampling.name, sampling.temperature, sampling.top_k) == ("sampling", 0.7, 0)

@@ -62,10 +62,11 @@ def test_the_generated_pages_are_current():
         assert PAGES[path] == text, f"{path.name}: run `python -m docs.generate`"
 
 
-def test_the_package_shown_is_the_one_that_ships():
-    for language, file in (("python", "specvlm_frame_diff.py"), ("toml", "pyproject.toml")):
-        shipped = (ROOT / "plugins/specvlm-frame-diff" / file).read_text(encoding="utf-8")
-        assert f"```{language}\n{shipped}```" in PRUNER, file
+@pytest.mark.parametrize(("name", "of"), [("specvlm-frame-diff", "pruner"), ("specvlm-internvl", "family")])
+def test_the_package_shown_is_the_one_that_ships(name, of):
+    for language, file in (("python", f"{name.replace('-', '_')}.py"), ("toml", "pyproject.toml")):
+        shipped = (ROOT / "plugins" / name / file).read_text(encoding="utf-8")
+        assert f"```{language}\n{shipped}```" in page(f"docs/write/{of}.md"), file
 
 
 def test_the_readme_is_short():

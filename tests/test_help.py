@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from specvlm import config
 from specvlm.__main__ import main
 from specvlm.app import help as manual
 from specvlm.config import DraftConfig, TargetConfig
+from specvlm.models import families
 from specvlm.strategies import registry
 
 pytest_plugins = ["frame_plugin"]
@@ -80,6 +82,14 @@ def test_help_lists_every_key_and_preset(columns, capsys):
     assert "tracker.mode=online" in found["wandb"] and "\nhydra/launcher=NAME" in text and found["slurm"].endswith("[preset]")
     for path in config.conf_dir().glob("*/*.yaml"):
         assert path.stem in entries_of(helped(capsys, "preset")) and path.stem in found
+
+
+def test_help_lists_every_family_and_how_to_install_those_that_are_not(columns, capsys, monkeypatch):
+    monkeypatch.setattr(manual, "entry_points", lambda group: [SimpleNamespace(name="specvlm-qwen2-vl", dist=None)])
+    found = entries_of(helped(capsys).partition("Model families, ")[2].partition("\n\n")[0])
+    assert set(found) == {*families.specvlm_families(), *families.PACKAGES} and all(found.values())
+    assert found["qwen3_vl"] == "Qwen3-VL" and found["qwen2_vl"] == "[specvlm-qwen2-vl]"
+    assert found["internvl"].endswith(families.pip_line("internvl"))
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
-from packages import FOLDERS, module_of
+from packages import FOLDERS, installed, module_of
 
+from specvlm.models import families
 from specvlm.strategies import plugins, registry
 
 each_package = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -78,7 +79,20 @@ def test_its_wheel_is_built_and_holds_its_module_alone(folder, tmp_path):
     assert (metadata["Author"], metadata["License-Expression"]) == ("the specvlm authors", "Apache-2.0")
 
 
-@each_package
+STRATEGIES = [folder for folder in FOLDERS if plugins.strategies_of(module_of(folder))]
+
+
+def test_a_package_brings_strategies_or_a_model_family():
+    brought = {folder.name: plugins.families_of(module_of(folder)) for folder in FOLDERS if folder not in STRATEGIES}
+    assert {model_type: name for name, found in brought.items() for model_type in found} == families.PACKAGES
+    for name, found in brought.items():
+        with installed(name):
+            for model_type in found:
+                cls = families.find(model_type)
+                assert inspect.getfile(cls).startswith(str(FOLDERS[0].parent / name)) and cls.__doc__
+
+
+@pytest.mark.parametrize("folder", STRATEGIES, ids=lambda folder: folder.name)
 def test_its_strategies_load_through_the_plugin_machinery_and_are_built(folder, point, monkeypatch):
     monkeypatch.delenv("SPECVLM_PLUGINS", raising=False)
     monkeypatch.setenv("SPECVLM_STRICT_PLUGINS", "1")
@@ -106,5 +120,5 @@ def test_its_own_tests_run_with_the_repositorys(folder, pytestconfig):
 
 
 def test_no_two_packages_bring_one_module_or_one_name():
-    names = [(cls.kind, cls.name) for folder in FOLDERS for cls in plugins.strategies_of(module_of(folder))]
-    assert len(set(names)) == len(names) >= len(FOLDERS)
+    names = [(cls.kind, cls.name) for folder in STRATEGIES for cls in plugins.strategies_of(module_of(folder))]
+    assert len(set(names)) == len(names) >= len(STRATEGIES)

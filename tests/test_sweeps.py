@@ -402,6 +402,9 @@ def test_what_a_baseline_depends_on_is_in_its_key():
     drawn = inputs(request, sampling, 0)
     assert drawn != first and inputs(request, replace(sampling, options=seeded), 0) != drawn
     assert inputs(request, graph, 1) != first, "other weights"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(graph.target), "version", "other")
+        assert inputs(request, graph, 0) != first, "another version of the family"
     request.prompt.videos[0]["pixels"][0, 0] += 1
     assert inputs(request, graph, 0) != first
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from specvlm.app.prepare import Prepared
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import UserError, message
+from specvlm.models import families, plugins
 from specvlm.models.load import name_of
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.parsing.bounds import parse
@@ -30,7 +31,6 @@ from specvlm.parsing.files import json_of, open_regular, read_text
 from specvlm.results import metrics
 from specvlm.results.folder import write_json
 from specvlm.results.records import KeptBaseline
-from specvlm.strategies import plugins
 from specvlm.types import Step, VideoPrompt
 
 KEYED = (".json", ".jinja", ".txt", ".safetensors")  # suffixes of the files that a checkpoint's fingerprint covers
@@ -154,6 +154,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
         "quantised": request.kinds["target"],
         "engine": graph.engine.runs(target),
         "code": revision(),
+        "family": families.version_of(type(target)),
         "mrope": target.mrope,
         "repetition_penalty": graph.options.repetition_penalty or target.repetition_penalty,
         "stop_ids": sorted(target.stop_ids),

@@ -31,8 +31,11 @@ TEXT_KEYS = ("question",)
 # Values that the user has quoted, or that mean something to Hydra; they stay as they are.
 HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
 UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # texts that Hydra reads without quotes
-OWN_SAMPLE = ("video", "question")  # keys of a run without a data set
-PATH_KEYS = ("video", "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
+OWN_SAMPLE = ("video", "image", "question")  # keys of a run without a data set
+LIST_KEYS = ("video", "image")  # may be lists of paths
+PATH_KEYS = (*LIST_KEYS, "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
+LISTED = re.compile(r"\[([^\[\]]*)\]")
+LISTS = re.compile(rf"{LISTED.pattern}(,{LISTED.pattern})*")  # one list, or those of a sweep
 MOST_JOBS = 1000  # most jobs of a sweep
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
 AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # ~ is expanded here: after = shells leave it alone, Hydra cannot read it
@@ -335,11 +338,19 @@ def _quoted(word: str, sweep: bool) -> str:
     if name not in PATH_KEYS:
         return word
     there = os.path.exists(os.path.expanduser(value))
+    if name in LIST_KEYS and not there and LISTS.fullmatch(value):
+        return f"{key}={LISTED.sub(_list, value)}"
     if there or not sweep:
         return f"{key}={_text(value, filled=not there)}"
     parts = value.split(",")  # values of a sweep
     own = ("${" in part or not part or UNQUOTED.fullmatch(part) or HYDRAS_OWN.fullmatch(part) for part in parts)
     return f"{key}={','.join(part if is_own else _text(part) for part, is_own in zip(parts, own, strict=True))}"
+
+
+def _list(found: re.Match[str]) -> str:
+    """Quote the paths of a list."""
+    paths = (path.strip() for path in found[1].split(","))
+    return f"[{','.join(path if HYDRAS_OWN.fullmatch(path) else _text(path, filled=True) for path in paths if path)}]"
 
 
 def _text(value: str, filled: bool = False) -> str:

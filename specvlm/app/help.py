@@ -78,6 +78,7 @@ def whole() -> Iterator[tuple[str, Entries]]:
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
     if plugins := sorted({f"{point.dist.name} {point.dist.version}" for point in entry_points(group="specvlm") if point.dist}):
         yield f"Plugins, which bring more of these (--help {' '.join(KINDS)})", [(plugin, "") for plugin in plugins]
+    yield "Model families, by model_type of target.path and draft.path", _families()
     yield from chain.from_iterable(map(on, OTHERS))
     yield from _keys().items()
 
@@ -100,6 +101,24 @@ def _at_a_glance(kind: str) -> Entries:
     files = sorted((Path(__file__).parents[1] / "strategies" / f"{kind}s").glob("*.py"))
     pattern = r'^class \w+\(\w+\):\n    """([^\n"]*)(?:(?!^class ).)*?^    name = "(\w+)"'
     return [found[::-1] for path in files for found in re.findall(pattern, path.read_text(encoding="utf-8"), re.M | re.S)]
+
+
+def _families() -> Entries:
+    """Built-in model families with the first line of their docstring, and those of packages of this repository.
+
+    Parsed from files without importing them. A package that is not installed comes with the command that installs it.
+    """
+    home = Path(__file__).parents[1] / "models"
+    text, found = (home / "families.py").read_text(encoding="utf-8"), []
+    for name, module, cls in re.findall(r'"(\w+)": "specvlm\.models\.(\w+):(\w+)"', text):
+        said = re.search(
+            rf'^class {cls}\(\w+\):\n    """(.*?)[.\n"]', (home / f"{module}.py").read_text(encoding="utf-8"), re.M
+        )
+        found.append((name, said[1] if said else ""))
+    there = {point.name for point in entry_points(group="specvlm")}
+    for name, package in re.findall(r'"(\w+)": "(specvlm-[\w-]+)"', text):
+        found.append((name, f"[{package}]" if package in there else f"needs a package: pip install ./plugins/{package}"))
+    return found
 
 
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ from specvlm.config import model_folder
 from specvlm.decoding.lossless import alike
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.models.checkpoint import SAFELY, folder_of
+from specvlm.models.load import family_of
 from specvlm.results.rows import UNCHECKED, rows_of
 from specvlm.strategies.fence import inside
 from specvlm.types import VideoPrompt
@@ -108,6 +109,7 @@ class ReferenceModel:
             asked = {"dtype": dtype, "attn_implementation": ATTENTION} | spread
             hf: Any = AutoModelForImageTextToText.from_pretrained(folder, **asked, **SAFELY)
         self.hf = (hf if spread else hf.to(device)).eval()
+        self.family = family_of(folder, hf.config)  # only for its `slots` and `hf_inputs`
         stops = hf.generation_config.eos_token_id
         self.penalty = float(hf.generation_config.repetition_penalty or 1)
         self.hf.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=0)
@@ -157,7 +159,7 @@ class ReferenceModel:
     ) -> tuple[Difference, ...]:
         """Compare the output with the argmaxes of one pass over prompt and output. known: the first ones, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
-        if {config.video_token_id, config.image_token_id} & set(output[:-1]):
+        if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
         logits_TV, found = self._logits(prompt, output), []
         for at, scores_V in enumerate(self._scores(logits_TV, prompt, output, penalty)):
@@ -188,21 +190,11 @@ class ReferenceModel:
         return None
 
     def _inputs(self, prompt: VideoPrompt, more: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Build inputs as Hugging Face's processors do: our own code may share a fault. Raises UserError for images."""
-        if prompt.images:
-            raise UserError("check supports prompts of videos and text only: this one has images")
-        device, config = self.hf.get_input_embeddings().weight.device, self.hf.config
-        ids_1S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])[None]
-        made = {"input_ids": ids_1S, "attention_mask": torch.ones_like(ids_1S)}
-        pixels = [video["pixels"].to(self.hf.dtype) for video in prompt.videos]
-        if config.model_type == "qwen2_5_vl":
-            made["mm_token_type_ids"] = 2 * (ids_1S == config.video_token_id).int()
-            made["pixel_values_videos"] = torch.cat(pixels)
-            made["video_grid_thw"] = torch.tensor([video["thw"] for video in prompt.videos])
-            made["second_per_grid_ts"] = torch.tensor([video["seconds"] for video in prompt.videos])
-        else:
-            made["pixel_values_videos"] = torch.stack(pixels)
-        return {name: value.to(device) for name, value in made.items()}
+        """Build inputs as Hugging Face's processors do. more: token ids after the prompt."""
+        tokens_S = torch.cat([prompt.tokens, torch.tensor(more, dtype=prompt.tokens.dtype)])
+        made = self.family.hf_inputs(self.hf.config, replace(prompt, tokens=tokens_S))
+        device = self.hf.get_input_embeddings().weight.device
+        return {name: x.to(device, self.hf.dtype if name.startswith("pixel") else x.dtype) for name, x in made.items()}
 
     def _logits(self, prompt: VideoPrompt, output: Sequence[int], perturbed: bool = False) -> Tensor:
         """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`."""

@@ -144,14 +144,14 @@ def activations(needs: Sequence[Need], patches: int) -> int:
     """
     prompts, passes = [], []
     for need in needs:
-        config, vision = need.model.hf.config.get_text_config(), need.model.hf.config.vision_config
+        config = need.model.hf.config.get_text_config()
         text_rows = min(need.slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
-        # Includes the rotary embedding in float32.
-        vision_rows = patches * (3 * vision.intermediate_size + 8 * vision.hidden_size)
+        vision_rows = patches * need.model.vision_values
         # The prefill runs Hugging Face's modules, which dequantise a quantised head in full.
         head = need.model.vocabulary * config.hidden_size if need.quantisation else 0
         # Features, embeddings and signals live through the whole prefill.
-        prompts.append(2 * need.slots * config.hidden_size * need.dtype.itemsize + need.signals)
+        width = config.hidden_size * (1 + need.model.levels)
+        prompts.append(2 * need.slots * width * need.dtype.itemsize + need.signals)
         passes.append(max(text_rows, vision_rows, head) * need.dtype.itemsize)
     return max(prompts) + max(passes)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from specvlm.app import memory_plan
 from specvlm.app.placement import Placement
-from specvlm.config import RunConfig, model_folder
+from specvlm.config import RunConfig, home, listed, model_folder
 from specvlm.decoding.collect import held_bytes
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
@@ -23,6 +23,7 @@ from specvlm.strategies import Sample, registry
 from specvlm.strategies.fence import inside, needs_of, sizes_of
 from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.clips import find_clip
+from specvlm.video.images import read_image
 from specvlm.video.video import Clip, probe, read_video
 
 LONGEST_QUESTION = 100_000  # characters
@@ -143,19 +144,30 @@ def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
 
 
 def own_sample(cfg: RunConfig) -> Sample:
-    """Sample of a run without a data set: the video and question of its configuration."""
-    return Sample("", find_clip(cfg.video), cfg.question or "describe the video.")
+    """Sample of a run without a data set: the videos, images and question of its configuration."""
+    video, *more = map(find_clip, listed(cfg.video))
+    asked = getattr(cfg, "image", None)  # an older folder's configuration has no such key
+    images = () if asked is None else tuple(map(home, listed(asked)))
+    return Sample("", video, cfg.question or "describe the video.", more=tuple(more), images=images)
 
 
 def read(setup: Setup, sample: Sample) -> Reading:
-    """Read the video and make the prompt. Raises MissingVideo if it is missing, UserError if it cannot be used."""
+    """Read the videos and images and make the prompt.
+
+    Raises MissingVideo if a video is missing, UserError if a video or an image cannot be used.
+    """
     check_question(sample.question)
     start = perf_counter()
-    clip = frames_of(setup.cfg, setup.target, sample)
-    prompt = setup.target.prompt(sample.question, [clip], max_pixels=setup.cfg.max_pixels)
-    name = clip.source if callable(sample.video) else sample.video.name
-    pixels = sum(part.nbytes for video in prompt.videos for part in video.values() if isinstance(part, torch.Tensor))
-    return Reading(prompt, name, sample.question, perf_counter() - start, clip.frames.nbytes + pixels, clip.reader)
+    clips = [frames_of(setup.cfg, setup.target, replace(sample, video=video)) for video in (sample.video, *sample.more)]
+    images = [read_image(path) for path in sample.images]
+    prompt = setup.target.prompt(sample.question, clips, images, max_pixels=setup.cfg.max_pixels)
+    videos = zip(clips, (sample.video, *sample.more), strict=True)
+    names = [clip.source if callable(source) else source.name for clip, source in videos]
+    held = [part for item in prompt.items for part in item.values() if isinstance(part, torch.Tensor)]
+    size = sum(tensor.nbytes for tensor in (*held, *images, *(clip.frames for clip in clips)))
+    readers = ", ".join(dict.fromkeys(clip.reader for clip in clips))
+    name = ", ".join([*(path.name for path in sample.images), *names])
+    return Reading(prompt, name, sample.question, perf_counter() - start, size, readers)
 
 
 def reads_ahead(cfg: RunConfig, places: Placement) -> bool:

@@ -18,7 +18,7 @@ from specvlm.models.attention import AttentionCollector
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
-from specvlm.types import TokenGrid, VideoPrompt
+from specvlm.types import Features, TokenGrid, VideoPrompt, entering
 from specvlm.video.codec import Stream, read_stream
 
 KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm"})  # signals of a `HiddenStateProbe`
@@ -72,9 +72,10 @@ def collector_for(
 
 
 def gathered(
-    needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features_ND: Tensor
+    needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features: Tensor | Features
 ) -> dict[str, Tensor]:
     """Return the signals named in `needs` on the device of the features. Those that were not collected are left out."""
+    features_ND = entering(features)
     signals, device = {}, features_ND.device
     if "features" in needs:
         signals["features"] = features_ND.clone()  # strategies may write to their signals

@@ -38,7 +38,7 @@ from specvlm.strategies.fence import (
     label_of,
     sizes_of,
 )
-from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
+from specvlm.types import DraftTree, Features, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
 MOST_PASSES = 4096  # maximum number of passes and routine calls of a drafter in one round, above the depth of any tree
@@ -56,7 +56,7 @@ def verifier_generator(seed: int) -> torch.Generator:
 
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Features, Tensor]:
     """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
     features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
@@ -297,7 +297,7 @@ class DecodingGraph:
         prompt: VideoPrompt,
         view: View,
         collector: AttentionCollector | None,
-        features_ND: Tensor,
+        features_ND: Tensor | Features,
         generator: torch.Generator,
     ) -> KeepSet:
         """Run `select` on each rank that has the draft, or on all if there is none, then use rank 0's choice everywhere."""
@@ -313,7 +313,7 @@ class DecodingGraph:
         self,
         prompt: VideoPrompt,
         collector: AttentionCollector | None,
-        features_ND: Tensor,
+        features_ND: Tensor | Features,
         generator: torch.Generator,
         view: View | None = None,
     ) -> KeepSet:
@@ -336,7 +336,7 @@ class DecodingGraph:
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
             return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
 
-    def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor) -> Tensor:
+    def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor | Features) -> Tensor:
         """(L, N) attention of the last row to the unpruned video in the drafter's first `draft_layers` layers."""
         model = self.target if self.drafter.model == "target" else self.draft
         assert model is not None

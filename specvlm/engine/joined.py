@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specvlm.models.partition import through
 from specvlm.models.passes import Pass, Rows
 
 if TYPE_CHECKING:
@@ -49,16 +50,10 @@ def _run_batch(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
         seen_BQT[number, 0, own:, 0] = True
     embeds_BQD = model.embed_tokens(tokens_BQ)
     positions = positions_BQ if model.axes == 1 else positions_BQ.expand(model.axes, count, rows)
-    out = model.text(
-        inputs_embeds=embeds_BQD,
-        position_ids=positions,
-        attention_mask={"full_attention": seen_BQT, "sliding_attention": seen_BQT},
-        past_key_values=batch,
-        use_cache=True,
-    )
+    out_BQD = through(model.stages, model.text, embeds_BQD, positions, batch, seen_BQT, {})
     for one, start in zip(passes, batch.starts, strict=True):
         one.cache.length = start + len(one)
-    return [Rows(hidden_QD[: len(one)], model.head) for one, hidden_QD in zip(passes, out.last_hidden_state, strict=True)]
+    return [Rows(hidden_QD[: len(one)], model.head) for one, hidden_QD in zip(passes, out_BQD, strict=True)]
 
 
 class _Batch:

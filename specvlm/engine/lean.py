@@ -1,8 +1,8 @@
 """Lean pass: a language model's forward pass over a few text tokens, without host reads, so that it can be captured.
 
-The pass uses the parameters of Hugging Face's modules. Qwen2.5-VL and LLaVA-OneVision both have Qwen2's language model
-(arXiv 2407.10671): RMSNorm, grouped-query attention with rotary positions, and a gated MLP. A text token has the same
-position on all axes of M-RoPE, which then equals plain rotary embedding.
+The pass uses the parameters of Hugging Face's modules, of language models like Qwen2's (arXiv 2407.10671): RMSNorm,
+grouped-query attention with rotary positions, and a gated MLP. A text token has the same position on all axes of
+M-RoPE, which then equals plain rotary embedding.
 
 Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size,
 S parts of a linear layer's output, N its width.
@@ -45,8 +45,8 @@ def why_not(model: VideoLM) -> str | None:
     missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
     if missing:
         return f"its layers have no {missing[0]}"
-    if not hasattr(layer.mlp, "gate_proj"):
-        return f"one of its layers is a {type(layer.mlp).__name__}"
+    if odd := [one.mlp for one in model.text.layers if not hasattr(one.mlp, "gate_proj")]:  # a mixture of experts
+        return f"one of its layers is a {type(odd[0]).__name__}"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
     plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]

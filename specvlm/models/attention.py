@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from specvlm.models.vision_probe import BLOCK, HiddenStateProbe, VisionProbe
 from specvlm.parallel.ranks import ProcessGroup
+from specvlm.types import Features, entering
 
 NAME = "specvlm"
 # Hugging Face passes a vision tower's whole sequence and its windows only to a function with "flash" in its name. Any
@@ -86,10 +87,11 @@ class AttentionCollector:
         """Make a collector for earlier passes, which only stops them at the same layer. None if `depth` is None."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
-    def weigh_rows(self, embeds_QD: Tensor, features_ND: Tensor, ranks: ProcessGroup) -> None:
+    def weigh_rows(self, embeds: Tensor | Features, features: Tensor | Features, ranks: ProcessGroup) -> None:
         """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are not usable."""
         if self.weigh is None:
             return
+        embeds_QD, features_ND = entering(embeds), entering(features)
         # Pass copies: the target reads these rows next.
         wide = torch.promote_types(embeds_QD.dtype, torch.float32)
         weights_Q = self.weigh(embeds_QD.clone(), features_ND.clone()).to(embeds_QD.device, wide)

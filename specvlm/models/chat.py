@@ -1,18 +1,21 @@
-"""Turn a question into prompt tokens with the checkpoint's tokenizer and chat template.
+"""Turn a question or a chat into prompt tokens with the checkpoint's tokenizer and chat template.
 
 Does what Hugging Face's processors do, without torchvision, which they need.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specvlm.errors import UserError, explained
+from specvlm.errors import UserError, explained, line
+from specvlm.models.placeholders import Spelling
 from specvlm.process.child import ChildError, in_child
 from specvlm.video.settings import read_json
 
+Part = Mapping[str, Any]
+Message = Mapping[str, Any]  # role, and content: a text or parts
 PLAIN = "x"  # a question that no tokenizer can read as anything but text
 
 
@@ -56,36 +59,77 @@ def processor_template(folder: Path) -> Any:
         return found.get("chat_template")
 
 
-def prompt_ids(tokenizer: Any, content: Sequence[dict[str, Any]], question: str) -> list[int]:
-    """Return the token ids of a user turn, `content` followed by the question, up to where the assistant begins.
+def prompt_ids(tokenizer: Any, content: Sequence[Part], question: str) -> list[int]:
+    """Return the token ids of a user turn, `content` followed by the question. Raises UserError as `chat_ids`."""
+    return chat_ids(tokenizer, [{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
 
-    Raises UserError if the template fails or the question puts control tokens into the prompt. Those are found by
-    comparing the token ids with those of a harmless question: tokenizers and templates may transform a text before they
-    match control tokens in it.
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message], spelling: Spelling | None = None) -> list[int]:
+    """Return the token ids of a chat, up to where the assistant begins its answer.
+
+    spelling: Replaces the marks of videos and images in the rendered text.
+
+    Raises UserError if the template fails or a text puts control tokens into the prompt. Those are found by comparing
+    the token ids with those of a harmless text: tokenizers and templates may transform a text before they match control
+    tokens in it.
     """
-    text, plain = rendered(tokenizer, content, (question, PLAIN))
-    ids = encoded(tokenizer, text)
+    text, plain = rendered(tokenizer, [messages, [_plain(message) for message in messages]])
+    spelled = spelling or str
+    ids, its = (encoded(tokenizer, spelled(one)) for one in (text, plain))
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if not entry.content.isspace()}
     control = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
-    ours, theirs = (Counter(token for token in row if token in control) for row in (ids, encoded(tokenizer, plain)))
-    if more := ours - theirs:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(more)))
+    ours, theirs = (Counter(token for token in row if token in control) for row in (ids, its))
+    names = tokenizer.convert_ids_to_tokens(sorted(ours - theirs))
+    names = names or [mark for mark in (spelling.marks if spelling else ()) if mark and text.count(mark) > plain.count(mark)]
+    if names:
         how = "leave it out, or put a space into it"
-        raise UserError(f"the question has {names} in it, which would act as a control token: {how}")
+        raise UserError(f"the question has {', '.join(names)} in it, which would act as a control token: {how}")
     return ids
 
 
-def rendered(tokenizer: Any, content: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
-    """Render the prompt text of each question. The template is untrusted, so its time and memory are limited."""
-    chats = [[{"role": "user", "content": [*content, {"type": "text", "text": asked}]}] for asked in questions]
+def _plain(message: Message) -> Message:
+    """Replace every text of a message by a harmless one."""
+    content = message["content"]
+    if not isinstance(content, str):
+        return {**message, "content": [{**part, "text": PLAIN} if part["type"] == "text" else part for part in content]}
+    return {**message, "content": PLAIN}
+
+
+def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[str]:
+    """Render the prompt text of each chat. The template is untrusted, so its time and memory are limited."""
 
     def render() -> str:
-        return json.dumps(tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+        return json.dumps(tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True))
 
     try:
         return json.loads(in_child(render))
     except ChildError as error:
         raise UserError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
+
+
+def checked(messages: Sequence[Message]) -> list[Part]:
+    """Return all parts of a chat, of texts given as such too, in order. Raises UserError for what is no message."""
+    found: list[Part] = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list | tuple) or not isinstance(message.get("role"), str):
+            raise UserError(f"a message needs a role and a content, a text or a list of parts: got {line(repr(message))}")
+        found += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in found:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "video", "image") or kind not in part:
+            kinds = '{"type": "text", "text": …}, and video and image alike'
+            raise UserError(f"a part of a message must be {kinds}: got {line(repr(part))}")
+    return found
+
+
+def bare(messages: Sequence[Message]) -> list[Message]:
+    """Leave the pixels out of a chat."""
+
+    def of(part: Part) -> Part:
+        return part if part["type"] == "text" else {"type": part["type"]}
+
+    return [m if isinstance(m["content"], str) else {**m, "content": [*map(of, m["content"])]} for m in messages]
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

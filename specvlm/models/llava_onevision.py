@@ -74,7 +74,7 @@ class LlavaOneVision(VideoLM):
             # transformers 5.23 appends the newline row to this output, 5.17 does so only in its forward.
             return out[: len(pixels_F) * grid.per_frame]
 
-        features = self._encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
+        features = self.encode_frames(video["pixels"], grid, self.frame_patches(video)[1], frames, encode)
         if sight is not None:
             sight.add_newlines(grid.newline)
         return torch.cat([features, core.image_newline.to(self.dtype)[None]])
@@ -111,17 +111,38 @@ class LlavaOneVision(VideoLM):
         out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device), **shared)
         return torch.cat(list(out.pooler_output))
 
-    def positions(self, prompt: VideoPrompt) -> Tensor:
-        return torch.arange(len(prompt))[None]
-
-    def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
-        inputs = {"input_ids": prompt.tokens[None].to(self.device)}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    @staticmethod
+    def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
+        made = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
         if prompt.videos:
-            inputs["pixel_values_videos"] = torch.stack([v["pixels"] for v in prompt.videos]).to(self.device, self.dtype)
+            made["pixel_values_videos"] = torch.stack([v["pixels"] for v in prompt.videos])
         if prompt.images:
-            inputs["pixel_values"] = torch.stack([i["pixels"] for i in prompt.images]).to(self.device, self.dtype)
+            made["pixel_values"] = torch.stack([i["pixels"] for i in prompt.images])
             if len(prompt.images) > 1:
-                inputs["batch_num_images"] = torch.tensor([len(prompt.images)])
-            inputs["image_sizes"] = torch.tensor([i["size"] for i in prompt.images], device=self.device)
-        return inputs
+                made["batch_num_images"] = torch.tensor([len(prompt.images)])
+            made["image_sizes"] = torch.tensor([i["size"] for i in prompt.images])
+        return made
+
+    @classmethod
+    def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+        vision = SiglipVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4,
+            initializer_range=0.2,
+        )  # fmt: skip
+        config = LlavaOnevisionConfig(
+            text_config=Qwen2Config(**text),
+            vision_config=vision,
+            image_token_id=ids["image_token_id"],
+            video_token_id=ids["video_token_id"],
+            image_grid_pinpoints=[[20, 20], [20, 40], [40, 20]],
+            tie_word_embeddings=False,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        return LlavaOnevisionForConditionalGeneration(config)
+
+    @classmethod
+    def tiny_video(cls, frames: int, generator: torch.Generator) -> tuple[TokenGrid, dict[str, Any]]:
+        return TokenGrid(frames, 3, 3, newline=1), {"pixels": torch.randn(frames, 3, 20, 20, generator=generator)}

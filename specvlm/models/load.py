@@ -9,25 +9,22 @@ from typing import Any, NamedTuple
 import torch
 
 from specvlm.errors import UserError, did_you_mean, explained
-from specvlm.models import attention, checkpoint
+from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
-from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.partition import device_map, tensor_plan
 from specvlm.models.quantize import KINDS, left_full, quantize_text
-from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 from specvlm.video.video import Clip
 
-FAMILIES: dict[str, type[VideoLM]] = {cls.family: cls for cls in (Qwen2_5_VL, LlavaOneVision)}
-
 
 def family_of(folder: Path, config: Any) -> type[VideoLM]:
     """Return the model family of a configuration. Raises UserError if it is not supported."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{folder}: model type {config.model_type!r} is not supported; there is {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.model_type]
+    try:
+        return families.find(config.model_type)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 class Checkpoint(NamedTuple):
@@ -179,8 +176,9 @@ def load(
     with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    if "sliding_attention" in (getattr(hf.config.get_text_config(), "layer_types", None) or ()):
-        raise UserError(f"{path}: has layers of sliding-window attention, which are not supported")
+    if others := {*(getattr(hf.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}:
+        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
+        raise UserError(f"{path}: has layers of {kind}, which are not supported")
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
@@ -207,9 +205,10 @@ def try_out(model: VideoLM) -> None:
     So errors in config.json that no weight's shape reveals, such as a wrong number of heads, show before the first
     request. Some libraries unpack quantised weights in this first pass.
     """
-    clip = Clip(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), (0.0,), 1.0, "", 1, 1.0)
+    clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
     grid, video = model.process_video(clip)
-    model.hf(**model.generate_inputs(model.expand([0, model.video_token, 0], [grid], [video])), logits_to_keep=1)
+    ids = [0, *(model.video_token for _ in model.runs(grid)), 0]
+    model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), logits_to_keep=1)
 
 
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -295,9 +294,9 @@ def check_pair(target: VideoLM, draft: VideoLM) -> int:
     Raises:
         UserError: The families, tokenizers or vision settings of the two differ.
     """
-    if target.family != draft.family:
-        families = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
-        raise UserError(f"{families}: a pair needs one family")
+    if (target.lineage or target.family) != (draft.lineage or draft.family):
+        names = f"target {target.folder} is {target.family} but draft {draft.folder} is {draft.family}"
+        raise UserError(f"{names}: a pair needs one family")
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
         token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))

@@ -4,7 +4,7 @@ A stage is a run of consecutive layers on one device. The embedding and the visi
 device, the final norm and the head on the last one's. Only what belongs to a pass (hidden states, mask, rotary angles)
 moves between stages, through `cross` or into the inputs of a captured stage.
 
-Shape suffixes: Q rows of a pass, D hidden size.
+Shape suffixes: B sequences of a batch, Q rows of a pass, L levels of DeepStack, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
-from specvlm.models.kv_cache import KVCache
 from specvlm.models.vision_probe import HiddenStateProbe
 
 
@@ -54,31 +53,33 @@ def cross(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
 def through(
     stages: Sequence[Stage],
     text: Any,
-    embeds_QD: Tensor,
+    hidden: Tensor,
     position_ids: Tensor,
-    cache: KVCache,
+    cache: Any,
     mask: Tensor | None,
     extra: dict[str, Any],
     states: HiddenStateProbe | None = None,
+    added_QLD: Tensor | None = None,
 ) -> Tensor:
-    """Run a language model's layers as its own forward does, moving rows between devices. Returns (Q, D) hidden states.
+    """Run a language model's layers as its own forward does, moving rows between devices. Returns the hidden states.
 
-    accelerate's hooks do the same, but slowly: they inspect every argument of every layer in every pass.
+    The model's own forward makes a mask of its own, which cannot be that of a tree in every family. accelerate's hooks
+    could move the rows too, but slowly: they inspect every argument of every layer in every pass.
 
     Args:
         stages: The stages, in order.
         text: The language model.
-        embeds_QD: Its input.
+        hidden: (B, Q, D) rows that enter the first layer.
         position_ids: Rotary positions.
-        cache: Keys and values, to which the rows are written.
+        cache: Keys and values, to which the rows are written. Has the `update` of a Hugging Face cache.
         mask: Attention mask, or None.
         extra: Other arguments of each layer.
-        states: Receives the embeddings and every layer's output.
+        states: Receives the embeddings and every layer's output, for B = 1.
+        added_QLD: Rows that are added to the outputs of the first L layers (DeepStack), for B = 1.
     """
-    hidden = embeds_QD[None]
     angles = text.rotary_emb(hidden, position_ids)
     if states is not None:
-        states.enter(embeds_QD)
+        states.enter(hidden[0])
     for stage in stages:
         hidden, mask, *angles = cross(stage.device, hidden, mask, *angles)
         for number, layer in enumerate(text.layers[stage.start : stage.end], start=stage.start + 1):
@@ -91,9 +92,11 @@ def through(
                 use_cache=True,
                 **extra,
             )
-            if states is not None:
+            if states is not None:  # before anything is added, as in Hugging Face's hidden states
                 states.observe(number, hidden[0])
-    return text.norm(hidden)[0]
+            if added_QLD is not None and number <= added_QLD.shape[1]:
+                hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
+    return text.norm(hidden)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -176,6 +179,8 @@ def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
         instead: Advice, which ends the message.
     """
     text = config.get_text_config()
+    if getattr(text, "num_experts", 0):
+        raise UserError(f"{asked}: a mixture of experts cannot be shared by ranks; {instead}")
     counts = {"KV heads": text.num_key_value_heads, "query heads": text.num_attention_heads}
     counts["MLP columns"] = text.intermediate_size
     fits = [n for n in range(2, ranks + 1) if not any(count % n for count in counts.values())]

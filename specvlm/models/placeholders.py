@@ -1,6 +1,8 @@
-"""Expand the placeholders of a chat prompt: the one token of a video or image becomes one per feature."""
+"""Turn the marks of a chat prompt into slots: spell out each video and image, then expand each slot token to a run."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,31 +11,75 @@ from specvlm.errors import UserError
 from specvlm.types import TokenGrid, VideoPrompt
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """Replaces the marks of videos and images in a rendered chat by the family's own texts, in order.
+
+    Attributes:
+        marks: The marks of a video and of an image.
+        videos: Text of each video.
+        images: Text of each image.
+    """
+
+    marks: tuple[str, str]
+    videos: Sequence[str] = ()
+    images: Sequence[str] = ()
+
+    def __call__(self, text: str) -> str:
+        """Replace the marks of a text. More marks than there are texts stay; a mark that is no text is nowhere."""
+        pairs = zip(self.marks, (self.videos, self.images), strict=True)
+        left = {mark: iter(texts) for mark, texts in pairs if mark and texts}
+        pattern = "|".join(map(re.escape, left))
+        return re.sub(pattern, lambda found: next(left[found[0]], found[0]), text) if left else text
+
+
 def expanded(
     ids: Sequence[int],
-    placeholders: tuple[int, int],
+    slots: tuple[int, int],
     vocabulary: int,
     grids: Sequence[TokenGrid],
+    runs: Sequence[Sequence[int]],
     videos: Sequence[dict[str, Any]],
     images: Sequence[dict[str, Any]],
+    order: Sequence[str] = (),
 ) -> VideoPrompt:
-    """Implement `VideoLM.expand`. placeholders: token ids of a video and of an image."""
-    video_token, image_token = placeholders
-    for token, wanted, what in ((video_token, len(grids), "videos"), (image_token, len(images), "images")):
-        if (found := list(ids).count(token)) != wanted:
+    """Implement `VideoLM.expand`. slots: token ids of a video and of an image. runs: lengths of each video's runs."""
+    sizes: dict[str, Sequence[Sequence[int]]] = {"video": runs, "image": [[int(image["tokens"])] for image in images]}
+    wanted = _wanted(slots, sizes, order or ["image"] * len(images) + ["video"] * len(grids))
+    for token, there in wanted.items():
+        if (found := list(ids).count(token)) != len(there):
+            what = "videos" if token == slots[0] else "images"
             raise UserError(
-                f"{found} placeholders for {wanted} {what} in the prompt: the chat template places them otherwise, or "
+                f"{found} placeholders for {len(there)} {what} in the prompt: the chat template places them otherwise, or "
                 "config.json gives them another token"
             )
     if (largest := max(ids, default=0)) >= vocabulary:
         raise UserError(f"the tokenizer gives token id {largest}, but the model has {vocabulary}: they do not match")
-    lengths = {video_token: iter(map(len, grids)), image_token: iter(int(image["tokens"]) for image in images)}
-    tokens = [t for token in ids for t in [token] * (next(lengths[token]) if token in lengths else 1)]
-    tokens_S = torch.tensor(tokens)
-    video_index = (tokens_S == video_token).nonzero().flatten()
-    prompt = VideoPrompt(tokens_S, video_index, tuple(grids), tuple(videos), tuple(images))
+    parts = list(_parts(ids, {token: iter(there) for token, there in wanted.items()}))
+    tokens_S = torch.tensor([token for token, _, length in parts for _ in range(length)])
+    kind_S = [kind for _, kind, length in parts for _ in range(length)]
+    video_N, image_I = (
+        torch.tensor([at for at, its in enumerate(kind_S) if its == kind]).long() for kind in ("video", "image")
+    )
+    prompt = VideoPrompt(tokens_S, video_N, tuple(grids), tuple(videos), tuple(images), image_I)
     if prompt.cut == len(prompt):
         raise UserError(
             "no text follows the video: put the question after it, since its attention is what scores the video tokens"
         )
     return prompt
+
+
+def _wanted(
+    slots: tuple[int, int], sizes: Mapping[str, Sequence[Sequence[int]]], order: Sequence[str]
+) -> dict[int, list[tuple[str, int]]]:
+    """List (kind, number of slots) of each slot token's runs, in order."""
+    left, found = {kind: iter(runs) for kind, runs in sizes.items()}, {slot: list[tuple[str, int]]() for slot in slots}
+    for kind in order:
+        found[slots[0] if kind == "video" else slots[1]] += [(kind, length) for length in next(left[kind])]
+    return found
+
+
+def _parts(ids: Sequence[int], left: dict[int, Iterator[tuple[str, int]]]) -> Iterator[tuple[int, str, int]]:
+    """Yield (token, kind, number of slots) of each id."""
+    for token in ids:
+        yield (token, *(next(left[token]) if token in left else ("text", 1)))

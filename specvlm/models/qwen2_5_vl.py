@@ -65,7 +65,7 @@ class Qwen2_5_VL(VideoLM):
         pixels, (t, h, w) = qwen_image(image, self.folder)
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
-    def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Tensor:
+    def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Any:
         """(t*h*w / merge², D) features. Window starts stay on the CPU, where every layer's attention reads them."""
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
@@ -91,7 +91,7 @@ class Qwen2_5_VL(VideoLM):
         def encode(pixels_FPV: Tensor) -> Tensor:
             return self._tower(pixels_FPV.flatten(0, 1), (len(pixels_FPV), h, w), sight)
 
-        return self._encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
+        return self.encode_frames(video["pixels"].unflatten(0, (t, h * w)), grid, h * w, frames, encode)
 
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         t, h, w = video["thw"]
@@ -142,11 +142,36 @@ class Qwen2_5_VL(VideoLM):
             slot, start = end, int(block.max()) + 1
         return torch.cat(positions, 1)
 
-    def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
-        inputs = {"input_ids": prompt.tokens[None], "mm_token_type_ids": self._kinds(prompt), **self._grids(prompt)}
-        if prompt.videos:
-            inputs["pixel_values_videos"] = torch.cat([v["pixels"] for v in prompt.videos]).to(self.dtype)
-        if prompt.images:
-            inputs["pixel_values"] = torch.cat([i["pixels"] for i in prompt.images]).to(self.dtype)
-        moved = {k: v.to(self.device) for k, v in inputs.items() if v is not None}
-        return moved | {"attention_mask": torch.ones_like(moved["input_ids"])}
+    @staticmethod
+    def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
+        tokens_1S, videos, images = prompt.tokens[None], prompt.videos, prompt.images
+        made = {"input_ids": tokens_1S, "attention_mask": torch.ones_like(tokens_1S)}
+        made["mm_token_type_ids"] = torch.zeros_like(tokens_1S, dtype=torch.int32)
+        made["mm_token_type_ids"][0, tokens_1S[0] == config.image_token_id] = 1
+        made["mm_token_type_ids"][0, tokens_1S[0] == config.video_token_id] = 2
+        if videos:
+            made["pixel_values_videos"] = torch.cat([video["pixels"] for video in videos])
+            made["video_grid_thw"] = torch.tensor([video["thw"] for video in videos])
+            made["second_per_grid_ts"] = torch.tensor([video["seconds"] for video in videos])
+        if images:
+            made["pixel_values"] = torch.cat([image["pixels"] for image in images])
+            made["image_grid_thw"] = torch.tensor([image["thw"] for image in images])
+        return made
+
+    @classmethod
+    def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        vision = dict(
+            depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], out_hidden_size=text["hidden_size"],
+            tokens_per_second=2, initializer_range=0.2,
+        )  # fmt: skip
+        text = text | {"rope_parameters": text["rope_parameters"] | {"mrope_section": [1, 1, 2]}}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+    @classmethod
+    def tiny_video(cls, frames: int, generator: torch.Generator) -> tuple[TokenGrid, dict[str, Any]]:
+        pixels = torch.randn(frames * 32, 96, generator=generator)
+        return TokenGrid(frames, 4, 2), {"pixels": pixels, "thw": (frames, 8, 4), "seconds": 1.0}

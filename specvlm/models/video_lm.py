@@ -6,33 +6,34 @@ axes, F frames, P tokens per frame.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from specvlm.models.attention import AttentionCollector, StopForward
-from specvlm.models.chat import PLAIN, prompt_ids
+from specvlm.models.chat import PLAIN, Message, Part, bare, chat_ids, checked, prompt_ids
 from specvlm.models.checkpoint import method_of
+from specvlm.models.family import Family
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import Stage, stages_of, through
-from specvlm.models.placeholders import expanded
+from specvlm.models.placeholders import Spelling, expanded
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
-from specvlm.types import KeepSet, TokenGrid, VideoPrompt
-from specvlm.video.video import Clip, VideoInfo
+from specvlm.types import Features, KeepSet, TokenGrid, VideoPrompt, entering, joined, merged
+from specvlm.video.video import Clip
 
 CHUNK = 24_576  # most rows of a prefill pass; activation memory grows with them (5.6 GB at a 32B model's widths)
+FeaturesT = TypeVar("FeaturesT", Tensor, Features)
 PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single frame has more
 
 
-class VideoLM(ABC):
-    """A loaded checkpoint. It has no state: a request's data are arguments, or lie in its KV cache.
+class VideoLM(Family):
+    """A loaded checkpoint of a family. It has no state: a request's data are arguments, or lie in its KV cache.
 
     Args:
         hf: The Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`.
@@ -43,9 +44,6 @@ class VideoLM(ABC):
         stages: Layers on each device; by default found from the devices of the weights.
         ranks: Processes that share every layer (tensor parallelism).
     """
-
-    family: ClassVar[str]
-    axes: ClassVar[int]
 
     def __init__(
         self,
@@ -66,8 +64,7 @@ class VideoLM(ABC):
         self.kv_heads = int(config.num_key_value_heads) // ranks.size  # on this rank
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.vocabulary = int(self.text.embed_tokens.num_embeddings)
-        self.video_token = int(hf.config.video_token_id)
-        self.image_token = int(hf.config.image_token_id)
+        self.video_token, self.image_token = self.slots(hf.config)
         self.repetition_penalty = penalty_of(hf.generation_config)
         self.ignored_settings = tuple(not_applied(hf.generation_config))
         self.stop_ids = stop_ids(hf.generation_config)
@@ -114,12 +111,33 @@ class VideoLM(ABC):
         Raises:
             UserError: The template fails or leaves no text after the video, or the question contains control tokens.
         """
-        content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(clips)
-        ids = prompt_ids(self.tokenizer, content, question)
+        content: list[Part] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "video": clip} for clip in clips]
+        return self.chat([{"role": "user", "content": [*content, {"type": "text", "text": question}]}], max_pixels)
+
+    def chat(self, messages: Sequence[Message], max_pixels: int | None = None) -> VideoPrompt:
+        """Build the prompt of a chat, whose turns may have texts, videos and images in any order.
+
+        A pruner's signals are read from the rows after the last video. If the question stands before it, those are the
+        template's own.
+
+        Args:
+            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text", "text": …},
+                {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
+            max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
+
+        Raises:
+            UserError: As in `prompt`, or something is no message.
+        """
+        parts = checked(messages)
+        clips, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
+        spelt = [self.spell_video(*video) for video in videos], [self.spell_image(picture) for picture in pictures]
+        ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt))
         pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
-        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures)
+        order = [part["type"] for part in parts if part["type"] != "text"]
+        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures, order)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""
@@ -131,84 +149,56 @@ class VideoLM(ABC):
         grids: Sequence[TokenGrid],
         videos: Sequence[dict[str, Any]],
         images: Sequence[dict[str, Any]] = (),
+        order: Sequence[str] = (),
     ) -> VideoPrompt:
-        """Expand each placeholder in `ids` to one token per feature of its video or image (from `process_*`).
+        """Expand each slot token in `ids`, one for each of a video's `runs` and for each image, to one per feature.
+
+        order: "video" or "image" for each of them, where they share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
         """
-        return expanded(ids, (self.video_token, self.image_token), self.vocabulary, grids, videos, images)
+        runs = [self.runs(grid) for grid in grids]
+        slots = (self.video_token, self.image_token)
+        return expanded(ids, slots, self.vocabulary, grids, runs, videos, images, order)
 
-    @abstractmethod
-    def check_settings(self) -> None:
-        """Raise UserError if the video processor's settings do not fit the model."""
-
-    @abstractmethod
-    def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Return the family's own way to sample frames of this video, as keyword arguments of `read_video`."""
-
-    @abstractmethod
-    def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
-        """Preprocess a clip for the vision tower, exactly as the Hugging Face video processor does.
-
-        Returns its token grid and a dict of tensors for `encode_video`. max_pixels: as in `prompt`.
-        """
-
-    @abstractmethod
-    def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
-        """Preprocess an image, uint8 (3, H, W), into a dict for `encode_image`, with its token count under "tokens".
-
-        alone: Whether it is the prompt's only image, so that LLaVA-OneVision may cut it into tiles.
-        """
-
-    @abstractmethod
     def generate_inputs(self, prompt: VideoPrompt) -> dict[str, Any]:
         """Convert a prompt to keyword arguments of Hugging Face's `generate`."""
-
-    @abstractmethod
-    def encode_video(
-        self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
-    ) -> Tensor:
-        """Run the vision tower on one video; returns (len(grid), D) features.
-
-        frames: Frames to encode; the rows of all others are zero. None encodes all.
-        sight: Records the attention that each token receives. It needs all frames to be encoded.
-        """
-
-    @abstractmethod
-    def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
-        """Return the number of frames that the tower sees (Qwen2.5-VL joins two of the clip), and patches per frame."""
+        made = self.hf_inputs(self.hf.config, prompt)
+        return {name: x.to(self.device, self.dtype if name.startswith("pixel") else x.dtype) for name, x in made.items()}
 
     def vision_rows(self, video: dict[str, Any]) -> int:
         """Return the number of patches in the largest pass of the vision tower."""
         frames, patches = self.frame_patches(video)
         return min(frames, max(1, PATCHES // patches)) * patches
 
-    def _encode_frames(
-        self, pixels: Tensor, grid: TokenGrid, patches: int, frames: Tensor | None, encode: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def blank(self, count: int) -> Tensor | Features:
+        """Make features of `count` tokens, all 0."""
+        width = int(self.text.config.hidden_size)
+        rows_ND = torch.zeros(count, width, dtype=self.dtype, device=self.device)
+        return Features(rows_ND, rows_ND.new_zeros(count, self.levels, width)) if self.levels else rows_ND
+
+    def encode_frames(
+        self,
+        pixels: Tensor,
+        grid: TokenGrid,
+        patches: int,
+        frames: Tensor | None,
+        encode: Callable[[Tensor], FeaturesT],
+    ) -> FeaturesT:
         """(cells, D) features, encoded a few frames at a time. encode: maps pixels (F, ...) to features (F * P, D)."""
         chosen = torch.arange(grid.frames) if frames is None else frames
-        features_FPD = torch.zeros(
-            grid.frames, grid.per_frame, self.text.config.hidden_size, dtype=self.dtype, device=self.device
-        )
+        found: Any = self.blank(grid.cells)
+        slots_FP = torch.arange(grid.cells, device=self.device).unflatten(0, (grid.frames, grid.per_frame))
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
             some = pixels[first:end] if end - first == len(part) else pixels[part]  # a slice needs no copy
-            features_FPD[part.to(self.device)] = encode(some).unflatten(0, (len(part), -1)).to(self.dtype)
-        return features_FPD.flatten(0, 1)
+            found[slots_FP[part.to(self.device)].flatten()] = encode(some).to(self.dtype)
+        return found
 
-    @abstractmethod
-    def encode_image(self, image: dict[str, Any]) -> Tensor:
-        """Run the vision tower on one image from `process_image`; returns one (D,) row per token."""
-
-    @abstractmethod
-    def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
-
-    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor:
+    def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor | Features:
         """(N, D) features of all videos. keep: unless it merges tokens, frames without kept ones are not encoded."""
-        parts, start = [torch.empty(0, self.text.config.hidden_size, dtype=self.dtype, device=self.device)], 0
+        parts, start = [self.blank(0)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
             frames = None
             if keep is not None and keep.pool is None:
@@ -217,28 +207,32 @@ class VideoLM(ABC):
             frames = None if frames is None or len(frames) == grid.frames else frames
             parts.append(self.encode_video(grid, video, frames, sight))
             start += len(grid)
-        return torch.cat(parts)
+        return joined(parts)
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
         """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
         return self.text.embed_tokens(tokens_S.to(self.device).clamp(0, self.vocabulary - 1))
 
-    def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
+    def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
         """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
-        embeds_SD = self.embed_tokens(prompt.tokens)
+        embeds_SD: Any = self.embed_tokens(prompt.tokens)
+        if self.levels:
+            embeds_SD = Features(embeds_SD, embeds_SD.new_zeros(len(prompt), self.levels, embeds_SD.shape[1]))
         if prompt.images:
-            at = (prompt.tokens == self.image_token).to(self.device)
-            embeds_SD[at] = torch.cat([self.encode_image(image) for image in prompt.images]).to(embeds_SD.dtype)
+            images_ND = joined([self.encode_image(image) for image in prompt.images])
+            embeds_SD[prompt.image_index.to(self.device)] = images_ND.to(self.dtype)
         index = prompt.video_index.to(self.device)
         if keep is None:
             embeds_SD[index] = features_ND
             return embeds_SD
         kept = keep.index.to(self.device)
         # Row k of a merge takes the place of token index[k].
-        embeds_SD[index[kept]] = features_ND[kept] if keep.pool is None else (keep.pool.to(features_ND) @ features_ND)
+        embeds_SD[index[kept]] = features_ND[kept] if keep.pool is None else merged(keep.pool, features_ND)
         return embeds_SD[prompt.kept_slots(keep.index).to(self.device)]
 
-    def pruned(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet, positions: str) -> tuple[Tensor, Tensor]:
+    def pruned(
+        self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet, positions: str
+    ) -> tuple[Tensor | Features, Tensor]:
         """Return a drafter's prefill input: (K, D) embeddings of the kept slots, and (A, K) rotary positions.
 
         positions: "original" (those of the whole prompt) or "reindexed" (contiguous).
@@ -250,7 +244,7 @@ class VideoLM(ABC):
 
     def forward(
         self,
-        embeds_QD: Tensor,
+        embeds_QD: Tensor | Features,
         positions_AQ: Tensor,
         cache: KVCache,
         mask_QK: Tensor | None,
@@ -266,20 +260,11 @@ class VideoLM(ABC):
         position_ids = positions_AQ.to(device)[:, None]
         position_ids = position_ids if self.axes > 1 else position_ids[0]
         extra = {} if collector is None else {"collector": collector}
-        if len(self.stages) > 1 or states is not None:
-            hidden_QD = through(self.stages, self.text, embeds_QD, position_ids, cache, mask, extra, states)
-        else:
-            out = self.text(
-                inputs_embeds=embeds_QD[None],
-                position_ids=position_ids,
-                attention_mask={"full_attention": mask, "sliding_attention": mask},
-                past_key_values=cache,
-                use_cache=True,
-                **extra,
-            )
-            hidden_QD = out.last_hidden_state[0]
+        added_QLD = embeds_QD.added if isinstance(embeds_QD, Features) else None
+        rows_1QD = entering(embeds_QD)[None]
+        hidden_1QD = through(self.stages, self.text, rows_1QD, position_ids, cache, mask, extra, states, added_QLD)
         cache.advance(len(embeds_QD))
-        return hidden_QD
+        return hidden_1QD[0]
 
     def head(self, hidden_QD: Tensor) -> Tensor:
         """(Q, V) logits of hidden states."""
@@ -287,7 +272,7 @@ class VideoLM(ABC):
 
     def prefill(
         self,
-        embeds_SD: Tensor,
+        embeds_SD: Tensor | Features,
         positions_AS: Tensor,
         cache: KVCache,
         cut: int = 0,
@@ -313,7 +298,7 @@ class VideoLM(ABC):
                 hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch, states)
             except StopForward:  # the collector needs no deeper layer
                 cache.advance(end - start)
-                hidden_QD = embeds_SD.new_empty(1, 0)
+                hidden_QD = entering(embeds_SD).new_empty(1, 0)
             if collector is not None:
                 collector.see(start, hidden_QD)
         if collector is not None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from specvlm.config import listed
 from specvlm.errors import UserError
 from specvlm.parsing.bounds import parse
 from specvlm.results import metrics, rows
@@ -137,7 +138,7 @@ def read_job(folder: Path) -> Job:
     if missing := next((key for key in metrics.KEYS if key not in summary and key not in metrics.LATER), None):
         raise UserError(f"{folder / 'summary.json'} lacks {missing}: another version wrote it, run it again")
     parse(Figures, summary, folder / "summary.json")
-    ran = {"sample": Path(config["video"]).stem, "index": 0, "status": "ok", "reason": None}
+    ran = {"sample": Path(listed(config["video"])[0]).stem, "index": 0, "status": "ok", "reason": None}
     return Job(folder, config, [ran | dict.fromkeys(("dataset", "split", "version")) | summary])
 
 

@@ -144,6 +144,8 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
         cfg.dataset = SimpleNamespace(**cfg.dataset)
     try:
         target, asked = target_of(cfg.target["path"], cfg.mrope), sample_of(cfg, sample)
+        if asked.more:
+            raise UserError("its prompt has several videos, which are not shown")
         clip = frames_of(cfg, target, asked)
         grid, _ = target.process_video(clip, cfg.max_pixels)
         if did[first]["video_tokens"] != len(grid):
@@ -169,7 +171,9 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 def looks(job: Job) -> tuple[Any, ...]:
     """Return the settings on which a sample's token grid, the layout of its video tokens, depends."""
-    return tuple(job.settings.get(key) for key in ("target.path", "video", "question", "frames", "fps", "max_pixels", "reader"))
+    return tuple(
+        job.settings.get(key) for key in ("target.path", "video", "image", "question", "frames", "fps", "max_pixels", "reader")
+    )
 
 
 @cache

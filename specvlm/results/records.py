@@ -37,7 +37,7 @@ class Ran(TypedDict):
     target: Side
     ratio: Share
     mrope: str
-    video: str
+    video: str | list[str]
     question: str | None
     frames: Annotated[int | None, Within(1, 2**31 - 1)]
     fps: Annotated[float | None, Within(0, 1e6, above=True)]

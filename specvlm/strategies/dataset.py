@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One video with a question about it.
+    """One video, or several, with a question.
 
     Attributes:
         id: Stable identifier within the data set.
@@ -28,6 +28,8 @@ class Sample:
         meta: Values to group results by, such as category or duration. Plain JSON.
         start: Start of the video section, in seconds.
         end: End of the video section, in seconds; None for the end of the video.
+        more: Further videos of the prompt, after the first.
+        images: Image files of the prompt, before the videos.
     """
 
     id: str
@@ -38,6 +40,8 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     start: float = 0.0
     end: float | None = None
+    more: tuple[Path | Callable[[], Clip], ...] = ()
+    images: tuple[Path, ...] = ()
 
 
 class Dataset(Strategy, ABC):

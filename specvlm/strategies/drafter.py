@@ -18,7 +18,7 @@ from specvlm.models.passes import Work
 from specvlm.strategies.base import Strategy
 from specvlm.strategies.signals import signal_of
 from specvlm.strategies.verifier import Sampling
-from specvlm.types import DraftTree, KeepSet, TreeShape, Verdict, VideoPrompt
+from specvlm.types import DraftTree, Features, KeepSet, TreeShape, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
@@ -56,7 +56,7 @@ class DraftContext:
     bonus: int
     target: VideoLM
     draft: VideoLM | None
-    features_ND: Tensor | None
+    features_ND: Tensor | Features | None
     positions: str
     max_new_tokens: int
     vocabulary: int

@@ -18,12 +18,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specvlm import config
 from specvlm.errors import UserError, did_you_mean
+from specvlm.models import plugins
+from specvlm.models.plugins import PluginError
 from specvlm.parsing.bounds import check
 from specvlm.parsing.files import literal
 from specvlm.process.settings import settled
-from specvlm.strategies import Dataset, Drafter, Pruner, Strategy, Verifier, plugins
+from specvlm.strategies import Dataset, Drafter, Pruner, Strategy, Verifier
 from specvlm.strategies.fence import inside
-from specvlm.strategies.plugins import PluginError
 
 KINDS: dict[str, type[Strategy]] = {"pruner": Pruner, "drafter": Drafter, "verifier": Verifier, "dataset": Dataset}
 # Fields may not have these names: they would shadow a key of the run or an attribute of the class.

@@ -1,7 +1,7 @@
-"""Contract checks for strategies: one line in a plugin's tests, such as `check_pruner(FrameDiffPruner)`.
+"""Contract checks for plugins: one line in a plugin's tests, such as `check_pruner(FrameDiffPruner)`.
 
-They need no video, no checkpoint and no test framework; drafters run on tiny random models. A violation raises an
-AssertionError that names the rule and the failing case.
+They need no video and no test framework. Drafters run on tiny random models; only `check_family` needs checkpoints,
+which may be tiny and random. A violation raises an AssertionError that names the rule and the failing case.
 
 Shape suffixes: N video tokens, K kept video tokens, T text tokens after the video, D feature size.
 """
@@ -22,9 +22,10 @@ from specvlm.types import KeepSet, TokenGrid
 
 if TYPE_CHECKING:
     from specvlm.testing.drafter import check_drafter as check_drafter
+    from specvlm.testing.family import check_family as check_family
     from specvlm.testing.verifier import check_verifier as check_verifier
 
-__all__ = ["check_drafter", "check_pruner", "check_verifier"]
+__all__ = ["check_drafter", "check_family", "check_pruner", "check_verifier"]
 
 PLAIN = TokenGrid(4, 2, 2)
 GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
@@ -43,7 +44,7 @@ LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 def __getattr__(name: str) -> Any:
     """Import the other checks on first use, so that `check_pruner` need not wait for Hugging Face's models."""
-    if name in ("check_drafter", "check_verifier"):
+    if name in ("check_drafter", "check_family", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

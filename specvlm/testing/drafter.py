@@ -31,7 +31,7 @@ RATIOS = (0.0, 0.9, 1.0)
 def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
     """Check that a drafter keeps the contract of `Drafter`. Takes seconds; does not judge the quality of the guesses.
 
-    Runs the decoding loop on tiny random models of both families, in float64 on the CPU.
+    Runs the decoding loop on tiny random models of two families, in float64 on the CPU.
 
     Cases: ratios 0, 0.9 and 1; as the draft model: a good one, the target itself, and ones with a smaller and a larger
     vocabulary than the target's; answers of 1, 2, 5 and 24 tokens; two interleaved requests; sessions in which the

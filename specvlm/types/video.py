@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class VideoPrompt:
         videos: One dict of tensors per video, the inputs of the family's vision tower. A video read from a file also
             has its `origin`, a `specvlm.video.codec.Origin`.
         images: One dict of tensors per image.
+        image_index: (I,) slots of all image tokens, ascending, over all images.
 
     Raises:
         ValueError: The grids' lengths do not add up to N.
@@ -68,6 +69,7 @@ class VideoPrompt:
     grids: tuple[TokenGrid, ...]
     videos: tuple[dict[str, Any], ...] = ()
     images: tuple[dict[str, Any], ...] = ()
+    image_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
         if sum(map(len, self.grids)) != len(self.video_index):
@@ -86,7 +88,19 @@ class VideoPrompt:
             tuple({key: of(value) for key, value in part.items()} for part in parts) if pixels else ()
             for parts in (self.videos, self.images)
         )
-        return VideoPrompt(self.tokens.clone(), self.video_index.clone(), tuple(map(copy, self.grids)), videos, images)
+        index, grids = (self.video_index.clone(), self.image_index.clone()), tuple(map(copy, self.grids))
+        return VideoPrompt(self.tokens.clone(), index[0], grids, videos, images, index[1])
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """Videos and images in the order of their slots."""
+        found, ends = [], {"video": 0, "image": 0}
+        sizes = [("video", len(grid), video) for grid, video in zip(self.grids, self.videos, strict=True)]
+        for kind, size, item in [*sizes, *(("image", int(image["tokens"]), image) for image in self.images)]:
+            index = self.video_index if kind == "video" else self.image_index
+            found.append((int(index[ends[kind]]), item))
+            ends[kind] += size
+        return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 
     @property
     def cut(self) -> int:

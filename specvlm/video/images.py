@@ -8,10 +8,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from specvlm.errors import UserError, explained
+
+
+def read_image(path: Path) -> Tensor:
+    """Read an image file as (3, H, W) uint8 RGB, turned as its EXIF data say. Raises UserError if it cannot be read."""
+    with explained(f"{path}: the image cannot be read"), Image.open(path) as picture:
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
 def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, int, int]]:

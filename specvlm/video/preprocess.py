@@ -11,13 +11,13 @@ Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_p
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from specvlm.errors import UserError
+from specvlm.errors import UserError, explained
 from specvlm.video.settings import read_video_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -56,6 +56,7 @@ class QwenVideoConfig:
     rescale: float = 1 / 255
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 128_000
+    processors: ClassVar[tuple[str, ...]] = ("Qwen2VL", "Qwen2_5_VL")  # beginnings of their class names
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -63,7 +64,7 @@ class QwenVideoConfig:
 
         Raises UserError if settings are missing, invalid or not supported.
         """
-        found = read_video_settings(Path(folder), ("Qwen2VL", "Qwen2_5_VL"))
+        found = read_video_settings(Path(folder), cls.processors)
         size = found.get("size") or {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
         size = dict(size) if isinstance(size, dict) else {}
         for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -108,6 +109,33 @@ class QwenVideoConfig:
 
 
 @dataclass(frozen=True)
+class Qwen3VideoConfig(QwenVideoConfig):
+    """The same for Qwen3-VL, whose pixel bounds are those of a whole video; defaults as in Qwen3VLVideoProcessor.
+
+    If ``cap_pixels_per_frame`` is set, ``max_video_tokens`` limits each frame.
+    """
+
+    patch_size: int = 16
+    min_pixels: int = 128 * 32 * 32
+    max_pixels: int = 768 * 32 * 32
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    max_video_tokens: int = 768
+    processors: ClassVar[tuple[str, ...]] = ("Qwen3VL",)
+
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+        factor, group, most = self.patch_size * self.merge_size, self.temporal_patch_size, self.max_pixels
+        if frames < group:
+            raise UserError(f"the model takes at least {group} frames, and the clip has {frames}")
+        if self.cap_pixels_per_frame:
+            most = frames * max(min(self.max_video_tokens * factor**2, most // frames), int(self.min_pixels * 1.05))
+        with explained(f"frames of {width}x{height}"):
+            return smart_resize(frames, height, width, group, factor, self.min_pixels, most)
+
+
+@dataclass(frozen=True)
 class LlavaVideoConfig:
     """How frames are resized and normalized for LLaVA-OneVision; defaults as in LlavaOnevisionVideoProcessor.
 
@@ -124,6 +152,7 @@ class LlavaVideoConfig:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     rescale: float = 1 / 255
+    processors: ClassVar[tuple[str, ...]] = ("LlavaOnevision",)  # beginnings of their class names
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -131,7 +160,7 @@ class LlavaVideoConfig:
 
         Raises UserError if settings are missing, invalid or not supported.
         """
-        found = read_video_settings(Path(folder), ("LlavaOnevision",))
+        found = read_video_settings(Path(folder), cls.processors)
         if found.get("do_center_crop"):
             raise UserError(f"{folder}: do_center_crop of the video processor is not supported")
         size = found.get("size") or {"height": cls.height, "width": cls.width}

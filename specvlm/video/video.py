@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class Clip:
         return Origin(self.source, self.index) if self.index else None
 
 
-SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {  # rules that choose `count` of `total` frames
+Sampling = Callable[[int, int], list[int]]
+SAMPLINGS: dict[str, Sampling] = {  # rules that choose `count` of `total` frames
     # floor(i * total / count) exactly; Hugging Face's rule for LLaVA-OneVision (its 5.23 code; 5.17 rounds in float32)
     "uniform": lambda total, count: [place * total // count for place in range(count)],
     # Qwen2VLVideoProcessor.sample_frames: count rounded to an even number, then the same in float32
@@ -115,7 +116,7 @@ def read_video(
     reader: str = "auto",
     min_frames: int | None = None,
     max_frames: int = MAX_FRAMES,
-    sampling: str = "uniform",
+    sampling: str | Sampling = "uniform",
 ) -> Clip:
     """Decode evenly spaced frames of a video file or of a section of it.
 
@@ -132,8 +133,9 @@ def read_video(
         reader: "auto", "pyav" or "decord".
         min_frames: Minimum number of frames with ``fps``. None means 1, or 4 for "qwen".
         max_frames: Maximum number of frames. ``fps`` gives no more; without ``fps``, more are an error.
-        sampling: The rule that spaces the frames, one of ``SAMPLINGS``. "qwen" rounds their number to an even one, as
-            Hugging Face does, if ``frames`` or ``fps`` is set.
+        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function from the total and the number
+            wanted to the indices. "qwen" rounds their number to an even one, as Hugging Face does, if ``frames`` or
+            ``fps`` is set.
 
     Returns:
         The frames, with their times and their places in the file.
@@ -155,7 +157,8 @@ def read_video(
             raise UserError(f"{has}, fewer than the {count} asked for: set frames={len(window)} or less")
         if count > max_frames:
             raise UserError(f"{path}: {count} frames are more than max_frames={max_frames}: set frames=, fps= or max_frames=")
-        index = [window[place] for place in SAMPLINGS[sampling](len(window), count)]
+        rule = sampling if callable(sampling) else SAMPLINGS[sampling]
+        index = [window[place] for place in rule(len(window), count)]
         pixels = video.decode(index)
         times = tuple(video.times[place] for place in index)
         places = () if isinstance(source, Clip) else tuple(index)
@@ -165,9 +168,9 @@ def read_video(
     return _with(source, reader, sample)
 
 
-def _check(frames: int | None, fps: float | None, min_frames: int | None, max_frames: int, sampling: str) -> None:
+def _check(frames: int | None, fps: float | None, min_frames: int | None, max_frames: int, sampling: Any) -> None:
     """Raise UserError for an invalid argument of `read_video`."""
-    if sampling not in SAMPLINGS:
+    if not callable(sampling) and sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
         raise UserError(f"frames={frames} and fps={fps} exclude each other: set one")
@@ -251,7 +254,7 @@ def _span(start: float, end: float | None) -> str:
 
 
 def _count(
-    total: int, source_fps: float, frames: int | None, fps: float | None, bounds: tuple[int | None, int], sampling: str
+    total: int, source_fps: float, frames: int | None, fps: float | None, bounds: tuple[int | None, int], sampling: Any
 ) -> int:
     """Return how many of `total` frames to sample (see the arguments of `read_video`).
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from specvlm.config import listed
 from specvlm.errors import UserError, line
 from specvlm.parsing.files import json_of, nested
 from specvlm.strategies import Sample
@@ -19,7 +20,7 @@ from specvlm.types import Within
 from specvlm.video.frames import read_frames
 
 NUMBER = Within(0, 1_000_000_000)  # seconds, or frames per second
-OWN = ("id", "video", "question", "answer", "options", "start", "end", "fps")
+OWN = ("id", "video", "image", "question", "answer", "options", "start", "end", "fps")
 NUMBERS = ("start", "end", "fps")
 
 
@@ -28,9 +29,9 @@ class FolderDataset(LocalDataset):
     """Your own videos and questions, one question per line in questions.jsonl.
 
     A line is {"video": "talk.mp4", "question": "What is shown?"}, with the path relative to `root`. Optional keys: id
-    (default: the path), answer, options (a list, for multiple choice), start and end (seconds). Without a question, a
-    detailed description is asked for. A video that is a folder of pictures needs fps, its frames per second. Any other
-    key is kept with the results.
+    (default: the path), answer, options (a list, for multiple choice), start and end (seconds), image (a file). "video"
+    and "image" may be lists of files. Without a question, a detailed description is asked for. A video that is a folder
+    of pictures needs fps, its frames per second. Any other key is kept with the results.
 
     Attributes:
         questions: Name of the file with the questions, in `root`. A .csv file has the keys in its first row, and |
@@ -55,8 +56,12 @@ class FolderDataset(LocalDataset):
 
     def _sample(self, entry: dict[str, Any]) -> Sample:
         """Convert an entry to a sample. Raises UserError if one of its values is invalid."""
-        name = entry.get("video")
-        path = self.video(self.folder, name)
+        names: list[Any] = listed(entry.get("video")) or [entry.get("video")]
+        name, *others = names
+        path, more = self.video(self.folder, name), tuple(self.video(self.folder, other) for other in others)
+        images = tuple(self.video(self.folder, image) for image in listed(entry.get("image")))
+        if entry.get("image") is not None and not images:
+            raise UserError(f"image={line(repr(entry['image']))}: wanted a file or a list of files")
         options = () if entry.get("options") is None else entry["options"]
         if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
             raise UserError(f"options={line(repr(options))}: wanted a list of texts")
@@ -79,6 +84,8 @@ class FolderDataset(LocalDataset):
             {key: _not_nested(key, value) for key, value in entry.items() if key not in OWN},
             start,
             end,
+            more,
+            images,
         )
 
 

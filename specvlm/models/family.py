@@ -1,0 +1,146 @@
+"""What a model family defines: how its checkpoints see videos and images, and how their prompts are written.
+
+Shape suffixes: S prompt tokens, A rotary axes, D hidden size, L DeepStack levels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specvlm.models.vision_probe import VisionProbe
+from specvlm.types import Features, TokenGrid, VideoPrompt
+from specvlm.video.video import Clip, VideoInfo
+
+
+class Family(ABC):
+    """Base of every model family. Derive from `VideoLM`, which implements passes and caches, and define these methods.
+
+    Attributes:
+        family: Hugging Face's `model_type`.
+        axes: Number of rotary axes: 1, or 3 for M-RoPE.
+        lineage: Models of one lineage may be a pair. By default, those of the family.
+        version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
+            are part of it in any case.
+        hf: The Hugging Face model; its language model must be `hf.model.language_model`, its head `hf.lm_head`.
+        folder: The checkpoint's folder.
+    """
+
+    family: ClassVar[str]
+    axes: ClassVar[int]
+    lineage: ClassVar[str] = ""
+    version: ClassVar[str] = ""
+    hf: Any
+    tokenizer: Any
+    folder: Path
+
+    @staticmethod
+    def slots(config: Any) -> tuple[int, int]:
+        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal."""
+        return int(config.video_token_id), int(config.image_token_id)
+
+    @property
+    def levels(self) -> int:
+        """Number of first layers after which features are added to the hidden states (DeepStack)."""
+        return 0
+
+    @property
+    def vision_values(self) -> int:
+        """Values per patch that are alive at once in the vision tower, for the memory plan."""
+        vision = self.hf.config.vision_config
+        return int(3 * vision.intermediate_size + 8 * vision.hidden_size)  # includes the rotary embedding in float32
+
+    @abstractmethod
+    def check_settings(self) -> None:
+        """Raise UserError if the video processor's settings do not fit the model."""
+
+    # ---- prompts
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Return the texts by which the chat template marks a video and an image."""
+        video, image = self.tokenizer.convert_ids_to_tokens(list(self.slots(self.hf.config)))
+        return video, image
+
+    def spell_video(self, grid: TokenGrid, video: dict[str, Any]) -> str:
+        """Return the text that replaces a video's mark, with one slot token for each run of features (`runs`)."""
+        return self.marks[0]
+
+    def spell_image(self, image: dict[str, Any]) -> str:
+        """Return the text that replaces an image's mark, with one slot token."""
+        return self.marks[1]
+
+    def runs(self, grid: TokenGrid) -> list[int]:
+        """Return the lengths of a video's runs of adjacent slots, which sum to `len(grid)`: one run, or one per frame."""
+        return [len(grid)]
+
+    def positions(self, prompt: VideoPrompt) -> Tensor:
+        """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
+        return torch.arange(len(prompt)).expand(self.axes, -1)
+
+    # ---- pixels
+
+    @abstractmethod
+    def sampling(self, info: VideoInfo) -> dict[str, Any]:
+        """Return the family's own way to sample frames of this video, as keyword arguments of `read_video`."""
+
+    @abstractmethod
+    def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
+        """Preprocess a clip for the vision tower, exactly as the Hugging Face video processor does.
+
+        Returns its token grid and a dict of tensors for `encode_video`. max_pixels: most pixels of a frame.
+        """
+
+    @abstractmethod
+    def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
+        """Preprocess an image, uint8 (3, H, W), into a dict for `encode_image`, with its token count under "tokens".
+
+        alone: Whether it is the prompt's only image; some families cut only that into tiles.
+        """
+
+    # ---- features
+
+    @abstractmethod
+    def encode_video(
+        self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
+    ) -> Tensor | Features:
+        """Run the vision tower on one video; returns (len(grid), D) features, a `Features` if there are `levels`.
+
+        frames: Frames to encode; the rows of all others are zero. None encodes all.
+        sight: Records the attention that each token receives. It needs all frames to be encoded.
+        """
+
+    @abstractmethod
+    def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
+        """Return the number of frames that the tower sees (Qwen2.5-VL joins two of the clip), and patches per frame."""
+
+    @abstractmethod
+    def encode_image(self, image: dict[str, Any]) -> Tensor | Features:
+        """Run the vision tower on one image from `process_image`; returns one (D,) row per token."""
+
+    # ---- Hugging Face's own model
+
+    @staticmethod
+    @abstractmethod
+    def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
+        """Convert a prompt to the inputs that Hugging Face's processor would give the model, on the host.
+
+        It must share no code with `positions` and `encode_video`: `check=hf` finds their faults with it.
+        """
+
+    @classmethod
+    def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
+        """Build a tiny random Hugging Face model for tests of strategies, from torch's global generator.
+
+        text: Settings of its language model. ids: Those of its special tokens.
+        """
+        raise NotImplementedError(f"{cls.family} has no tiny model")
+
+    @classmethod
+    def tiny_video(cls, frames: int, generator: torch.Generator) -> tuple[TokenGrid, dict[str, Any]]:
+        """Make a random video for the tiny model: its grid, and what `process_video` would return."""
+        raise NotImplementedError(f"{cls.family} has no tiny model")

@@ -1,0 +1,148 @@
+"""Load the folders of `family_folders`, and get the answers of pristine models to their requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from itertools import groupby, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import family_folders
+import packages
+import torch
+from pristine_worker import LIMIT
+
+from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.models.load import load
+from specvlm.models.video_lm import VideoLM
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies import Pruner, registry
+from specvlm.strategies.drafters.self_draft import SelfDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.types import GenerationOptions, VideoPrompt
+from specvlm.video.video import Clip
+
+HERE = Path(__file__).parent
+SCRATCH: list[TemporaryDirectory] = []  # removed when the process ends
+REQUESTS = (*family_folders.REQUESTS, *family_folders.CHATS)
+
+
+def scratch() -> Path:
+    SCRATCH.append(TemporaryDirectory(prefix="specvlm_"))
+    return Path(SCRATCH[-1].name)
+
+
+@cache
+def folder(family: str) -> Path:
+    if (family_folders.ASSETS.parents[1] / family).is_dir():
+        return family_folders.ASSETS.parents[1] / family
+    return family_folders.make(scratch(), family)
+
+
+@cache
+def model(family: str, name: str = "target") -> VideoLM:
+    return load(folder(family) / name, "float32")
+
+
+def clip(count: int, height: int, width: int, fps: float) -> Clip:
+    """Make a clip that was sampled from a file: every fourth of its frames."""
+    index = tuple(range(0, 4 * count, 4))
+    times = tuple(place / (4 * fps) for place in index)
+    return Clip(family_folders.frames(count, height, width), times, fps, "made", 4 * count, 4 * fps, index)
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    return family_folders.frames(1, height, width)[0]
+
+
+@cache
+def prompt(family: str, request: str) -> VideoPrompt:
+    if request in family_folders.CHATS:
+        return model(family).chat(family_folders.chat(request, clip, picture))
+    videos, images = family_folders.requests(family)[request]
+    pictures = [picture(*size) for size in images]
+    return model(family).prompt(family_folders.QUESTION, [clip(*video) for video in videos], pictures)
+
+
+@cache
+def answers(family: str, name: str = "target") -> dict[str, list[int]]:
+    """Answers of Hugging Face's own model under sdpa to every request, from a process without specvlm."""
+    made = {request: model(family).generate_inputs(prompt(family, request)) for request in REQUESTS}
+    place = scratch()
+    torch.save(made, place / "requests.pt")
+    command = [
+        sys.executable,
+        str(HERE / "pristine_worker.py"),
+        str(folder(family) / name),
+        str(place / "requests.pt"),
+        str(place / "answers.json"),
+    ]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""}, cwd=place)
+    return json.loads((place / "answers.json").read_text())
+
+
+def graph_of(family: str, draft: str, pruner: object, drafter: object, **options: object) -> DecodingGraph:
+    target, its = model(family), model(family, draft)
+    return DecodingGraph(target, its, pruner, drafter, GreedyVerifier(), GenerationOptions(LIMIT, **options))
+
+
+def decode(family: str, request: str, draft: str, pruner: object, drafter: object, **options: object) -> list[int]:
+    return tokens_of(list(graph_of(family, draft, pruner, drafter, **options).decode(prompt(family, request))))
+
+
+def unequal_requests(family: str, draft: str = "draft", requests: Sequence[str] = REQUESTS) -> tuple[int, list[str]]:
+    """Decode every request alone and with two drafters. Returns the number of decodes, and those unlike `generate`."""
+    wrong, tried = [], 0
+    for request in requests:
+        answer = answers(family)[request]
+        found = {"alone": tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))}
+        for drafter, ratio in product((TreeDrafter("chain:3"), SelfDrafter("chain:3")), (0.0, 0.9, 1.0)):
+            name = f"{drafter!r}, ratio {ratio}"
+            found[name] = decode(family, request, draft, TwoStagePruner(), drafter, ratio=ratio)
+        tried += len(found)
+        wrong += [f"{request}: {name}" for name, tokens in found.items() if tokens != answer]
+    return tried, wrong
+
+
+def unequal_strategies(family: str, request: str = "video") -> tuple[int, list[str]]:
+    """Decode with every pruner there is, built in or under plugins/, and with every drafter, with two drafts."""
+    answer, wrong, tried = answers(family)[request], [], 0
+    pruners = [registry.build("pruner", name) for name in registry.collect()["pruner"]]
+    for draft, pruner in product(("draft", "small"), [*pruners, *packages.strategies(Pruner)]):
+        tokens = decode(family, request, draft, pruner, TreeDrafter("chain:3"), ratio=0.7)
+        wrong += [] if tokens == answer else [f"{draft}: {pruner!r}"]
+        tried += 1
+    drafters = [registry.build("drafter", name) for name in registry.collect()["drafter"]]
+    for drafter, ratio, positions in product(drafters, (0.0, 0.5, 0.9), ("original", "reindexed")):
+        tokens = decode(family, request, "small", UniformPruner(), drafter, ratio=ratio, positions=positions)
+        wrong += [] if tokens == answer else [f"{drafter!r}, ratio {ratio}, {positions}"]
+        tried += 1
+    return tried, wrong
+
+
+def unlike_the_processor(family: str) -> tuple[int, list[str]]:
+    """Compare every prompt with what Hugging Face's processor made of it (frozen by data/make_families.py).
+
+    Compares token ids, grids, and pixels of videos. Pixels of images are those of Hugging Face's PIL processor, which
+    differ from torchvision's. Returns the number of comparisons, and those that are unlike.
+    """
+    frozen, wrong, tried = json.loads((HERE / "data" / "families.json").read_text())[family], [], 0
+    for request, case in frozen.items():
+        made = model(family).generate_inputs(prompt(family, request))
+        ours = {"ids": [[token, len(list(same))] for token, same in groupby(made["input_ids"][0].tolist())]}
+        ours |= {name: made[name].tolist() for name in ("video_grid_thw", "image_grid_thw") if name in made}
+        if "pixels" in case:
+            pixels = made.get("pixel_values_videos", made.get("pixel_values"))
+            ours["pixels"] = sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
+        wrong += [f"{request}: {name}" for name in case if ours.get(name) != case[name]]
+        tried += len(case)
+    return tried, wrong

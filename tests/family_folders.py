@@ -1,0 +1,227 @@
+"""Checkpoint folders of tiny random models of the newer families, and requests to them. Nothing of specvlm is imported.
+
+Each family has a target, a draft (the target with noise) and a smaller draft.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ASSETS = Path(__file__).parents[1] / "specvlm" / "assets" / "qwen2_5_vl" / "target"
+QUESTION = "describe the video ."
+# Frames, height, width and frames per second of each video; height and width of each image.
+REQUESTS: dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]] = {
+    "text": ([], []),
+    "image": ([], [(90, 120)]),
+    "images": ([], [(90, 120), (60, 150)]),
+    "video": ([(6, 96, 128, 2.0)], []),
+    "odd frames": ([(5, 70, 150, 1.5)], []),
+    "two videos": ([(6, 96, 128, 2.0), (4, 64, 80, 0.4)], []),
+    "mixed": ([(6, 96, 128, 2.0)], [(90, 120)]),
+}
+# Turns of a role and its parts: a text, or the size of a video or of an image.
+CHATS: dict[str, list[tuple[str, list[Any]]]] = {
+    "question first": [("user", [QUESTION, (6, 96, 128, 2.0)])],
+    "interleaved": [
+        ("user", ["first", (6, 64, 80, 0.4), "then", (90, 120), "and", (6, 96, 128, 2.0), "which ?", (60, 150), QUESTION])
+    ],
+    "earlier turns": [
+        ("system", ["answer with one word ."]),
+        ("user", [(6, 96, 128, 2.0), "how many objects appear ?"]),
+        ("assistant", ["two ."]),
+        ("user", ["and in the picture", (90, 120), "?"]),
+    ],
+}
+STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
+TEXT = dict(
+    intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
+    vocab_size=192, bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
+)  # fmt: skip
+IDS = dict(image_token_id=7, video_token_id=6, vision_start_token_id=4, vision_end_token_id=5, tie_word_embeddings=False)
+INTERNVL_IMAGE = 157  # "<IMG_CONTEXT>" in the tokenizer that `write_internvl` makes
+PIXELS = dict(do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True, resample=3, rescale_factor=1 / 255)
+QWEN3 = PIXELS | dict(
+    processor_class="Qwen3VLProcessor", image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=16, temporal_patch_size=2,
+    merge_size=2,
+)  # fmt: skip
+QWEN3_FILES = {
+    "video_preprocessor_config.json": QWEN3 | {
+        "video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "min_frames": 4, "max_frames": 768,
+        "size": {"shortest_edge": 4096, "longest_edge": 16 * 128 * 128}, "cap_pixels_per_frame": False,
+    },
+    "preprocessor_config.json": QWEN3 | {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "size": {"shortest_edge": 4096, "longest_edge": 128 * 128},
+    },
+}  # fmt: skip
+
+
+def qwen3_vl(small: bool = False, moe: bool = False) -> Any:
+    from transformers import (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+    )
+
+    hidden, levels = (32, [1]) if small else (64, [0, 1, 2])
+    rope = dict(rope_type="default", rope_theta=5000.0, mrope_section=[4, 4, 4], mrope_interleaved=True)
+    text = TEXT | dict(hidden_size=hidden, num_hidden_layers=2 if small else 4, head_dim=24, rope_parameters=rope)
+    vision = dict(
+        depth=4, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+        out_hidden_size=hidden, num_position_embeddings=64, deepstack_visual_indexes=levels, initializer_range=0.2,
+    )  # fmt: skip
+    if moe:
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1, mlp_only_layers=[])
+        return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **IDS))
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **IDS))
+
+
+def write_qwen3(folder: Path) -> None:
+    write_tokenizer(folder, ["<", ">", "seconds", *map(str, range(41))])
+    for name, content in QWEN3_FILES.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def write_tokenizer(folder: Path, words: list[str], special: Sequence[str] = ()) -> None:
+    """Copy the embedded pair's tokenizer and chat template, and add words and special tokens."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text((ASSETS / name).read_text())
+    content = json.loads((ASSETS / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    for word in words:
+        vocabulary.setdefault(word, len(vocabulary))
+    for word in special:
+        vocabulary[word] = len(vocabulary)
+        content["added_tokens"].append(content["added_tokens"][0] | {"id": vocabulary[word], "content": word})
+    assert len(vocabulary) <= TEXT["vocab_size"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def internvl(small: bool = False) -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = TEXT | dict(model_type="qwen2", hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, attention_bias=True, intermediate_size=64,
+        image_size=[56, 56], patch_size=[14, 14], initializer_range=0.2,
+    )  # fmt: skip
+    more = dict(image_token_id=INTERNVL_IMAGE, image_seq_length=4, downsample_ratio=0.5, tie_word_embeddings=False)
+    return InternVLForConditionalGeneration(InternVLConfig(text_config=text, vision_config=vision, **more))
+
+
+def write_internvl(folder: Path) -> None:
+    write_tokenizer(folder, [":", *(f"frame{number}" for number in range(1, 25))], ["<img>", "</img>", "<IMG_CONTEXT>"])
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tokens = dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True))
+    change(folder / "tokenizer_config.json", lambda content: content.update(extra_special_tokens=tokens))
+    template = (ASSETS / "chat_template.jinja").read_text()
+    for pad, mark in (("video_pad", "<video>"), ("image_pad", "<IMG_CONTEXT>")):
+        template = template.replace(f"<|vision_start|><|{pad}|><|vision_end|>", f"{mark}\n")
+    (folder / "chat_template.jinja").write_text(template)
+    size = PIXELS | dict(
+        processor_class="InternVLProcessor", image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+        size={"height": 56, "width": 56},
+    )  # fmt: skip
+    image = {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, "min_patches": 1, "max_patches": 12}
+    files = {
+        "video_preprocessor_config.json": size | {"video_processor_type": "InternVLVideoProcessor"},
+        "preprocessor_config.json": size | image,
+        "processor_config.json": {"image_seq_length": 4, "processor_class": "InternVLProcessor"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def qwen2_vl(small: bool = False) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0, mrope_section=[1, 1, 2] if small else [2, 3, 3])
+    text = TEXT | dict(hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        depth=3, embed_dim=32, hidden_size=hidden, num_heads=2, mlp_ratio=2, patch_size=14, spatial_merge_size=2,
+        temporal_patch_size=2, initializer_range=0.2,
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **IDS))
+
+
+def write_qwen2(folder: Path) -> None:
+    write_tokenizer(folder, [])
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        content = json.loads((ASSETS / name).read_text())
+        content |= {"processor_class": "Qwen2VLProcessor", "size": {"shortest_edge": 3136, "longest_edge": 12544}}
+        for bound in ("min_pixels", "max_pixels"):
+            content.pop(bound, None)
+        (folder / name).write_text(json.dumps(content))
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+# How a family's model is built (small or not), and how its other files are written.
+FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
+    "qwen3_vl": (qwen3_vl, write_qwen3),
+    "qwen3_vl_moe": (lambda small: qwen3_vl(small, moe=not small), write_qwen3),  # its small draft is dense
+    "internvl": (internvl, write_internvl),
+    "qwen2_vl": (qwen2_vl, write_qwen2),
+}
+
+
+def make(folder: Path, family: str) -> Path:
+    """Write the three checkpoints of a family. Weights depend on nothing but the versions of the libraries."""
+    build, write = FAMILIES[family]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        target, small = shaken(build(False)), shaken(build(True))
+        draft = copy.deepcopy(target)
+        for weight in draft.parameters():
+            weight.data += 0.01 * torch.randn_like(weight)
+    for name, hf in (("target", target), ("draft", draft), ("small", small)):
+        hf.generation_config.update(eos_token_id=[3, 0], pad_token_id=0, do_sample=False)
+        hf.save_pretrained(folder / name)
+        write(folder / name)
+    return folder
+
+
+def shaken(hf: Any) -> Any:
+    """Give biases and norms random values too: at their initial values, faults in them would not show."""
+    for name, weight in hf.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_(0, 0.1)
+        elif "norm" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    return hf
+
+
+def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
+    return REQUESTS | (STACKED if family in ("internvl", "llava_onevision") else {})
+
+
+def chat(name: str, video: Callable[..., Any], image: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Make a chat of CHATS. video, image: make what stands in its parts from the sizes."""
+
+    def part(of: Any) -> dict[str, Any]:
+        if isinstance(of, str):
+            return {"type": "text", "text": of}
+        return {"type": "image", "image": image(*of)} if len(of) == 2 else {"type": "video", "video": video(*of)}
+
+    return [{"role": role, "content": [part(of) for of in parts]} for role, parts in CHATS[name]]
+
+
+def frames(count: int, height: int, width: int) -> torch.Tensor:
+    """(count, 3, height, width) uint8, the same on every machine: a moving gradient with integer noise."""
+    place = torch.arange(count * 3 * height * width).view(count, 3, height, width)
+    noise = (place * 1103515245 + 12345 >> 16) % 64
+    ramp = (torch.arange(height)[:, None] * 2 + torch.arange(width) + 9 * torch.arange(count)[:, None, None]) % 192
+    return (ramp[:, None] + noise).to(torch.uint8)
