@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from specvlm.engine.ops import Weight
+from specvlm.engine.ops import Experts, Weight
 from specvlm.models.quantize import quantize
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -74,6 +74,25 @@ def multiply(kind: str, rows: int) -> None:
     kernels.linear(y, (weights[0], weights[1], weights[1]))
     kernels.linear(y, (weights[2],), whole=torch.bfloat16)
     kernels.gated(y, weights[2], weights[2], torch.bfloat16, kind)
+
+
+def send(rows: int) -> None:
+    """Run experts, and norms of queries and keys, at the sizes of Qwen3-VL-30B-A3B."""
+    from specvlm.engine import kernels
+
+    router, gate_up, down = (
+        torch.empty(*shape, dtype=torch.bfloat16) for shape in ((128, 2048), (1, 1536, 2048), (1, 2048, 768))
+    )
+    layer = Experts(Weight(nn.Identity(), router, router), gate_up.expand(128, -1, -1), down.expand(128, -1, -1), 8)
+    kernels.experts(torch.empty(rows, 2048, dtype=torch.bfloat16), layer)
+    keys, turns, norm = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((4, 2_000, 128), (rows, 64), (128,)))
+    kernels.rope(torch.empty(2, rows, 40 * 128), (), turns, turns, keys, keys, torch.tensor([9]), 0, 32, (norm, norm), 1e-6)
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("rows", [1, 26, 64])
+def test_experts_fit_the_gpu(capability, rows, monkeypatch):
+    check(capability, lambda: send(rows), monkeypatch)
 
 
 @pytest.mark.parametrize("capability", LIMITS)

@@ -10,7 +10,7 @@ S parts of a linear layer's output, N its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.engine import ops as plain
-from specvlm.engine.ops import Weight
+from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
 from specvlm.models.quantize import QuantizedLinear
@@ -40,20 +40,41 @@ def why_not(model: VideoLM) -> str | None:
         return f"its activation is {config.hidden_act}"
     if kind not in ("default", "mrope"):
         return f"its rotary positions are scaled ({kind})"
-    if hasattr(layer.self_attn, "q_norm"):
-        return "it normalises queries"
     missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
     if missing:
         return f"its layers have no {missing[0]}"
-    if odd := [one.mlp for one in model.text.layers if not hasattr(one.mlp, "gate_proj")]:  # a mixture of experts
-        return f"one of its layers is a {type(odd[0]).__name__}"
+    if any(norm.weight.shape != (model.head_dim,) for norm in _norms_of(layer.self_attn)):
+        return "it does not normalise each query by itself"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
-    plain_parts = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.hf.lm_head]
-    for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, *plain_parts):
+    return next(filter(None, map(_why_not_layer, model.text.layers)), None) or _why_not_parts([model.hf.lm_head])
+
+
+def _norms_of(attention: nn.Module) -> tuple[Any, ...]:
+    """Return the norms of queries and keys; empty if there are none."""
+    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+
+
+def _why_not_layer(layer: Any) -> str | None:
+    """Say why the lean pass cannot replace a decoder layer; None if it can."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if not hasattr(mlp, "gate_proj") and Experts.of(mlp) is None:
+        return f"one of its layers is a {type(mlp).__name__}"
+    for part in (attention.q_proj, attention.k_proj, attention.v_proj):
         if type(part) not in (nn.Linear, QuantizedLinear):
             return f"one of its layers is a {type(part).__name__}"
-    return "one of its output layers has a bias" if any(part.bias is not None for part in plain_parts) else None
+    dense = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if hasattr(mlp, "gate_proj") else ()
+    return _why_not_parts([attention.o_proj, *dense])
+
+
+def _why_not_parts(parts: Iterable[nn.Module]) -> str | None:
+    """Say why the lean pass cannot run layers that must have no bias; None if it can."""
+    for part in parts:
+        if type(part) not in (nn.Linear, QuantizedLinear):
+            return f"one of its layers is a {type(part).__name__}"
+        if part.bias is not None:
+            return "one of its output layers has a bias"
+    return None
 
 
 class Sight(NamedTuple):
@@ -136,13 +157,17 @@ class LeanText:
             kind, before, after = layer.kind, layer.before, layer.after
             keys, values = (store[0] for store in cache.layer(index))
             x, y = self._add_norm(x, parts, before, kind)
-            q = ops.rope(ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads)
+            turned = ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads
+            q = ops.rope(*turned, layer.norms, layer.eps)
             if sight.ways_QP is None:
                 read = ops.attention(q, keys, values, base, sight.seen_QT, scale, kind)
             else:
                 read = ops.path_attention(q, keys, values, base, sight.above_Q, sight.ways_QP, scale, kind)
-            x, y = self._add_norm(x, ops.linear(read, layer.o), after, kind)
-            parts = ops.linear(ops.gated(y, layer.gate, layer.up, x.dtype, kind), layer.down)
+            x, y = self._add_norm(x, ops.linear(read, layer.o), after, layer.mlp_kind)
+            if layer.experts is not None:
+                parts = ops.experts(y, layer.experts)
+            else:
+                parts = ops.linear(ops.gated(y, *layer.gate_up, x.dtype, layer.mlp_kind), layer.down)
         if number + 1 < len(self.stages):
             return x if parts is None else x + ops.whole(parts, torch.empty_like(x))
         return self._add_norm(x, parts, self.norm, self.head.kind)[1]
@@ -157,7 +182,7 @@ class LeanText:
     def weights(self) -> Iterator[Weight]:
         """Iterate over the weights of all linear layers."""
         for layer in self.layers:
-            yield from (*layer.qkv, *layer.o, layer.gate, layer.up, *layer.down)
+            yield from (*layer.qkv, *layer.o, *(layer.experts.weights() if layer.experts else (*layer.gate_up, *layer.down)))
         yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
@@ -180,6 +205,11 @@ class _Layer:
         self.qkv = tuple(map(Weight.of, projections))
         self.biases = tuple(local_shard(p.bias) for p in projections if p.bias is not None)
         self.o = (Weight.of(attention.o_proj),)
-        self.gate, self.up = Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)
-        self.down = (Weight.of(mlp.down_proj),)
-        self.kind = self.gate.kind
+        norms = _norms_of(attention)
+        self.norms = tuple(norm.weight for norm in norms)
+        self.eps = norms[0].variance_epsilon if norms else 0.0
+        self.experts = Experts.of(mlp)
+        if self.experts is None:
+            self.gate_up, self.down = (Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)), (Weight.of(mlp.down_proj),)
+        self.kind = self.o[0].kind
+        self.mlp_kind = self.kind if self.experts is None else "full"

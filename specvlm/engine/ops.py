@@ -8,6 +8,7 @@ here rows keep their dtype, and quantised weights are dequantised.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,38 @@ class Weight:
         return dense(x_QK, full)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Tensors of a mixture of E experts, as the kernels read them.
+
+    Attributes:
+        router: (E, K) weights of the router.
+        gate_up: (E, 2 F, K) weights, gate before up.
+        down: (E, K, F) weights.
+        chosen: Number X of experts of each row. Their chances are scaled to sum to 1.
+    """
+
+    router: Weight
+    gate_up: Tensor
+    down: Tensor
+    chosen: int
+
+    KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # classes of Hugging Face that choose and weigh experts so
+
+    @classmethod
+    def of(cls, layer: Any) -> Experts | None:
+        """Wrap a Hugging Face layer. None if it is no mixture of experts, or one of another kind."""
+        if type(layer).__name__ not in cls.KNOWN:
+            return None
+        router, experts = layer.gate, layer.experts
+        weight = Weight(router, router.weight, router.weight)
+        return cls(weight, experts.gate_up_proj, experts.down_proj, router.top_k)
+
+    def weights(self) -> tuple[Weight, ...]:
+        """List the router and the layers of one expert, to check their sizes."""
+        return (self.router, *(Weight(self.router.layer, each[0], each[0]) for each in (self.gate_up, self.down)))
+
+
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """Multiply x by one to three weights; concatenate the results to (1, Q, N), in x's dtype. whole: not used here."""
     return torch.cat([w.times(x_QK) for w in weights], -1)[None]
@@ -71,12 +104,29 @@ def gated(x_QK: Tensor, gate: Weight, up: Weight, dtype: torch.dtype, kind: str 
     return silu(gate.times(x_QK)) * up.times(x_QK)
 
 
+def experts(x_QK: Tensor, layer: Experts) -> Tensor:
+    """Send each row through its experts. Returns (X, Q, K) parts in x's dtype, whose sum is the layer's output."""
+    chances_QE = layer.router.times(x_QK).softmax(-1, dtype=torch.float32)
+    weights_QX, ids_QX = chances_QE.topk(layer.chosen)
+    weights_QX = (weights_QX / weights_QX.sum(-1, keepdim=True)).to(x_QK.dtype)
+    parts = []
+    for ids, weights in zip(ids_QX.unbind(1), weights_QX.unbind(1), strict=True):
+        gate, up = (layer.gate_up[ids] @ x_QK[..., None])[..., 0].chunk(2, -1)
+        parts.append((layer.down[ids] @ (silu(gate) * up)[..., None])[..., 0] * weights[:, None])
+    return torch.stack(parts)
+
+
 def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
     """Compute x + the sum of parts, if any, and the RMSNorm of that times the weight; both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
-    wide = total.float()  # always float32, as in Hugging Face's modules
+    return total, _normed(total, weight_K, eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute RMSNorm over the last dimension, times the weight."""
+    wide = x.float()  # always float32, as in Hugging Face's modules
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return total, weight_K * scaled.to(total.dtype)
+    return weight * scaled.to(x.dtype)
 
 
 def all_reduce_add_norm(
@@ -94,10 +144,12 @@ def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
 def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
+    norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row.
 
-    parts and biases hold queries, keys and values in this order. cos, sin: (Q, D/2). base: (1,). heads: H.
+    parts and biases hold queries, keys and values in this order. cos, sin: (Q, D/2). base: (1,). heads: H. norms:
+    weights (D,) of the RMSNorm of each query and of each key, if the model has them.
     """
     kv_heads, _, width = keys_JCD.shape
     rows_QN = parts_SQN.sum(0)
@@ -105,6 +157,9 @@ def rope(
         rows_QN = rows_QN + torch.cat(biases).to(rows_QN.dtype)
     rows_QHD = rows_QN.to(keys_JCD.dtype).unflatten(-1, (-1, width))
     turning, values = rows_QHD[:, : heads + kv_heads], rows_QHD[:, heads + kv_heads :]
+    if norms:
+        parts = turning.split([heads, kv_heads], 1)
+        turning = torch.cat([_normed(part, norm, eps) for part, norm in zip(parts, norms, strict=True)], 1)
     low, high = turning.chunk(2, -1)
     cos, sin = cos_QD[:, None], sin_QD[:, None]
     turned = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)

@@ -16,6 +16,7 @@ C cache slots, T tree rows, V vocabulary.
 
 from __future__ import annotations
 
+from specvlm.engine.kernels.experts import experts
 from specvlm.engine.kernels.flash_decoding import attention
 from specvlm.engine.kernels.fused_all_reduce import all_reduce_add_norm
 from specvlm.engine.kernels.launch import GROUP
@@ -29,6 +30,7 @@ __all__ = [
     "add_norm",
     "all_reduce_add_norm",
     "attention",
+    "experts",
     "gated",
     "linear",
     "path_attention",

@@ -238,7 +238,9 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
     The choice must not depend on the number of rows: sums are to be rounded alike in passes of one row and of a tree.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
-    return max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(weights[0].data.shape[1], 3584))
+    stored = weights[0].data.shape[1]
+    most = triton.cdiv(stored, tile.inputs)  # more parts would be empty
+    return min(most, max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(stored, 3584)))
 
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:

@@ -73,13 +73,14 @@ def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, P
 
 @triton.jit
 def _rope_kernel(
-    part_ptr, b0, b1, b2, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, QB, stride_b, capacity,
-    S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    part_ptr, b0, b1, b2, norm_q, norm_k, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, QB, stride_b, capacity,
+    eps, S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write rotated queries to q (Q, H, D), rotated keys and values to slots base + at + row. Grid (Q, H + 2 J).
 
-    QB: rows of each request. stride_b: elements from one request's keys to the next one's.
+    QB: rows of each request. stride_b: elements from one request's keys to the next one's. NORM: queries and keys pass
+    through an RMSNorm of their own first.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -108,6 +109,15 @@ def _rope_kernel(
     low = low.to(kind).to(tl.float32)
     high = high.to(kind).to(tl.float32)
     if head < H + J:
+        if NORM:
+            weight = norm_q + d
+            if head >= H:
+                weight = norm_k + d
+            scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / D + eps)
+            low = (low * scale).to(kind).to(tl.float32) * tl.load(weight, mask=ok, other=0.0).to(tl.float32)
+            high = (high * scale).to(kind).to(tl.float32) * tl.load(weight + HALF, mask=ok, other=0.0).to(tl.float32)
+            low = low.to(kind).to(tl.float32)
+            high = high.to(kind).to(tl.float32)
         cos = tl.load(cos_ptr + row * HALF + d, mask=ok, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + row * HALF + d, mask=ok, other=0.0).to(tl.float32)
         # Each product is rounded before the sum, as in the Hugging Face layer.
@@ -155,20 +165,22 @@ def whole(parts_SQN: Tensor, out_QN: Tensor) -> Tensor:
 def rope(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor,
     keys_JCD: Tensor, values_JCD: Tensor, base: Tensor, at: int, heads: int,
+    norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row.
 
     cos, sin: (Q, D/2). base: (1,) on the device. For B requests with equally many rows each, base is (B,), keys and
-    values are (B, J, C, D), and rows are counted per request.
+    values are (B, J, C, D), and rows are counted per request. norms: weights (D,) of the RMSNorm of each query and of
+    each key, if the model has them.
     """
     kv_heads, capacity, width = keys_JCD.shape[-3:]
     rows = parts_SQN.shape[1]
     q = torch.empty(rows, heads, width, dtype=keys_JCD.dtype, device=keys_JCD.device)
     three = biases if biases else (q, q, q)
     _rope_kernel[(rows, heads + 2 * kv_heads)](
-        parts_SQN, *three, cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at,
-        rows, rows // base.numel(), keys_JCD.stride(0) if keys_JCD.ndim == 4 else 0, capacity,
+        parts_SQN, *three, *(norms or (q, q)), cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at,
+        rows, rows // base.numel(), keys_JCD.stride(0) if keys_JCD.ndim == 4 else 0, capacity, eps,
         S=len(parts_SQN), H=heads, J=kv_heads, D=width,
-        BLOCK=triton.next_power_of_2(width // 2), BIAS=bool(biases), **options_of(Tile(warps=1)),
+        BLOCK=triton.next_power_of_2(width // 2), BIAS=bool(biases), NORM=bool(norms), **options_of(Tile(warps=1)),
     )  # fmt: skip
     return q

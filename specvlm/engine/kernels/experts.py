@@ -1,0 +1,176 @@
+"""Mixtures of experts for few rows. Shape suffixes: see the package docstring; E experts, X experts of a row, F width
+between gate and down.
+
+A pair is a row and one of its experts. Each expert that a row of the pass has chosen is read once, whatever the number
+of its rows, which are multiplied 16 at a time. Neither the other rows nor their experts change a bit of a row's result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from specvlm.engine.kernels.launch import Tile, options_of
+from specvlm.engine.kernels.layers import linear
+from specvlm.engine.ops import Experts
+
+ROWS = 16  # rows of an expert that are multiplied at once
+TILE = Tile(64, 128, 3, 4)
+
+
+@triton.jit
+def _route_kernel(
+    part_ptr, id_ptr, weight_ptr, like_ptr, Q, E,
+    S: tl.constexpr, X: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Choose the X likeliest experts of a row, and their weights, which sum to 1. Grid (Q,).
+
+    Of equal experts the first is chosen. WIDE: X padded. BLOCK: E padded.
+    """
+    row = tl.program_id(0)
+    e = tl.arange(0, BLOCK)
+    x = tl.arange(0, WIDE)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    kind = like_ptr.dtype.element_ty
+    logit = tl.zeros((BLOCK,), dtype=tl.float32)
+    for s in tl.static_range(S):
+        logit += tl.load(part_ptr + (s * Q + row) * E + e, mask=e < E, other=0.0)
+    logit = tl.where(e < E, logit.to(kind).to(tl.float32), float("-inf"))
+    chance = tl.exp(logit - tl.max(logit, 0))
+    chance = chance / tl.sum(chance, 0)
+    ids = tl.zeros((WIDE,), dtype=tl.int32)
+    weights = tl.zeros((WIDE,), dtype=tl.float32)
+    for i in tl.static_range(X):
+        most = tl.max(logit, 0)
+        best = tl.min(tl.where(logit == most, e, BLOCK), 0)
+        ids = tl.where(x == i, best, ids)
+        weights = tl.where(x == i, tl.sum(tl.where(e == best, chance, 0.0), 0), weights)
+        logit = tl.where(e == best, float("-inf"), logit)
+    weights = (weights / tl.sum(weights, 0)).to(kind).to(tl.float32)
+    tl.store(id_ptr + row * X + x, ids, mask=x < X)
+    tl.store(weight_ptr + row * X + x, weights, mask=x < X)
+
+
+@triton.jit
+def _expert_of(id_ptr, PAIRS, p, E, BY_PAIR: tl.constexpr):
+    """Return this program's expert, and a mask of its pairs, which is empty if another program has the expert."""
+    ids = tl.load(id_ptr + p, mask=p < PAIRS, other=-1)
+    expert = tl.program_id(1)
+    first = 0
+    if BY_PAIR:
+        first = expert
+        expert = tl.load(id_ptr + first)
+    mine = ids == expert
+    taken = tl.sum((mine & (p < first)).to(tl.int32), 0) > 0
+    return expert, mine & (not taken)
+
+
+@triton.jit
+def _some_pairs(mine, rank, p, first, ROWS: tl.constexpr):
+    """Return the numbers of ROWS pairs from the first-th of `mine` on, and which of them there are."""
+    wanted = first + tl.arange(0, ROWS)
+    hit = mine[None, :] & (rank[None, :] == wanted[:, None])
+    return tl.sum(tl.where(hit, p[None, :], 0), 1), wanted < tl.sum(mine.to(tl.int32), 0)
+
+
+@triton.jit
+def _gated_experts_kernel(
+    x_ptr, id_ptr, w_ptr, y_ptr, PAIRS, E, F, K,
+    X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute y (pairs, F) = silu(x gate^T) * (x up^T) of each pair's expert. Grid (tiles of F, experts).
+
+    w: (E, 2 F, K), gate before up. Rounded where the Hugging Face layer rounds.
+    """
+    p = tl.arange(0, BLOCK)
+    offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    offs_k = tl.arange(0, BK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    expert, mine = _expert_of(id_ptr, PAIRS, p, E, BY_PAIR)
+    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+    count = tl.sum(mine.to(tl.int32), 0)
+    kind = y_ptr.dtype.element_ty
+    gate = w_ptr + expert.to(tl.int64) * 2 * F * K
+    for first in range(0, count, BQ):
+        pair, there = _some_pairs(mine, rank, p, first, BQ)
+        row = pair // X
+        g = tl.zeros((BN, BQ), dtype=tl.float32)
+        u = tl.zeros((BN, BQ), dtype=tl.float32)
+        for k in range(0, K, BK):
+            ok = (k + offs_k) < K
+            at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+            mask = (offs_n < F)[:, None] & ok[None, :]
+            w_g = tl.load(gate + at, mask=mask, other=0.0)
+            w_u = tl.load(gate + at + F.to(tl.int64) * K, mask=mask, other=0.0)
+            x = tl.load(x_ptr + row[None, :] * K + (k + offs_k)[:, None], mask=there[None, :] & ok[:, None], other=0.0)
+            g = tl.dot(w_g, x, g)
+            u = tl.dot(w_u, x, u)
+        g = g.to(kind).to(tl.float32)
+        u = u.to(kind).to(tl.float32)
+        out = (g * tl.sigmoid(g)).to(kind).to(tl.float32) * u
+        tl.store(y_ptr + pair[None, :] * F + offs_n[:, None], out.to(kind), mask=(offs_n < F)[:, None] & there[None, :])
+
+
+@triton.jit
+def _down_experts_kernel(
+    y_ptr, id_ptr, weight_ptr, w_ptr, out_ptr, PAIRS, E, Q, N, F,
+    X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute out (X, Q, N): each pair's y times its expert's w (E, N, F) and its weight. Grid (tiles of N, experts)."""
+    p = tl.arange(0, BLOCK)
+    offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    offs_k = tl.arange(0, BK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    expert, mine = _expert_of(id_ptr, PAIRS, p, E, BY_PAIR)
+    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+    count = tl.sum(mine.to(tl.int32), 0)
+    down = w_ptr + expert.to(tl.int64) * N * F
+    for first in range(0, count, BQ):
+        pair, there = _some_pairs(mine, rank, p, first, BQ)
+        acc = tl.zeros((BN, BQ), dtype=tl.float32)
+        for k in range(0, F, BK):
+            ok = (k + offs_k) < F
+            at = offs_n[:, None].to(tl.int64) * F + (k + offs_k)[None, :]
+            w = tl.load(down + at, mask=(offs_n < N)[:, None] & ok[None, :], other=0.0)
+            y = tl.load(y_ptr + pair[None, :] * F + (k + offs_k)[:, None], mask=there[None, :] & ok[:, None], other=0.0)
+            acc = tl.dot(w, y, acc)
+        acc *= tl.load(weight_ptr + pair, mask=there, other=0.0)[None, :]
+        to = out_ptr + ((pair % X) * Q + pair // X)[None, :].to(tl.int64) * N + offs_n[:, None]
+        tl.store(to, acc, mask=(offs_n < N)[:, None] & there[None, :])
+
+
+def experts(x_QK: Tensor, layer: Experts) -> Tensor:
+    """Send each row through its experts. Returns (X, Q, N) float32 parts, whose sum is the layer's output."""
+    rows, width = x_QK.shape
+    count, inner, chosen = layer.gate_up.shape[0], layer.gate_up.shape[1] // 2, layer.chosen
+    scores, pairs = linear(x_QK, (layer.router,)), rows * chosen
+    ids = torch.empty(rows, chosen, dtype=torch.int32, device=x_QK.device)
+    weights = torch.empty(rows, chosen, dtype=torch.float32, device=x_QK.device)
+    _route_kernel[(rows,)](
+        scores, ids, weights, x_QK, rows, count, S=len(scores), X=chosen, WIDE=triton.next_power_of_2(chosen),
+        BLOCK=triton.next_power_of_2(count), **options_of(Tile(warps=1)),
+    )  # fmt: skip
+    y = torch.empty(pairs, inner, dtype=x_QK.dtype, device=x_QK.device)
+    out = torch.empty(chosen, rows, width, dtype=torch.float32, device=x_QK.device)
+    named = dict(X=chosen, BLOCK=triton.next_power_of_2(pairs), BQ=ROWS, BN=TILE.outputs, BK=TILE.inputs, BY_PAIR=pairs < count)
+    size = x_QK.element_size() * TILE.inputs
+    _gated_experts_kernel[(triton.cdiv(inner, TILE.outputs), min(pairs, count))](
+        x_QK, ids, layer.gate_up, y, pairs, count, inner, width,
+        **named, **options_of(TILE, size * (2 * TILE.outputs + ROWS), 2048),
+    )  # fmt: skip
+    _down_experts_kernel[(triton.cdiv(width, TILE.outputs), min(pairs, count))](
+        y, ids, weights, layer.down, out, pairs, count, rows, width, inner,
+        **named, **options_of(TILE, size * (TILE.outputs + ROWS), 2048),
+    )  # fmt: skip
+    return out
