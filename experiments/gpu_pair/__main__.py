@@ -26,7 +26,7 @@ from experiments.gpu_pair import report
 from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes, weight_bytes
 from experiments.gpu_pair.models import WRAPS, read
 from experiments.gpu_pair.options import Options
-from experiments.gpu_pair.shapes import Llava, Qwen, build, model_class, pair_of, prompt_of
+from experiments.gpu_pair.shapes import Shape, build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton, stages_for
 from specvlm.advise import predict
 from specvlm.app import memory_plan
@@ -158,7 +158,7 @@ class Run:
             self.one_draft(target, weights, first=number == 0)
             free()
 
-    def model(self, shape: Qwen | Llava, weights: str, folder: str = "") -> VideoLM:
+    def model(self, shape: Shape, weights: str, folder: str = "") -> VideoLM:
         """Load a model from its folder, or build it with random weights."""
         folder = folder or (self.options.target if shape is self.pair.target else "")
         if folder:
@@ -214,7 +214,10 @@ class Run:
             return
         bench, ratios, slots = made, self.options.numbers("ratio"), len(unread)
         draft = bench.drafting
-        check_floor = 1000 * (weight_bytes(target) + kv_bytes(target, slots)) / self.bandwidth
+        alone_floor, check_floor = (
+            1000 * (weight_bytes(target, rows) + kv_bytes(target, slots)) / self.bandwidth
+            for rows in (1, bench.inner.max_nodes)
+        )
         add("bytes", **tags, target_weight_bytes=weight_bytes(target), draft_weight_bytes=weight_bytes(draft),
             target_kv_bytes=kv_bytes(target, slots), check_floor_ms=check_floor)  # fmt: skip
         if "capture" in wanted and (figures := attempt(f"{name}capture", lambda: bench.capture(ratios[0]), **tags)):
@@ -230,7 +233,7 @@ class Run:
         alone = attempt(f"{name}autoregressive", bench.autoregressive, **tags)
         if alone is None:
             return
-        add("autoregressive", **tags, **alone, floor_ms=check_floor)
+        add("autoregressive", **tags, **alone, floor_ms=alone_floor)
         # Skip quantised targets: Hugging Face has no layers for our quantised weights, and ours would slow its loop.
         if "hf" in wanted and first and bench.prompt is not None and self.target_weights == "bf16":
             hf = attempt(f"{name}Hugging Face generate", bench.hugging_face, **tags)

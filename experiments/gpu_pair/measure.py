@@ -69,16 +69,20 @@ def copy_bandwidth(device: torch.device, repeats: int = 20) -> Figures:
     return {"ms": middle, "gb_per_s": 2 * source.nbytes / middle / 1e6}
 
 
-def weight_bytes(lm: VideoLM) -> int:
-    """Count the bytes of weights that a text pass reads: text layers, final norm and head, as stored.
+def weight_bytes(lm: VideoLM, rows: int = 1) -> int:
+    """Count the bytes of weights that a text pass of `rows` rows reads: text layers, final norm and head, as stored.
 
-    With tensor parallelism, count those of one rank.
+    With tensor parallelism, count those of one rank. Of experts, count those that so many rows are expected to choose
+    if each chooses at random.
     """
 
     def held(module: nn.Module) -> int:
         return sum(local_shard(t).nbytes for t in (*module.parameters(), *module.buffers()))
 
-    return held(lm.text.layers) + held(lm.text.norm) + held(lm.hf.lm_head)
+    experts = sum(held(module) for name, module in lm.text.layers.named_modules() if name.endswith(".experts"))
+    config = lm.text.config
+    left = 1 - config.num_experts_per_tok / config.num_experts if experts else 0.0
+    return held(lm.text.layers) + held(lm.text.norm) + held(lm.hf.lm_head) - round(experts * left**rows)
 
 
 def kv_bytes(lm: VideoLM, slots: int) -> int:

@@ -1,4 +1,4 @@
-"""Benchmark versions of the two families, for which prefilling a video without pixels is free.
+"""Benchmark versions of the families, for which prefilling a video without pixels is free.
 
 A benchmark decodes one prompt dozens of times. Without pixels, features and embeddings are empty tensors on the meta
 device. `prefill` then reuses the rows of the cache's last real prefill, or fills the cache with random numbers.
@@ -17,8 +17,9 @@ from specvlm.models.kv_cache import KVCache
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
+from specvlm.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from specvlm.models.video_lm import VideoLM
-from specvlm.types import KeepSet, VideoPrompt
+from specvlm.types import Features, KeepSet, VideoPrompt
 
 
 class Benched(VideoLM):
@@ -28,20 +29,20 @@ class Benched(VideoLM):
         super().__init__(*more, **named)
         self.filled: WeakKeyDictionary[KVCache, tuple[int, Tensor]] = WeakKeyDictionary()
 
-    def features(self, prompt: VideoPrompt, *more: Any, **named: Any) -> Tensor:
+    def features(self, prompt: VideoPrompt, *more: Any, **named: Any) -> Tensor | Features:
         if prompt.videos[0]["pixels"] is not None:
             return super().features(prompt, *more, **named)
         return torch.empty(len(prompt.video_index), self.text.config.hidden_size, dtype=self.dtype, device="meta")
 
-    def embed(self, prompt: VideoPrompt, features_ND: Tensor, keep: KeepSet | None = None) -> Tensor:
-        if not features_ND.is_meta:
+    def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
+        if not isinstance(features_ND, Tensor) or not features_ND.is_meta:
             return super().embed(prompt, features_ND, keep)
         slots = len(prompt) if keep is None else len(prompt.kept_slots(keep.index))
         return features_ND.new_empty(slots, features_ND.shape[1])
 
-    def prefill(self, embeds_SD: Tensor, positions_AS: Tensor, cache: KVCache, *more: Any, **named: Any) -> Tensor:
+    def prefill(self, embeds_SD: Tensor | Features, positions_AS: Tensor, cache: KVCache, *more: Any, **named: Any) -> Tensor:
         rows = len(embeds_SD)
-        if not embeds_SD.is_meta:
+        if not isinstance(embeds_SD, Tensor) or not embeds_SD.is_meta:
             self.filled[cache] = rows, super().prefill(embeds_SD, positions_AS, cache, *more, **named).clone()
         else:
             if self.filled.get(cache, (0,))[0] != rows:
@@ -57,11 +58,19 @@ class BenchedQwen(Benched, Qwen2_5_VL):
     """Qwen2.5-VL."""
 
 
+class BenchedQwen3(Benched, Qwen3VL):
+    """Qwen3-VL."""
+
+
+class BenchedQwen3Moe(Benched, Qwen3VLMoe):
+    """Qwen3-VL with experts."""
+
+
 class BenchedLlava(Benched, LlavaOneVision):
     """LLaVA-OneVision."""
 
 
-WRAPS: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, BenchedLlava)}
+WRAPS: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, BenchedQwen3, BenchedQwen3Moe, BenchedLlava)}
 
 
 def read(folder: str | Path, device: torch.device, dtype: str, weights: str) -> VideoLM:

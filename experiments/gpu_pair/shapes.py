@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,11 @@ TEXT = dict(
 
 @dataclass(frozen=True)
 class Text:
-    """Shape of a language model. width: hidden size. mlp: width of the MLP. tied: the head is the embedding."""
+    """Shape of a language model.
+
+    width: hidden size. mlp: width of the MLP. tied: the head is the embedding. experts: number of experts, how many a
+    token has, and the width of each.
+    """
 
     layers: int
     width: int
@@ -42,6 +46,7 @@ class Text:
     mlp: int
     vocabulary: int
     tied: bool = False
+    experts: tuple[int, int, int] | None = None
 
     def config(self, **more: Any) -> dict[str, Any]:
         """Make the arguments of a Hugging Face text config."""
@@ -94,6 +99,57 @@ class Qwen:
 
 
 @dataclass(frozen=True)
+class Qwen3:
+    """Shape of a Qwen3-VL, also with experts. tower: layers, width and MLP of the vision tower. small: for tests."""
+
+    text: Text
+    tower: tuple[int, int, int] = (27, 1152, 4304)
+    deepstack: tuple[int, ...] = (8, 16, 24)
+    small: bool = False
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+        return "qwen3_vl_moe" if self.text.experts else "qwen3_vl"
+
+    def config(self) -> Any:
+        from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+
+        depth, width, mlp = self.tower
+        vision: dict[str, Any] = dict(
+            depth=depth, hidden_size=width, intermediate_size=mlp, num_heads=16, patch_size=16, spatial_merge_size=2,
+            temporal_patch_size=2, num_position_embeddings=2304, deepstack_visual_indexes=list(self.deepstack),
+        )  # fmt: skip
+        sections, theta, ids, head_dim = [24, 20, 20], 5e6, (151655, 151656, 151652, 151653), 128
+        if self.small:
+            vision |= dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4)
+            vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+            sections, theta, ids, head_dim = [2, 1, 1], 1e3, (1, 2, 3, 4), 8
+        rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True, "rope_theta": theta}
+        text = self.text.config(rope_parameters=rope, head_dim=head_dim)
+        if self.text.experts:
+            names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+            text |= dict(zip(names, self.text.experts, strict=True))
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        return (Qwen3VLMoeConfig if self.text.experts else Qwen3VLConfig)(
+            text_config={k: v for k, v in text.items() if k not in ("use_sliding_window", "max_window_layers")},
+            vision_config=vision | {"out_hidden_size": self.text.width},
+            tie_word_embeddings=self.text.tied,
+            **dict(zip(names, ids, strict=True)),
+        )
+
+    def video(self, tokens: int, generator: torch.Generator | None) -> tuple[TokenGrid, dict[str, Any]]:
+        """Make a video of about `tokens` tokens: temporal patches of 16 x 16 tokens (512 x 512 pixels)."""
+        side, patch = (2, 4) if self.small else (16, 16)
+        frames = max(1, round(tokens / side**2))
+        pixels = None
+        if generator is not None:
+            pixels = torch.randn(frames * 4 * side**2, 3 * 2 * patch**2, generator=generator)
+        times = [float(frame) for frame in range(frames)]
+        return TokenGrid(frames, side, side), {"pixels": pixels, "thw": (frames, 2 * side, 2 * side), "times": times}
+
+
+@dataclass(frozen=True)
 class Llava:
     """Shape of a LLaVA-OneVision: SigLIP so400m at 384 pixels, a projector of two layers, Qwen2."""
 
@@ -133,11 +189,16 @@ class Llava:
         return TokenGrid(frames, side, side, newline=1), {"pixels": pixels}
 
 
+Shape = Qwen | Qwen3 | Llava
 QWEN_3B = Qwen(Text(36, 2048, 16, 2, 11008, 151936, tied=True))
 QWEN_7B = Qwen(Text(28, 3584, 28, 4, 18944, 152064))
 QWEN_32B = Qwen(Text(64, 5120, 40, 8, 27648, 152064), vision_mlp=3456)
 LLAVA_7B = Llava(Text(28, 3584, 28, 4, 18944, 152000))
 LLAVA_72B = Llava(Text(80, 8192, 64, 8, 29568, 152000))
+QWEN3_2B = Qwen3(Text(28, 2048, 16, 8, 6144, 151936, tied=True), (24, 1024, 4096), (5, 11, 17))
+QWEN3_4B = Qwen3(Text(36, 2560, 32, 8, 9728, 151936, tied=True), (24, 1024, 4096), (5, 11, 17))
+QWEN3_32B = Qwen3(Text(64, 5120, 64, 8, 25600, 151936))
+QWEN3_30B_A3B = Qwen3(Text(48, 2048, 32, 4, 6144, 151936, experts=(128, 8, 768)))
 TINY, TINY_DRAFT = Text(3, 32, 4, 2, 64, 997), Text(2, 32, 4, 2, 64, 997, tied=True)
 
 
@@ -145,8 +206,8 @@ TINY, TINY_DRAFT = Text(3, 32, 4, 2, 64, 997), Text(2, 32, 4, 2, 64, 997, tied=T
 class Pair:
     """Target and draft. draft None: the target drafts for itself. target_weights: the target's default storage."""
 
-    target: Qwen | Llava
-    draft: Qwen | Llava | None
+    target: Shape
+    draft: Shape | None
     target_weights: str = "bf16"
 
 
@@ -156,9 +217,13 @@ SHAPES = {
     "qwen2_5_vl_7b_3b": Pair(QWEN_7B, QWEN_3B),
     "qwen2_5_vl_7b_self": Pair(QWEN_7B, None),
     "llava_onevision_72b_7b": Pair(LLAVA_72B, LLAVA_7B, "fp8"),
+    "qwen3_vl_32b_4b": Pair(QWEN3_32B, QWEN3_4B),
+    "qwen3_vl_30b_a3b_2b": Pair(QWEN3_30B_A3B, QWEN3_2B),
     "tiny": Pair(Qwen(TINY, small=True), Qwen(TINY_DRAFT, small=True)),
     "tiny_self": Pair(Qwen(TINY, small=True), None),
     "tiny_llava": Pair(Llava(TINY, small=True), Llava(TINY_DRAFT, small=True)),
+    "tiny_qwen3": Pair(Qwen3(TINY, small=True), Qwen3(TINY_DRAFT, small=True)),
+    "tiny_experts": Pair(Qwen3(replace(TINY, experts=(4, 2, 64)), small=True), Qwen3(TINY_DRAFT, small=True)),
 }
 
 
@@ -169,19 +234,24 @@ def pair_of(name: str) -> Pair:
     return SHAPES[name]
 
 
-def prompt_of(lm: VideoLM, shape: Qwen | Llava, tokens: int, pixels: bool, seed: int = 0) -> VideoPrompt:
+def prompt_of(lm: VideoLM, shape: Shape, tokens: int, pixels: bool, seed: int = 0) -> VideoPrompt:
     """Make a prompt of ten text tokens, a video of about `tokens` tokens, and fifty text tokens.
+
+    If each frame has a run of tokens of its own, eight text tokens stand before it, as a timestamp would.
 
     pixels: Whether the video has pixels. Prefilling one without is free (see models.py).
     """
     generator = torch.Generator().manual_seed(seed)
     grid, video = shape.video(tokens, generator if pixels else None)
     words = torch.randint(10, min(lm.vocabulary // 2, 100_000), (60,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return lm.expand([*words[:10], lm.video_token, *words[10:]], [grid], [video])
+    runs = [lm.video_token]
+    if len(lm.runs(grid)) > 1:
+        runs = [token for frame in range(grid.frames) for token in (*words[frame % 40 : frame % 40 + 8], lm.video_token)]
+    return lm.expand([*words[:10], *runs, *words[10:]], [grid], [video])
 
 
 def build(
-    shape: Qwen | Llava,
+    shape: Shape,
     wrap: Callable[..., VideoLM],
     device: torch.device,
     dtype: torch.dtype,
@@ -217,11 +287,17 @@ def build(
     return wrap(hf, stages=stages or None, ranks=ranks)
 
 
-def model_class(shape: Qwen | Llava) -> Any:
+def model_class(shape: Shape) -> Any:
     """Return the Hugging Face model class of a shape."""
     import transformers
 
-    family = "Qwen2_5_VL" if isinstance(shape, Qwen) else "LlavaOnevision"
+    names = {
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "qwen3_vl_moe": "Qwen3VLMoe",
+        "llava_onevision": "LlavaOnevision",
+    }
+    family = names[shape.family]
     return getattr(transformers, f"{family}ForConditionalGeneration")
 
 
@@ -250,8 +326,10 @@ def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: st
             elif isinstance(module, nn.Embedding):
                 new = normal(full, old, 1.0)
             else:
-                fan_in = math.prod(old.shape[1:])
-                depth = math.sqrt(2 * text.layers) if name.endswith(("o_proj", "down_proj")) else 1.0
+                experts = name.endswith(".experts")
+                fan_in = old.shape[-1] if experts else math.prod(old.shape[1:])
+                last = name.endswith(("o_proj", "down_proj")) or (experts and key == "down_proj")
+                depth = math.sqrt(2 * text.layers) if last else 1.0
                 new = normal(full, old, 1 / math.sqrt(fan_in) / depth)
             setattr(module, key, new)
         if id(module) in stored:
@@ -277,14 +355,16 @@ def _store(hf: Any, name: str, linear: nn.Linear, weights: str, ranks: ProcessGr
     linear.weight = None  # free it: the loop still holds the module
 
 
-def _buffers(hf: Any, shape: Qwen | Llava, place: Placement) -> None:
+def _buffers(hf: Any, shape: Shape, place: Placement) -> None:
     """Fill buffers that checkpoints lack, such as rotary frequencies, from a one-layer model of the same config."""
     config = shape.config()
     text, vision = config.get_text_config(), config.vision_config
     text.vocab_size, text.num_hidden_layers, text.intermediate_size = 8, 1, 8
     text.layer_types, text.pad_token_id = ["full_attention"], None
     vision.intermediate_size = 8
-    setattr(vision, "depth" if isinstance(shape, Qwen) else "num_hidden_layers", 1)
+    if shape.text.experts:
+        text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 1, 1, 8
+    setattr(vision, "num_hidden_layers" if isinstance(shape, Llava) else "depth", 1)
     known = dict(model_class(shape)(config).named_buffers())
     for name, buffer in list(hf.named_buffers()):
         if buffer.is_meta:
