@@ -13,7 +13,8 @@ from specvlm.engine import Engine, engine_for, ops
 from specvlm.engine.base import tree_pass
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.engine.lean import LeanText, Sight, why_not
-from specvlm.engine.ops import Experts
+from specvlm.engine.ops import Experts, Weight
+from specvlm.models.quantize import KINDS, QuantizedLinear, left_full, quantize, quantize_text, stored
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
@@ -72,6 +73,28 @@ def test_experts_are_those_of_the_module(chosen):
     torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7)  # the router's chances are float32
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_quantised_experts(kind):
+    """Their layer is that of the dequantised weights, nothing large is left, and the lean pass reads what is stored."""
+    hf = copy.deepcopy(tiny.noisy("qwen3_vl_moe").hf)
+    planned = sum({weight.key: weight.nbytes for weight in stored(hf, torch.float64, kind)}.values())
+    full = copy.deepcopy(hf).model.language_model.layers[1].mlp
+    quantize_text(hf, kind)
+    assert left_full(hf, kind) == ""
+    buffers = [b for m in hf.modules() if isinstance(m, QuantizedLinear) for b in m.buffers()]
+    assert planned == sum(x.nbytes for x in (*buffers, *hf.parameters()))
+    layer = hf.model.language_model.layers[1].mlp
+    for name in ("gate_up", "down"):
+        weight = getattr(full.experts, f"{name}_proj")
+        weight.data = getattr(layer.experts, name).weight_in(torch.float64).view_as(weight)
+    x = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x[None]), full(x[None]), rtol=1e-9, atol=1e-9)
+    lm = tiny.wrapped(hf)
+    found, want, *_ = lean_and_own(lm, tiny.prompt("qwen3_vl_moe"), LeanText(lm))
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
 def test_experts_of_another_kind_run_eager():
     class SharedExperts(torch.nn.Module):
         pass
@@ -102,28 +125,30 @@ def test_captured_is_eager(family, backend):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def experts_on_gpu(experts: int, chosen: int, width: int, inner: int) -> Experts:
+def experts_on_gpu(experts: int, chosen: int, width: int, inner: int, kind: str) -> Experts:
     generator = torch.Generator("cuda").manual_seed(experts)
 
     def normal(*shape: int) -> torch.Tensor:
         made = torch.randn(*shape, device="cuda", generator=generator) * shape[-1] ** -0.5
         return made.to(torch.bfloat16)
 
-    from specvlm.engine.ops import Weight
-
-    router = normal(experts, width)
-    return Experts(
-        Weight(torch.nn.Identity(), router, router), normal(experts, 2 * inner, width), normal(experts, width, inner), chosen
-    )
+    stacks = normal(experts, width), normal(experts * 2 * inner, width), normal(experts * width, inner)
+    layers = []
+    for stack in stacks:
+        layers.append(torch.nn.Linear(*stack.shape[::-1], bias=False, device="meta"))
+        layers[-1].weight = torch.nn.Parameter(stack, requires_grad=False)
+    router, *inside = layers
+    return Experts(Weight.of(router), *(Weight.of(x if kind == "full" else quantize(x, kind)) for x in inside), chosen)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["full", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("sizes", [(128, 8, 2048, 768), (8, 2, 256, 160), (60, 4, 512, 192)], ids=str)
 @torch.inference_mode()
-def test_a_rows_experts_have_the_bits_of_a_pass_of_one(sizes):
+def test_a_rows_experts_have_the_bits_of_a_pass_of_one(sizes, kind):
     from specvlm.engine import kernels
 
-    layer = experts_on_gpu(*sizes)
+    layer = experts_on_gpu(*sizes, kind)
     x = torch.randn(64, sizes[2], device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(torch.bfloat16)
     alone = torch.cat([kernels.experts(row[None], layer) for row in x], 1)
     right = ops.experts(x, layer).float().sum(0)

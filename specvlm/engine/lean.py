@@ -182,7 +182,9 @@ class LeanText:
     def weights(self) -> Iterator[Weight]:
         """Iterate over the weights of all linear layers."""
         for layer in self.layers:
-            yield from (*layer.qkv, *layer.o, *(layer.experts.weights() if layer.experts else (*layer.gate_up, *layer.down)))
+            yield from (*layer.qkv, *layer.o)
+            experts = layer.experts
+            yield from (*layer.gate_up, *layer.down) if experts is None else (experts.router, experts.gate_up, experts.down)
         yield self.head
 
     def logits(self, hidden_QD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 from torch.nn.functional import silu
 
-from specvlm.models.quantize import QuantizedLinear
+from specvlm.models.quantize import QuantizedExperts, QuantizedLinear
 from specvlm.parallel.ranks import ProcessGroup, local_shard
 
 
@@ -58,8 +58,11 @@ class Weight:
 
     def times(self, x_QK: Tensor) -> Tensor:
         """Compute (Q, N) outputs, without the bias."""
-        full = self.data if self.kind == "full" else self.layer.weight_in(x_QK.dtype)  # type: ignore[operator]
-        return dense(x_QK, full)
+        return dense(x_QK, self.full_in(x_QK.dtype))
+
+    def full_in(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) weights, dequantised to a dtype if they are quantised."""
+        return self.data if self.kind == "full" else self.layer.weight_in(dtype)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class Experts:
 
     Attributes:
         router: (E, K) weights of the router.
-        gate_up: (E, 2 F, K) weights, gate before up.
-        down: (E, K, F) weights.
+        gate_up: (E * 2 F, K) weights of all experts, for each gate before up.
+        down: (E * K, F) weights.
         chosen: Number X of experts of each row. Their chances are scaled to sum to 1.
     """
 
     router: Weight
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     chosen: int
 
     KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # classes of Hugging Face that choose and weigh experts so
@@ -87,11 +90,19 @@ class Experts:
             return None
         router, experts = layer.gate, layer.experts
         weight = Weight(router, router.weight, router.weight)
-        return cls(weight, experts.gate_up_proj, experts.down_proj, router.top_k)
+        if isinstance(experts, QuantizedExperts):
+            return cls(weight, Weight.of(experts.gate_up), Weight.of(experts.down), router.top_k)
+        gate_up, down = experts.gate_up_proj.flatten(0, 1), experts.down_proj.flatten(0, 1)
+        return cls(weight, Weight(experts, gate_up, gate_up), Weight(experts, down, down), router.top_k)
 
-    def weights(self) -> tuple[Weight, ...]:
-        """List the router and the layers of one expert, to check their sizes."""
-        return (self.router, *(Weight(self.router.layer, each[0], each[0]) for each in (self.gate_up, self.down)))
+    @property
+    def count(self) -> int:
+        """Number of experts E."""
+        return self.router.outputs
+
+    def of_each(self, stack: Weight, ids_Q: Tensor, dtype: torch.dtype) -> Tensor:
+        """(Q, N, K) weights of one expert for each row."""
+        return stack.full_in(dtype).unflatten(0, (self.count, -1))[ids_Q]
 
 
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
@@ -111,8 +122,9 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     weights_QX = (weights_QX / weights_QX.sum(-1, keepdim=True)).to(x_QK.dtype)
     parts = []
     for ids, weights in zip(ids_QX.unbind(1), weights_QX.unbind(1), strict=True):
-        gate, up = (layer.gate_up[ids] @ x_QK[..., None])[..., 0].chunk(2, -1)
-        parts.append((layer.down[ids] @ (silu(gate) * up)[..., None])[..., 0] * weights[:, None])
+        gate, up = (layer.of_each(layer.gate_up, ids, x_QK.dtype) @ x_QK[..., None])[..., 0].chunk(2, -1)
+        down = layer.of_each(layer.down, ids, x_QK.dtype) @ (silu(gate) * up)[..., None]
+        parts.append(down[..., 0] * weights[:, None])
     return torch.stack(parts)
 
 

@@ -27,6 +27,7 @@ KINDS = ("fp8", "int8", "int4")
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # stored for the largest weight among those that share a scale
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 GROUP = 128  # maximum number of weights of a row that share an int4 scale
+EXPERTS = ("Qwen3VLMoeTextExperts",)  # Hugging Face's classes with weights gate_up_proj (E, 2 F, K) and down_proj (E, K, F)
 BLOCK = 1024  # rows quantised at once: bounds the float32 copies, 121 MB each at the widest layer of a 72B model
 
 
@@ -77,11 +78,15 @@ class QuantizedLinear(nn.Module):
         half = self.in_features // 2
         return min(GROUP, half & -half) if self.kind == "int4" else self.in_features
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """(N, K) dequantised weight. The product is computed in float32 or wider and rounded to `dtype` once."""
-        q_NK = unpack(self.qweight) if self.kind == "int4" else self.qweight
+    def weight_in(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
+        """(N, K) dequantised weight, or that of some outputs.
+
+        The product is computed in float32 or wider and rounded to `dtype` once.
+        """
+        stored, scale = self.qweight[outputs], self.scale[outputs]
+        q_NK = unpack(stored) if self.kind == "int4" else stored
         w_NK = q_NK.to(dtype)  # exact in every supported dtype
-        w_NK.view(self.out_features, -1, self.group).mul_(self.scale.view(self.out_features, -1, 1))
+        w_NK.view(len(w_NK), -1, self.group).mul_(scale.view(len(w_NK), -1, 1))
         return w_NK
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +111,42 @@ class QuantizedLinear(nn.Module):
             return fn(tensor.view(bits[tensor.itemsize])).view(tensor.dtype)
 
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+
+
+class QuantizedExperts(nn.Module):
+    """Experts of a mixture with 8- or 4-bit weights, in place of a module of Hugging Face that is in EXPERTS.
+
+    The weights of all E experts are stored one after another, as one layer: gate_up (E * 2 F, K), down (E * K, F).
+    """
+
+    def __init__(self, experts: Any, kind: str, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.count, self.act_fn = experts.gate_up_proj.shape[0], experts.act_fn
+        self.gate_up = quantize(_flat(experts, "gate_up_proj"), kind, device)
+        experts.gate_up_proj = None  # free it
+        self.down = quantize(_flat(experts, "down_proj"), kind, device)
+
+    def forward(self, hidden_QK: Tensor, ids_QX: Tensor, weights_QX: Tensor) -> Tensor:
+        """Add up the outputs of each row's X experts. Dequantises one expert at a time."""
+        found_QK = torch.zeros_like(hidden_QK)
+        for expert in ids_QX.unique().tolist():
+            rows, slots = torch.where(ids_QX == expert)
+            gate, up = linear_of(hidden_QK[rows], self._weight(self.gate_up, expert, hidden_QK.dtype)).chunk(2, -1)
+            part = linear_of(self.act_fn(gate) * up, self._weight(self.down, expert, hidden_QK.dtype))
+            found_QK.index_add_(0, rows, (part * weights_QX[rows, slots, None]).to(found_QK.dtype))
+        return found_QK
+
+    def _weight(self, stack: QuantizedLinear, expert: int, dtype: torch.dtype) -> Tensor:
+        each = stack.out_features // self.count
+        return stack.weight_in(dtype, slice(expert * each, (expert + 1) * each))
+
+
+def _flat(experts: Any, name: str) -> nn.Linear:
+    """Return a layer of the weights of all experts, without a copy."""
+    weight = getattr(experts, name).detach().flatten(0, 1)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def pack(q_NK: Tensor) -> Tensor:
@@ -168,25 +209,30 @@ def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup)
 
 
 def quantize_text(hf: Any, kind: str, device: torch.device | str | None = None, ranks: ProcessGroup = SINGLE) -> None:
-    """Quantise every nn.Linear of a Hugging Face model's text layers, and its head, in place.
+    """Quantise every nn.Linear and all experts of a Hugging Face model's text layers, and its head, in place.
 
     Each weight is freed before the next layer is quantised. If the model is on another device than `device`, the latter
     holds at most one block of unquantised rows. A head tied to the embedding is untied: the embedding keeps its weight
     and dtype.
     """
-    for parent, name in _text_linears(hf):
-        linear = getattr(parent, name)
-        setattr(parent, name, quantize(linear, kind, device) if ranks.size == 1 else quantize_share(linear, kind, name, ranks))
+    for parent, name in _quantisable(hf):
+        layer = getattr(parent, name)
+        if not isinstance(layer, nn.Linear):
+            made: nn.Module = QuantizedExperts(layer, kind, device)
+        else:
+            made = quantize(layer, kind, device) if ranks.size == 1 else quantize_share(layer, kind, name, ranks)
+        setattr(parent, name, made)
     hf.config.tie_word_embeddings = False
 
 
 def left_full(hf: Any, kind: str) -> str:
-    """Describe the weights of text layers that `quantize_text` left unquantised, such as fused experts.
+    """Describe the weights of text layers that `quantize_text` left unquantised, such as experts of an unknown class.
 
-    Empty if there are none.
+    Empty if there are none. Routers, which are small, always keep their weights.
     """
     layers = hf.model.language_model.layers
-    left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1}
+    routers = {id(m.gate.weight) for m in layers.modules() if isinstance(getattr(m, "experts", None), QuantizedExperts)}
+    left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1 and id(weight) not in routers}
     if not left:
         return ""
     size, beside = (sum(local_shard(x).nbytes for x in found) / 2**20 for found in (left.values(), layers.buffers()))
@@ -212,23 +258,27 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
         ranks: Number of ranks that share the model.
     """
     styles = tensor_plan(hf.config, ranks) if ranks > 1 else {}
-    quantised = {id(getattr(parent, name)) for parent, name in _text_linears(hf)} if kind else set()
+    quantised = {id(getattr(parent, name)) for parent, name in _quantisable(hf)} if kind else set()
     for path, module in hf.named_modules():
         style = styles.get(re.sub(r"\.\d+(?=\.)", ".*", path), "")
         by_row, by_column = (ranks if style.startswith(cut) else 1 for cut in ("colwise", "rowwise"))  # of the weight (N, K)
         for leaf, weight in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}"
-            if id(module) in quantised and leaf == "weight":
-                layer = QuantizedLinear(
-                    module.in_features // by_column, module.out_features // by_row, str(kind), device="meta"
-                )
+            if id(module) in quantised and leaf != "bias":
+                inputs = weight.shape[-1]
+                outputs = weight.numel() // inputs  # of all experts
+                layer = QuantizedLinear(inputs // by_column, outputs // by_row, str(kind), device="meta")
                 yield Stored(name, name, sum(buffer.nbytes for buffer in layer.buffers()))
             else:
                 share = by_row * (by_column if leaf == "weight" else 1)
                 yield Stored(name, id(weight), weight.numel() // share * dtype.itemsize)
 
 
-def _text_linears(hf: Any) -> list[tuple[nn.Module, str]]:
+def _quantisable(hf: Any) -> list[tuple[nn.Module, str]]:
     """List the layers that `quantize_text` replaces, as (owner, name): holding the layers would keep their weights."""
-    owners = [module for module in hf.model.language_model.layers.modules() if not isinstance(module, nn.Linear)]
-    return [*((o, name) for o in owners for name, child in o.named_children() if isinstance(child, nn.Linear)), (hf, "lm_head")]
+
+    def whole(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or type(module).__name__ in EXPERTS
+
+    owners = [module for module in hf.model.language_model.layers.modules() if not whole(module)]
+    return [*((o, name) for o in owners for name, child in o.named_children() if whole(child)), (hf, "lm_head")]

@@ -79,14 +79,33 @@ def _some_pairs(mine, rank, p, first, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _load_tile(w_ptr, s_ptr, outputs, inputs, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
+    """Load a tile of weights in the dtype `kind`, dequantised as `QuantizedLinear.weight_in` does.
+
+    outputs: rows of the stacked weights. inputs: stored columns, of which int4 has half. HIGH: the second half's inputs.
+    """
+    WIDE: tl.constexpr = 2 if KIND == "int4" else 1
+    at = outputs[:, None].to(tl.int64) * (K // WIDE) + inputs[None, :]
+    w = tl.load(w_ptr + at, mask=ok, other=0.0 if KIND != "int4" else 0)
+    if KIND == "full":
+        return w
+    if KIND == "int4":
+        q = (w >> 4).to(tl.float32) - 8 if HIGH else (w & 15).to(tl.float32) - 8
+        group = (inputs + (K // 2 if HIGH else 0)) // GROUP
+        scale = tl.load(s_ptr + outputs[:, None].to(tl.int64) * (K // GROUP) + group[None, :], mask=ok, other=0.0)
+        return (q * scale).to(kind)
+    return (w.to(tl.float32) * tl.load(s_ptr + outputs)[:, None]).to(kind)
+
+
+@triton.jit
 def _gated_experts_kernel(
-    x_ptr, id_ptr, w_ptr, y_ptr, PAIRS, E, F, K,
+    x_ptr, id_ptr, w_ptr, s_ptr, y_ptr, PAIRS, E, F, K,
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute y (pairs, F) = silu(x gate^T) * (x up^T) of each pair's expert. Grid (tiles of F, experts).
 
-    w: (E, 2 F, K), gate before up. Rounded where the Hugging Face layer rounds.
+    w: (E * 2 F, K), gate before up. Rounded where the Hugging Face layer rounds.
     """
     p = tl.arange(0, BLOCK)
     offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -98,21 +117,26 @@ def _gated_experts_kernel(
     rank = tl.cumsum(mine.to(tl.int32), 0) - 1
     count = tl.sum(mine.to(tl.int32), 0)
     kind = y_ptr.dtype.element_ty
-    gate = w_ptr + expert.to(tl.int64) * 2 * F * K
+    STORED = K // 2 if KIND == "int4" else K
+    gate = expert * 2 * F + tl.minimum(offs_n, F - 1)
     for first in range(0, count, BQ):
         pair, there = _some_pairs(mine, rank, p, first, BQ)
         row = pair // X
         g = tl.zeros((BN, BQ), dtype=tl.float32)
         u = tl.zeros((BN, BQ), dtype=tl.float32)
-        for k in range(0, K, BK):
-            ok = (k + offs_k) < K
-            at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+        for k in range(0, STORED, BK):
+            inputs = k + offs_k
+            ok = inputs < STORED
             mask = (offs_n < F)[:, None] & ok[None, :]
-            w_g = tl.load(gate + at, mask=mask, other=0.0)
-            w_u = tl.load(gate + at + F.to(tl.int64) * K, mask=mask, other=0.0)
-            x = tl.load(x_ptr + row[None, :] * K + (k + offs_k)[:, None], mask=there[None, :] & ok[:, None], other=0.0)
-            g = tl.dot(w_g, x, g)
-            u = tl.dot(w_u, x, u)
+            x_at = x_ptr + row[None, :] * K + inputs[:, None]
+            here = there[None, :] & ok[:, None]
+            x = tl.load(x_at, mask=here, other=0.0)
+            g = tl.dot(_load_tile(w_ptr, s_ptr, gate, inputs, mask, K, kind, KIND, GROUP, False), x, g)
+            u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, inputs, mask, K, kind, KIND, GROUP, False), x, u)
+            if KIND == "int4":
+                x = tl.load(x_at + STORED, mask=here, other=0.0)
+                g = tl.dot(_load_tile(w_ptr, s_ptr, gate, inputs, mask, K, kind, KIND, GROUP, True), x, g)
+                u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, inputs, mask, K, kind, KIND, GROUP, True), x, u)
         g = g.to(kind).to(tl.float32)
         u = u.to(kind).to(tl.float32)
         out = (g * tl.sigmoid(g)).to(kind).to(tl.float32) * u
@@ -121,11 +145,11 @@ def _gated_experts_kernel(
 
 @triton.jit
 def _down_experts_kernel(
-    y_ptr, id_ptr, weight_ptr, w_ptr, out_ptr, PAIRS, E, Q, N, F,
+    y_ptr, id_ptr, weight_ptr, w_ptr, s_ptr, out_ptr, PAIRS, E, Q, N, F,
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute out (X, Q, N): each pair's y times its expert's w (E, N, F) and its weight. Grid (tiles of N, experts)."""
+    """Compute out (X, Q, N): each pair's y times its expert's w (E * N, F) and its weight. Grid (tiles of N, experts)."""
     p = tl.arange(0, BLOCK)
     offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
     offs_k = tl.arange(0, BK)
@@ -135,16 +159,23 @@ def _down_experts_kernel(
     expert, mine = _expert_of(id_ptr, PAIRS, p, E, BY_PAIR)
     rank = tl.cumsum(mine.to(tl.int32), 0) - 1
     count = tl.sum(mine.to(tl.int32), 0)
-    down = w_ptr + expert.to(tl.int64) * N * F
+    kind = y_ptr.dtype.element_ty
+    STORED = F // 2 if KIND == "int4" else F
+    down = expert * N + tl.minimum(offs_n, N - 1)
     for first in range(0, count, BQ):
         pair, there = _some_pairs(mine, rank, p, first, BQ)
         acc = tl.zeros((BN, BQ), dtype=tl.float32)
-        for k in range(0, F, BK):
-            ok = (k + offs_k) < F
-            at = offs_n[:, None].to(tl.int64) * F + (k + offs_k)[None, :]
-            w = tl.load(down + at, mask=(offs_n < N)[:, None] & ok[None, :], other=0.0)
-            y = tl.load(y_ptr + pair[None, :] * F + (k + offs_k)[:, None], mask=there[None, :] & ok[:, None], other=0.0)
-            acc = tl.dot(w, y, acc)
+        for k in range(0, STORED, BK):
+            inputs = k + offs_k
+            ok = inputs < STORED
+            mask = (offs_n < N)[:, None] & ok[None, :]
+            y_at = y_ptr + pair[None, :] * F + inputs[:, None]
+            here = there[None, :] & ok[:, None]
+            y = tl.load(y_at, mask=here, other=0.0)
+            acc = tl.dot(_load_tile(w_ptr, s_ptr, down, inputs, mask, F, kind, KIND, GROUP, False), y, acc)
+            if KIND == "int4":
+                y = tl.load(y_at + STORED, mask=here, other=0.0)
+                acc = tl.dot(_load_tile(w_ptr, s_ptr, down, inputs, mask, F, kind, KIND, GROUP, True), y, acc)
         acc *= tl.load(weight_ptr + pair, mask=there, other=0.0)[None, :]
         to = out_ptr + ((pair % X) * Q + pair // X)[None, :].to(tl.int64) * N + offs_n[:, None]
         tl.store(to, acc, mask=(offs_n < N)[:, None] & there[None, :])
@@ -153,8 +184,9 @@ def _down_experts_kernel(
 def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     """Send each row through its experts. Returns (X, Q, N) float32 parts, whose sum is the layer's output."""
     rows, width = x_QK.shape
-    count, inner, chosen = layer.gate_up.shape[0], layer.gate_up.shape[1] // 2, layer.chosen
-    scores, pairs = linear(x_QK, (layer.router,)), rows * chosen
+    gate_up, down, count, chosen = layer.gate_up, layer.down, layer.count, layer.chosen
+    inner, pairs = down.inputs, rows * chosen
+    scores = linear(x_QK, (layer.router,))
     ids = torch.empty(rows, chosen, dtype=torch.int32, device=x_QK.device)
     weights = torch.empty(rows, chosen, dtype=torch.float32, device=x_QK.device)
     _route_kernel[(rows,)](
@@ -164,13 +196,13 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     y = torch.empty(pairs, inner, dtype=x_QK.dtype, device=x_QK.device)
     out = torch.empty(chosen, rows, width, dtype=torch.float32, device=x_QK.device)
     named = dict(X=chosen, BLOCK=triton.next_power_of_2(pairs), BQ=ROWS, BN=TILE.outputs, BK=TILE.inputs, BY_PAIR=pairs < count)
-    size = x_QK.element_size() * TILE.inputs
+    stage = x_QK.element_size() * TILE.inputs  # bytes of an output's, or a row's, inputs of a tile
     _gated_experts_kernel[(triton.cdiv(inner, TILE.outputs), min(pairs, count))](
-        x_QK, ids, layer.gate_up, y, pairs, count, inner, width,
-        **named, **options_of(TILE, size * (2 * TILE.outputs + ROWS), 2048),
+        x_QK, ids, gate_up.data, gate_up.scale, y, pairs, count, inner, width, KIND=gate_up.kind, GROUP=gate_up.group,
+        **named, **options_of(TILE, stage * 2 * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
     _down_experts_kernel[(triton.cdiv(width, TILE.outputs), min(pairs, count))](
-        y, ids, weights, layer.down, out, pairs, count, rows, width, inner,
-        **named, **options_of(TILE, size * (TILE.outputs + ROWS), 2048),
+        y, ids, weights, down.data, down.scale, out, pairs, count, rows, width, inner, KIND=down.kind, GROUP=down.group,
+        **named, **options_of(TILE, stage * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
     return out
