@@ -89,7 +89,7 @@ def test_more_accepted_than_the_tree_is_deep_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_self"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_qwen3", "tiny_experts", "tiny_self"])
 def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     assert main([f"shape={shape}", f"out={out}", *FAST]) == 0
