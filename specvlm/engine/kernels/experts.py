@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from specvlm.engine.kernels.launch import Tile, options_of
 from specvlm.engine.kernels.layers import linear
-from specvlm.engine.ops import Experts
+from specvlm.engine.ops import Experts, Weight
 
 ROWS = 16  # rows of an expert that are multiplied at once
 TILE = Tile(64, 128, 3, 4)
@@ -79,21 +79,20 @@ def _some_pairs(mine, rank, p, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(w_ptr, s_ptr, outputs, inputs, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
+def _load_tile(w_ptr, s_ptr, outputs, k, offs_k, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
     """Load a tile of weights in the dtype `kind`, dequantised as `QuantizedLinear.weight_in` does.
 
-    outputs: rows of the stacked weights. inputs: stored columns, of which int4 has half. HIGH: the second half's inputs.
+    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's inputs.
     """
     WIDE: tl.constexpr = 2 if KIND == "int4" else 1
-    at = outputs[:, None].to(tl.int64) * (K // WIDE) + inputs[None, :]
+    at = outputs[:, None].to(tl.int64) * (K // WIDE) + (k + offs_k)[None, :]
     w = tl.load(w_ptr + at, mask=ok, other=0.0 if KIND != "int4" else 0)
     if KIND == "full":
         return w
     if KIND == "int4":
         q = (w >> 4).to(tl.float32) - 8 if HIGH else (w & 15).to(tl.float32) - 8
-        group = (inputs + (K // 2 if HIGH else 0)) // GROUP
-        scale = tl.load(s_ptr + outputs[:, None].to(tl.int64) * (K // GROUP) + group[None, :], mask=ok, other=0.0)
-        return (q * scale).to(kind)
+        group = (k + (K // 2 if HIGH else 0)) // GROUP  # of the whole tile
+        return (q * tl.load(s_ptr + outputs.to(tl.int64) * (K // GROUP) + group)[:, None]).to(kind)
     return (w.to(tl.float32) * tl.load(s_ptr + outputs)[:, None]).to(kind)
 
 
@@ -131,12 +130,12 @@ def _gated_experts_kernel(
             x_at = x_ptr + row[None, :] * K + inputs[:, None]
             here = there[None, :] & ok[:, None]
             x = tl.load(x_at, mask=here, other=0.0)
-            g = tl.dot(_load_tile(w_ptr, s_ptr, gate, inputs, mask, K, kind, KIND, GROUP, False), x, g)
-            u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, inputs, mask, K, kind, KIND, GROUP, False), x, u)
+            g = tl.dot(_load_tile(w_ptr, s_ptr, gate, k, offs_k, mask, K, kind, KIND, GROUP, False), x, g)
+            u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, k, offs_k, mask, K, kind, KIND, GROUP, False), x, u)
             if KIND == "int4":
                 x = tl.load(x_at + STORED, mask=here, other=0.0)
-                g = tl.dot(_load_tile(w_ptr, s_ptr, gate, inputs, mask, K, kind, KIND, GROUP, True), x, g)
-                u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, inputs, mask, K, kind, KIND, GROUP, True), x, u)
+                g = tl.dot(_load_tile(w_ptr, s_ptr, gate, k, offs_k, mask, K, kind, KIND, GROUP, True), x, g)
+                u = tl.dot(_load_tile(w_ptr, s_ptr, gate + F, k, offs_k, mask, K, kind, KIND, GROUP, True), x, u)
         g = g.to(kind).to(tl.float32)
         u = u.to(kind).to(tl.float32)
         out = (g * tl.sigmoid(g)).to(kind).to(tl.float32) * u
@@ -172,13 +171,18 @@ def _down_experts_kernel(
             y_at = y_ptr + pair[None, :] * F + inputs[:, None]
             here = there[None, :] & ok[:, None]
             y = tl.load(y_at, mask=here, other=0.0)
-            acc = tl.dot(_load_tile(w_ptr, s_ptr, down, inputs, mask, F, kind, KIND, GROUP, False), y, acc)
+            acc = tl.dot(_load_tile(w_ptr, s_ptr, down, k, offs_k, mask, F, kind, KIND, GROUP, False), y, acc)
             if KIND == "int4":
                 y = tl.load(y_at + STORED, mask=here, other=0.0)
-                acc = tl.dot(_load_tile(w_ptr, s_ptr, down, inputs, mask, F, kind, KIND, GROUP, True), y, acc)
+                acc = tl.dot(_load_tile(w_ptr, s_ptr, down, k, offs_k, mask, F, kind, KIND, GROUP, True), y, acc)
         acc *= tl.load(weight_ptr + pair, mask=there, other=0.0)[None, :]
         to = out_ptr + ((pair % X) * Q + pair // X)[None, :].to(tl.int64) * N + offs_n[:, None]
         tl.store(to, acc, mask=(offs_n < N)[:, None] & there[None, :])
+
+
+def _inputs_of(stack: Weight) -> int:
+    """Return the inputs of a tile, which in int4 share a scale."""
+    return min(TILE.inputs, stack.group) if stack.kind == "int4" else TILE.inputs
 
 
 def experts(x_QK: Tensor, layer: Experts) -> Tensor:
@@ -195,14 +199,16 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     )  # fmt: skip
     y = torch.empty(pairs, inner, dtype=x_QK.dtype, device=x_QK.device)
     out = torch.empty(chosen, rows, width, dtype=torch.float32, device=x_QK.device)
-    named = dict(X=chosen, BLOCK=triton.next_power_of_2(pairs), BQ=ROWS, BN=TILE.outputs, BK=TILE.inputs, BY_PAIR=pairs < count)
+    named = dict(X=chosen, BLOCK=triton.next_power_of_2(pairs), BQ=ROWS, BN=TILE.outputs, BY_PAIR=pairs < count)
     stage = x_QK.element_size() * TILE.inputs  # bytes of an output's, or a row's, inputs of a tile
     _gated_experts_kernel[(triton.cdiv(inner, TILE.outputs), min(pairs, count))](
-        x_QK, ids, gate_up.data, gate_up.scale, y, pairs, count, inner, width, KIND=gate_up.kind, GROUP=gate_up.group,
+        x_QK, ids, gate_up.data, gate_up.scale, y, pairs, count, inner, width, BK=_inputs_of(gate_up),
+        KIND=gate_up.kind, GROUP=gate_up.group,
         **named, **options_of(TILE, stage * 2 * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
     _down_experts_kernel[(triton.cdiv(width, TILE.outputs), min(pairs, count))](
-        y, ids, weights, down.data, down.scale, out, pairs, count, rows, width, inner, KIND=down.kind, GROUP=down.group,
+        y, ids, weights, down.data, down.scale, out, pairs, count, rows, width, inner, BK=_inputs_of(down),
+        KIND=down.kind, GROUP=down.group,
         **named, **options_of(TILE, stage * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
     return out
