@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import family_checks as checks
+import packages
 import pytest
 import torch
 from rounding import additions, assert_same_sums
@@ -120,6 +122,24 @@ def test_captured_is_eager(family, backend):
             assert engine.runs(target) == engine.name
             outs.append(tokens_of(list(autoregressive(target, request, 24, GreedyVerifier(), engine=engine))))
         assert all(out == outs[0] for out in outs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "internvl", "qwen2_vl"])
+def test_every_kind_of_request_runs_captured_as_it_does_eagerly(family):
+    with packages.installed("specvlm-internvl", "specvlm-qwen2-vl"):
+        models = [checks.model(family, name) for name in ("target", "draft", "small")]
+        target, near, small = (type(lm)(copy.deepcopy(lm.hf).cuda(), lm.tokenizer, lm.folder) for lm in models)
+        engine, greedy = GraphsEngine(), GreedyVerifier()
+        for request in checks.REQUESTS:
+            prompt = checks.prompt(family, request)
+            want = tokens_of(list(autoregressive(target, prompt, 24, greedy)))
+            assert tokens_of(list(autoregressive(target, prompt, 24, greedy, engine=engine))) == want
+            for draft in (near, small):
+                strategies = draft, TwoStagePruner(), TreeDrafter(), greedy
+                steps = list(DecodingGraph(target, *strategies, GenerationOptions(24, 0.5), engine=engine).decode(prompt))
+                assert tokens_of(steps) == want
+        assert all(engine.runs(lm) == "graphs" for lm in (target, near, small))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
