@@ -1,7 +1,8 @@
 """Lean pass: a language model's forward pass over a few text tokens, without host reads, so that it can be captured.
 
-The pass uses the parameters of Hugging Face's modules, of language models like Qwen2's (arXiv 2407.10671): RMSNorm,
-grouped-query attention with rotary positions, and a gated MLP. A text token has the same position on all axes of
+The pass uses the parameters of Hugging Face's modules, of language models like Qwen2's (arXiv 2407.10671) and Qwen3's
+(arXiv 2505.09388): RMSNorm, grouped-query attention with rotary positions, norms of queries and keys if there are any,
+and a gated MLP or a mixture of experts. A text token has the same position on all axes of
 M-RoPE, which then equals plain rotary embedding.
 
 Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size,
