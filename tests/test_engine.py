@@ -98,6 +98,28 @@ def test_graphs_is_eager(family, drafter, backend):
     assert tokens_of(list(alone)) == tokens_of(eager)
 
 
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_text_behind_the_video_runs_by_the_arithmetic_of_steps(family, images, monkeypatch):
+    """An exact engine, which needs a GPU, runs these rows twice. Here its arithmetic is that of plain operations."""
+    monkeypatch.setattr(GraphsEngine, "exact", lambda engine, model: True)
+    monkeypatch.setattr("specvlm.engine.cuda_graphs.ROWS", 4)  # the text takes several slices
+    request, lm = tiny.prompt(family, images=images, frames=5), tiny.model(family)
+    assert request.text == request.cut < len(request) - 4
+    inputs, found = (lm.embed(request, lm.features(request)), lm.positions(request)), []
+    for engine in (Engine(), GraphsEngine("direct")):
+        cache, passes = lm.new_cache(len(request)), []
+        monkeypatch.setattr(engine, "run", lambda passes_, run=engine.run, seen=passes: seen.extend(passes_) or run(passes_))
+        with torch.inference_mode():
+            found.append((engine.prefill(lm, request, inputs, cache), cache.keys.clone(), cache.values.clone()))
+        assert cache.length == len(request)
+    assert [one.start % 4 for one in passes[1:]] == [0] * (len(passes) - 1) and sum(map(len, passes)) == len(
+        request
+    ) - request.cut
+    for eager, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("pruner", [NonePruner(), TwoStagePruner()])
 def test_every_ratio(pruner, ratio):

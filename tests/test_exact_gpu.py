@@ -22,7 +22,7 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
-from specvlm.testing.tiny import built
+from specvlm.testing.tiny import END, START, VIDEO, built
 from specvlm.types import DraftTree, GenerationOptions
 
 pytestmark = pytest.mark.gpu
@@ -249,6 +249,38 @@ def test_a_tree_of_more_nodes_than_a_pass_has_goes_in_slices(count):
         one.length = 500 + depth
         single = DraftTree(tokens[node : node + 1], (-1,))
         assert torch.equal(engine.finish(engine.tree_rows(lm, single, one)).logits()[0], found[node])
+
+
+@pytest.mark.parametrize("count", [3, 64, 150])
+@torch.inference_mode()
+def test_rows_of_a_question_are_those_of_passes_of_one(count):
+    """Logits, keys and values behind the video: of the whole question, token by token, and behind a kept video."""
+    lm, engine = small("qwen2_5_vl", torch.bfloat16), engine_for("graphs", "cuda")
+    video = tiny.prompt("qwen2_5_vl", frames=40)
+    words = torch.randint(5, 80, (count,), generator=torch.Generator().manual_seed(count))
+
+    def asked(question: torch.Tensor):
+        grids, videos = video.grids, video.videos
+        return lm.expand([*(5, 6, START, VIDEO, END), *question.tolist()], grids, videos)
+
+    def filled(prompt, cache):
+        return engine.prefill(lm, prompt, (lm.embed(prompt, lm.features(prompt)), lm.positions(prompt)), cache)
+
+    prompt, other = asked(words), asked(words.flip(0)[: count // 2 + 1])
+    many, one, kept = (lm.new_cache(len(prompt) + extra) for extra in (0, 100, 30))
+    logits = filled(prompt, many)
+    filled(other, kept)
+    filled(prompt, one)
+    one.length = prompt.text
+    for token in prompt.tokens[prompt.text :].split(1):
+        last = engine.append(lm, token, one)
+    kept.length = prompt.text
+    behind = engine.append(lm, prompt.tokens[prompt.text :], kept)[-1:]
+    assert torch.equal(last, logits) and torch.equal(behind, logits)
+    for layer in range(lm.layers):
+        for stores in zip(*(cache.layer(layer) for cache in (many, one, kept)), strict=True):
+            first, *rest = (store[0, :, : len(prompt)] for store in stores)
+            assert all(torch.equal(first, store) for store in rest)
 
 
 def small(family: str, dtype: torch.dtype):

@@ -55,8 +55,9 @@ def verifier_generator(seed: int) -> torch.Generator:
 
 
 def prefill(
-    target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None
-) -> tuple[Tensor | Features, Tensor]:
+    target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None,
+    engine: Engine | None = None,
+) -> tuple[Tensor | Features, Tensor]:  # fmt: skip
     """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
     features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
@@ -64,8 +65,7 @@ def prefill(
         with inside(getattr(collector.weigh, "__self__", "pruner")):
             collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
     clock.mark("embed")
-    hidden_D = target.prefill(embeds_SD, target.positions(prompt), cache, prompt.cut, collector)
-    return features_ND, target.head(hidden_D[None])
+    return features_ND, (engine or Engine()).prefill(target, prompt, (embeds_SD, target.positions(prompt)), cache, collector)
 
 
 def autoregressive(
@@ -107,7 +107,7 @@ def autoregressive_work(
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
         request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
-        _, logits_MV = prefill(target, prompt, cache, clock)
+        _, logits_MV = prefill(target, prompt, cache, clock, engine=engine)
         token = first_token(request, logits_MV)
         clock.mark("prefill")
         while True:
@@ -183,7 +183,7 @@ class DecodingGraph:
             collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
-            features_ND, logits_MV = prefill(target, prompt, cache, clock, collector)
+            features_ND, logits_MV = prefill(target, prompt, cache, clock, collector, self.engine)
             copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
             clock.mark("prefill")

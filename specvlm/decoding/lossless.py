@@ -99,11 +99,11 @@ def compare(
 
 
 def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
-    """Whether any difference is an error: the engine is exact, and one pass prefills all text after the video.
+    """Whether any difference is an error: the engine is exact, and prefills a prompt without a video in one pass.
 
-    Longer text is prefilled in several passes, but in one by a run that collects the attention of all its rows.
+    It prefills longer ones in several, but in one where a run collects the attention of all rows.
     """
-    return engine is not None and engine.exact(target) and len(prompt) - prompt.cut <= CHUNK
+    return engine is not None and engine.exact(target) and (prompt.cut > 0 or len(prompt) <= CHUNK)
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -138,7 +138,7 @@ class _Passes:
         widest = max((len(step.tree) for step in steps if step.tree is not None), default=0)
         self.cache = caches.take("target", target, len(prompt) + len(output) + widest)
         self.inputs = target.embed(prompt, target.features(prompt)), target.positions(prompt)
-        self.first_1V = target.head(target.prefill(*self.inputs, self.cache, prompt.cut)[None])
+        self.first_1V = engine.prefill(target, prompt, self.inputs, self.cache)
 
     def judge(self, preferred: int, first: int, verifier: Verifier) -> Comparison:
         """Run the passes and compare. preferred: the baseline's token at `first`, the index of the first difference."""

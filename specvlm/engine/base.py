@@ -16,12 +16,14 @@ from specvlm.models.passes import Call, Pass, Passes, Rows, Work, driven, finish
 from specvlm.strategies import Sampling, Verifier, VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.strategies.verifiers.coupled import own_rule
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import DraftTree, Features, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
+    from specvlm.models.attention import AttentionCollector
     from specvlm.models.video_lm import VideoLM
 
 T = TypeVar("T")
+Inputs = tuple[Tensor | Features, Tensor]  # embeddings and positions of a prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,15 @@ class Engine:
     def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
         """Run a drafter's routine and return its tensors. mark: called with "capture" if it was captured first."""
         return (yield from call.work())
+
+    def prefill(
+        self, target: VideoLM, prompt: VideoPrompt, inputs: Inputs, cache: KVCache, collector: AttentionCollector | None = None
+    ) -> Tensor:
+        """Fill an empty cache of the target with a prompt. Returns the next token's logits, (1, V).
+
+        inputs: Embeddings and positions of the prompt. collector: As in `VideoLM.prefill`.
+        """
+        return target.head(target.prefill(*inputs, cache, prompt.cut, collector)[None])
 
     def next(self, request: Request, token: int) -> Passes[int]:
         """Decode one token without drafting: run the target over its last token and return the next one."""

@@ -1,7 +1,7 @@
 """CUDA-graph engine: one graph for a drafter's routine, one for a tree's check, one for an autoregressive step.
 
 The host writes small inputs before each graph and reads one small tensor after the check. Graphs are captured per
-shape and cache, not per request: they read the context length from the device. Prefills run as in the eager engine.
+shape and cache, not per request: they read the context length from the device. Prefills are not captured.
 
 Shape suffixes: M tree nodes, Q rows of a pass, D hidden size, P nodes of a path (padded), V vocabulary.
 """
@@ -12,27 +12,29 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from specvlm.engine import ops
-from specvlm.engine.base import Engine, Request, placed
+from specvlm.engine.base import Engine, Inputs, Request, placed
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
-from specvlm.engine.lean import ROWS, LeanText, Sight, why_not
+from specvlm.engine.lean import ROWS, LeanText, paths_of, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Pass, Passes, Rows, finished
 from specvlm.strategies import Verifier, uniform
 from specvlm.strategies.fence import checked_verdict, inside
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import DraftTree, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
+    from specvlm.models.attention import AttentionCollector
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,21 @@ class GraphsEngine(Engine):
         self._lock = RLock()  # guards the dicts above; requests may run in several threads
 
     # ---- target steps -----------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, target: VideoLM, prompt: VideoPrompt, inputs: Inputs, cache: KVCache, collector: AttentionCollector | None = None
+    ) -> Tensor:
+        """Prefill as the eager engine does, then run the text after the last video again, with the arithmetic of steps.
+
+        So its rows do not depend on each other's number either: a kept video with another question has the same bits.
+        """
+        logits_1V, start = super().prefill(target, prompt, inputs, cache, collector), prompt.text
+        if not prompt.cut or start == len(prompt) or not self.exact(target):
+            return logits_1V
+        for first, end in pairwise([start, *range(start // ROWS * ROWS + ROWS, len(prompt), ROWS), len(prompt)]):
+            tokens_Q = prompt.tokens[first:end]
+            (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, cache.offset)])
+        return rows.logits()[-1:]
 
     def next(self, request: Request, token: int) -> Passes[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here
@@ -197,7 +214,7 @@ class GraphsEngine(Engine):
                 found += super().run([one])
             else:
                 one.cache.length = one.start + len(one)
-                found.append(_run_lean(lean, one))
+                found.append(run_pass(lean, one))
         return found
 
     def exact(self, model: VideoLM) -> bool:
@@ -214,7 +231,7 @@ class GraphsEngine(Engine):
         if lean is None or (len(tree) > ROWS and lean.ops is ops):
             return (yield from super().tree_rows(target, tree, cache))
         paths = Paths.of(tree, device)
-        hidden_MD = _run_tree(lean, tree.tokens.to(device), paths.depths_M, paths.nodes_MD, cache)
+        hidden_MD = run_tree(lean, tree.tokens.to(device), paths.depths_M, paths.nodes_MD, cache)
         return Rows(hidden_MD, lean.logits, lean.ops.top)
 
     def append(self, target: VideoLM, tokens_Q: Tensor, cache: KVCache) -> Tensor:
@@ -227,7 +244,7 @@ class GraphsEngine(Engine):
             return super().rescore(target, tree, cache)
         (depths_M, seen_MM), device = placed(tree), target.device
         tables = depths_M.to(device), paths_of(seen_MM).to(device)
-        return lean.logits(_run_tree(lean, tree.tokens.to(device), *tables, cache))
+        return lean.logits(run_tree(lean, tree.tokens.to(device), *tables, cache))
 
     def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
         """Make a program of fn on the device of its inputs."""
@@ -286,59 +303,13 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
     return ops if why else kernels
 
 
-def _run_lean(lean: LeanText, one: Pass) -> Rows:
-    """Run one pass through the lean pass, without reading its device tensors on the host."""
-    device = lean.stages[0].device
-    base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
-    if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
-        above_Q = torch.arange(len(one), device=device)
-        sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
-    else:
-        sight = Sight(one.seen(device, torch.int8))
-    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
-    return Rows(hidden_QD, lean.logits, lean.ops.top)
-
-
-def _run_tree(lean: LeanText, tokens_M: Tensor, depths_M: Tensor, ways_MP: Tensor, cache: KVCache) -> Any:
-    """Run a tree uncaptured, ROWS rows at a time, and append its rows to the cache. Returns hidden states (M, D)."""
-    base, offset = torch.tensor([[cache.length], [cache.offset]], device=tokens_M.device)
-    found = []
-    for at in range(0, len(tokens_M), ROWS):
-        depths, ways = depths_M[at : at + ROWS], ways_MP[at : at + ROWS]
-        found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
-    cache.advance(len(tokens_M))
-    return _joined(found)
-
-
-def _joined(found: Sequence[Any]) -> Any:
-    """Join the rows of several passes: tensors, or rows in 8 bits where the head is quantised."""
-    if len(found) == 1:
-        return found[0]
-    return torch.cat(list(found)) if isinstance(found[0], Tensor) else type(found[0]).joined(found)
-
-
-def paths_of(seen_MM: Tensor) -> Tensor:
-    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
-    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
-
-
-def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
-    if isinstance(numbers, Tensor):
-        return numbers
-    if isinstance(numbers, range):
-        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
-    each = [numbers] if isinstance(numbers, int) else numbers
-    return torch.cat([torch.full((1,), number, device=device) for number in each])
-
-
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Run a drafter's routine as a function of device tensors, for capture."""
-    return finished(call.begin(*inputs), partial(_run_lean if call.ours else _run_lean_clamped, lean))
+    return finished(call.begin(*inputs), partial(run_pass if call.ours else _run_clamped, lean))
 
 
-def _run_lean_clamped(lean: LeanText, one: Pass) -> Rows:
+def _run_clamped(lean: LeanText, one: Pass) -> Rows:
     """Run a pass of a plugin's routine, with its slots clamped to the cache: the host cannot check them in a graph."""
     most = one.cache.capacity - one.at - len(one)
     base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
-    return _run_lean(lean, replace(one, base=base))
+    return run_pass(lean, replace(one, base=base))

@@ -11,7 +11,7 @@ S parts of a linear layer's output, N its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from specvlm.engine import ops as plain
 from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
+from specvlm.models.passes import Pass, Rows
 from specvlm.models.quantize import QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
@@ -216,3 +217,49 @@ class _Layer:
             self.gate_up, self.down = (Weight.of(mlp.gate_proj), Weight.of(mlp.up_proj)), (Weight.of(mlp.down_proj),)
         self.kind = self.o[0].kind
         self.mlp_kind = self.kind if self.experts is None else "full"
+
+
+def run_pass(lean: LeanText, one: Pass) -> Rows:
+    """Run one pass through the lean pass, without reading its device tensors on the host."""
+    device = lean.stages[0].device
+    base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
+    if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
+        above_Q = torch.arange(len(one), device=device)
+        sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
+    else:
+        sight = Sight(one.seen(device, torch.int8))
+    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
+    return Rows(hidden_QD, lean.logits, lean.ops.top)
+
+
+def run_tree(lean: LeanText, tokens_M: Tensor, depths_M: Tensor, ways_MP: Tensor, cache: KVCache) -> Any:
+    """Run a tree uncaptured, ROWS rows at a time, and append its rows to the cache. Returns hidden states (M, D)."""
+    base, offset = torch.tensor([[cache.length], [cache.offset]], device=tokens_M.device)
+    found = []
+    for at in range(0, len(tokens_M), ROWS):
+        depths, ways = depths_M[at : at + ROWS], ways_MP[at : at + ROWS]
+        found.append(lean(tokens_M[at : at + ROWS], depths, at, Sight(None, ways, depths), base, offset, cache))
+    cache.advance(len(tokens_M))
+    return _joined(found)
+
+
+def _joined(found: Sequence[Any]) -> Any:
+    """Join the rows of several passes: tensors, or rows in 8 bits where the head is quantised."""
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(list(found)) if isinstance(found[0], Tensor) else type(found[0]).joined(found)
+
+
+def paths_of(seen_MM: Tensor) -> Tensor:
+    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
+    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
+
+
+def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+    each = [numbers] if isinstance(numbers, int) else numbers
+    return torch.cat([torch.full((1,), number, device=device) for number in each])

@@ -281,6 +281,8 @@ class VideoLM(Family):
     ) -> Tensor:
         """Fill an empty cache with a prompt, in passes of at most `chunk` rows. Returns the last hidden state (D,).
 
+        Passes before `cut` begin at multiples of `chunk`, whatever follows.
+
         Args:
             cut: Slot at which a new pass begins (`VideoPrompt.cut`).
             collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it
@@ -290,7 +292,7 @@ class VideoLM(Family):
         cache.offset = int(positions_AS[:, -1].max()) + 1 - total
         whole = collector is not None and collector.whole
         states = None if collector is None else collector.states
-        starts = [*_starts(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
+        starts = [*range(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
         ahead = None if collector is None else collector.ahead()
         for start, end in pairwise([*starts, total]):
             watch = collector if end == total else ahead

@@ -107,6 +107,11 @@ class VideoPrompt:
         """First slot of the text after the last video, where the prefill is split. 0 without a video."""
         return int(self.video_index[-1]) + 1 if len(self.video_index) else 0
 
+    @property
+    def text(self) -> int:
+        """First slot after the last video or image: from here on there is only text."""
+        return max((int(index[-1]) + 1 for index in (self.video_index, self.image_index) if len(index)), default=0)
+
     def kept_slots(self, index_K: Tensor) -> Tensor:
         """Slots of the prompt that remain if only the video tokens `index_K` are kept; ascending, on the host."""
         keep = torch.ones(len(self), dtype=torch.bool)
