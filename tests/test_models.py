@@ -213,13 +213,13 @@ def test_a_prefill_in_chunks_equals_one_of_one_pass(family, chunk):
     assert_same_sums(early.last_rows(), collector.last_rows()[:2], terms)
 
 
-def test_passes_of_a_prefill_are_of_one_length_and_never_too_long(monkeypatch):
+def test_passes_of_a_prefill_begin_at_fixed_slots_and_are_never_too_long(monkeypatch):
     lm, request, seen = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), []
     forward = VideoLM.forward
     monkeypatch.setattr(VideoLM, "forward", lambda self, *a: seen.append((len(a[0]), a[3])) or forward(self, *a))
     lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(99), request.cut, chunk=16)
     assert {mask for _, mask in seen} == {None}  # nothing as large as rows x keys
-    assert [rows for rows, _ in seen] == [12, 13, 13, len(request) - request.cut]
+    assert [rows for rows, _ in seen] == [16, 16, request.cut - 32, len(request) - request.cut]
 
 
 @pytest.mark.parametrize("block", [1, 3000, 20_000])
