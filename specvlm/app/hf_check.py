@@ -133,14 +133,14 @@ class ReferenceModel:
         token, and those two if a token differs.
 
         Args:
-            prompt: Only its token ids and the vision inputs of its videos are read.
+            prompt: Only its token ids and the vision inputs of its videos and images are read.
             output: Token ids, including the stop id.
             limit: Maximum number of new tokens that was asked for.
             penalty: Repetition penalty; None: that of the checkpoint's generation config.
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
         Raises:
-            UserError: The prompt has images, or the output a placeholder token of a video or image.
+            UserError: The output, before its last token, has a placeholder token of a video or image.
         """
         penalty, fault = self.penalty if penalty is None else float(penalty), self._end(output, limit)
         if not generate:
