@@ -208,7 +208,7 @@ def try_out(model: VideoLM) -> None:
     """
     clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
     grid, video = model.process_video(clip)
-    ids = [0, *(model.video_token for _ in model.runs(grid)), 0]
+    ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
     model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), **last_logits(model.hf, 1))
 
 

@@ -158,7 +158,7 @@ class VideoLM(Family):
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
         """
-        runs = [self.runs(grid) for grid in grids]
+        runs = [self.runs(*pair) for pair in zip(grids, videos, strict=True)]
         slots = (self.video_token, self.image_token)
         return expanded(ids, slots, self.vocabulary, grids, runs, videos, images, order)
 

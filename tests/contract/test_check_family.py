@@ -40,7 +40,7 @@ def axes_differ(monkeypatch):
 
 
 def runs_are_short(monkeypatch):
-    monkeypatch.setattr(Qwen3VL, "runs", lambda self, grid: [grid.per_frame] * (grid.frames - 1) + [grid.per_frame - 1])
+    monkeypatch.setattr(Qwen3VL, "runs", lambda self, grid, video: [grid.per_frame] * (grid.frames - 1) + [grid.per_frame - 1])
 
 
 def levels_are_forgotten(monkeypatch):
