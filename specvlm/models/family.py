@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from specvlm.errors import UserError
 from specvlm.models.vision_probe import VisionProbe
 from specvlm.types import Features, TokenGrid, VideoPrompt
 from specvlm.video.video import Clip, VideoInfo
@@ -40,8 +41,14 @@ class Family(ABC):
 
     @staticmethod
     def slots(config: Any) -> tuple[int, int]:
-        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal."""
-        return int(config.video_token_id), int(config.image_token_id)
+        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal.
+
+        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this method.
+        """
+        video, image = (getattr(config, name, None) for name in ("video_token_id", "image_token_id"))
+        if video is None or image is None:
+            raise UserError("config.json has no video_token_id or no image_token_id: its family must define `slots`")
+        return int(video), int(image)
 
     @property
     def levels(self) -> int:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.errors import UserError, did_you_mean, explained
+from specvlm.errors import UserError, did_you_mean, explained, first_line
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
+from specvlm.models.guard import is_builtin
 from specvlm.models.partition import device_map, tensor_plan
+from specvlm.models.plugins import traced
 from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
@@ -195,8 +197,7 @@ def load(
     model = found.family(hf if spread else hf.to(device), found.tokenizer, found.folder, mrope, ranks=ranks)
     model.left_full = left
     if not split and ranks.size == 1:
-        with explained(f"{path}: the config.json does not fit the weights"):
-            try_out(model)
+        try_out(model)
     return model
 
 
@@ -204,12 +205,29 @@ def try_out(model: VideoLM) -> None:
     """Run one small frame and some text through Hugging Face's own forward pass.
 
     So errors in config.json that no weight's shape reveals, such as a wrong number of heads, show before the first
-    request. Some libraries unpack quantised weights in this first pass.
+    request. Some libraries unpack quantised weights in this first pass. Raises UserError.
     """
     clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
-    grid, video = model.process_video(clip)
-    ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
-    model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), **last_logits(model.hf, 1))
+    what = f"{model.folder}: the config.json does not fit the weights"
+    with explained(what):
+        grid, video = model.process_video(clip)
+        ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
+        inputs = model.generate_inputs(model.expand(ids, [grid], [video]))
+    with explained(what) if is_builtin(type(model)) else _doubted(model):
+        model.hf(**inputs, **last_logits(model.hf, 1))
+
+
+@contextmanager
+def _doubted(model: VideoLM) -> Iterator[None]:
+    """Tell an error of Hugging Face's forward on inputs that a plugin's family made. Raises PluginError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = f"{model.folder}: transformers' own forward fails ({first_line(error)})"
+        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, or does config.json not fit"
+        raise traced(f"{said}: {gives} the weights?", error) from error
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:

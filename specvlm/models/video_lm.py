@@ -193,7 +193,10 @@ class VideoLM(Family):
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
             some = pixels[first:end] if end - first == len(part) else pixels[part]  # a slice needs no copy
-            found[slots_FP[part.to(self.device)].flatten()] = encode(some).to(self.dtype)
+            slots, rows = slots_FP[part.to(self.device)].flatten(), encode(some).to(self.dtype)
+            if len(rows) != len(slots):
+                raise ValueError(f"encode gives {len(rows)} rows for {len(part)} frames of {grid.per_frame} tokens")
+            found[slots] = rows
         return found
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor | Features:

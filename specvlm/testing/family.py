@@ -54,6 +54,7 @@ def check_family(target: str | Path, draft: str | Path) -> int:
 
     Raises:
         AssertionError: The family breaks the contract; the message names the rule and the case.
+        UserError: The family's code fails, or returns what it must not; the message names the method.
     """
     from transformers import AutoModelForImageTextToText
 
