@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Signature, signature
+from numbers import Integral
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -110,34 +111,37 @@ def _processed_video(result: Any, asked: Mapping[str, Any]) -> str:
 
 
 def _processed_image(result: Any, asked: Mapping[str, Any]) -> str:
-    fits = isinstance(result, dict) and isinstance(result.get("tokens"), int)
+    fits = isinstance(result, dict) and "tokens" in result
     return "" if fits else f'must return a dict with the number of the image\'s tokens under "tokens", got {_told(result)}'
 
 
 def _video_features(result: Any, asked: Mapping[str, Any]) -> str:
-    if wrong := _features(result, len(asked["grid"]), "the grid"):
+    tokens = len(asked["grid"]) if "grid" in asked else None
+    if wrong := _features(result, tokens, "the grid"):
         return wrong
-    if asked.get("sight") is None or (added := _recorded(asked) - asked["recorded"]) == len(asked["grid"]):
+    if asked.get("sight") is None or (added := _recorded(asked) - asked["recorded"]) == tokens:
         return ""
-    return f"is given `sight` and adds {added} of {len(asked['grid'])} tokens to it: call sight.add with a row for each"
+    return f"is given `sight` and adds {added} of {tokens} tokens to it: call sight.add with a row for each"
 
 
 def _image_features(result: Any, asked: Mapping[str, Any]) -> str:
-    return _features(result, int(asked["image"]["tokens"]), 'the image ("tokens")')
+    """A family may call the method itself, for tiles that are no image."""
+    return _features(result, asked.get("image", {}).get("tokens"), 'the image ("tokens")')
 
 
-def _features(result: Any, tokens: int, of: str) -> str:
-    """Check the number of rows."""
+def _features(result: Any, tokens: int | None, of: str) -> str:
+    """Check the number of rows, if it is known."""
     if not isinstance(result, Tensor | Features):
         return f"must return a tensor or Features, got {_told(result)}"
     rows = len(entering(result))
-    return "" if rows == tokens else f"returns {rows} rows of features, and {of} has {tokens} tokens"
+    return "" if tokens in (None, rows) else f"returns {rows} rows of features, and {of} has {tokens} tokens"
 
 
 def _runs(result: Any, asked: Mapping[str, Any]) -> str:
-    tokens = len(asked["grid"])
-    fits = isinstance(result, list | tuple) and all(isinstance(run, int) for run in result) and sum(result) == tokens
-    return "" if fits else f"must return whole numbers that add up to the {tokens} tokens of the grid, got {_told(result)}"
+    whole = isinstance(result, list | tuple) and all(isinstance(run, Integral) for run in result)
+    if whole and ("grid" not in asked or sum(result) == len(asked["grid"])):
+        return ""
+    return f"must return whole numbers that add up to the tokens of the grid, {asked.get('grid')}, got {_told(result)}"
 
 
 def _sampling(result: Any, asked: Mapping[str, Any]) -> str:
