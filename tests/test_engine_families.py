@@ -131,7 +131,7 @@ def test_every_kind_of_request_runs_captured_as_it_does_eagerly(family):
         models = [checks.model(family, name) for name in ("target", "draft", "small")]
         target, near, small = (type(lm)(copy.deepcopy(lm.hf).cuda(), lm.tokenizer, lm.folder) for lm in models)
         engine, greedy = GraphsEngine(), GreedyVerifier()
-        for request in checks.REQUESTS:
+        for request in checks.requests(family):
             prompt = checks.prompt(family, request)
             want = tokens_of(list(autoregressive(target, prompt, 24, greedy)))
             assert tokens_of(list(autoregressive(target, prompt, 24, greedy, engine=engine))) == want
