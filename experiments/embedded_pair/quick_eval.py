@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from experiments.embedded_pair.batches import Batch
-from experiments.embedded_pair.forward import TEXT_ROWS, Forward, patches
+from experiments.embedded_pair.forward import Forward, patches
 from experiments.embedded_pair.keepsets import POLICIES, keep_set
+from experiments.embedded_pair.layout import TEXT_ROWS
 from experiments.embedded_pair.learner import frozen
 from experiments.embedded_pair.supervision import frame_times
 from experiments.embedded_pair.tokenizer import END, FAMILIES, PAD, encode, first_question
