@@ -1,6 +1,7 @@
 """What training asks of the models beside the answers: linear heads that are thrown away afterwards.
 
-`see` reads every video token, with what DeepStack adds to it: is there an object, its shape, colour, size and centre, the cell's own place, the background.
+`see` reads every video token, with what DeepStack adds to it: is there an object, its shape, colour, size and centre, the
+cell's own place, the background.
 `recall` reads video tokens after a middle layer: when and where did the object in this cell first appear, what second is it.
 `gather` reads the last question rows after a late layer: for every colour, is there an object, when, where, what.
 They teach a tower to look and the text layers to look back; without `see` shapes stayed near chance in the first minutes.
