@@ -299,7 +299,7 @@ def small(family: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("drafter", [TreeDrafter(), TreeDrafter("chain:5"), DynamicTreeDrafter(nodes=12)], ids=str)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter, verifier):
     from specvlm.config import model_folder
     from specvlm.models.load import load
