@@ -113,6 +113,19 @@ class KVCache:
         return self._layers[number]
 
     @property
+    def whole(self) -> bool:
+        """Whether no two slots share memory, and each layer's keys and values still are the rows of its store.
+
+        False if a strategy has put other tensors there. Does not call methods set on a tensor.
+        """
+        tensors = [tensor for store in self.stores for tensor in store]
+        if not all(type(x) is Tensor and Tensor.is_contiguous(x) and not Tensor.storage_offset(x) for x in tensors):
+            return False
+        rows = [(store.keys[row], store.values[row]) for store in self.stores for row in range(len(store.keys))]
+        apart = len({(x.device, Tensor.data_ptr(x)) for x in tensors}) == len(tensors)
+        return apart and list(map(_places, rows)) == list(map(_places, self._layers))
+
+    @property
     def nbytes(self) -> int:
         """Size of the cache in bytes, on all devices together."""
         return sum(tensor.nbytes for store in self.stores for tensor in store)
@@ -196,6 +209,11 @@ class KVCache:
     def clear(self) -> None:
         """Forget the sequence: set `length` and `offset` to 0. The tensors keep their content."""
         self.length = self.offset = 0
+
+
+def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Describe where tensors lie in memory, and how."""
+    return [(type(x), x.device, x.dtype, x.shape, Tensor.stride(x), Tensor.data_ptr(x)) for x in tensors]
 
 
 class CachePool:
