@@ -88,6 +88,24 @@ def test_a_right_answer_is_identical(family, dtype, generate):
     assert str(found) == "identical" and not found.differences
 
 
+@pytest.mark.slow
+def test_a_model_whose_forward_returns_all_logits_is_checked_too(monkeypatch):
+    """Some models' forward has no `logits_to_keep`, such as VideoLLaMA 3's."""
+    model, request, expected = pristine("qwen2_5_vl", "float32"), prompt("qwen2_5_vl"), right("qwen2_5_vl", "float32")
+    real, shapes = model.hf.forward, []
+
+    def whole(input_ids, use_cache=True, **inputs):
+        assert "logits_to_keep" not in inputs
+        out = real(input_ids=input_ids, use_cache=use_cache, **inputs)
+        shapes.append(out.logits.shape[1])
+        return out
+
+    monkeypatch.setattr(model.hf, "forward", whole)
+    assert str(model.check(request, expected, LIMIT)) == "identical"
+    assert str(model.check(request, [*expected[:1], expected[1] + 1, *expected[2:]], LIMIT)).startswith("MISMATCH at token 1")
+    assert set(shapes) == {len(request) + len(expected) - 1}
+
+
 def positions_slip(family, monkeypatch):
     """Shift text after the video three positions back, as another M-RoPE rule would; reverse 1-D positions."""
     real = FAMILY[family].positions
