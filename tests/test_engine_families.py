@@ -214,8 +214,9 @@ def test_rope_with_norms(heads, biased):
 def test_answers_by_kernels_are_the_targets_own(family, dtype):
     """Guesses of a noisy draft, checked 26 rows at a time, and the target alone: the same bits, so the same tokens."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-    hf = tiny.built(family, 97, **sizes)
+    # Heads of 32, which kernels can take; sections of M-RoPE that fit them.
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 4, 4]}
+    hf = tiny.built(family, 97, hidden_size=256, intermediate_size=512, num_hidden_layers=3, head_dim=32, rope_parameters=rope)
     draft = copy.deepcopy(hf)
     for weight in draft.parameters():
         weight.data += 0.005 * torch.randn_like(weight)

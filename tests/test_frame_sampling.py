@@ -160,6 +160,7 @@ def test_the_embedded_pairs_settings_are_read():
     folders = [model_folder(f"embedded:{family}/target") for family in TYPES]
     found = [SamplingSettings.from_folder(folder, (kind[:4],)) for folder, kind in zip(folders, TYPES.values(), strict=True)]
     assert found == [SamplingSettings(2, None, 4, 32), SamplingSettings(1)]
+    assert SamplingSettings.from_folder(str(folders[0]), ("Qwen",)) == found[0]  # a folder may be a text
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_what_is_no_file_is_refused(word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_a_run_takes_several_videos_and_images_and_its_answer_is_hugging_faces(family, capsys):
     words = [BOTH, "image=a picture.png", f"pair=embedded_{family}", "check=generate", "hydra.run.dir=out", *SHORT]
     assert main(words) == 0

@@ -29,7 +29,7 @@ from specvlm.config import model_folder
 from specvlm.decoding.lossless import alike
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
 from specvlm.models.checkpoint import SAFELY, folder_of
-from specvlm.models.load import family_of
+from specvlm.models.load import family_of, last_logits
 from specvlm.results.rows import UNCHECKED, rows_of
 from specvlm.strategies.fence import inside
 from specvlm.types import VideoPrompt
@@ -197,9 +197,13 @@ class ReferenceModel:
         return {name: x.to(device, self.hf.dtype if name.startswith("pixel") else x.dtype) for name, x in made.items()}
 
     def _logits(self, prompt: VideoPrompt, output: Sequence[int], perturbed: bool = False) -> Tensor:
-        """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`."""
+        """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`.
+
+        The last ones are taken, since some models' forward computes those of the whole prompt in any case.
+        """
+        inputs = self._inputs(prompt, output[:-1]) | last_logits(self.hf, len(output))
         with perturbation(self.hf) if perturbed else nullcontext():
-            return self.hf(**self._inputs(prompt, output[:-1]), use_cache=False, logits_to_keep=len(output)).logits[0]
+            return self.hf(**inputs, use_cache=False).logits[0, -len(output) :]
 
     def _scores(self, logits_TV: Tensor, prompt: VideoPrompt, output: Sequence[int], penalty: float) -> Iterator[Tensor]:
         """Yield scores (V,) per token, after transformers' own processor for the repetition penalty."""

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,7 +209,12 @@ def try_out(model: VideoLM) -> None:
     clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
     grid, video = model.process_video(clip)
     ids = [0, *(model.video_token for _ in model.runs(grid)), 0]
-    model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), logits_to_keep=1)
+    model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), **last_logits(model.hf, 1))
+
+
+def last_logits(hf: Any, count: int) -> dict[str, int]:
+    """Return the argument that asks a model for the last logits alone; none if its forward always computes all."""
+    return {"logits_to_keep": count} if "logits_to_keep" in signature(hf.forward).parameters else {}
 
 
 def _read(found: Checkpoint, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

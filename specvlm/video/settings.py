@@ -38,7 +38,7 @@ class SamplingSettings:
     max_frames: int | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path, families: tuple[str, ...]) -> Self:
+    def from_folder(cls, folder: str | Path, families: tuple[str, ...]) -> Self:
         """Read the settings of a model folder.
 
         Args:
@@ -61,7 +61,7 @@ class SamplingSettings:
         return cls(**given)
 
 
-def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
+def read_video_settings(folder: str | Path, families: tuple[str, ...]) -> dict[str, Any]:
     """Read the settings of the video processor, or those of the image processor if a folder has no others.
 
     Args:
@@ -72,6 +72,7 @@ def read_video_settings(folder: Path, families: tuple[str, ...]) -> dict[str, An
         UserError: There is no such folder, it has no settings or a broken file, or the settings belong to another
             family, have an invalid value, turn off a step of ``preprocess.py``, or ask for other than bicubic resizing.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
     found: dict[str, Any] | None = read_json(folder / "processor_config.json").get("video_processor")
