@@ -62,6 +62,7 @@ def command(argv: list[str], full: bool) -> int:
 
         from specvlm.app import compose
         from specvlm.app.launch import Call, answer, start
+        from specvlm.app.quoting import quoted
         from specvlm.models.families import specvlm_families
         from specvlm.models.integrity import CODE
         from specvlm.models.plugins import BUILTINS
@@ -76,7 +77,7 @@ def command(argv: list[str], full: bool) -> int:
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if sweep and torchrun.size_here() > 1:
         raise UserError("a sweep does not run under torchrun: start torchrun once per job")
-    args.overrides = compose.quoted(args.overrides, sweep)
+    args.overrides = quoted(args.overrides, sweep)
     asks = any((args.hydra_help, args.cfg, args.info, args.shell_completion))
     if not asks:  # import specvlm's own modules before any plugin, so that CODE records their original definitions
         modules = (place.partition(":")[0] for place in specvlm_families().values())

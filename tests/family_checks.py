@@ -46,9 +46,9 @@ def scratch() -> Path:
 
 @cache
 def folder(family: str) -> Path:
-    if (family_folders.ASSETS.parents[1] / family).is_dir():
-        return family_folders.ASSETS.parents[1] / family
-    return family_folders.make(scratch(), family)
+    if family in family_folders.FAMILIES:
+        return family_folders.make(scratch(), family)
+    return family_folders.ASSETS.parents[1] / family  # an embedded pair
 
 
 @cache

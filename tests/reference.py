@@ -49,7 +49,8 @@ def inputs_of(hf: Any, prompt: VideoPrompt) -> dict[str, Any]:
             inputs["image_grid_thw"] = torch.tensor([image["thw"] for image in images])
         if videos:
             inputs["video_grid_thw"] = torch.tensor([video["thw"] for video in videos])
-            inputs["second_per_grid_ts"] = torch.tensor([video["seconds"] for video in videos])
+            if hf.config.model_type != "qwen3_vl":
+                inputs["second_per_grid_ts"] = torch.tensor([video["seconds"] for video in videos])
     if images:
         inputs["pixel_values"] = stacked([image["pixels"] for image in images]).to(hf.dtype)
     if videos:

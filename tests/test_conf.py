@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from specvlm import config
 from specvlm.__main__ import main
 from specvlm.app import compose
+from specvlm.app.quoting import quoted
 from specvlm.errors import UserError
 from specvlm.strategies import registry
 
@@ -139,7 +140,7 @@ TEXTS = ["what, and why?", "it's (a) [b] {c}: d=e", 'say "hi"', "back\\slash\\",
 @pytest.mark.parametrize("text", TEXTS)
 def test_question_and_paths_are_taken_literally(text):
     words = [f"question={text}", f"video={text}", f"target.path={text}"]
-    cfg = compose.compose(compose.quoted(words, sweep=False))
+    cfg = compose.compose(quoted(words, sweep=False))
     assert (cfg.question, cfg.video, cfg.target.path) == (text, text, text)
 
 
@@ -151,7 +152,7 @@ def test_a_folder_to_write_to_is_one_whatever_is_in_its_name(ran, monkeypatch):
         above = Path(folder).expanduser().absolute()
         assert {ran.calls.pop()[1].parent for _ in range(2)} == {above} and ran.calls.pop()[1] == above
     words = ["baselines=~/b", "dataset=folder", "dataset.root=~/v"]
-    assert compose.quoted(words, sweep=True) == [
+    assert quoted(words, sweep=True) == [
         f"baselines={Path.cwd()}/home/b",
         words[1],
         f"dataset.root={Path.cwd()}/home/v",
@@ -160,12 +161,12 @@ def test_a_folder_to_write_to_is_one_whatever_is_in_its_name(ran, monkeypatch):
 
 def test_quoted_leaves_hydras_own_syntax_alone():
     words = ["question=null", "question='a, b'", "question=choice(a,b)", "ratio=0.1,0.2", "video=", "-m", "drafter.shape=paper"]
-    assert compose.quoted(words, sweep=False) == words
-    assert compose.quoted(["video=a.mp4,b.mp4"], sweep=True) == ["video=a.mp4,b.mp4"]
+    assert quoted(words, sweep=False) == words
+    assert quoted(["video=a.mp4,b.mp4"], sweep=True) == ["video=a.mp4,b.mp4"]
 
 
 def test_a_tree_can_be_given_as_a_list():
-    assert compose.compose(compose.quoted(["drafter.shape=[[0],[1],[0,0]]"], sweep=False)).drafter.shape == "[[0],[1],[0,0]]"
+    assert compose.compose(quoted(["drafter.shape=[[0],[1],[0,0]]"], sweep=False)).drafter.shape == "[[0],[1],[0,0]]"
 
 
 # What is refused, with one line and code 2

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from experiments.embedded_pair.evaluate import scene_request
+from experiments.embedded_pair.evaluate import DRAFTS, scene_request
 from specvlm.app.compose import compose
 from specvlm.config import model_folder
 from specvlm.errors import UserError
@@ -37,7 +37,7 @@ def test_scenes_are_the_same_in_every_data_set_and_survive_a_process():
 
 
 @pytest.mark.parametrize("ask", ["caption", "question"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", DRAFTS)
 def test_a_scene_is_the_one_that_the_experiments_measured(family, ask):
     lm = skeleton(model_folder(f"embedded:{family}/target"))
     theirs, gold = scene_request(lm, family, ask, 5)

@@ -12,6 +12,7 @@ import pytest
 
 from docs import generate
 from specvlm.app import compose
+from specvlm.app.quoting import quoted
 from specvlm.config import model_folder
 from specvlm.models.family import Family
 from specvlm.results.metrics import KEYS, TOTALS
@@ -172,4 +173,4 @@ def test_the_commands_compose(line):
     if any(word.startswith("hydra/launcher=") for word in words):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launchers extra")
     sweep = "-m" in words
-    assert compose.jobs(compose.quoted([w for w in words if w != "-m"], sweep), sweep)
+    assert compose.jobs(quoted([w for w in words if w != "-m"], sweep), sweep)

@@ -8,12 +8,12 @@ from functools import cache
 import packages
 import pytest
 import reference
-import tiny
 import torch
 from test_lossless import PRUNERS
 from towers import remember_features, remember_passes
 from transformers import AutoModelForImageTextToText
 
+from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine.lean import ROWS
@@ -72,7 +72,7 @@ def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
     expected = answer_of_generate(family, frames=FEW)
@@ -82,7 +82,7 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_a_drafter_that_asks_no_pruner_gives_the_output_of_generate(family, monkeypatch):
     """Such drafters see all tokens, or none."""
     monkeypatch.setattr(UniformPruner, "select", None)
@@ -133,7 +133,7 @@ def test_no_lossless_strategy_is_left_out_below():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("pruner", OF_PACKAGES, ids=lambda pruner: pruner.name)
 def test_every_package_gives_the_targets_own_output(family, pruner):
     for drafter, ratio in ((TreeDrafter(), 0.9), (TreeDrafter("chain:3"), 0.5)):
@@ -145,7 +145,7 @@ def test_every_package_gives_the_targets_own_output(family, pruner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda verifier: verifier.name)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_every_drafter_and_lossless_verifier_gives_the_targets_own_output(family, verifier, name):
@@ -156,9 +156,8 @@ def test_every_drafter_and_lossless_verifier_gives_the_targets_own_output(family
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "draft"), [(family, draft) for family, drafts in DRAFTS.items() for draft in drafts])
 @pytest.mark.parametrize("clip", ["synthetic_2", "bbb_apple"])
-@pytest.mark.parametrize("draft", ["plain", "aware"])
 def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
     fields = {"clip": clip, "question": "describe the video.", "limit": FOOTAGE if clip == "bbb_apple" else 200}
     steps = decode(family, TwoStagePruner(), TreeDrafter(), 0.9, draft, **fields)
@@ -166,7 +165,7 @@ def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(256)], ids=repr)
 def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
     for clip in ("synthetic_1", "bbb_apple"):
@@ -175,7 +174,7 @@ def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family):
     """On average over these scenes, with the same pruned view."""
     accepted = {"static": [], "dynamic": []}
@@ -192,20 +191,20 @@ def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(fam
 
 @pytest.mark.slow
 def test_sparse_to_dense_with_every_entry_is_accepted_in_full():
-    for family in tiny.FAMILIES:
+    for family in DRAFTS:
         steps = decode(family, NonePruner(), SparseDrafter(100_000), 0.9, clip="synthetic_2", question="describe the video.")
         assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_the_target_as_its_own_drafter_is_accepted_in_full(family):
     steps = decode(family, NonePruner(), SelfDrafter(), 0.9, clip="synthetic_2", question="describe the video.")
     assert acceptance_of(steps)["acceptance_by_depth"] == [1.0] * 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_generation_ends_at_each_of_the_checkpoints_stop_ids(family):
     lm = model(family, "target")
     assert len(lm.stop_ids) >= 2 and check_pair(lm, model(family, "plain")) == lm.vocabulary

@@ -20,6 +20,7 @@ from specvlm.models.quantize import KINDS, QuantizedLinear, left_full, quantize,
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.testing import tiny
 from specvlm.types import DraftTree, GenerationOptions, TreeShape
@@ -107,20 +108,21 @@ def test_experts_of_another_kind_run_eager():
     assert why_not(lm) == "one of its layers is a OtherMoeBlock"
 
 
+@pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["direct", pytest.param("cudagraph", marks=pytest.mark.gpu)])
-def test_captured_is_eager(family, backend):
+def test_captured_is_eager(family, backend, verifier):
     device = "cuda" if backend == "cudagraph" else "cpu"
     dtype = torch.float32 if backend == "cudagraph" else torch.float64
     target, draft = (tiny.wrapped(copy.deepcopy(lm(family).hf).to(device, dtype)) for lm in (tiny.model, tiny.noisy))
-    for seed in range(3):
+    for seed in range(2):
         request, outs = tiny.prompt(family, seed=seed), []
         for engine in (Engine(), GraphsEngine(backend)):
-            strategies = TwoStagePruner(), TreeDrafter(), GreedyVerifier()
+            strategies = TwoStagePruner(), TreeDrafter(), verifier
             graph = DecodingGraph(target, draft, *strategies, GenerationOptions(ratio=0.5), engine=engine)
             outs.append(tokens_of(list(graph.decode(request, 24))))
             assert engine.runs(target) == engine.name
-            outs.append(tokens_of(list(autoregressive(target, request, 24, GreedyVerifier(), engine=engine))))
+            outs.append(tokens_of(list(autoregressive(target, request, 24, verifier, engine=engine))))
         assert all(out == outs[0] for out in outs)
 
 
@@ -214,8 +216,9 @@ def test_rope_with_norms(heads, biased):
 def test_answers_by_kernels_are_the_targets_own(family, dtype):
     """Guesses of a noisy draft, checked 26 rows at a time, and the target alone: the same bits, so the same tokens."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-    hf = tiny.built(family, 97, **sizes)
+    # Heads of 32, which kernels can take; sections of M-RoPE that fit them.
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 4, 4]}
+    hf = tiny.built(family, 97, hidden_size=256, intermediate_size=512, num_hidden_layers=3, head_dim=32, rope_parameters=rope)
     draft = copy.deepcopy(hf)
     for weight in draft.parameters():
         weight.data += 0.005 * torch.randn_like(weight)

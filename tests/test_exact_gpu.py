@@ -22,7 +22,7 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
-from specvlm.testing.tiny import END, START, VIDEO, built
+from specvlm.testing.tiny import built
 from specvlm.types import DraftTree, GenerationOptions
 
 pytestmark = pytest.mark.gpu
@@ -255,13 +255,20 @@ def test_a_tree_of_more_nodes_than_a_pass_has_goes_in_slices(count):
 @torch.inference_mode()
 def test_rows_of_a_question_are_those_of_passes_of_one(count):
     """Logits, keys and values behind the video: of the whole question, token by token, and behind a kept video."""
-    lm, engine = small("qwen2_5_vl", torch.bfloat16), engine_for("graphs", "cuda")
-    video = tiny.prompt("qwen2_5_vl", frames=40)
-    words = torch.randint(5, 80, (count,), generator=torch.Generator().manual_seed(count))
+    from specvlm.config import model_folder
+    from specvlm.models.load import load
+    from specvlm.video.clips import find_clip
+    from specvlm.video.video import probe, read_video
+
+    lm, engine = load(model_folder("embedded:qwen2_5_vl/target"), "bfloat16", "cuda"), engine_for("graphs", "cuda")
+    clip = find_clip("synthetic_1")
+    video = lm.prompt("describe the video.", [read_video(clip, **lm.sampling(probe(clip)))])
+    words = video.tokens[video.text :].repeat(count)[:count]
 
     def asked(question: torch.Tensor):
-        grids, videos = video.grids, video.videos
-        return lm.expand([*(5, 6, START, VIDEO, END), *question.tolist()], grids, videos)
+        """Ask something else about the same video."""
+        before = video.tokens[: int(video.video_index[0]) + 1]
+        return lm.expand([*before.tolist(), *question.tolist()], video.grids, video.videos)
 
     def filled(prompt, cache):
         return engine.prefill(lm, prompt, (lm.embed(prompt, lm.features(prompt)), lm.positions(prompt)), cache)
@@ -292,7 +299,7 @@ def small(family: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("drafter", [TreeDrafter(), TreeDrafter("chain:5"), DynamicTreeDrafter(nodes=12)], ids=str)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_answers_of_the_embedded_pairs_in_bfloat16(family, drafter, verifier):
     from specvlm.config import model_folder
     from specvlm.models.load import load

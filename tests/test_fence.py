@@ -27,7 +27,7 @@ from specvlm.decoding.output import Output
 from specvlm.errors import MissingVideo, StrategyError, UserError, one_line
 from specvlm.models import integrity
 from specvlm.models.checksum import checksum
-from specvlm.models.kv_cache import CachePool
+from specvlm.models.kv_cache import CachePool, KVCache, Store
 from specvlm.models.passes import Pass
 from specvlm.process.memo import restored
 from specvlm.results import metrics
@@ -397,6 +397,23 @@ def patch_take(graph):
     Output(4, frozenset()).take([1])
 
 
+def kept_cache(graph: DecodingGraph) -> KVCache:
+    """A cache of the pool, which the target alone and later requests use."""
+    graph.caches.reserve("target", graph.target, 64)
+    return graph.caches.held[-1]
+
+
+def swap_layers(cache: KVCache) -> None:
+    """Make two layers use each other's slots."""
+    cache._layers[0], cache._layers[1] = cache._layers[1], cache._layers[0]
+
+
+def share_slots(cache: KVCache) -> None:
+    """All layers write to the slots of the first one, in the stores and in what is made of them."""
+    cache.stores = tuple(Store(*(x[:1].expand(len(x), -1, -1, -1, -1) for x in store)) for store in cache.stores)
+    cache._layers = [(store.keys[row], store.values[row]) for store in cache.stores for row in range(len(store.keys))]
+
+
 CHANGES = {
     "a function of torch": (patch_argmax, "argmax"),
     "a method that is inherited": (patch_inherited, "Tensor.argmax"),
@@ -423,10 +440,13 @@ CHANGES = {
     "a configuration": (lambda graph: setattr(graph.target.hf.config.get_text_config(), "rms_norm_eps", 1.0), "configuration"),
     "the engine": (lambda graph: setattr(graph.engine, "check", lambda *args: None), "engine"),
     "the pool of caches": (lambda graph: setattr(graph.caches, "take", lambda *args: None), "caches"),
+    "a cache's layers": (lambda graph: swap_layers(kept_cache(graph)), "caches"),
+    "a cache's stores": (lambda graph: share_slots(kept_cache(graph)), "caches"),
 }
 
 
 SPOILT = ("a hook", "modules", "weights", "stop ids", "the penalty", "a configuration", "the engine", "the pool of caches")
+SPOILT += ("a cache's layers", "a cache's stores")
 
 
 @pytest.mark.parametrize("name", CHANGES)

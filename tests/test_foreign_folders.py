@@ -15,8 +15,9 @@ from foreign import FAST, empty_folder, refused  # noqa: F401
 
 from specvlm.__main__ import main
 from specvlm.app.baselines import Baselines
-from specvlm.app.compose import compose, jobs, quoted
+from specvlm.app.compose import compose, jobs
 from specvlm.app.model_cache import MODEL_CACHE
+from specvlm.app.quoting import quoted
 from specvlm.errors import StrategyError, UserError, one_line
 from specvlm.fit_tree import __main__ as fit_tree
 from specvlm.parsing import bounds, files

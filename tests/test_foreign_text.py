@@ -11,8 +11,9 @@ import yaml
 from foreign import FAST, empty_folder  # noqa: F401
 
 from specvlm.__main__ import main
-from specvlm.app.compose import compose, quoted
+from specvlm.app.compose import compose
 from specvlm.app.console import RunConsole, Terminal, outcome, styled
+from specvlm.app.quoting import quoted
 from specvlm.errors import line, message, one_line, visible
 from specvlm.report.reading import read_jobs
 from specvlm.report.seen import see

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.lossless import compare
@@ -151,7 +152,7 @@ def test_the_device_map_names_every_part_once(family):
     assert (placed["model.language_model.embed_tokens"].index, placed["lm_head"].index) == (0, 1)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_a_checkpoint_is_read_through_hugging_faces_device_map(family):
     """Both devices are the CPU. The result is the model that `load` gives without a map, without accelerate's hooks."""
     pytest.importorskip("accelerate")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.app import compose, memory_plan
 from specvlm.app.placement import Placement, device_of, places_of
 from specvlm.config import model_folder
@@ -175,7 +176,7 @@ def of(plans, part: str) -> int:
     return sum(parts.get(part, 0) for parts in plans.values())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("drafts", ["draft", "self", None])
 def test_a_split_target_is_planned_device_by_device(drafts, tied, family):

@@ -54,7 +54,7 @@ def copy_of(name: str, **changes) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["embedded_qwen2_5_vl", "embedded_llava_onevision"])
+@pytest.mark.parametrize("pair", ["embedded_qwen2_5_vl", "embedded_llava_onevision", "embedded_qwen3_vl"])
 def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
     assert main(["pruner=two_stage", "ratio=0.9", f"pair={pair}", "hydra.run.dir=out", *SHORT]) == 0
     summary, steps = runs()

@@ -12,6 +12,7 @@ from PIL import Image
 from specvlm.__main__ import main
 from specvlm.app import compose
 from specvlm.app.prepare import own_sample
+from specvlm.app.quoting import quoted
 from specvlm.errors import UserError
 from specvlm.results.rows import rows_of, summary_of
 from specvlm.strategies import registry
@@ -31,10 +32,10 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def test_paths_of_a_list_need_no_quotes():
-    words = compose.quoted([BOTH, "image=[a picture.png,b's,c.png]"], sweep=False)
+    words = quoted([BOTH, "image=[a picture.png,b's,c.png]"], sweep=False)
     cfg = compose.compose(words)
     assert cfg.video == ["synthetic_1", "synthetic_2"] and cfg.image == ["a picture.png", "b's", "c.png"]
-    swept = compose.jobs(compose.quoted(["video=[a b.mp4,c.mp4],[d.mp4]"], sweep=True), sweep=True)
+    swept = compose.jobs(quoted(["video=[a b.mp4,c.mp4],[d.mp4]"], sweep=True), sweep=True)
     assert [job.cfg.video for job in swept] == [["a b.mp4", "c.mp4"], ["d.mp4"]]
 
 
@@ -45,7 +46,7 @@ def test_what_is_no_file_is_refused(word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_a_run_takes_several_videos_and_images_and_its_answer_is_hugging_faces(family, capsys):
     words = [BOTH, "image=a picture.png", f"pair=embedded_{family}", "check=generate", "hydra.run.dir=out", *SHORT]
     assert main(words) == 0

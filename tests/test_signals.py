@@ -14,6 +14,7 @@ from curious import ALL, Curious, signals_of
 from rounding import additions, assert_same_sums
 from torch.nn.functional import cosine_similarity, interpolate
 
+from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.config import model_folder
 from specvlm.decoding.collect import codec, collector_for, gathered, held_bytes, on_grid
 from specvlm.decoding.loop import DecodingGraph, prefill
@@ -237,7 +238,7 @@ def test_the_bytes_planned_for_signals_are_those_held(family, dtype):
     assert counted == sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_the_prompt_knows_the_file_and_the_frames_of_its_video(family):
     target, path = load(model_folder(f"embedded:{family}/target"), "float32"), find_clip("synthetic_1")
     clip = read_video(path, **target.sampling(probe(path)))

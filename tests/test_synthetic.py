@@ -12,15 +12,15 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import specvlm
 from experiments.embedded_pair import forward
+from experiments.embedded_pair.evaluate import DRAFTS
 from experiments.embedded_pair.keepsets import keep_set
 from experiments.embedded_pair.models import build
 from experiments.embedded_pair.tokenizer import encode, first_question
 from specvlm.video import synthetic
-from specvlm.video.preprocess import LlavaVideoConfig, QwenVideoConfig, llava_video, qwen_video
+from specvlm.video.preprocess import LlavaVideoConfig, Qwen3VideoConfig, QwenVideoConfig, llava_video, qwen_video
 from specvlm.video.video import read_video
 
 ASSETS = Path(specvlm.__file__).parent / "assets"
-FAMILIES = ("qwen2_5_vl", "llava_onevision")
 FACTS = json.loads((ASSETS / "clips" / "synthetic.json").read_text())
 SENTENCE = re.compile(
     r"at second \w+ a \w+ \w+ \w+ appears at the \w+ \w+ , "
@@ -93,15 +93,15 @@ def test_a_length_that_no_scene_has_is_refused(seconds):
 
 
 def test_assets_stay_small():
-    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 28_000_000
-    for family in FAMILIES:
-        for draft in ("plain", "aware"):
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 40_000_000
+    for family, drafts in DRAFTS.items():
+        for draft in drafts:
             assert (ASSETS / family / draft / "model.safetensors").stat().st_size < 2_000_000
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_checkpoints_of_a_family_share_one_tokenizer_that_reads_and_writes_plain_text(family):
-    tokenizers = [AutoTokenizer.from_pretrained(ASSETS / family / role) for role in ("target", "plain", "aware")]
+    tokenizers = [AutoTokenizer.from_pretrained(ASSETS / family / role) for role in ("target", *DRAFTS[family])]
     assert len({json.dumps(t.get_vocab(), sort_keys=True) for t in tokenizers}) == 1
     tokenizer = tokenizers[0]
     assert tokenizer("Describe the video.").input_ids == tokenizer("describe the video .").input_ids
@@ -111,7 +111,7 @@ def test_checkpoints_of_a_family_share_one_tokenizer_that_reads_and_writes_plain
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_the_target_captions_every_clip_exactly(family):
     folder = ASSETS / family / "target"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -124,9 +124,9 @@ def test_the_target_captions_every_clip_exactly(family):
         assert answer[:-1].tolist() == tokenizer(facts["caption"]).input_ids, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_the_training_forward_gives_the_logits_of_the_stock_one(family):
-    scene, step = synthetic.sample_scene(3, seconds=4), 1 if family == "qwen2_5_vl" else 2
+    scene, step = synthetic.sample_scene(3, seconds=4), 2 if family == "llava_onevision" else 1
     objects, backgrounds = map(torch.from_numpy, synthetic.pack([scene]))
     frames = synthetic.draw(objects, backgrounds, torch.arange(0, 8, step).float())[0]
     ids = torch.tensor(first_question(family, "describe the video .") + encode(synthetic.caption(scene)))
@@ -152,15 +152,21 @@ def _inputs(family, tokenizer, path, question):
     content = [{"type": "video"}, {"type": "text", "text": question}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     folder = ASSETS / family / "target"
-    if family == "qwen2_5_vl":
-        pixels, grid = qwen_video(read_video(path, fps=2).frames, QwenVideoConfig.from_folder(folder))
-        placeholder, count = "<|video_pad|>", 1024
-        extra = {"video_grid_thw": torch.tensor([grid]), "second_per_grid_ts": torch.tensor([1.0])}
+    if family in ("qwen2_5_vl", "qwen3_vl"):
+        config = QwenVideoConfig if family == "qwen2_5_vl" else Qwen3VideoConfig
+        pixels, grid = qwen_video(read_video(path, fps=2).frames, config.from_folder(folder))
+        placeholder, count = "<|video_pad|>", 1024 if family == "qwen2_5_vl" else 64
+        extra = {"video_grid_thw": torch.tensor([grid])}
+        if family == "qwen2_5_vl":
+            extra["second_per_grid_ts"] = torch.tensor([1.0])
+        else:
+            frame = f"<|vision_start|>{placeholder}<|vision_end|>"
+            text = text.replace(placeholder, "".join(f"<{second}.2 seconds>{frame}" for second in range(16)))
     else:
         pixels = llava_video(read_video(path, fps=1).frames, LlavaVideoConfig.from_folder(folder))
         pixels = pixels if pixels.ndim == 5 else pixels[None]
         placeholder, count, extra = "<video>", 1025, {}
     ids = tokenizer(text.replace(placeholder, placeholder * count), return_tensors="pt").input_ids
-    if family == "qwen2_5_vl":
+    if family != "llava_onevision":
         extra["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids(placeholder)).int() * 2
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels.float(), **extra}

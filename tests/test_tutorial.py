@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from specvlm.app import compose
+from specvlm.app.quoting import quoted
 from specvlm.results.rows import rows_of
 from specvlm.strategies import PruneContext
 from specvlm.strategies.pruners.verifier_attention import VerifierAttentionPruner
@@ -206,4 +207,4 @@ def test_the_commands_of_the_last_part_compose():
     assert len(inline) == 4
     for line in inline:
         words = shlex.split(line)
-        assert compose.jobs(compose.quoted([w for w in words if w != "-m"], "-m" in words), "-m" in words), line
+        assert compose.jobs(quoted([w for w in words if w != "-m"], "-m" in words), "-m" in words), line

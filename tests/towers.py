@@ -6,15 +6,16 @@ from collections.abc import Hashable, Iterator
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specvlm.models.video_lm import VideoLM
-from specvlm.types import VideoPrompt
+from specvlm.types import Features, VideoPrompt
 
 
 def remember_features(lm: VideoLM) -> VideoLM:
     """Make `lm` encode each video once. Prompts are compared by content, since strategies get copies."""
-    known: dict[Hashable, Tensor] = {}
+    known: dict[Hashable, Tensor | Features] = {}
 
     def features(prompt: VideoPrompt, keep=None, sight=None, compute=lm.features):
         if sight is not None:
@@ -22,7 +23,7 @@ def remember_features(lm: VideoLM) -> VideoLM:
         key = tuple(contents(prompt.videos))
         if key not in known:
             known[key] = compute(prompt)  # of all frames, whatever is kept: a row does not depend on other frames
-        return known[key].clone()
+        return known[key][torch.arange(len(known[key]))]  # a copy
 
     lm.features = features
     return lm
@@ -42,7 +43,8 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
         start, end = cache.length, cache.length + len(embeds_QD)
         stores, seen = [tensor for store in cache.stores for tensor in store], sha256()
         masked = [] if mask_QK is None else [mask_QK]
-        for tensor in (embeds_QD, positions_AQ, *masked, *(tensor[:, :, :, :start] for tensor in stores)):
+        rows = [embeds_QD.rows, embeds_QD.added] if isinstance(embeds_QD, Features) else [embeds_QD]
+        for tensor in (*rows, positions_AQ, *masked, *(tensor[:, :, :, :start] for tensor in stores)):
             seen.update(tensor.numpy().tobytes())
         key = (start, end, len(masked), seen.digest())
         if key not in known:
@@ -50,8 +52,8 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
             known[key] = hidden_QD, [tensor[:, :, :, start:end].clone() for tensor in stores]
             return hidden_QD.clone()
         hidden_QD, written = known[key]
-        for tensor, rows in zip(stores, written, strict=True):
-            tensor[:, :, :, start:end] = rows
+        for tensor, values in zip(stores, written, strict=True):
+            tensor[:, :, :, start:end] = values
         cache.advance(end - start)
         return hidden_QD.clone()
 

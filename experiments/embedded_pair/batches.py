@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.embedded_pair.forward import TEXT_ROWS
+from experiments.embedded_pair.layout import TEXT_ROWS
 from experiments.embedded_pair.tokenizer import END, PAD, encode, first_question, next_question
 from specvlm.video import synthetic
 

@@ -17,12 +17,13 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="holds target.safetensors and the drafts' files")
     parser.add_argument("--plain", required=True, help="name of the draft to ship as plain")
-    parser.add_argument("--aware", required=True)
+    parser.add_argument("--aware", help="name of the draft to ship as aware, if there is one")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="the folders go into its family's folder")
     args = parser.parse_args()
-    for role, source in (("target", "target"), ("plain", args.plain), ("aware", args.aware)):
+    for role, source in (("target", "target"), ("plain", args.plain), *([("aware", args.aware)] if args.aware else [])):
         model = build(args.family, "target" if role == "target" else "draft")
         load_weights(model, load_file(args.folder / f"{source}.safetensors"))
-        save_folder(model, args.family, ASSETS / args.family / role)
+        save_folder(model, args.family, args.assets / args.family / role)
 
 
 if __name__ == "__main__":

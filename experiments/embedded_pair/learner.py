@@ -19,11 +19,15 @@ DISTILL = 0.6  # share of KL to the target in a draft's loss; the rest is cross 
 
 
 class Learner:
-    """A model of one size, trained for `steps` steps with a warm-up and a cosine down to 2 % of `rate`."""
+    """A model of one size, trained for `steps` steps with a warm-up and a cosine down to `floor` of `rate`.
 
-    def __init__(self, family, size, device, *, steps, rate, seed, name, dropout=0.0, floor=0.02):
+    Attributes:
+        hurry: Share of the schedule that the clock has used up. The schedule follows it where it is ahead of the steps.
+    """
+
+    def __init__(self, family, size, device, *, steps, rate, seed, name, dropout=0.0, floor=0.02, compiled=False):
         self.name, self.size, self.steps, self.rate, self.floor = name, size, steps, rate, floor
-        self.compiled = device.type == "cuda"
+        self.compiled, self.hurry, self.fused = compiled, 0.0, device.type == "cuda"
         model = build(family, size, seed).to(device).train()
         self.net = Forward(model, family, self.compiled, dropout)
         self.heads = build_heads(model.config.text_config.hidden_size, seed + 50).to(device)
@@ -34,8 +38,12 @@ class Learner:
         others = [p for n, p in self.parameters.items() if p.ndim < 2 or n.startswith("heads.")]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-            lr=rate, betas=(0.9, 0.98), fused=self.compiled,
+            lr=rate, betas=(0.9, 0.98), fused=self.fused,
         )  # fmt: skip
+
+    def progress(self, step: int) -> float:
+        """The share of the schedule, 0 to 1, that is done after `step` steps."""
+        return min(1.0, max(step / self.steps, self.hurry))
 
     def losses(self, batch: Batch, video: Tensor, labels, step: int, teacher=None, keep=None) -> tuple[Tensor, dict]:
         """The loss on one batch and detached figures for the log; with `keep` the context is pruned."""
@@ -47,12 +55,12 @@ class Learner:
         if teacher is not None:
             gap = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
             loss = (1 - DISTILL) * cross + DISTILL * mean(gap)
-        weight = max(0.1, 1 - 1.1 * step / self.steps)
+        weight = max(0.1, 1 - 1.1 * self.progress(step))
         grid = batch.seconds * 64  # LLaVA's newline token has no place in the grid
         extra = 0.5 * see_loss(self.heads, video[:, :grid], labels, self.compiled)
         if keep is None:
-            start = len(self.net.prefix)
-            extra = extra + 0.3 * recall_loss(self.heads, tapped[0][:, start : start + grid], labels, self.compiled)
+            rows = tapped[0].index_select(1, self.net.video_slots(batch.seconds)[:grid])
+            extra = extra + 0.3 * recall_loss(self.heads, rows, labels, self.compiled)
         if len(self.taps) == 2:
             extra = extra + 0.3 * gather_loss(self.heads, tapped[1][:, -batch.ids.shape[1] :], batch)
         with torch.no_grad():
@@ -65,7 +73,7 @@ class Learner:
         loss.backward()
         present = [p for p in self.parameters.values() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(present, 1.0, foreach=True)
-        shape = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        shape = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (step + 1) / 200) * shape
         self.optimizer.step()
@@ -91,19 +99,21 @@ class Learner:
                 if moment in self.optimizer.state.get(parameter, {}):
                     tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         temporary = path.with_suffix(".part")
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"step": str(step)})
+        metadata = {"step": str(step), "hurry": str(self.hurry)}
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
         temporary.replace(path)
 
     def load_state(self, path: Path) -> int:
         """Continue from a state file; returns the step it was saved at."""
         with safe_open(path, "pt") as file, torch.no_grad():
             step, names = int(file.metadata()["step"]), set(file.keys())
+            self.hurry = float(file.metadata().get("hurry", 0.0))
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"p.{name}"))
                 if f"exp_avg.{name}" in names:
                     self.optimizer.state[parameter] = {
                         # fused AdamW keeps its counter on the device
-                        "step": torch.tensor(float(step), device=parameter.device if self.compiled else "cpu"),
+                        "step": torch.tensor(float(step), device=parameter.device if self.fused else "cpu"),
                         "exp_avg": file.get_tensor(f"exp_avg.{name}").to(parameter.device),
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(parameter.device),
                     }
@@ -112,15 +122,17 @@ class Learner:
     def export(self, path: Path) -> None:
         """The bf16 weights alone."""
         state = {n: t.detach().to(torch.bfloat16).cpu().contiguous() for n, t in weights(self.net.model).items()}
-        save_file(state, path, {"format": "pt"})
+        temporary = path.with_suffix(".part")  # whoever copies the file while training goes on finds a whole one
+        save_file(state, temporary, {"format": "pt"})
+        temporary.replace(path)
 
 
-def frozen(family: str, size: str, path: Path, device: torch.device) -> Forward:
+def frozen(family: str, size: str, path: Path, device: torch.device, compiled: bool = False) -> Forward:
     """A trained model as exported, for teaching or evaluation."""
     model = build(family, size).to(device).eval().requires_grad_(False)
     with safe_open(path, "pt") as file:
         load_weights(model, {n: file.get_tensor(n) for n in list(file.keys())})
-    return Forward(model, family, device.type == "cuda")
+    return Forward(model, family, compiled)
 
 
 def log(file: Path, **figures) -> None:

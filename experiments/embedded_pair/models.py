@@ -12,19 +12,26 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
+from experiments.embedded_pair.layout import PATCH
 from experiments.embedded_pair.tokenizer import END, ID, IMAGE, PAD, START, VIDEO, VOCAB_SIZE, build_tokenizer
 from specvlm.video.synthetic import SIDE
 
-PATCH = 14
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MEAN_STD = {"qwen2_5_vl": (CLIP_MEAN, CLIP_STD), "llava_onevision": ((0.5,) * 3, (0.5,) * 3)}
+HALF = ((0.5,) * 3, (0.5,) * 3)
+MEAN_STD = {"qwen2_5_vl": (CLIP_MEAN, CLIP_STD), "llava_onevision": HALF, "qwen3_vl": HALF}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths; text has 2 key heads, `mrope` splits half a head's width over time, row, column."""
+    """Widths and depths; text has 2 key heads, `mrope` splits half a head's width over time, row, column.
+
+    head: Width of a text head, where the family gives it.
+    deepstack: Vision layers whose features are added after the first text layers.
+    """
 
     hidden: int
     layers: int
@@ -35,6 +42,8 @@ class Size:
     vision_layers: int
     vision_heads: int
     vision_mlp: int
+    head: int = 0
+    deepstack: tuple[int, ...] = ()
 
 
 SIZES = {
@@ -42,6 +51,8 @@ SIZES = {
     ("qwen2_5_vl", "draft"): Size(128, 2, 4, 352, (6, 5, 5), 96, 3, 3, 176),
     ("llava_onevision", "target"): Size(192, 6, 4, 512, (8, 8, 8), 176, 4, 4, 640),
     ("llava_onevision", "draft"): Size(128, 2, 4, 352, (6, 5, 5), 96, 3, 3, 448),
+    ("qwen3_vl", "target"): Size(192, 6, 4, 448, (12, 10, 10), 144, 4, 3, 384, 64, (0, 2)),
+    ("qwen3_vl", "draft"): Size(128, 2, 4, 352, (6, 5, 5), 80, 3, 2, 224, 32, (1,)),
 }
 
 
@@ -70,6 +81,24 @@ def _qwen(size: Size) -> PreTrainedModel:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen3(size: Size) -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": list(size.mrope), "mrope_interleaved": True, "rope_theta": 1000.0}
+    vision = dict(
+        depth=size.vision_layers, hidden_size=size.vision_hidden, intermediate_size=size.vision_mlp,
+        num_heads=size.vision_heads, patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2,
+        num_position_embeddings=(SIDE // PATCH) ** 2, deepstack_visual_indexes=list(size.deepstack),
+        out_hidden_size=size.hidden, initializer_range=0.04,
+    )  # fmt: skip
+    skipped = ("use_sliding_window", "bos_token_id", "eos_token_id")
+    text = {name: value for name, value in _text_config(size, rope).items() if name not in skipped}
+    config = Qwen3VLConfig(
+        text_config=text | {"head_dim": size.head}, vision_config=vision, image_token_id=ID[IMAGE["qwen3_vl"]],
+        video_token_id=ID[VIDEO["qwen3_vl"]], vision_start_token_id=ID["<|vision_start|>"],
+        vision_end_token_id=ID["<|vision_end|>"], tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def _llava(size: Size) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     vision = dict(
@@ -88,7 +117,7 @@ def _llava(size: Size) -> PreTrainedModel:
 def build(family: str, size: str, seed: int = 0) -> PreTrainedModel:
     """A model with fresh fp32 weights; `size` is target or draft."""
     torch.manual_seed(seed)
-    model = {"qwen2_5_vl": _qwen, "llava_onevision": _llava}[family](SIZES[family, size]).float()
+    model = {"qwen2_5_vl": _qwen, "llava_onevision": _llava, "qwen3_vl": _qwen3}[family](SIZES[family, size]).float()
     model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=START, do_sample=False)
     return model
 
@@ -123,6 +152,14 @@ def save_folder(model: PreTrainedModel, family: str, folder: Path) -> None:
         video = {k: v for k, v in image.items() if k not in ("image_processor_type", "min_pixels", "max_pixels")}
         video |= {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2, "min_frames": 4, "max_frames": 32,
                   "size": {"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE}}  # fmt: skip
+    elif family == "qwen3_vl":
+        # Its bounds are those of a whole video. The tokens of a frame are bounded too, because training saw no other size.
+        common |= {"processor_class": "Qwen3VLProcessor", "patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+        image = common | {"image_processor_type": "Qwen2VLImageProcessor",
+                          "size": {"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE}}  # fmt: skip
+        video = common | {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "min_frames": 4, "max_frames": 32,
+                          "size": {"shortest_edge": 56 * 56, "longest_edge": 32 * SIDE * SIDE},
+                          "cap_pixels_per_frame": True, "max_video_tokens": (SIDE // PATCH // 2) ** 2}  # fmt: skip
     else:
         size = {"height": SIDE, "width": SIDE}
         image = common | {"image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor",

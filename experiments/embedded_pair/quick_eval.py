@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from experiments.embedded_pair.batches import Batch
-from experiments.embedded_pair.forward import TEXT_ROWS, Forward, patches
+from experiments.embedded_pair.forward import Forward, patches
 from experiments.embedded_pair.keepsets import POLICIES, keep_set
+from experiments.embedded_pair.layout import TEXT_ROWS
 from experiments.embedded_pair.learner import frozen
 from experiments.embedded_pair.supervision import frame_times
 from experiments.embedded_pair.tokenizer import END, FAMILIES, PAD, encode, first_question
@@ -46,7 +47,7 @@ def held_out(family: str, kind: str, count: int, first_seed: int, device: torch.
 
 @torch.no_grad()
 def see_all(nets: list[Forward], batch: Batch, dtype: torch.dtype) -> list[Tensor]:
-    """Video tokens (B, N, D) of every net on the same noisy frames."""
+    """Rows of the video tokens (B, N, W) of every net on the same noisy frames."""
     family, parts = nets[0].family, [[] for _ in nets]
     torch.manual_seed(0)
     for i in range(0, len(batch.ids), CHUNK):
@@ -59,7 +60,7 @@ def see_all(nets: list[Forward], batch: Batch, dtype: torch.dtype) -> list[Tenso
 
 
 @torch.no_grad()
-def greedy(net: Forward, video: Tensor, batch: Batch, most: int = 150) -> tuple[Tensor, Tensor]:
+def greedy(net: Forward, video: Tensor, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
     """Answers by recomputing the whole text each step: ids (B, R) with the answers filled in, and their ends (B,)."""
     ids, end = batch.ids.clone(), batch.asked.clone()
     row = torch.arange(len(ids), device=ids.device)
@@ -74,6 +75,13 @@ def greedy(net: Forward, video: Tensor, batch: Batch, most: int = 150) -> tuple[
         if i % 8 == 7 and bool(done.all()):
             break
     return ids, end
+
+
+def exact(net: Forward, video: Tensor, batch: Batch, gold: list[list[int]], most: int) -> tuple[float, Tensor, Tensor]:
+    """Share of greedy answers that are the gold ones, and `greedy`'s results."""
+    ids, end = greedy(net, video, batch, most)
+    ours = [ids[b, batch.asked[b] : end[b]].tolist() for b in range(len(gold))]
+    return sum(a == b for a, b in zip(ours, gold, strict=True)) / len(gold), ids, end
 
 
 def accepted(ranks: list[int], nodes: set[tuple[int, ...]]) -> list[int]:
@@ -99,23 +107,28 @@ def measure(draft: Forward, video: Tensor, ids: Tensor, begin: Tensor, end: Tens
 
 
 @torch.no_grad()
-def evaluate(family: str, target: Forward, drafts: dict[str, Forward], count: int, seed: int, ratios: list[float]) -> dict:
+def evaluate(
+    family: str, target: Forward, drafts: dict[str, Forward], count: int, seed: int, ratios: list[float], most: int = 150
+) -> dict:
     device = target.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     report = {}
     for kind in ("caption", "question"):
         batch, gold = held_out(family, kind, count, seed, device)
         seen = see_all([target, *drafts.values()], batch, dtype)
-        ids, end = greedy(target, seen[0], batch)
-        ours = [ids[b, batch.asked[b] : end[b]].tolist() for b in range(count)]
+        right, ids, end = exact(target, seen[0], batch, gold, most)
         _, attention = target.text(seen[0], ids, batch.seconds, rows=batch.asked, plain=True)
         total = attention.shape[1]
         entry = {
-            "target_exact": sum(a == b for a, b in zip(ours, gold, strict=True)) / count,
-            "answer_tokens": sum(map(len, ours)) / count,
+            "target_exact": right,
+            "answer_tokens": float((end - batch.asked).float().mean()),
             "tokens_holding_40_percent": float(((attention.sort(1, descending=True).values.cumsum(1)
                                                  < 0.4 * attention.sum(1, keepdim=True)).sum(1) + 1).float().mean()),
         }  # fmt: skip
+        if seen[0].shape[-1] > target.width:
+            without = seen[0].clone()
+            without[..., target.width :] = 0
+            entry["target_exact_without_deepstack"] = exact(target, without, batch, gold, most)[0]
         for (name, draft), video in zip(drafts.items(), seen[1:], strict=True):
             look = lambda keep: measure(draft, video, ids, batch.asked, end, batch.seconds, keep)  # noqa: B023, E731
             rows = {"full": look(None), "text_only": look(torch.zeros(count, 0, dtype=torch.long, device=device))}
@@ -144,6 +157,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--seed", type=int, default=10_000, help="of the first held-out scene")
     parser.add_argument("--ratios", default="0.9")
+    parser.add_argument("--most", type=int, default=150, help="tokens of an answer")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = sorted(p for p in args.folder.glob("*.safetensors") if ".state" not in p.name and p.stem != "target")
@@ -151,7 +165,7 @@ def main() -> None:
     target = frozen(args.family, "target", args.folder / "target.safetensors", device)
     drafts = {n: frozen(args.family, "draft", args.folder / f"{n}.safetensors", device) for n in names}
     ratios = [float(r) for r in args.ratios.split(",")]
-    report = evaluate(args.family, target, drafts, args.count, args.seed, ratios)
+    report = evaluate(args.family, target, drafts, args.count, args.seed, ratios, args.most)
     (args.folder / "quick_eval.json").write_text(json.dumps(report, indent=1) + "\n")
     show(report)
 

@@ -19,7 +19,7 @@ from time import perf_counter
 
 import torch
 
-from experiments.embedded_pair.evaluate import FAMILIES, RESULTS, scene_request
+from experiments.embedded_pair.evaluate import DRAFTS, RESULTS, scene_request
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.models.load import load
@@ -133,7 +133,7 @@ def table(rows: list[dict]) -> str:
 
 def report(out: Path) -> None:
     parts = ["# Speed of the embedded pairs\n", (__doc__ or "").split("\n\n")[1] + "\n"]
-    for family in FAMILIES:
+    for family in DRAFTS:
         path = out / f"{family}_speed.jsonl"
         if path.is_file():
             about, *rows = map(json.loads, path.read_text().splitlines())
@@ -145,7 +145,7 @@ def report(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser.add_argument("--family", choices=DRAFTS, default="qwen2_5_vl")
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1, help="as the presets of the embedded pairs have it")

@@ -1,11 +1,12 @@
 """What training asks of the models beside the answers: linear heads that are thrown away afterwards.
 
-`see` reads every video token: is there an object, its shape, colour, size and centre, the cell's own place, the background.
+`see` reads every video token, with what DeepStack adds to it: is there an object, its shape, colour, size and centre, the
+cell's own place, the background.
 `recall` reads video tokens after a middle layer: when and where did the object in this cell first appear, what second is it.
 `gather` reads the last question rows after a late layer: for every colour, is there an object, when, where, what.
 They teach a tower to look and the text layers to look back; without `see` shapes stayed near chance in the first minutes.
 
-Legend: B videos, T tokens a video, U = B * T, K object slots.
+Legend: B videos, T tokens a video, U = B * T, K object slots, W as in forward.py.
 """
 
 import torch
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.embedded_pair.batches import Batch
-from experiments.embedded_pair.forward import CELLS, linear, maybe_compiled
+from experiments.embedded_pair.forward import linear, maybe_compiled
+from experiments.embedded_pair.layout import CELLS
+from experiments.embedded_pair.tokenizer import QWEN
 from specvlm.video.synthetic import COLOR_NAMES, FPS, MAX_OBJECTS, RADII, SECONDS, SIDE, Col, centers
 
 SEE = {"object": 1, "shape": 8, "color": 8, "size": 3, "center": 2, "cell": 2, "background": 6, "texture": 3}
@@ -28,8 +31,8 @@ def build_heads(width: int, seed: int) -> nn.ModuleDict:
 
 
 def frame_times(batch: Batch, family: str) -> Tensor:
-    """Frame numbers at 2 fps that the family looks at: all for Qwen2.5-VL, every other one for LLaVA-OneVision."""
-    step = 1 if family == "qwen2_5_vl" else FPS
+    """Frame numbers at 2 fps that the family looks at: all for Qwen, every other one for LLaVA-OneVision."""
+    step = 1 if family in QWEN else FPS
     return torch.arange(0, FPS * batch.seconds, step, device=batch.objects.device).float()
 
 
@@ -39,7 +42,7 @@ def token_labels(batch: Batch, family: str) -> dict[str, Tensor]:
     objects, device, cells = batch.objects, batch.objects.device, CELLS * CELLS
     second = torch.arange(batch.seconds, device=device)
     center = centers(objects, frame_times(batch, family))
-    if family == "qwen2_5_vl":  # a token holds two frames
+    if family in QWEN:  # a token holds two frames
         center = center.unflatten(2, (-1, 2)).mean(3)
     first, last = objects[..., Col.FIRST, None], objects[..., Col.LAST, None]
     visible = (objects[..., Col.ON, None] > 0) & (FPS * second >= first) & (FPS * second < last)  # (B, K, F)
@@ -90,9 +93,15 @@ def _recall_loss(tokens_UD: Tensor, weight: Tensor, bias: Tensor, y: dict[str, T
     return about.sum() / (y["object"].sum() + 1) + _cross_entropy(z["now"], y["now"]).mean()
 
 
-def see_loss(heads: nn.ModuleDict, tokens_BTD: Tensor, labels: dict[str, Tensor], compiled: bool) -> Tensor:
+def together(rows_BTW: Tensor, width: int) -> Tensor:
+    """What enters the text model plus all that DeepStack adds, (B, T, D): so `see` teaches every level to carry its part."""
+    return rows_BTW if rows_BTW.shape[-1] == width else rows_BTW.unflatten(-1, (-1, width)).sum(2)
+
+
+def see_loss(heads: nn.ModuleDict, rows_BTW: Tensor, labels: dict[str, Tensor], compiled: bool) -> Tensor:
     head = heads["see"]
-    return maybe_compiled(_see_loss, compiled)(tokens_BTD.flatten(0, 1), head.weight, head.bias, labels)
+    tokens = together(rows_BTW, head.in_features)
+    return maybe_compiled(_see_loss, compiled)(tokens.flatten(0, 1), head.weight, head.bias, labels)
 
 
 def recall_loss(heads: nn.ModuleDict, tokens_BTD: Tensor, labels: dict[str, Tensor], compiled: bool) -> Tensor:
@@ -101,9 +110,10 @@ def recall_loss(heads: nn.ModuleDict, tokens_BTD: Tensor, labels: dict[str, Tens
 
 
 @torch.no_grad()
-def see_accuracy(heads: nn.ModuleDict, tokens_BTD: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
+def see_accuracy(heads: nn.ModuleDict, rows_BTW: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
     """Share of object tokens whose shape, colour and size are read right."""
-    z = dict(zip(SEE, heads["see"](tokens_BTD.flatten(0, 1).float()).split(list(SEE.values()), -1), strict=True))
+    tokens = together(rows_BTW, heads["see"].in_features)
+    z = dict(zip(SEE, heads["see"](tokens.flatten(0, 1).float()).split(list(SEE.values()), -1), strict=True))
     on = labels["object"]
     return {k: (((z[k].argmax(-1) == labels[k]) * on).sum() / on.sum()).item() for k in ("shape", "color", "size")}
 

@@ -7,12 +7,15 @@ from transformers import PreTrainedTokenizerFast
 from specvlm.video.synthetic import SPECIAL_TOKENS, SYSTEM, VOCABULARY
 
 VOCAB_SIZE = 192  # rows of the embedding; the tokenizer uses fewer, as released checkpoints do
-ID = {word: i for i, word in enumerate(VOCABULARY)}
+STAMP_WORDS = ["<", ">", "seconds", *"0123456789"]  # Qwen3-VL's timestamps; unknown words to the other families
+ID = {word: i for i, word in enumerate([*VOCABULARY, *STAMP_WORDS])}
 PAD, END, START = ID["<|endoftext|>"], ID["<|im_end|>"], ID["<|im_start|>"]
-FAMILIES = ("qwen2_5_vl", "llava_onevision")
-VIDEO = {"qwen2_5_vl": "<|video_pad|>", "llava_onevision": "<video>"}
-IMAGE = {"qwen2_5_vl": "<|image_pad|>", "llava_onevision": "<image>"}
-_WRAP = {"qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>"), "llava_onevision": ("", "")}
+FAMILIES = ("qwen2_5_vl", "llava_onevision", "qwen3_vl")
+QWEN = ("qwen2_5_vl", "qwen3_vl")  # one vision token holds two frames
+VIDEO = {"qwen2_5_vl": "<|video_pad|>", "llava_onevision": "<video>", "qwen3_vl": "<|video_pad|>"}
+IMAGE = {"qwen2_5_vl": "<|image_pad|>", "llava_onevision": "<image>", "qwen3_vl": "<|image_pad|>"}
+_VISION = "<|vision_start|>", "<|vision_end|>"
+_WRAP = {"qwen2_5_vl": _VISION, "llava_onevision": ("", ""), "qwen3_vl": _VISION}
 
 
 def encode(text: str) -> list[int]:
@@ -21,13 +24,25 @@ def encode(text: str) -> list[int]:
 
 
 def before_video(family: str) -> list[int]:
-    """Everything in front of the first video token."""
+    """Everything in front of the video."""
     return encode(f"<|im_start|> system {SYSTEM} <|im_end|> <|im_start|> user {_WRAP[family][0]}")
+
+
+def before_frame(second: int) -> list[int]:
+    """Qwen3-VL's text before the token rows of a second: their mean time, and a vision tag inside the template's own."""
+    stamp = " ".join(f"{second + 0.25:.1f}")  # of two frames, at second and second + 0.5
+    return encode(f"< {stamp} seconds > {_VISION[0]}")
+
+
+def after_frame() -> list[int]:
+    """Qwen3-VL's text after the token rows of a second."""
+    return encode(_VISION[1])
 
 
 def first_question(family: str, question: str) -> list[int]:
     """Everything between the last video token and the first answer token."""
-    return encode(f"{_WRAP[family][1]} {question} <|im_end|> <|im_start|> assistant")
+    last = after_frame() if family == "qwen3_vl" else []
+    return last + encode(f"{_WRAP[family][1]} {question} <|im_end|> <|im_start|> assistant")
 
 
 def next_question(question: str) -> list[int]:
@@ -51,10 +66,14 @@ def chat_template(family: str) -> str:
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """Lower-cases, splits punctuation, maps other words to <unk>, and decodes without blanks before punctuation."""
-    core = Tokenizer(WordLevel(ID, unk_token="<unk>"))
+    """Lower-cases, splits punctuation (and digits), maps other words to <unk>, decodes without blanks before punctuation."""
+    stamps = family == "qwen3_vl"
+    words = ID if stamps else {word: ID[word] for word in VOCABULARY}
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    splits += [pre_tokenizers.Digits(individual_digits=True)] if stamps else []
+    core.pre_tokenizer = pre_tokenizers.Sequence(splits)
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words by blanks, none before punctuation
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

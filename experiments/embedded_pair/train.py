@@ -6,6 +6,7 @@ Stages, each a process of its own, resumable, counted in steps:
   draft   one or more drafts side by side against the frozen target; `--drafts plain:4000,aware:6000`, kind:steps[:dropout]
 Kinds: plain never sees a pruned context; fixed is plain on 16-second videos only; aware sees pruned contexts in most steps.
 `--smoke` runs any stage small on a CPU. States for resuming go to --work, bf16 weights and logs to --out.
+With `--finish-by` the schedule is as long as the time allows: rates fall by the clock where that is ahead of the steps.
 """
 
 import argparse
@@ -47,6 +48,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/embedded_pair"))
     parser.add_argument("--out", type=Path, default=Path("runs/embedded_pair"))
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="save and stop after this long")
+    parser.add_argument("--finish-by", type=float, default=float("inf"), help="end the schedule at this time (Unix seconds)")
+    parser.add_argument("--save-every", type=float, default=float("inf"), help="save states and weights after so many seconds")
+    parser.add_argument("--fresh", action="store_true", help="start without a trained tower, to fill the compiler's cache")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--log-every", type=int, default=250)
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
     args = parser.parse_args()
@@ -60,17 +65,35 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def see(batch: Batch, family: str, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Render a batch: patches of all frames, and the labels of its video tokens."""
-    fast = device.type == "cuda"
-    dtype = torch.bfloat16 if fast else torch.float32
+def see(batch: Batch, family: str, device: torch.device, fast: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Render a batch: patches of all frames, and the labels of its video tokens. fast: compile."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     frames = frame_times(batch, family)
     video = draw(batch.objects, batch.backgrounds, frames, dtype, maybe_compiled(coverage, fast)).flatten(0, 1)
     return maybe_compiled(patches, fast)(video, family, dtype), token_labels(batch, family)
 
 
+class Clock:
+    """How much of the schedule the time until `finish_by` has used up. It runs from when the functions are compiled.
+
+    If that was late, the schedule still has 60 % of the time.
+    """
+
+    def __init__(self, finish_by: float, used: float) -> None:
+        self._end, self._used, self._least = finish_by, used, 0.6 * (finish_by - time.time())
+        self._begun = float("inf")
+
+    def start(self) -> None:
+        self._begun = time.time()
+        self._end = max(self._end, self._begun + self._least)
+
+    def used(self) -> float:
+        part = (time.time() - self._begun) / (self._end - self._begun) if self._begun < self._end < float("inf") else 0.0
+        return min(1.0, self._used + (1 - self._used) * part)
+
+
 def build_learners(args: argparse.Namespace, device: torch.device) -> list[Learner]:
-    common = {"rate": args.rate, "seed": args.seed}
+    common = {"rate": args.rate, "seed": args.seed, "compiled": device.type == "cuda" and not args.eager}
     if args.stage == "vision":
         name = f"vision_{args.size}"
         return [Learner(args.family, args.size, device, steps=args.steps, name=name, floor=0.2, **common)]
@@ -85,7 +108,7 @@ def build_learners(args: argparse.Namespace, device: torch.device) -> list[Learn
             rate = float(dropout[0]) if dropout else 0.0
             name = "-".join([kind, steps, *dropout])
             learners.append(Learner(args.family, "draft", device, steps=int(steps), name=name, dropout=rate, **common))
-    for learner in learners:
+    for learner in learners if not args.fresh else ():
         learner.copy_vision(args.tower or args.work / f"vision_{learner.size}.state.safetensors")
     return learners
 
@@ -154,17 +177,20 @@ def main() -> None:
     for learner in learners:
         if states[learner.name].exists():
             learner.load_state(states[learner.name])
-    target = None
+    target, fast = None, learners[0].compiled
     if args.stage == "draft":
-        target = frozen(args.family, "target", args.target or args.out / "target.safetensors", device)
+        target = frozen(args.family, "target", args.target or args.out / "target.safetensors", device, fast)
     journal = args.out / f"{args.stage if args.stage != 'vision' else learners[0].name}.log.jsonl"
     total = max(learner.steps for learner in learners)
-    step, clock, mark = first, time.time(), first
-    while step < total and time.time() - started < args.max_seconds:
+    clock = Clock(args.finish_by, max(learner.hurry for learner in learners))
+    step, lap, mark, saved = first, time.time(), first, time.time()
+    while step < total and clock.used() < 1 and time.time() - started < args.max_seconds:
         rng = random.Random(seed * 10**7 + step)
         torch.manual_seed(seed * 10**7 + step)
+        for learner in learners:
+            learner.hurry = clock.used()
         batch = feeder.next(device)
-        seen = see(batch, args.family, device)
+        seen = see(batch, args.family, device, fast)
         report = (step + 1) % args.log_every == 0 or step + 1 == total
         if args.stage == "vision":
             figures = vision_step(learners[0], batch, seen, step, report)
@@ -173,23 +199,27 @@ def main() -> None:
         else:
             figures = draft_step(learners, target, batch, seen, step, rng)
         step += 1
-        for learner in learners:
-            if step == learner.steps:
-                _finish(learner, states[learner.name], args.out, step)
         if report:
             figures = {k: float(v) for k, v in figures.items()}
-            pace = (time.time() - clock) / (step - mark) * 1e3
+            pace = (time.time() - lap) / (step - mark) * 1e3
             log(journal, step=step, seconds=time.time() - started, ms_a_step=pace, video=batch.seconds, **figures)
-            clock, mark = time.time(), step
+            lap, mark = time.time(), step
+        for learner in learners:
+            if step == learner.steps or (step < learner.steps and time.time() - saved > args.save_every):
+                _finish(learner, states[learner.name], args.out, step)
+        if time.time() - saved > args.save_every:
+            saved = time.time()
         if step - first == 20:
             log(journal, step=step, seconds=time.time() - started, note="compiled")
-            clock, mark = time.time(), step
+            lap, mark = time.time(), step
+            clock.start()
     for learner in learners:
         if step < learner.steps:
             _finish(learner, states[learner.name], args.out, step)
     feeder.close()
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    log(journal, step=step, seconds=time.time() - started, peak_gib=peak, note="done" if step >= total else "stopped early")
+    ended = step >= total or clock.used() >= 1
+    log(journal, step=step, seconds=time.time() - started, peak_gib=peak, note="done" if ended else "stopped early")
 
 
 def _saved_step(path: Path) -> int:

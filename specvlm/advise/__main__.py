@@ -30,6 +30,7 @@ from specvlm.app.console import RunConsole, not_applied, size
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import SMALLER, Prepared, own_sample, read, set_up
+from specvlm.app.quoting import quoted
 from specvlm.app.request import threads
 from specvlm.app.terminal import Terminal, styled
 from specvlm.config import RunConfig, word
@@ -136,7 +137,7 @@ def command(words: Sequence[str]) -> int:
     if options := [word for word in others if word.startswith("-")]:
         raise UserError(f"{options[0]}: the adviser has no options but --help, which lists its keys")
     wishes = Wishes.of_words(own)
-    run = compose.jobs(compose.quoted(others, sweep=False), sweep=False)[0]
+    run = compose.jobs(quoted(others, sweep=False), sweep=False)[0]
     if run.cfg.dataset is not None:
         raise UserError("the adviser asks one question about one video: give video=FILE question=… instead of dataset=…")
     kept = [word for word in others if word.partition("=")[0].split(".")[0] not in ("drafter", "ratio", "hydra")]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,23 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from specvlm import config
 from specvlm.app import job_names as names
 from specvlm.app.explain import explained
+from specvlm.app.quoting import FOLDERS, quoted_text
 from specvlm.config import RunConfig
 from specvlm.errors import UserError, did_you_mean, first_line, line
-from specvlm.parsing.files import escaped, read_yaml
+from specvlm.parsing.files import read_yaml
 from specvlm.strategies import registry
 
-TEXT_KEYS = ("question",)
-# Values that the user has quoted, or that mean something to Hydra; they stay as they are.
-HYDRAS_OWN = re.compile(r"""(['"]).*\1|null|\?\?\?|(choice|glob|shuffle)\(.*\)""", re.DOTALL)
-UNQUOTED = re.compile(r"[\w/.%@?|*:+-]+", re.ASCII)  # texts that Hydra reads without quotes
 OWN_SAMPLE = ("video", "image", "question")  # keys of a run without a data set
-LIST_KEYS = ("video", "image")  # may be lists of paths
-PATH_KEYS = (*LIST_KEYS, "target.path", "draft.path", "baselines", "dataset.root", "dataset.questions")
-LISTED = re.compile(r"\[([^\[\]]*)\]")
-LISTS = re.compile(rf"{LISTED.pattern}(,{LISTED.pattern})*")  # one list, or those of a sweep
 MOST_JOBS = 1000  # most jobs of a sweep
-FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
-AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # ~ is expanded here: after = shells leave it alone, Hydra cannot read it
 
 
 # The table of strategies that Hydra knows, in a list that is changed in place: `integrity` undoes assigning to globals.
@@ -127,7 +117,7 @@ def hydra(folder: Path | None = None, main: Path | None = None) -> Iterator[None
 
 def searchpath(folder: Path | None) -> list[str]:
     """Override that adds `folder` to Hydra's search path, in a list; an empty list without a folder."""
-    return [f"hydra.searchpath=[{_text(f'file://{folder.resolve()}')}]"] if folder else []
+    return [f"hydra.searchpath=[{quoted_text(f'file://{folder.resolve()}')}]"] if folder else []
 
 
 def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictConfig:
@@ -161,18 +151,6 @@ def jobs_of(configs: Sequence[DictConfig]) -> list[Job]:
     found = [job_of(cfg, sweep=True) for cfg in configs]
     _refuse_shared(found)
     return found
-
-
-def quoted(words: Sequence[str], sweep: bool) -> list[str]:
-    """Quote free texts and paths for Hydra, whose grammar gives commas, brackets and apostrophes a meaning.
-
-    In a sweep a comma in `video=a.mp4,b.mp4` separates values, unless a file with the whole name exists. Expands ~ in
-    output folders, `baselines` and `dataset.root`.
-
-    Raises:
-        UserError: The name of an output folder is empty.
-    """
-    return [_quoted(word, sweep) for word in words]
 
 
 def _loader() -> ConfigLoader:
@@ -316,45 +294,3 @@ def _length(override: Override) -> float:
         start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
         return (stop - start) / step if step else math.inf
     return len(sweep.list) if isinstance(sweep, ChoiceSweep) else 1
-
-
-def _quoted(word: str, sweep: bool) -> str:
-    """Quote one override; see `quoted`."""
-    key, equals, value = word.partition("=")
-    name = key.lstrip("+")
-    if name in AT_HOME and value.startswith("~"):
-        value = os.path.expanduser(value)
-        word = f"{key}={value}"
-    if name in FOLDERS and equals and not value:
-        raise UserError(f"{word} names no folder: is a variable of your shell empty?")
-    if not equals or not value:
-        return word
-    if name in TEXT_KEYS:  # never interpolated, however it is quoted
-        return f"{key}={value.replace('${', chr(92) + '${') if HYDRAS_OWN.fullmatch(value) else _text(value)}"
-    if HYDRAS_OWN.fullmatch(value):
-        return word
-    if name in FOLDERS or (name == "drafter.shape" and value.startswith("[")):  # a tree shape is a text that looks like a list
-        return f"{key}={_text(value, filled=True)}"
-    if name not in PATH_KEYS:
-        return word
-    there = os.path.exists(os.path.expanduser(value))
-    if name in LIST_KEYS and not there and LISTS.fullmatch(value):
-        return f"{key}={LISTED.sub(_list, value)}"
-    if there or not sweep:
-        return f"{key}={_text(value, filled=not there)}"
-    parts = value.split(",")  # values of a sweep
-    own = ("${" in part or not part or UNQUOTED.fullmatch(part) or HYDRAS_OWN.fullmatch(part) for part in parts)
-    return f"{key}={','.join(part if is_own else _text(part) for part, is_own in zip(parts, own, strict=True))}"
-
-
-def _list(found: re.Match[str]) -> str:
-    """Quote the paths of a list."""
-    paths = (path.strip() for path in found[1].split(","))
-    return f"[{','.join(path if HYDRAS_OWN.fullmatch(path) else _text(path, filled=True) for path in paths if path)}]"
-
-
-def _text(value: str, filled: bool = False) -> str:
-    """Quote a text for Hydra. filled: let OmegaConf resolve `${…}` in the text; else it is read literally."""
-    value = value if filled else escaped(value)
-    inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-    return f"'{inner}'"

@@ -18,8 +18,9 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specvlm.app import compose, job_names
-from specvlm.app.compose import FOLDERS, Job
+from specvlm.app.compose import Job
 from specvlm.app.console import left
+from specvlm.app.quoting import FOLDERS, quoted
 from specvlm.app.sweep import Sweep
 from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, visible, worst
@@ -213,7 +214,7 @@ def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
     over = None if compose.is_basic(cfg.hydra.launcher) else cfg.hydra.launcher
     with open_dict(cfg):
         cfg.hydra.sweep.dir = str(call.folder)  # one folder for all jobs: ${now} differs from job to job
-        cfg.hydra.overrides.hydra += compose.quoted([f"{FOLDERS[True]}={call.folder}"], sweep=False)
+        cfg.hydra.overrides.hydra += quoted([f"{FOLDERS[True]}={call.folder}"], sweep=False)
         cfg.hydra.launcher = OmegaConf.create({"_target_": TURNS, "_recursive_": False, "over": over})
     context.callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=call, config=cfg)

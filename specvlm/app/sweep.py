@@ -14,12 +14,12 @@ from typing import Any
 from hydra.types import RunMode
 
 from specvlm.app import job_names
-from specvlm.app.compose import FOLDERS
 from specvlm.app.console import RunConsole, left
 from specvlm.app.hf_check import check_rows, unchecked
 from specvlm.app.job import Job
 from specvlm.app.model_cache import MODEL_CACHE, ModelCache
 from specvlm.app.placement import places_of
+from specvlm.app.quoting import FOLDERS
 from specvlm.app.readings import Readings
 from specvlm.config import RunConfig, WandbConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst

@@ -24,7 +24,7 @@ from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.errors import StrategyError, UserError, line
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
-from specvlm.models.passes import Pass, Passes, guarded
+from specvlm.models.passes import Call, Pass, Passes, guarded
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
 from specvlm.strategies.fence import (
@@ -257,7 +257,7 @@ class DecodingGraph:
             found = session.propose(last)
         if not isinstance(found, Generator):
             return found
-        asked, result = guarded(found, guard, partial(checked_item, self.drafter, lease)), None
+        asked, result = guarded(found, guard(), partial(checked_item, self.drafter, lease)), None
         for _ in range(MOST_PASSES):
             try:
                 item = asked.send(result)
@@ -266,7 +266,7 @@ class DecodingGraph:
             if isinstance(item, Pass):
                 result = yield item
             else:
-                call = replace(item, guard=guard, check=check, ours=ours and defined_here(item.routine.function))
+                call = Call(item.routine, item.state, item.inputs, guard, check, ours and defined_here(item.routine.function))
                 result = yield from self.engine.call(call, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 

@@ -132,7 +132,8 @@ class Engine:
             verdict = strict_ends(request, verdict, tree, logits_MV, base + 1)
         verdict = broadcast_decision(request, verdict)
         cache.keep(base, verdict.path)
-        return verdict, [*tree.tokens[list(verdict.path[1:])].tolist(), verdict.bonus]
+        tokens = tree.tokens.tolist()  # on the host, choosing nodes takes less than an index of a tensor
+        return verdict, [*(tokens[node] for node in verdict.path[1:]), verdict.bonus]
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
         """Run the target over every node of a tree, after the cached tokens."""

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def run_joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
     """Run passes and return the rows of each. A pipelined or tensor-parallel model runs them one after another."""
-    if len(passes) == 1 or len(model.stages) > 1 or model.ranks.size > 1:
+    if len(passes) == 1:
+        return [_run_single(model, passes[0])]
+    if len(model.stages) > 1 or model.ranks.size > 1:
         return [_run_single(model, one) for one in passes]
     return _run_batch(model, passes)
 

@@ -35,6 +35,7 @@ from specvlm.app.console import RunConsole
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import own_sample, read, set_up
+from specvlm.app.quoting import quoted
 from specvlm.app.request import threads
 from specvlm.config import RunConfig
 from specvlm.decoding.loop import DecodingGraph, autoregressive
@@ -88,7 +89,7 @@ def command(words: Sequence[str]) -> int:
         raise UserError(f"{options[0]}: the probe has no options but --help")
     given = {word.partition("=")[0].lstrip("+") for word in words}
     words = [*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in given), *words]
-    run = compose.jobs(compose.quoted(words, sweep=False), sweep=False)[0]
+    run = compose.jobs(quoted(words, sweep=False), sweep=False)[0]
     if run.cfg.dataset is not None:
         raise UserError("the probe asks one question about one video: give video=FILE question=… instead of dataset=…")
     if run.cfg.target.parallel is not None or torchrun.size_here() > 1:

@@ -209,10 +209,11 @@ class Snapshot:
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Return ids of callables set on the pool, a cache or the engine, and of caches whose class is not KVCache."""
+        """Return ids of callables set on the pool, a cache or the engine, and of caches that are no whole KVCache."""
         held = self.caches.held
         own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
-        return [id(value) for value in (*own_ones, *(cache for cache in held if type(cache) is not KVCache))]
+        odd = [cache for cache in held if type(cache) is not KVCache or not cache.whole]
+        return [id(value) for value in (*own_ones, *odd)]
 
     def undo(self) -> tuple[list[str], list[str]]:
         """Undo changes of code, settings and cached tensors, and find changes of models, caches and engine.

@@ -90,7 +90,8 @@ class KVCache:
         # Zeros, since an engine warms up over unwritten slots, which must not hold NaN.
         shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
         self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
-        self._at = [(store, row) for store in self.stores for row in range(len(store.keys))]
+        # Views, made once: `update` reads them in every layer of every pass.
+        self._layers = [(store.keys[row], store.values[row]) for store in self.stores for row in range(len(store.keys))]
         self.capacity = capacity
         self.length = 0
         self.offset = 0
@@ -109,8 +110,20 @@ class KVCache:
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (1, H, C, D) each."""
-        store, row = self._at[number]
-        return store.keys[row], store.values[row]
+        return self._layers[number]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no two slots share memory, and each layer's keys and values still are the rows of its store.
+
+        False if a strategy has put other tensors there. Does not call methods set on a tensor.
+        """
+        tensors = [tensor for store in self.stores for tensor in store]
+        if not all(type(x) is Tensor and Tensor.is_contiguous(x) and not Tensor.storage_offset(x) for x in tensors):
+            return False
+        rows = [(store.keys[row], store.values[row]) for store in self.stores for row in range(len(store.keys))]
+        apart = len({(x.device, Tensor.data_ptr(x)) for x in tensors}) == len(tensors)
+        return apart and list(map(_places, rows)) == list(map(_places, self._layers))
 
     @property
     def nbytes(self) -> int:
@@ -134,10 +147,10 @@ class KVCache:
 
         Does not change `length`: call `advance` when all layers have run.
         """
-        end = self.length + key.shape[2]
-        keys, values = self.layer(layer_idx)
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
+        start, (keys, values) = self.length, self._layers[layer_idx]
+        end = start + key.shape[2]
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -196,6 +209,11 @@ class KVCache:
     def clear(self) -> None:
         """Forget the sequence: set `length` and `offset` to 0. The tensors keep their content."""
         self.length = self.offset = 0
+
+
+def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Describe where tensors lie in memory, and how."""
+    return [(type(x), x.device, x.dtype, x.shape, Tensor.stride(x), Tensor.data_ptr(x)) for x in tensors]
 
 
 class CachePool:

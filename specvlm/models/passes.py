@@ -145,7 +145,7 @@ class Call:
         routine: Routine to run.
         state: Integers passed to the routine.
         inputs: Tensors passed to the routine. None takes the routine's own input.
-        guard: Makes a context manager, entered whenever the routine's own code runs.
+        guard: Makes a context manager, entered whenever the routine's own code runs: several times, never nested.
         check: Called with each pass of the routine; raises if the pass cannot run.
         ours: Whether the drafter, its session and the function all belong to specvlm.
     """
@@ -180,24 +180,30 @@ class Call:
             if type(item) is not Pass or item.cache is not routine.cache or item.model is not routine.model:
                 raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
             self.check(item)
-            if len(item) > routine.widest:
-                raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {len(item)}")
+            if (rows := item.tokens_Q.numel()) > routine.widest:
+                raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {rows}")
             return item.placed() if read else item
 
-        with self.guard():
+        guard = self.guard()
+        with guard:
             work: Passes[tuple[Tensor, ...]] = driven(routine.work(routine.model, routine.cache, *inputs))
-        found = yield from guarded(work, self.guard, checked)
-        with self.guard():
+        found = yield from guarded(work, guard, checked)
+        with guard:
             if not isinstance(found, tuple) or not all(isinstance(one, Tensor) for one in found):
                 raise TypeError(f"a routine returns a tuple of tensors, got {type(found).__name__}")
         return found
 
 
-def guarded(work: Generator[Any, Any, T], guard: Guard, checked: Callable[[object], Y]) -> Generator[Y, Any, T]:
-    """Drive a generator under a guard and yield what `checked` makes of its items, outside of the guard."""
+def guarded(
+    work: Generator[Any, Any, T], guard: AbstractContextManager[Any], checked: Callable[[object], Y]
+) -> Generator[Y, Any, T]:
+    """Drive a generator under a guard and yield what `checked` makes of its items, outside of the guard.
+
+    guard: Entered whenever the generator's code runs, one time after the other.
+    """
     result: Any = None
     while True:
-        with guard():
+        with guard:
             try:
                 item = checked(work.send(result))
             except StopIteration as end:

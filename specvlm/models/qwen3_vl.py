@@ -128,5 +128,5 @@ def tiny_settings(text: dict[str, Any]) -> dict[str, Any]:
         out_hidden_size=text["hidden_size"], num_position_embeddings=16, deepstack_visual_indexes=[0, 1], initializer_range=0.2,
     )  # fmt: skip
     text = {name: value for name, value in text.items() if name not in ("use_sliding_window", "bos_token_id", "eos_token_id")}
-    rope = text["rope_parameters"] | {"mrope_section": [2, 1, 1]}
-    return {"text_config": text | {"head_dim": 8, "rope_parameters": rope}, "vision_config": vision}
+    rope = {"mrope_section": [2, 1, 1]} | text["rope_parameters"]
+    return {"text_config": {"head_dim": 8} | text | {"rope_parameters": rope}, "vision_config": vision}

@@ -214,7 +214,8 @@ class VideoLM(Family):
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
         """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
-        return self.text.embed_tokens(tokens_S.to(self.device).clamp(0, self.vocabulary - 1))
+        table = self.text.embed_tokens  # read once: a module finds its parts in Python
+        return table(tokens_S.to(table.weight.device).clamp(0, self.vocabulary - 1))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
         """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""

@@ -11,6 +11,9 @@ from operator import eq
 from typing import Any
 
 import torch
+from torch import is_inference_mode_enabled
+from torch._C import _len_torch_dispatch_stack as _dispatch_modes
+from torch._C import _len_torch_function_stack as _function_modes
 
 # Names of torch's tables of hooks that run for every module.
 GLOBAL_HOOKS = tuple(
@@ -50,7 +53,7 @@ _UNDONE: list[torch.inference_mode] = []  # kept: torch goes back to the mode be
 
 def modes_entered() -> tuple[int, int, bool]:
     """Return the depths of torch's stacks of function modes and dispatch modes, and whether inference mode is on."""
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), torch.is_inference_mode_enabled()
+    return _function_modes(), _dispatch_modes(), is_inference_mode_enabled()
 
 
 def leave_modes(before: tuple[int, int, bool]) -> str:

@@ -72,7 +72,8 @@ class inside:
     Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
     OSError (which would look like a full results disk), StopIteration, a KeyboardInterrupt without the user's Ctrl-C,
     SystemExit and the like, and specvlm's own errors and their subclasses. Only StrategyError, UserError and
-    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored.
+    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored. One may be entered again after
+    it was left, but not within itself.
 
     It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
@@ -84,6 +85,9 @@ class inside:
     __slots__ = ("handler", "heard", "label", "modes", "names")
 
     def __init__(self, strategy: object) -> None:
+        if type(strategy) is str:  # a label, as in every pass of a round
+            self.label = strategy
+            return
         self.label = label_of(strategy)
         THIRD_PARTY_CALLS.met(strategy)
 

@@ -201,10 +201,12 @@ class Tables(NamedTuple):
     Attributes:
         ways_MD: Cache rows on the path from the root to each node, counted from the root's. Past the path, position i
             holds i.
+        moves: Whether any path has rows to move. A chain's accepted rows are in place already.
         levels: Tables of each pass.
     """
 
     ways_MD: Tensor
+    moves: bool
     levels: tuple[Level, ...]
 
 
@@ -248,7 +250,8 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
     ways, length = [DraftTree(torch.empty(0), shape.parents).way_to(node) for node in range(len(shape))], shape.depth + 1
     # An accepted node without a row is fed again, so any row will do. Rows past the path stay where they are.
     rows_MD = [[*(row_of.get(n, at) for at, n in enumerate(way)), *range(len(way), length)] for way in ways]
-    return Tables(torch.tensor(rows_MD, device=device), tuple(levels))
+    moves = any(rows != list(range(length)) for rows in rows_MD)
+    return Tables(torch.tensor(rows_MD, device=device), moves, tuple(levels))
 
 
 def expand(
@@ -279,16 +282,18 @@ def expand(
     """
     root, base, node, bonus, offset, seed, start = state_7.split(1)
     drawn = rule is not None and not rule.coupled
-    cache.move(root, tables.ways_MD.index_select(0, node)[0])
-    tokens_M = torch.zeros_like(old_M)
-    tokens_M[:1] = bonus
-    wide = torch.promote_types(model.dtype, torch.float32)
-    q_MV = races_RV.new_zeros((len(old_M), vocabulary) if drawn else (0,), dtype=wide)
+    if tables.moves:
+        cache.move(root, tables.ways_MD.index_select(0, node)[0])
+    tokens_M = torch.cat([bonus, old_M[1:]])  # the levels overwrite all old guesses
+    q_MV = races_RV
+    if drawn:
+        wide = torch.promote_types(model.dtype, torch.float32)
+        q_MV = races_RV.new_zeros((len(old_M), vocabulary), dtype=wide)
     done = 0
     for depth, level in enumerate(tables.levels, start=1):
-        fed = tokens_M[level.nodes_Q] if level.at else torch.cat([old_M[node], bonus])
+        fed = tokens_M.index_select(0, level.nodes_Q) if level.at else torch.cat([old_M.index_select(0, node), bonus])
         rows = yield Pass(model, cache, fed, level.depths_Q, level.seen_QT, base, offset, level.at)
-        logits_QV = rows.logits(len(level.nodes_Q))[:, :vocabulary]
+        logits_QV = rows.logits(level.nodes_Q.numel())[:, :vocabulary]
         if rule is None:
             best = rows.best(logits_QV, level.widest)
         elif rule.coupled:

@@ -40,7 +40,7 @@ class GreedyVerifier(Verifier):
         """Mark the nodes whose whole path matches the target's argmax, and take the deepest."""
         best_M = ctx.logits_MV.argmax(-1)
         last_1 = deepest(ctx, best_M)
-        return torch.cat([last_1, best_M[last_1]])
+        return torch.cat([last_1, best_M.index_select(0, last_1)])
 
 
 def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
     """
     layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, best_M.device)
     up_M, root_M, beside_MM, order_M = layout[:4]
-    fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M[up_M])  # the root is accepted already
+    fits_M = root_M | (ctx.tree.tokens.to(best_M.device) == best_M.index_select(0, up_M))  # the root is accepted already
     accepted_M = (fits_M | beside_MM).all(-1)
-    return torch.where(accepted_M, order_M, -1).argmax(0, keepdim=True)
+    return (order_M * accepted_M).argmax(0, keepdim=True)  # no rejected node wins: the root is accepted, and has the least key
 
 
 @remembered()  # never freed: captured steps refer to them by address

@@ -102,6 +102,18 @@ def patches_the_class_of_caches(self, ctx):
     )
 
 
+@starts("caches")
+def leaves_two_layers_of_the_cache_as_one(self, ctx):
+    """When the request ends, so that only later ones, and the target alone, run on what is left."""
+    before = ctx.caches.release
+
+    def release():
+        ctx.cache._layers[1] = ctx.cache._layers[0]
+        before()
+
+    ctx.caches.release = release
+
+
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
