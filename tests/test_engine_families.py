@@ -107,6 +107,48 @@ def test_experts_of_another_kind_run_eager():
     assert why_not(lm) == "one of its layers is a OtherMoeBlock"
 
 
+def granite(layers):
+    """A model whose layers have the names of Llama's, but scale what they add."""
+    from transformers import GraniteConfig
+    from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, residual_multiplier=0.2)
+    layers[1] = GraniteDecoderLayer(GraniteConfig(**sizes), 1)
+
+
+def phi(layers):
+    """A model with one layer for queries, keys and values."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+
+    config = Phi3Config(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    layers[1] = Phi3DecoderLayer(config, 1)
+
+
+def other(path: str):
+    """Give a module of a layer a class of its own, whose forward could be another."""
+
+    def change(layers):
+        module = layers[1].get_submodule(path)
+        module.__class__ = type("Other", (type(module),), {})
+
+    return change
+
+
+OTHERS = ("input_layernorm", "self_attn", "self_attn.k_norm", "self_attn.o_proj", "mlp", "mlp.gate", "mlp.experts")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(granite, "GraniteDecoderLayer"), (phi, "Phi3DecoderLayer"), *((other(path), "Other") for path in OTHERS)],
+    ids=["granite", "phi", *OTHERS],
+)
+def test_layers_that_may_compute_something_else_run_eager(change, name):
+    lm = tiny.wrapped(tiny.built("qwen3_vl_moe", 97))
+    change(lm.text.layers)
+    assert why_not(lm) == f"one of its layers is a {name}"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["direct", pytest.param("cudagraph", marks=pytest.mark.gpu)])
 def test_captured_is_eager(family, backend):
