@@ -223,6 +223,20 @@ def test_a_rows_experts_have_the_bits_of_a_pass_of_one(sizes, kind):
 
 
 @pytest.mark.gpu
+@torch.inference_mode()
+def test_a_row_that_is_no_number_chooses_experts_that_there_are():
+    """And leaves the other rows as they are. Their numbers would else lie behind the weights."""
+    from specvlm.engine import kernels
+
+    layer = experts_on_gpu(8, 2, 256, 160, "full")
+    x = torch.randn(6, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(torch.bfloat16)
+    right = kernels.experts(x, layer)
+    x[3] = float("nan")
+    found, rest = kernels.experts(x, layer), [0, 1, 2, 4, 5]
+    assert found[:, 3].isnan().all() and torch.equal(found[:, rest], right[:, rest])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(64, 8, 128), (32, 4, 128), (4, 2, 48)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 @torch.inference_mode()
