@@ -107,6 +107,16 @@ def test_experts_of_another_kind_run_eager():
     assert why_not(lm) == "one of its layers is a OtherMoeBlock"
 
 
+def test_experts_that_would_be_copied_run_eager():
+    lm = tiny.wrapped(tiny.built("qwen3_vl_moe", 97))
+    layer = lm.text.layers[1].mlp
+    shared = {x.data.untyped_storage().data_ptr() for x in layer.parameters()}
+    made = Experts.of(layer)
+    assert {w.data.untyped_storage().data_ptr() for w in (made.router, made.gate_up, made.down)} == shared
+    layer.experts.down_proj.data = layer.experts.down_proj.data.mT.contiguous().mT
+    assert why_not(lm) == "the weights of its experts are not contiguous"
+
+
 def granite(layers):
     """A model whose layers have the names of Llama's, but scale what they add."""
     from transformers import GraniteConfig

@@ -74,6 +74,8 @@ def _why_not_layer(layer: Any) -> str | None:
     experts = () if hasattr(mlp, "gate_proj") else (mlp.gate, mlp.experts)
     if why := _why_not_classes(layer.input_layernorm, layer.post_attention_layernorm, *_norms_of(attention), *experts):
         return why
+    if not all(weight.is_contiguous() for module in experts for weight in module.parameters()):
+        return "the weights of its experts are not contiguous"  # the pass would hold a copy
     for part in (attention.q_proj, attention.k_proj, attention.v_proj):
         if type(part) not in (nn.Linear, QuantizedLinear):
             return f"one of its layers is a {type(part).__name__}"
