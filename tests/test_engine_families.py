@@ -20,6 +20,7 @@ from specvlm.models.quantize import KINDS, QuantizedLinear, left_full, quantize,
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.testing import tiny
 from specvlm.types import DraftTree, GenerationOptions, TreeShape
@@ -159,20 +160,21 @@ def test_layers_that_may_compute_something_else_run_eager(change, name):
     assert why_not(lm) == f"one of its layers is a {name}"
 
 
+@pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["direct", pytest.param("cudagraph", marks=pytest.mark.gpu)])
-def test_captured_is_eager(family, backend):
+def test_captured_is_eager(family, backend, verifier):
     device = "cuda" if backend == "cudagraph" else "cpu"
     dtype = torch.float32 if backend == "cudagraph" else torch.float64
     target, draft = (tiny.wrapped(copy.deepcopy(lm(family).hf).to(device, dtype)) for lm in (tiny.model, tiny.noisy))
-    for seed in range(3):
+    for seed in range(2):
         request, outs = tiny.prompt(family, seed=seed), []
         for engine in (Engine(), GraphsEngine(backend)):
-            strategies = TwoStagePruner(), TreeDrafter(), GreedyVerifier()
+            strategies = TwoStagePruner(), TreeDrafter(), verifier
             graph = DecodingGraph(target, draft, *strategies, GenerationOptions(ratio=0.5), engine=engine)
             outs.append(tokens_of(list(graph.decode(request, 24))))
             assert engine.runs(target) == engine.name
-            outs.append(tokens_of(list(autoregressive(target, request, 24, GreedyVerifier(), engine=engine))))
+            outs.append(tokens_of(list(autoregressive(target, request, 24, verifier, engine=engine))))
         assert all(out == outs[0] for out in outs)
 
 
