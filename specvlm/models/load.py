@@ -179,9 +179,7 @@ def load(
     with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    if others := {*(getattr(hf.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}:
-        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
-        raise UserError(f"{path}: has layers of {kind}, which are not supported")
+    check_attention(path, hf.config)
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
@@ -199,6 +197,17 @@ def load(
     if not split and ranks.size == 1:
         try_out(model)
     return model
+
+
+def check_attention(path: str | Path, config: Any) -> None:
+    """Raise UserError if any layer attends to less than all earlier tokens: our passes make no mask of that kind."""
+    text = config.get_text_config()
+    # Configurations without types of layers, such as Mistral's, have one window for all.
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    kinds = getattr(text, "layer_types", None) or (["sliding_attention"] if window else [])
+    if others := {*kinds} - {"full_attention"}:
+        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
+        raise UserError(f"{path}: has layers of {kind}, which are not supported")
 
 
 def try_out(model: VideoLM) -> None:

@@ -208,6 +208,7 @@ def _check_answers(lm: VideoLM, draft: VideoLM, hf: Any, prompt: VideoPrompt, wh
         where = f"{what}, drafter={drafter.name}, ratio {ratio}, {positions} positions"
         _compare(tokens_of(list(graph.decode(prompt))), answer, where)
     steps = list(DecodingGraph(lm, lm, NonePruner(), TreeDrafter(CHAIN), greedy).decode(prompt, LIMIT))
+    _compare(tokens_of(steps), answer, f"{what}: the target drafting for itself")
     fell = [number for number, step in enumerate(steps[1:], start=1) if step.full and step.accepted != 3]
     assert not fell, f"{what}: the target does not accept its own guesses in rounds {fell}"
     return len(asked) + 2
