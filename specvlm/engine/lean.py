@@ -2,8 +2,8 @@
 
 The pass uses the parameters of Hugging Face's modules, of language models like Qwen2's (arXiv 2407.10671) and Qwen3's
 (arXiv 2505.09388): RMSNorm, grouped-query attention with rotary positions, norms of queries and keys if there are any,
-and a gated MLP or a mixture of experts. A text token has the same position on all axes of
-M-RoPE, which then equals plain rotary embedding.
+and a gated MLP or a mixture of experts. A text token has the same position on all axes of M-RoPE, which then equals
+plain rotary embedding.
 
 Shape suffixes: Q rows of the pass, T slots from `base` on, P nodes of the longest path, V vocabulary, D hidden size,
 S parts of a linear layer's output, N its width.

@@ -57,8 +57,8 @@ def _route_kernel(
 
 
 @triton.jit
-def _expert_of(id_ptr, PAIRS, p, E, BY_PAIR: tl.constexpr):
-    """Return this program's expert, and a mask of its pairs, which is empty if another program has the expert."""
+def _pairs_of(id_ptr, PAIRS, p, BY_PAIR: tl.constexpr):
+    """Return this program's expert, a mask of its pairs, their ranks and their number; none if another program has it."""
     ids = tl.load(id_ptr + p, mask=p < PAIRS, other=-1)
     expert = tl.program_id(1)
     first = 0
@@ -67,15 +67,16 @@ def _expert_of(id_ptr, PAIRS, p, E, BY_PAIR: tl.constexpr):
         expert = tl.load(id_ptr + first)
     mine = ids == expert
     taken = tl.sum((mine & (p < first)).to(tl.int32), 0) > 0
-    return expert, mine & (not taken)
+    mine = mine & (not taken)
+    return expert, mine, tl.cumsum(mine.to(tl.int32), 0) - 1, tl.sum(mine.to(tl.int32), 0)
 
 
 @triton.jit
-def _some_pairs(mine, rank, p, first, ROWS: tl.constexpr):
+def _some_pairs(mine, rank, count, p, first, ROWS: tl.constexpr):
     """Return the numbers of ROWS pairs from the first-th of `mine` on, and which of them there are."""
     wanted = first + tl.arange(0, ROWS)
     hit = mine[None, :] & (rank[None, :] == wanted[:, None])
-    return tl.sum(tl.where(hit, p[None, :], 0), 1), wanted < tl.sum(mine.to(tl.int32), 0)
+    return tl.sum(tl.where(hit, p[None, :], 0), 1), wanted < count
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _load_tile(w_ptr, s_ptr, outputs, k, offs_k, ok, K, kind, KIND: tl.constexpr
 
 @triton.jit
 def _gated_experts_kernel(
-    x_ptr, id_ptr, w_ptr, s_ptr, y_ptr, PAIRS, E, F, K,
+    x_ptr, id_ptr, w_ptr, s_ptr, y_ptr, PAIRS, F, K,
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -112,14 +113,12 @@ def _gated_experts_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    expert, mine = _expert_of(id_ptr, PAIRS, p, E, BY_PAIR)
-    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-    count = tl.sum(mine.to(tl.int32), 0)
+    expert, mine, rank, count = _pairs_of(id_ptr, PAIRS, p, BY_PAIR)
     kind = y_ptr.dtype.element_ty
     STORED = K // 2 if KIND == "int4" else K
     gate = expert * 2 * F + tl.minimum(offs_n, F - 1)
     for first in range(0, count, BQ):
-        pair, there = _some_pairs(mine, rank, p, first, BQ)
+        pair, there = _some_pairs(mine, rank, count, p, first, BQ)
         row = pair // X
         g = tl.zeros((BN, BQ), dtype=tl.float32)
         u = tl.zeros((BN, BQ), dtype=tl.float32)
@@ -144,7 +143,7 @@ def _gated_experts_kernel(
 
 @triton.jit
 def _down_experts_kernel(
-    y_ptr, id_ptr, weight_ptr, w_ptr, s_ptr, out_ptr, PAIRS, E, Q, N, F,
+    y_ptr, id_ptr, weight_ptr, w_ptr, s_ptr, out_ptr, PAIRS, Q, N, F,
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -155,14 +154,12 @@ def _down_experts_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    expert, mine = _expert_of(id_ptr, PAIRS, p, E, BY_PAIR)
-    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-    count = tl.sum(mine.to(tl.int32), 0)
+    expert, mine, rank, count = _pairs_of(id_ptr, PAIRS, p, BY_PAIR)
     kind = y_ptr.dtype.element_ty
     STORED = F // 2 if KIND == "int4" else F
     down = expert * N + tl.minimum(offs_n, N - 1)
     for first in range(0, count, BQ):
-        pair, there = _some_pairs(mine, rank, p, first, BQ)
+        pair, there = _some_pairs(mine, rank, count, p, first, BQ)
         acc = tl.zeros((BN, BQ), dtype=tl.float32)
         for k in range(0, STORED, BK):
             inputs = k + offs_k
@@ -202,12 +199,12 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     named = dict(X=chosen, BLOCK=triton.next_power_of_2(pairs), BQ=ROWS, BN=TILE.outputs, BY_PAIR=pairs < count)
     stage = x_QK.element_size() * TILE.inputs  # bytes of an output's, or a row's, inputs of a tile
     _gated_experts_kernel[(triton.cdiv(inner, TILE.outputs), min(pairs, count))](
-        x_QK, ids, gate_up.data, gate_up.scale, y, pairs, count, inner, width, BK=_inputs_of(gate_up),
+        x_QK, ids, gate_up.data, gate_up.scale, y, pairs, inner, width, BK=_inputs_of(gate_up),
         KIND=gate_up.kind, GROUP=gate_up.group,
         **named, **options_of(TILE, stage * 2 * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
     _down_experts_kernel[(triton.cdiv(width, TILE.outputs), min(pairs, count))](
-        y, ids, weights, down.data, down.scale, out, pairs, count, rows, width, inner, BK=_inputs_of(down),
+        y, ids, weights, down.data, down.scale, out, pairs, rows, width, inner, BK=_inputs_of(down),
         KIND=down.kind, GROUP=down.group,
         **named, **options_of(TILE, stage * (TILE.outputs + ROWS), 2048),
     )  # fmt: skip
