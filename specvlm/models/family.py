@@ -6,12 +6,14 @@ Shape suffixes: S prompt tokens, A rotary axes, D hidden size, L DeepStack level
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from specvlm.errors import UserError
 from specvlm.models.vision_probe import VisionProbe
 from specvlm.types import Features, TokenGrid, VideoPrompt
 from specvlm.video.video import Clip, VideoInfo
@@ -131,6 +133,13 @@ class Family(ABC):
 
         It must share no code with `positions` and `encode_video`: `check=hf` finds their faults with it.
         """
+
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        """Convert the inputs that Hugging Face's processor gives the model to a prompt. The inverse of `hf_inputs`.
+
+        Raises UserError if they are not those of one prompt, or the family does not define this.
+        """
+        raise UserError(f"{self.family} takes no inputs of a processor: give a text or messages, with the videos")
 
     @classmethod
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
