@@ -29,10 +29,30 @@ if TYPE_CHECKING:
         gumbel,
     )
     from specvlm.strategies.plugins import hookimpl
-    from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TokenLogprobs, TreeShape, Verdict, VideoPrompt
+    from specvlm.types import (
+        DraftTree,
+        GenerationOptions,
+        KeepSet,
+        Step,
+        TokenGrid,
+        TokenLogprobs,
+        TreeShape,
+        Verdict,
+        VideoPrompt,
+    )
 
 _STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
-_TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TokenLogprobs", "TreeShape", "Verdict", "VideoPrompt")
+_TYPES = (
+    "DraftTree",
+    "GenerationOptions",
+    "KeepSet",
+    "Step",
+    "TokenGrid",
+    "TokenLogprobs",
+    "TreeShape",
+    "Verdict",
+    "VideoPrompt",
+)
 _LATER = {
     **dict.fromkeys((*_STRATEGY, "VerifyContext", "gumbel"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
@@ -48,7 +68,8 @@ _LATER = {
     "registry": "specvlm.strategies.registry",
     "load_pair": "specvlm.session.load",
     "Session": "specvlm.session.session",
-    "TextStream": "specvlm.session.session",
+    "TextStream": "specvlm.session.stream",
+    "custom_generate": "specvlm.session.custom_generate",
     "GenerationResult": "specvlm.session.result",
     "Options": "specvlm.session.options",
     "clip_from_frames": "specvlm.video.memory",

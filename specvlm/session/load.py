@@ -22,6 +22,7 @@ def load_pair(
     target: Any,
     draft: Any = None,
     *,
+    processor: str | Path | None = None,
     revision: str | None = None,
     draft_revision: str | None = None,
     dtype: str = "auto",
@@ -39,6 +40,8 @@ def load_pair(
         target: Folder, name on the hub, or a Hugging Face model in eval mode, which is used as it is and not changed.
             "embedded:qwen2_5_vl" is a small pair that comes with specvlm, draft included.
         draft: The draft, given alike. None leaves drafters that need no draft model.
+        processor: Folder or name on the hub with tokenizer and processor settings, for loaded models; by default where
+            each was loaded from.
         revision: Branch, tag or commit of the target on the hub.
         draft_revision: The same of the draft.
         dtype: Dtype of the weights; "auto" is the checkpoint's own, and float32 for the embedded pairs.
@@ -58,11 +61,11 @@ def load_pair(
     """
     target, draft, dtype = _embedded(target, draft, dtype)
     first = _device(device)
-    ours = _model("target", target, revision, dtype, first, weights, mrope)
+    ours = _model("target", target, (revision, processor), dtype, first, weights, mrope)
     theirs = None
     if draft is not None:
         at = first if draft_device is None else _device(draft_device)
-        theirs = _model("draft", draft, draft_revision, dtype, at, draft_weights, mrope)
+        theirs = _model("draft", draft, (draft_revision, processor), dtype, at, draft_weights, mrope)
     vocabulary = ours.vocabulary if theirs is None else check_pair(ours, theirs)
     default: Mapping[str, Any] = {} if theirs is not None else {"drafter": "prompt_lookup"}
     if ours.device.type == "cuda":
@@ -86,9 +89,16 @@ def _embedded(target: Any, draft: Any, dtype: str) -> tuple[Any, Any, str]:
 
 
 def _model(
-    side: str, given: Any, revision: str | None, dtype: str, device: torch.device, weights: str | None, mrope: str
+    side: str,
+    given: Any,
+    places: tuple[str | None, str | Path | None],
+    dtype: str,
+    device: torch.device,
+    weights: str | None,
+    mrope: str,
 ) -> VideoLM:
-    """Load one model, or take a loaded one. Raises UserError if it cannot be used."""
+    """Load one model, or take a loaded one. places: revision and processor. Raises UserError if it cannot be used."""
+    revision, processor = places
     if isinstance(given, VideoLM):
         return given
     if isinstance(given, str | Path):
@@ -96,7 +106,7 @@ def _model(
     for name, value in (("dtype", None if dtype == "auto" else dtype), ("revision", revision), ("weights", weights)):
         if value is not None:
             raise UserError(f"{name}={value}: the {side} is loaded already: leave it out, or give a folder")
-    return adopted(given, mrope=mrope)
+    return adopted(given, processor, mrope)
 
 
 def _device(name: str) -> torch.device:

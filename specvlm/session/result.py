@@ -38,23 +38,31 @@ class GenerationResult:
 
 
 def result_of(
-    target: VideoLM, reading: Reading, options: GenerationOptions, steps: Sequence[Step], verdict: str
+    target: VideoLM,
+    reading: Reading,
+    options: GenerationOptions,
+    steps: Sequence[Step],
+    verdict: str = "not checked",
 ) -> GenerationResult:
     """Build the result of a finished request."""
     tokens, text = metrics.tokens_of(steps), AnswerText(target.tokenizer, options.stop)
     pieces = [text.put(token) for token in tokens]
     stopped = text.stopped or (bool(tokens) and tokens[-1] in options.stop_ids_or(target.stop_ids))
-    times = metrics.times_of(steps)
-    statistics = {
+    reason = "stop" if stopped else "length"
+    logprobs = steps[-1].logprobs if steps else None
+    return GenerationResult("".join([*pieces, text.end()]), tokens, reason, statistics_of(reading, steps), verdict, logprobs)
+
+
+def statistics_of(reading: Reading, steps: Sequence[Step]) -> dict[str, Any]:
+    """Compute `GenerationResult.statistics`."""
+    times, count = metrics.times_of(steps), len(metrics.tokens_of(steps))
+    return {
         "prompt_tokens": len(reading.prompt),
         "video_tokens": len(reading.prompt.video_index),
         "kept_tokens": next((len(step.keep) for step in steps if step.keep is not None), None),
         "frames": reading.frames,
-        "new_tokens": len(tokens),
+        "new_tokens": count,
         **metrics.acceptance_of(steps),
-        **metrics.speed(times, len(tokens)),
+        **metrics.speed(times, count),
         "times_s": times,
     }
-    reason = "stop" if stopped else "length"
-    logprobs = steps[-1].logprobs if steps else None
-    return GenerationResult("".join([*pieces, text.end()]), tokens, reason, statistics, verdict, logprobs)
