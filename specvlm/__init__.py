@@ -73,14 +73,15 @@ _LATER = {
     "GenerationResult": "specvlm.session.result",
     "Options": "specvlm.session.options",
     "clip_from_frames": "specvlm.video.memory",
+    "Clip": "specvlm.video.video",
 }
 
 __all__ = [
-    "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
+    "Clip", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
     "GenerationResult", "KeepSet", "Options", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler",
     "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TreeShape", "UserError", "Verdict",
     "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "clip_from_frames", "compare",
-    "gumbel", "hookimpl", "load", "load_pair", "read_video", "registry",
+    "custom_generate", "gumbel", "hookimpl", "load", "load_pair", "read_video", "registry",
 ]  # fmt: skip
 
 

@@ -13,21 +13,29 @@ from specvlm.types import GenerationOptions, Step, VideoPrompt
 
 
 class Call:
-    """A submitted request: an iterator of its steps. Any thread may cancel it."""
+    """A submitted request: an iterator of its steps. Any thread may cancel it.
+
+    Attributes:
+        cancelled: Whether it was cancelled before its end.
+    """
 
     def __init__(self, scheduler: SharedScheduler, work: Decoding) -> None:
         self._scheduler, self._ticket = scheduler, scheduler.submit(work)
+        self._ended = self.cancelled = False
 
     def __iter__(self) -> Iterator[Step]:
         try:
             while (step := self._scheduler.step(self._ticket)) is not None:
                 yield step
+            self._ended = not self.cancelled
         finally:
             self.cancel()
 
     def cancel(self) -> None:
         """End the request, unless it has ended."""
-        self._scheduler.cancel(self._ticket)
+        if not self._ended and not self.cancelled:
+            self.cancelled = True
+            self._scheduler.cancel(self._ticket)
 
 
 @contextmanager
