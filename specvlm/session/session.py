@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
@@ -49,7 +49,17 @@ class Session:
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
         self.graph(options)  # a default that does not fit the pair fails here
 
-    def generate(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> Any:
+    @overload
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: None = None, **options: Any
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int, **options: Any
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Answer a prompt.
 
         Args:
@@ -59,6 +69,7 @@ class Session:
                 frames, lists of frames, or clips of `read_video` and `clip_from_frames`. They come before the question,
                 or in place of the messages' parts {"type": "video"}.
             images: An image or several, given alike.
+            n: Number of answers to draw after one prefill.
             options: See `Options`.
 
         Returns:
@@ -67,7 +78,7 @@ class Session:
         Raises:
             UserError: The prompt, a video or an option cannot be used.
         """
-        return self._generated(*self._prepared(prompt, videos, images, options))
+        return self._generated(*self._prepared(prompt, videos, images, options | ({} if n is None else {"n": n})))
 
     def stream(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> TextStream:
         """Answer a prompt piece by piece: the text of each round as soon as it is decoded.
@@ -83,9 +94,20 @@ class Session:
         """
         return self._streamed(*self._prepared(prompt, videos, images, options))
 
-    async def generate_async(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> Any:
+    @overload
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: None = None, **options: Any
+    ) -> GenerationResult: ...
+    @overload
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int, **options: Any
+    ) -> list[GenerationResult]: ...
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Answer a prompt as `generate` does, without blocking the event loop. Cancelling it ends the request."""
-        asked = await self._in_thread(lambda: self._prepared(prompt, videos, images, options))
+        given = options | ({} if n is None else {"n": n})
+        asked = await self._in_thread(lambda: self._prepared(prompt, videos, images, given))
         calls: list[Call] = []
         try:
             return await self._in_thread(lambda: self._generated(*asked, calls))
@@ -93,7 +115,9 @@ class Session:
             for call in calls:
                 call.cancel()
 
-    async def stream_async(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> AsyncIterator[str]:
+    async def stream_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, **options: Any
+    ) -> AsyncGenerator[str, None]:
         """Answer a prompt as `stream` does, as an asynchronous iterator. Cancelling or closing it ends the request."""
         pieces = self._streamed(*await self._in_thread(lambda: self._prepared(prompt, videos, images, options)))
         try:
@@ -123,7 +147,9 @@ class Session:
         graph = self.graph(asked)
         return TextStream(self.target, reading, graph.options, Call(self.scheduler, graph.work(reading.prompt)))
 
-    def _generated(self, asked: Options, reading: Reading, calls: list[Call] | None = None) -> Any:
+    def _generated(
+        self, asked: Options, reading: Reading, calls: list[Call] | None = None
+    ) -> GenerationResult | list[GenerationResult]:
         """Decode one answer, or `n`. calls: Receives the requests, for another thread to cancel them."""
         graph = self.graph(asked)
         every = [replace(graph.options, seed=graph.options.seed + number) for number in range(asked.n or 1)]

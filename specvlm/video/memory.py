@@ -62,7 +62,7 @@ def picture(value: Any) -> Tensor:
     if isinstance(value, Image.Image):
         return _channels_first(torch.from_numpy(np.array(ImageOps.exif_transpose(value).convert("RGB"))))
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value)) if value.dtype == np.uint8 else value
+        value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         kind = f"{getattr(value, 'dtype', '')} {type(value).__name__}".strip()
         raise UserError(f"{kind} is no picture: wanted a path, bytes, a picture of Pillow, or uint8 values")

@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessor,
     MinLengthLogitsProcessor,
     StoppingCriteria,
+    StoppingCriteriaList,
     StopStringCriteria,
     TextIteratorStreamer,
 )
@@ -23,6 +24,7 @@ from transformers import (
 from specvlm import UserError, custom_generate
 from specvlm.config import model_folder
 from specvlm.models.video_lm import VideoLM
+from specvlm.session.hf_config import Ending
 
 
 @cache
@@ -63,6 +65,16 @@ class AtMostTwo(StoppingCriteria):
         return torch.tensor([row.count(row[-1]) >= 2])
 
 
+class HasText(StoppingCriteria):
+    """A criterion that reads the text."""
+
+    def __init__(self, tokenizer, text):
+        self.tokenizer, self.text = tokenizer, text
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([self.text in self.tokenizer.decode(input_ids[0])])
+
+
 def words(family: str) -> Any:
     return session(family).target.tokenizer
 
@@ -83,7 +95,7 @@ CASES = {  # by name, the arguments of `generate` beside the inputs
     "two processors": lambda f: {"max_new_tokens": 12, "no_repeat_ngram_size": 3, "repetition_penalty": 1.2},
     "own processor": lambda f: {"max_new_tokens": 12, "logits_processor": [Downhill()]},
     "own criterion": lambda f: {"max_new_tokens": 14, "stopping_criteria": [AtMostTwo()]},
-    "stop text": lambda f: {"max_new_tokens": 14, "stopping_criteria": [StopStringCriteria(words(f), ["checkered navy"])]},
+    "stop text": lambda f: {"max_new_tokens": 14, "stopping_criteria": [HasText(words(f), "checkered navy")]},
     "a dict": lambda f: {"max_new_tokens": 10, "return_dict_in_generate": True},
     "a forced end": lambda f: {"max_new_tokens": 8, "forced_eos_token_id": 3},
     "longer": lambda f: {"max_new_tokens": 24},
@@ -143,7 +155,7 @@ def test_a_streamer_hears_the_same_with_and_without(family):
 def test_a_seed_fixes_sampled_answers_and_several_are_drawn_at_once():
     given, asked = (
         inputs("qwen2_5_vl"),
-        {"max_new_tokens": 10, "do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
+        {"max_new_tokens": 10, "do_sample": True, "temperature": 4.0, "num_return_sequences": 3},
     )
     found = []
     for seed in (0, 0, 1):
@@ -210,6 +222,15 @@ def test_what_cannot_be_speculative_is_refused_by_name(case):
     given, said = REFUSED[case]
     with pytest.raises(UserError, match=said):
         model("qwen2_5_vl").generate(**inputs("qwen2_5_vl"), max_new_tokens=4, custom_generate=method("qwen2_5_vl"), **given)
+
+
+def test_hugging_faces_own_stop_texts_end_an_answer_within_a_round(byte_tokenizer):
+    text = "a naïve café, closed"
+    criteria = StoppingCriteriaList([StopStringCriteria(byte_tokenizer, ["fé, c"])])
+    tokens, prompt = byte_tokenizer(text)["input_ids"], torch.tensor(byte_tokenizer("what?")["input_ids"])
+    ending = Ending(criteria, prompt, torch.device("cpu"))
+    kept = (*ending.take(tokens[:3]), *ending.take(tokens[3:]), *ending.take(tokens))
+    assert ending.done and byte_tokenizer.decode(kept) == "a naïve café, c"
 
 
 @pytest.mark.slow

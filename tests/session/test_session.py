@@ -134,7 +134,7 @@ def test_changes_to_the_targets_logits_keep_the_output_the_targets_own(change, v
 def test_penalties_are_those_of_their_formula():
     """The target alone, decoded here with the formula written out."""
     of = session()
-    prompt, bias = of.target.prompt(QUESTION, [clip()]), {50: 6.0}
+    prompt, bias = of.target.prompt(QUESTION, [clip()]), {109: -20.0}
     seen: list[int] = []
 
     def by_hand(answer, logits_V):
