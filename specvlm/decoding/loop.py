@@ -95,7 +95,7 @@ def autoregressive_work(
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
         request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
-        _, logits_MV, _ = prefill(target, prompt, cache, clock, engine=engine)
+        _, logits_MV = prefill(target, prompt, cache, clock, engine=engine)
         token = first_token(request, logits_MV)
         clock.mark("prefill")
         while True:
@@ -177,7 +177,10 @@ class DecodingGraph:
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
             fill = partial(prefill, target, prompt, clock=clock, collector=collector, engine=self.engine)
-            features_ND, logits_MV, collector = shared.fill(cache, len(prompt), fill) if shared else fill(cache)
+            if shared is None:
+                features_ND, logits_MV = fill(cache)
+            else:
+                features_ND, logits_MV, collector = shared.fill(cache, len(prompt), fill, collector)
             copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
             clock.mark("prefill")

@@ -17,7 +17,7 @@ from specvlm.types import Features, VideoPrompt
 
 
 class Prefilled(NamedTuple):
-    """What a prefill leaves besides the rows in the cache.
+    """What a shared prefill leaves besides the rows in the cache.
 
     Attributes:
         features_ND: Video features.
@@ -27,22 +27,21 @@ class Prefilled(NamedTuple):
 
     features_ND: Tensor | Features
     logits_1V: Tensor
-    collector: AttentionCollector | None = None
+    collector: AttentionCollector | None
 
 
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None,
     engine: Engine | None = None,
-) -> Prefilled:  # fmt: skip
-    """Fill the target's cache with the prompt."""
+) -> tuple[Tensor | Features, Tensor]:  # fmt: skip
+    """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
     features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
     embeds_SD = target.embed(prompt, features_ND)
     if collector is not None:
         with inside(getattr(collector.weigh, "__self__", "pruner")):
             collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
     clock.mark("embed")
-    logits_1V = (engine or Engine()).prefill(target, prompt, (embeds_SD, target.positions(prompt)), cache, collector)
-    return Prefilled(features_ND, logits_1V, collector)
+    return features_ND, (engine or Engine()).prefill(target, prompt, (embeds_SD, target.positions(prompt)), cache, collector)
 
 
 class SharedPrefill:
@@ -57,17 +56,24 @@ class SharedPrefill:
         self._lease = caches.lease()
         self._held: tuple[KVCache, Prefilled] | None = None
 
-    def fill(self, cache: KVCache, slots: int, make: Callable[[KVCache], Prefilled]) -> Prefilled:
+    def fill(
+        self,
+        cache: KVCache,
+        slots: int,
+        make: Callable[[KVCache], tuple[Tensor | Features, Tensor]],
+        collector: AttentionCollector | None,
+    ) -> Prefilled:
         """Fill a request's cache.
 
         Args:
             cache: The request's cache, empty.
             slots: Number of tokens in the prompt.
-            make: Runs the prefill on an empty cache.
+            make: Runs `prefill` on an empty cache.
+            collector: What `make` collects signals with.
         """
         if self._held is None:
             source = self._lease.take("prefix", self._target, slots)
-            self._held = source, make(source)
+            self._held = source, Prefilled(*make(source), collector)
         source, found = self._held
         cache.copy(source)
         self._left -= 1

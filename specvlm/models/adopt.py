@@ -15,7 +15,8 @@ from specvlm.models.video_lm import VideoLM
 def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> VideoLM:
     """Wrap a loaded Hugging Face model as a VideoLM that shares its weights.
 
-    The modules are copied without their tensors, since ours need another attention function than the caller's.
+    The modules are copied without their tensors, since ours need another attention function than the caller's. So move
+    the model to its device before, and do not replace modules of it afterwards.
 
     Args:
         hf: The model, in eval mode.

@@ -131,9 +131,10 @@ class LlavaOneVision(VideoLM):
         clips, tiles, sizes = (inputs.get(name) for name in ("pixel_values_videos", "pixel_values", "image_sizes"))
         videos = [] if clips is None else [{"pixels": pixels.cpu()} for pixels in clips]
         images, side = [], int(config.vision_config.image_size) // int(config.vision_config.patch_size)
-        for pixels, size in [] if tiles is None else zip(tiles, sizes, strict=True):
+        given = [] if tiles is None or sizes is None else list(zip(tiles, sizes, strict=True))
+        for pixels, size in given:
             height, width = map(int, size)
-            alone = len(tiles) == 1
+            alone = len(given) == 1
             tokens = llava_tokens((height, width), config) if alone else side**2 + 1
             images.append({"pixels": pixels.cpu() if alone else pixels[:1].cpu(), "size": (height, width), "tokens": tokens})
         slots = (self.video_token, self.image_token)

@@ -163,10 +163,8 @@ class Qwen2_5_VL(VideoLM):
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
         made = frozenset({"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"})
         tokens_S = row_of(inputs, made)
-        videos, images = (
-            [{"pixels": pixels, "thw": thw} for pixels, thw in _parts(inputs.get(name), inputs.get(grid))]
-            for name, grid in (("pixel_values_videos", "video_grid_thw"), ("pixel_values", "image_grid_thw"))
-        )
+        videos = _parts(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw"))
+        images = _parts(inputs.get("pixel_values"), inputs.get("image_grid_thw"))
         given = inputs.get("second_per_grid_ts")
         seconds = [1.0] * len(videos) if given is None else [float(number) for number in given]  # as get_rope_index does
         videos = [video | {"seconds": pace} for video, pace in zip(videos, seconds, strict=True)]
@@ -194,9 +192,10 @@ class Qwen2_5_VL(VideoLM):
         return TokenGrid(frames, 4, 2), {"pixels": pixels, "thw": (frames, 8, 4), "seconds": 1.0}
 
 
-def _parts(pixels: Tensor | None, grids: Any) -> list[tuple[Tensor, tuple[int, int, int]]]:
-    """Split the patches of all videos, or of all images, by their grids. Returns the patches and grid of each."""
+def _parts(pixels: Tensor | None, grids: Any) -> list[dict[str, Any]]:
+    """Split the patches of all videos, or of all images, by their grids. Returns `pixels` and `thw` of each."""
     if pixels is None:
         return []
     sizes: list[tuple[int, int, int]] = [(int(t), int(h), int(w)) for t, h, w in grids]
-    return list(zip(pixels.cpu().split([t * h * w for t, h, w in sizes]), sizes, strict=True))
+    parts = pixels.cpu().split([t * h * w for t, h, w in sizes])
+    return [{"pixels": part, "thw": size} for part, size in zip(parts, sizes, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specvlm.errors import UserError
 from specvlm.session.call import begun
 from specvlm.session.hf_config import Ending, check_config, logits_rule, sampling_of, streamer_of_caller
-from specvlm.session.inputs import Reading
+from specvlm.session.inputs import Reading, processed
 from specvlm.session.load import load_pair
 from specvlm.session.result import statistics_of
 from specvlm.session.session import Session
@@ -68,6 +69,7 @@ class Speculation:
     def __init__(self, draft: Any, settings: dict[str, Any]) -> None:
         self._draft, self._settings = draft, settings
         self._sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
+        self._loading = Lock()
 
     def __call__(
         self,
@@ -100,7 +102,7 @@ class Speculation:
         if len(input_ids) > count or (streamer is not None and count > 1):
             raise UserError("give one prompt at a time, and a streamer one answer; several calls run together")
         session = self._session(model)
-        prompt = session.target.hf_prompt({"input_ids": input_ids[:1]} | pixels)
+        prompt = processed(session.target, {"input_ids": input_ids[:1]} | pixels)
         found = self._decoded(session, prompt, (logits_processor, stopping_criteria), generation_config, count, streamer)
         sequences = _sequences(input_ids, [[t for step in steps for t in step.tokens] for steps in found], generation_config)
         if not generation_config.return_dict_in_generate:
@@ -109,11 +111,12 @@ class Speculation:
 
     def _session(self, model: Any) -> Session:
         """Return the session of a target, and load the draft for the first one."""
-        if model not in self._sessions:
-            session = load_pair(model, self._draft, device=str(model.device), **self._settings)
-            self._draft = session.draft
-            self._sessions[model] = session
-        return self._sessions[model]
+        with self._loading:
+            if model not in self._sessions:
+                session = load_pair(model, self._draft, device=str(model.device), **self._settings)
+                self._draft = session.draft
+                self._sessions[model] = session
+            return self._sessions[model]
 
     def _decoded(
         self, session: Session, prompt: VideoPrompt, rules: tuple[Any, Any], config: Any, count: int, streamer: Any

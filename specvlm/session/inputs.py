@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from specvlm.errors import UserError
+from specvlm.errors import UserError, explained
 from specvlm.models.chat import checked
 from specvlm.models.video_lm import VideoLM
 from specvlm.session.options import Options
@@ -51,7 +51,7 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
     if isinstance(prompt, VideoPrompt) or (isinstance(prompt, Mapping) and "input_ids" in prompt):
         if clips or pictures:
             raise UserError("a processor's inputs hold their videos and images: leave out videos and images")
-        return Reading(prompt if isinstance(prompt, VideoPrompt) else target.hf_prompt(prompt), None)
+        return Reading(prompt if isinstance(prompt, VideoPrompt) else processed(target, prompt), None)
     if isinstance(prompt, str):
         count = sum(len(clip.frames) for clip in clips)
         return Reading(target.prompt(prompt, clips, pictures, options.max_pixels), count)
@@ -64,6 +64,12 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
             raise UserError(f'the messages have no place for all {kind}s: add a part {{"type": "{kind}"}} for each')
     given = [part["video"] for part in checked(messages) if part["type"] == "video"]
     return Reading(target.chat(messages, options.max_pixels), sum(len(clip.frames) for clip in given))
+
+
+def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
+    """Make the prompt of a processor's inputs. Raises UserError if they cannot be used."""
+    with explained("the processor's inputs cannot be used"):
+        return target.hf_prompt(inputs)
 
 
 def clip_of(target: VideoLM, video: Any, options: Options) -> Clip:

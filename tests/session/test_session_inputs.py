@@ -198,6 +198,9 @@ def test_inputs_that_do_not_fit_are_explained():
         (inputs | {"input_ids": ids[:, :20]}, "do they belong together"),
         (inputs | {"input_ids": ids.tolist()}, "return_tensors"),
         (inputs | {"pixels": ids}, "inputs pixels: wanted"),
+        (inputs | {"video_grid_thw": None}, "cannot be used"),
+        (inputs | {"pixel_values_videos": inputs["pixel_values_videos"][1:]}, "cannot be used"),
+        (inputs | {"second_per_grid_ts": [1.0, 1.0]}, "cannot be used"),
     ):
         with pytest.raises(UserError, match=said):
             reading(given)
