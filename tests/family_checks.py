@@ -33,7 +33,10 @@ from specvlm.video.video import Clip
 
 HERE = Path(__file__).parent
 SCRATCH: list[TemporaryDirectory] = []  # removed when the process ends
-REQUESTS = (*family_folders.REQUESTS, *family_folders.CHATS)
+
+
+def requests(family: str) -> tuple[str, ...]:
+    return (*family_folders.requests(family), *family_folders.CHATS)
 
 
 def scratch() -> Path:
@@ -76,7 +79,7 @@ def prompt(family: str, request: str) -> VideoPrompt:
 @cache
 def answers(family: str, name: str = "target") -> dict[str, list[int]]:
     """Answers of Hugging Face's own model under sdpa to every request, from a process without specvlm."""
-    made = {request: model(family).generate_inputs(prompt(family, request)) for request in REQUESTS}
+    made = {request: model(family).generate_inputs(prompt(family, request)) for request in requests(family)}
     place = scratch()
     torch.save(made, place / "requests.pt")
     command = [
@@ -99,10 +102,10 @@ def decode(family: str, request: str, draft: str, pruner: object, drafter: objec
     return tokens_of(list(graph_of(family, draft, pruner, drafter, **options).decode(prompt(family, request))))
 
 
-def unequal_requests(family: str, draft: str = "draft", requests: Sequence[str] = REQUESTS) -> tuple[int, list[str]]:
-    """Decode every request alone and with two drafters. Returns the number of decodes, and those unlike `generate`."""
+def unequal_requests(family: str, draft: str = "draft", some: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Decode some requests, or all, alone and with two drafters. Returns the number of decodes, and those unlike `generate`."""
     wrong, tried = [], 0
-    for request in requests:
+    for request in some or requests(family):
         answer = answers(family)[request]
         found = {"alone": tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))}
         for drafter, ratio in product((TreeDrafter("chain:3"), SelfDrafter("chain:3")), (0.0, 0.9, 1.0)):

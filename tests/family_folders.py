@@ -38,6 +38,8 @@ CHATS: dict[str, list[tuple[str, list[Any]]]] = {
         ("user", ["and in the picture", (90, 120), "?"]),
     ],
 }
+STILL = (96, 160)  # height and width of a video in which only a corner moves
+UNEQUAL = {"still": ([(6, *STILL, 2.0)], []), "two of them": ([(4, *STILL, 0.4), (6, *STILL, 2.0)], [(90, 120)])}
 STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
 TEXT = dict(
     intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
@@ -163,6 +165,41 @@ def write_qwen2(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
+def video_llama_3(small: bool = False) -> Any:
+    from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = TEXT | dict(model_type="qwen2", hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        model_type="video_llama_3_vision", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        patch_size=14, initializer_range=0.2,
+    )  # fmt: skip
+    ids = {name: IDS[name] for name in ("image_token_id", "video_token_id", "tie_word_embeddings")}
+    return VideoLlama3ForConditionalGeneration(VideoLlama3Config(text_config=text, vision_config=vision, **ids))
+
+
+def write_video_llama_3(folder: Path) -> None:
+    write_tokenizer(folder, ["time", ":", *map(str, range(31)), *(f"{digit}s" for digit in range(10))])
+    size = PIXELS | dict(
+        processor_class="VideoLlama3Processor", image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=14, temporal_patch_size=1,
+    )  # fmt: skip
+    files = {
+        "video_preprocessor_config.json": size | {
+            "video_processor_type": "VideoLlama3VideoProcessor", "merge_size": 2, "use_token_compression": True, "fps": 1,
+            "min_frames": 4, "max_frames": 12, "do_sample_frames": True, "return_metadata": True,
+            "size": {"shortest_edge": 3136, "longest_edge": 75264},
+        },
+        "preprocessor_config.json": size | {
+            "image_processor_type": "VideoLlama3ImageProcessor", "merge_size": 1,
+            "size": {"shortest_edge": 784, "longest_edge": 7840},
+        },
+        "processor_config.json": {"processor_class": "VideoLlama3Processor"},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -175,6 +212,7 @@ FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
     "qwen3_vl_moe": (lambda small: qwen3_vl(small, moe=not small), write_qwen3),  # its small draft is dense
     "internvl": (internvl, write_internvl),
     "qwen2_vl": (qwen2_vl, write_qwen2),
+    "video_llama_3": (video_llama_3, write_video_llama_3),
 }
 
 
@@ -205,7 +243,9 @@ def shaken(hf: Any) -> Any:
 
 
 def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
-    return REQUESTS | (STACKED if family in ("internvl", "llava_onevision") else {})
+    """Return the requests of a family. video_llama_3 leaves out patches that do not change."""
+    more = {"internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
+    return REQUESTS | more.get(family, {})
 
 
 def chat(name: str, video: Callable[..., Any], image: Callable[..., Any]) -> list[dict[str, Any]]:
@@ -224,4 +264,7 @@ def frames(count: int, height: int, width: int) -> torch.Tensor:
     place = torch.arange(count * 3 * height * width).view(count, 3, height, width)
     noise = (place * 1103515245 + 12345 >> 16) % 64
     ramp = (torch.arange(height)[:, None] * 2 + torch.arange(width) + 9 * torch.arange(count)[:, None, None]) % 192
-    return (ramp[:, None] + noise).to(torch.uint8)
+    made = (ramp[:, None] + noise).to(torch.uint8)
+    if (height, width) == STILL:
+        made[:, :, 40:], made[:, :, :, 40:] = made[:1, :, 40:], made[:1, :, :, 40:]
+    return made

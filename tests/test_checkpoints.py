@@ -15,7 +15,7 @@ from specvlm.config import model_folder
 from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
 from specvlm.models import generation
-from specvlm.models.load import dtype_of, load, skeleton
+from specvlm.models.load import check_attention, dtype_of, load, skeleton
 from specvlm.video.settings import read_video_settings
 
 FAST = ["frames=4", "max_new_tokens=3", "baseline=false"]
@@ -385,3 +385,15 @@ def test_a_processor_for_other_frames_or_patches_than_the_models_is_refused(tmp_
     refused(cut, "patch_size is 14 for the processor and 7 for the model")
     edit = setting(size={"height": 448, "width": 448})
     refused(copied(tmp_path, "llava_onevision", video_preprocessor_config_json=edit), "448x448 for the processor, 224")
+
+
+def test_every_kind_of_sliding_window_is_refused():
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3VLMoeTextConfig
+
+    unused = Qwen3VLMoeTextConfig(sliding_window=32768, use_sliding_window=False)
+    for whole in (LlamaConfig(), MistralConfig(sliding_window=None), Qwen2Config(), unused):
+        check_attention("folder", whole)
+    windows = Qwen2Config(use_sliding_window=True, max_window_layers=1, num_hidden_layers=2)
+    for config in (MistralConfig(), windows):
+        with pytest.raises(UserError, match="folder: has layers of sliding-window attention, which are not supported"):
+            check_attention("folder", config)

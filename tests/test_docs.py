@@ -14,6 +14,7 @@ from docs import generate
 from specvlm.app import compose
 from specvlm.app.quoting import quoted
 from specvlm.config import model_folder
+from specvlm.models.family import Family
 from specvlm.results.metrics import KEYS, TOTALS
 from specvlm.strategies import SIGNALS, registry
 from specvlm.testing import check_pruner
@@ -68,6 +69,31 @@ def test_the_package_shown_is_the_one_that_ships(name, of):
     for language, file in (("python", f"{name.replace('-', '_')}.py"), ("toml", "pyproject.toml")):
         shipped = (ROOT / "plugins" / name / file).read_text(encoding="utf-8")
         assert f"```{language}\n{shipped}```" in page(f"docs/write/{of}.md"), file
+
+
+def test_the_parts_shown_of_a_second_family_are_those_that_ship():
+    shipped = (ROOT / "plugins" / "specvlm-video-llama-3" / "specvlm_video_llama_3.py").read_text(encoding="utf-8")
+    parts = re.findall(r"```python\n(.*?)```", page("docs/write/family.md"), re.S)[1:]
+    assert len(parts) == 5 and all(bare(part) in bare(shipped) for part in parts)
+
+
+def bare(code):
+    """Return the lines of code without their indentation: a page shows methods without their class."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
+
+
+def test_every_method_of_a_family_is_in_the_table_of_its_page():
+    rows = "\n".join(line for line in page("docs/write/family.md").splitlines() if line.startswith("| `"))
+    names = {name for name in (*vars(Family), *Family.__annotations__) if not name.startswith("_")}
+    given = {"hf", "tokenizer", "folder"}  # not for a family to define
+    assert {name for name in names - given if f"`{name}" not in rows} == set()
+    required = {
+        name
+        for line in rows.splitlines()
+        if "| required |" in line
+        for name in re.findall(r"`(\w+)(?:\(|`)", line.split("|")[1])
+    }
+    assert required == {"family", "axes", *Family.__abstractmethods__}
 
 
 def test_the_readme_is_short():

@@ -108,6 +108,58 @@ def test_experts_of_another_kind_run_eager():
     assert why_not(lm) == "one of its layers is a OtherMoeBlock"
 
 
+def test_experts_that_would_be_copied_run_eager():
+    lm = tiny.wrapped(tiny.built("qwen3_vl_moe", 97))
+    layer = lm.text.layers[1].mlp
+    shared = {x.data.untyped_storage().data_ptr() for x in layer.parameters()}
+    made = Experts.of(layer)
+    assert {w.data.untyped_storage().data_ptr() for w in (made.router, made.gate_up, made.down)} == shared
+    layer.experts.down_proj.data = layer.experts.down_proj.data.mT.contiguous().mT
+    assert why_not(lm) == "the weights of its experts are not contiguous"
+
+
+def granite(layers):
+    """A model whose layers have the names of Llama's, but scale what they add."""
+    from transformers import GraniteConfig
+    from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, residual_multiplier=0.2)
+    layers[1] = GraniteDecoderLayer(GraniteConfig(**sizes), 1)
+
+
+def phi(layers):
+    """A model with one layer for queries, keys and values."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+
+    config = Phi3Config(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    layers[1] = Phi3DecoderLayer(config, 1)
+
+
+def other(path: str):
+    """Give a module of a layer a class of its own, whose forward could be another."""
+
+    def change(layers):
+        module = layers[1].get_submodule(path)
+        module.__class__ = type("Other", (type(module),), {})
+
+    return change
+
+
+OTHERS = ("input_layernorm", "self_attn", "self_attn.k_norm", "self_attn.o_proj", "mlp", "mlp.gate", "mlp.experts")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(granite, "GraniteDecoderLayer"), (phi, "Phi3DecoderLayer"), *((other(path), "Other") for path in OTHERS)],
+    ids=["granite", "phi", *OTHERS],
+)
+def test_layers_that_may_compute_something_else_run_eager(change, name):
+    lm = tiny.wrapped(tiny.built("qwen3_vl_moe", 97))
+    change(lm.text.layers)
+    assert why_not(lm) == f"one of its layers is a {name}"
+
+
 @pytest.mark.parametrize("verifier", [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95)], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["direct", pytest.param("cudagraph", marks=pytest.mark.gpu)])
@@ -133,7 +185,7 @@ def test_every_kind_of_request_runs_captured_as_it_does_eagerly(family):
         models = [checks.model(family, name) for name in ("target", "draft", "small")]
         target, near, small = (type(lm)(copy.deepcopy(lm.hf).cuda(), lm.tokenizer, lm.folder) for lm in models)
         engine, greedy = GraphsEngine(), GreedyVerifier()
-        for request in checks.REQUESTS:
+        for request in checks.requests(family):
             prompt = checks.prompt(family, request)
             want = tokens_of(list(autoregressive(target, prompt, 24, greedy)))
             assert tokens_of(list(autoregressive(target, prompt, 24, greedy, engine=engine))) == want
@@ -180,6 +232,20 @@ def test_a_rows_experts_have_the_bits_of_a_pass_of_one(sizes, kind):
             assert torch.equal(found, alone[:, first : first + count])
     off = (found.sum(0) - right).norm(dim=1) / right.norm(dim=1)
     assert off.median() < 1e-2 and (off > 0.05).sum() <= 3  # experts that nearly tie may change places
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_row_that_is_no_number_chooses_experts_that_there_are():
+    """And leaves the other rows as they are. Their numbers would else lie behind the weights."""
+    from specvlm.engine import kernels
+
+    layer = experts_on_gpu(8, 2, 256, 160, "full")
+    x = torch.randn(6, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(torch.bfloat16)
+    right = kernels.experts(x, layer)
+    x[3] = float("nan")
+    found, rest = kernels.experts(x, layer), [0, 1, 2, 4, 5]
+    assert found[:, 3].isnan().all() and torch.equal(found[:, rest], right[:, rest])
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def installed(example, monkeypatch):
 
 def test_every_example_has_a_test():
     there = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert there == {*STRATEGIES, "decode", "sweep"}
+    assert there == {*STRATEGIES, "decode", "sweep", "tiny_checkpoints"}
 
 
 def test_the_pages_show_the_examples_as_they_stand():
@@ -102,3 +102,17 @@ def test_the_sweep_gives_a_figure_a_job(example, tmp_path):
     found = example("sweep").sweep(tmp_path / "sweep", scenes=1)
     assert len(found) == 2 and all(0 < accepted <= 5 for accepted in found.values())
     assert {word for job in found for word in ("uniform", "two_stage") if f"pruner={word}" in job} == {"uniform", "two_stage"}
+
+
+@pytest.mark.slow
+def test_the_tiny_checkpoints_are_a_target_and_a_draft_with_a_chat_template(example, tmp_path):
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    example("tiny_checkpoints").main(str(tmp_path))
+    said = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
+    for name, layers in (("target", 3), ("draft", 2)):
+        assert AutoConfig.from_pretrained(tmp_path / name).text_config.num_hidden_layers == layers
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        assert all(weight.std() > 0 for weight in model.parameters())
+        text = AutoTokenizer.from_pretrained(tmp_path / name).apply_chat_template(said, tokenize=False)
+        assert text == "<|im_start|>user\n<|video_pad|>\nwhat?<|im_end|>\n"

@@ -23,7 +23,8 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.testing import tiny as tiny_models
-from specvlm.types import GenerationOptions
+from specvlm.testing.tiny import VIDEO
+from specvlm.types import GenerationOptions, TokenGrid
 
 
 class Later(Qwen2_5_VL):
@@ -121,6 +122,21 @@ def test_of_two_families_of_one_type_the_built_in_or_the_first_stays(bringing, c
         'specvlm: plugin specvlm-0 0.3 brings model family "qwen2_5_vl"',
         'specvlm: plugin specvlm-2 0.3 brings model family "later_vl"',
     ]
+
+
+class Ragged(Qwen2_5_VL):
+    """Frames of unequal lengths: the grid is one row of tokens, and the video knows the runs."""
+
+    def runs(self, grid, video):
+        return video["runs"]
+
+
+def test_runs_may_depend_on_the_video():
+    lm, videos = Ragged(tiny_models.model("qwen2_5_vl").hf), [{"runs": [3, 1, 2]}, {"runs": [2, 2]}]
+    grids = [TokenGrid(1, 1, sum(video["runs"])) for video in videos]
+    prompt = lm.expand([1, *(VIDEO, 2) * 3, 3, *(VIDEO, 4) * 2], grids, videos)
+    kinds = "".join("v" if token == VIDEO else "t" for token in prompt.tokens.tolist())
+    assert kinds == "t" + "vvvt" + "vt" + "vvt" + "t" + "vvt" * 2
 
 
 def test_the_hook_must_return_places_by_type():

@@ -6,6 +6,7 @@ import json
 import sys
 from functools import cache
 from math import ceil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -261,6 +262,13 @@ def test_a_built_model_has_the_buffers_of_a_made_one(shape, wrap):
     assert len(prompt_of(lm, own, 64, pixels=False).video_index) in (64, 7 * 9 + 1)
     held = sum(p.numel() for name, p in lm.hf.named_parameters() if ".layers." in name and "language_model" in name)
     assert weight_bytes(lm) == 8 * (held + own.text.width + own.text.width * own.text.vocabulary)
+
+
+def test_the_results_show_every_plot():
+    """They are added by hand to what the report prints."""
+    folder = Path(__file__).parents[1] / "experiments" / "gpu_pair"
+    text = (folder / "RESULTS.md").read_text()
+    assert [plot.name for plot in folder.glob("*.png") if f"]({plot.name})" not in text] == []
 
 
 def test_every_target_has_its_figure_when_its_rows_are_there():

@@ -19,6 +19,7 @@ from sweeping import ASK, end, finished, install, jobs, start, table, uninstall,
 
 from specvlm import load
 from specvlm.__main__ import main
+from specvlm.app import baselines
 from specvlm.app import compose as composing
 from specvlm.app import request as answer
 from specvlm.app.baselines import Baselines, inputs
@@ -38,7 +39,8 @@ from specvlm.results import metrics
 from specvlm.results.rows import Rows, room, rows_of, steps_of, summary_of
 from specvlm.strategies import registry
 from specvlm.strategies.datasets.synthetic import SyntheticDataset
-from specvlm.types import Step
+from specvlm.testing import tiny
+from specvlm.types import Step, VideoPrompt
 
 THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
 WHOLE = (TWO, "dataset.scenes=3")  # which several tests compare with, as `whole` leaves it
@@ -407,6 +409,22 @@ def test_what_a_baseline_depends_on_is_in_its_key():
         assert inputs(request, graph, 0) != first, "another version of the family"
     request.prompt.videos[0]["pixels"][0, 0] += 1
     assert inputs(request, graph, 0) != first
+
+
+def test_a_baselines_key_tells_a_video_from_an_image_in_the_same_slots():
+    """In a family whose videos and images have one slot token, the tokens may be equal."""
+    lm, ids = tiny.model("qwen3_vl"), torch.tensor([5, tiny.IMAGE, tiny.IMAGE, 6])
+    (grid, video), first, second = lm.tiny_video(1, torch.Generator()), torch.tensor([1]), torch.tensor([2])
+    grid, image = replace(grid, height=1, width=1), {"pixels": video["pixels"], "tokens": 1}
+    prompts = [VideoPrompt(ids, a, (grid,), (video,), (image,), b) for a, b in ((first, second), (second, first))]
+    assert len({baselines.digest(prompt) for prompt in prompts}) == 2
+
+
+def test_a_baselines_key_has_the_code_of_prompts_and_features(monkeypatch):
+    read, of = set[str](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(f"{path.parent.name}/{path.name}") or of(path))
+    baselines.revision.__wrapped__()
+    assert {"types/video.py", "types/features.py", "models/video_lm.py", "engine/lean.py"} <= read
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def prompt_of(lm: VideoLM, shape: Shape, tokens: int, pixels: bool, seed: int = 
     grid, video = shape.video(tokens, generator if pixels else None)
     words = torch.randint(10, min(lm.vocabulary // 2, 100_000), (60,), generator=torch.Generator().manual_seed(seed)).tolist()
     runs = [lm.video_token]
-    if len(lm.runs(grid)) > 1:
+    if len(lm.runs(grid, video)) > 1:
         runs = [token for frame in range(grid.frames) for token in (*words[frame % 40 : frame % 40 + 8], lm.video_token)]
     return lm.expand([*words[:10], *runs, *words[10:]], [grid], [video])
 

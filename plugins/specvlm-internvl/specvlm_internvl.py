@@ -58,7 +58,7 @@ class InternVL(VideoLM):
         tokenizer = self.tokenizer
         return f"{tokenizer.start_image_token}{tokenizer.context_image_token}{tokenizer.end_image_token}"
 
-    def runs(self, grid: TokenGrid) -> list[int]:
+    def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
         return [grid.per_frame] * grid.frames
 
     # ---- pixels

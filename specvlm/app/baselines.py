@@ -176,7 +176,7 @@ def revision() -> str:
     home, found = Path(__file__).parents[1], sha256()
     files: tuple[str, ...] = ("parallel/ranks.py", "strategies/verifier.py")
     files += tuple(f"decoding/{name}.py" for name in ("loop", "output", "prefill", "scheduler", "text"))
-    for part in ("engine", "models", "strategies/verifiers", *files):
+    for part in ("engine", "models", "strategies/verifiers", "types", *files):
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             found.update(f"{path.relative_to(home)} ".encode() + path.read_bytes())
@@ -184,7 +184,7 @@ def revision() -> str:
 
 
 def digest(prompt: VideoPrompt) -> str:
-    """Hash of the prompt's tokens and pixels."""
+    """Hash of the prompt's tokens and pixels, and of which slots are those of videos and of images."""
     found = sha256()
 
     def add(value: Any) -> None:
@@ -194,7 +194,8 @@ def digest(prompt: VideoPrompt) -> str:
         else:
             found.update(repr(value).encode())
 
-    add(prompt.tokens)
+    for slots in (prompt.tokens, prompt.video_index, prompt.image_index):
+        add(slots)
     for pixels in (*prompt.videos, *prompt.images):
         for name in sorted(pixels):
             if name != "origin":  # says where the pixels come from

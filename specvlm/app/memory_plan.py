@@ -145,7 +145,9 @@ def activations(needs: Sequence[Need], patches: int) -> int:
     prompts, passes = [], []
     for need in needs:
         config = need.model.hf.config.get_text_config()
-        text_rows = min(need.slots, CHUNK) * (3 * config.intermediate_size + 4 * config.hidden_size)
+        # Of experts, a row is held four times for each that it chose: sorted, as output, weighted, in the first order.
+        experts = 4 * config.hidden_size * getattr(config, "num_experts_per_tok", 0)
+        text_rows = min(need.slots, CHUNK) * (max(3 * config.intermediate_size, experts) + 4 * config.hidden_size)
         vision_rows = patches * need.model.vision_values
         # The prefill runs Hugging Face's modules, which dequantise a quantised head in full.
         head = need.model.vocabulary * config.hidden_size if need.quantisation else 0

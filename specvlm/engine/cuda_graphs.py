@@ -64,9 +64,10 @@ class GraphsEngine(Engine):
     def prefill(
         self, target: VideoLM, prompt: VideoPrompt, inputs: Inputs, cache: KVCache, collector: AttentionCollector | None = None
     ) -> Tensor:
-        """Prefill as the eager engine does, then run the text after the last video again, with the arithmetic of steps.
+        """Prefill as the eager engine does, then run the text after the last video or image again, by steps' arithmetic.
 
         So its rows do not depend on each other's number either: a kept video with another question has the same bits.
+        A prompt without a video, none of which could be kept, has the first result alone.
         """
         logits_1V, start = super().prefill(target, prompt, inputs, cache, collector), prompt.text
         if not prompt.cut or start == len(prompt) or not self.exact(target):
@@ -74,7 +75,7 @@ class GraphsEngine(Engine):
         for first, end in pairwise([start, *range(start // ROWS * ROWS + ROWS, len(prompt), ROWS), len(prompt)]):
             tokens_Q = prompt.tokens[first:end]
             (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, cache.offset)])
-        return rows.logits()[-1:]
+        return rows.logits(1)
 
     def next(self, request: Request, token: int) -> Passes[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here

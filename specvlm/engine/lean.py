@@ -23,33 +23,35 @@ from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
 from specvlm.models.passes import Pass, Rows
-from specvlm.models.quantize import QuantizedLinear
+from specvlm.models.quantize import QuantizedExperts, QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
+# Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
+# Granite scales what its layers add, Gemma's norms multiply by 1 + weight.
+KNOWN = frozenset(
+    f"transformers.models.{name}.modeling_{name}"
+    for name in ("llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_vl", "qwen3_vl_moe")
+)
 
 
 def why_not(model: VideoLM) -> str | None:
     """Say why the lean pass cannot replace this model's own; None if it can."""
-    config = model.hf.config.get_text_config()
-    layer = model.text.layers[0]
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rotary.get("rope_type") or rotary.get("type") or "default"
     if model.quantised:
         return f"its checkpoint is quantised by {model.quantised}"
+    text, config = model.text, model.hf.config.get_text_config()
+    if why := _why_not_classes(text.norm, text.rotary_emb) or next(filter(None, map(_why_not_layer, text.layers)), None):
+        return why
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rotary.get("rope_type") or rotary.get("type") or "default"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if kind not in ("default", "mrope"):
         return f"its rotary positions are scaled ({kind})"
-    missing = [name for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if not hasattr(layer, name)]
-    if missing:
-        return f"its layers have no {missing[0]}"
-    if any(norm.weight.shape != (model.head_dim,) for norm in _norms_of(layer.self_attn)):
-        return "it does not normalise each query by itself"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
-    return next(filter(None, map(_why_not_layer, model.text.layers)), None) or _why_not_parts([model.hf.lm_head])
+    return _why_not_parts([model.hf.lm_head])
 
 
 def _norms_of(attention: nn.Module) -> tuple[Any, ...]:
@@ -57,11 +59,23 @@ def _norms_of(attention: nn.Module) -> tuple[Any, ...]:
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
 
+def _why_not_classes(*modules: nn.Module) -> str | None:
+    """Say which module's class the lean pass does not know; None if it knows all."""
+    names = [type(m).__name__ for m in modules if type(m).__module__ not in KNOWN and type(m) is not QuantizedExperts]
+    return f"one of its layers is a {names[0]}" if names else None
+
+
 def _why_not_layer(layer: Any) -> str | None:
     """Say why the lean pass cannot replace a decoder layer; None if it can."""
+    # A class that is not known may lack the parts of the next line.
+    if why := _why_not_classes(layer) or _why_not_classes(layer.self_attn, layer.mlp):
+        return why
     attention, mlp = layer.self_attn, layer.mlp
-    if not hasattr(mlp, "gate_proj") and Experts.of(mlp) is None:
-        return f"one of its layers is a {type(mlp).__name__}"
+    experts = () if hasattr(mlp, "gate_proj") else (mlp.gate, mlp.experts)
+    if why := _why_not_classes(layer.input_layernorm, layer.post_attention_layernorm, *_norms_of(attention), *experts):
+        return why
+    if not all(weight.is_contiguous() for module in experts for weight in module.parameters()):
+        return "the weights of its experts are not contiguous"  # the pass would hold a copy
     for part in (attention.q_proj, attention.k_proj, attention.v_proj):
         if type(part) not in (nn.Linear, QuantizedLinear):
             return f"one of its layers is a {type(part).__name__}"

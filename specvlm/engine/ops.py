@@ -100,10 +100,6 @@ class Experts:
         """Number of experts E."""
         return self.router.outputs
 
-    def of_each(self, stack: Weight, ids_Q: Tensor, dtype: torch.dtype) -> Tensor:
-        """(Q, N, K) weights of one expert for each row."""
-        return stack.full_in(dtype).unflatten(0, (self.count, -1))[ids_Q]
-
 
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
     """Multiply x by one to three weights; concatenate the results to (1, Q, N), in x's dtype. whole: not used here."""
@@ -120,10 +116,11 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
     chances_QE = layer.router.times(x_QK).softmax(-1, dtype=torch.float32)
     weights_QX, ids_QX = chances_QE.topk(layer.chosen)
     weights_QX = (weights_QX / weights_QX.sum(-1, keepdim=True)).to(x_QK.dtype)
+    gate_up_ENK, down_EKF = (w.full_in(x_QK.dtype).unflatten(0, (layer.count, -1)) for w in (layer.gate_up, layer.down))
     parts = []
     for ids, weights in zip(ids_QX.unbind(1), weights_QX.unbind(1), strict=True):
-        gate, up = (layer.of_each(layer.gate_up, ids, x_QK.dtype) @ x_QK[..., None])[..., 0].chunk(2, -1)
-        down = layer.of_each(layer.down, ids, x_QK.dtype) @ (silu(gate) * up)[..., None]
+        gate, up = (gate_up_ENK[ids] @ x_QK[..., None])[..., 0].chunk(2, -1)
+        down = down_EKF[ids] @ (silu(gate) * up)[..., None]
         parts.append(down[..., 0] * weights[:, None])
     return torch.stack(parts)
 

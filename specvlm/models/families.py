@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specvlm.errors import UserError, did_you_mean, one_line
 from specvlm.models import plugins
+from specvlm.models.guard import guard
 from specvlm.models.plugins import PluginError, hookimpl
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 # Packages under plugins/ that bring families, for messages and the help.
-PACKAGES = {"internvl": "specvlm-internvl", "qwen2_vl": "specvlm-qwen2-vl"}
+PACKAGES = {"internvl": "specvlm-internvl", "qwen2_vl": "specvlm-qwen2-vl", "video_llama_3": "specvlm-video-llama-3"}
 
 
 class Source(NamedTuple):
@@ -88,10 +89,11 @@ def _imported(model_type: str, source: Source) -> "type[VideoLM]":
         raise PluginError(f"{source.plugin}: model family {source.place} cannot be imported: {one_line(error)}") from error
     if not isinstance(cls, type) or not issubclass(cls, VideoLM):
         raise PluginError(f"{source.plugin}: {source.place} is not a class derived from specvlm.models.video_lm.VideoLM")
-    if missing := sorted(cls.__abstractmethods__):
+    if missing := [name for name in ("family", "axes") if not hasattr(cls, name)] + sorted(cls.__abstractmethods__):
         raise PluginError(f"{source.plugin}: {source.place} does not define {', '.join(missing)}")
     if cls.family != model_type:
         raise PluginError(f"{source.plugin}: {source.place} has family = {cls.family!r}, but is registered as {model_type!r}")
+    guard(cls)
     return cls
 
 

@@ -42,8 +42,14 @@ class Family(ABC):
 
     @staticmethod
     def slots(config: Any) -> tuple[int, int]:
-        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal."""
-        return int(config.video_token_id), int(config.image_token_id)
+        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal.
+
+        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this method.
+        """
+        video, image = (getattr(config, name, None) for name in ("video_token_id", "image_token_id"))
+        if video is None or image is None:
+            raise UserError("config.json has no video_token_id or no image_token_id: its family must define `slots`")
+        return int(video), int(image)
 
     @property
     def levels(self) -> int:
@@ -76,8 +82,11 @@ class Family(ABC):
         """Return the text that replaces an image's mark, with one slot token."""
         return self.marks[1]
 
-    def runs(self, grid: TokenGrid) -> list[int]:
-        """Return the lengths of a video's runs of adjacent slots, which sum to `len(grid)`: one run, or one per frame."""
+    def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
+        """Return the lengths of a video's runs of adjacent slots, which sum to `len(grid)`: one run, or one per frame.
+
+        video: What `process_video` returned with the grid.
+        """
         return [len(grid)]
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
@@ -118,7 +127,11 @@ class Family(ABC):
 
     @abstractmethod
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
-        """Return the number of frames that the tower sees (Qwen2.5-VL joins two of the clip), and patches per frame."""
+        """Return the number of frames that the tower sees, and patches per frame, for the memory plan.
+
+        They are the grid's frames (Qwen2.5-VL joins two of the clip). If those are of unequal lengths, so that the grid
+        is one row of tokens, they are the frames that go through the tower.
+        """
 
     @abstractmethod
     def encode_image(self, image: dict[str, Any]) -> Tensor | Features:

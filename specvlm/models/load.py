@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.errors import UserError, did_you_mean, explained
+from specvlm.errors import UserError, did_you_mean, explained, first_line
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
+from specvlm.models.guard import is_builtin
 from specvlm.models.partition import device_map, tensor_plan
+from specvlm.models.plugins import traced
 from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
@@ -179,9 +181,7 @@ def load(
     with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    if others := {*(getattr(hf.config.get_text_config(), "layer_types", None) or ())} - {"full_attention"}:
-        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
-        raise UserError(f"{path}: has layers of {kind}, which are not supported")
+    check_attention(path, hf.config)
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
@@ -197,21 +197,48 @@ def load(
     model = found.family(hf if spread else hf.to(device), found.tokenizer, found.folder, mrope, ranks=ranks)
     model.left_full = left
     if not split and ranks.size == 1:
-        with explained(f"{path}: the config.json does not fit the weights"):
-            try_out(model)
+        try_out(model)
     return model
+
+
+def check_attention(path: str | Path, config: Any) -> None:
+    """Raise UserError if any layer attends to less than all earlier tokens: our passes make no mask of that kind."""
+    text = config.get_text_config()
+    # Configurations without types of layers, such as Mistral's, have one window for all.
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    kinds = getattr(text, "layer_types", None) or (["sliding_attention"] if window else [])
+    if others := {*kinds} - {"full_attention"}:
+        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
+        raise UserError(f"{path}: has layers of {kind}, which are not supported")
 
 
 def try_out(model: VideoLM) -> None:
     """Run one small frame and some text through Hugging Face's own forward pass.
 
     So errors in config.json that no weight's shape reveals, such as a wrong number of heads, show before the first
-    request. Some libraries unpack quantised weights in this first pass.
+    request. Some libraries unpack quantised weights in this first pass. Raises UserError.
     """
     clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
-    grid, video = model.process_video(clip)
-    ids = [0, *(model.video_token for _ in model.runs(grid)), 0]
-    model.hf(**model.generate_inputs(model.expand(ids, [grid], [video])), **last_logits(model.hf, 1))
+    what = f"{model.folder}: the config.json does not fit the weights"
+    with explained(what):
+        grid, video = model.process_video(clip)
+        ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
+        inputs = model.generate_inputs(model.expand(ids, [grid], [video]))
+    with explained(what) if is_builtin(type(model)) else _doubted(model):
+        model.hf(**inputs, **last_logits(model.hf, 1))
+
+
+@contextmanager
+def _doubted(model: VideoLM) -> Iterator[None]:
+    """Tell an error of Hugging Face's forward on inputs that a plugin's family made. Raises PluginError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = f"{model.folder}: transformers' own forward fails ({first_line(error)})"
+        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, or does config.json not fit"
+        raise traced(f"{said}: {gives} the weights?", error) from error
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:

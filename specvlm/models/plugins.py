@@ -4,7 +4,7 @@ Both use the same hooks. Plugins load one by one; a broken plugin is skipped, wi
 
 SPECVLM_PLUGINS=a,b          load only these installed plugins (empty: none), and always the built-ins
 SPECVLM_STRICT_PLUGINS=1     treat a broken plugin as an error
-SPECVLM_PLUGIN_TRACEBACK=1   show the full traceback of a broken plugin
+SPECVLM_PLUGIN_TRACEBACK=1   show the full traceback of a broken plugin, and of an error in a family's code
 """
 
 import importlib
@@ -172,6 +172,14 @@ def report(label: str, reason: str, cause: BaseException | None = None) -> None:
         log.warning("%s\n%s", line, "".join(traceback.format_exception(cause)).rstrip())
     else:
         log.warning("%s (SPECVLM_PLUGIN_TRACEBACK=1 shows where)", line)
+
+
+def traced(said: str, cause: BaseException) -> PluginError:
+    """Make the error for a fault in a plugin's code. Its traceback is logged if SPECVLM_PLUGIN_TRACEBACK=1 is set."""
+    if os.environ.get("SPECVLM_PLUGIN_TRACEBACK") != "1":
+        return PluginError(f"{said} (SPECVLM_PLUGIN_TRACEBACK=1 shows where)")
+    log.warning("".join(traceback.format_exception(cause)).rstrip())
+    return PluginError(said)
 
 
 def _check_hook_names(plugin: object) -> None:

@@ -61,7 +61,7 @@ class Qwen3VL(Qwen2_5_VL):
         start, end = self.tokenizer.convert_ids_to_tokens([config.vision_start_token_id, config.vision_end_token_id])
         return "".join(f"<{time:.1f} seconds>{start}{self.marks[0]}{end}" for time in video["times"])
 
-    def runs(self, grid: TokenGrid) -> list[int]:
+    def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
         return [grid.per_frame] * grid.frames
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Features:

@@ -158,7 +158,7 @@ class VideoLM(Family):
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
         """
-        runs = [self.runs(grid) for grid in grids]
+        runs = [self.runs(*pair) for pair in zip(grids, videos, strict=True)]
         slots = (self.video_token, self.image_token)
         return expanded(ids, slots, self.vocabulary, grids, runs, videos, images, order)
 
@@ -193,7 +193,10 @@ class VideoLM(Family):
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
             some = pixels[first:end] if end - first == len(part) else pixels[part]  # a slice needs no copy
-            found[slots_FP[part.to(self.device)].flatten()] = encode(some).to(self.dtype)
+            slots, rows = slots_FP[part.to(self.device)].flatten(), encode(some).to(self.dtype)
+            if len(rows) != len(slots):
+                raise ValueError(f"encode gives {len(rows)} rows for {len(part)} frames of {grid.per_frame} tokens")
+            found[slots] = rows
         return found
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor | Features:

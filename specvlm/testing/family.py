@@ -21,11 +21,13 @@ from specvlm.strategies.pruners.none import NonePruner
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.testing.contract import seeded
+from specvlm.testing.sight import check_sight
 from specvlm.types import Features, GenerationOptions, KeepSet, VideoPrompt, entering
 from specvlm.video.video import Clip, VideoInfo, read_video
 
 LIMIT = 16
 CHAIN = "chain:3"
+CLOSE = 1e-3  # most difference of two logits in float32, in standard deviations of all logits
 
 
 def check_family(target: str | Path, draft: str | Path) -> int:
@@ -39,8 +41,9 @@ def check_family(target: str | Path, draft: str | Path) -> int:
 
     Checks: shapes of features, embeddings and positions; runs that fill a grid; text after the last video or image that
     counts up by one, on all axes alike; a frame's features that do not depend on other frames; attention recorded by a
-    `VisionProbe`; a prefill in pieces; frames that `sampling` chooses; a target that accepts its own guesses; and that
-    every answer equals that of transformers' `generate`.
+    `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that `sampling`
+    chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those of
+    transformers' forward, within rounding, and every answer that of its `generate`.
 
     Args:
         target: Folder of a checkpoint of the family.
@@ -51,6 +54,7 @@ def check_family(target: str | Path, draft: str | Path) -> int:
 
     Raises:
         AssertionError: The family breaks the contract; the message names the rule and the case.
+        UserError: The family's code fails, or returns what it must not; the message names the method.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -59,7 +63,7 @@ def check_family(target: str | Path, draft: str | Path) -> int:
     lm.check_settings()
     lm.check_template()
     hf: Any = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32, attn_implementation="sdpa").eval()
-    done = 0
+    done, prompts = 0, dict[str, VideoPrompt]()
     with torch.inference_mode():
         _check_sampling(lm)
         for case, prompt in _prompts(lm):
@@ -67,6 +71,10 @@ def check_family(target: str | Path, draft: str | Path) -> int:
             _check_prompt(lm, prompt, what)
             _check_features(lm, prompt, what)
             _check_prefill(lm, prompt, what)
+            _check_logits(lm, hf, prompt, what)
+            prompts[what] = prompt
+        check_sight(lm, random_clip(6), f"{lm.family}, video")
+        for what, prompt in prompts.items():
             done += _check_answers(lm, small, hf, prompt, what)
     return done
 
@@ -78,19 +86,28 @@ def _prompts(lm: VideoLM) -> Iterator[tuple[str, VideoPrompt]]:
         "text": ([], []),
         "image": ([], [image]),
         "images": ([], [image, image.flip(2)[:, :60]]),
-        "video": ([_clip(6)], []),
-        "two videos": ([_clip(6), _clip(6, 1)], []),
-        "video and image": ([_clip(6)], [image]),
+        "video": ([random_clip(6)], []),
+        "two videos": ([random_clip(6), random_clip(6, 1, still=True)], []),
+        "video and image": ([random_clip(6)], [image]),
     }
     for case, (clips, images) in cases.items():
         yield case, lm.prompt("describe the video.", clips, images)
-    parts = [{"type": "text", "text": "and now?"}, {"type": "video", "video": _clip(4)}, {"type": "image", "image": image}]
+    parts = [
+        {"type": "text", "text": "and now?"},
+        {"type": "video", "video": random_clip(4)},
+        {"type": "image", "image": image},
+    ]
     yield "question first", lm.chat([{"role": "user", "content": parts}])
 
 
-def _clip(frames: int, seed: int = 0) -> Clip:
-    """Make a random clip of every fourth frame of a file with 8 frames per second."""
+def random_clip(frames: int, seed: int = 0, still: bool = False) -> Clip:
+    """Make a random clip of every fourth frame of a file with 8 frames per second.
+
+    still: All but a corner stays as in the first frame: some families leave out patches that do not change.
+    """
     pixels = torch.randint(0, 255, (frames, 3, 96, 128), dtype=torch.uint8, generator=seeded(seed))
+    if still:
+        pixels[:, :, 32:], pixels[:, :, :, 32:] = pixels[:1, :, 32:], pixels[:1, :, :, 32:]
     times, index = tuple(frame / 2 for frame in range(frames)), tuple(range(0, 4 * frames, 4))
     return Clip(pixels, times, 2.0, "random", 4 * frames, 8.0, index)
 
@@ -107,9 +124,10 @@ def _check_sampling(lm: VideoLM) -> None:
 def _check_prompt(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
     """Check slots, runs and positions."""
     for grid, video in zip(prompt.grids, prompt.videos, strict=True):
-        runs, (frames, patches) = lm.runs(grid), lm.frame_patches(video)
+        runs, (frames, patches) = lm.runs(grid, video), lm.frame_patches(video)
         assert sum(runs) == len(grid) and min(runs) > 0, f"{what}: runs {runs} do not fill a grid of {len(grid)} tokens"
-        assert frames == grid.frames, f"{what}: frame_patches gives {frames} frames, the grid has {grid.frames}"
+        row = (grid.frames, grid.height) == (1, 1)  # of frames of unequal lengths
+        assert row or frames == grid.frames, f"{what}: frame_patches gives {frames} frames, the grid has {grid.frames}"
         assert patches > 0, f"{what}: frame_patches gives {patches} patches per frame"
     slots = torch.cat([prompt.video_index, prompt.image_index])
     allowed = set(lm.slots(lm.hf.config))
@@ -139,6 +157,7 @@ def _check_features(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
     assert same, f"{what}: a frame's features depend on which other frames are encoded"
     sight = VisionProbe()
     again = lm.features(prompt, sight=sight)
+    assert sight.parts, f"{what}: encode_video is given `sight` and adds nothing to it: call sight.add"
     assert torch.equal(entering(again), entering(features)), f"{what}: recording attention changes the features"
     seen = (tuple(sight.attention().shape), len(sight.keys()))
     assert seen == ((total,), total), f"{what}: the probe has {seen[0]} attention and {seen[1]} keys of {total} tokens"
@@ -151,6 +170,28 @@ def _check_prefill(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
         lm.prefill(embeds, positions, lm.new_cache(len(prompt)), prompt.cut, chunk=chunk) for chunk in (len(prompt), 7)
     )
     assert torch.allclose(whole, pieces, atol=1e-3), f"{what}: a prefill in pieces differs by {(whole - pieces).abs().max()}"
+
+
+def _check_logits(lm: VideoLM, hf: Any, prompt: VideoPrompt, what: str) -> None:
+    """Compare the logits of every row of the prompt with those of Hugging Face's model.
+
+    A slot's own logits depend most on its own features, so this finds single wrong features, which answers may not show.
+    """
+    hidden_SD = lm.forward(lm.embed(prompt, lm.features(prompt)), lm.positions(prompt), lm.new_cache(len(prompt)), None)
+    ours_SV, theirs_SV = lm.head(hidden_SD), hf(**lm.generate_inputs(prompt)).logits[0]
+    apart_S = (ours_SV - theirs_SV).abs().amax(1)
+    worst, limit = int(apart_S.argmax()), CLOSE * float(theirs_SV.std())
+    apart, where = float(apart_S[worst]), f"row {worst} ({_kind(prompt, worst)})"
+    told = f"{what}: the logits of {where} differ from those of transformers' forward by {apart:.2g}"
+    assert apart < limit, f"{told}, and rounding explains {limit:.1g}"
+
+
+def _kind(prompt: VideoPrompt, row: int) -> str:
+    """Describe a row of a prompt."""
+    for name, index in (("video", prompt.video_index), ("image", prompt.image_index)):
+        if row in index.tolist():
+            return f"{name} token {index.tolist().index(row)}"
+    return "text"
 
 
 def _check_answers(lm: VideoLM, draft: VideoLM, hf: Any, prompt: VideoPrompt, what: str) -> int:
@@ -167,6 +208,7 @@ def _check_answers(lm: VideoLM, draft: VideoLM, hf: Any, prompt: VideoPrompt, wh
         where = f"{what}, drafter={drafter.name}, ratio {ratio}, {positions} positions"
         _compare(tokens_of(list(graph.decode(prompt))), answer, where)
     steps = list(DecodingGraph(lm, lm, NonePruner(), TreeDrafter(CHAIN), greedy).decode(prompt, LIMIT))
+    _compare(tokens_of(steps), answer, f"{what}: the target drafting for itself")
     fell = [number for number, step in enumerate(steps[1:], start=1) if step.full and step.accepted != 3]
     assert not fell, f"{what}: the target does not accept its own guesses in rounds {fell}"
     return len(asked) + 2

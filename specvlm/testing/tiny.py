@@ -52,7 +52,7 @@ def prompt(family: str, seed: int = 0, frames: int = 4) -> VideoPrompt:
     words = torch.randint(5, 80, (14,), generator=generator).tolist()
     lm = model(family)
     grid, video = lm.tiny_video(frames, generator)
-    slots = [token for _ in lm.runs(grid) for token in (START, VIDEO, END)]
+    slots = [token for _ in lm.runs(grid, video) for token in (START, VIDEO, END)]
     return lm.expand([*words[:5], *slots, *words[5:]], [grid], [video])
 
 

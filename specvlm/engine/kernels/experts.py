@@ -28,7 +28,7 @@ def _route_kernel(
 ):  # fmt: skip
     """Choose the X likeliest experts of a row, and their weights, which sum to 1. Grid (Q,).
 
-    Of equal experts the first is chosen. WIDE: X padded. BLOCK: E padded.
+    Of equal experts the first is chosen, and the last for scores that are no numbers. WIDE: X padded. BLOCK: E padded.
     """
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK)
@@ -47,7 +47,7 @@ def _route_kernel(
     weights = tl.zeros((WIDE,), dtype=tl.float32)
     for i in tl.static_range(X):
         most = tl.max(logit, 0)
-        best = tl.min(tl.where(logit == most, e, BLOCK), 0)
+        best = tl.minimum(tl.min(tl.where(logit == most, e, BLOCK), 0), E - 1)  # NaN equals nothing
         ids = tl.where(x == i, best, ids)
         weights = tl.where(x == i, tl.sum(tl.where(e == best, chance, 0.0), 0), weights)
         logit = tl.where(e == best, float("-inf"), logit)
