@@ -5,7 +5,7 @@ Shape suffixes: T tokens of the answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from specvlm.decoding.output import Output
 from specvlm.engine.base import Request
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Pass, Passes
+from specvlm.models.passes import Pass, Passes, Rows
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import Step, TokenLogprobs
+
+AT_ONCE = 64  # rows whose logits are held at once
 
 
 def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tensor, count: int | None) -> Passes[Step]:
@@ -45,15 +47,22 @@ def logprobs_of(
         tokens: The answer.
         count: Number of most likely tokens to return in place of each token.
     """
-    logits_TV = logits_1V
+    rows = None
     if len(tokens) > 1:
         ids = torch.tensor(tokens[:-1])
         rows = yield Pass(target, cache, ids, range(len(ids)), None, start, cache.offset)
-        logits_TV = torch.cat([logits_1V, rows.logits()])
     found = []
-    for token, logits_V in zip(tokens, logits_TV, strict=True):  # row by row, to hold no second (T, V) tensor
+    for token, logits_V in zip(tokens, _logits(logits_1V, rows), strict=True):
         logprobs_V = torch.log_softmax(logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)), -1)
         values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         found.append(TokenLogprobs(token, float(logprobs_V[token]), top))
     return tuple(found)
+
+
+def _logits(first_1V: Tensor, rows: Rows | None) -> Iterator[Tensor]:
+    """Yield the (V,) logits of each token, computed a few rows at a time, since (T, V) values may take gigabytes."""
+    yield from first_1V
+    if rows is not None:
+        for hidden_QD in rows.hidden_QD.split(AT_ONCE):
+            yield from rows.head(hidden_QD)

@@ -175,8 +175,7 @@ def test_a_chat_is_answered_as_its_prompt():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("request_", checks.REQUESTS)
-@pytest.mark.parametrize("family", BUILT_IN)
+@pytest.mark.parametrize(("family", "request_"), [(family, one) for family in BUILT_IN for one in checks.requests(family)])
 def test_a_processors_inputs_make_the_prompt_that_they_were_made_of(family, request_):
     lm, want = checks.model(family), checks.prompt(family, request_)
     found = lm.hf_prompt(lm.hf_inputs(lm.hf.config, want))
