@@ -238,7 +238,9 @@ def summary() -> str:
 
 
 GROUPS = {
-    "Decode": ("load", "check_pair", "read_video", "DecodingGraph", "GenerationOptions", "Step", "autoregressive", "compare"),
+    "Sessions": ("load_pair", "Session", "Options", "GenerationResult", "TokenLogprobs", "TextStream", "custom_generate"),
+    "Videos": ("read_video", "clip_from_frames", "Clip"),
+    "Decode": ("load", "check_pair", "DecodingGraph", "GenerationOptions", "Step", "autoregressive", "compare"),
     "Several requests": ("Scheduler",),
     "Write a strategy": (
         *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),

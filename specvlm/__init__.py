@@ -1,8 +1,10 @@
 """Lossless speculative decoding for video LLMs, built from interchangeable strategies.
 
-    from specvlm import DecodingGraph, load, registry
-    graph = DecodingGraph(load("…-32B"), load("…-7B"), registry.build("pruner", "two_stage"), …)
-    for step in graph.decode(prompt, GenerationOptions(max_new_tokens=256)): …
+    import specvlm
+    session = specvlm.load_pair("…-32B", "…-7B")
+    print(session.generate("What happens?", videos="clip.mp4").text)
+
+`DecodingGraph` is the loop itself, with models and strategies chosen one by one.
 
 Names are imported on first use. So the command line can answer before torch is loaded, and a plugin that imports only
 base classes does not load transformers.
@@ -27,10 +29,30 @@ if TYPE_CHECKING:
         gumbel,
     )
     from specvlm.strategies.plugins import hookimpl
-    from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
+    from specvlm.types import (
+        DraftTree,
+        GenerationOptions,
+        KeepSet,
+        Step,
+        TokenGrid,
+        TokenLogprobs,
+        TreeShape,
+        Verdict,
+        VideoPrompt,
+    )
 
 _STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
-_TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TreeShape", "Verdict", "VideoPrompt")
+_TYPES = (
+    "DraftTree",
+    "GenerationOptions",
+    "KeepSet",
+    "Step",
+    "TokenGrid",
+    "TokenLogprobs",
+    "TreeShape",
+    "Verdict",
+    "VideoPrompt",
+)
 _LATER = {
     **dict.fromkeys((*_STRATEGY, "VerifyContext", "gumbel"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
@@ -44,13 +66,22 @@ _LATER = {
     "compare": "specvlm.decoding.lossless",
     "read_video": "specvlm.video.video",
     "registry": "specvlm.strategies.registry",
+    "load_pair": "specvlm.session.load",
+    "Session": "specvlm.session.session",
+    "TextStream": "specvlm.session.stream",
+    "custom_generate": "specvlm.session.custom_generate",
+    "GenerationResult": "specvlm.session.result",
+    "Options": "specvlm.session.options",
+    "clip_from_frames": "specvlm.video.memory",
+    "Clip": "specvlm.video.video",
 }
 
 __all__ = [
-    "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
-    "KeepSet", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
-    "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "compare",
-    "gumbel", "hookimpl", "load", "read_video", "registry",
+    "Clip", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
+    "GenerationResult", "KeepSet", "Options", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler",
+    "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TreeShape", "UserError", "Verdict",
+    "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "clip_from_frames", "compare",
+    "custom_generate", "gumbel", "hookimpl", "load", "load_pair", "read_video", "registry",
 ]  # fmt: skip
 
 

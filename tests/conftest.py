@@ -60,3 +60,15 @@ def pytest_terminal_summary(terminalreporter):
     for name, seconds in costs.items():
         if seconds > NOTICED_S:
             terminalreporter.write_line(f"not marked slow, and took {seconds:.1f} s of the processor: {name}")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Make a tokenizer of single bytes, as released models spell rare characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({char: number for number, char in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=["<end>"])

@@ -125,7 +125,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_prints_the_answer(capsys):
-    (code,) = re.findall(r"```python\n(from specvlm import DecodingGraph.*?)```", README, re.S)
+    (code,) = re.findall(r"```python\n(import specvlm\n.*?)```", README, re.S)
     exec(code, {})
     assert capsys.readouterr().out.strip() == "four objects appear on a checkered navy background."
 

@@ -174,7 +174,8 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
 def revision() -> str:
     """Hash of the source code that the target's own answer depends on, kernels included."""
     home, found = Path(__file__).parents[1], sha256()
-    files = ("decoding/loop.py", "decoding/output.py", "decoding/scheduler.py", "parallel/ranks.py", "strategies/verifier.py")
+    files: tuple[str, ...] = ("parallel/ranks.py", "strategies/verifier.py")
+    files += tuple(f"decoding/{name}.py" for name in ("loop", "output", "prefill", "scheduler", "text"))
     for part in ("engine", "models", "strategies/verifiers", "types", *files):
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

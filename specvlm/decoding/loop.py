@@ -15,15 +15,17 @@ from torch import Tensor
 
 from specvlm.decoding.broadcast import BroadcastSession
 from specvlm.decoding.collect import collector_for, gathered, state_layer
+from specvlm.decoding.logprobs import with_logprobs
 from specvlm.decoding.output import Output
+from specvlm.decoding.prefill import SharedPrefill, prefill
 from specvlm.decoding.scheduler import alone
 from specvlm.decoding.timing import Clock
 from specvlm.engine import Engine
+from specvlm.engine.adjusted import penalty_for
 from specvlm.engine.base import Request, first_token
-from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.errors import StrategyError, UserError, line
 from specvlm.models.attention import AttentionCollector
-from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
+from specvlm.models.kv_cache import CacheLease, CachePool
 from specvlm.models.passes import Call, Pass, Passes, guarded
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
@@ -52,20 +54,6 @@ def generator_for(seed: int) -> torch.Generator:
 def verifier_generator(seed: int) -> torch.Generator:
     """Make a generator for the verifier, apart from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
-
-
-def prefill(
-    target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None,
-    engine: Engine | None = None,
-) -> tuple[Tensor | Features, Tensor]:  # fmt: skip
-    """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
-    features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
-    embeds_SD = target.embed(prompt, features_ND)
-    if collector is not None:
-        with inside(getattr(collector.weigh, "__self__", "pruner")):
-            collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
-    clock.mark("embed")
-    return features_ND, (engine or Engine()).prefill(target, prompt, (embeds_SD, target.positions(prompt)), cache, collector)
 
 
 def autoregressive(
@@ -101,8 +89,8 @@ def autoregressive_work(
     """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run."""
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
-    output, generator = Output(asked.max_new_tokens, stop_ids), verifier_generator(asked.seed)
-    penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
+    output, generator = Output.of(target, asked), verifier_generator(asked.seed)
+    penalty = penalty_for(target, prompt, asked)
     with caches.lease() as lease:
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
@@ -169,25 +157,35 @@ class DecodingGraph:
         """
         return alone(self.engine, self.work(prompt, options))
 
-    def work(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Generator[Pass | Step, Any, None]:
-        """Decode as `decode` does, as a generator of passes and steps for a `Scheduler` to run."""
+    def work(
+        self, prompt: VideoPrompt, options: GenerationOptions | int | None = None, shared: SharedPrefill | None = None
+    ) -> Generator[Pass | Step, Any, None]:
+        """Decode as `decode` does, as a generator of passes and steps for a `Scheduler` to run.
+
+        shared: Prefill to share with other requests of this graph that have the same prompt.
+        """
         target, drafter, verifier = self.target, self.drafter, self.verifier
         asked, clock = self.options.asked(options), Clock(target.device)
         stop_ids, generator = asked.stop_ids_or(target.stop_ids), generator_for(asked.seed)
-        output = Output(asked.max_new_tokens, stop_ids)
+        output = Output.of(target, asked)
         most, _ = sizes_of(drafter)
         view = self._view(prompt, asked.ratio)
         with self.caches.lease() as lease, self.caches.lease(drafter=True) as drafts:
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
-            penalty = RepetitionPenalty.of(target, prompt, asked.repetition_penalty)
+            penalty = penalty_for(target, prompt, asked)
             collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
-            features_ND, logits_MV = prefill(target, prompt, cache, clock, collector, self.engine)
+            fill = partial(prefill, target, prompt, clock=clock, collector=collector, engine=self.engine)
+            if shared is None:
+                features_ND, logits_MV = fill(cache)
+            else:
+                features_ND, logits_MV, collector = shared.fill(cache, len(prompt), fill, collector)
             copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
             clock.mark("prefill")
-            yield Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
+            first = Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
+            yield (yield from with_logprobs(first, output, request, logits_MV, asked.logprobs))
             if output.done:
                 return
             recorded = gathered(RECORDED, prompt, collector, features_ND) if asked.record else {}
@@ -231,7 +229,8 @@ class DecodingGraph:
                 verdict, new = yield from self.engine.check(request, tree)
                 clock.mark("verify")
                 tokens, times = output.take(new), clock.lap()
-                yield Step(tokens, tree.on_host(), verdict, times, shown, attention, self.lossless)
+                step = Step(tokens, tree.on_host(), verdict, times, shown, attention, self.lossless)
+                yield (yield from with_logprobs(step, output, request, logits_MV, asked.logprobs))
                 if output.done:
                     return
                 clock.resume()

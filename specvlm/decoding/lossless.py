@@ -21,13 +21,15 @@ further than `evidence.DRIFT`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from specvlm.decoding.evidence import Choice, Comparison, Evidence
+from specvlm.decoding.output import Output
 from specvlm.engine import Engine
-from specvlm.engine.repetition import RepetitionPenalty
+from specvlm.engine.adjusted import penalty_for
 from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
 from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.strategies import Sampling, Verifier
@@ -88,13 +90,12 @@ def compare(
     if exact:
         why = f"{output[first]} came out, the target alone gives {baseline[first]}, and this engine is exact by construction"
         return Comparison("mismatch", first, reason=why, candidates=(output[first], baseline[first]))
-    stop_ids = options.stop_ids_or(target.stop_ids)
-    ended = output[-1] in stop_ids
-    if stop_ids & set(output[:-1]) or (not ended and len(output) < len(baseline)):
+    end = Output.of(target, replace(options, max_new_tokens=len(output) + 1))
+    if len(end.take(output)) < len(output) or (not end.done and len(output) < len(baseline)):
         return Comparison("mismatch", first, reason="the output does not end where it should")
     with (caches or CachePool()).lease() as lease:
         rule = Choice(sampling, options.seed)
-        passes = _Passes(target, prompt, output, steps, lease, engine or Engine(), options.repetition_penalty, rule)
+        passes = _Passes(target, prompt, output, steps, lease, engine or Engine(), options, rule)
         return passes.judge(baseline[first], first, verifier)
 
 
@@ -118,7 +119,7 @@ class _ReplayError(Exception):
 
 
 class _Passes:
-    """Computes logits of the output in several kinds of pass, with the repetition penalty applied.
+    """Computes logits of the output in several kinds of pass, with the request's changes to logits applied.
 
     Shape suffixes: T tokens of the output, M tree nodes, K watched tokens, V vocabulary.
     """
@@ -131,12 +132,12 @@ class _Passes:
         steps: Sequence[Step],
         caches: CacheLease,
         engine: Engine,
-        penalty: float | None,
+        options: GenerationOptions,
         rule: Choice,
     ) -> None:
         self.rule = rule
         self.target, self.prompt, self.output, self.engine, self.steps = target, prompt, list(output), engine, steps
-        self.penalty = penalty
+        self.options = options
         widest = max((len(step.tree) for step in steps if step.tree is not None), default=0)
         self.cache = caches.take("target", target, len(prompt) + len(output) + widest)
         self.inputs = target.embed(prompt, target.features(prompt)), target.positions(prompt)
@@ -178,7 +179,7 @@ class _Passes:
 
     def _penalised(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Apply the repetition penalty to the (V,) logits of each token, given the prompt and the output before it."""
-        penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
+        penalty = penalty_for(self.target, self.prompt, self.options)
         for row_V, token in zip(rows, self.output, strict=True):
             yield penalty(row_V[None])[0]
             penalty.add(torch.tensor([token]))
@@ -207,7 +208,7 @@ class _Passes:
 
         Raises _ReplayError if a token differs, or if a round does not fit its tree.
         """
-        penalty = RepetitionPenalty.of(self.target, self.prompt, self.penalty)
+        penalty = penalty_for(self.target, self.prompt, self.options)
 
         def checked(logits_V: Tensor) -> Iterator[Tensor]:
             """Yield the penalised logits of the output's token `at`, then check that they give this token."""

@@ -1,20 +1,44 @@
 """Decide where an answer ends."""
 
+from collections.abc import Sequence
+
+from specvlm.decoding.text import AnswerText
+from specvlm.models.video_lm import VideoLM
+from specvlm.types import GenerationOptions
+
 
 class Output:
-    """Ends an answer after the first stop id (which is kept), or at the token limit if that comes first."""
+    """Ends an answer after the first stop id or stop text (the token is kept), or at the token limit if it comes first."""
 
-    def __init__(self, limit: int, stop_ids: frozenset[int]) -> None:
-        self.room, self.stop_ids = limit, stop_ids
+    def __init__(self, limit: int, stop_ids: frozenset[int], text: AnswerText | None = None) -> None:
+        """text: Finds stop texts; None if there are none."""
+        self.room, self.stop_ids, self._text = limit, stop_ids, text
+        self.tokens: list[int] = []  # the answer so far
+
+    @classmethod
+    def of(cls, target: VideoLM, options: GenerationOptions) -> "Output":
+        """Make the output of a request."""
+        text = AnswerText(target.tokenizer, options.stop) if options.stop else None
+        return cls(options.max_new_tokens, options.stop_ids_or(target.stop_ids), text)
 
     @property
     def done(self) -> bool:
         """Whether the answer has ended."""
         return self.room == 0
 
-    def take(self, tokens: list[int]) -> tuple[int, ...]:
+    def take(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return those of a round's tokens that belong to the answer, and count them towards the limit."""
         tokens = tokens[: self.room]
-        stop = next((i for i, token in enumerate(tokens, start=1) if token in self.stop_ids), None)
+        stop = next((number for number, token in enumerate(tokens, start=1) if self._ends(token)), None)
         self.room = 0 if stop else self.room - len(tokens)
+        self.tokens += tokens[:stop]
         return tuple(tokens[:stop])
+
+    def _ends(self, token: int) -> bool:
+        """Whether the answer ends with this token, the next one."""
+        if token in self.stop_ids:
+            return True
+        if self._text is None:
+            return False
+        self._text.put(token)
+        return self._text.stopped

@@ -88,7 +88,7 @@ class GraphsEngine(Engine):
         target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
         lean = self.lean(target)
         # `strict_ends` needs a lossy rule's logits, which a captured step does not return.
-        captured = len(tree) <= ROWS and verifier.on_device and request.lossless
+        captured = len(tree) <= ROWS and verifier.on_device and request.lossless and penalty.captures
         if lean is None or not captured or (tree.varies and len(lean.stages) > 1):
             return (yield from super().check(request, tree))
         device, count = target.head_device, len(tree)

@@ -25,6 +25,8 @@ class RepetitionPenalty:
     Source: CTRL (arXiv 1909.05858), section 4.1, in Hugging Face's form. A factor of 1 changes nothing, at no cost.
     """
 
+    captures = True  # whether a captured step can apply it
+
     def __init__(self, factor: float, seen_V: Tensor) -> None:
         """seen_V: (V,) bool, True for tokens of the prompt and the output so far; `add` updates it in place."""
         self.factor, self.seen_V = factor, seen_V

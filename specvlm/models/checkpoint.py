@@ -27,26 +27,29 @@ PACKAGES = {"quark": "amd-quark"}  # quantisation methods whose package has a di
 TEXTS = (".json", ".jinja", ".txt", ".model")  # suffixes of files that are read as a whole, so their size is limited
 
 
-def folder_of(path: str | Path, weights: bool = False) -> Path:
+def folder_of(path: str | Path, weights: bool = False, revision: str | None = None) -> Path:
     """Return the checkpoint's folder, downloading it if `path` is a name on the hub.
 
     Args:
         path: Folder, or "owner/name" on the hub.
         weights: Download the weights as well.
+        revision: Branch, tag or commit on the hub; by default its main branch.
 
     Raises:
-        UserError: There is no such model, it has no config.json, or its folder contains a pipe, a device or a text file
-            that is too large.
+        UserError: There is no such model, a folder is given a revision, the folder has no config.json, or it contains a
+            pipe, a device or a text file that is too large.
     """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
         raise UserError(f"{path}: no such model folder")
+    if folder.exists() and revision:
+        raise UserError(f"revision={revision} is for a name on the hub, and {path} is a folder: leave it out")
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
         with explained(f"{path}: no such model folder, and it cannot be fetched"):
-            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a Hugging Face model folder")
     for found in sorted(folder.iterdir()):  # Hugging Face opens some of them itself, and would wait for a pipe forever

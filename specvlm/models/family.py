@@ -6,6 +6,7 @@ Shape suffixes: S prompt tokens, A rotary axes, D hidden size, L DeepStack level
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,6 +146,13 @@ class Family(ABC):
 
         It must share no code with `positions` and `encode_video`: `check=hf` finds their faults with it.
         """
+
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        """Convert the inputs that Hugging Face's processor gives the model to a prompt. The inverse of `hf_inputs`.
+
+        Raises UserError if they are not those of one prompt, or the family does not define this.
+        """
+        raise UserError(f"{self.family} takes no inputs of a processor: give a text or messages, with the videos")
 
     @classmethod
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:

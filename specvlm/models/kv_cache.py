@@ -182,6 +182,13 @@ class KVCache:
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 
+    def copy(self, source: KVCache) -> None:
+        """Fill this cache, which must be empty, with all rows of another cache of the same model."""
+        for mine, theirs in zip(self.stores, source.stores, strict=True):
+            for to, rows in zip(mine, theirs, strict=True):
+                to[:, :, :, : source.length] = rows[:, :, :, : source.length]
+        self.length, self.offset = source.length, source.offset
+
     def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
         """Fill this cache, which must be empty, with rows of another cache of the same model.
 

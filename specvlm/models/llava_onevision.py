@@ -1,6 +1,7 @@
 """LLaVA-OneVision over LlavaOnevisionForConditionalGeneration: 1-D positions, one newline token after each video."""
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from specvlm.errors import UserError
+from specvlm.models.processed import assembled, row_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import VisionProbe, inputs_of, received
 from specvlm.types import TokenGrid, VideoPrompt
-from specvlm.video.images import llava_image
+from specvlm.video.images import llava_image, llava_tokens
 from specvlm.video.preprocess import LlavaVideoConfig, llava_video
 from specvlm.video.settings import SamplingSettings
 from specvlm.video.video import Clip, VideoInfo
@@ -122,6 +124,21 @@ class LlavaOneVision(VideoLM):
                 made["batch_num_images"] = torch.tensor([len(prompt.images)])
             made["image_sizes"] = torch.tensor([i["size"] for i in prompt.images])
         return made
+
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        made = frozenset({"pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos"})
+        tokens_S, config = row_of(inputs, made), self.hf.config
+        clips, tiles, sizes = (inputs.get(name) for name in ("pixel_values_videos", "pixel_values", "image_sizes"))
+        videos = [] if clips is None else [{"pixels": pixels.cpu()} for pixels in clips]
+        images, side = [], int(config.vision_config.image_size) // int(config.vision_config.patch_size)
+        given = [] if tiles is None or sizes is None else list(zip(tiles, sizes, strict=True))
+        for pixels, size in given:
+            height, width = map(int, size)
+            alone = len(given) == 1
+            tokens = llava_tokens((height, width), config) if alone else side**2 + 1
+            images.append({"pixels": pixels.cpu() if alone else pixels[:1].cpu(), "size": (height, width), "tokens": tokens})
+        slots = (self.video_token, self.image_token)
+        return assembled(tokens_S, slots, [self.grid(len(video["pixels"])) for video in videos], videos, images)
 
     @classmethod
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:

@@ -41,7 +41,7 @@ class Checkpoint(NamedTuple):
     generation: Any
 
 
-def opened(path: str | Path, weights: bool) -> Checkpoint:
+def opened(path: str | Path, weights: bool, revision: str | None = None) -> Checkpoint:
     """Read everything in a checkpoint folder except the weights.
 
     From the hub, the weight files are downloaded only if `weights` is set, or if config.json gives no dtype. A missing
@@ -51,12 +51,12 @@ def opened(path: str | Path, weights: bool) -> Checkpoint:
     Raises:
         UserError: Something in the folder cannot be used.
     """
-    folder = checkpoint.folder_of(path, weights)
+    folder = checkpoint.folder_of(path, weights, revision)
     config = checkpoint.config_of(folder)
     family = family_of(folder, config)
     method = checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None
     if config.dtype is None and not Path(path).exists():
-        folder = checkpoint.folder_of(path, weights=True)
+        folder = checkpoint.folder_of(path, weights=True, revision=revision)
     if weights or config.dtype is None or (Path(path).exists() and any(folder.glob("*.safetensors*"))):
         checkpoint.weight_files(folder, config)
         config.dtype = checkpoint.dtype_in(folder, config, "auto")
@@ -146,6 +146,7 @@ def load(
     progress: bool = False,
     split: Sequence[tuple[int, torch.device]] = (),
     ranks: ProcessGroup = SINGLE,
+    revision: str | None = None,
 ) -> VideoLM:
     """Load a checkpoint as a VideoLM. Reads safetensors weights only and runs no remote code.
 
@@ -164,13 +165,14 @@ def load(
         split: (number of layers, device) pairs that replace `device`, for Hugging Face's `device_map`. Needs
             accelerate. Split layers cannot be quantised.
         ranks: Processes that share every layer, by Hugging Face's `tp_plan`. Needs accelerate.
+        revision: Branch, tag or commit, for a name on the hub.
 
     Raises:
         UserError: The checkpoint or an argument cannot be used.
     """
     if dtype != "auto" and dtype not in checkpoint.DTYPES:
         raise UserError(f"dtype={dtype} is none of auto, {', '.join(checkpoint.DTYPES)}")
-    found = opened(path, weights=True)
+    found = opened(path, weights=True, revision=revision)
     held_in = checkpoint.dtype_in(found.folder, found.config, dtype)
     kind = kind_of(weights, held_in, quantised=found.method)
     attention.register()

@@ -1,5 +1,6 @@
 """Qwen2.5-VL over Qwen2_5_VLForConditionalGeneration, with M-RoPE positions."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from specvlm.errors import UserError
+from specvlm.models.processed import assembled, row_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import VisionProbe
 from specvlm.types import TokenGrid, VideoPrompt
@@ -158,6 +160,19 @@ class Qwen2_5_VL(VideoLM):
             made["image_grid_thw"] = torch.tensor([image["thw"] for image in images])
         return made
 
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        made = frozenset({"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"})
+        tokens_S = row_of(inputs, made)
+        videos = _parts(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw"))
+        images = _parts(inputs.get("pixel_values"), inputs.get("image_grid_thw"))
+        given = inputs.get("second_per_grid_ts")
+        seconds = [1.0] * len(videos) if given is None else [float(number) for number in given]  # as get_rope_index does
+        videos = [video | {"seconds": pace} for video, pace in zip(videos, seconds, strict=True)]
+        sizes = [(t, h // self._merge, w // self._merge) for t, h, w in (item["thw"] for item in (*videos, *images))]
+        images = [image | {"tokens": t * h * w} for image, (t, h, w) in zip(images, sizes[len(videos) :], strict=True)]
+        slots = (self.video_token, self.image_token)
+        return assembled(tokens_S, slots, [TokenGrid(*size) for size in sizes[: len(videos)]], videos, images)
+
     @classmethod
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -175,3 +190,12 @@ class Qwen2_5_VL(VideoLM):
     def tiny_video(cls, frames: int, generator: torch.Generator) -> tuple[TokenGrid, dict[str, Any]]:
         pixels = torch.randn(frames * 32, 96, generator=generator)
         return TokenGrid(frames, 4, 2), {"pixels": pixels, "thw": (frames, 8, 4), "seconds": 1.0}
+
+
+def _parts(pixels: Tensor | None, grids: Any) -> list[dict[str, Any]]:
+    """Split the patches of all videos, or of all images, by their grids. Returns `pixels` and `thw` of each."""
+    if pixels is None:
+        return []
+    sizes: list[tuple[int, int, int]] = [(int(t), int(h), int(w)) for t, h, w in grids]
+    parts = pixels.cpu().split([t * h * w for t, h, w in sizes])
+    return [{"pixels": part, "thw": size} for part, size in zip(parts, sizes, strict=True)]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor
 
 from specvlm.errors import UserError
+
+MOST_LOGPROBS = 100
+LogitsRule: TypeAlias = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,11 @@ class GenerationOptions:
             checkpoint; 1 turns it off.
         stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.
         record: Also return the target's attention to the video (`Step.attention`).
+        stop: Texts that end the answer, after the token that completes one. Special tokens have no text here.
+        adjust: Changes the target's logits, after the repetition penalty: maps the token ids of the answer so far and
+            the (V,) logits of the next token to (V,) logits. It must depend on nothing else. None changes nothing.
+        logprobs: Also return the target's log-probabilities: those of each token of the answer, and of this many of
+            the most likely tokens in its place (`Step.logprobs`). None: none.
 
     Raises:
         UserError: A value is out of range.
@@ -33,6 +45,9 @@ class GenerationOptions:
     repetition_penalty: float | None = None
     stop_ids: frozenset[int] | None = None
     record: bool = False
+    stop: tuple[str, ...] = ()
+    adjust: LogitsRule | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -43,6 +58,10 @@ class GenerationOptions:
             raise UserError(f"positions={self.positions!r} is none of original, reindexed")
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise UserError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop={self.stop!r}: wanted texts, none of them empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(f"logprobs={self.logprobs}: wanted a number of tokens from 0 to {MOST_LOGPROBS}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
         """Resolve a caller's argument: None gives `self`, an int gives `self` with that `max_new_tokens`.

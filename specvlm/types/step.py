@@ -2,11 +2,26 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from specvlm.types.tree import DraftTree, Verdict
 from specvlm.types.video import KeepSet
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities in place of one token of the answer, by the target's own logits.
+
+    Attributes:
+        token: Token id.
+        logprob: Its log-probability.
+        top: The most likely token ids there, best first, with their log-probabilities.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Step:
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
             the request has `record`.
+        logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for them.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
             target would have chosen.
     """
@@ -36,6 +52,7 @@ class Step:
     keep: KeepSet | None = None
     attention: Tensor | None = None
     lossless: bool = True
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def drafted(self) -> int:

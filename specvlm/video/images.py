@@ -80,10 +80,10 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
     if tiles.shape[2:] != (side, side):
         raise UserError(f"{folder}: the image processor makes tiles of {tuple(tiles.shape[2:])}, the model takes {side}")
     size = (image.shape[1], image.shape[2])
-    return tiles, size, _llava_tokens(size, config) if alone else (side // config.vision_config.patch_size) ** 2 + 1
+    return tiles, size, llava_tokens(size, config) if alone else (side // config.vision_config.patch_size) ** 2 + 1
 
 
-def _llava_tokens(size: tuple[int, int], config: Any) -> int:
+def llava_tokens(size: tuple[int, int], config: Any) -> int:
     """Count the tokens that LlavaOnevisionModel.pack_image_features makes of an image.
 
     First come the tokens of the whole image, then those of its parts, cropped to the image's shape. If the parts have

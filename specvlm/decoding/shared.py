@@ -1,0 +1,99 @@
+"""A scheduler that several threads share, so that their requests run together."""
+
+from __future__ import annotations
+
+from threading import Condition
+
+import torch
+
+from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket, inferring
+from specvlm.engine import Engine
+from specvlm.types import Step
+
+
+class SharedScheduler:
+    """Runs the requests of several threads on one engine.
+
+    There is no thread of its own: of the threads that wait for a step, one runs a turn for all requests, then the next.
+    So a request rests while nobody waits for a step of any request, and nothing needs to be shut down.
+
+    Args:
+        engine: Engine that runs the passes.
+        device: Device of the models. If it is a GPU, each thread makes it its current one.
+    """
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._scheduler, self._device = Scheduler(engine), device
+        self._changed = Condition()  # guards all below, and tells of the end of a turn
+        self._running = False  # whether a thread runs a turn
+        self._new: list[Ticket] = []
+        self._gone: list[Ticket] = []
+
+    @property
+    def asked(self) -> int:
+        """Number of passes requested so far."""
+        return self._scheduler.asked
+
+    @property
+    def run(self) -> int:
+        """Number of engine calls that served them."""
+        return self._scheduler.run
+
+    def submit(self, work: Decoding) -> Ticket:
+        """Add a request. It starts with the next turn."""
+        ticket = Ticket(work)
+        with self._changed:
+            self._new.append(ticket)
+        return ticket
+
+    def step(self, ticket: Ticket) -> Step | None:
+        """Wait for a request's next step and return it; None after its last one. Runs turns if no other thread does.
+
+        Raises the error that ended the request.
+        """
+        with self._changed:
+            while not ticket.steps and not ticket.done:
+                if self._running:
+                    self._changed.wait()
+                else:
+                    self._turn()
+            if ticket.steps:
+                return ticket.steps.popleft()
+            error, ticket.error = ticket.error, None
+        if error is None:
+            return None
+        try:
+            raise error
+        finally:
+            del error  # break the reference cycle, which would keep the frames' GPU tensors alive
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request and release its caches: now, or at the end of the turn that is running."""
+        with self._changed:
+            self._gone.append(ticket)
+            if not self._running:
+                self._settle()
+
+    def _turn(self) -> None:
+        """Run a turn without the lock, then let other threads look. Called with the lock."""
+        self._settle()
+        self._running = True
+        self._changed.release()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            with inferring():
+                self._scheduler.turn()
+        finally:
+            self._changed.acquire()
+            self._running = False
+            self._settle()
+            self._changed.notify_all()
+
+    def _settle(self) -> None:
+        """Admit new requests and drop cancelled ones. Called with the lock, while no turn runs."""
+        gone, self._gone = self._gone, []
+        self._scheduler.live += self._new
+        self._new = []
+        for ticket in gone:
+            self._scheduler.cancel(ticket)

@@ -1,0 +1,65 @@
+"""Turn the tokens of an answer into text as they come, and find the texts that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+BROKEN = "\ufffd"  # decoders put it in place of a character whose last bytes have not come yet
+
+
+class AnswerText:
+    """The text of a growing answer, in whole characters.
+
+    The pieces that `put` and `end` return add up to the text of all tokens, without special tokens and up to the first
+    stop text. A piece is held back while it may be part of a character or the beginning of a stop text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Texts that end the answer.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.stopped = False  # whether a stop text has come
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # Tokens since the last but one piece, and how many of them are in text already. A decoder may treat the first
+        # token otherwise, so the tokens of the last piece stay in front of new ones.
+        self._tokens: list[int] = []
+        self._known = 0
+        self._held = ""  # text that may begin a stop text
+
+    def put(self, token: int) -> str:
+        """Add a token. Returns the text that has become certain, which may be empty."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        new = self._decoded()
+        return "" if not new or new.endswith(BROKEN) else self._passed(new)
+
+    def end(self) -> str:
+        """End the answer. Returns the text held back, with a replacement character for a character that broke off."""
+        if self.stopped:
+            return ""
+        found = self._passed(self._decoded())
+        if self.stopped:
+            return found
+        rest, self._held, self.stopped = self._held, "", True
+        return found + rest
+
+    def _decoded(self) -> str:
+        """Return the text of the tokens that are not in text yet."""
+        known, whole = (
+            self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (self._tokens[: self._known], self._tokens)
+        )
+        return str(whole[len(known) :])
+
+    def _passed(self, new: str) -> str:
+        """Count text as known. Returns it, without what is held back or comes after a stop text."""
+        self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
+        text = self._held + new
+        if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,0 +1,61 @@
+"""Use a Hugging Face model that the caller has loaded, without changing it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from specvlm.errors import UserError, explained
+from specvlm.models import attention, checkpoint, families
+from specvlm.models.chat import tokenizer_of
+from specvlm.models.load import settle
+from specvlm.models.partition import stages_of
+from specvlm.models.video_lm import VideoLM
+
+
+def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> VideoLM:
+    """Wrap a loaded Hugging Face model as a VideoLM that shares its weights.
+
+    The modules are copied without their tensors, since ours need another attention function than the caller's. So move
+    the model to its device before, and do not replace modules of it afterwards.
+
+    Args:
+        hf: The model, in eval mode.
+        folder: Folder or name on the hub, for tokenizer and preprocessing; by default the one it was loaded from.
+        mrope: As in `VideoLM`.
+
+    Raises:
+        UserError: The model's family is not supported, it is in training mode, or the folder cannot be used.
+    """
+    model_type = getattr(getattr(hf, "config", None), "model_type", None)
+    if model_type is None or not hasattr(hf, "generation_config"):
+        raise UserError(f"a {type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
+    family = families.find(model_type)
+    if hf.training:
+        raise UserError("the model is in training mode: call its eval() first")
+    held = _folder_of(hf, folder)
+    attention.register()
+    own = twin(hf)
+    with explained(f"{held}: no model can be made of this {type(hf).__name__}"):
+        own.set_attn_implementation(attention.IMPLEMENTATIONS)
+        if len(stages_of(own.model.language_model)) > 1:
+            settle(own)
+        model = family(own, tokenizer_of(held), held, mrope)
+        model.check_settings()
+    return model
+
+
+def twin(hf: Any) -> Any:
+    """Copy a model's modules and settings; its weights and buffers are shared, not copied."""
+    shared = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
+    return copy.deepcopy(hf, shared).eval()
+
+
+def _folder_of(hf: Any, folder: str | Path | None) -> Path:
+    """Return the folder of the model's tokenizer and settings. Raises UserError if there is none."""
+    revision = None
+    if folder is None:
+        folder = getattr(hf.config, "_name_or_path", "") or ""
+        revision = None if Path(folder).exists() else getattr(hf.config, "_commit_hash", None)
+    if not str(folder):
+        raise UserError("the model was not loaded from a folder: name one with a tokenizer and processor settings")
+    return checkpoint.folder_of(folder, revision=revision)

@@ -1,0 +1,126 @@
+"""Translate what Hugging Face's `generate` passes to a decoding method: its config, processors and criteria.
+
+Shape suffixes: T tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMode
+from transformers.generation.logits_process import (
+    LogitNormalization,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specvlm.errors import UserError
+from specvlm.strategies import Sampling
+
+WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
+OTHER_WARPERS = frozenset(
+    f"{name}LogitsWarper" for name in ("MinP", "Typical", "Epsilon", "Eta", "TopH")
+)  # rules of sampling that the sampling verifier does not have
+# Processors whose result depends on more than the token ids and the logits.
+STATEFUL = frozenset({"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"})
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def check_config(config: Any, others: Mapping[str, Any]) -> None:
+    """Raise UserError for what this method does not do. others: model inputs besides tokens and pixels."""
+    mode = config.get_generation_mode()
+    if mode not in MODES:
+        raise UserError(f"generate is asked for {str(mode.value).replace('_', ' ')}, which cannot be speculative here")
+    for name in OUTPUTS:
+        if getattr(config, name, None) and config.return_dict_in_generate:
+            raise UserError(f"{name}=True is not supported with custom_generate: leave it out")
+    if others.get("inputs_embeds") is not None:
+        raise UserError("inputs_embeds are not supported with custom_generate: give input_ids and pixels")
+    if others.get("attention_mask") is not None:  # dropped by `generate` if it is all ones
+        raise UserError("the prompt has padding, which a single prompt does not need")
+    cache = others.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise UserError("past_key_values are not supported with custom_generate: the prompt is read from its beginning")
+
+
+def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[Any]]:
+    """Split processors into the sampling settings and those that change logits before.
+
+    Raises UserError for one that cannot be applied to guesses.
+    """
+    settings: dict[str, Any] = {}
+    rest = []
+    for one in processors:
+        if type(one) in WARPERS:
+            name = WARPERS[type(one)]
+            settings[name] = getattr(one, name)
+        elif (name := type(one).__name__) in OTHER_WARPERS or name in STATEFUL:
+            raise UserError(f"{name} is not supported with custom_generate")
+        elif not isinstance(one, LogitNormalization):  # a shift of all logits changes no choice
+            if settings:
+                raise UserError(f"{name} after the rules of sampling is not supported with custom_generate")
+            rest.append(one)
+    return (Sampling(**{"temperature": 1.0} | settings) if config.do_sample else Sampling()), rest
+
+
+def logits_rule(rest: Sequence[Any], prompt_S: Tensor) -> dict[str, Any]:
+    """Make the options of a request that apply these processors: a repetition penalty alone, or a rule of all."""
+    if not rest:
+        return {"repetition_penalty": 1.0}
+    (first, *more) = rest
+    if type(first) is RepetitionPenaltyLogitsProcessor and not more:
+        return {"repetition_penalty": float(first.penalty)}
+    return {"repetition_penalty": 1.0, "adjust": Processors(rest, prompt_S)}
+
+
+class Processors:
+    """A rule that applies Hugging Face's processors, in float32 as `generate` does."""
+
+    def __init__(self, processors: Sequence[Any], prompt_S: Tensor) -> None:
+        self._processors, self._prompt = LogitsProcessorList(processors), prompt_S
+
+    def __call__(self, answer: Sequence[int], logits_V: Tensor) -> Tensor:
+        ids_T = torch.cat([self._prompt, torch.tensor(answer, dtype=self._prompt.dtype)])
+        logits_1V = logits_V[None].to(copy=True, dtype=torch.float32)
+        return self._processors(ids_T[None].to(logits_V.device), logits_1V)[0]
+
+
+class Ending:
+    """Cuts an answer where Hugging Face's stopping criteria end it. They are asked after every token."""
+
+    def __init__(self, criteria: Any, prompt_S: Tensor, device: torch.device) -> None:
+        self._criteria, self._ids_1T = criteria, prompt_S[None].to(device)
+        self.done = False
+
+    def take(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Return those of a round's tokens that belong to the answer."""
+        kept = []
+        for token in () if self.done else tokens:
+            kept.append(token)
+            self._ids_1T = torch.cat([self._ids_1T, self._ids_1T.new_tensor([[token]])], 1)
+            if bool(self._criteria(self._ids_1T, None).all()):
+                self.done = True
+                break
+        return tuple(kept)
+
+
+def streamer_of_caller() -> Any:
+    """Return the streamer that was given to the running `generate`; None if there is none.
+
+    transformers 5.17 to 5.23 do not pass it on to a callable: `_extract_generation_mode_kwargs` drops it. It is a local
+    variable of `generate`, whose frame is looked for here. Left alone, the streamer would never hear of the end.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

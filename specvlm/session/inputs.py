@@ -1,0 +1,135 @@
+"""Make the target's prompt of what a caller gives: a text, chat messages or a processor's inputs, videos and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from specvlm.errors import UserError, explained
+from specvlm.models.chat import checked
+from specvlm.models.video_lm import VideoLM
+from specvlm.session.options import Options
+from specvlm.types import VideoPrompt
+from specvlm.video.clips import find_clip
+from specvlm.video.memory import BytesFile, clip_from_frames, detached, picture
+from specvlm.video.video import Clip, probe, read_video
+
+BYTES = (bytes, bytearray, memoryview)
+MEDIA = ("video", "image")
+
+
+class Reading(NamedTuple):
+    """A prompt, and the number of frames that were read for it. None if the pixels came from elsewhere."""
+
+    prompt: VideoPrompt
+    frames: int | None
+
+
+def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Options) -> Reading:
+    """Read videos and images and make the prompt.
+
+    Args:
+        target: The target.
+        prompt: The question; chat messages; the inputs of the model's Hugging Face processor; or a `VideoPrompt`.
+        videos: A video or several, before the question, or in place of the empty parts of the messages. Each is a path,
+            the name of an embedded clip, a file's bytes, an array or a tensor, a list of frames, or a `Clip`.
+        images: An image or several: paths, bytes, arrays, tensors or pictures of Pillow.
+        options: How videos are sampled.
+
+    Raises:
+        UserError: Something cannot be used.
+    """
+    clips = [clip_of(target, video, options) for video in _videos(videos)]
+    pictures = [
+        picture(image) for image in (images if isinstance(images, list | tuple) else [] if images is None else [images])
+    ]
+    if isinstance(prompt, VideoPrompt) or (isinstance(prompt, Mapping) and "input_ids" in prompt):
+        if clips or pictures:
+            raise UserError("a processor's inputs hold their videos and images: leave out videos and images")
+        return Reading(prompt if isinstance(prompt, VideoPrompt) else processed(target, prompt), None)
+    if isinstance(prompt, str):
+        count = sum(len(clip.frames) for clip in clips)
+        return Reading(target.prompt(prompt, clips, pictures, options.max_pixels), count)
+    if not isinstance(prompt, Sequence):
+        raise UserError(f"a prompt is a text, a list of messages or a processor's inputs, got a {type(prompt).__name__}")
+    media = {"video": iter(clips), "image": iter(pictures)}
+    messages = list(_filled(target, prompt, media, options))
+    for kind, left in media.items():
+        if next(left, None) is not None:
+            raise UserError(f'the messages have no place for all {kind}s: add a part {{"type": "{kind}"}} for each')
+    given = [part["video"] for part in checked(messages) if part["type"] == "video"]
+    return Reading(target.chat(messages, options.max_pixels), sum(len(clip.frames) for clip in given))
+
+
+def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
+    """Make the prompt of a processor's inputs. Raises UserError if they cannot be used."""
+    with explained("the processor's inputs cannot be used"):
+        return target.hf_prompt(inputs)
+
+
+def clip_of(target: VideoLM, video: Any, options: Options) -> Clip:
+    """Read a video. Of a file, sample frames by the options, or by the family's own rule if they set none.
+
+    Raises UserError if it cannot be read, or the options would sample from frames in memory.
+    """
+    if isinstance(video, BYTES):
+        with BytesFile(video) as path:
+            return detached(_sampled(target, path, options), "a video of bytes")
+    if isinstance(video, str | Path):
+        return _sampled(target, find_clip(str(video)), options)
+    if options.frames is not None or options.fps is not None:
+        how = "clip_from_frames(frames, fps=…) states their rate"
+        raise UserError(f"frames=… and fps=… sample from files; frames in memory are used as they are: {how}")
+    return video if isinstance(video, Clip) else clip_from_frames(video)
+
+
+def _sampled(target: VideoLM, path: Path, options: Options) -> Clip:
+    """Sample the frames of a file that the target sees."""
+    sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
+    if not any(sampling.values()):
+        sampling = target.sampling(probe(path, options.reader))
+    return read_video(path, reader=options.reader, **sampling)
+
+
+def _videos(given: Any) -> list[Any]:
+    """Return the videos of an argument that may be a single one. A list of pictures is one video."""
+    if not isinstance(given, list | tuple):
+        return [] if given is None else [given]
+    frames = bool(given) and all(isinstance(one, Image.Image) or _is_picture(one) for one in given)
+    return [list(given)] if frames else list(given)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) and value.ndim == 3
+
+
+def _filled(
+    target: VideoLM, messages: Sequence[Any], media: Mapping[str, Iterator[Any]], options: Options
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the messages with clips and pictures in their parts. What is no message is left to `VideoLM.chat`."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            yield message
+        else:
+            yield {**message, "content": [_part(target, part, media, options) for part in content]}
+
+
+def _part(target: VideoLM, part: Any, media: Mapping[str, Iterator[Any]], options: Options) -> Any:
+    """Read the video or image of a part, which is under its kind or under "path"; an empty part takes the next one."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in MEDIA:
+        return part
+    if other := sorted(str(key) for key in part.keys() - {"type", "path", kind}):
+        raise UserError(f'a part of type {kind} has {", ".join(other)}: wanted "{kind}" or "path"')
+    source = part.get(kind, part.get("path"))
+    if source is not None:
+        return {"type": kind, kind: clip_of(target, source, options) if kind == "video" else picture(source)}
+    if (there := next(media[kind], None)) is None:
+        raise UserError(f'a part {{"type": "{kind}"}} has no {kind}: put it there, or give it in {kind}s=…')
+    return {"type": kind, kind: there}

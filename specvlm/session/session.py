@@ -1,0 +1,179 @@
+"""A session: a loaded pair that answers prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar, overload
+
+from specvlm.decoding import lossless
+from specvlm.decoding.loop import DecodingGraph, autoregressive_work
+from specvlm.decoding.shared import SharedScheduler
+from specvlm.engine import Engine
+from specvlm.errors import UserError
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.video_lm import VideoLM
+from specvlm.results.metrics import tokens_of
+from specvlm.session.call import Call, begun
+from specvlm.session.inputs import Reading, read
+from specvlm.session.options import Options
+from specvlm.session.result import GenerationResult, result_of
+from specvlm.session.stream import TextStream
+from specvlm.strategies.verifiers.coupled import own_rule
+from specvlm.types import GenerationOptions, Step
+
+T = TypeVar("T")
+MOST_CALLS = 256  # threads that wait for calls from asyncio
+
+
+class Session:
+    """A target, a draft and default options, from `load_pair`. Safe to use from several threads and from asyncio.
+
+    Calls that overlap share forward passes. Each call has its own options, caches and random numbers, so its answer is
+    the one it has alone. Nothing needs to be closed.
+
+    Attributes:
+        target: The target model.
+        draft: The draft model, or None.
+        options: Default options of calls.
+        caches: KV caches, kept between calls.
+        scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
+    """
+
+    def __init__(self, target: VideoLM, draft: VideoLM | None, vocabulary: int, engine: Engine, options: Options) -> None:
+        self.target, self.draft, self.options = target, draft, options
+        self.scheduler = SharedScheduler(engine, target.device)
+        self._vocabulary, self._engine, self.caches = vocabulary, engine, CachePool()
+        self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
+        self.graph(options)  # a default that does not fit the pair fails here
+
+    @overload
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: None = None, **options: Any
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int, **options: Any
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answer a prompt.
+
+        Args:
+            prompt: The question; chat messages in the form of Hugging Face's templates, with videos and images in their
+                parts; the inputs of the model's Hugging Face processor; or a `VideoPrompt`.
+            videos: A video or several: paths, names of embedded clips, bytes of files, uint8 arrays or tensors of
+                frames, lists of frames, or clips of `read_video` and `clip_from_frames`. They come before the question,
+                or in place of the messages' parts {"type": "video"}.
+            images: An image or several, given alike.
+            n: Number of answers to draw after one prefill.
+            options: See `Options`.
+
+        Returns:
+            A `GenerationResult`; with `n`, a list of them.
+
+        Raises:
+            UserError: The prompt, a video or an option cannot be used.
+        """
+        return self._generated(*self._prepared(prompt, videos, images, options | ({} if n is None else {"n": n})))
+
+    def stream(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> TextStream:
+        """Answer a prompt piece by piece: the text of each round as soon as it is decoded.
+
+        Args: As in `generate`, without `n`.
+
+        Returns:
+            An iterator of texts in whole characters. Closing it, or leaving its `with` block, ends the request and frees
+            its caches.
+
+        Raises:
+            UserError: As `generate` does.
+        """
+        return self._streamed(*self._prepared(prompt, videos, images, options))
+
+    @overload
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: None = None, **options: Any
+    ) -> GenerationResult: ...
+    @overload
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int, **options: Any
+    ) -> list[GenerationResult]: ...
+    async def generate_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, *, n: int | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answer a prompt as `generate` does, without blocking the event loop. Cancelling it ends the request."""
+        given = options | ({} if n is None else {"n": n})
+        asked = await self._in_thread(lambda: self._prepared(prompt, videos, images, given))
+        calls: list[Call] = []
+        try:
+            return await self._in_thread(lambda: self._generated(*asked, calls))
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def stream_async(
+        self, prompt: Any, videos: Any = None, images: Any = None, **options: Any
+    ) -> AsyncGenerator[str, None]:
+        """Answer a prompt as `stream` does, as an asynchronous iterator. Cancelling or closing it ends the request."""
+        pieces = self._streamed(*await self._in_thread(lambda: self._prepared(prompt, videos, images, options)))
+        try:
+            while (piece := await self._in_thread(lambda: next(pieces, None))) is not None:
+                yield piece
+        finally:
+            pieces.cancel()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> tuple[Options, Reading]:
+        asked = self.options.asked(options)
+        return asked, read(self.target, prompt, videos, images, asked)
+
+    def graph(self, options: Options) -> DecodingGraph:
+        """Build the graph of a call. Raises UserError if the strategies do not fit the models."""
+        strategies = options.strategies()
+        models = self.target, self.draft
+        return DecodingGraph(*models, *strategies, options.generation(), self._vocabulary, self.caches, self._engine)
+
+    def _streamed(self, asked: Options, reading: Reading) -> TextStream:
+        """Begin a stream. Raises UserError for options that only whole results can have."""
+        for name in ("n", "check"):
+            if getattr(asked, name):
+                raise UserError(f"{name}={getattr(asked, name)}: a stream is one answer, not compared: call generate")
+        graph = self.graph(asked)
+        return TextStream(self.target, reading, graph.options, Call(self.scheduler, graph.work(reading.prompt)))
+
+    def _generated(
+        self, asked: Options, reading: Reading, calls: list[Call] | None = None
+    ) -> GenerationResult | list[GenerationResult]:
+        """Decode one answer, or `n`. calls: Receives the requests, for another thread to cancel them."""
+        graph = self.graph(asked)
+        every = [replace(graph.options, seed=graph.options.seed + number) for number in range(asked.n or 1)]
+        with begun(self.scheduler, graph, reading.prompt, every) as mine:
+            if calls is not None:
+                calls += mine
+            found = [
+                self._result(graph, asked, reading, options, list(call)) for options, call in zip(every, mine, strict=True)
+            ]
+        return found if asked.n else found[0]
+
+    def _result(
+        self, graph: DecodingGraph, asked: Options, reading: Reading, options: GenerationOptions, steps: list[Step]
+    ) -> GenerationResult:
+        verdict = self._verdict(graph, reading, options, steps) if asked.check else "not checked"
+        return result_of(self.target, reading, options, steps, verdict)
+
+    def _verdict(self, graph: DecodingGraph, reading: Reading, options: GenerationOptions, steps: list[Step]) -> str:
+        """Decode with the target alone and compare."""
+        if not graph.lossless:
+            return "lossy"
+        if graph.sampling.temperature > 0 and not graph.sampling.coupled:
+            return "sampled"
+        alone = (self.target, reading.prompt, options, own_rule(graph.sampling), self.caches, self._engine)
+        baseline = tokens_of(list(Call(self.scheduler, autoregressive_work(*alone))))
+        rest = (self.caches, self._engine, steps, graph.verifier, options, graph.sampling)
+        return str(lossless.compare(self.target, reading.prompt, baseline, tokens_of(steps), *rest))

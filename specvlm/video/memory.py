@@ -1,0 +1,96 @@
+"""Make clips and images of what a program holds in memory: arrays, tensors, pictures of Pillow, files as bytes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from specvlm.errors import UserError, explained
+from specvlm.video.images import read_image
+from specvlm.video.video import Clip
+
+UNKNOWN_FPS = 24.0  # the rate that Hugging Face assumes for frames of unknown rate
+NAME = "frames in memory"
+
+
+def clip_from_frames(frames: Any, fps: float = UNKNOWN_FPS) -> Clip:
+    """Make a clip of frames in memory. All of them are used, none is sampled.
+
+    Args:
+        frames: A uint8 array or tensor (T, H, W, 3) or (T, 3, H, W), or a sequence of pictures as `picture` takes them.
+        fps: Frames per second.
+
+    Raises:
+        UserError: The frames are none of these, differ in size, or are none; `fps` is not a number above 0.
+    """
+    if not (isinstance(fps, int | float) and fps > 0 and isfinite(fps)):
+        raise UserError(f"fps={fps!r}: wanted frames per second, a number above 0")
+    if isinstance(frames, Tensor | np.ndarray):
+        if frames.ndim != 4 or not len(frames):
+            raise UserError(f"frames of shape {tuple(frames.shape)}: wanted (T, H, W, 3) or (T, 3, H, W)")
+    elif not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
+        raise UserError(f"{type(frames).__name__} is no video: wanted a path, bytes, an array, a tensor or a list of frames")
+    pictures = [picture(frame) for frame in frames]
+    if sizes := sorted({(one.shape[2], one.shape[1]) for one in pictures})[1:]:
+        raise UserError(f"the frames differ in size: one is {sizes[0][0]}x{sizes[0][1]}")
+    count = len(pictures)
+    return Clip(torch.stack(pictures), tuple(place / fps for place in range(count)), float(fps), NAME, count, float(fps))
+
+
+def picture(value: Any) -> Tensor:
+    """Return a picture as (3, H, W) uint8 RGB.
+
+    Args:
+        value: A path, a file's bytes, a picture of Pillow, or a uint8 array or tensor (H, W, 3) or (3, H, W).
+
+    Raises:
+        UserError: It is none of these, or cannot be read.
+    """
+    if isinstance(value, str | Path):
+        return read_image(Path(value).expanduser())
+    if isinstance(value, bytes | bytearray | memoryview):
+        with explained("the bytes of an image cannot be read"), Image.open(BytesIO(value)) as opened:
+            return picture(opened)
+    if isinstance(value, Image.Image):
+        return _channels_first(torch.from_numpy(np.array(ImageOps.exif_transpose(value).convert("RGB"))))
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+        kind = f"{getattr(value, 'dtype', '')} {type(value).__name__}".strip()
+        raise UserError(f"{kind} is no picture: wanted a path, bytes, a picture of Pillow, or uint8 values")
+    return _channels_first(value.cpu())
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """Return (3, H, W) of (3, H, W) or (H, W, 3). Raises UserError for any other shape."""
+    if pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]) or 0 in pixels.shape:
+        raise UserError(f"a picture of shape {tuple(pixels.shape)}: wanted (H, W, 3) or (3, H, W)")
+    return (pixels if pixels.shape[0] == 3 else pixels.permute(2, 0, 1)).contiguous()
+
+
+class BytesFile:
+    """Context manager: the path of a temporary file that holds these bytes, for readers that take files alone."""
+
+    def __init__(self, content: bytes | bytearray | memoryview) -> None:
+        self._content, self._folder = content, TemporaryDirectory(prefix="specvlm-")
+
+    def __enter__(self) -> Path:
+        path = Path(self._folder.name) / "video"
+        path.write_bytes(self._content)
+        return path
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+
+def detached(clip: Clip, name: str) -> Clip:
+    """Return a clip under another name, without its place in a file that will be gone."""
+    return replace(clip, source=name, index=())
