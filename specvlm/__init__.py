@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specvlm.errors import UserError
     from specvlm.strategies import (
+        Answer,
         Dataset,
         DraftContext,
         Drafter,
         DraftSession,
+        Metric,
         PruneContext,
         Pruner,
         Sample,
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
     from specvlm.strategies.plugins import hookimpl
     from specvlm.types import DraftTree, GenerationOptions, KeepSet, Step, TokenGrid, TreeShape, Verdict, VideoPrompt
 
-_STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
+_STRATEGY = ("Answer", "Dataset", "DraftContext", "Drafter", "DraftSession", "Metric", "PruneContext", "Pruner", "Sample")
 _TYPES = ("DraftTree", "GenerationOptions", "KeepSet", "Step", "TokenGrid", "TreeShape", "Verdict", "VideoPrompt")
 _LATER = {
-    **dict.fromkeys((*_STRATEGY, "VerifyContext", "gumbel"), "specvlm.strategies"),
+    **dict.fromkeys((*_STRATEGY, "Sampling", "Verifier", "VerifyContext", "gumbel"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
     "UserError": "specvlm.errors",
     "hookimpl": "specvlm.strategies.plugins",
@@ -47,8 +49,8 @@ _LATER = {
 }
 
 __all__ = [
-    "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
-    "KeepSet", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
+    "Answer", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
+    "KeepSet", "Metric", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler", "Step", "TokenGrid", "TreeShape",
     "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "compare",
     "gumbel", "hookimpl", "load", "read_video", "registry",
 ]  # fmt: skip
