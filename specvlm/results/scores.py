@@ -82,7 +82,7 @@ def wilson(values: Sequence[float]) -> tuple[float, float]:
 def bootstrapped(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean: the percentiles of DRAWS resamples, with a fixed seed."""
     known, chance = np.asarray(values, dtype=np.float64), np.random.default_rng(SEED)
-    means = [chance.choice(known, len(known)).mean() for _ in range(DRAWS)]
+    means = [known[chance.integers(len(known), size=(20, len(known)))].mean(1) for _ in range(DRAWS // 20)]
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
