@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,12 +18,14 @@ from specvlm.app.scoring import Scorer
 from specvlm.errors import UserError
 from specvlm.results import scores
 from specvlm.results.rows import rows_of, summary_of
+from specvlm.results.tracker import Tracker
 from specvlm.strategies import Answer, Metric, Sample, registry
 from specvlm.strategies.datasets.synthetic import SyntheticDataset
 from specvlm.strategies.metrics.accuracy import AccuracyMetric
 from specvlm.strategies.metrics.exact_match import ExactMatchMetric
 from specvlm.strategies.metrics.published import LMMS_EVAL, PUBLISHED, SOURCES, choice
 from specvlm.strategies.metrics.rouge_l import RougeLMetric
+from specvlm.video.clips import find_clip
 
 TABLE = json.loads((Path(__file__).parent / "data" / "scoring.json").read_text(encoding="utf-8"))
 
@@ -237,9 +241,35 @@ def test_scores_reach_rows_totals_and_the_table(tmp_path, capsys):
     assert out.count("exact_match") >= 4 and f"exact_match {total['mean']:.3f}" in out  # three samples, and the table
 
 
+@pytest.mark.slow
+def test_a_folder_of_choices_is_scored_without_being_asked_and_by_task(tmp_path):
+    shutil.copy(find_clip("synthetic_1"), tmp_path / "one.mp4")
+    ask = {"video": "one.mp4", "question": "how many objects appear ?", "options": ["four objects", "two"]}
+    lines = [ask | {"id": str(n), "answer": ask["options"][n % 2], "task": ("count", "other")[n // 2]} for n in range(4)]
+    del lines[3]["answer"]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["dataset=folder", f"dataset.root={tmp_path}", "frames=4", "max_new_tokens=8", "baseline=false"]
+    assert main([*words, f"hydra.run.dir={tmp_path / 'job'}"]) == 0
+    rows, summary = rows_of(tmp_path / "job"), summary_of(tmp_path / "job")
+    wanted = [choice(Answer(found["text"], found["answer"], tuple(found["options"]))) for found in rows[:3]]
+    assert [found["scores"]["accuracy"] for found in rows] == [*wanted, None]
+    assert all(found["baseline_scores"] is None for found in rows)
+    total = summary["scores"]["accuracy"]
+    assert (total["scored"], total["unscored"], total["baseline"], total["gain"]) == (3, 1, None, None)
+    assert summary["metrics"] == {"accuracy": "AccuracyMetric(rule='published'), specvlm"}
+
+
 def test_the_table_shows_scores_and_what_a_lossy_rule_changes(capsys):
     found = {"ok": 4, "samples": 4, "failed": 0, "skipped": 0, "verdicts": {"lossy": 4}, "lossy": {"differ": 3, "compared": 4}}
     found["scores"] = {"accuracy": {"mean": 0.5, "scored": 4, "baseline": 0.75}}
     RunConsole().jobs([("one", found)], "", None, "")
     out = " ".join(capsys.readouterr().out.split())
     assert "accuracy 0.500 (target 0.750)" in out and "4 lossy, 3 of 4 differ from the target's own" in out
+
+
+def test_the_mirror_gets_every_score():
+    logged: list[dict] = []
+    tracker = Tracker(None)
+    tracker.run = SimpleNamespace(log=logged.append)
+    tracker.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
+    assert logged == [{"sample/score_accuracy": 1.0, "sample/index": 0}]
