@@ -132,6 +132,9 @@ def test_totals_have_means_intervals_and_tasks():
     assert (total["mean"], total["scored"], total["unscored"], total["baseline"]) == (0.75, 4, 1, 0.75)
     assert total["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert total["by"]["task"]["one"]["mean"] == 0.5 and total["by"]["task"]["two"]["mean"] == 1.0
+    assert total["mean_by"] == {"task": 0.75}
+    uneven = scores.totals_of([*rows, *[row(1.0, 1.0, "two")] * 6])["accuracy"]
+    assert (uneven["mean"], uneven["mean_by"]["task"]) == (0.9, 0.75)
     assert scores.totals_of([row(None)]) == {} == scores.totals_of([{}])
 
 

@@ -23,6 +23,7 @@ SCORES = {
     "gain": "mean, over these samples, of our score minus that of the target's own answer, as `mean`, `low` and `high`, from a "
     "bootstrap paired by sample; null without baselines. Below 0, a lossy rule costs that much",
     "by": "for each key of `meta` with few values, such as task: `mean`, `low`, `high` and `scored` by value",
+    "mean_by": "for each of these keys the mean over its values, each counted once, such as MLVU's M-Avg by task",
 }
 
 
@@ -42,12 +43,14 @@ def total_of(rows: Sequence[Row], name: str) -> dict[str, Any]:
     scored = [row for row in rows if score(row, name) is not None]
     both = [(score(row, name), score(row, name, "baseline_scores")) for row in scored if row.get("baseline_token_ids")]
     pairs = [(ours, alone) for ours, alone in both if ours is not None and alone is not None]
+    by = {key: by_group(scored, name, key) for key in group_keys(scored)}
     return {
         **mean_of([value for row in scored if (value := score(row, name)) is not None]),
         "unscored": len(rows) - len(scored),
         "baseline": sum(alone for _, alone in pairs) / len(pairs) if pairs else None,
         "gain": paired([ours - alone for ours, alone in pairs]) if pairs else None,
-        "by": {key: by_group(scored, name, key) for key in group_keys(scored)},
+        "by": by,
+        "mean_by": {key: sum(group["mean"] for group in groups.values()) / len(groups) for key, groups in by.items()},
     }
 
 
