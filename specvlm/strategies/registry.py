@@ -76,7 +76,8 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
         PluginError: There would be a warning, and SPECVLM_STRICT_PLUGINS=1 is set.
     """
     found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
-    for plugin in [plugins.Plugin("specvlm", "", plugins.strategies_of(metrics)), *plugins.load()]:
+    own = plugins.Plugin("specvlm", "", plugins.strategies_of(metrics))  # `plugins.BUILTINS` has the other kinds
+    for plugin in [own, *plugins.load()]:
         for cls in plugin.strategies:
             try:
                 info = describe(cls, plugin.label)
