@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import specvlm
 from specvlm import config, testing
 from specvlm.models import families
-from specvlm.results import metrics
+from specvlm.results import metrics, scores
 from specvlm.strategies import SIGNALS, Strategy, plugins, registry
 from specvlm.types import Within
 
@@ -49,7 +49,7 @@ def wrapped(text: str) -> str:
 # ---- strategies ------------------------------------------------------------------------------------------------------
 
 
-TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "dataset": "Data sets"}
+TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "dataset": "Data sets", "metric": "Metrics"}
 
 
 def strategies() -> str:
@@ -230,6 +230,10 @@ def summary() -> str:
             "them, and the keys that are the same for all samples (`strategies`, `versions`, `weights`, `engine`, `parallel`, "
             "`devices`).",
             table(both, [(f"`{key}`", meaning) for key, meaning in metrics.TOTALS.items()]),
+            "### Scores",
+            "For each metric, `scores` of a job has these keys. A row has the score itself, by metric: `scores` of the "
+            "answer and `baseline_scores` of the target's own.",
+            table(both, [(f"`{key}`", meaning) for key, meaning in scores.SCORES.items()]),
         )
     )
 
@@ -246,7 +250,7 @@ GROUPS = {
         *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),
         *("Drafter", "DraftContext", "DraftSession", "DraftTree", "TreeShape"),
         *("Verifier", "VerifyContext", "Verdict", "Sampling", "gumbel"),
-        *("Dataset", "Sample", "VideoPrompt", "hookimpl"),
+        *("Dataset", "Sample", "VideoPrompt", "Metric", "Answer", "hookimpl"),
     ),
     "Errors": ("UserError",),
 }

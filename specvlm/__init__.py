@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specvlm.errors import UserError
     from specvlm.strategies import (
+        Answer,
         Dataset,
         DraftContext,
         Drafter,
         DraftSession,
+        Metric,
         PruneContext,
         Pruner,
         Sample,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
         VideoPrompt,
     )
 
-_STRATEGY = ("Dataset", "DraftContext", "Drafter", "DraftSession", "PruneContext", "Pruner", "Sample", "Sampling", "Verifier")
+_STRATEGY = ("Answer", "Dataset", "DraftContext", "Drafter", "DraftSession", "Metric", "PruneContext", "Pruner", "Sample")
 _TYPES = (
     "DraftTree",
     "GenerationOptions",
@@ -54,7 +56,7 @@ _TYPES = (
     "VideoPrompt",
 )
 _LATER = {
-    **dict.fromkeys((*_STRATEGY, "VerifyContext", "gumbel"), "specvlm.strategies"),
+    **dict.fromkeys((*_STRATEGY, "Sampling", "Verifier", "VerifyContext", "gumbel"), "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
     "UserError": "specvlm.errors",
     "hookimpl": "specvlm.strategies.plugins",
@@ -77,10 +79,10 @@ _LATER = {
 }
 
 __all__ = [
-    "Clip", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter", "GenerationOptions",
-    "GenerationResult", "KeepSet", "Options", "PruneContext", "Pruner", "Sample", "Sampling", "Scheduler",
-    "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TreeShape", "UserError", "Verdict",
-    "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "clip_from_frames", "compare",
+    "Answer", "Clip", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter",
+    "GenerationOptions", "GenerationResult", "KeepSet", "Metric", "Options", "PruneContext", "Pruner", "Sample",
+    "Sampling", "Scheduler", "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TreeShape", "UserError",
+    "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "clip_from_frames", "compare",
     "custom_generate", "gumbel", "hookimpl", "load", "load_pair", "read_video", "registry",
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass 
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
 SHARDS = 4096  # limit of N in shard=K/N
 # Keys whose value names a strategy or a preset; Hydra calls them groups.
-GROUPS = ("pruner", "drafter", "verifier", "dataset", "tracker", "pair", "experiment")
+GROUPS = ("pruner", "drafter", "verifier", "dataset", "metric", "tracker", "pair", "experiment")
 
 # Choices are read and written by name, which equals the value.
 Positions = StrEnum("Positions", "original reindexed")
@@ -82,13 +82,14 @@ class WandbConfig:
 class RunConfig:
     """All keys of a run. It serves as Hydra's schema, and later holds the checked values.
 
-    Then pruner, drafter, verifier and dataset are what `registry.settings` returns.
+    Then pruner, drafter, verifier, dataset and metric are what `registry.settings` returns.
     """
 
     pruner: Any = MISSING
     drafter: Any = MISSING
     verifier: Any = MISSING
     dataset: Any = None
+    metric: Any = None
     tracker: Any = None
     target: TargetConfig = field(default_factory=TargetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
@@ -167,7 +168,8 @@ def validate(cfg: RunConfig) -> None:
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
     mirrored = "tracker=wandb mirrors jobs over"
-    for asked, what in ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), (cfg.tracker, mirrored)):
+    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), (cfg.tracker, mirrored))
+    for asked, what in (*parts, (cfg.metric, "metric scores answers to")):
         if asked and cfg.dataset is None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")

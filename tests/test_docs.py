@@ -31,6 +31,7 @@ def page(name):
 README = page("README.md")
 STRATEGIES, SUMMARY = page("docs/reference/strategies.md"), page("docs/reference/summary.md")
 DATASETS, PRUNER, OWN_PAIR = page("docs/guides/datasets.md"), page("docs/write/pruner.md"), page("docs/guides/own_pair.md")
+OWN_PAGES = {"dataset": DATASETS, "metric": page("docs/guides/metrics.md")}
 FENCES = re.compile(r"^```.*?^```$", re.M | re.S)
 
 
@@ -39,7 +40,7 @@ def test_every_built_in_strategy_has_a_row():
         for name, info in infos.items():
             if info.plugin == "specvlm":
                 assert f"| `{kind}={name}` |" in STRATEGIES, f"{kind}={name}"
-                assert f"| `{kind}={name}` |" in (DATASETS if kind == "dataset" else README), f"{kind}={name}"
+                assert f"| `{kind}={name}` |" in OWN_PAGES.get(kind, README), f"{kind}={name}"
 
 
 def test_every_data_set_says_where_its_files_go_and_what_its_keys_are():

@@ -17,11 +17,11 @@ import pytest
 from specvlm.__main__ import main
 from specvlm.results.rows import rows_of, summary_of
 from specvlm.strategies import plugins, registry
-from specvlm.testing import check_pruner, check_verifier
+from specvlm.testing import check_metric, check_pruner, check_verifier
 from specvlm.video.clips import find_clip
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
+STRATEGIES = ("pruner", "drafter", "verifier", "dataset", "metric")
 ANSWER = "four objects appear on a checkered navy background."
 
 
@@ -62,7 +62,7 @@ def test_every_example_has_a_test():
 
 
 def test_the_pages_show_the_examples_as_they_stand():
-    for name in ("drafter", "verifier", "dataset"):
+    for name in ("drafter", "verifier", "dataset", "metric"):
         page = (ROOT / "docs" / "write" / f"{name}.md").read_text(encoding="utf-8")
         code = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
         assert re.findall(r"```python\n(.*?)```", page, re.S) == [code], name
@@ -75,6 +75,10 @@ def test_the_pruner_keeps_the_contract(example):
 
 def test_the_verifier_keeps_the_contract(example):
     check_verifier(example("verifier").SureVerifier)
+
+
+def test_the_metric_keeps_the_contract(example):
+    check_metric(example("metric").WordRecallMetric)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+import report_jobs
 import tiny
 
 from specvlm.app.request import row
@@ -132,6 +133,24 @@ def test_a_fit_that_does_not_help_is_called_so(tmp_path, capsys):
     assert main([*folders, "--out", str(tmp_path / "tree.json")]) == 0
     assert "does NOT beat the paper's tree: use drafter.shape=paper" in capsys.readouterr().out
     assert (tmp_path / "tree.json").exists()
+
+
+def write_job(folder, rounds, samples=("scene-0000", "scene-0001", "scene-0002")):
+    """Write the folder of a job, with the same rounds for each sample."""
+    lines = [{"tokens": [1], "ranks": one.ranks, "widths": one.widths} for one in rounds]
+    report_jobs.job(folder, [report_jobs.row(index) for index in range(len(samples))], dict.fromkeys(samples, lines))
+
+
+def test_a_sweep_is_fitted_sample_by_sample(tmp_path, capsys):
+    for name in ("one", "two"):
+        write_job(tmp_path / "sweep" / name, [Round((0,), (4, 3))] * 2)
+    write_job(tmp_path / "sweep" / "sampled", [])  # records no ranks
+    assert main([str(tmp_path / "sweep"), "--out", str(tmp_path / "tree.json")]) == 0
+    assert "12 rounds of 3 runs; held out: 1 of 3 runs (4 rounds)" in capsys.readouterr().out
+    assert main([str(tmp_path / "sweep" / "one"), "--out", str(tmp_path / "tree.json")]) == 0
+    assert "6 rounds of 3 runs; held out: 1 of 3 runs (2 rounds)" in capsys.readouterr().out
+    assert main([str(tmp_path / "sweep" / "sampled"), "--out", str(tmp_path / "tree.json")]) == 2
+    assert "records no ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

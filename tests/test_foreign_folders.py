@@ -189,17 +189,18 @@ def test_output_that_nobody_reads_ends_quietly(program, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["r.pdf", "r.csv", "r", "r.html.gz"])
+@pytest.mark.parametrize("name", ["r.txt", "r.json", "r", "r.html.gz"])
 def test_a_report_under_the_name_of_another_kind_is_refused(name, capfd):
     report_jobs.job(Path("job"), [report_jobs.row(0)])
     assert "ends in .html" in refused(lambda: report(["job", "-o", name]), capfd)
     assert not Path(name).exists()
 
 
-def test_fit_tree_names_the_jobs_of_a_sweep(capfd):
+def test_fit_tree_refuses_a_sweep_without_ranks_and_a_folder_without_rounds(capfd):
     report_jobs.sweep(Path("sweep"))
-    said = refused(lambda: fit_tree.main(["sweep"]), capfd)
-    assert "it is a sweep" in said and "sweep/random_0.5" in said
+    assert "sweep records no ranks" in refused(lambda: fit_tree.main(["sweep"]), capfd)
+    Path("empty").mkdir()
+    assert "empty has no steps.jsonl" in refused(lambda: fit_tree.main(["empty"]), capfd)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
     if run.dataset is not None:
         _refuse_own_sample(words, run.dataset.name)
     for kind in registry.KINDS:
-        if kind != "dataset" or run.dataset is not None:
+        if getattr(run, kind) is not None:
             try:
                 registry.build(kind, getattr(run, kind))
             except Exception as error:  # in a sweep, a constructor that raises fails its own job only
@@ -235,13 +235,13 @@ def frozen(cfg: DictConfig) -> RunConfig:
     for key in config.KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} has no value: give {key}=…")
-    for key, example in (("dataset", "synthetic"), ("tracker", "wandb")):
+    for key, example in (("dataset", "synthetic"), ("metric", "accuracy"), ("tracker", "wandb")):
         if cfg[key] is not None and not (isinstance(cfg[key], DictConfig) and isinstance(cfg[key].get("name"), str)):
             raise UserError(f"{key}={line(str(cfg[key]))}: expected null, or one by name, as in {key}={example}")
     for side in ("target", "draft"):
         if OmegaConf.is_missing(cfg[side], "path"):
             raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder written by save_pretrained")
-    kinds = [kind for kind in registry.KINDS if kind != "dataset" or cfg.dataset is not None]
+    kinds = [kind for kind in registry.KINDS if kind not in registry.OPTIONAL or cfg[kind] is not None]
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
     if cfg.tracker is not None:
         chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))

@@ -61,7 +61,8 @@ NUMBERS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("file to\nfirst", "file_to_first_token_s", seconds),
     ("file to\nlast", "file_to_last_token_s", seconds),
 )
-COLUMNS = ("job", "done", *(head for head, _, _ in NUMBERS), "verdicts", "failed", "skipped")
+COLUMNS = ("job", "done", *(head for head, _, _ in NUMBERS), "scores", "verdicts", "failed", "skipped")
+LEFT = ("job", "scores", "verdicts")  # columns of texts
 
 
 class RunConsole:
@@ -229,7 +230,7 @@ def columns(heads: Sequence[str], lines: Sequence[Sequence[str | Text]], widths:
     """Build a table with fixed column widths, in characters."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
     for head, width in zip(heads, widths, strict=True):
-        made.add_column(head, justify="left" if head in ("job", "verdicts") else "right", width=width, overflow="fold")
+        made.add_column(head, justify="left" if head in LEFT else "right", width=width, overflow="fold")
     for line in lines:
         made.add_row(*line)
     return made
@@ -245,6 +246,7 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
     if row["accepted_per_round"] is not None:
         parts.append(f"{row['accepted_per_round']:.2f} accepted")
     parts += [f"{name} {times(row[key])}" for name, key in SPEEDUPS if row[key] is not None]
+    parts += [f"{name} {score:.3g}" for name, score in (row.get("scores") or {}).items() if score is not None]
     return f"{', '.join(parts)}, ", coloured(row["verdict"])
 
 
@@ -253,11 +255,21 @@ def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
     yield f"{found['ok']}/{found['samples']}"
     for _, key, shown in NUMBERS:
         yield "-" if found.get(key) is None else shown(found[key])  # older summaries lack some keys
+    yield "\n".join(scored(name, total) for name, total in (found.get("scores") or {}).items())
     told = [styled(coloured(verdict, f"{count} {verdict}")) for verdict, count in found["verdicts"].items()]
+    if lossy := found.get("lossy"):
+        told.append(Text(f"{lossy['differ']} of {lossy['compared']} differ from the target's own"))
     told += [styled("check: ", coloured(kind, f"{count} {kind}")) for kind, count in found.get("hf_checks", {}).items()]
     yield Text(", ").join(told) if told else "-"
     yield styled((str(found["failed"]), "bold red")) if found["failed"] else ""
     yield str(found["skipped"] or "")
+
+
+def scored(name: str, total: Mapping[str, Any]) -> str:
+    """Format a job's score, such as `accuracy 0.625`; with the target's own if that is another."""
+    alone = total.get("baseline")
+    beside = "" if alone is None or alone == total["mean"] else f" (target {alone:.3f})"
+    return f"{name} {total['mean']:.3f}{beside}"
 
 
 def coloured(verdict: str, text: str = "") -> tuple[str, str]:

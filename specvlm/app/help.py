@@ -21,6 +21,7 @@ KINDS = {
     "drafter": "guesses the next tokens",
     "verifier": "accepts or rejects guesses",
     "dataset": "many videos and questions instead of one",
+    "metric": "scores the answers of a data set",
 }
 OTHERS = {
     "pair": "the target and the draft",

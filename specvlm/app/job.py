@@ -20,6 +20,7 @@ from specvlm.app.prepare import Prepared, read, reads_ahead, set_up
 from specvlm.app.readings import Read, Readings
 from specvlm.app.request import RequestResult, alone, begin, decode_alone, ran_out, row, speculate, summarize, threads, warm_up
 from specvlm.app.samples import unique, writable_meta
+from specvlm.app.scoring import Scorer
 from specvlm.config import RunConfig, home
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
@@ -74,7 +75,7 @@ class Job:
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
-        self.samples = unique(self.dataset)
+        self.samples, self.scorer = unique(self.dataset), Scorer(cfg, self.dataset, self._note)
         self.ids = {sample.id for sample in self.samples}
         which, _, of = (cfg.shard or "").partition("/")  # checked by `config.validate`
         self.shard = (int(which), int(of)) if cfg.shard else None
@@ -247,6 +248,7 @@ class Job:
         figures = {key: value for key, value in summary.items() if key not in metrics.OF_JOB}
         grids = [(grid.frames, grid.height, grid.width, grid.newline) for grid in request.prompt.grids]
         kept = next((step.keep.index.tolist() for step in reversed(record.steps) if step.keep is not None), None)
+        figures |= self.scorer.row(self.samples[index], figures, request.target.tokenizer)
         return figures | {"kept": kept, "grids": grids, "baseline": record.baseline.key if record.baseline else None}
 
     def _decode(self, index: int, request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
@@ -340,7 +342,7 @@ class Job:
         with writable(folder):
             while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):
                 seen = len(rows)
-                found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name}
+                found = metrics.totals(rows, len(self.samples)) | {"dataset": self.dataset.name, "metrics": self.scorer.sources}
                 if self.failure:
                     found |= {"status": "failed", "reason": self.failure}
                 parts = {kind: registry.described(getattr(self.setup, kind)) for kind in ("pruner", "drafter", "verifier")}

@@ -164,6 +164,7 @@ class Sweep:
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
         figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
+        figures |= {f"score_{metric}": total["mean"] for metric, total in (found.get("scores") or {}).items()}
         return {"job": self.labels[folder]} | chosen | {key: cfg[key] for key in ("ratio", "frames", "seed")} | figures
 
     def _state_of(self, folder: Path) -> dict[str, Any]:

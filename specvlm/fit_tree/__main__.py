@@ -1,7 +1,7 @@
 """Fit a static tree to recorded runs: python -m specvlm.fit_tree FOLDER... [--nodes 25] [--depth 5] [--out tree.json]
 
     python -m specvlm drafter.shape=4x3x3x2 ...                  # record: a wide tree sees more ranks than a narrow one
-    python -m specvlm.fit_tree outputs/run outputs/another
+    python -m specvlm.fit_tree outputs/run outputs/another       # or folders of jobs over a data set, or of sweeps
     python -m specvlm drafter=tree drafter.shape=tree.json ...
 
 Each round in steps.jsonl records, per level, the rank of the guess that the target accepted (`ranks`) and the number of
@@ -14,7 +14,7 @@ along its path, and the expected number of accepted guesses is the sum over all 
 M most probable nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never
 tried counts as never accepted, so the tree grows only where the runs looked.
 
-The fit is judged on held-out data: every second folder, or every second round of a single run. A tree is fitted to
+The fit is judged on held-out data: every second run or sample, or every second round of a single one. A tree is fitted to
 the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
 written is fitted to all data.
 """
@@ -39,7 +39,7 @@ from specvlm.app.cli import print_lines
 from specvlm.errors import UserError
 from specvlm.parsing.bounds import parse
 from specvlm.results.records import Ranked
-from specvlm.results.rows import lines_of
+from specvlm.results.rows import is_job, lines_of, steps_of
 from specvlm.types import DEEPEST, MOST_GUESSES, PAPER_TREE, Within
 
 Paths = list[list[int]]  # nodes of a tree, each as the ranks on its path from the root
@@ -59,19 +59,48 @@ class Round:
 
 
 def read(folder: Path) -> list[Round]:
-    """Read the rounds of a run's folder. Raises UserError if steps.jsonl is missing or damaged, or records no ranks."""
-    if not (folder / "steps.jsonl").is_file():
-        inner = sorted({file.parent.name for file in folder.glob("*/steps.jsonl")})
-        which = f"a sweep: give folders of its jobs, such as {folder / inner[0]}" if inner else "no folder of a run"
-        raise UserError(f"{folder} has no steps.jsonl; it is {which}")
-    rounds = []
-    for row in lines_of(folder / "steps.jsonl", torn=True):
-        if "widths" in row:
-            parse(Ranked, row, folder / "steps.jsonl")
-            rounds.append(Round(tuple(row["ranks"]), tuple(row["widths"])))
-    if not rounds:
-        raise UserError(f"{folder} records no ranks: make a run with a tree of best guesses (drafter=tree, verifier=greedy)")
-    return rounds
+    """Read the rounds of a folder, over all its runs; raises as `read_runs`."""
+    return [one for run in read_runs([folder]) for one in run]
+
+
+def read_runs(folders: Sequence[Path]) -> list[list[Round]]:
+    """Read the rounds of each run. Rounds of one sample are one run, over all jobs, so that none is also held out.
+
+    Args:
+        folders: Folders of runs, of jobs over samples, or of sweeps. Jobs of a sweep that record no ranks are left out.
+
+    Raises:
+        UserError: A folder has no steps.jsonl, in it or below; a file is damaged; or a folder records no ranks.
+    """
+    runs = defaultdict[tuple[str, str], list[Round]](list)
+    for folder in folders:
+        jobs = sorted({file.parent for file in folder.rglob("steps*.jsonl")})
+        if not jobs:
+            raise UserError(f"{folder} has no steps.jsonl; it is no folder of a run, a job or a sweep")
+        before = len(runs), sum(map(len, runs.values()))
+        for job in jobs:
+            for key, rounds in ranked(job).items():
+                runs[key] += rounds
+        if before == (len(runs), sum(map(len, runs.values()))):
+            told = "make a run with a tree of best guesses (drafter=tree, verifier=greedy)"
+            raise UserError(f"{folder} records no ranks: {told}")
+    return list(runs.values())
+
+
+def ranked(job: Path) -> dict[tuple[str, str], list[Round]]:
+    """Read the rounds with ranks of a run, or of each sample of a job. Raises UserError if a file is damaged."""
+    if is_job(job):
+        lines = {("sample", sample): rows for sample, rows in steps_of(job).items()}
+    else:
+        lines = {("run", str(job.resolve())): lines_of(job / "steps.jsonl", torn=True)}
+    found = {}
+    for key, rows in lines.items():
+        some = [row for row in rows if "widths" in row]
+        for row in some:
+            parse(Ranked, row, job / "steps.jsonl")
+        if some:
+            found[key] = [Round(tuple(row["ranks"]), tuple(row["widths"])) for row in some]
+    return found
 
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
@@ -162,7 +191,7 @@ def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None =
         raise UserError(f"{out}: a tree file's name ends in .json, so that drafter.shape recognises it")
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent} to write into")
-    runs = [read(folder) for folder in folders]
+    runs = read_runs(folders)
     tree = best_tree(fit_ranks([one for run in runs for one in run]), nodes, depth)
     if not tree:
         raise UserError("no guess was ever accepted in these runs: there is nothing to fit a tree to")
@@ -174,7 +203,7 @@ def fit(folders: Sequence[Path], out: Path, nodes: int = 25, depth: int | None =
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser("python -m specvlm.fit_tree", description="Fit a static tree to recorded runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders with a steps.jsonl")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, jobs or sweeps")
     parser.add_argument("--nodes", type=int, default=25, help="guesses in the tree (25, as in the paper's)")
     parser.add_argument("--depth", type=int, help="most levels; each costs a draft pass (as deep as in the runs)")
     parser.add_argument("--out", type=Path, default=Path("tree.json"), help="the file to write (tree.json)")

@@ -35,6 +35,7 @@ BUILTINS = (
     "specvlm.strategies.drafters",
     "specvlm.strategies.verifiers",
     "specvlm.strategies.datasets",
+    "specvlm.strategies.metrics",
 )
 
 hookspec = pluggy.HookspecMarker(GROUP)

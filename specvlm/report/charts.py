@@ -7,15 +7,17 @@ on a phone too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import altair as alt
 
+from specvlm.report.labels import TITLE_LINE, job_axis, legend
 from specvlm.report.reading import Job
 from specvlm.report.statistics import figure, front
 from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 
-COLOURS = [f"var(--c{number})" for number in range(8)]  # of series and parts: CSS variables of the page
+COLOURS = [f"var(--c{number})" for number in range(12)]  # of series and parts: CSS variables of the page
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
 HEIGHT, MANY = 260, 5  # height of a chart in pixels; most series whose bands are all shown
@@ -25,7 +27,7 @@ LOOKS = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": QUIET | {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)"},
-    "legend": QUIET | {"orient": "bottom", "columns": 2, "title": None, "labelLimit": 150, "symbolSize": 60},
+    "legend": QUIET | {"orient": "bottom", "title": None, "symbolSize": 60, "rowPadding": 3},
 }
 REFERENCE = {"color": "var(--muted)", "strokeDash": [5, 4]}
 SERIES = "series:N"
@@ -120,7 +122,8 @@ def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
     ranges = ([all_of[i % len(all_of)] for i in range(len(names))] for all_of in (COLOURS, SHAPES))
     colours, shapes = (alt.Scale(domain=names, range=some) for some in ranges)
     chosen = alt.selection_point(fields=["series"], bind="legend", name="chosen")
-    return alt.Color(SERIES, scale=colours), alt.Shape(SERIES, scale=shapes), chosen
+    told = legend(names)
+    return alt.Color(SERIES, scale=colours, legend=told), alt.Shape(SERIES, scale=shapes, legend=told), chosen
 
 
 def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
@@ -136,23 +139,25 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
     """Draw one line per job with the point and interval of `key`, highest first; for jobs that share one ratio.
 
+    The axis names the jobs, so there is no legend: beside long names it would have no room.
+
     reference: where to draw a dashed line. Returns None if no job has the metric.
     """
     rows = sorted(figures_of(jobs, key), key=lambda row: -row["value"])
     if not rows:
         return None
-    colour, shape, chosen = looks_of(jobs)
-    axis = alt.Axis(labelLimit=190, grid=False)
-    base = chart_of(rows, height=22 * len(rows)).encode(
+    colour, shape = (look.legend(None) for look in looks_of(jobs)[:2])
+    axis, height = job_axis([row["job"] for row in rows])
+    base = chart_of(rows, height=height).encode(
         y=alt.Y("job:N", title=None, sort=[row["job"] for row in rows], axis=axis),
         color=colour,
-        opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)),
         tooltip=[alt.Tooltip(f"{name}:{kind}", format=form) for name, kind, form in TIPS],
     )
-    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=12))
-    layers = [base.mark_point(filled=True, size=70).encode(x=x, shape=shape).add_params(chosen)]
+    named = wrap(title, TITLE_LINE)
+    x = alt.X("value:Q", title=named, scale=alt.Scale(zero=False, padding=12))
+    layers = [base.mark_point(filled=True, size=70).encode(x=x, shape=shape)]
     if any(row["low"] is not None for row in rows):
-        layers.insert(0, base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q"))
+        layers.insert(0, base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=named), x2="high:Q"))
     if reference is not None:
         layers.append(chart_of([{"value": reference}]).mark_rule(**REFERENCE).encode(x=x))
     return alt.layer(*layers)
@@ -283,13 +288,14 @@ def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
     if not rows:
         return None
     names = [job.label for job in jobs]
-    y = alt.Y("job:N", title=None, sort=names, axis=alt.Axis(labelLimit=190, grid=False))
+    axis, height = job_axis(names)
+    y = alt.Y("job:N", title=None, sort=names, axis=axis)
     parts = [part.replace("_", " ") for part in PARTS if part.replace("_", " ") in {row["part"] for row in rows}]
-    bars = chart_of(rows, height=22 * len(jobs)).mark_bar()
+    bars = chart_of(rows, height=height).mark_bar()
     bars = bars.encode(
         x=alt.X("seconds:Q", title="seconds", stack="zero"),
         y=y,
-        color=alt.Color("part:N", scale=alt.Scale(domain=parts, range=COLOURS[: len(parts)]), legend=alt.Legend(columns=3)),
+        color=alt.Color("part:N", scale=alt.Scale(domain=parts, range=COLOURS[: len(parts)]), legend=legend(parts)),
         order="order:Q",
         tooltip=[alt.Tooltip("job:N"), alt.Tooltip("part:N"), alt.Tooltip("seconds:Q", format=".4f")],
     )

@@ -38,8 +38,8 @@ class Job:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration with keys as on the command line, such as `pruner.mass`."""
-        return dict(flat(self.config))
+        """The configuration with keys as on the command line, such as `pruner.mass`; without the metric's own."""
+        return {key: value for key, value in flat(self.config) if key.partition(".")[0] != "metric"}
 
     @property
     def done(self) -> list[Row]:

@@ -5,7 +5,7 @@ and hard samples (percentile bootstrap; Efron and Tibshirani, 1993, ch. 13). The
 `metrics.totals`: means over samples, and speed-ups as quotients of two sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -16,9 +16,11 @@ from scipy.stats import bootstrap
 
 from specvlm.errors import UserError, did_you_mean
 from specvlm.report.reading import APART, Job
+from specvlm.results import scores
 from specvlm.results.metrics import SPANS
 
 DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
+SCORE, GAIN = "score:", "gain:"  # before the name of a metric: keys of its score, and of its gain over the target alone
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
 
@@ -73,15 +75,46 @@ def mean_of(values: Sequence[float]) -> Interval | None:
 
 def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
     """Collect by sample the one or two values from which a metric is computed; skips samples that lack the metric."""
+    if key.startswith((SCORE, GAIN)):
+        return {row["sample"]: (value,) for row in job.done if (value := scored(row, key)) is not None}
     parts = QUOTIENTS.get(key, (key,))
     return {row["sample"]: tuple(float(row[part]) for part in parts) for row in job.done if row.get(key) is not None}
+
+
+def scored(row: Mapping[str, Any], key: str) -> float | None:
+    """Value of a row for the key of a score or of a gain; None if it has none."""
+    kind, _, metric = key.partition(":")
+    ours, alone = scores.score(row, metric), scores.score(row, metric, "baseline_scores")
+    if kind == "score" or ours is None:
+        return ours
+    return None if alone is None else ours - alone
+
+
+def metrics_of(jobs: Sequence[Job]) -> list[str]:
+    """Names of the metrics that scored any of these jobs."""
+    return list(dict.fromkeys(metric for job in jobs for metric in job.totals["scores"]))
+
+
+def total_of(job: Job, key: str) -> float | None:
+    """The job's total of a key of `metrics.TOTALS`, or of a score or a gain; None if no sample has it."""
+    if not key.startswith((SCORE, GAIN)):
+        value: float | None = job.totals[key]
+        return value
+    kind, _, metric = key.partition(":")
+    found = job.totals["scores"].get(metric) or {}
+    known: float | None = found.get("mean") if kind == "score" else (found.get("gain") or {}).get("mean")
+    return known
 
 
 @cache
 def figure(job: Job, key: str) -> Interval | None:
     """The job's total of `key` with its interval; None if no sample has it."""
+    if key.startswith(SCORE):
+        found = job.totals["scores"].get(key.removeprefix(SCORE))
+        return found and Interval(found["mean"], found["low"], found["high"], found["scored"])
     found = interval(columns_of(list(by_sample(job, key).values())))
-    return found and replace(found, value=job.totals[key])
+    value = total_of(job, key)
+    return None if found is None or value is None else replace(found, value=value)
 
 
 def difference(job: Job, base: Job, key: str) -> Interval | None:

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from specvlm.app.console import seconds
 from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
-from specvlm.report.statistics import Interval, bases, difference, figure
+from specvlm.report.statistics import GAIN, SCORE, Interval, bases, difference, figure, total_of
+from specvlm.report.tasks import TaskTable, columns, differing, tables
 
 FINE = ("identical", "numeric tie", "sampled")  # verdicts of a lossless answer
 
@@ -39,9 +41,9 @@ def size(value: float) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """Format a difference with its sign."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 COLUMNS = (
@@ -104,6 +106,7 @@ class Group:
     lines: list[Line]
     note: str
     charts: list[Chart]
+    tasks: list[TaskTable]
 
 
 def groups(jobs: Sequence[Job], base: str | None = None) -> list[Group]:
@@ -116,28 +119,44 @@ def groups(jobs: Sequence[Job], base: str | None = None) -> list[Group]:
 def group(name: str, title: str, jobs: Sequence[Job], every: Sequence[Job], base: str | None) -> Group:
     """Make the table of `jobs`. every: all jobs of the report, for their indices; base: see `bases`."""
     against = bases(jobs, base)
-    columns = [column for column in COLUMNS if any(job.totals[column.key] is not None for job in jobs)]
+    columns = columns_of(jobs)
     lines = []
     for job, other in against.items():
         cells = [cell(job, other, column) for column in columns]
         found: Mapping[str, int] = job.totals["verdicts"]
         right = sum(found.get(kind, 0) for kind in FINE)
-        lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, counted(found))]))
+        told = ", ".join(filter(None, (counted(found), differing(job))))
+        lines.append(Line(every.index(job), job.series, view(job), [*cells, Cell("verdict", right, told)]))
     heads = [Column("job", "job", "", TWO_DIGITS), *columns, Column("verdict", "output", "", TWO_DIGITS)]
-    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, comparison_note(against), charts(jobs))
+    shown = charts(jobs), tables(jobs)
+    return Group(name, title, *judged(jobs), problems(jobs), heads, lines, comparison_note(against), *shown)
+
+
+def columns_of(jobs: Sequence[Job]) -> list[Column]:
+    """Choose the columns that any of these jobs has a figure for: those of COLUMNS, and those of the metrics."""
+    formats: dict[str, Callable[[float], str]] = {SCORE: "{:.3f}".format, GAIN: partial(signed, digits=3)}
+    scored = [Column(key, title, unit, formats[key.partition(":")[0] + ":"], True) for key, title, unit in columns(jobs)]
+    return [
+        column for column in (*COLUMNS[:3], *scored, *COLUMNS[3:]) if any(total_of(job, column.key) is not None for job in jobs)
+    ]
 
 
 def cell(job: Job, base: Job | None, column: Column) -> Cell:
     """Make one cell of a job's line. base: the job to compare with, if any."""
-    value = job.totals[column.key]
+    value = total_of(job, column.key)
     if value is None:
         return Cell(column.key, None, "–")
     if not column.compared:
         return Cell(column.key, value, column.show(value))
     found, other = figure(job, column.key), difference(job, base, column.key) if base else None
-    against = f"{signed(other.value)} {bounds(other, signed)}".strip() if other else ""
+    digits, show = (3, "{:.3f}".format) if column.key.startswith(SCORE) else (2, TWO_DIGITS)
+    if column.key.startswith(GAIN):  # a difference already, whose own interval says whether it is one
+        side = {1: "up", -1: "down"}.get(found.sure, "") if found else ""
+        return Cell(column.key, value, "", "", f"{column.show(value)} {bounds(found, column.show)}".strip(), side)
+    sign = partial(signed, digits=digits)
+    against = f"{sign(other.value)} {bounds(other, sign)}".strip() if other else ""
     side = {1: "up", -1: "down"}.get(other.sure, "") if other else ""
-    return Cell(column.key, value, column.show(value), bounds(found, TWO_DIGITS), against, side)
+    return Cell(column.key, value, column.show(value), bounds(found, show), against, side)
 
 
 def bounds(found: Interval | None, show: Callable[[float], str]) -> str:

@@ -10,6 +10,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from specvlm.results import scores
+
 if TYPE_CHECKING:
     from specvlm.types import Step
 
@@ -165,6 +167,10 @@ TOTALS = {
     "hf_checks": "number of samples by hf_check; empty without a check",
     "ties": "number of tokens that are not the choice of a one-row pass (`tied`), out of `tokens`, over answers that are "
     "identical or tie; `normal` is the most that rounding explains. null if no answer was compared",
+    "scores": "scores of the answers by metric, see below; empty if nothing was scored",
+    "lossy": "number of answers by a lossy rule that differ from the target's own (`differ`), out of `compared`; null if no "
+    "answer is lossy, or there are no baselines",
+    "metrics": "the metrics of `scores` with all their fields, and where the rules come from",
     "reasons": "why a sample failed or was skipped, by sample",
     "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` and "
     "`speedup_file_to_last_token` alike",
@@ -205,6 +211,8 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
         "verdicts": {v: n for v in VERDICTS if (n := sum(row["verdict"].startswith(v) for row in done))},
         "hf_checks": hf_checks(done),
         "ties": ties_of(done),
+        "scores": scores.totals_of(done),
+        "lossy": scores.differing(done),
         "reasons": {row["sample"]: row.get("reason") for row in rows if row["status"] != "ok"},
         **{key: mean([row[key] for row in done if row.get(key) is not None]) for key in MEANS},
     }

@@ -13,6 +13,7 @@ Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
 Rank = Annotated[int, Within(0, MOST_GUESSES)]  # of a guess among its siblings, from 0; or a number of siblings
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
+Score = Annotated[float, Within(-1e30, 1e30)] | None
 
 
 class Named(TypedDict):
@@ -116,6 +117,14 @@ class Summary(TypedDict, total=False):
     versions: dict[str, str] | None
 
 
+class ScoreTotal(TypedDict):
+    """Totals of a metric in summary.json: the keys that are read; `scores.SCORES` explains them."""
+
+    mean: Score
+    scored: Count
+    baseline: Score
+
+
 class Totals(Summary, total=False):
     """summary.json of a job over samples; `metrics.TOTALS` explains it."""
 
@@ -126,6 +135,8 @@ class Totals(Summary, total=False):
     missing: Required[Count]
     verdicts: Required[dict[str, Count]]
     hf_checks: dict[str, Count]
+    scores: dict[str, ScoreTotal]
+    lossy: dict[str, Count] | None
     reasons: dict[str, str]
     kept_tokens: Required[Real | None]
     accepted_per_round: Required[Real | None]
@@ -146,6 +157,9 @@ class Row(TypedDict):
     question: NotRequired[str | None]
     kept: NotRequired[list[Tokens] | None]
     grids: NotRequired[list[list[Tokens]] | None]
+    meta: NotRequired[dict[str, Any] | None]
+    scores: NotRequired[dict[str, Score] | None]
+    baseline_scores: NotRequired[dict[str, Score] | None]
 
 
 class Answered(Row, Figures):

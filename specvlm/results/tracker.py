@@ -103,6 +103,8 @@ class Tracker:
                 told |= {f"round/{part}_s": seconds for part, seconds in line["times_s"].items()}
                 self.run.log(told | {"round/index": place, "round/of_sample": row["index"], "round/number": line["round"]})
             figures = {f"sample/{key}": row[key] for key in FIGURES if row.get(key) is not None}
+            scores = (row.get("scores") or {}).items()
+            figures |= {f"sample/score_{metric}": score for metric, score in scores if score is not None}
             self.run.log(figures | {"sample/index": row["index"]})
             self.rows[row["sample"]] = (row, rounds)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from specvlm.strategies.base import Strategy
 
@@ -48,9 +48,13 @@ class Dataset(Strategy, ABC):
     """Base class of data sets: samples in a fixed order, the same on every machine.
 
     `split` and `version` are recorded with every result.
+
+    Attributes:
+        metrics: Names of the metrics that score its answers unless the user chooses one with `metric=…`.
     """
 
     kind = "dataset"
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     @property
     def split(self) -> str:

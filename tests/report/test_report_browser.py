@@ -209,3 +209,25 @@ def test_texts_of_models_and_files_stay_texts(open_page, folder):
     page = open_page(name="hostile.html")
     assert page.title() == "harmless" and not page.query_selector("img") and page.inner_text("#answer") == HOSTILE * 3
     assert page.inner_text("table.summary th b") == f"{HOSTILE}" == page.inner_text("#problem")
+
+
+# Texts of the figures that reach beyond their plot, or end in an ellipsis.
+CUT = """() => [...document.querySelectorAll('.plot')].flatMap((plot) => { const box = plot.getBoundingClientRect();
+  return [...plot.querySelectorAll('svg text')].map((text) => [text.textContent, text.getBoundingClientRect()])
+    .filter(([word, at]) => at.width && (at.left < box.left - 1 || at.right > box.right + 1 || word.includes('…')))
+    .map(([word]) => `${plot.dataset.spec}: ${word}`); })"""
+
+
+@pytest.mark.parametrize("ratios", [(0.9,), (0.5, 0.9)], ids=["one ratio", "two ratios"])
+def test_no_label_of_twelve_jobs_with_long_names_is_cut_on_a_laptop_or_a_phone(ratios, open_page, folder, tmp_path):
+    for number in range(12):
+        names = {"pruner__name": f"pruner_{number}_" + "x" * 4 * number, "target__path": f"a/target_of_a_kind_{number % 3}"}
+        for ratio in ratios:
+            report_jobs.job(tmp_path / f"{number}_{ratio}", [report_jobs.row(0), report_jobs.row(1)], ratio=ratio, **names)
+    (folder / "long.html").write_text(page_of(read_jobs([tmp_path]), [], "long"), encoding="utf-8")
+    for size in (LAPTOP, PHONE):
+        opened = open_page(size, name="long.html")
+        assert opened.evaluate(CUT) == []
+        assert opened.evaluate("document.documentElement.scrollWidth") == size["width"]
+        half = opened.evaluate("document.querySelector('figure.half').getBoundingClientRect().width")
+        assert size is LAPTOP or half > 350  # every chart has the width of the phone

@@ -47,6 +47,7 @@ class LocalDataset(Dataset):
             right answer is known.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     layout: ClassVar[str]
     choices: ClassVar[Mapping[str, Iterable[object]]] = {}
     root: str

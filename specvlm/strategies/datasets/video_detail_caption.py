@@ -29,6 +29,7 @@ class VideoDetailCaptionDataset(LocalDataset):
 
     name = "video_detail_caption"
     split = "test"
+    metrics = ()  # its own script asks GPT-3.5; metric=rouge_l compares with the reference
     layout = "data/test-00000-of-00001.parquet and Test_Videos/ of huggingface.co/datasets/lmms-lab/VideoDetailCaption"
 
     def lists(self) -> list[Path]:

@@ -1,0 +1,137 @@
+"""The summary tables of a report as text: CSV for programs, Markdown for pages, LaTeX for papers."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+from specvlm.report.reading import Job
+from specvlm.report.statistics import GAIN, Interval, bases, difference, figure, total_of
+from specvlm.report.table import Cell, Column, Group, Line, columns_of, groups
+
+# Characters that LaTeX and Markdown read as commands.
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\N{MINUS SIGN}": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "[": "{[}",  # a bracket behind a line break would be its argument
+    "]": "{]}",
+}
+NOTE = "Intervals in brackets: 95 %"
+
+
+def csv_of(jobs: Sequence[Job], base: str | None = None) -> str:
+    """Make one CSV row per job, with plain numbers: totals, ends of intervals, and differences from the base job.
+
+    base: name of the job to compare with, see `bases`.
+    """
+    columns, rows, against = columns_of(jobs), list[dict[str, object]](), dict[Job, Job | None]()
+    for some in ([job for job in jobs if not job.lossy], [job for job in jobs if job.lossy]):
+        against |= bases(some, base) if some else {}
+    for job in jobs:
+        other = against[job]
+        row: dict[str, object] = {"job": job.label, "series": job.series, "ratio": job.ratio, "samples": len(job.done)}
+        row |= {"lossy": job.lossy, "compared_with": other.label if other else None}
+        for column in columns:
+            row[column.key] = total_of(job, column.key)
+            if column.compared:
+                beside = difference(job, other, column.key) if other and not column.key.startswith(GAIN) else None
+                row |= ends(column.key, figure(job, column.key), beside)
+        rows.append(row | {f"verdict:{name}": count for name, count in job.totals["verdicts"].items()})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: formula_free(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, object]:
+    """Name the ends of a figure's interval, and its difference from the base job with the ends of that one's."""
+    told: dict[str, object] = {f"{key}_low": found.low if found else None, f"{key}_high": found.high if found else None}
+    if other is not None:
+        told |= {f"{key}_difference": other.value}
+        told |= {f"{key}_difference_low": other.low, f"{key}_difference_high": other.high}
+    return told
+
+
+def formula_free(value: object) -> object:
+    """Put an apostrophe before a text that a spreadsheet would run as a formula: names come from files of others."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def markdown_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str:
+    """Make the summary tables as Markdown, in the form of GitHub."""
+    parts = [f"# {marked(title)}"]
+    for group in groups(jobs, base):
+        heads = [marked(f"{column.title} {column.unit}".strip()) for column in group.columns]
+        lines = [[marked(text) for text in texts(line)] for line in group.lines]
+        rule = ["---"] + ["---:"] * (len(heads) - 2) + ["---"]
+        parts += [f"## {marked(group.title)}", marked(group.verdict)]
+        parts += ["\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *lines)), marked(group.note)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str:
+    """Make the summary tables as LaTeX, for the package booktabs. Differences from the base job are left out."""
+    parts = [f"% {one_line(title)}: needs \\usepackage{{booktabs}}"]
+    return "\n\n".join([*parts, *(tabular(group) for group in groups(jobs, base))]) + "\n"
+
+
+def tabular(group: Group) -> str:
+    """Make one table as LaTeX: figures with their intervals below them, in small print."""
+    shown = [column for column in group.columns if column.key not in ("job", "verdict")]
+    heads = ["", *(head(column) for column in shown)]
+    lines = [f"% {one_line(group.title)}. {one_line(group.verdict)}", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", r"\toprule"]
+    lines += [" & ".join(heads) + r" \\", r"\midrule"]
+    for line in group.lines:
+        found = {cell.key: cell for cell in line.cells}
+        lines.append(" & ".join([escaped(job_of(line)), *(escaped(found[column.key].text) for column in shown)]) + r" \\")
+        bounds = [found[column.key].bounds for column in shown]
+        if any(bounds):
+            lines.append(" & ".join(["", *(f"{{\\scriptsize {escaped(text)}}}" if text else "" for text in bounds)]) + r" \\")
+    return "\n".join(
+        [*lines, r"\bottomrule", rf"\multicolumn{{{len(heads)}}}{{l}}{{\scriptsize {escaped(NOTE)}}}", r"\end{tabular}"]
+    )
+
+
+def head(column: Column) -> str:
+    """Heading of a column as LaTeX."""
+    unit = f" {{\\scriptsize {escaped(column.unit)}}}" if column.unit else ""
+    return escaped(column.title) + unit
+
+
+def job_of(line: Line) -> str:
+    """Name of a line's job: its series and how much it drops."""
+    return ", ".join([line.series, *line.view[:1]])
+
+
+def texts(line: Line) -> list[str]:
+    """Texts of a line's cells, the job's name first."""
+    return [", ".join([line.series, *line.view]), *(whole(cell) for cell in line.cells)]
+
+
+def whole(cell: Cell) -> str:
+    """Text of a cell with its interval and its difference."""
+    return " ".join(filter(None, (cell.text, cell.bounds, f"({cell.against})" if cell.against else "")))
+
+
+def one_line(text: str) -> str:
+    """Replace all white space by single spaces, so that a name cannot end a comment or a cell."""
+    return " ".join(text.split())
+
+
+def marked(text: str) -> str:
+    """Escape a text for Markdown: no name may end a cell, or become a link, a picture or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~])", r"\\\1", one_line(text))
+
+
+def escaped(text: str) -> str:
+    """Escape a text for LaTeX."""
+    return "".join(LATEX.get(sign, sign) for sign in one_line(text))
