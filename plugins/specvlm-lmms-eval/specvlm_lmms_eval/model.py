@@ -79,6 +79,8 @@ class SpecVLM(lmms):
             raise UserError(f"model_args: check={check}: wanted true, false or a share of the answers, 0 to 1")
         if max_num_frames is not None and (not isinstance(max_num_frames, int) or max_num_frames < 1):
             raise UserError(f"model_args: max_num_frames={max_num_frames}: wanted a number of frames, 1 or more")
+        if max_num_frames is not None and {"frames", "fps"} & settings.keys():
+            raise UserError("model_args: max_num_frames, frames and fps exclude each other: leave out max_num_frames")
         self.batch_size, self.check, self.max_num_frames = int(batch_size), float(check), max_num_frames
         given = pair_arguments(settings)
         self.session = specvlm.load_pair(pretrained, draft, device=_own_device(device), **given)
