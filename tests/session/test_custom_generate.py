@@ -188,7 +188,7 @@ def test_calls_of_several_threads_share_passes():
     kinds = ("video", "other", "video", "other")
     want = [target.generate(**inputs("qwen2_5_vl", kind), max_new_tokens=12).tolist() for kind in kinds]
     target.generate(**inputs("qwen2_5_vl"), max_new_tokens=1, custom_generate=made)
-    scheduler = made._sessions[target].scheduler
+    scheduler = made._sessions[target][0].scheduler
     asked, run = scheduler.asked, scheduler.run
     with ThreadPoolExecutor(4) as pool:
         calls = [
