@@ -4,10 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from specvlm.errors import UserError, explained
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.load import settle
+from specvlm.models.load import check_attention, settle
 from specvlm.models.partition import stages_of
 from specvlm.models.video_lm import VideoLM
 
@@ -28,11 +30,16 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
     """
     model_type = getattr(getattr(hf, "config", None), "model_type", None)
     if model_type is None or not hasattr(hf, "generation_config"):
-        raise UserError(f"a {type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
+        raise UserError(f"{type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
     family = families.find(model_type)
+    if not isinstance(hf, PreTrainedModel):
+        raise UserError(f"a {type(hf).__name__} wraps a model, which then computes something else: give the model itself")
+    if lost := [name for name, tensor in hf.named_parameters() if tensor.is_meta]:
+        raise UserError(f"{len(lost)} weights are not on a device, {lost[0]} first: load the model without offloading")
     if hf.training:
         raise UserError("the model is in training mode: call its eval() first")
     held = _folder_of(hf, folder)
+    check_attention(held, hf.config)
     attention.register()
     own = twin(hf)
     with explained(f"{held}: no model can be made of this {type(hf).__name__}"):

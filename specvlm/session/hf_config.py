@@ -63,8 +63,9 @@ def check_positions(given: Tensor | None, own_AS: Tensor) -> None:
     """Raise UserError for other positions than the model's own. given: (axes, 1, S), with or without those of the text."""
     if given is None:
         return
-    theirs_AS = given[-len(own_AS) :, 0] if given.ndim == 3 else given[:1]
-    if not torch.equal(theirs_AS.cpu(), own_AS.cpu()):
+    theirs_AS = (given[-len(own_AS) :, 0] if given.ndim == 3 else given[:1]).cpu()
+    counted_S = torch.arange(own_AS.shape[1])  # what `generate` makes, to which it does not tell videos from text here
+    if not torch.equal(theirs_AS, own_AS.cpu()) and not bool((theirs_AS == counted_S).all()):
         raise UserError("position_ids other than the model's own are not supported with custom_generate: leave them out")
 
 

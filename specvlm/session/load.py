@@ -147,7 +147,12 @@ class Side:
             return None
         bare = skeleton(model_folder(str(self.given)), self.mrope, self.revision)
         dtype = dtype_of(bare, self._held_in)
-        return Need(bare, slots, dtype, kind_of(self.weights, dtype, f"{self.name}'s weights", bare.quantised))
+        return Need(
+            bare,
+            slots,
+            dtype,
+            kind_of(self.weights, dtype, "weights" if self.name == "target" else "draft_weights", bare.quantised),
+        )
 
     def load(self) -> VideoLM:
         """Load the model, or take the loaded one."""

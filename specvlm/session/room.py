@@ -46,7 +46,9 @@ def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: Generation
 def check_answers(target: VideoLM, slots: int, count: int) -> None:
     """Check that the target's caches of `count` answers of `slots` tokens fit, before any is made. Raises UserError."""
     wanted = {device: count * size for device, size in _cache(target, slots).items()}
-    _check(wanted, {}, f"{count} answers need", "ask for fewer answers, or fewer new tokens")
+    _check(
+        wanted, {}, f"{count} answers need" if count > 1 else "the answer needs", "ask for fewer answers, or fewer new tokens"
+    )
 
 
 def _cache(model: VideoLM, slots: int) -> dict[torch.device, int]:
