@@ -154,14 +154,15 @@ def unlike_the_processor(family: str) -> tuple[int, list[str]]:
 
 
 def unlike_from_inputs(family: str) -> tuple[int, list[str]]:
-    """Make every prompt again of the inputs that Hugging Face's processor would make. Returns their number, and those unlike."""
+    """Make every prompt again of the inputs that Hugging Face's processor makes. Returns their number, and those unlike."""
     lm, wrong, asked = model(family), [], [*requests(family)]
     for request in asked:
         want = prompt(family, request)
         found = lm.hf_prompt(lm.hf_inputs(lm.hf.config, want))
         same = [torch.equal(getattr(found, name), getattr(want, name)) for name in ("tokens", "video_index", "image_index")]
         same += [found.grids == want.grids, torch.equal(lm.positions(found), lm.positions(want))]
-        for ours, theirs in zip((*found.videos, *found.images), (*want.videos, *want.images), strict=True):
+        same += [len(found.videos) == len(want.videos)]
+        for ours, theirs in zip(found.items, want.items, strict=False):
             same += [torch.equal(ours[name], value) for name, value in theirs.items() if isinstance(value, torch.Tensor)]
         wrong += [] if all(same) else [request]
     return len(asked), wrong

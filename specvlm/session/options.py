@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from numbers import Integral, Real
-from sys import float_info
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,6 @@ from specvlm.video.readers import NAMES
 
 MOST_BIAS = 100.0
 MOST_SEED = 2**63 - 1
-LARGEST = float_info.max
 LISTS = (list, tuple, set, frozenset)
 NUMBERS: dict[str, type[int] | type[float]] = {
     **dict.fromkeys(("max_new_tokens", "seed", "n", "logprobs", "max_pixels", "frames"), int),
@@ -194,9 +193,16 @@ def _number(name: str, value: Any, kind: type[int] | type[float], optional: bool
     if value is None and optional:
         return
     fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if not fits or (kind is float and not -LARGEST <= value <= LARGEST):
+    if not fits or (kind is float and not _finite(value)):
         wanted = "a whole number" if kind is int else "a finite number"
         raise UserError(f"{name}={line(repr(value))}: wanted {wanted}" + (" or None" if optional else ""))
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _texts(given: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
@@ -29,6 +29,14 @@ from specvlm.types import GenerationOptions, Step
 
 T = TypeVar("T")
 MOST_CALLS = 256  # threads that wait for calls from asyncio
+
+
+class Asked(NamedTuple):
+    """A call's options, the graph that they make, and its prompt."""
+
+    options: Options
+    graph: DecodingGraph
+    reading: Reading
 
 
 class Session:
@@ -135,9 +143,10 @@ class Session:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> tuple[Options, Reading]:
+    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> Asked:
+        """Check the options, then read videos and images."""
         asked = self.options.asked(options)
-        return asked, read(self.target, prompt, videos, images, asked)
+        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked))
 
     def graph(self, options: Options) -> DecodingGraph:
         """Build the graph of a call. Raises UserError if the strategies do not fit the models."""
@@ -147,20 +156,19 @@ class Session:
         models = (self.target, self.draft, *options.strategies())
         return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine)
 
-    def _streamed(self, asked: Options, reading: Reading) -> TextStream:
+    def _streamed(self, asked: Options, graph: DecodingGraph, reading: Reading) -> TextStream:
         """Begin a stream. Raises UserError for options that only whole results can have."""
         for name in ("n", "check"):
             if getattr(asked, name):
                 raise UserError(f"{name}={getattr(asked, name)}: a stream is one answer, not compared: call generate")
-        graph = self.graph(asked)
         call = self.requests.work(graph, reading.prompt, graph.options)
         return TextStream(self.target, reading, graph.options, call)
 
     def _generated(
-        self, asked: Options, reading: Reading, calls: Calls | None = None
+        self, asked: Options, graph: DecodingGraph, reading: Reading, calls: Calls | None = None
     ) -> GenerationResult | list[GenerationResult]:
         """Decode one answer, or `n`. calls: Cancels them from another thread, which raises Cancelled here."""
-        graph, calls, found = self.graph(asked), calls or Calls(), []
+        calls, found = calls or Calls(), []
         check_answers(self.target, len(reading.prompt) + asked.max_new_tokens, asked.n or 1)
         every = [replace(graph.options, seed=graph.options.seed + number) for number in range(asked.n or 1)]
         with begun(self.requests, graph, reading.prompt, every, calls) as mine:
