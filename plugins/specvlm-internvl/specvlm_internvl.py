@@ -137,31 +137,30 @@ class InternVL(VideoLM):
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
         """The text tells frames from images: a frame is one tile behind its number, and frame 1 begins a video."""
         tokens_S, given = row_of(inputs, frozenset({"pixel_values"})), inputs.get("pixel_values")
+        runs = _runs((tokens_S == self.image_token).nonzero().flatten())
+        counts = [len(run_R) // self.hf.config.image_seq_length for run_R in runs]
         tiles = torch.empty(0) if given is None else given.cpu()
-        length, at, ends, last = self.hf.config.image_seq_length, 0, 0, 0
-        videos, images, slots = [], [], ([], [])
-        for run_R in _runs((tokens_S == self.image_token).nonzero().flatten()):
-            start, count = int(run_R[0]), len(run_R) // length
-            number = self._number(tokens_S[ends:start]) if count == 1 else 0
-            part, at, ends = tiles[at : at + count], at + count, start + len(run_R)
+        if sum(counts) != len(tiles):
+            raise UserError(f"input_ids have {sum(counts)} tiles, pixel_values {len(tiles)}: do they belong together?")
+        videos, images, slots, last = [], [], ([tokens_S[:0]], [tokens_S[:0]]), 0
+        for number, run_R, part in zip(self._numbers(tokens_S, runs, counts), runs, tiles.split(counts), strict=True):
             last = number if number in (1, last + 1) else 0
-            slots[0 if last else 1].append(run_R)
+            slots[last == 0].append(run_R)
             if last > 1:
                 videos[-1]["pixels"] = torch.cat([videos[-1]["pixels"], part])
-            elif last:
-                videos.append({"pixels": part})
             else:
-                images.append({"pixels": part, "tokens": len(part) * length})
-        if at != len(tiles):
-            raise UserError(f"input_ids have slots of {at} tiles, but pixel_values {len(tiles)}: do they belong together?")
-        index = [torch.cat(found) if found else torch.empty(0, dtype=torch.int64) for found in slots]
-        return placed(tokens_S, (index[0], index[1]), [self._grid(len(v["pixels"])) for v in videos], videos, images)
+                (videos if last else images).append({"pixels": part} | ({} if last else {"tokens": len(run_R)}))
+        index = torch.cat(slots[0]), torch.cat(slots[1])
+        return placed(tokens_S, index, [self._grid(len(video["pixels"])) for video in videos], videos, images)
 
-    def _number(self, text_T: Tensor) -> int:
-        """Return the number of the frame that this text announces at its end; 0 if it announces none."""
-        announced = rf"frame\s*(\d+)\s*:\s*{re.escape(self.tokenizer.start_image_token)}\s*$"
-        found = re.search(announced, self.tokenizer.decode(text_T.tolist()), re.IGNORECASE)
-        return int(found[1]) if found else 0
+    def _numbers(self, tokens_S: Tensor, runs: list[Tensor], counts: list[int]) -> list[int]:
+        """Return the number that the text before each run gives a frame; 0 for one that is no frame."""
+        announced, end, found = rf"frame\s*(\d+)\s*:\s*{re.escape(self.tokenizer.start_image_token)}\s*$", 0, []
+        for run_R, count in zip(runs, counts, strict=True):
+            text = self.tokenizer.decode(tokens_S[end : int(run_R[0])].tolist())
+            match, end = re.search(announced, text, re.IGNORECASE), int(run_R[-1]) + 1
+            found.append(int(match[1]) if match and count == 1 else 0)
+        return found
 
 
 def _runs(index_N: Tensor) -> list[Tensor]:
