@@ -167,13 +167,14 @@ class Penalties:
         return bool(self.presence or self.frequency or self.bias)
 
     def __call__(self, answer: Sequence[int], logits_V: Tensor) -> Tensor:
-        added_V = torch.zeros_like(logits_V)
+        # In float32 as `generate` does: 16 bits would round a small penalty away.
+        added_V = torch.zeros_like(logits_V, dtype=torch.promote_types(logits_V.dtype, torch.float32))
         if answer:
             ids, counts = torch.tensor(answer, device=logits_V.device).unique(return_counts=True)
-            added_V[ids] -= self.presence + self.frequency * counts.to(logits_V.dtype)
+            added_V[ids] -= self.presence + self.frequency * counts.to(added_V.dtype)
         if self.bias:
             tokens = torch.tensor(list(self.bias), device=logits_V.device)
-            added_V[tokens] += torch.tensor(list(self.bias.values()), device=logits_V.device, dtype=logits_V.dtype)
+            added_V[tokens] += torch.tensor(list(self.bias.values()), device=logits_V.device, dtype=added_V.dtype)
         return logits_V + added_V
 
 
