@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specvlm.errors import UserError
+from specvlm.models.adopt import check_plain
 from specvlm.session.call import begun
 from specvlm.session.hf_config import Ending, check_config, check_positions, logits_rule, sampling_of, streamer_of_caller
 from specvlm.session.inputs import Reading, processed
@@ -119,6 +120,7 @@ class Speculation:
 
     def _session(self, model: Any) -> Session:
         """Return the session of a target, made anew if its modules have been replaced. The first one loads the draft."""
+        check_plain(model)
         with self._loading:
             session, tensors = self._sessions.get(model, (None, []))
             now = [*model.parameters(), *model.buffers()]

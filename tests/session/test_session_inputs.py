@@ -295,6 +295,14 @@ def test_a_model_that_cannot_be_copied_as_it_is_is_refused():
     ):
         with pytest.raises(UserError, match=said):
             load_pair(given, **options)
+    held = copy.deepcopy(session().draft.hf)
+    hook = held.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="module lm_head has a forward hook"):
+        load_pair(held)
+    hook.remove()
+    held.lm_head.adapter = type("Linear", (torch.nn.Module,), {"__module__": "peft.tuners.lora"})()
+    with pytest.raises(UserError, match=r"module lm_head\.adapter is an adapter"):
+        load_pair(held)
 
 
 def test_swapped_models_and_settings_that_are_not_applied_are_warned_of():
