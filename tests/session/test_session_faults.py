@@ -183,7 +183,7 @@ def test_answers_that_share_a_prefill_all_tell_of_its_error(monkeypatch):
 
 
 def test_models_and_requests_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
-    of = session()
+    of = beside()  # it has no caches yet
     with pytest.raises(UserError, match=r"the answer needs about .* GiB on cpu.* ask for fewer"):
         ask(of, max_new_tokens=10**10)
     with pytest.raises(UserError, match="1000000000 answers need about"):
