@@ -269,9 +269,9 @@ class DecodingGraph:
                 result = yield from self.engine.call(call, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
-    def budget(self, prompt: VideoPrompt) -> int:
-        """Return the number of video tokens that the drafter may see at the ratio of the graph's options."""
-        return self._view(prompt, self.options.ratio).budget
+    def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
+        """Return the number of video tokens that the drafter may see. ratio: By default that of the graph's options."""
+        return self._view(prompt, self.options.ratio if ratio is None else ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
         """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""

@@ -303,10 +303,10 @@ class CachePool:
         """Bytes of all caches, free and leased."""
         return sum(cache.nbytes for cache in self.held)
 
-    def bytes_on(self, device: torch.device) -> int:
-        """Bytes on one device of all caches, free and leased."""
-        tensors = [t for cache in self.held for store in cache.stores for t in store]
-        return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
+    def bytes_on(self, device: torch.device, leased: bool = True) -> int:
+        """Bytes on one device of all caches. leased: False leaves out those that requests hold."""
+        held = [*self.held] if leased else [cache for free in [*self._free.values()] for cache in [*free]]
+        return sum(t.nbytes for cache in held for store in cache.stores for t in store if t.device == device)
 
 
 class CacheLease(AbstractContextManager["CacheLease"]):
