@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.engine import ops as plain
+from specvlm.engine.contexts import Contexts
 from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
@@ -110,6 +111,44 @@ class Sight(NamedTuple):
     above_Q: Tensor | None = None
 
 
+class Place(NamedTuple):
+    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device."""
+
+    cache: KVCache
+    base: Tensor
+    at: int
+    sight: Sight
+
+    def rope(
+        self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
+    ) -> Tensor:
+        """Turn queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
+        keys, values = (store[0] for store in self.cache.layer(index))
+        return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
+
+    def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
+        """Attend from each row to what it sees of layer `index`."""
+        keys, values = (store[0] for store in self.cache.layer(index))
+        seen_QT, ways_QP, above_Q = self.sight
+        if ways_QP is None:
+            return ops.attention(q_QHD, keys, values, self.base, seen_QT, scale, kind)
+        return ops.path_attention(q_QHD, keys, values, self.base, above_Q, ways_QP, scale, kind)
+
+
+class Places(NamedTuple):
+    """Where the rows of several requests' joined pass lie. Needs the Triton kernels. Methods as those of `Place`."""
+
+    contexts: Contexts
+
+    def rope(
+        self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
+    ) -> Tensor:
+        return ops.rope_many(parts_SQN, layer.biases, *turns, self.contexts, index, heads, layer.norms, layer.eps)
+
+    def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
+        return ops.path_attention_many(q_QHD, self.contexts, index, scale, kind)
+
+
 class LeanText:
     """A VideoLM's language model as a function of device tensors, one per pipeline stage.
 
@@ -153,32 +192,25 @@ class LeanText:
         for number, stage in enumerate(self.stages):
             with current(stage.device):
                 x, depths_Q, base, offset, *tables = cross(stage.device, x, depths_Q, base, offset, *sight)
-                x = self.run(number, x, depths_Q, at, Sight(*tables), base, offset, cache)
+                x = self.run(number, x, base + offset + depths_Q, Place(cache, base, at, Sight(*tables)))
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
         """Embed tokens to the (Q, D) input of the first stage. Ids outside the vocabulary are clamped into it."""
         return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
-    def run(
-        self, number: int, x: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
-    ) -> Tensor:
+    def run(self, number: int, x: Tensor, positions_Q: Tensor, place: Place | Places) -> Tensor:
         """Run (Q, D) rows through one stage; the last one adds the final norm. Tensors are on the stage's device."""
         ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
-        angles = (base + offset + depths_Q).float()[:, None] * self.turns[number].float()
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        angles = positions_Q.float()[:, None] * self.turns[number].float()
+        turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         parts = None
         for index in range(stage.start, stage.end):
             layer = self.layers[index]
             kind, before, after = layer.kind, layer.before, layer.after
-            keys, values = (store[0] for store in cache.layer(index))
             x, y = self._add_norm(x, parts, before, kind)
-            turned = ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads
-            q = ops.rope(*turned, layer.norms, layer.eps)
-            if sight.ways_QP is None:
-                read = ops.attention(q, keys, values, base, sight.seen_QT, scale, kind)
-            else:
-                read = ops.path_attention(q, keys, values, base, sight.above_Q, sight.ways_QP, scale, kind)
+            q = place.rope(ops, index, ops.linear(y, layer.qkv), turns, layer, self.heads)
+            read = place.attend(ops, index, q, scale, kind)
             x, y = self._add_norm(x, ops.linear(read, layer.o), after, layer.mlp_kind)
             if layer.experts is not None:
                 parts = ops.experts(y, layer.experts)

@@ -1,0 +1,351 @@
+"""Steps of several requests on a GPU in one captured pass (continuous batching).
+
+A pass is captured by the number of its rows and of its requests, rounded up, and serves any requests: addresses of
+their caches are inputs. The rows of a request have the bits that they have in a pass alone (see
+`kernels/path_decoding.py`), so a request's answer does not depend on who else is there.
+
+Shape suffixes: B requests, Q rows of the pass, P slots of the longest path, M tree nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specvlm.engine import ops
+from specvlm.engine.base import Request, tree_pass
+from specvlm.engine.contexts import Contexts, Layout, addresses, blocks_for, blocks_of
+from specvlm.engine.lean import ROWS, LeanText, Places, paths_of
+from specvlm.engine.program import Program
+from specvlm.models.passes import Call, Pass, Rows
+from specvlm.strategies import VerifyContext
+from specvlm.strategies.fence import checked_verdict, inside, is_ours
+from specvlm.types import DraftTree, Verdict
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+T = TypeVar("T")
+REQUESTS = 16  # maximum number of requests of a pass
+STEP = 8  # rows are padded to a multiple of it: up to ROWS rows, so many programs per number of requests
+SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
+LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
+_NOBODY = torch.Generator()  # unused: random numbers are drawn ahead
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """A tree for the target to check. The engine answers with the verdict and the new tokens.
+
+    Attributes:
+        request: Request whose tree it is.
+        tree: The tree, on the target's device.
+        numbers: Uniform random numbers for the verifier, if it needs any.
+    """
+
+    request: Request
+    tree: DraftTree
+    numbers: Tensor | None
+
+    @property
+    def model(self) -> VideoLM:
+        """The model that runs it."""
+        return self.request.target
+
+
+@dataclass(frozen=True, eq=False)
+class Drafting:
+    """A call of a drafter's routine. The engine answers with the routine's tensors.
+
+    Attributes:
+        call: The call.
+        mark: As in `Engine.call`.
+    """
+
+    call: Call
+    mark: Callable[[str], None]
+
+    @property
+    def model(self) -> VideoLM:
+        """The model that runs it."""
+        return self.call.routine.model
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Rows):
+    """Result of a joined pass, whose logits were computed in it.
+
+    Attributes:
+        logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
+    """
+
+    logits_QV: Tensor = field(default_factory=Tensor)
+
+    def logits(self, last: int = 0) -> Tensor:
+        return self.logits_QV[-last:]
+
+
+class Shape(NamedTuple):
+    """Numbers that a joined pass is captured for: rows, requests, slots of a path, slots of a cache."""
+
+    rows: int
+    requests: int
+    path: int
+    longest: int
+
+    @classmethod
+    def of(cls, passes: Sequence[Pass]) -> Shape:
+        """Round the numbers of some passes up."""
+        return cls(
+            _up(sum(map(len, passes)), STEP),
+            _power_of_2(len(passes)),
+            max(8, _power_of_2(max(one.at + len(one) for one in passes))),
+            _up(max(one.cache.capacity for one in passes), SLOTS),
+        )
+
+
+def why_not_joined(lean: LeanText) -> str | None:
+    """Say why passes of several requests cannot run as one; None if they can."""
+    if lean.ops is ops:
+        return "it runs without Triton kernels"
+    return "it runs on several devices" if len(lean.stages) > 1 or lean.ranks.size > 1 else None
+
+
+class Keeper(Protocol):
+    """What a batch needs of its engine, which makes programs and keeps them."""
+
+    def program(self, key: tuple[Hashable, ...], owner: LeanText, build: Callable[[str], Program]) -> Program: ...
+
+    def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str) -> Program: ...
+
+
+class Batch:
+    """Runs steps of several requests of one model.
+
+    Args:
+        lean: The model's lean pass, which `why_not_joined` admits.
+        engine: Keeps the programs; a weak reference will do.
+    """
+
+    def __init__(self, lean: LeanText, engine: Keeper) -> None:
+        self.lean, self._engine = lean, engine
+        self.anchor, self.device = lean.text.embed_tokens.weight, lean.stages[0].device
+        self.kv_heads = lean.layers[0].qkv[1].outputs // lean.width
+        self.group = lean.heads // self.kv_heads
+        self._layouts: OrderedDict[Hashable, tuple[Layout, object]] = OrderedDict()
+        self._last: dict[Shape, tuple[Program, Layout]] = {}  # the layout in a program's buffers
+
+    def check(self, checks: Sequence[Check]) -> list[tuple[Verdict, list[int]]]:
+        """Check the trees of several requests.
+
+        No cache is cut before all verdicts are there: if a verifier fails, all trees can be checked again, one by one.
+
+        Returns:
+            For each the verdict, and the new tokens: the accepted ones, then the bonus.
+        """
+        decided = list[Tensor]()
+        for group in grouped(checks, lambda one: len(one.tree)):
+            passes = [tree_pass(one.request.target, one.tree, one.request.cache).placed() for one in group]
+            decided += map(_decision, group, self.run(passes))
+        numbers, found, end = torch.cat(decided).tolist(), list[tuple[Verdict, list[int]]](), 0  # the only host read
+        for one in checks:
+            start, end = end, end + len(one.tree) + 2
+            last, bonus, *tokens = numbers[start:end]
+            verifier = one.request.verifier
+            with inside(verifier):
+                verdict = checked_verdict(verifier, verifier.verdict(last, bonus, one.tree), one.tree, self.lean.vocabulary)
+            found.append((verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]))
+        for one, (verdict, _) in zip(checks, found, strict=True):
+            one.request.cache.keep(one.request.cache.length, verdict.path)
+        return found
+
+    def draft(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+        """Run routines side by side: the first pass of each as one, then the second, and so on."""
+        sizes = [len(call.state) for call in calls]
+        states = torch.tensor([number for call in calls for number in call.state], device=self.device).split(sizes)
+        works = [call.begin(state, *call.given) for call, state in zip(calls, states, strict=True)]
+        found: dict[int, tuple[Tensor, ...]] = {}
+        answers: dict[int, Rows | None] = dict.fromkeys(range(len(calls)))
+        while answers:
+            wanted = list[tuple[int, Pass]]()
+            for number, rows in answers.items():
+                try:
+                    one = works[number].send(rows)
+                    wanted.append((number, one if calls[number].ours else clamped(one)))
+                except StopIteration as end:
+                    found[number] = end.value
+            groups, answers = list(grouped(wanted, lambda item: len(item[1]))), {}
+            for group in groups:
+                fixed = all(calls[number].ours for number, _ in group)
+                each = self.run([one for _, one in group], fixed, copy=len(groups) > 1)
+                answers.update(zip([number for number, _ in group], each, strict=True))
+        return [found[number] for number in range(len(calls))]
+
+    def run(self, passes: Sequence[Pass], fixed: bool = True, copy: bool = False) -> list[Rows]:
+        """Run passes of at most ROWS rows and REQUESTS requests together as one.
+
+        Args:
+            passes: The passes, each of another cache. Their rows fit.
+            fixed: Whether nobody changes the tensors `depths_Q` and `seen_QT` once they are made.
+            copy: Copy the results, for a caller that runs another pass before it reads them.
+        """
+        shape = Shape.of(passes)
+        program = self._engine.program(("batch", *shape), self.lean, partial(self._build, shape))
+        layout = self._layout(shape, passes, fixed)
+        there = self._last.get(shape)
+        self._last[shape] = program, layout
+        tables = [None] * 6 if there is not None and there[0] is program and there[1] is layout else layout.tensors()
+        spare, extra = shape.requests - len(passes), shape.rows - sum(map(len, passes))
+        tokens_Q = torch.cat([*(one.tokens_Q.to(self.device) for one in passes), *self._zeros(extra)])
+        where = addresses([one.cache for one in passes], self.anchor, shape.requests)
+        bases, offsets = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
+        outputs = program(tokens_Q, where, bases, offsets, *tables)
+        logits_QV, *hidden = [output.clone() for output in outputs] if copy else outputs
+        found, end = list[Rows](), 0
+        for one in passes:
+            start, end = end, end + len(one)
+            rows = _rows([part[start:end] for part in hidden])
+            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, logits_QV[start:end]))
+        return found
+
+    def _build(self, shape: Shape, backend: str) -> Program:
+        """Make the program of a shape. Its example inputs are all padding, which reads and writes no cache."""
+        zeros = partial(torch.zeros, dtype=torch.int64, device=self.device)
+        blocks = blocks_for(shape.rows, shape.requests, self.group)
+        inputs = [
+            zeros(shape.rows),
+            zeros(shape.requests * 3),
+            zeros(shape.requests),
+            zeros(shape.requests),
+            torch.full((shape.rows,), -1, dtype=torch.int32, device=self.device),
+            *(zeros(shape.rows) for _ in range(3)),
+            zeros(shape.rows, shape.path),
+            torch.zeros(blocks, 3, dtype=torch.int32, device=self.device),
+        ]
+        return self._engine.capture(partial(_pass, self.lean, self.anchor, self.kv_heads, shape.longest), inputs, backend)
+
+    def _numbers(self, values: Sequence[int | Tensor], spare: int) -> Tensor | list[int]:
+        """Join integers, on the host if all are there, or (1,) tensors on the device; add zeros for spare requests."""
+        if all(isinstance(value, int) for value in values):
+            return [*map(int, values), *[0] * spare]
+        each = [value if isinstance(value, Tensor) else torch.tensor([value], device=self.device) for value in values]
+        return torch.cat([*each, *self._zeros(spare)])
+
+    def _zeros(self, count: int) -> list[Tensor]:
+        """Return a tensor of zeros as padding; nothing for none."""
+        return [torch.zeros(count, dtype=torch.int64, device=self.device)] if count else []
+
+    def _layout(self, shape: Shape, passes: Sequence[Pass], fixed: bool) -> Layout:
+        """Make the layout of passes, or return the one that was made of the same shapes before."""
+        key = (shape, *((len(one), one.at, _key(one.depths_Q), _key(one.seen_QT)) for one in passes))
+        if fixed and key in self._layouts:
+            self._layouts.move_to_end(key)
+            return self._layouts[key][0]
+        layout = layout_of(shape, passes, self.group, self.device)
+        if fixed:  # hold the tensors too, so that no others get their ids
+            self._layouts[key] = layout, [(one.depths_Q, one.seen_QT) for one in passes]
+            if len(self._layouts) > LAYOUTS:
+                self._layouts.popitem(last=False)
+        return layout
+
+
+def layout_of(shape: Shape, passes: Sequence[Pass], group: int, device: torch.device) -> Layout:
+    """Make the tables of some passes, padded to a shape. group: query heads of a KV head."""
+    counts, columns = [len(one) for one in passes], list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+    for one in passes:
+        local_Q = torch.arange(one.at, one.at + len(one), device=device)
+        above_Q, ways_QT = local_Q, torch.arange(one.at + len(one), device=device).expand(len(one), -1)
+        if one.seen_QT is not None:
+            seen_QT = one.seen_QT.to(device) != 0
+            above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
+        depths_Q = torch.as_tensor(one.depths_Q, device=device)
+        columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
+    spare = shape.rows - sum(counts)
+    local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
+    owners = [request for request, count in enumerate(counts) for _ in range(count)] + [-1] * spare
+    return Layout(
+        torch.tensor(owners, dtype=torch.int32, device=device),
+        local_Q,
+        depth_Q,
+        above_Q,
+        pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare)),
+        blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group)).to(device),
+    )
+
+
+def grouped(items: Sequence[T], rows: Callable[[T], int]) -> Iterator[list[T]]:
+    """Divide items, in order, into groups that fit into a pass of ROWS rows and REQUESTS requests."""
+    group, total = list[T](), 0
+    for item in items:
+        if group and (total + rows(item) > ROWS or len(group) == REQUESTS):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += rows(item)
+    if group:
+        yield group
+
+
+def clamped(one: Pass) -> Pass:
+    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device."""
+    most = one.cache.capacity - one.at - len(one)
+    base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
+    return replace(one, base=base)
+
+
+def _pass(
+    lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, where: Tensor, base_B: Tensor,
+    offset_B: Tensor, *tables: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run a joined pass as a function of device tensors, for capture. Returns logits (Q, V), and the hidden states."""
+    layout = Layout(*tables)
+    table_B4 = torch.cat([where.view(-1, 3), base_B[:, None]], 1)
+    positions_Q = (base_B + offset_B).index_select(0, layout.request_Q.clamp(min=0)) + layout.depth_Q
+    places = Places(Contexts(anchor, table_B4, layout, longest, kv_heads))
+    hidden_QD: Any = lean.run(0, lean.enter(tokens_Q), positions_Q, places)
+    parts = (hidden_QD,) if isinstance(hidden_QD, Tensor) else (hidden_QD.data, hidden_QD.scale)
+    return lean.logits(hidden_QD), *parts
+
+
+def _rows(parts: Sequence[Tensor]) -> Any:
+    """Return hidden states as the lean pass does: a tensor, or rows in 8 bits of data and scales."""
+    if len(parts) == 1:
+        return parts[0]
+    from specvlm.engine.kernels.launch import Narrow
+
+    return Narrow(*parts)
+
+
+def _decision(check: Check, rows: Rows) -> Tensor:
+    """Apply a request's penalty and rule: (M + 2,) last accepted node, bonus token, and the tree's tokens."""
+    request, tree, logits_MV = check.request, check.tree, rows.logits()
+    if not is_ours(request.verifier):
+        logits_MV = logits_MV.clone()  # other requests' rows share the memory
+    dice = torch.empty(0) if check.numbers is None else check.numbers
+    key_2 = request.key_2(request.cache.length + 1, logits_MV.device)
+    logits_MV = request.penalty(logits_MV, tree)
+    context = VerifyContext(tree, logits_MV, _NOBODY, dice.to(logits_MV.device), key_2=key_2)
+    with inside(request.verifier):
+        return torch.cat([request.verifier.decide(context), tree.tokens])
+
+
+def _key(value: Tensor | Sequence[int] | None) -> Hashable:
+    """Return what two passes with equal tables share."""
+    return id(value) if isinstance(value, Tensor) else None if value is None else tuple(value)
+
+
+def _up(number: int, step: int) -> int:
+    """Round up to a multiple of `step`."""
+    return -(-number // step) * step
+
+
+def _power_of_2(number: int) -> int:
+    """Round up to a power of two."""
+    return 1 << (number - 1).bit_length()
