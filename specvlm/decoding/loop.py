@@ -251,7 +251,7 @@ class DecodingGraph:
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
     ) -> Jobs[DraftTree]:
         """Run the drafter's `propose` and yield its passes. They may write only to caches that `lease` holds."""
-        guard, check = (partial(call, label_of(self.drafter)) for call in (inside, check_pass))
+        guard, check = partial(inside, label_of(self.drafter)), partial(check_pass, label_of(self.drafter))
         with inside(self.drafter):
             found = session.propose(last)
         if not isinstance(found, Generator):

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from specvlm.engine import ops
 from specvlm.engine.base import Request, tree_pass
 from specvlm.engine.contexts import Contexts, Layout, addresses, blocks_for, blocks_of
-from specvlm.engine.lean import ROWS, LeanText, Places, paths_of
+from specvlm.engine.lean import LeanText, Places, paths_of
 from specvlm.engine.program import Program
 from specvlm.models.passes import Call, Pass, Rows
 from specvlm.strategies import VerifyContext
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 REQUESTS = 16  # maximum number of requests of a pass
-STEP = 8  # rows are padded to a multiple of it: up to ROWS rows, so many programs per number of requests
+STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
 SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
 _NOBODY = torch.Generator()  # unused: random numbers are drawn ahead
@@ -151,7 +151,7 @@ class Batch:
             For each the verdict, and the new tokens: the accepted ones, then the bonus.
         """
         decided = list[Tensor]()
-        for group in grouped(checks, lambda one: len(one.tree)):
+        for group in grouped(checks, lambda one: len(one.tree), self.lean.most):
             passes = [tree_pass(one.request.target, one.tree, one.request.cache).placed() for one in group]
             decided += map(_decision, group, self.run(passes))
         numbers, found, end = torch.cat(decided).tolist(), list[tuple[Verdict, list[int]]](), 0  # the only host read
@@ -181,7 +181,7 @@ class Batch:
                     wanted.append((number, one if calls[number].ours else clamped(one)))
                 except StopIteration as end:
                     found[number] = end.value
-            groups, answers = list(grouped(wanted, lambda item: len(item[1]))), {}
+            groups, answers = list(grouped(wanted, lambda item: len(item[1]), self.lean.most)), {}
             for group in groups:
                 fixed = all(calls[number].ours for number, _ in group)
                 each = self.run([one for _, one in group], fixed, copy=len(groups) > 1)
@@ -189,7 +189,7 @@ class Batch:
         return [found[number] for number in range(len(calls))]
 
     def run(self, passes: Sequence[Pass], fixed: bool = True, copy: bool = False) -> list[Rows]:
-        """Run passes of at most ROWS rows and REQUESTS requests together as one.
+        """Run passes of at most `LeanText.most` rows and REQUESTS requests together as one.
 
         Args:
             passes: The passes, each of another cache. Their rows fit.
@@ -280,11 +280,11 @@ def layout_of(shape: Shape, passes: Sequence[Pass], group: int, device: torch.de
     )
 
 
-def grouped(items: Sequence[T], rows: Callable[[T], int]) -> Iterator[list[T]]:
-    """Divide items, in order, into groups that fit into a pass of ROWS rows and REQUESTS requests."""
+def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Divide items, in order, into groups that fit into a pass of `most` rows and REQUESTS requests."""
     group, total = list[T](), 0
     for item in items:
-        if group and (total + rows(item) > ROWS or len(group) == REQUESTS):
+        if group and (total + rows(item) > most or len(group) == REQUESTS):
             yield group
             group, total = [], 0
         group.append(item)

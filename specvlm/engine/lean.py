@@ -29,6 +29,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
+JOINED = 128  # the same for passes of several requests
 # Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
 # Granite scales what its layers add, Gemma's norms multiply by 1 + weight.
 KNOWN = frozenset(
@@ -235,10 +236,15 @@ class LeanText:
             yield from (*layer.gate_up, *layer.down) if experts is None else (experts.router, experts.gate_up, experts.down)
         yield self.head
 
+    @property
+    def most(self) -> int:
+        """Maximum number of rows of a joined pass."""
+        return ROWS if any(layer.experts is not None for layer in self.layers) else JOINED
+
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """Compute the (Q, V) logits of hidden states that a pass returned, at most ROWS rows at a time."""
+        """Compute the (Q, V) logits of hidden states that a pass returned, at most JOINED rows at a time."""
         count = hidden_QD.data.shape[0]  # of a tensor, or of rows in 8 bits
-        pieces = [hidden_QD] if count <= ROWS else [hidden_QD[at : at + ROWS] for at in range(0, count, ROWS)]
+        pieces = [hidden_QD] if count <= JOINED else [hidden_QD[at : at + JOINED] for at in range(0, count, JOINED)]
         with current(self.stages[-1].device):
             found = [self.ops.linear(piece, (self.head,), whole=self.dtype)[0] for piece in pieces]
         mine_QV = found[0] if len(found) == 1 else torch.cat(found)
