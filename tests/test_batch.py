@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specvlm.engine.batch import REQUESTS, Shape, grouped, layout_of
+from specvlm.engine.batch import REQUESTS, Shape, frame_of, grouped, layout_of
 from specvlm.engine.contexts import BLOCK, UNIT, addresses, blocks_for, blocks_of
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass
@@ -33,7 +33,7 @@ def test_a_layout_has_each_rows_request_slot_and_path():
     ]
     shape = Shape.of(passes)
     assert shape == (8, 4, 8, 8192)
-    layout = layout_of(shape, passes, 5, torch.device("cpu"))
+    layout = layout_of(shape, passes, frame_of(shape, [3, 2, 1], 5, torch.device("cpu")))
     assert layout.request_Q.tolist() == [0, 0, 0, 1, 1, 2, -1, -1]
     assert layout.local_Q.tolist() == [0, 1, 2, 2, 3, 4, 0, 0]
     assert layout.depth_Q.tolist() == [0, 1, 1, 2, 2, 4, 0, 0]

@@ -13,7 +13,7 @@ from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Scheduler, alone
 from specvlm.engine import engine_for
-from specvlm.engine.batch import Shape, layout_of
+from specvlm.engine.batch import Shape, frame_of, layout_of
 from specvlm.engine.contexts import Contexts, addresses
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.load import load
@@ -58,7 +58,7 @@ def test_rows_of_several_requests_have_the_bits_that_each_has_alone(heads, reque
         for tree, cache, base in zip(trees, caches, BASES, strict=False)
     ]
     shape, anchor = Shape.of(passes), rows(8, dtype=dtype, seed=0)
-    layout = layout_of(shape, passes, count // kv, torch.device("cuda"))
+    layout = layout_of(shape, passes, frame_of(shape, [*map(len, passes)], count // kv, torch.device("cuda")))
     where = torch.tensor(addresses(caches, anchor, shape.requests), device=cpu).view(-1, 3)
     bases = torch.tensor([one.base for one in passes] + [0] * (shape.requests - requests))
     contexts = Contexts(anchor, torch.cat([where, bases[:, None]], 1).cuda(), layout, shape.longest, kv)

@@ -9,6 +9,7 @@ Shape suffixes: B requests, Q rows of the pass, P slots of the longest path, M t
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,10 @@ from torch.nn.functional import pad
 from specvlm.engine import ops
 from specvlm.engine.base import Request, tree_pass
 from specvlm.engine.contexts import Contexts, Layout, addresses, blocks_for, blocks_of
-from specvlm.engine.lean import LeanText, Places, paths_of
+from specvlm.engine.lean import LeanText, Places, on_device, paths_of
 from specvlm.engine.program import Program
-from specvlm.models.passes import Call, Pass, Rows
+from specvlm.errors import line
+from specvlm.models.passes import Call, Pass, Passes, Rows
 from specvlm.strategies import VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside, is_ours
 from specvlm.types import DraftTree, Verdict
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 REQUESTS = 16  # maximum number of requests of a pass
 STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
 SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
+_OF_PASSES = ("tokens_Q", "base", "offset")
 _NOBODY = torch.Generator()  # unused: random numbers are drawn ahead
 
 
@@ -84,9 +88,11 @@ class Scored(Rows):
 
     Attributes:
         logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
+        tokens_Q: (Q,) tokens on the device; overwritten too.
     """
 
     logits_QV: Tensor = field(default_factory=Tensor)
+    tokens_Q: Tensor = field(default_factory=Tensor)
 
     def logits(self, last: int = 0) -> Tensor:
         return self.logits_QV[-last:]
@@ -123,7 +129,9 @@ class Keeper(Protocol):
 
     def program(self, key: tuple[Hashable, ...], owner: LeanText, build: Callable[[str], Program]) -> Program: ...
 
-    def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str) -> Program: ...
+    def capture(
+        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
+    ) -> Program: ...
 
 
 class Batch:
@@ -140,6 +148,8 @@ class Batch:
         self.kv_heads = lean.layers[0].qkv[1].outputs // lean.width
         self.group = lean.heads // self.kv_heads
         self._layouts: OrderedDict[Hashable, tuple[Layout, object]] = OrderedDict()
+        self._frames: dict[tuple[Shape, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._failed = set[Hashable]()
         self._last: dict[Shape, tuple[Program, Layout]] = {}  # the layout in a program's buffers
 
     def check(self, checks: Sequence[Check]) -> list[tuple[Verdict, list[int]]]:
@@ -167,26 +177,81 @@ class Batch:
         return found
 
     def draft(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-        """Run routines side by side: the first pass of each as one, then the second, and so on."""
+        """Run routines side by side: the first pass of each as one, then the second, and so on.
+
+        Routines that do the same work are captured as a whole.
+        """
+        keys = {(call.routine.function, call.ours, call.routine.key) for call in calls}
+        if len(keys) == 1 and sum(call.routine.widest for call in calls) <= self.lean.most:
+            program = self._program_of(calls)
+            if program is not None:
+                return self._captured(program, calls)
         sizes = [len(call.state) for call in calls]
         states = torch.tensor([number for call in calls for number in call.state], device=self.device).split(sizes)
         works = [call.begin(state, *call.given) for call, state in zip(calls, states, strict=True)]
-        found: dict[int, tuple[Tensor, ...]] = {}
-        answers: dict[int, Rows | None] = dict.fromkeys(range(len(calls)))
-        while answers:
-            wanted = list[tuple[int, Pass]]()
-            for number, rows in answers.items():
-                try:
-                    one = works[number].send(rows)
-                    wanted.append((number, one if calls[number].ours else clamped(one)))
-                except StopIteration as end:
-                    found[number] = end.value
-            groups, answers = list(grouped(wanted, lambda item: len(item[1]), self.lean.most)), {}
+
+        def run(wanted: Sequence[tuple[int, Pass]]) -> list[Rows]:
+            fixed, found = all(calls[number].ours for number, _ in wanted), list[Rows]()
+            passes = [one if calls[number].ours else clamped(one) for number, one in wanted]
+            groups = list(grouped(passes, len, self.lean.most))
             for group in groups:
-                fixed = all(calls[number].ours for number, _ in group)
-                each = self.run([one for _, one in group], fixed, copy=len(groups) > 1)
-                answers.update(zip([number for number, _ in group], each, strict=True))
-        return [found[number] for number in range(len(calls))]
+                found += self.run(group, fixed, copy=len(groups) > 1)
+            return found
+
+        return side_by_side(works, run)
+
+    def _program_of(self, calls: Sequence[Call]) -> Program | None:
+        """Return the program of calls of equal routines, which serves any caches. None if it cannot be captured."""
+        routine, count = calls[0].routine, len(calls)
+        longest = _up(max(call.routine.cache.capacity for call in calls), SLOTS)
+        where = addresses([call.routine.cache for call in calls], self.anchor, count)
+
+        def build(backend: str) -> Program:
+            states = [number for call in calls for number in call.routine.state]
+            tables = (torch.tensor(numbers, device=self.device) for numbers in (states, where))
+            examples = [torch.stack(each) for each in zip(*(call.routine.inputs for call in calls), strict=True)]
+            kept: list[Layout] = []  # a graph does not keep them alive
+            fn = partial(self._side_by_side, calls[0], count, longest, kept)
+            return self._engine.capture(fn, [*tables, *examples], backend, kept)
+
+        key = ("drafts", count, longest, routine.function, *routine.key)
+        if key in self._failed:
+            return None
+        try:
+            return self._engine.program(key, self.lean, build)
+        except Exception as error:  # of a plugin's code, or of one that does what only its own cache can
+            log.warning("drafts of %s run pass by pass: %s", routine.function.__qualname__, line(str(error)))
+            self._failed.add(key)
+            return None
+
+    def _captured(self, program: Program, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+        """Run calls by their program."""
+        where = addresses([call.routine.cache for call in calls], self.anchor, len(calls))
+        given = [torch.stack(each) for each in zip(*(call.given for call in calls), strict=True)]
+        outputs = [out.clone() for out in program([number for call in calls for number in call.state], where, *given)]
+        return [tuple(out[number] for out in outputs) for number in range(len(calls))]
+
+    def _side_by_side(
+        self, call: Call, count: int, longest: int, kept: list[Layout], states: Tensor, where: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run `count` calls of equal routines as a function of device tensors, for capture."""
+        lean, works = self.lean, []
+        for number, state in enumerate(states.view(count, -1)):
+            cache: Any = _Elsewhere(self, where, number, longest)
+            mine = replace(call, routine=replace(call.routine, cache=cache))
+            works.append(mine.begin(state, *(each[number] for each in given)))
+
+        def run(wanted: Sequence[tuple[int, Pass]]) -> list[Rows]:
+            passes = [one if call.ours else clamped(one, where[3 * number + 2]) for number, one in wanted]
+            shape = Shape(sum(map(len, passes)), count, max(one.at + len(one) for one in passes), longest)
+            layout = self._layout(shape, passes, fixed=call.ours)
+            kept.append(layout)
+            tokens_Q, base_B, offset_B = (torch.cat([getattr(one, name) for one in passes]) for name in _OF_PASSES)
+            outputs = _pass(lean, self.anchor, self.kv_heads, longest, tokens_Q, where, base_B, offset_B, *layout.tensors())
+            return self._split(passes, (*outputs, tokens_Q))
+
+        found = side_by_side(works, run)
+        return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
     def run(self, passes: Sequence[Pass], fixed: bool = True, copy: bool = False) -> list[Rows]:
         """Run passes of at most `LeanText.most` rows and REQUESTS requests together as one.
@@ -203,16 +268,24 @@ class Batch:
         self._last[shape] = program, layout
         tables = [None] * 6 if there is not None and there[0] is program and there[1] is layout else layout.tensors()
         spare, extra = shape.requests - len(passes), shape.rows - sum(map(len, passes))
-        tokens_Q = torch.cat([*(one.tokens_Q.to(self.device) for one in passes), *self._zeros(extra)])
+        tokens_Q = [one.tokens_Q for one in passes]
+        if all(tokens.device.type == "cpu" for tokens in tokens_Q):  # of steps without a draft: one copy for all
+            given: Any = [token for tokens in tokens_Q for token in tokens.tolist()] + [0] * extra
+        else:
+            given = torch.cat([*(tokens.to(self.device) for tokens in tokens_Q), *self._zeros(extra)])
         where = addresses([one.cache for one in passes], self.anchor, shape.requests)
         bases, offsets = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
-        outputs = program(tokens_Q, where, bases, offsets, *tables)
-        logits_QV, *hidden = [output.clone() for output in outputs] if copy else outputs
-        found, end = list[Rows](), 0
+        outputs = program(given, where, bases, offsets, *tables)
+        parts = [*outputs, program.inputs[0]]
+        return self._split(passes, [part.clone() for part in parts] if copy else parts)
+
+    def _split(self, passes: Sequence[Pass], outputs: Sequence[Tensor]) -> list[Rows]:
+        """Divide the results of a joined pass among its passes: logits, hidden states and tokens."""
+        (logits_QV, *hidden, tokens_Q), found, end = outputs, list[Rows](), 0
         for one in passes:
             start, end = end, end + len(one)
             rows = _rows([part[start:end] for part in hidden])
-            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, logits_QV[start:end]))
+            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, logits_QV[start:end], tokens_Q[start:end]))
         return found
 
     def _build(self, shape: Shape, backend: str) -> Program:
@@ -231,6 +304,14 @@ class Batch:
         ]
         return self._engine.capture(partial(_pass, self.lean, self.anchor, self.kv_heads, shape.longest), inputs, backend)
 
+    def _frame(self, shape: Shape, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return the tables of `frame_of`, cached."""
+        if (shape, counts) not in self._frames:
+            if len(self._frames) >= LAYOUTS:
+                self._frames.clear()
+            self._frames[shape, counts] = frame_of(shape, counts, self.group, self.device)
+        return self._frames[shape, counts]
+
     def _numbers(self, values: Sequence[int | Tensor], spare: int) -> Tensor | list[int]:
         """Join integers, on the host if all are there, or (1,) tensors on the device; add zeros for spare requests."""
         if all(isinstance(value, int) for value in values):
@@ -248,36 +329,77 @@ class Batch:
         if fixed and key in self._layouts:
             self._layouts.move_to_end(key)
             return self._layouts[key][0]
-        layout = layout_of(shape, passes, self.group, self.device)
-        if fixed:  # hold the tensors too, so that no others get their ids
+        layout = layout_of(shape, passes, self._frame(shape, tuple(map(len, passes))))
+        if fixed and not torch.cuda.is_current_stream_capturing():  # hold the tensors too, so that no others get their ids
             self._layouts[key] = layout, [(one.depths_Q, one.seen_QT) for one in passes]
             if len(self._layouts) > LAYOUTS:
                 self._layouts.popitem(last=False)
         return layout
 
 
-def layout_of(shape: Shape, passes: Sequence[Pass], group: int, device: torch.device) -> Layout:
-    """Make the tables of some passes, padded to a shape. group: query heads of a KV head."""
-    counts, columns = [len(one) for one in passes], list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+def frame_of(shape: Shape, counts: Sequence[int], group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make the tables that need only the rows of each request: the requests of rows, and the blocks.
+
+    group: Query heads of a KV head.
+    """
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+    owners += [-1] * (shape.rows - len(owners))
+    blocks = blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group))
+    return torch.tensor(owners, dtype=torch.int32, device=device), blocks.to(device)
+
+
+def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]) -> Layout:
+    """Make the tables of some passes, padded to a shape. Copies nothing from the host if `passes` are on the device."""
+    device, columns = frame[0].device, list[tuple[Tensor, Tensor, Tensor, Tensor]]()
     for one in passes:
         local_Q = torch.arange(one.at, one.at + len(one), device=device)
         above_Q, ways_QT = local_Q, torch.arange(one.at + len(one), device=device).expand(len(one), -1)
         if one.seen_QT is not None:
             seen_QT = one.seen_QT.to(device) != 0
             above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
-        depths_Q = torch.as_tensor(one.depths_Q, device=device)
+        depths_Q = one.depths_Q
+        if not isinstance(depths_Q, Tensor) and not torch.cuda.is_current_stream_capturing():
+            depths_Q = torch.tensor(depths_Q, device=device)
+        depths_Q = on_device(depths_Q, device)
         columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
-    spare = shape.rows - sum(counts)
+    spare = shape.rows - sum(map(len, passes))
     local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
-    owners = [request for request, count in enumerate(counts) for _ in range(count)] + [-1] * spare
-    return Layout(
-        torch.tensor(owners, dtype=torch.int32, device=device),
-        local_Q,
-        depth_Q,
-        above_Q,
-        pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare)),
-        blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group)).to(device),
-    )
+    ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
+    return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
+
+
+def side_by_side(
+    works: Sequence[Passes[tuple[Tensor, ...]]], run: Callable[[Sequence[tuple[int, Pass]]], list[Rows]]
+) -> list[tuple[Tensor, ...]]:
+    """Run generators of passes in step: all that yield one are resumed with its rows. Returns their results.
+
+    run: Maps numbers of generators with the passes that they yield to the rows of these.
+    """
+    found: dict[int, tuple[Tensor, ...]] = {}
+    answers: dict[int, Rows | None] = dict.fromkeys(range(len(works)))
+    while answers:
+        wanted = list[tuple[int, Pass]]()
+        for number, rows in answers.items():
+            try:
+                wanted.append((number, works[number].send(rows)))
+            except StopIteration as end:
+                found[number] = end.value
+        each = run(wanted) if wanted else []
+        answers = {number: rows for (number, _), rows in zip(wanted, each, strict=True)}
+    return [found[number] for number in range(len(works))]
+
+
+class _Elsewhere:
+    """Stands for a cache whose place a captured routine reads from the device."""
+
+    def __init__(self, batch: Batch, where: Tensor, number: int, capacity: int) -> None:
+        self.batch, self.where, self.number, self.capacity = batch, where, number, capacity
+
+    def move(self, base_1: Tensor, path_D: Tensor) -> None:
+        """Do as `KVCache.move`."""
+        batch = self.batch
+        heads = len(batch.lean.layers) * batch.kv_heads
+        batch.lean.ops.move(batch.anchor, self.where, self.number, base_1, path_D.contiguous(), heads, batch.lean.width)
 
 
 def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
@@ -293,11 +415,15 @@ def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator
         yield group
 
 
-def clamped(one: Pass) -> Pass:
-    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device."""
-    most = one.cache.capacity - one.at - len(one)
-    base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
-    return replace(one, base=base)
+def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
+    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device.
+
+    capacity: Slots of the cache, if only the device knows them.
+    """
+    most = (one.cache.capacity if capacity is None else capacity) - one.at - len(one)
+    if isinstance(most, int) and isinstance(one.base, int):
+        return replace(one, base=min(max(one.base, 0), most))
+    return replace(one, base=torch.as_tensor(one.base).clamp(min=0).clamp(max=most))
 
 
 def _pass(
@@ -323,9 +449,9 @@ def _rows(parts: Sequence[Tensor]) -> Any:
     return Narrow(*parts)
 
 
-def _decision(check: Check, rows: Rows) -> Tensor:
+def _decision(check: Check, rows: Any) -> Tensor:
     """Apply a request's penalty and rule: (M + 2,) last accepted node, bonus token, and the tree's tokens."""
-    request, tree, logits_MV = check.request, check.tree, rows.logits()
+    request, tree, logits_MV = check.request, replace(check.tree, tokens=rows.tokens_Q), rows.logits()
     if not is_ours(request.verifier):
         logits_MV = logits_MV.clone()  # other requests' rows share the memory
     dice = torch.empty(0) if check.numbers is None else check.numbers

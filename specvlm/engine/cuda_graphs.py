@@ -83,7 +83,7 @@ class GraphsEngine(Engine):
     def next(self, request: Request, token: int) -> Jobs[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here
             return (yield from super().next(request, token))
-        root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
+        root = DraftTree(torch.tensor([token]), (-1,))
         verdict, _ = yield from self.check(request, root)
         return verdict.bonus
 

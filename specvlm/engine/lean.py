@@ -274,7 +274,7 @@ class _Layer:
 def run_pass(lean: LeanText, one: Pass) -> Rows:
     """Run one pass through the lean pass, without reading its device tensors on the host."""
     device = lean.stages[0].device
-    base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
+    base, offset, depths_Q = (on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
     if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
         above_Q = torch.arange(len(one), device=device)
         sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
@@ -307,7 +307,7 @@ def paths_of(seen_MM: Tensor) -> Tensor:
     return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
 
 
-def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
     if isinstance(numbers, Tensor):
         return numbers

@@ -21,6 +21,7 @@ from specvlm.engine.kernels.flash_decoding import attention
 from specvlm.engine.kernels.fused_all_reduce import all_reduce_add_norm
 from specvlm.engine.kernels.launch import GROUP
 from specvlm.engine.kernels.layers import gated, linear, why_not
+from specvlm.engine.kernels.move import move
 from specvlm.engine.kernels.norm_rope import add_norm, rope, rope_many, whole
 from specvlm.engine.kernels.path_decoding import path_attention, path_attention_many
 from specvlm.engine.kernels.topk import top
@@ -33,6 +34,7 @@ __all__ = [
     "experts",
     "gated",
     "linear",
+    "move",
     "path_attention",
     "path_attention_many",
     "rope",
