@@ -330,7 +330,7 @@ class Batch:
             self._layouts.move_to_end(key)
             return self._layouts[key][0]
         layout = layout_of(shape, passes, self._frame(shape, tuple(map(len, passes))))
-        if fixed and not torch.cuda.is_current_stream_capturing():  # hold the tensors too, so that no others get their ids
+        if fixed and not capturing(self.device):  # hold the tensors too, so that no others get their ids
             self._layouts[key] = layout, [(one.depths_Q, one.seen_QT) for one in passes]
             if len(self._layouts) > LAYOUTS:
                 self._layouts.popitem(last=False)
@@ -358,7 +358,7 @@ def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]
             seen_QT = one.seen_QT.to(device) != 0
             above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
         depths_Q = one.depths_Q
-        if not isinstance(depths_Q, Tensor) and not torch.cuda.is_current_stream_capturing():
+        if not isinstance(depths_Q, Tensor) and not capturing(device):
             depths_Q = torch.tensor(depths_Q, device=device)
         depths_Q = on_device(depths_Q, device)
         columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
@@ -366,6 +366,11 @@ def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]
     local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
     ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
     return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def side_by_side(
