@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specvlm.engine.batch import REQUESTS, Shape, frame_of, grouped, layout_of
-from specvlm.engine.contexts import BLOCK, UNIT, addresses, blocks_for, blocks_of
+from specvlm.engine.contexts import BLOCK, UNIT, Shape, addresses, blocks_for, blocks_of, frame_of, layout_of
+from specvlm.engine.steps import REQUESTS, grouped
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass
 from specvlm.types import DraftTree

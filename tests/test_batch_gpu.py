@@ -13,8 +13,7 @@ from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Scheduler, alone
 from specvlm.engine import engine_for
-from specvlm.engine.batch import Shape, frame_of, layout_of
-from specvlm.engine.contexts import Contexts, addresses
+from specvlm.engine.contexts import Contexts, Shape, addresses, frame_of, layout_of
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.load import load
 from specvlm.models.passes import Pass

@@ -11,110 +11,45 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from specvlm.engine import ops
-from specvlm.engine.base import Request, tree_pass
-from specvlm.engine.contexts import Contexts, Layout, addresses, blocks_for, blocks_of
-from specvlm.engine.lean import LeanText, Places, on_device, paths_of
+from specvlm.engine.base import tree_pass
+from specvlm.engine.contexts import (
+    SLOTS,
+    Contexts,
+    Layout,
+    Shape,
+    addresses,
+    blocks_for,
+    capturing,
+    frame_of,
+    layout_of,
+    rounded,
+)
+from specvlm.engine.lean import LeanText, Places
 from specvlm.engine.program import Program
+from specvlm.engine.steps import Check, Scored, clamped, grouped, side_by_side
 from specvlm.errors import line
-from specvlm.models.passes import Call, Pass, Passes, Rows
+from specvlm.models.passes import Call, Pass, Rows
 from specvlm.strategies import VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside, is_ours
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import Verdict
 
 if TYPE_CHECKING:
-    from specvlm.models.video_lm import VideoLM
+    pass
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-REQUESTS = 16  # maximum number of requests of a pass
-STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
-SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
 _OF_PASSES = ("tokens_Q", "base", "offset")
 _NOBODY = torch.Generator()  # unused: random numbers are drawn ahead
-
-
-@dataclass(frozen=True, eq=False)
-class Check:
-    """A tree for the target to check. The engine answers with the verdict and the new tokens.
-
-    Attributes:
-        request: Request whose tree it is.
-        tree: The tree, on the target's device.
-        numbers: Uniform random numbers for the verifier, if it needs any.
-    """
-
-    request: Request
-    tree: DraftTree
-    numbers: Tensor | None
-
-    @property
-    def model(self) -> VideoLM:
-        """The model that runs it."""
-        return self.request.target
-
-
-@dataclass(frozen=True, eq=False)
-class Drafting:
-    """A call of a drafter's routine. The engine answers with the routine's tensors.
-
-    Attributes:
-        call: The call.
-        mark: As in `Engine.call`.
-    """
-
-    call: Call
-    mark: Callable[[str], None]
-
-    @property
-    def model(self) -> VideoLM:
-        """The model that runs it."""
-        return self.call.routine.model
-
-
-@dataclass(frozen=True, eq=False)
-class Scored(Rows):
-    """Result of a joined pass, whose logits were computed in it.
-
-    Attributes:
-        logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
-        tokens_Q: (Q,) tokens on the device; overwritten too.
-    """
-
-    logits_QV: Tensor = field(default_factory=Tensor)
-    tokens_Q: Tensor = field(default_factory=Tensor)
-
-    def logits(self, last: int = 0) -> Tensor:
-        return self.logits_QV[-last:]
-
-
-class Shape(NamedTuple):
-    """Numbers that a joined pass is captured for: rows, requests, slots of a path, slots of a cache."""
-
-    rows: int
-    requests: int
-    path: int
-    longest: int
-
-    @classmethod
-    def of(cls, passes: Sequence[Pass]) -> Shape:
-        """Round the numbers of some passes up."""
-        return cls(
-            _up(sum(map(len, passes)), STEP),
-            _power_of_2(len(passes)),
-            max(8, _power_of_2(max(one.at + len(one) for one in passes))),
-            _up(max(one.cache.capacity for one in passes), SLOTS),
-        )
 
 
 def why_not_joined(lean: LeanText) -> str | None:
@@ -203,7 +138,7 @@ class Batch:
     def _program_of(self, calls: Sequence[Call]) -> Program | None:
         """Return the program of calls of equal routines, which serves any caches. None if it cannot be captured."""
         routine, count = calls[0].routine, len(calls)
-        longest = _up(max(call.routine.cache.capacity for call in calls), SLOTS)
+        longest = rounded(max(call.routine.cache.capacity for call in calls), SLOTS)
         where = addresses([call.routine.cache for call in calls], self.anchor, count)
 
         def build(backend: str) -> Program:
@@ -337,63 +272,6 @@ class Batch:
         return layout
 
 
-def frame_of(shape: Shape, counts: Sequence[int], group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Make the tables that need only the rows of each request: the requests of rows, and the blocks.
-
-    group: Query heads of a KV head.
-    """
-    owners = [request for request, count in enumerate(counts) for _ in range(count)]
-    owners += [-1] * (shape.rows - len(owners))
-    blocks = blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group))
-    return torch.tensor(owners, dtype=torch.int32, device=device), blocks.to(device)
-
-
-def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]) -> Layout:
-    """Make the tables of some passes, padded to a shape. Copies nothing from the host if `passes` are on the device."""
-    device, columns = frame[0].device, list[tuple[Tensor, Tensor, Tensor, Tensor]]()
-    for one in passes:
-        local_Q = torch.arange(one.at, one.at + len(one), device=device)
-        above_Q, ways_QT = local_Q, torch.arange(one.at + len(one), device=device).expand(len(one), -1)
-        if one.seen_QT is not None:
-            seen_QT = one.seen_QT.to(device) != 0
-            above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
-        depths_Q = one.depths_Q
-        if not isinstance(depths_Q, Tensor) and not capturing(device):
-            depths_Q = torch.tensor(depths_Q, device=device)
-        depths_Q = on_device(depths_Q, device)
-        columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
-    spare = shape.rows - sum(map(len, passes))
-    local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
-    ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
-    return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def side_by_side(
-    works: Sequence[Passes[tuple[Tensor, ...]]], run: Callable[[Sequence[tuple[int, Pass]]], list[Rows]]
-) -> list[tuple[Tensor, ...]]:
-    """Run generators of passes in step: all that yield one are resumed with its rows. Returns their results.
-
-    run: Maps numbers of generators with the passes that they yield to the rows of these.
-    """
-    found: dict[int, tuple[Tensor, ...]] = {}
-    answers: dict[int, Rows | None] = dict.fromkeys(range(len(works)))
-    while answers:
-        wanted = list[tuple[int, Pass]]()
-        for number, rows in answers.items():
-            try:
-                wanted.append((number, works[number].send(rows)))
-            except StopIteration as end:
-                found[number] = end.value
-        each = run(wanted) if wanted else []
-        answers = {number: rows for (number, _), rows in zip(wanted, each, strict=True)}
-    return [found[number] for number in range(len(works))]
-
-
 class _Elsewhere:
     """Stands for a cache whose place a captured routine reads from the device."""
 
@@ -405,30 +283,6 @@ class _Elsewhere:
         batch = self.batch
         heads = len(batch.lean.layers) * batch.kv_heads
         batch.lean.ops.move(batch.anchor, self.where, self.number, base_1, path_D.contiguous(), heads, batch.lean.width)
-
-
-def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Divide items, in order, into groups that fit into a pass of `most` rows and REQUESTS requests."""
-    group, total = list[T](), 0
-    for item in items:
-        if group and (total + rows(item) > most or len(group) == REQUESTS):
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += rows(item)
-    if group:
-        yield group
-
-
-def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
-    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device.
-
-    capacity: Slots of the cache, if only the device knows them.
-    """
-    most = (one.cache.capacity if capacity is None else capacity) - one.at - len(one)
-    if isinstance(most, int) and isinstance(one.base, int):
-        return replace(one, base=min(max(one.base, 0), most))
-    return replace(one, base=torch.as_tensor(one.base).clamp(min=0).clamp(max=most))
 
 
 def _pass(
@@ -470,13 +324,3 @@ def _decision(check: Check, rows: Any) -> Tensor:
 def _key(value: Tensor | Sequence[int] | None) -> Hashable:
     """Return what two passes with equal tables share."""
     return id(value) if isinstance(value, Tensor) else None if value is None else tuple(value)
-
-
-def _up(number: int, step: int) -> int:
-    """Round up to a multiple of `step`."""
-    return -(-number // step) * step
-
-
-def _power_of_2(number: int) -> int:
-    """Round up to a power of two."""
-    return 1 << (number - 1).bit_length()

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specvlm.models.kv_cache import KVCache
+from specvlm.models.passes import Pass
 
+STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
+SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may load 16 bytes at once
 BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
 
@@ -105,3 +110,83 @@ def blocks_of(rows: Sequence[int], group: int, count: int) -> Tensor:
 def blocks_for(rows: int, requests: int, group: int) -> int:
     """Return an upper bound on the number of blocks of a pass."""
     return requests + rows * group // BLOCK
+
+
+class Shape(NamedTuple):
+    """Numbers that a joined pass is captured for: rows, requests, slots of a path, slots of a cache."""
+
+    rows: int
+    requests: int
+    path: int
+    longest: int
+
+    @classmethod
+    def of(cls, passes: Sequence[Pass]) -> Shape:
+        """Round the numbers of some passes up."""
+        return cls(
+            rounded(sum(map(len, passes)), STEP),
+            _power_of_2(len(passes)),
+            max(8, _power_of_2(max(one.at + len(one) for one in passes))),
+            rounded(max(one.cache.capacity for one in passes), SLOTS),
+        )
+
+
+def frame_of(shape: Shape, counts: Sequence[int], group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make the tables that need only the rows of each request: the requests of rows, and the blocks.
+
+    group: Query heads of a KV head.
+    """
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+    owners += [-1] * (shape.rows - len(owners))
+    blocks = blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group))
+    return torch.tensor(owners, dtype=torch.int32, device=device), blocks.to(device)
+
+
+def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]) -> Layout:
+    """Make the tables of some passes, padded to a shape. Copies nothing from the host if `passes` are on the device."""
+    device, columns = frame[0].device, list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+    for one in passes:
+        local_Q = torch.arange(one.at, one.at + len(one), device=device)
+        above_Q, ways_QT = local_Q, torch.arange(one.at + len(one), device=device).expand(len(one), -1)
+        if one.seen_QT is not None:
+            seen_QT = one.seen_QT.to(device) != 0
+            above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
+        depths_Q = one.depths_Q
+        if not isinstance(depths_Q, Tensor) and not capturing(device):
+            depths_Q = torch.tensor(depths_Q, device=device)
+        depths_Q = on_device(depths_Q, device)
+        columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
+    spare = shape.rows - sum(map(len, passes))
+    local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
+    ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
+    return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def rounded(number: int, step: int) -> int:
+    """Round up to a multiple of `step`."""
+    return -(-number // step) * step
+
+
+def _power_of_2(number: int) -> int:
+    """Round up to a power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+def paths_of(seen_MM: Tensor) -> Tensor:
+    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
+    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
+
+
+def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+    each = [numbers] if isinstance(numbers, int) else numbers
+    return torch.cat([torch.full((1,), number, device=device) for number in each])

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from specvlm.engine import ops
 from specvlm.engine.base import Engine, Inputs, Request, placed
-from specvlm.engine.batch import Batch, Check, Drafting, clamped, why_not_joined
+from specvlm.engine.batch import Batch, why_not_joined
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
-from specvlm.engine.lean import ROWS, LeanText, paths_of, run_pass, run_tree, why_not
+from specvlm.engine.contexts import paths_of
+from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
+from specvlm.engine.steps import Check, Drafting, clamped
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Jobs, Pass, Rows, finished
 from specvlm.strategies import Verifier, uniform

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.engine import ops as plain
-from specvlm.engine.contexts import Contexts
+from specvlm.engine.contexts import Contexts, on_device
 from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
@@ -300,18 +300,3 @@ def _joined(found: Sequence[Any]) -> Any:
     if len(found) == 1:
         return found[0]
     return torch.cat(list(found)) if isinstance(found[0], Tensor) else type(found[0]).joined(found)
-
-
-def paths_of(seen_MM: Tensor) -> Tensor:
-    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
-    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
-
-
-def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
-    if isinstance(numbers, Tensor):
-        return numbers
-    if isinstance(numbers, range):
-        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
-    each = [numbers] if isinstance(numbers, int) else numbers
-    return torch.cat([torch.full((1,), number, device=device) for number in each])
