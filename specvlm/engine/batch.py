@@ -87,13 +87,10 @@ class Batch:
         self._failed = set[Hashable]()
         self._last: dict[Shape, tuple[Program, Layout]] = {}  # the layout in a program's buffers
 
-    def check(self, checks: Sequence[Check]) -> list[tuple[Verdict, list[int]]]:
-        """Check the trees of several requests.
+    def check(self, checks: Sequence[Check]) -> None:
+        """Check the trees of several requests, and set their answers.
 
         No cache is cut before all verdicts are there: if a verifier fails, all trees can be checked again, one by one.
-
-        Returns:
-            For each the verdict, and the new tokens: the accepted ones, then the bonus.
         """
         decided = list[Tensor]()
         for group in grouped(checks, lambda one: len(one.tree), self.lean.most):
@@ -107,9 +104,9 @@ class Batch:
             with inside(verifier):
                 verdict = checked_verdict(verifier, verifier.verdict(last, bonus, one.tree), one.tree, self.lean.vocabulary)
             found.append((verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]))
-        for one, (verdict, _) in zip(checks, found, strict=True):
-            one.request.cache.keep(one.request.cache.length, verdict.path)
-        return found
+        for one, answer in zip(checks, found, strict=True):
+            one.request.cache.keep(one.request.cache.length, answer[0].path)
+            one.answer = answer
 
     def draft(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
         """Run routines side by side: the first pass of each as one, then the second, and so on.

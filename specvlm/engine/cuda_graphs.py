@@ -228,30 +228,28 @@ class GraphsEngine(Engine):
         return Engine.name if self.lean(model) is None else self.name
 
     def run(self, passes: Sequence[Item]) -> list[Any]:
-        """Run steps of one model: checks of several requests together, and so their drafts; other passes one by one.
-
-        Passes run lean, or through Hugging Face's modules above ROWS rows or for unsupported models.
-        """
+        """Run steps of one model: checks of several requests together, and so their drafts; other passes one by one."""
         lean = self.lean(passes[0].model)
         if lean is None:
             return super().run(passes)
         found, batch, spent = dict[int, Any](), self._batch(passes[0].model, lean), self.capture_s
         if batch is not None and len(passes) > 1:
-            checks = {number: one for number, one in enumerate(passes) if isinstance(one, Check)}
+            checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
             drafts = {n: one for n, one in enumerate(passes) if isinstance(one, Drafting) and one.call.joins}
-            if len(checks) > 1:
-                found |= zip(checks, batch.check([*checks.values()]), strict=True)
             if len(drafts) > 1:
                 found |= zip(drafts, batch.draft([one.call for one in drafts.values()]), strict=True)
+            if len(checks) > 1:
+                batch.check(checks)
             if self.capture_s > spent:
-                for one in (checks | drafts).values():
-                    (one.request.mark if isinstance(one, Check) else one.mark)("capture")
+                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts.values())):
+                    mark("capture")
         return [found[number] if number in found else self._run_one(lean, one) for number, one in enumerate(passes)]
 
     def _run_one(self, lean: LeanText, one: Item) -> Any:
-        """Run one step."""
+        """Run one step. A pass of more than ROWS rows runs through Hugging Face's modules."""
         if isinstance(one, Check):
-            return self._check(lean, one)
+            one.answer = one.answer or self._check(lean, one)
+            return one.answer
         if isinstance(one, Drafting):
             return self._draft(lean, one.call, one.mark)
         if len(one) > ROWS:

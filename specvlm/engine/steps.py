@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specvlm.engine.base import Request
 from specvlm.models.passes import Call, Pass, Passes, Rows
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
@@ -23,7 +23,7 @@ T = TypeVar("T")
 REQUESTS = 16  # maximum number of requests of a pass
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Check:
     """A tree for the target to check. The engine answers with the verdict and the new tokens.
 
@@ -31,11 +31,14 @@ class Check:
         request: Request whose tree it is.
         tree: The tree, on the target's device.
         numbers: Uniform random numbers for the verifier, if it needs any.
+        answer: The answer, once there is one. A check changes its request's cache, so it must not run again when steps
+            are repeated one by one because another of them failed.
     """
 
     request: Request
     tree: DraftTree
     numbers: Tensor | None
+    answer: tuple[Verdict, list[int]] | None = None
 
     @property
     def model(self) -> VideoLM:
