@@ -90,11 +90,11 @@ class KVCache:
         # Zeros, since an engine warms up over unwritten slots, which must not hold NaN.
         shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
         self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
-        # Views, made once: `update` reads them in every layer of every pass.
         self._layers = [(store.keys[row], store.values[row]) for store in self.stores for row in range(len(store.keys))]
+        # Addresses of each stage. `_layers` holds their memory, whatever a strategy puts into `stores`.
+        self.starts = tuple((store.keys.data_ptr(), store.values.data_ptr()) for store in self.stores)
         self.capacity = capacity
-        self.length = 0
-        self.offset = 0
+        self.length = self.offset = 0
 
     @property
     def keys(self) -> Tensor:
