@@ -55,6 +55,7 @@ def alone(graphs):
     return [tokens_of(list(graph.decode(*request_of(FAMILY, number)))) for number, graph in enumerate(graphs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_unlike_requests_answer_as_alone(family):
     engine = GraphsEngine("direct")
@@ -111,7 +112,7 @@ def test_what_a_verifier_returns_costs_its_own_request_alone(fault, place):
     graphs[place] = graph_of(FAMILY, DRAFTERS[0], Wrong(fault), engine=engine)
     found = together(engine, graphs)
     assert [one for n, one in enumerate(found) if n != place] == [one for n, one in enumerate(want) if n != place]
-    assert isinstance(found[place], Exception) or found[place] == want[place]
+    assert isinstance(found[place], (StrategyError, ValueError))
 
 
 def counted_moves(monkeypatch):
@@ -133,7 +134,7 @@ def test_a_draft_runs_once_whatever_fails_beside_it(which, monkeypatch):
     """It compacts its cache, which must not happen twice."""
     COUNT.clear()
     engine, moved = GraphsEngine("direct"), counted_moves(monkeypatch)
-    graphs = [graph_of(FAMILY, SelfDrafter("2x2"), GreedyVerifier(), engine=engine) for _ in range(2)]
+    graphs = [graph_of(FAMILY, SelfDrafter(shape), GreedyVerifier(), engine=engine) for shape in ("2x2", "3x1")]
     want = alone(graphs)
     moved.clear()
     if which == "verifier":  # of a request without a draft, whose checks run beside the others' drafts
@@ -145,7 +146,8 @@ def test_a_draft_runs_once_whatever_fails_beside_it(which, monkeypatch):
         fail_once(monkeypatch)
     found = together(engine, graphs)
     assert found[:2] == want
-    assert len(moved) == len(set(moved))
+    moved = [(cache, slot) for cache, slot in moved if slot != 5]  # those of the routine that fails
+    assert moved and len(moved) == len(set(moved))
 
 
 def fail_once(monkeypatch, at=6):
@@ -171,7 +173,7 @@ def test_a_joined_pass_that_fails_leaves_no_stale_tables(at, monkeypatch):
     graphs = [graph_of(FAMILY, trees[n % 2], GreedyVerifier(), engine=engine) for n in range(3)]
     want = alone(graphs)
     fail_once(monkeypatch, at)
-    assert together(engine, graphs) == want == together(engine, graphs[::-1])[::-1]
+    assert together(engine, graphs) == want == together(engine, graphs)
 
 
 def test_what_cannot_be_captured_is_told_once_and_not_tried_again(monkeypatch, caplog):
@@ -180,7 +182,7 @@ def test_what_cannot_be_captured_is_told_once_and_not_tried_again(monkeypatch, c
     want, capture = alone(graphs), engine.capture
 
     def failing(fn, inputs, *given):
-        if len(inputs) > 8 or getattr(fn, "args", [None])[0] is not None and fn.func.__name__ == "_side_by_side":
+        if fn.func.__name__ in ("_side_by_side", "pass_of_many"):
             tried.append(len(inputs))
             raise torch.OutOfMemoryError("no memory")
         return capture(fn, inputs, *given)
@@ -190,7 +192,8 @@ def test_what_cannot_be_captured_is_told_once_and_not_tried_again(monkeypatch, c
         assert together(engine, graphs) == want
     shapes = len(tried)
     said = [one.getMessage() for one in caplog.records]
-    assert len(said) == len(set(said)) <= 3 and shapes < 16
+    assert len(said) == 3 and len(set(said)) == 2  # of the draft model's drafts, and of both models' passes
+    assert shapes < 16
     assert together(engine, graphs) == want and len(tried) == shapes
 
 
@@ -249,7 +252,10 @@ class KeepingSession(DraftSession):
 
 def test_rows_that_a_plugin_keeps_are_not_overwritten_by_the_next_pass():
     engine = GraphsEngine("direct")
-    graphs = [graph_of(FAMILY, Keeping(), GreedyVerifier(), engine=engine), graph_of(FAMILY, Keeping("x"), GreedyVerifier(), engine=engine)]
+    graphs = [
+        graph_of(FAMILY, Keeping(), GreedyVerifier(), engine=engine),
+        graph_of(FAMILY, Keeping("x"), GreedyVerifier(), engine=engine),
+    ]
     SEEN.clear()
     want, guesses = alone(graphs), sorted(map(str, SEEN))
     SEEN.clear()
@@ -264,13 +270,12 @@ def test_a_pass_beyond_a_plugins_own_cache_is_refused_as_alone():
     found = together(engine, graphs)
     with pytest.raises(StrategyError, match="exceeds its 256 slots"):
         alone(graphs[1:2])
-    assert isinstance(found[1], StrategyError) and not isinstance(found[0], Exception)
+    graphs[1] = graphs[0]
+    assert isinstance(found[1], StrategyError) and found[::2] == alone(graphs)[::2]
 
 
 def test_a_program_of_ours_does_not_serve_a_plugin():
     """A plugin's slots are clamped to its cache, ours are not."""
-    from test_engine import graph_of as _  # noqa: F401
-
     from specvlm.strategies.drafters.tree import TreeSession
 
     class Foreign(TreeSession):
@@ -326,7 +331,7 @@ def test_threads_with_schedulers_of_their_own_share_an_engine():
     engine = GraphsEngine("direct")
     graphs = [graph_of(FAMILY, TreeDrafter("chain:3"), GreedyVerifier(), engine=engine) for _ in range(3)]
     want, found, before = alone(graphs), {}, sys.getswitchinterval()
-    threads = [Thread(target=lambda n=n: found.update({n: [together(engine, graphs) for _ in range(3)]})) for n in range(3)]
+    threads = [Thread(target=lambda n=n: found.update({n: [together(engine, graphs) for _ in range(2)]})) for n in range(2)]
     sys.setswitchinterval(1e-5)
     try:
         for thread in threads:
@@ -335,4 +340,4 @@ def test_threads_with_schedulers_of_their_own_share_an_engine():
             thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert [found[n] for n in range(3)] == [[want] * 3] * 3
+    assert [found[n] for n in range(2)] == [[want] * 2] * 2

@@ -26,6 +26,7 @@ from specvlm.engine.base import Engine, Inputs, Request, placed
 from specvlm.engine.batch import Batch, why_not_joined
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
 from specvlm.engine.contexts import paths_of
+from specvlm.engine.drafts import draft
 from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.engine.steps import Check, Drafting, clamped
@@ -232,26 +233,27 @@ class GraphsEngine(Engine):
         lean = self.lean(passes[0].model)
         if lean is None:
             return super().run(passes)
-        found, batch, spent = dict[int, Any](), self._batch(passes[0].model, lean), self.capture_s
+        batch, spent = self._batch(passes[0].model, lean), self.capture_s
         if batch is not None and len(passes) > 1:
             checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
-            drafts = {n: one for n, one in enumerate(passes) if isinstance(one, Drafting) and one.call.joins}
+            drafts = [one for one in passes if isinstance(one, Drafting) and one.answer is None and one.call.joins]
             if len(drafts) > 1:
-                found |= zip(drafts, batch.draft([one.call for one in drafts.values()]), strict=True)
+                draft(batch, drafts)
             if len(checks) > 1:
                 batch.check(checks)
             if self.capture_s > spent:
-                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts.values())):
+                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts)):
                     mark("capture")
-        return [found[number] if number in found else self._run_one(lean, one) for number, one in enumerate(passes)]
+        return [self._run_one(lean, one) for one in passes]
 
     def _run_one(self, lean: LeanText, one: Item) -> Any:
-        """Run one step. A pass of more than ROWS rows runs through Hugging Face's modules."""
+        """Run one step, unless it has its answer. A pass of more than ROWS rows runs through Hugging Face's modules."""
         if isinstance(one, Check):
-            one.answer = one.answer or self._check(lean, one)
+            one.answer = self._check(lean, one) if one.answer is None else one.answer
+        elif isinstance(one, Drafting):
+            one.answer = self._draft(lean, one.call, one.mark) if one.answer is None else one.answer
+        if not isinstance(one, Pass):
             return one.answer
-        if isinstance(one, Drafting):
-            return self._draft(lean, one.call, one.mark)
         if len(one) > ROWS:
             return super().run([one])[0]
         one.cache.length = one.start + len(one)
