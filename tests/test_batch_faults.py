@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from dataclasses import dataclass
 from threading import Thread
+from time import sleep
 from weakref import ref
 
 import joined_ops
@@ -17,10 +17,12 @@ from test_passes import DRAFTERS, graph_of, request_of
 from specvlm.decoding.loop import autoregressive_work
 from specvlm.decoding.scheduler import Scheduler
 from specvlm.engine import cuda_graphs
+from specvlm.engine.batch import Batch
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.engine.program import Program
 from specvlm.errors import StrategyError
 from specvlm.models.passes import Pass, Routine
+from specvlm.process.memo import restored
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies import Drafter, DraftSession
 from specvlm.strategies.drafters.self_draft import SelfDrafter
@@ -28,7 +30,7 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, ancestor_mask
 
 FAMILY = "qwen2_5_vl"
 RULES = [GreedyVerifier(), SamplingVerifier(0.8, top_k=20), CoupledVerifier(0.8, top_k=20)]
@@ -296,6 +298,19 @@ def test_a_program_of_ours_does_not_serve_a_plugin():
     assert len({key for key in found if True in key}) < len(found)
 
 
+def test_a_mask_that_a_plugin_has_changed_does_not_stay_changed():
+    engine, shape = GraphsEngine("direct"), TreeDrafter("2x1")
+    graphs = [graph_of(FAMILY, shape, GreedyVerifier(), engine=engine) for _ in range(2)]
+    want = alone(graphs)
+    with torch.inference_mode():
+        ancestor_mask(shape.fixed.parents).fill_(True)
+    try:
+        together(engine, graphs)
+    finally:
+        assert restored()
+    assert together(engine, graphs) == want
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -327,17 +342,18 @@ def test_programs_beyond_the_limit_are_not_kept(monkeypatch):
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-def test_threads_with_schedulers_of_their_own_share_an_engine():
-    engine = GraphsEngine("direct")
-    graphs = [graph_of(FAMILY, TreeDrafter("chain:3"), GreedyVerifier(), engine=engine) for _ in range(3)]
-    want, found, before = alone(graphs), {}, sys.getswitchinterval()
-    threads = [Thread(target=lambda n=n: found.update({n: [together(engine, graphs) for _ in range(2)]})) for n in range(2)]
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert [found[n] for n in range(2)] == [[want] * 2] * 2
+def test_threads_with_schedulers_of_their_own_share_an_engine(monkeypatch):
+    """Each thread rests between a joined pass and its results, which another thread's pass would overwrite."""
+    split = Batch.split
+    monkeypatch.setattr(Batch, "split", lambda *given: (sleep(0.002), split(*given))[1])
+    engine, found = GraphsEngine("direct"), dict[int, object]()
+    shapes = ("chain:3", "2x1", "chain:3")
+    graphs = [graph_of(FAMILY, TreeDrafter(shape), GreedyVerifier(), engine=engine) for shape in shapes]
+    each = graphs[:2], graphs[1:]
+    want = [*map(alone, each)]
+    threads = [Thread(target=lambda n=n: found.update({n: together(engine, each[n])})) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: want[0], 1: want[1]}

@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from threading import RLock
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from specvlm.engine import ops
-from specvlm.engine.base import tree_pass
 from specvlm.engine.checking import decision_of
 from specvlm.engine.contexts import (
     UNIT,
@@ -43,7 +42,7 @@ from specvlm.models.memory_plan import ran_out
 from specvlm.models.passes import Pass, Rows
 from specvlm.strategies import VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside, is_ours
-from specvlm.types import DraftTree
+from specvlm.types import DraftTree, ancestor_mask
 
 log = logging.getLogger(__name__)
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
@@ -116,8 +115,7 @@ class Batch:
         """Run the trees of some checks as one pass. Returns the checks that did not fail, with `_decision` of each."""
         found = list[tuple[Check, Tensor]]()
         with suppress(Exception):
-            passes = [tree_pass(one.request.target, one.tree, one.request.cache).placed() for one in checks]
-            for one, rows in zip(checks, self.run(passes), strict=True):
+            for one, rows in zip(checks, self.run([*map(_pass_for, checks)]), strict=True):
                 with suppress(Exception):
                     found.append((one, _decision(one, rows)))
         return found
@@ -263,6 +261,19 @@ def _rows(parts: Sequence[Tensor]) -> Any:
     from specvlm.engine.kernels.launch import Narrow
 
     return Narrow(*parts)
+
+
+def _pass_for(check: Check) -> Pass:
+    """Make the pass of a check. Raises IndexError if the tree does not fit into the cache."""
+    request, tree, cache = check.request, check.tree, check.request.cache
+    mask = _mask_of(tree.parents)
+    return Pass(request.target, cache, tree.tokens, tree.depths, mask, cache.length, cache.offset).placed()
+
+
+@lru_cache(LAYOUTS)
+def _mask_of(parents: tuple[int, ...]) -> Tensor:
+    """Make a tree's mask. Layouts are kept: what a plugin writes to `DraftTree.mask`, which it can reach, must not stay."""
+    return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined,no-any-return]
 
 
 def _decision(check: Check, rows: Any) -> Tensor:

@@ -233,8 +233,8 @@ class GraphsEngine(Engine):
         lean = self.lean(passes[0].model)
         if lean is None:
             return super().run(passes)
-        batch, spent = self._batch(passes[0].model, lean), self.capture_s
-        if batch is not None and len(passes) > 1:
+        spent = self.capture_s
+        if len(passes) > 1 and (batch := self._batch(passes[0].model, lean)) is not None:
             checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
             drafts = [one for one in passes if isinstance(one, Drafting) and one.answer is None and one.call.joins]
             if len(drafts) > 1:
