@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from threading import RLock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from specvlm.engine import ops
 from specvlm.engine.checking import decision_of
 from specvlm.engine.contexts import (
+    SLOTS,
     UNIT,
     Contexts,
     Layout,
@@ -33,8 +34,10 @@ from specvlm.engine.contexts import (
     capturing,
     frame_of,
     layout_of,
+    rounded,
+    segments_for,
 )
-from specvlm.engine.lean import LeanText, Places
+from specvlm.engine.lean import JOINED, LeanText, Places
 from specvlm.engine.program import Program
 from specvlm.engine.steps import Check, Scored, grouped
 from specvlm.errors import line
@@ -43,6 +46,9 @@ from specvlm.models.passes import Pass, Rows
 from specvlm.strategies import VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside, is_ours
 from specvlm.types import DraftTree, ancestor_mask
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
@@ -60,6 +66,16 @@ def why_not_joined(lean: LeanText) -> str | None:
     if lean.text.embed_tokens.weight.data_ptr() % UNIT:
         return f"its embeddings do not begin at a multiple of {UNIT} bytes"
     return "it runs on several devices" if len(lean.stages) > 1 or lean.ranks.size > 1 else None
+
+
+def bytes_for(model: VideoLM, slots: int) -> int:
+    """Estimate the bytes that a model's joined passes hold on a GPU: attention in parts, and logits of five programs.
+
+    slots: Slots of the longest cache.
+    """
+    heads = int(model.hf.config.get_text_config().num_attention_heads)
+    parts = segments_for(rounded(slots, SLOTS)) * heads * (model.head_dim + 1) * torch.float32.itemsize
+    return JOINED * (parts + 5 * model.vocabulary * model.dtype.itemsize)
 
 
 class Keeper(Protocol):

@@ -22,6 +22,9 @@ from specvlm.models.passes import Pass
 STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
 SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may load 16 bytes at once
+CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
+LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
+MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
 BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
 
 
@@ -161,6 +164,15 @@ def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]
 def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def segments_for(slots: int, chunk: int = CHUNK) -> int:
+    """Return an upper bound on the number of segments of a row with at most `slots` keys."""
+    if slots <= chunk * MOST:
+        return slots // chunk + chunk // LEAF
+    while slots > chunk * MOST:
+        chunk *= 2
+    return MOST + chunk // LEAF
 
 
 def rounded(number: int, step: int) -> int:

@@ -18,13 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specvlm.engine.contexts import Contexts
+from specvlm.engine.contexts import CHUNK, LEAF, MOST, Contexts, segments_for
 from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_heads
 from specvlm.engine.kernels.launch import Narrow, Tile, context_of, options_of, split, to_8_bits
 
-CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
-LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
-MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
 LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
@@ -223,15 +220,6 @@ def _merge_path_kernel(
         tl.store(ys_ptr + out + tl.arange(0, 1), narrow_scale)
     else:
         tl.store(y_ptr + out * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
-
-
-def segments_for(slots: int, chunk: int = CHUNK) -> int:
-    """Return an upper bound on the number of segments of a row with at most `slots` keys."""
-    if slots <= chunk * MOST:
-        return slots // chunk + chunk // LEAF
-    while slots > chunk * MOST:
-        chunk *= 2
-    return MOST + chunk // LEAF
 
 
 def path_attention(
