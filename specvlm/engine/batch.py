@@ -1,8 +1,8 @@
 """Steps of several requests on a GPU in one captured pass (continuous batching).
 
-A pass is captured by the number of its rows and of its requests, rounded up, and serves any requests: addresses of
-their caches are inputs. The rows of a request have the bits that they have in a pass alone (see
-`kernels/path_decoding.py`), so a request's answer does not depend on who else is there.
+A pass is captured per number of rows and of requests, both rounded up, and serves any requests: the addresses of their
+caches are inputs. A request's rows are bit-identical to those of a pass of its own (see `kernels/path_decoding.py`), so
+its answer does not depend on the other requests.
 
 Shape suffixes: B requests, Q rows of the pass, P slots of the longest path, M tree nodes, V vocabulary.
 """

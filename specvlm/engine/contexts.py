@@ -1,7 +1,7 @@
 """Where the rows of several requests' joined pass lie: tables that the kernels read from the device.
 
-Requests keep caches of their own. The tables hold addresses, so a pass that was captured once serves any caches: what is
-captured goes by the number of rows and of requests alone.
+Each request keeps its own caches. The tables hold their addresses, so a captured pass serves any caches: passes are
+captured per `Shape`, not per request.
 
 Shape suffixes: B requests, Q rows of the pass, P rows on the longest path, N blocks of rows.
 """
@@ -58,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """A layout, with the caches of its requests.
+    """A layout, and where the caches of its requests are.
 
     Attributes:
         anchor: Tensor of the caches' dtype; addresses are counted from its own.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from specvlm.engine.batch import Batch, Uncaptured, pass_of_many
 from specvlm.engine.contexts import SLOTS, Layout, Shape, addresses, capturing, on_device, rounded
-from specvlm.engine.lean import run_pass
+from specvlm.engine.lean import LeanText, run_pass
 from specvlm.engine.program import Program
 from specvlm.engine.steps import Drafting, clamped, grouped, or_none, side_by_side
-from specvlm.models.passes import Call, Pass, Rows
+from specvlm.models.passes import Call, Pass, Rows, finished
 
 _OF_PASSES = ("tokens_Q", "base", "offset")
 
@@ -31,15 +31,20 @@ def draft(batch: Batch, drafts: Sequence[Drafting]) -> None:
                 one.answer = answer
 
 
+def routine_of(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Run one request's routine as a function of device tensors, for capture."""
+    return finished(call.begin(*inputs), lambda one: run_pass(lean, one if call.ours else clamped(one)))
+
+
 def _work_of(call: Call) -> tuple[object, ...]:
     """Return what routines that do the same work share."""
     return call.ours, call.routine.function, *call.routine.key
 
 
 def _pass_by_pass(batch: Batch, calls: Sequence[Call]) -> list[tuple[Tensor, ...] | None]:
-    """Run the first pass of each call as one, then the second, and so on. The result is None for a call that fails.
+    """Run the first passes of all calls as one, then the second ones, and so on. A call that fails gives None.
 
-    A routine may not run twice, since it compacts its cache. So if a joined pass fails, its parts run one by one.
+    If a joined pass fails, its parts run one by one: the routines have compacted their caches and cannot start again.
     """
     sizes = [len(call.state) for call in calls]
     states = torch.tensor([number for call in calls for number in call.state], device=batch.device).split(sizes)
@@ -72,12 +77,12 @@ def _program_of(batch: Batch, calls: Sequence[Call]) -> Program | None:
     first, count, capacities = calls[0], len(calls), [call.routine.cache.capacity for call in calls]
     longest = rounded(max(capacities), SLOTS)
     shown = longest if first.ours else min(capacities)  # a plugin's passes must fit into each cache
-    where = addresses([call.routine.cache for call in calls], batch.anchor, count)
 
     def build(backend: str) -> Program:
         if backend != batch.engine.backend:
             raise Uncaptured("there are too many programs")
         states = [number for call in calls for number in call.routine.state]
+        where = addresses([call.routine.cache for call in calls], batch.anchor, count)
         tables = (torch.tensor(numbers, device=batch.device) for numbers in (states, where))
         examples = [torch.stack(each) for each in zip(*(call.routine.inputs for call in calls), strict=True)]
         kept: list[Layout] = []
@@ -104,11 +109,11 @@ def _side_by_side(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Run `count` calls of equal routines as a function of device tensors, for capture.
 
-    slots: No cache has more, and the number that the routine is told. kept: Gets the layouts that are captured.
+    slots: Slots that no cache exceeds, and slots that the routine is told. kept: Layouts that are captured are added.
     """
     device, works, (longest, shown) = batch.device, [], slots
     for number, state in enumerate(states.view(count, -1)):
-        cache: Any = _Elsewhere(batch, where, number, shown)
+        cache: Any = _CacheByAddress(batch, where, number, shown)
         mine = replace(call, routine=replace(call.routine, cache=cache))
         works.append(mine.begin(state, *(each[number] for each in given)))
 
@@ -128,11 +133,13 @@ def _side_by_side(
     return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
 
-class _Elsewhere:
-    """Stands for a cache whose place a captured routine reads from the device.
+class _CacheByAddress:
+    """Takes the place of a cache in a captured routine, which reads the cache's address from the device.
 
     Attributes:
-        capacity: The cache has at least as many slots; if the routine is ours, at most.
+        where: Addresses of the caches of all calls (see `contexts.addresses`).
+        number: Number of the call.
+        capacity: Slots that the routine is told: no more than the cache has, unless the routine is specvlm's own.
     """
 
     def __init__(self, batch: Batch, where: Tensor, number: int, capacity: int) -> None:

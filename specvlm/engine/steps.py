@@ -32,8 +32,8 @@ class Check:
         request: Request whose tree it is.
         tree: The tree, on the target's device.
         numbers: Uniform random numbers for the verifier, if it needs any.
-        answer: The answer, once there is one. A step changes its request's cache, so it must not run again when steps
-            are repeated one by one because another of them failed.
+        answer: The answer, once there is one. A step changes its request's cache, so it must not run twice: if another
+            step fails, all are repeated one by one, but not those with an answer.
     """
 
     request: Request
