@@ -289,7 +289,7 @@ def _pass_for(check: Check) -> Pass:
 @lru_cache(LAYOUTS)
 def _mask_of(parents: tuple[int, ...]) -> Tensor:
     """Make a tree's mask. Layouts are kept: what a plugin writes to `DraftTree.mask`, which it can reach, must not stay."""
-    return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined,no-any-return]
+    return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined]
 
 
 def _decision(check: Check, rows: Any) -> Tensor:
