@@ -49,7 +49,14 @@ def wrapped(text: str) -> str:
 # ---- strategies ------------------------------------------------------------------------------------------------------
 
 
-TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "dataset": "Data sets", "metric": "Metrics"}
+TITLES = {
+    "pruner": "Pruners",
+    "drafter": "Drafters",
+    "verifier": "Verifiers",
+    "dataset": "Data sets",
+    "metric": "Metrics",
+    "tracker": "Trackers",
+}
 
 
 def strategies() -> str:
@@ -172,7 +179,6 @@ def keys() -> str:
             table(("key", "default", "meaning"), rows),
             "## Presets",
             table(("preset", "purpose"), presets),
-            "`tracker=wandb` takes " + ", ".join(f"`tracker.{f.name}={default(f)}`" for f in wandb()) + ".",
         )
     )
 
@@ -183,10 +189,6 @@ SIDES = ("target", "draft")
 def within(hint: object) -> str:
     bounds = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Within)]
     return f"({'more than ' if bounds[0].above else ''}{bounds[0].low} to {bounds[0].high})" if bounds else ""
-
-
-def wandb() -> list[dataclasses.Field[object]]:
-    return [field for field in dataclasses.fields(config.WandbConfig) if field.name != "name"]
 
 
 def comment(path: Path) -> str:
@@ -250,7 +252,7 @@ GROUPS = {
         *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),
         *("Drafter", "DraftContext", "DraftSession", "DraftTree", "TreeShape"),
         *("Verifier", "VerifyContext", "Verdict", "Sampling", "gumbel"),
-        *("Dataset", "Sample", "VideoPrompt", "Metric", "Answer", "hookimpl"),
+        *("Dataset", "Sample", "VideoPrompt", "Metric", "Answer", "Tracker", "TrackContext", "TrackedRun", "hookimpl"),
     ),
     "Errors": ("UserError",),
 }

@@ -17,8 +17,8 @@ from specvlm.app.console import RunConsole
 from specvlm.app.scoring import Scorer
 from specvlm.errors import UserError
 from specvlm.results import scores
+from specvlm.results.mirror import Mirror, Tracking
 from specvlm.results.rows import rows_of, summary_of
-from specvlm.results.tracker import Tracker
 from specvlm.strategies import Answer, Metric, Sample, registry
 from specvlm.strategies.datasets.synthetic import SyntheticDataset
 from specvlm.strategies.metrics.accuracy import AccuracyMetric
@@ -271,8 +271,8 @@ def test_the_table_shows_scores_and_what_a_lossy_rule_changes(capsys):
 
 
 def test_the_mirror_gets_every_score():
-    logged: list[dict] = []
-    tracker = Tracker(None)
-    tracker.run = SimpleNamespace(log=logged.append)
-    tracker.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
-    assert logged == [{"sample/score_accuracy": 1.0, "sample/index": 0}]
+    logged: list[tuple] = []
+    mirror = Mirror(Tracking(registry.settings("tracker", {"name": "wandb"}), logged.append))
+    mirror.run = SimpleNamespace(log=lambda *point: logged.append(point))
+    mirror.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
+    assert logged == [("sample", 0, {"score_accuracy": 1.0})]
