@@ -203,10 +203,8 @@ def test_what_breaks_in_it_costs_no_result(method, monkeypatch, capsys):
     monkeypatch.setattr(Run, method, broken)
     assert main([*FEW, "hydra.run.dir=out", "tracker=wandb", "tracker.mode=offline"]) == 0
     assert [row["status"] for row in rows_of(Path("out"))] == ["ok", "ok"] and summary_of(Path("out"))["status"] == "complete"
-    assert (
-        method == "finish"
-        or "tracker=wandb is off for this job (RuntimeError: out of order)" in capsys.readouterr().out.replace("\n", "")
-    )
+    told = capsys.readouterr().out.replace("\n", "")
+    assert told.count("tracker=wandb is off for this job (RuntimeError: out of order)") == 1
 
 
 def test_disabled_writes_nothing_and_a_wrong_word_is_one_line(capsys):

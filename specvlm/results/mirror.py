@@ -55,7 +55,7 @@ class Tracking:
     def next_step(self, folder: Path) -> str:
         """Return `Tracker.next_step` as one line; empty if it fails."""
         found: list[str] = []
-        self.call(lambda: found.append(line(str(self._built().next_step(folder)))))
+        self.call(lambda: found.append(line(str(self._built().next_step(folder)))), "cannot say what to do next")
         return found[0] if found else ""
 
     def start(self, ctx: TrackContext) -> TrackedRun | None:
@@ -65,12 +65,12 @@ class Tracking:
             raise TypeError(f"start returned a {type(run).__name__}, expected a TrackedRun or None")
         return run
 
-    def call(self, action: Callable[[], object], what: str = "for this job") -> bool:
+    def call(self, action: Callable[[], object], failed: str = "is off for this job") -> bool:
         """Call into the tracker, in a thread of its own. Returns whether that went well; shows a note if not.
 
         Args:
             action: What to do. A thread confines torch's modes, exits and interrupts of the tracker.
-            what: What the tracker is off for if it fails.
+            failed: What the note says of the tracker if that fails.
         """
         if self.hangs:
             return False
@@ -83,8 +83,8 @@ class Tracking:
         if error is None:
             return True
         if isinstance(error, Hangs):
-            self.hangs, what = True, "from here on"
-        self.note(f"{self.label} is off {what} ({one_line(error)[:MOST]}); results are not affected")
+            self.hangs, failed = True, "is off from here on"
+        self.note(f"{self.label} {failed} ({one_line(error)[:MOST]}); results are not affected")
         return False
 
     def _built(self) -> Tracker:
@@ -191,7 +191,7 @@ def round_values(found: Mapping[str, Any]) -> dict[str, float]:
 def sample_values(row: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a sample. row: its line of samples.jsonl."""
     scores = (row.get("scores") or {}).items()
-    figures = {key: row[key] for key in FIGURES if row.get(key) is not None}
+    figures = {key: row[key] for key in FIGURES if isinstance(row.get(key), int | float)}
     return figures | {f"score_{metric}": score for metric, score in scores if score is not None}
 
 
@@ -200,7 +200,7 @@ def kept_picture(row: Mapping[str, Any]) -> Image.Image | None:
 
     Tokens that belong to no frame are left out.
     """
-    if row["kept"] is None or not row["grids"]:
+    if row.get("kept") is None or not row.get("grids"):
         return None
     kept, parts, start = np.zeros(row["video_tokens"], np.uint8), [], 0
     kept[row["kept"]] = 1
