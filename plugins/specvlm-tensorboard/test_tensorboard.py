@@ -119,11 +119,9 @@ def test_a_job_that_goes_on_hides_what_it_wrote_before(installed, ctx, tmp_path)
 
 def test_a_full_disk_is_an_error_of_the_call(installed, ctx, monkeypatch):
     run = TensorboardTracker().start(ctx)
-    full = Path("/dev/full").open("wb", buffering=0)
-    monkeypatch.setattr(run.writer._py_recordio_writer, "_writer", full)
-    with pytest.raises(OSError, match="No space left"):
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(run.writer._py_recordio_writer, "_writer", full)
         run.log("sample", 0, {"decode_s": 1})
-    full.close()
 
 
 def test_jobs_that_differ_have_folders_that_differ():
