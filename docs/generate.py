@@ -109,7 +109,8 @@ def packages() -> str:
         + "\n\n## Other strategies\n\n"
         + table(("package", "name", "what it does", "options"), others)
         + "\n\n## Model families\n\n"
-        + "The others bring a [model family](../write/family.md): checkpoints of its `model_type` load once the package is installed. Built in are "
+        + "The others bring a [model family](../write/family.md): checkpoints of its `model_type` load once the package is "
+        "installed. Built in are "
         + ", ".join(f"`{name}`" for name in families.specvlm_families())
         + ".\n\n"
         + table(("package", "model_type", "what it is"), brought)

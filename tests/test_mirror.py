@@ -125,7 +125,7 @@ def test_a_fault_is_one_line_that_names_the_package_and_changes_no_setting(at, f
 def test_one_that_hangs_is_left_alone_for_good(at, monkeypatch):
     monkeypatch.setattr(mirror, "LIMIT_S", 0.2)
     held, notes = threading.Event(), list[str]()
-    monkeypatch.setitem(FAULTS, "hangs", lambda: held.wait(20))
+    monkeypatch.setitem(FAULTS, "hangs", lambda: held.wait(20) and 1 / 0)  # once let go, it does nothing more
     one = mirrored(notes, at=at, fault="hangs")
     assert one.tracking.hangs and one.tracking.next_step(Path("x")) == ""
     (note,) = notes
