@@ -206,6 +206,7 @@ def test_rows_and_exit_code_are_those_of_a_run_without_it(at, capsys, tmp_path_f
     assert told.count("tracker=seen (specvlm-seen 0.4)") == (2 if at == "made" else 1) and "No space left on device" in told
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_loaded_is_named(monkeypatch, caplog, capsys):
     broken = Point("specvlm-broken", ImportError("no module named x"), version="0.2")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [broken])
