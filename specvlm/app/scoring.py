@@ -1,6 +1,5 @@
 """Score the answers of a data set: with the metric that the user chose, or with the data set's own."""
 
-import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from specvlm.app.samples import writable_meta
 from specvlm.config import RunConfig
 from specvlm.errors import StrategyError, line, one_line
+from specvlm.process.settings import settled
+from specvlm.results.records import MOST_SCORE
 from specvlm.strategies import Answer, Dataset, Metric, Sample, registry
 from specvlm.strategies.fence import contained, inside
 
@@ -60,7 +61,7 @@ class Scorer:
     def _score(self, metric: Metric, answer: Answer) -> float | None:
         """Call a metric. Returns None, with a note, if it fails or its score is not a finite number."""
         try:
-            with contained(), inside(metric):
+            with settled(), contained(), inside(metric):
                 return finite(metric.score(answer), metric)
         except Exception as error:
             self.note(f"metric={metric.name} leaves answers without a score: {one_line(error)}")
@@ -68,12 +69,13 @@ class Scorer:
 
 
 def finite(score: object, metric: Metric) -> float | None:
-    """Return a score as a float; None stays None. Raises StrategyError if it is no finite number."""
+    """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
     if score is None:
         return None
-    if isinstance(score, Real) and math.isfinite(score):
+    if isinstance(score, Real) and -MOST_SCORE <= score <= MOST_SCORE:  # false for NaN
         return float(score)
-    raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected a finite number or None")
+    wanted = f"a finite number of at most {MOST_SCORE:g} or None"
+    raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected {wanted}")
 
 
 def source_of(metric: Metric, dataset: str) -> str:

@@ -103,7 +103,8 @@ def test_tables_have_the_pages_figures(jobs):
 
 
 HARD = {
-    "_": r"a\_b", "%": r"a\%b", "&": r"a\&b", "#": r"a\#b", "{": r"a\{b", "}": r"a\}b", "$": r"a\$b", "\\": r"a\textbackslash{}b",
+    "_": r"a\_b", "%": r"a\%b", "&": r"a\&b", "#": r"a\#b", "{": r"a\{b", "}": r"a\}b", "$": r"a\$b",
+    "\\": r"a\textbackslash{}b",
     "~": r"a\textasciitilde{}b", "^": r"a\textasciicircum{}b", "\n": "a b", "\u2028": "a b", "\x00": "ab", "\x1b": "ab",
     "é": "aéb", "青": "a青b",
 }  # fmt: skip
