@@ -68,7 +68,7 @@ class Scorer:
             return None
 
 
-def finite(score: object, metric: Metric) -> float | None:
+def finite(score: Any, metric: Metric) -> float | None:
     """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
     if score is None:
         return None
