@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from report_jobs import row
-from sweeping import ASK, untimed
+from sweeping import ASK, jobs, untimed
 from test_plugins import Point, bringing
 
 from specvlm.__main__ import main
@@ -179,7 +179,7 @@ def test_a_sweep_mirrors_every_job_and_the_table_of_all(capsys):
     assert contexts[0].shared is contexts[1].shared is contexts[2].shared
     assert contexts[0].config["pruner"] == {"name": "uniform"}
     for ctx in contexts[:2]:
-        job = Path("sweep") / f"pruner={ctx.config['pruner']['name']}"
+        (job,) = (job for name, job in jobs(Path("sweep")).items() if f"pruner={ctx.config['pruner']['name']}" in name)
         lines = [line for found in rows_of(job) for line in steps_of(job)[found["sample"]]]
         points = [call for what, name, *call in SEEN if what == "log" and name == ctx.name]
         rounds = [values for series, _, values in points if series == "round"]

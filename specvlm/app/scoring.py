@@ -68,11 +68,12 @@ class Scorer:
             return None
 
 
-def finite(score: Any, metric: Metric) -> float | None:
+def finite(score: object, metric: Metric) -> float | None:
     """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
     if score is None:
         return None
-    if isinstance(score, Real) and abs(score) <= MOST_SCORE:  # false for NaN
+    size: Any = abs(score) if isinstance(score, Real) else None
+    if size is not None and size <= MOST_SCORE:  # false for NaN
         return float(score)
     wanted = f"a finite number of at most {MOST_SCORE:g} or None"
     raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected {wanted}")
