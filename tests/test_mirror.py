@@ -185,7 +185,8 @@ def test_a_sweep_mirrors_every_job_and_the_table_of_all(capsys):
         rounds = [values for series, _, values in points if series == "round"]
         assert [found["accepted"] for found in rounds] == [line["accepted"] for line in lines]
         (totals,) = [call[0] for what, name, *call in SEEN if what == "summary" and name == ctx.name]
-        assert totals == {key: value for key, value in summary_of(job).items() if value is not None}
+        told = {key: value for key, value in summary_of(job).items() if value is not None}
+        assert totals == {key: told[key] for key in totals} and told.keys() - totals.keys() == {"strategies", "versions"}
     (_, _, _, columns, rows) = next(call for call in SEEN if call[0] == "table" and call[2] == "jobs")
     assert len(rows) == 2 and {"job", "pruner", "ratio", "speedup_decode"} <= set(columns)
     assert f"look at {Path.cwd()}/sweep" in capsys.readouterr().out.replace("\n", "")

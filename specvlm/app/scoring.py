@@ -1,5 +1,6 @@
 """Score the answers of a data set: with the metric that the user chose, or with the data set's own."""
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -68,13 +69,13 @@ class Scorer:
             return None
 
 
-def finite(score: object, metric: Metric) -> float | None:
+def finite(score: Any, metric: Metric) -> float | None:
     """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
     if score is None:
         return None
-    size: Any = abs(score) if isinstance(score, Real) else None
-    if size is not None and size <= MOST_SCORE:  # false for NaN
-        return float(score)
+    number: Any = score if isinstance(score, Real) else math.nan
+    if abs(number) <= MOST_SCORE:  # false for NaN
+        return float(number)
     wanted = f"a finite number of at most {MOST_SCORE:g} or None"
     raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected {wanted}")
 
