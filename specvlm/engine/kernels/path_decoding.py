@@ -24,6 +24,7 @@ from specvlm.engine.kernels.launch import Narrow, Tile, options_of, split, to_8_
 CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
 LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
 MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
+PAIRS, STAGES, WIDE_STAGES = True, 3, 2
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
 LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
@@ -112,13 +113,37 @@ def _shared_segment(
         _store_part(out_ptr, lse_ptr, (rows + part * J) * (Q * G) + row, theirs, m, total, acc, D, DP)
 
 
+@triton.jit
+def _block(
+    q_ptr, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, first, share, head, Q, P, scale,
+    H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Attend to segment `part` from the `share` rows of a block that start at `first`."""
+    G: tl.constexpr = H // J
+    row = first + tl.arange(0, R)
+    ok = row < tl.minimum(first + share, Q * G)
+    q = _load_heads(q_ptr, (row // G) * H + head * G + row % G, ok, D, DP, False)
+    small = _chunk_of(base + 1, CHUNK, MOST)
+    large = _chunk_of(base + P, CHUNK, MOST)
+    _shared_segment(
+        q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
+        J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
+    )  # fmt: skip
+    if large > small:  # the pass crosses a change of chunk length
+        _shared_segment(
+            q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
+            J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["P"])  # with P = 1, base + P is base + 1, and the compiler fails on the dead branch
 def _path_kernel(
-    q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, out_ptr, lse_ptr, Q, P, S, T, stride_b, capacity, scale, share, blocks,
+    q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, out_ptr, lse_ptr, Q, P, S, T, stride_b, capacity, scale, share, blocks, wide,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all segments. Grid (J, T Q + S blocks, B): each row's last T segments, then shared ones by block."""
+    """Attend to all segments. Grid (J, S blocks + T Q, B): shared segments by block, then each row's last T segments."""
     head, job, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         gdc_wait()
@@ -130,29 +155,31 @@ def _path_kernel(
     q_ptr += request.to(tl.int64) * Q * H * D
     depth_ptr += request * Q
     rows = request.to(tl.int64) * S * J + head  # of part 0
-    if job < T * Q:
+    shared = S * blocks
+    if job >= shared:
+        job -= shared
         ways_ptr += request.to(tl.int64) * Q * P
         _own_segment(
             q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, job // T, job % T, head, Q, P, scale,
             H, J, D, DP, R, BN, CHUNK, LEAF, MOST,
         )  # fmt: skip
     else:
-        G: tl.constexpr = H // J
-        part = (job - T * Q) // blocks
-        first = (job - T * Q) % blocks * share
-        row = first + tl.arange(0, R)
-        ok = row < tl.minimum(first + share, Q * G)
-        q = _load_heads(q_ptr, (row // G) * H + head * G + row % G, ok, D, DP, False)
-        small = _chunk_of(base + 1, CHUNK, MOST)
-        large = _chunk_of(base + P, CHUNK, MOST)
-        _shared_segment(
-            q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
-            J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
-        )  # fmt: skip
-        if large > small:  # the pass crosses a change of chunk length
-            _shared_segment(
-                q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
-                J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
+        block, part = job % blocks, job // blocks
+        if WIDE:
+            if block < wide:
+                _block(
+                    q_ptr, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, block * share, share, head, Q, P, scale,
+                    H, J, D, DP, 2 * R, BN, CHUNK, LEAF, MOST,
+                )  # fmt: skip
+            else:
+                _block(
+                    q_ptr, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, wide * share, R, head, Q, P, scale,
+                    H, J, D, DP, R, BN, CHUNK, LEAF, MOST,
+                )  # fmt: skip
+        else:
+            _block(
+                q_ptr, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, block * share, share, head, Q, P, scale,
+                H, J, D, DP, R, BN, CHUNK, LEAF, MOST,
             )  # fmt: skip
 
 
@@ -243,17 +270,22 @@ def path_attention(
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
     group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk)
     blocks, padded = triton.cdiv(group_rows, ROWS), triton.next_power_of_2(width)
+    wide = blocks // 2 if PAIRS else 0
+    share = triton.cdiv(group_rows, blocks)
+    if wide:
+        share = 2 * ROWS if blocks % 2 else triton.cdiv(group_rows, wide)
+        blocks = triton.cdiv(blocks, 2)
     device, row_bytes = q_QHD.device, padded * q_QHD.element_size()
     part = torch.empty(requests, most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(requests, most, kv_heads, group_rows, dtype=torch.float32, device=device)
     sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF, "MOST": MOST}
     longest = ways_QP.shape[1]
     own = 1 + triton.cdiv(longest, LEAF)  # segments that a path may reach into
-    _path_kernel[(kv_heads, own * rows + most * blocks, requests)](
+    _path_kernel[(kv_heads, most * blocks + own * rows, requests)](
         q_QHD, keys, values, ways_QP, depths_Q, base_B, part, lse,
         rows, longest, most, own, keys.stride(0) if keys.ndim == 4 else 0, capacity, scale * LOG2_E,
-        triton.cdiv(group_rows, blocks), blocks, R=ROWS, BN=TILE, **sizes,
-        **options_of(Tile(warps=4, stages=3), 2 * TILE * row_bytes, ROWS * row_bytes),
+        share, blocks, wide, R=ROWS, BN=TILE, WIDE=wide > 0, **sizes,
+        **options_of(Tile(warps=4, stages=WIDE_STAGES if wide else STAGES), 2 * TILE * row_bytes, (2 if wide else 1) * ROWS * row_bytes),
     )  # fmt: skip
     y = torch.empty(len(q_QHD), heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
     out = Narrow.empty(len(q_QHD), heads * width, kind, device) if y is None else y
