@@ -93,9 +93,7 @@ def run(options: argparse.Namespace, device: torch.device, ranks: ProcessGroup) 
     return 0 if report.agreed(found) else 1
 
 
-def measured(
-    parts: Sequence[str], options: argparse.Namespace, device: torch.device, ranks: ProcessGroup
-) -> Iterator[Row]:
+def measured(parts: Sequence[str], options: argparse.Namespace, device: torch.device, ranks: ProcessGroup) -> Iterator[Row]:
     """Yield the rows of all parts."""
     for name in options.shapes.split(",") if set(parts) & {"nodes", "decodes"} else ():
         model = built(name, options, device, ranks)

@@ -36,7 +36,7 @@ ALWAYS = ("tree", "dynamic_tree")
 OTHERS = tuple(name for name in DRAFTERS if name not in ALWAYS)
 FEW = 16  # scenes that the other drafters decode too
 VERIFIERS: dict[str, Verifier] = {"greedy": GreedyVerifier(), "coupled": CoupledVerifier(0.8, top_p=0.95)}
-LIMIT = 96  # tokens of an answer, at most
+LIMIT = 64  # tokens of an answer, at most
 
 
 @cache
@@ -49,7 +49,9 @@ def loaded(family: str, dtype: str, device: str) -> tuple[VideoLM, VideoLM, Cach
 def jobs(scenes: int, footage: Path | None, each: int = 12) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield family, source and numbers of samples: those with many drafters first, which take longest."""
     counts = {"scenes": scenes, "footage": len(_dataset("footage", footage).samples()) if footage else 0}
-    for source, size, family in ((source, each if source == "footage" else 4, family) for source, family in product(counts, FAMILIES)):
+    for source, size, family in (
+        (source, each if source == "footage" else 4, family) for source, family in product(counts, FAMILIES)
+    ):
         for start in range(0, counts[source], size):
             yield family, source, tuple(range(start, min(start + size, counts[source])))
 
@@ -76,7 +78,11 @@ def _answers(family: str, source: str, number: int, sample: Sample, dtype: str, 
         for name, verifier in VERIFIERS.items()
     }
     row: dict[str, Any] = {"family": family, "source": source, "sample": number, "engine": engine.runs(target)}
-    row |= {"exact": engine.exact(target), "prompt": len(request), "tokens": {name: len(found) for name, found in plain.items()}}
+    row |= {
+        "exact": engine.exact(target),
+        "prompt": len(request),
+        "tokens": {name: len(found) for name, found in plain.items()},
+    }
     row |= {"decodes": 0, "accepted": {}, "different": []}
     for drafter, (name, verifier) in product(drafters, VERIFIERS.items()):
         pruner = NonePruner() if drafter == "sparse" else TwoStagePruner()

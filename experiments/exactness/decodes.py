@@ -114,9 +114,7 @@ def measure(
                 yield {"by": name, "engine": by.runs(model), "prompt": number, "video_tokens": len(prompt.video_index)} | found
 
 
-def compare(
-    model: VideoLM, prompt: VideoPrompt, engine: Engine, caches: CachePool, limit: int, seed: int
-) -> dict[str, Any]:
+def compare(model: VideoLM, prompt: VideoPrompt, engine: Engine, caches: CachePool, limit: int, seed: int) -> dict[str, Any]:
     """Decode a prompt both ways. `first`: place of the first other token, None if there is none."""
     start, options = time.perf_counter(), GenerationOptions(max_new_tokens=limit, stop_ids=frozenset())
     caches.reserve("target", model, len(prompt) + limit + 64)

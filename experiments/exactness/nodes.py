@@ -62,12 +62,13 @@ def measure(model: VideoLM, way: str, slots: int, least: int, first: int = 0) ->
         chance = random.Random(seed)
         tree = random_tree(chance, model)
         base = slots - chance.randrange(600)
+        before = [tensor[:, :, :, base : base + len(tree)].clone() for tensor in tensors_of(many)]
         logits_MV, hidden_MD = rows(tree, many, base)
-        kept = [tensor[:, 0, :, base : base + len(tree)].clone() for store in many.stores for tensor in store]
+        kept = [tensor[:, 0, :, base : base + len(tree)].clone() for tensor in tensors_of(many)]
         for depth, node in steps(tree):
             row = DraftTree(tree.tokens[node : node + 1], (-1,))
             logits_1V, hidden_1D = rows(row, one, base + depth)
-            mine = (tensor[:, 0, :, base + depth] for store in one.stores for tensor in store)
+            mine = (tensor[:, 0, :, base + depth] for tensor in tensors_of(one))
             same_kv = all(torch.equal(a, b[:, :, node]) for a, b in zip(mine, kept, strict=True))
             counts["nodes"] += 1
             counts["bits"] += torch.equal(logits_1V[0], logits_MV[node]) and same_kv
@@ -76,14 +77,22 @@ def measure(model: VideoLM, way: str, slots: int, least: int, first: int = 0) ->
             counts["argmax, random head"] += bool(best[0] == best[1])
             if counts["nodes"] <= 64:
                 digest.update(logits_1V[0].float().cpu().numpy().tobytes())
+        for cache in (many, one):  # later trees may begin further on
+            for tensor, piece in zip(tensors_of(cache), before, strict=True):
+                tensor[:, :, :, base : base + len(tree)] = piece
     seconds = round(time.perf_counter() - start, 1)
     return {"way": way, **counts, "trees": seed - first, "digest": digest.hexdigest()[:16], "seconds": seconds}
+
+
+def tensors_of(cache: KVCache) -> list[Tensor]:
+    """List keys and values of all pipeline stages, (L, 1, H, C, D) each."""
+    return [tensor for store in cache.stores for tensor in store]
 
 
 def fill(cache: KVCache) -> None:
     """Fill a cache with random numbers: the same in each slot, whatever the capacity."""
     generator = torch.Generator(cache.stores[0].keys.device)
-    for number, layer in enumerate(layer for store in cache.stores for tensor in store for layer in tensor):
+    for number, layer in enumerate(layer for tensor in tensors_of(cache) for layer in tensor):
         generator.manual_seed(number)
         _, heads, _, width = layer.shape
         for piece in layer.split(1024, 2):
