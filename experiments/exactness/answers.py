@@ -36,6 +36,7 @@ ALWAYS = ("tree", "dynamic_tree")
 OTHERS = tuple(name for name in DRAFTERS if name not in ALWAYS)
 FEW = 16  # scenes that the other drafters decode too
 VERIFIERS: dict[str, Verifier] = {"greedy": GreedyVerifier(), "coupled": CoupledVerifier(0.8, top_p=0.95)}
+EACH = {"scenes": 4, "footage": 12}  # samples of a job
 LIMIT = 64  # tokens of an answer, at most
 
 
@@ -46,14 +47,12 @@ def loaded(family: str, dtype: str, device: str) -> tuple[VideoLM, VideoLM, Cach
     return target, draft, CachePool(), engine_for("auto", device)
 
 
-def jobs(scenes: int, footage: Path | None, each: int = 12) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield family, source and numbers of samples: those with many drafters first, which take longest."""
+def jobs(scenes: int, footage: Path | None) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield family, source and numbers of samples: first those with many drafters, which take longest."""
     counts = {"scenes": scenes, "footage": len(_dataset("footage", footage).samples()) if footage else 0}
-    for source, size, family in (
-        (source, each if source == "footage" else 4, family) for source, family in product(counts, FAMILIES)
-    ):
-        for start in range(0, counts[source], size):
-            yield family, source, tuple(range(start, min(start + size, counts[source])))
+    for source, family in product(counts, FAMILIES):
+        for start in range(0, counts[source], EACH[source]):
+            yield family, source, tuple(range(start, min(start + EACH[source], counts[source])))
 
 
 def measure(
