@@ -1,4 +1,7 @@
-"""Passes of many rows and of one row are bit-identical in bfloat16 and float16: kernels and passes. Answers: test_exact_answers.py."""
+"""Passes of many rows and of one row are bit-identical in bfloat16 and float16: kernels and passes.
+
+Answers: test_exact_answers.py.
+"""
 
 from __future__ import annotations
 

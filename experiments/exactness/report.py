@@ -64,7 +64,10 @@ def _answers(rows: Sequence[Row]) -> Iterator[str]:
     for (family, source), mine in _groups(rows, "family", "source").items():
         decodes, wrong = sum(row["decodes"] for row in mine), sum(len(row["different"]) for row in mine)
         drafters = len({name.partition(" ")[0] for row in mine for name in row["accepted"]})
+        sums = [pair for row in mine for pair in row["accepted"].values()]
+        mean = sum(accepted for accepted, _ in sums) / max(1, sum(rounds for _, rounds in sums))
         what = f"embedded {family}: {len(mine)} videos ({source}), {drafters} drafters, `greedy` and `coupled`"
+        what += f", {mean:.1f} guesses accepted a round"
         yield f"| {what} | {OF['ours']} | {decodes - wrong:,} of {decodes:,} | {_place(mine)} |"
 
 
