@@ -4,6 +4,7 @@
 # make ablation the main ablations on 24 scenes: a report, a table, verdicts (ARGS="--pair embedded_llava_onevision" for the
 #               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
+# make lmms     set up .venv-lmms with lmms-eval, then run there the tests of plugins/specvlm-lmms-eval
 # make campaign attacks that must find nothing: kills, leaks, bad input, … (ARGS="kills --count 20" to choose)
 # make docs     build the docs site into site/                              (ARGS="-d FOLDER" for another)
 # make check    lint, types and tests, as before a commit
@@ -19,8 +20,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
+LMMS := .venv-lmms
+LMMS_EVAL := plugins/specvlm-lmms-eval
+LMMS_PIP := $(LMMS)/bin/python -m pip install -qq --disable-pip-version-check -c $(LMMS_EVAL)/constraints.txt
 
-.PHONY: demo test quick campaign ablation plugins docs check lint types clean
+.PHONY: demo test quick campaign ablation plugins lmms docs check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -38,11 +42,14 @@ campaign: $(VENV)/.installed-test
 ablation: $(VENV)/.installed-report
 	$(BIN)/python -m experiments.ablations.small $(ARGS)
 
-# They need nothing but specvlm. The build backend is installed once, instead of once a package.
+# They need nothing but specvlm; the one for lmms-eval needs an environment of its own. The build backend is installed once, instead of once a package.
 plugins: $(VENV)/.installed
 	@$(PIP) -c constraints.txt 'hatchling>=1.27' 'editables>=0.5'
-	@$(PIP) --no-deps --no-build-isolation $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
-	@echo "installed: $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))"
+	@$(PIP) --no-deps --no-build-isolation $(addprefix -e ./,$(filter-out $(LMMS_EVAL),$(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))))
+	@echo "installed: $(filter-out specvlm-lmms-eval,$(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))"
+
+lmms: $(LMMS)/.installed
+	$(LMMS)/bin/python -m pytest $(LMMS_EVAL) $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
@@ -97,5 +104,15 @@ $(VENV)/.installed-dev: $(PINS) $(VENV)/.installed-test
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# lmms-eval pins older versions than constraints.txt. It runs without torchvision; one that does not fit this build of
+# torch would keep transformers from importing the models.
+$(LMMS)/.installed: $(PINS) $(LMMS_EVAL)/pyproject.toml $(LMMS_EVAL)/constraints.txt | $(VENV)/.created
+	@echo "setting up $(LMMS) with lmms-eval (some minutes)"
+	@$(BIN)/python -m venv $(LMMS)
+	@$(LMMS_PIP) $(TORCH) "$$(grep '^torch==' constraints.txt)"
+	@$(LMMS_PIP) -e . -e $(LMMS_EVAL) pytest
+	@$(LMMS)/bin/python -c 'import torchvision' 2>/dev/null || $(LMMS)/bin/python -m pip uninstall -qq -y torchvision
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LMMS)

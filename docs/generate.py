@@ -78,7 +78,7 @@ def strategies() -> str:
 def packages() -> str:
     """Page of the packages under plugins/."""
     rows, brought = [], []
-    for folder in sorted((ROOT / "plugins").glob("specvlm-*")):
+    for folder in sorted(file.parent for file in (ROOT / "plugins").glob("specvlm-*/specvlm_*.py")):
         module = module_of(folder)
         models = [f"`{model_type}`" for model_type in plugins.families_of(module)]
         brought += [(f"`{folder.name}`", name, (module.__doc__ or "").split("\n")[0]) for name in models]
@@ -98,7 +98,8 @@ def packages() -> str:
         + ", ".join(f"`{name}`" for name in families.specvlm_families())
         + ".\n\n"
         + table(("package", "model_type", "what it is"), brought)
-        + "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
+        + "\n\n`specvlm-lmms-eval` brings nothing to specvlm, but specvlm to [lmms-eval](../guides/lmms_eval.md)."
+        "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
         "nor its authors' code was available: [KiToke](https://arxiv.org/abs/2604.03414) and "
         "[HieraVid](https://arxiv.org/abs/2604.01881)."
     )

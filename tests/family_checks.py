@@ -17,7 +17,9 @@ import family_folders
 import packages
 import torch
 from pristine_worker import LIMIT
+from transformers import AutoModelForImageTextToText
 
+from specvlm import custom_generate, load_pair
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
@@ -149,3 +151,30 @@ def unlike_the_processor(family: str) -> tuple[int, list[str]]:
         wrong += [f"{request}: {name}" for name in case if ours.get(name) != case[name]]
         tried += len(case)
     return tried, wrong
+
+
+def unlike_from_inputs(family: str) -> tuple[int, list[str]]:
+    """Make every prompt again of the inputs that Hugging Face's processor makes. Returns their number, and those unlike."""
+    lm, wrong, asked = model(family), [], [*requests(family)]
+    for request in asked:
+        want = prompt(family, request)
+        found = lm.hf_prompt(lm.hf_inputs(lm.hf.config, want))
+        same = [torch.equal(getattr(found, name), getattr(want, name)) for name in ("tokens", "video_index", "image_index")]
+        same += [found.grids == want.grids, torch.equal(lm.positions(found), lm.positions(want))]
+        same += [len(found.videos) == len(want.videos)]
+        for ours, theirs in zip(found.items, want.items, strict=False):
+            same += [torch.equal(ours[name], value) for name, value in theirs.items() if isinstance(value, torch.Tensor)]
+        wrong += [] if all(same) else [request]
+    return len(asked), wrong
+
+
+def session_answers(family: str) -> list[list[int]]:
+    """Ask a session messages, a processor's inputs and, by `custom_generate`, Hugging Face's model. All answers are one."""
+    of = load_pair(folder(family) / "target", folder(family) / "small", device="cpu", dtype="float32", max_new_tokens=LIMIT)
+    messages = family_folders.chat("interleaved", clip, picture)
+    inputs = of.target.generate_inputs(prompt(family, "interleaved"))
+    hf = AutoModelForImageTextToText.from_pretrained(folder(family) / "target", dtype=torch.float32).eval()
+    theirs = hf.generate(**inputs, max_new_tokens=LIMIT, custom_generate=custom_generate(folder(family) / "small"))
+    found = [of.generate(messages, check=True), of.generate(inputs, check=True)]
+    assert [one.verdict for one in found] == ["identical"] * 2
+    return [*(one.token_ids for one in found), theirs[0, inputs["input_ids"].shape[1] :].tolist()]

@@ -9,13 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from specvlm.models import families
 from specvlm.strategies import Strategy, plugins
 
-FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "plugins").glob("*/pyproject.toml"))
+PACKAGES = sorted(path.parent for path in (Path(__file__).parent.parent / "plugins").glob("*/pyproject.toml"))
+
+
+def project(folder: Path) -> dict[str, Any]:
+    """Return the table `project` of a package's pyproject.toml."""
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+FOLDERS = [folder for folder in PACKAGES if "specvlm" in project(folder)["entry-points"]]  # the plugins among them
 
 
 def module_of(folder: Path) -> ModuleType:
@@ -35,9 +44,8 @@ def installed(*names: str) -> Iterator[None]:
     points = []
     for name in names:
         folder = next(folder for folder in FOLDERS if folder.name == name)
-        version = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
         module = module_of(folder)
-        dist = SimpleNamespace(name=name, version=version)
+        dist = SimpleNamespace(name=name, version=project(folder)["version"])
         points.append(SimpleNamespace(name=name, load=lambda module=module: module, dist=dist))
     families.sources.cache_clear()
     with pytest.MonkeyPatch.context() as patched:

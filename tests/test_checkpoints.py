@@ -201,7 +201,7 @@ def test_a_quantised_checkpoint_runs_eager_keeps_its_files_size_and_is_not_quant
     lm.hf.config.quantization_config = {"quant_method": "awq", "bits": 4}
     quantised = type(lm)(lm.hf, lm.tokenizer, lm.folder)
     assert why_not(quantised) == "its checkpoint is quantised by awq"
-    from specvlm.app import memory_plan
+    from specvlm.models import memory_plan
     from specvlm.models.load import kind_of, spread_of
     from specvlm.parallel.ranks import SINGLE
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from specvlm.engine.contexts import Contexts, Layout
 from specvlm.engine.ops import Experts, Weight
 from specvlm.models.quantize import quantize
 
@@ -61,7 +62,15 @@ def attend(rows: int) -> None:
         keys, base = torch.empty(kv_heads, 2_000, width, dtype=torch.bfloat16), torch.tensor([1_900])
         kernels.attention(q, keys, keys, base, torch.eye(rows, dtype=torch.int8), 0.1)
         kernels.path_attention(q, keys, keys, base, torch.zeros(rows).long(), torch.zeros(rows, 6).long(), 0.1)
+        kernels.path_attention_many(q, contexts_of(rows, kv_heads), 1, 0.1)
     kernels.top(torch.empty(rows, 32_000, dtype=torch.bfloat16), 8)
+
+
+def contexts_of(rows: int, kv_heads: int) -> Contexts:
+    """Make tables of the shapes that a pass of four requests has."""
+    each, blocks = torch.zeros(rows).long(), torch.zeros(9, 3, dtype=torch.int32)
+    layout = Layout(each.int(), each, each, each, torch.zeros(rows, 8).long(), blocks)
+    return Contexts(torch.zeros(8, dtype=torch.bfloat16), torch.zeros(4, 4).long(), layout, 4096, kv_heads)
 
 
 def multiply(kind: str, rows: int) -> None:
@@ -87,6 +96,7 @@ def send(kind: str, rows: int) -> None:
     kernels.experts(torch.empty(rows, 2048, dtype=torch.bfloat16), layer)
     keys, turns, norm = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((4, 2_000, 128), (rows, 64), (128,)))
     kernels.rope(torch.empty(2, rows, 40 * 128), (), turns, turns, keys, keys, torch.tensor([9]), 0, 32, (norm, norm), 1e-6)
+    kernels.rope_many(torch.empty(2, rows, 40 * 128), (), turns, turns, contexts_of(rows, 4), 1, 32, (norm, norm), 1e-6)
 
 
 @pytest.mark.parametrize("capability", LIMITS)
@@ -105,7 +115,7 @@ def test_attention_fits_the_gpu(capability, rows, monkeypatch):
 
 @pytest.mark.parametrize("capability", LIMITS)
 @pytest.mark.parametrize("kind", ["full", "int8", "int4", "fp8"])
-@pytest.mark.parametrize("rows", [1, 26, 64])
+@pytest.mark.parametrize("rows", [1, 26, 64, 128])
 def test_linear_layers_fit_the_gpu(capability, kind, rows, monkeypatch):
     if kind == "fp8" and capability < 89:
         pytest.skip("fp8 needs compute capability 8.9")

@@ -14,12 +14,12 @@ from campaign.faults import planted
 from covering import covering
 from towers import remember_features, remember_passes
 
-from specvlm.app import memory_plan
 from specvlm.app.console import too_many_ties
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
 from specvlm.errors import UserError
+from specvlm.models import memory_plan
 from specvlm.models.kv_cache import pooled
 from specvlm.models.video_lm import VideoLM
 from specvlm.results import metrics

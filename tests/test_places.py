@@ -9,13 +9,15 @@ import tiny
 import torch
 
 from experiments.embedded_pair.evaluate import DRAFTS
-from specvlm.app import compose, memory_plan
-from specvlm.app.placement import Placement, device_of, places_of
+from specvlm.app import compose
+from specvlm.app.placement import places_of
 from specvlm.config import model_folder
 from specvlm.errors import UserError
+from specvlm.models import memory_plan
 from specvlm.models.checkpoint import config_of
 from specvlm.models.load import skeleton, spread_of
 from specvlm.models.partition import check_shares, tensor_plan
+from specvlm.models.placement import Placement, device_of
 from specvlm.parallel.ranks import SINGLE
 
 

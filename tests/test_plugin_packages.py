@@ -1,4 +1,7 @@
-"""Every folder under plugins/ is a package as a third party would write it: two files and a test, no core edits."""
+"""Every folder under plugins/ is a package as a third party would write it: two files and a test, no core edits.
+
+All but one extend specvlm. The other, specvlm-lmms-eval, extends lmms-eval by specvlm.
+"""
 
 import configparser
 import inspect
@@ -11,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
-from packages import FOLDERS, installed, module_of
+from packages import FOLDERS, PACKAGES, installed, module_of, project
 
 from specvlm.models import families
 from specvlm.strategies import plugins, registry
@@ -28,10 +31,6 @@ def point(folder, monkeypatch):
     return SimpleNamespace(name=name, load=declared.load, dist=SimpleNamespace(name=name, version=project(folder)["version"]))
 
 
-def project(folder):
-    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
 @each_package
 def test_the_entry_point_bears_the_name_of_the_distribution(folder):
     name, module = folder.name, folder.name.replace("-", "_")
@@ -46,7 +45,7 @@ def test_the_entry_point_bears_the_name_of_the_distribution(folder):
 PAPERS = ("authors", "license", "classifiers", "keywords", "requires-python", "version")
 
 
-@each_package
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: folder.name)
 def test_its_metadata_are_those_of_the_other_packages(folder):
     ours, all_of_specvlm = project(folder), project(FOLDERS[0].parents[1])
     assert {key: ours[key] for key in PAPERS} == {key: project(FOLDERS[0])[key] for key in PAPERS}
@@ -122,3 +121,17 @@ def test_its_own_tests_run_with_the_repositorys(folder, pytestconfig):
 def test_no_two_packages_bring_one_module_or_one_name():
     names = [(cls.kind, cls.name) for folder in STRATEGIES for cls in plugins.strategies_of(module_of(folder))]
     assert len(set(names)) == len(names) >= len(STRATEGIES)
+
+
+def test_the_package_that_extends_lmms_eval_holds_its_model_and_its_task(tmp_path):
+    (folder,) = (folder for folder in PACKAGES if folder not in FOLDERS)
+    said = project(folder)
+    assert said["name"] == folder.name == "specvlm-lmms-eval" and "specvlm" in said["dependencies"]
+    assert said["entry-points"] == {"lmms_eval.models": {"specvlm": "specvlm_lmms_eval:manifest"}}
+    (built,) = WheelBuilder(str(folder)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as wheel:
+        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    there = {path for path in (folder / "specvlm_lmms_eval").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert found == {str(path.relative_to(folder)) for path in there}
+    assert {f"specvlm_lmms_eval/{name}" for name in ("__init__.py", "model.py", "tasks/specvlm_synthetic.yaml")} < found
+    assert (folder / "test_lmms_eval.py").is_file()

@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn.functional import linear
 
 from specvlm import autoregressive, config
-from specvlm.app import memory_plan
-from specvlm.app.placement import Placement
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import UserError
-from specvlm.models import load
+from specvlm.models import load, memory_plan
 from specvlm.models.kv_cache import CachePool
+from specvlm.models.placement import Placement
 from specvlm.models.quantize import BLOCK, KINDS, STORED, QuantizedLinear, quantize, quantize_text, stored
 from specvlm.strategies.registry import build
 from specvlm.types import GenerationOptions

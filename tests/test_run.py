@@ -17,12 +17,13 @@ from transformers.utils import logging
 
 from specvlm import load
 from specvlm.__main__ import main
-from specvlm.app import compose, memory_plan
+from specvlm.app import compose
 from specvlm.app.model_cache import MODEL_CACHE
 from specvlm.app.placement import places_of
 from specvlm.app.prepare import own_sample, plan, read, set_up
 from specvlm.config import model_folder
 from specvlm.errors import UserError
+from specvlm.models import memory_plan
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
 from specvlm.results import metrics

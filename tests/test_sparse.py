@@ -7,10 +7,10 @@ import tiny
 import torch
 from rounding import additions, assert_same_sums
 
-from specvlm.app import memory_plan
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
 from specvlm.engine.cuda_graphs import GraphsEngine
+from specvlm.models import memory_plan
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import pooled
 from specvlm.results.metrics import acceptance_of, tokens_of

@@ -371,15 +371,15 @@ def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(m
     parts = request.plans[device].parts
     held = MODEL_CACHE.caches.bytes_on(device) + sum(model.bytes_on(device) for model in MODEL_CACHE.models.values())
     assert parts["target weights"] + parts["draft weights"] <= held < request.planned
-    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned - held)
+    monkeypatch.setattr("specvlm.models.memory_plan.free_bytes", lambda _: request.planned - held)
     assert MODEL_CACHE.plan(*plain).planned == request.planned and len(MODEL_CACHE.models) == 2
-    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned - held - 1)
+    monkeypatch.setattr("specvlm.models.memory_plan.free_bytes", lambda _: request.planned - held - 1)
     with pytest.raises(UserError, match="the run needs about"):
         MODEL_CACHE.plan(*plain)
-    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: request.planned)
+    monkeypatch.setattr("specvlm.models.memory_plan.free_bytes", lambda _: request.planned)
     MODEL_CACHE.graph(MODEL_CACHE.plan(*aware))
     assert len(MODEL_CACHE.models) == 3, "there is room for two drafts"
-    monkeypatch.setattr("specvlm.app.memory_plan.free_bytes", lambda _: 0)
+    monkeypatch.setattr("specvlm.models.memory_plan.free_bytes", lambda _: 0)
     with pytest.raises(UserError, match="the run needs about"):
         MODEL_CACHE.plan(*aware)
     assert len(MODEL_CACHE.models) == 2, "the other draft made room"

@@ -15,10 +15,12 @@ import torch
 
 from specvlm.errors import UserError
 from specvlm.video import decord_process, pictures, readers
-from specvlm.video.av_file import Orientation
+from specvlm.video.av_file import Orientation, opened
+from specvlm.video.clips import find_clip
 from specvlm.video.codec import read_stream
 from specvlm.video.decord_process import DecordProcess
 from specvlm.video.frame_index import Facts, index_of
+from specvlm.video.packets import Packets
 from specvlm.video.readers import NAMES, Group
 from specvlm.video.video import SAMPLINGS, probe, read_video
 
@@ -606,3 +608,25 @@ def test_an_interrupt_leaves_no_answer_of_decord_behind(clips, monkeypatch):
         process.open(clips["mkv"])
     monkeypatch.setattr(DecordProcess, "_hear", hear)
     assert len(process.open(clips["one"])[0]) == 1
+
+
+class Older:
+    """A stream or a codec of PyAV 15, which lacks two names."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        if name in ("field_order", "index_entries"):
+            raise AttributeError(name)
+        value = getattr(self.inner, name)
+        return Older(value) if name == "codec_context" else value
+
+
+def test_files_are_counted_where_pyav_does_not_tell_their_field_order():
+    path = find_clip("synthetic_1")
+    size = path.stat().st_size
+    with opened(path) as (container, stream):
+        packets = Packets.read(container, stream, size)
+        assert packets.stamped(stream) and not packets.stamped(Older(stream))
+        assert not packets.incomplete(container, Older(stream), size)

@@ -29,14 +29,14 @@ from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Shape, build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton, stages_for
 from specvlm.advise import predict
-from specvlm.app import memory_plan
 from specvlm.app.cli import guarded, leave
-from specvlm.app.placement import device_of
 from specvlm.config import model_folder
 from specvlm.engine import engine_for
 from specvlm.errors import UserError
+from specvlm.models import memory_plan
 from specvlm.models.checkpoint import DTYPES
 from specvlm.models.partition import Stage, check_shares
+from specvlm.models.placement import device_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel import torchrun
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined

@@ -15,9 +15,9 @@ from torch import nn
 from experiments.gpu_pair.drafter import GivenDrafter
 from experiments.gpu_pair.spread import hooked, restored
 from specvlm.advise import Costs, profile
-from specvlm.app import memory_plan
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
+from specvlm.models import memory_plan
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard

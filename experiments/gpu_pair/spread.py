@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specvlm.app import memory_plan
+from specvlm.models import memory_plan
 from specvlm.models.partition import Stage, device_map, split, tensor_plan
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard

@@ -82,9 +82,9 @@ class Setting:
 def registered() -> dict[str, type[Pruner]]:
     """Every pruner by name: of this repository's plugins/ as they lie there, installed or not, and what else is registered."""
     found: dict[str, type[Pruner]] = {}
-    for project in sorted(PLUGINS.glob("*/pyproject.toml")):
-        sys.path.insert(0, str(project.parent))  # so that an installed package is the one that lies here, too
-        module = importlib.import_module(project.parent.name.replace("-", "_"))
+    for file in sorted(PLUGINS.glob("*/specvlm_*.py")):
+        sys.path.insert(0, str(file.parent))  # so that an installed package is the one that lies here, too
+        module = importlib.import_module(file.stem)
         found |= {cls.name: cls for cls in plugins.strategies_of(module) if cls.kind == "pruner"}
     return {name: info.cls for name, info in registry.collect()["pruner"].items()} | found  # type: ignore[misc]
 

@@ -1,5 +1,7 @@
 """InternVL3 and InternVL3.5 for specvlm: each frame is an image behind its number; 1-D positions."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
+from specvlm.models.processed import placed, row_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import VisionProbe, inputs_of, received
 from specvlm.strategies.plugins import hookimpl
@@ -71,10 +74,14 @@ class InternVL(VideoLM):
     def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
         if max_pixels:
             raise UserError(f"max_pixels={max_pixels}: {self.family} takes frames of one size, there is nothing to limit")
-        pixels, vision = llava_video(clip.frames, self._video_config), self.hf.config.vision_config
+        pixels = llava_video(clip.frames, self._video_config)
+        return self._grid(len(pixels)), {"pixels": pixels}
+
+    def _grid(self, frames: int) -> TokenGrid:
+        vision = self.hf.config.vision_config
         patches = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
         height, width = (int(count * self.hf.config.downsample_ratio) for count in patches)
-        return TokenGrid(len(pixels), height, width), {"pixels": pixels}
+        return TokenGrid(frames, height, width)
 
     def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -126,6 +133,40 @@ class InternVL(VideoLM):
         inputs = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
         pixels = [item["pixels"] for item in prompt.items]
         return inputs | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        """The text tells frames from images: a frame is one tile behind its number, and frame 1 begins a video."""
+        tokens_S, given = row_of(inputs, frozenset({"pixel_values"})), inputs.get("pixel_values")
+        runs = _runs((tokens_S == self.image_token).nonzero().flatten())
+        counts = [len(run_R) // self.hf.config.image_seq_length for run_R in runs]
+        tiles = torch.empty(0) if given is None else given.cpu()
+        if sum(counts) != len(tiles):
+            raise UserError(f"input_ids have {sum(counts)} tiles, pixel_values {len(tiles)}: do they belong together?")
+        videos, images, slots, last = [], [], ([tokens_S[:0]], [tokens_S[:0]]), 0
+        for number, run_R, part in zip(self._numbers(tokens_S, runs, counts), runs, tiles.split(counts), strict=True):
+            last = number if number in (1, last + 1) else 0
+            slots[last == 0].append(run_R)
+            if last > 1:
+                videos[-1]["pixels"] = torch.cat([videos[-1]["pixels"], part])
+            else:
+                (videos if last else images).append({"pixels": part} | ({} if last else {"tokens": len(run_R)}))
+        index = torch.cat(slots[0]), torch.cat(slots[1])
+        return placed(tokens_S, index, [self._grid(len(video["pixels"])) for video in videos], videos, images)
+
+    def _numbers(self, tokens_S: Tensor, runs: list[Tensor], counts: list[int]) -> list[int]:
+        """Return the number that the text before each run gives a frame; 0 for one that is no frame."""
+        announced, end, found = rf"frame\s*(\d+)\s*:\s*{re.escape(self.tokenizer.start_image_token)}\s*$", 0, []
+        for run_R, count in zip(runs, counts, strict=True):
+            text = self.tokenizer.decode(tokens_S[end : int(run_R[0])].tolist())
+            match, end = re.search(announced, text, re.IGNORECASE), int(run_R[-1]) + 1
+            found.append(int(match[1]) if match and count == 1 else 0)
+        return found
+
+
+def _runs(index_N: Tensor) -> list[Tensor]:
+    """Split ascending indices into runs of adjacent ones."""
+    ends = ((index_N[1:] - index_N[:-1]) != 1).nonzero().flatten() + 1
+    return [run_R for run_R in index_N.tensor_split(ends.tolist()) if len(run_R)]
 
 
 def middles(total: int, count: int) -> list[int]:

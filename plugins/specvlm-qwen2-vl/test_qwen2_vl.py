@@ -25,6 +25,16 @@ def test_prompts_equal_those_of_hugging_faces_processor():
 
 
 @pytest.mark.slow
+def test_prompts_are_made_of_the_processors_inputs_alike():
+    assert checks.unlike_from_inputs(FAMILY) == (10, [])
+
+
+@pytest.mark.slow
+def test_a_session_answers_messages_and_inputs_as_a_pristine_model():
+    assert checks.session_answers(FAMILY) == [checks.answers(FAMILY)["interleaved"]] * 3
+
+
+@pytest.mark.slow
 def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
     assert checks.unequal_requests(FAMILY) == (10 * 7, [])
 

@@ -1,6 +1,7 @@
 """VideoLLaMA 3 for specvlm: frames of any size behind their times, near-equal patches left out; 1-D positions."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError
+from specvlm.models.processed import assembled, row_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import VisionProbe
 from specvlm.strategies.plugins import hookimpl
@@ -155,6 +157,33 @@ class VideoLlama3(VideoLM):
         if prompt.videos:
             inputs["video_compression_mask"] = torch.cat([video["kept"] for video in prompt.videos])
         return inputs
+
+    def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
+        """The times of frames are in the text alone; here they are counted."""
+        made = {f"{kind}_{name}" for kind in ("image", "video") for name in ("grid_thw", "merge_sizes")}
+        tokens_S = row_of(inputs, frozenset({"pixel_values", "pixel_values_videos", "video_compression_mask", *made}))
+        videos, grids = self._parts(inputs, "pixel_values_videos", "video"), []
+        images = self._parts(inputs, "pixel_values", "image")
+        sizes = [int(part["thw"].prod()) // int(part["merge"]) ** 2 for part in (*videos, *images)]
+        mask, ours = inputs.get("video_compression_mask"), sizes[: len(videos)]
+        kept = torch.ones(sum(ours), dtype=torch.bool) if mask is None else mask.flatten().cpu()
+        for video, kept_N in zip(videos, kept.split(ours), strict=True):
+            frames, height, width = (int(size) for size in video["thw"][0])
+            merge = int(video["merge"])
+            video |= {"pixels": video["pixels"].unflatten(0, (frames, -1)), "kept": kept_N, "times": list(range(frames))}
+            whole = TokenGrid(frames, height // merge, width // merge)
+            grids.append(whole if kept_N.all() else TokenGrid(1, 1, int(kept_N.sum())))
+        images = [image | {"tokens": tokens} for image, tokens in zip(images, sizes[len(videos) :], strict=True)]
+        return assembled(tokens_S, (self.video_token, self.image_token), grids, videos, images)
+
+    def _parts(self, inputs: Mapping[str, Any], pixels: str, kind: str) -> list[dict[str, Any]]:
+        """Split the patches of all videos, or of all images, by their grids."""
+        given, grids, merges = (inputs.get(name) for name in (pixels, f"{kind}_grid_thw", f"{kind}_merge_sizes"))
+        if given is None or grids is None or merges is None:
+            return []
+        parts = given.cpu().split(grids.prod(1).tolist())
+        both = zip(parts, grids.cpu().split(1), merges.cpu().split(1), strict=True)
+        return [{"pixels": part, "thw": thw, "merge": merge} for part, thw, merge in both]
 
 
 def starts(total: int, count: int) -> list[int]:

@@ -45,6 +45,16 @@ def test_a_still_video_is_one_row_of_tokens_in_a_run_per_frame():
 
 
 @pytest.mark.slow
+def test_prompts_are_made_of_the_processors_inputs_alike():
+    assert checks.unlike_from_inputs(FAMILY) == (12, [])
+
+
+@pytest.mark.slow
+def test_a_session_answers_messages_and_inputs_as_a_pristine_model():
+    assert checks.session_answers(FAMILY) == [checks.answers(FAMILY)["interleaved"]] * 3
+
+
+@pytest.mark.slow
 def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
     assert checks.unequal_requests(FAMILY) == (12 * 7, [])
 

@@ -24,7 +24,7 @@ from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
-from specvlm.app import compose, memory_plan
+from specvlm.app import compose
 from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole, not_applied, size
 from specvlm.app.model_cache import MODEL_CACHE
@@ -36,6 +36,7 @@ from specvlm.app.terminal import Terminal, styled
 from specvlm.config import RunConfig, word
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import ExitCode, UserError, did_you_mean
+from specvlm.models import memory_plan
 from specvlm.parallel import torchrun
 from specvlm.results import metrics
 from specvlm.results.folder import write_json

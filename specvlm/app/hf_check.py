@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specvlm.app import memory_plan
 from specvlm.app.prepare import Prepared, Setup, own_sample, read
 from specvlm.app.request import hf_check_of, threads
 from specvlm.config import model_folder
 from specvlm.decoding.lossless import alike
 from specvlm.errors import ExitCode, JobFailed, OutOfMemory, UserError, explained, line, one_line
+from specvlm.models import memory_plan
 from specvlm.models.checkpoint import SAFELY, folder_of
 from specvlm.models.load import family_of, last_logits
 from specvlm.results.rows import UNCHECKED, rows_of

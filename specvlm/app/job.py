@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from specvlm.app import memory_plan
 from specvlm.app.baselines import Baseline, Baselines
 from specvlm.app.console import RunConsole, not_applied, too_many_ties
 from specvlm.app.model_cache import ModelCache
@@ -24,6 +23,7 @@ from specvlm.app.scoring import Scorer
 from specvlm.config import RunConfig, home
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import ExitCode, JobFailed, MissingVideo, UserError, line, one_line, worst
+from specvlm.models import memory_plan
 from specvlm.models.kv_cache import pooled
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.results import metrics

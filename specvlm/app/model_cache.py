@@ -13,8 +13,9 @@ from specvlm.app.baselines import fingerprint
 from specvlm.app.prepare import Prepared, Reading, Setup, plan
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.watch import blame, compared
 from specvlm.engine import Engine, engine_for
-from specvlm.errors import StrategyError, UserError, one_line
+from specvlm.errors import StrategyError, UserError
 from specvlm.models.integrity import CODE, Snapshot, structure, weights_of
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.load import load, skeleton
@@ -22,7 +23,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.process.memo import restored
 from specvlm.strategies import Strategy
-from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours, label_of
+from specvlm.strategies.fence import THIRD_PARTY_CALLS, is_ours
 
 
 class ModelCache:
@@ -150,30 +151,16 @@ class ModelCache:
             yield
             failed = False
         finally:
-            try:
-                undone, spoilt = snapshot.undo()
-            except Exception as error:  # a plugin may have replaced the objects being checked
-                undone, spoilt = [], [f"objects that cannot be read any more ({one_line(error)})"]
+            undone, spoilt = compared(snapshot)
             if spoilt or (foreign and not set(threading.enumerate()) <= threads):
                 self.clear()  # a thread that is still running may hold references
             self.calls = THIRD_PARTY_CALLS.calls
             if (undone or spoilt) and not failed:
-                raise StrategyError(f"{_suspects(graph)} changed {_listed([*undone, *spoilt])}, which other requests use too")
-
-
-def _suspects(graph: DecodingGraph) -> str:
-    """Name the strategies to blame: those from plugins, or all three if none is from a plugin."""
-    foreign = [one for one in _strategies(graph) if not is_ours(one)]
-    return " or ".join(map(label_of, foreign or _strategies(graph)))
+                raise StrategyError(blame(_strategies(graph), [*undone, *spoilt]))
 
 
 def _strategies(graph: DecodingGraph) -> tuple[Strategy, ...]:
     return graph.pruner, graph.drafter, graph.verifier
-
-
-def _listed(names: list[str]) -> str:
-    """List up to three names and count the rest."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # The cache of this process. Tensor-parallel runs use their own: a process group does not outlive its run.

@@ -1,64 +1,12 @@
 """Assign devices to target and draft, from the keys of a run and torchrun's environment."""
 
-from dataclasses import dataclass
-
 import torch
 
 from specvlm.config import RunConfig
 from specvlm.errors import UserError
+from specvlm.models.placement import Placement, device_of
 from specvlm.parallel import torchrun
 from specvlm.strategies import registry
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Devices of target and draft.
-
-    Attributes:
-        parallel: "layers", "tensor", or None for a single device.
-        target: Devices of the target's layers in order; this rank's device if tensor-parallel.
-        draft: Device of the draft; `first` unless draft.device names another.
-        ranks: Number of tensor-parallel ranks; 1 without them.
-        draft_shared: Whether the draft is tensor-parallel too; else rank 0 alone holds it.
-    """
-
-    parallel: str | None
-    target: tuple[torch.device, ...]
-    draft: torch.device
-    ranks: int = 1
-    draft_shared: bool = False
-
-    @property
-    def first(self) -> torch.device:
-        """Device of the target's first layer."""
-        return self.target[0]
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Devices of target and draft in this process, each once."""
-        return tuple(dict.fromkeys((*self.target, self.draft)))
-
-
-def device_of(name: str, key: str = "device", otherwise: str = "device=cpu or device=auto") -> torch.device:
-    """Parse a device name and check that the device exists.
-
-    Args:
-        name: Name such as auto, cpu, cuda or cuda:1.
-        key: The key that gave the name, for the error message.
-        otherwise: Advice for the error message.
-
-    Raises:
-        UserError: There is no such GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"{key}={name}: there are {count} CUDA devices here; use {otherwise}")
-    return device
 
 
 def places_of(cfg: RunConfig) -> Placement:

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from specvlm.app import memory_plan
-from specvlm.app.placement import Placement
 from specvlm.config import RunConfig, home, listed, model_folder
-from specvlm.decoding.collect import held_bytes
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.room import needs_for
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
+from specvlm.models import memory_plan
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.partition import check_shares
+from specvlm.models.placement import Placement
 from specvlm.models.video_lm import VideoLM
 from specvlm.process.settings import settled
 from specvlm.strategies import Sample, registry
-from specvlm.strategies.fence import inside, needs_of, sizes_of
+from specvlm.strategies.fence import inside, needs_of
 from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.images import read_image
@@ -221,22 +221,10 @@ def plan(
     Raises:
         UserError: A device has too little free memory, or the target has fewer layers than devices.
     """
-    cfg, places, drafter, prompt = setup.cfg, setup.places, setup.drafter, reading.prompt
-    target, draft = setup.target, setup.draft
-    nodes, rows = sizes_of(drafter)
-    slots = len(prompt) + cfg.max_new_tokens + nodes
-    kept = setup.graph().budget(prompt)
-    drafts = {"draft": draft, "target": target, None: None}[drafter.model]
-    patches = max(map(target.vision_rows, prompt.videos), default=0)
-    pruned = slots - len(prompt.video_index) + kept + rows - nodes
-    if setup.pruner.draft_layers and 0 < kept < len(prompt.video_index):
-        pruned = max(pruned, len(prompt))  # its signal needs a draft pass over the whole prompt
-    asked, total = needs_of(setup.pruner) | needs_of(drafter), len(prompt.video_index)
-    signals = held_bytes(asked, setup.verifier.reads_hidden, target, total, setup.dtype, places.ranks)
-    needs = [memory_plan.Need(target, slots, setup.dtype, setup.kinds["target"], signals)]
-    if drafts is not None:
-        kind = setup.kinds.get("draft", setup.kinds["target"])
-        needs.append(memory_plan.Need(drafts, pruned, dtype_of(drafts, cfg.dtype), kind))
+    cfg, places, prompt, graph = setup.cfg, setup.places, reading.prompt, setup.graph()
+    dtypes = {"target": setup.dtype} | ({"draft": dtype_of(setup.draft, cfg.dtype)} if setup.draft else {})
+    needs = needs_for(graph, prompt, graph.options, dtypes, setup.kinds, places.ranks)
+    patches = max(map(setup.target.vision_rows, prompt.videos), default=0)
     free = {device: memory_plan.free_bytes(device) + (held or {}).get(device, 0) for device in places.devices}
     plans, counts = memory_plan.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)
     if reads_ahead(cfg, places):
@@ -250,4 +238,4 @@ def plan(
             advice = f"{SMALLER}, or more GPUs" if places.parallel else SMALLER
             needed = f"{planned.total / 2**30:.1f} GiB on {device}"
             raise UserError(f"the run needs about {needed}, but {have / 2**30:.1f} GiB are free: {advice}")
-    return Prepared(**vars(setup), **vars(reading), kept=kept, layers=counts, plans=plans)
+    return Prepared(**vars(setup), **vars(reading), kept=graph.budget(prompt), layers=counts, plans=plans)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from specvlm.app import memory_plan
 from specvlm.app.baselines import Baseline
 from specvlm.app.prepare import SMALLER, Prepared
 from specvlm.config import RunConfig
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.errors import OutOfMemory
+from specvlm.models import memory_plan
 from specvlm.models.load import name_of
 from specvlm.results import metrics
 from specvlm.strategies.fence import sizes_of

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specvlm.app import memory_plan
 from specvlm.app.baselines import Baseline
 from specvlm.app.hf_check import check_run
 from specvlm.app.job import Job
@@ -14,6 +13,7 @@ from specvlm.app.prepare import Prepared, own_sample, read, set_up
 from specvlm.app.request import RequestResult, ran_out, row, speculate, summarize, threads
 from specvlm.config import RunConfig, plain
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.models import memory_plan
 from specvlm.parallel.ranks import joined
 from specvlm.results import metrics
 from specvlm.results.folder import check_there, files_of, steps_file, write_attention, write_json, write_yaml

@@ -14,14 +14,14 @@ from torch import Tensor
 from specvlm.decoding.output import Output
 from specvlm.engine.base import Request
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Pass, Passes, Rows
+from specvlm.models.passes import Jobs, Pass, Rows
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import Step, TokenLogprobs
 
 AT_ONCE = 64  # rows whose logits are held at once
 
 
-def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tensor, count: int | None) -> Passes[Step]:
+def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tensor, count: int | None) -> Jobs[Step]:
     """Add the log-probabilities of the answer to its last step; return any other step as it is.
 
     logits_1V: Logits of the prefill. count: As in `logprobs_of`; None adds none.
@@ -34,7 +34,7 @@ def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tenso
 
 def logprobs_of(
     target: VideoLM, cache: KVCache, start: int, logits_1V: Tensor, tokens: Sequence[int], count: int
-) -> Passes[tuple[TokenLogprobs, ...]]:
+) -> Jobs[tuple[TokenLogprobs, ...]]:
     """Run the target over an answer once more, in one causal pass, and return the log-probabilities of its tokens.
 
     They are those of the plain logits: no penalty, temperature or other setting changes them.

@@ -26,7 +26,7 @@ from specvlm.engine.base import Request, first_token
 from specvlm.errors import StrategyError, UserError, line
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import CacheLease, CachePool
-from specvlm.models.passes import Call, Pass, Passes, guarded
+from specvlm.models.passes import Call, Job, Jobs, Pass, guarded
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
 from specvlm.strategies.fence import (
@@ -85,7 +85,7 @@ def autoregressive_work(
     verifier: Verifier,
     caches: CachePool,
     engine: Engine,
-) -> Generator[Pass | Step, Any, None]:
+) -> Generator[Job | Step, Any, None]:
     """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run."""
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
@@ -144,8 +144,9 @@ class DecodingGraph:
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
         state_layer(self.pruner, self.target)
-        # Read only once: these claims decide how the output is checked.
+        # Read only once: they decide how the output is checked.
         self.lossless, self.sampling = claims_of(self.verifier)
+        self.joins = self.lossless and (self.sampling.coupled or not self.sampling.temperature)
         self.vocabulary = self.vocabulary or min(m.vocabulary for m in (self.target, self.draft) if m is not None)
 
     def decode(self, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> Iterator[Step]:
@@ -159,7 +160,7 @@ class DecodingGraph:
 
     def work(
         self, prompt: VideoPrompt, options: GenerationOptions | int | None = None, shared: SharedPrefill | None = None
-    ) -> Generator[Pass | Step, Any, None]:
+    ) -> Generator[Job | Step, Any, None]:
         """Decode as `decode` does, as a generator of passes and steps for a `Scheduler` to run.
 
         shared: Prefill to share with other requests of this graph that have the same prompt.
@@ -248,10 +249,9 @@ class DecodingGraph:
 
     def _proposed(
         self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
-    ) -> Passes[DraftTree]:
+    ) -> Jobs[DraftTree]:
         """Run the drafter's `propose` and yield its passes. They may write only to caches that `lease` holds."""
-        label = label_of(self.drafter)
-        guard, check = partial(inside, label), partial(check_pass, label)
+        guard, check = partial(inside, label_of(self.drafter)), partial(check_pass, label_of(self.drafter))
         with inside(self.drafter):
             found = session.propose(last)
         if not isinstance(found, Generator):
@@ -265,13 +265,14 @@ class DecodingGraph:
             if isinstance(item, Pass):
                 result = yield item
             else:
-                call = Call(item.routine, item.state, item.inputs, guard, check, ours and defined_here(item.routine.function))
+                mine = ours and defined_here(item.routine.function)
+                call = Call(item.routine, item.state, item.inputs, guard, check, mine, self.joins)
                 result = yield from self.engine.call(call, clock.mark)
         raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
-    def budget(self, prompt: VideoPrompt) -> int:
-        """Return the number of video tokens that the drafter may see at the ratio of the graph's options."""
-        return self._view(prompt, self.options.ratio).budget
+    def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
+        """Return the number of video tokens that the drafter may see. ratio: By default that of the graph's options."""
+        return self._view(prompt, self.options.ratio if ratio is None else ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
         """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""

@@ -52,8 +52,8 @@ class SharedPrefill:
     """
 
     def __init__(self, target: VideoLM, caches: CachePool, count: int) -> None:
-        self._target, self._caches, self._left = target, caches, count
-        self._lease = caches.lease()
+        self._target, self._left = target, count
+        self._lease, self._closed = caches.lease(), False
         self._held: tuple[KVCache, Prefilled] | None = None
 
     def fill(
@@ -71,19 +71,26 @@ class SharedPrefill:
             make: Runs `prefill` on an empty cache.
             collector: What `make` collects signals with.
         """
-        if self._held is None:
-            source = self._lease.take("prefix", self._target, slots)
-            self._held = source, Prefilled(*make(source), collector)
-        source, found = self._held
-        cache.copy(source)
-        self._left -= 1
-        if self._left == 0:
+        if self._closed:  # the request is about to be cancelled, or the last one had its copy
+            return Prefilled(*make(cache), collector)
+        try:
+            if (held := self._held) is None:
+                source = self._lease.take("prefix", self._target, slots)
+                held = self._held = source, Prefilled(*make(source), collector)
+            source, found = held
+            cache.copy(source)
+            self._left -= 1
+        except BaseException:
+            self._held = None
+            self._lease.release()
+            raise
+        if self._left == 0 or self._closed:  # another thread may have closed it meanwhile
             self.close()
         return found._replace(logits_1V=found.logits_1V.clone())  # a verifier may write to them
 
     def close(self) -> None:
         """Give the cache back."""
-        self._held = None
+        self._closed, self._held = True, None
         self._lease.release()
 
     def __enter__(self) -> Self:

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 
 from specvlm.engine import Engine
-from specvlm.models.passes import Pass, Rows
+from specvlm.models.passes import Job
 from specvlm.types import Step
 
-Decoding: TypeAlias = Generator[Pass | Step, Any, None]
+Decoding: TypeAlias = Generator[Job | Step, Any, None]
 
 
 NOTHING = nullcontext()
@@ -42,8 +42,8 @@ class Ticket:
     steps: deque[Step] = field(default_factory=deque)
     error: BaseException | None = None
     done: bool = False
-    wanted: Pass | None = None
-    rows: Rows | None = None
+    wanted: Job | None = None
+    rows: Any = None
 
     def advance(self, on: bool) -> None:
         """Run the request up to its next pass, its next step or its end.
@@ -69,7 +69,7 @@ class Ticket:
         with inferring():
             self.work.close()
 
-    def _next(self, rows: Rows | None) -> Pass | Step:
+    def _next(self, rows: Any) -> Job | Step:
         """Resume the generator with a pass's result and store what it yields."""
         with inferring():
             item = self.work.send(rows)
@@ -131,7 +131,7 @@ class Scheduler:
         passes = [ticket.wanted for ticket in group if ticket.wanted is not None]
         try:
             with inferring():
-                results: Sequence[Rows] = self.engine.run(passes)
+                results = self.engine.run(passes)
             self.run += 1
             for ticket, rows in zip(group, results, strict=True):
                 ticket.rows, ticket.wanted = rows, None

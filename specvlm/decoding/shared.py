@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from threading import Condition
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Condition, get_ident
+from typing import TypeVar
 
 import torch
 
 from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket, inferring
 from specvlm.engine import Engine
+from specvlm.errors import UserError
 from specvlm.types import Step
+
+T = TypeVar("T")
 
 
 class SharedScheduler:
@@ -25,7 +31,7 @@ class SharedScheduler:
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self._scheduler, self._device = Scheduler(engine), device
         self._changed = Condition()  # guards all below, and tells of the end of a turn
-        self._running = False  # whether a thread runs a turn
+        self._runner: int | None = None  # the thread that runs a turn
         self._new: list[Ticket] = []
         self._gone: list[Ticket] = []
 
@@ -49,14 +55,14 @@ class SharedScheduler:
     def step(self, ticket: Ticket) -> Step | None:
         """Wait for a request's next step and return it; None after its last one. Runs turns if no other thread does.
 
-        Raises the error that ended the request.
+        Raises the error that ended the request; UserError if called by a request of this scheduler.
         """
         with self._changed:
             while not ticket.steps and not ticket.done:
-                if self._running:
-                    self._changed.wait()
-                else:
+                if self._runner is None:
                     self._turn()
+                else:
+                    self._wait()
             if ticket.steps:
                 return ticket.steps.popleft()
             error, ticket.error = ticket.error, None
@@ -71,22 +77,46 @@ class SharedScheduler:
         """End a request and release its caches: now, or at the end of the turn that is running."""
         with self._changed:
             self._gone.append(ticket)
-            if not self._running:
+            if self._runner is None:
                 self._settle()
 
+    def between(self, work: Callable[[], T]) -> T:
+        """Call a function while no turn runs, for what must not use the models or the engine at the same time.
+
+        Raises UserError if called by a request of this scheduler.
+        """
+        with self._changed:
+            while self._runner is not None:
+                self._wait()
+            with self._runs():
+                return work()
+
+    def _wait(self) -> None:
+        """Wait for the end of the turn that another thread runs. Called with the lock."""
+        if self._runner == get_ident():
+            how = "call it outside of logits processors, stopping criteria and strategies"
+            raise UserError(f"a request cannot wait for another one of the same session: {how}")
+        self._changed.wait()
+
     def _turn(self) -> None:
-        """Run a turn without the lock, then let other threads look. Called with the lock."""
+        """Run a turn, then let other threads look. Called with the lock."""
         self._settle()
-        self._running = True
+        with self._runs():
+            self._scheduler.turn()
+
+    @contextmanager
+    def _runs(self) -> Iterator[None]:
+        """Context manager in which this thread alone uses the engine, and without the lock. Entered with the lock."""
+        self._runner = get_ident()
         self._changed.release()
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
             with inferring():
-                self._scheduler.turn()
+                yield
         finally:
             self._changed.acquire()
-            self._running = False
+            self._runner = None
             self._settle()
             self._changed.notify_all()
 

@@ -43,7 +43,7 @@ class AnswerText:
         found = self._passed(self._decoded())
         if self.stopped:
             return found
-        rest, self._held, self.stopped = self._held, "", True
+        rest, self._held, self._tokens, self._known = self._held, "", [], 0
         return found + rest
 
     def _decoded(self) -> str:

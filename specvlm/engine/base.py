@@ -12,7 +12,7 @@ from torch import Tensor
 from specvlm.engine.joined import run_joined
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Call, Pass, Passes, Rows, Work, driven, finished
+from specvlm.models.passes import Call, Jobs, Pass, Rows, Work, driven, finished
 from specvlm.strategies import Sampling, Verifier, VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.strategies.verifiers.coupled import own_rule
@@ -80,19 +80,22 @@ class Engine:
     capture_s = 0.0  # seconds spent so far on compiling and capturing
     note = ""  # message for the user; may be empty
 
-    def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """Run passes of one model, as one batch if possible. Returns the rows of each."""
+    def run(self, passes: Sequence[Any]) -> list[Any]:
+        """Run passes of one model, as one batch if possible. Returns the rows of each.
+
+        An engine may yield steps of its own instead of passes; it is then given those, and returns their results.
+        """
         return run_joined(passes[0].model, passes)
 
     def finish(self, work: Work[T] | T) -> T:
         """Run a generator of passes to its end and return its result. A plain value is returned as it is."""
 
-        def run(item: Pass | Call) -> Any:
-            return self.run([item])[0] if isinstance(item, Pass) else finished(self.call(item, lambda part: None), run)
+        def run(item: Any) -> Any:
+            return finished(self.call(item, lambda part: None), run) if isinstance(item, Call) else self.run([item])[0]
 
         return finished(driven(work), run)
 
-    def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
+    def call(self, call: Call, mark: Callable[[str], None]) -> Jobs[Sequence[Tensor]]:
         """Run a drafter's routine and return its tensors. mark: called with "capture" if it was captured first."""
         return (yield from call.work())
 
@@ -105,13 +108,13 @@ class Engine:
         """
         return target.head(target.prefill(*inputs, cache, prompt.cut, collector)[None])
 
-    def next(self, request: Request, token: int) -> Passes[int]:
+    def next(self, request: Request, token: int) -> Jobs[int]:
         """Decode one token without drafting: run the target over its last token and return the next one."""
         cache = request.cache
         rows = yield Pass(request.target, cache, torch.tensor([token]), (0,), None, cache.length, cache.offset)
         return first_token(request, rows.logits())
 
-    def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
+    def check(self, request: Request, tree: DraftTree) -> Jobs[tuple[Verdict, list[int]]]:
         """Run the target over a tree, verify it, and cut the cache to the accepted path.
 
         Returns:
@@ -135,7 +138,7 @@ class Engine:
         tokens = tree.tokens.tolist()  # on the host, choosing nodes takes less than an index of a tensor
         return verdict, [*(tokens[node] for node in verdict.path[1:]), verdict.bonus]
 
-    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
+    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Jobs[Rows]:
         """Run the target over every node of a tree, after the cached tokens."""
         return (yield tree_pass(target, tree, cache))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from specvlm.engine.lean import LeanText, Sight
+from specvlm.engine.lean import LeanText, Place, Sight
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import KVCache, Store
 from specvlm.strategies import Verifier, VerifyContext
@@ -125,9 +125,8 @@ def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: 
     rows: (M,) tokens for the first stage, else (M, D) hidden states from the stage before.
     """
     x = lean.enter(rows) if number == 0 else rows
-    return (
-        lean.run(number, x, paths.depths_M, 0, Sight(None, paths.nodes_MD, paths.depths_M), state_2[:1], state_2[1:], cache),
-    )
+    place = Place(cache, state_2[:1], 0, Sight(None, paths.nodes_MD, paths.depths_M))
+    return (lean.run(number, x, state_2[:1] + state_2[1:] + paths.depths_M, place),)
 
 
 def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:

@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import ReferenceType, WeakKeyDictionary, proxy, ref
 
 import torch
 from torch import Tensor
 
 from specvlm.engine import ops
 from specvlm.engine.base import Engine, Inputs, Request, placed
+from specvlm.engine.batch import Batch, why_not_joined
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
-from specvlm.engine.lean import ROWS, LeanText, paths_of, run_pass, run_tree, why_not
+from specvlm.engine.contexts import paths_of
+from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
+from specvlm.engine.steps import Check, Drafting, clamped
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Call, Pass, Passes, Rows, finished
+from specvlm.models.passes import Call, Jobs, Pass, Rows, finished
 from specvlm.strategies import Verifier, uniform
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.types import DraftTree, Verdict, VideoPrompt
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
     from specvlm.models.attention import AttentionCollector
     from specvlm.models.video_lm import VideoLM
 
+Item: TypeAlias = "Pass | Check | Drafting"  # what requests ask this engine to run
+
 log = logging.getLogger(__name__)
-MOST = 48  # maximum number of programs of one kind per cache: trees that never repeat must not be captured every round
+MOST = 48  # maximum number of programs of one kind per owner: trees that never repeat must not be captured every round
 
 
 class GraphsEngine(Engine):
@@ -54,8 +58,9 @@ class GraphsEngine(Engine):
         self.backend = backend
         self.capture_s = 0.0
         self._lean: WeakKeyDictionary[VideoLM, LeanText | None] = WeakKeyDictionary()
-        # Weak references: a captured program does not keep its cache alive. Its key keeps the weights.
-        self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[KVCache], Program]] = {}
+        self._batches: WeakKeyDictionary[VideoLM, Batch | None] = WeakKeyDictionary()
+        # Weak references: a captured program does not keep its owner alive. Its key keeps the weights.
+        self._programs: dict[tuple[Hashable, ...], tuple[ReferenceType[Any], Program]] = {}
         self.capture_pools: dict[torch.device, CapturePool] = {}
         self._lock = RLock()  # guards the dicts above; requests may run in several threads
 
@@ -77,25 +82,31 @@ class GraphsEngine(Engine):
             (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, cache.offset)])
         return rows.logits(1)
 
-    def next(self, request: Request, token: int) -> Passes[int]:
+    def next(self, request: Request, token: int) -> Jobs[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here
             return (yield from super().next(request, token))
-        root = DraftTree(torch.tensor([token], device=request.target.device), (-1,))
+        root = DraftTree(torch.tensor([token]), (-1,))
         verdict, _ = yield from self.check(request, root)
         return verdict.bonus
 
-    def check(self, request: Request, tree: DraftTree) -> Passes[tuple[Verdict, list[int]]]:
-        target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
+    def check(self, request: Request, tree: DraftTree) -> Jobs[tuple[Verdict, list[int]]]:
+        target, verifier, penalty = request.target, request.verifier, request.penalty
         lean = self.lean(target)
         # `strict_ends` needs a lossy rule's logits, which a captured step does not return.
         captured = len(tree) <= ROWS and verifier.on_device and request.lossless and penalty.captures
         if lean is None or not captured or (tree.varies and len(lean.stages) > 1):
             return (yield from super().check(request, tree))
-        device, count = target.head_device, len(tree)
-        base, dice = cache.length, verifier.dice(count)
+        dice = verifier.dice(len(tree))
+        return (yield Check(request, tree, uniform(dice, request.generator) if dice else None))
+
+    def _check(self, lean: LeanText, check: Check) -> tuple[Verdict, list[int]]:
+        """Check one request's tree."""
+        request, tree, numbers = check.request, check.tree, check.numbers
+        target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
+        device, count, base = target.head_device, len(tree), cache.length
         # Inputs that this verifier, tree or model does not need are empty.
         seen = penalty.seen_V if penalty.factor != 1 else torch.empty(0, dtype=torch.bool, device=device)
-        numbers = uniform(dice, request.generator) if dice else None
+        dice = 0 if numbers is None else len(numbers)
         q = tree.q if tree.q is not None and dice else None
         state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
         sampled = request.sampling.temperature > 0
@@ -163,12 +174,16 @@ class GraphsEngine(Engine):
 
     # ---- draft routines ---------------------------------------------------------------------------------------------
 
-    def call(self, call: Call, mark: Callable[[str], None]) -> Passes[Sequence[Tensor]]:
+    def call(self, call: Call, mark: Callable[[str], None]) -> Jobs[Sequence[Tensor]]:
         routine, lean = call.routine, self.lean(call.routine.model)
         # A routine is one program, which runs on one device; a pipelined target that drafts runs eagerly.
         if lean is None or len(lean.stages) > 1 or routine.widest > ROWS:
             return (yield from super().call(call, mark))
-        captured = self.capture_s
+        return (yield Drafting(call, mark))
+
+    def _draft(self, lean: LeanText, call: Call, mark: Callable[[str], None]) -> Sequence[Tensor]:
+        """Run one routine."""
+        routine, captured = call.routine, self.capture_s
 
         def build(backend: str) -> Program:
             inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
@@ -197,6 +212,13 @@ class GraphsEngine(Engine):
                 self._lean[model] = lean
             return self._lean[model]
 
+    def _batch(self, model: VideoLM, lean: LeanText) -> Batch | None:
+        """Return what joins the steps of a model's requests, cached. None if they run one by one."""
+        with self._lock:
+            if model not in self._batches:
+                self._batches[model] = None if why_not_joined(lean) else Batch(lean, proxy(self))
+            return self._batches[model]
+
     def _misplaced(self, model: VideoLM) -> str | None:
         """Say why one of the model's devices, which may not be the engine's, cannot capture. None if all can."""
         devices = [stage.device for stage in model.stages] if self.backend == "cudagraph" else []
@@ -205,25 +227,42 @@ class GraphsEngine(Engine):
     def runs(self, model: VideoLM) -> str:
         return Engine.name if self.lean(model) is None else self.name
 
-    def run(self, passes: Sequence[Pass]) -> list[Rows]:
-        """Run passes one by one: lean, or through Hugging Face's modules above ROWS rows or for unsupported models."""
-        lean, found = self.lean(passes[0].model), list[Rows]()
+    def run(self, passes: Sequence[Item]) -> list[Any]:
+        """Run steps of one model: checks of several requests together, and so their drafts; other passes one by one."""
+        lean = self.lean(passes[0].model)
         if lean is None:
             return super().run(passes)
-        for one in passes:
-            if len(one) > ROWS:
-                found += super().run([one])
-            else:
-                one.cache.length = one.start + len(one)
-                found.append(run_pass(lean, one))
-        return found
+        found, batch, spent = dict[int, Any](), self._batch(passes[0].model, lean), self.capture_s
+        if batch is not None and len(passes) > 1:
+            checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
+            drafts = {n: one for n, one in enumerate(passes) if isinstance(one, Drafting) and one.call.joins}
+            if len(drafts) > 1:
+                found |= zip(drafts, batch.draft([one.call for one in drafts.values()]), strict=True)
+            if len(checks) > 1:
+                batch.check(checks)
+            if self.capture_s > spent:
+                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts.values())):
+                    mark("capture")
+        return [found[number] if number in found else self._run_one(lean, one) for number, one in enumerate(passes)]
+
+    def _run_one(self, lean: LeanText, one: Item) -> Any:
+        """Run one step. A pass of more than ROWS rows runs through Hugging Face's modules."""
+        if isinstance(one, Check):
+            one.answer = one.answer or self._check(lean, one)
+            return one.answer
+        if isinstance(one, Drafting):
+            return self._draft(lean, one.call, one.mark)
+        if len(one) > ROWS:
+            return super().run([one])[0]
+        one.cache.length = one.start + len(one)
+        return run_pass(lean, one)
 
     def exact(self, model: VideoLM) -> bool:
         lean = self.lean(model)
         # Sums over ranks may go by another order where the fused kernel has no room for the rows.
         return lean is not None and lean.ops is not ops and model.ranks.size == 1
 
-    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Passes[Rows]:
+    def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Jobs[Rows]:
         """Run a tree uncaptured through the lean pass, if the model has one, at most ROWS rows at a time.
 
         Without kernels, a tree of more rows runs through Hugging Face's modules.
@@ -247,7 +286,9 @@ class GraphsEngine(Engine):
         tables = depths_M.to(device), paths_of(seen_MM).to(device)
         return lean.logits(run_tree(lean, tree.tokens.to(device), *tables, cache))
 
-    def capture(self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object) -> Program:
+    def capture(
+        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
+    ) -> Program:
         """Make a program of fn on the device of its inputs."""
         device = inputs[0].device
         if backend == "cudagraph" and device not in self.capture_pools:
@@ -258,31 +299,31 @@ class GraphsEngine(Engine):
             self.capture_pools.pop(device, None)  # torch may still count it as capturing and refuse the next capture
             raise
 
-    def program(self, key: tuple[Hashable, ...], cache: KVCache, build: Callable[[str], Program]) -> Program:
-        """Return the program of a key and cache, built at first use. Drops the programs of caches that are gone.
+    def program(self, key: tuple[Hashable, ...], owner: KVCache | LeanText, build: Callable[[str], Program]) -> Program:
+        """Return the program of a key and owner, built at first use. Drops the programs of owners that are gone.
 
         Args:
-            key: What the program depends on, besides the cache. The first item is the kind: "check", "draft", …
-            cache: KV cache that the program works on.
-            build: Makes the program for a backend. Once a cache has MOST programs of a kind, that is "direct", and the
+            key: What the program depends on, besides the owner. The first item is the kind: "check", "draft", …
+            owner: KV cache that the program works on; of a joined pass, which works on any, the model's lean pass.
+            build: Makes the program for a backend. Once an owner has MOST programs of a kind, that is "direct", and the
                 program is not kept.
         """
         if self.backend == "cudagraph":  # other backends keep their cache alive, so keep one program per key
-            key = (*key, id(cache))
+            key = (*key, id(owner))
         with self._lock:
             held = self._programs.get(key)
-            if held is not None and held[0]() is cache:
+            if held is not None and held[0]() is owner:
                 return held[1]
             del held
             self._programs = {k: v for k, v in self._programs.items() if k != key and v[0]() is not None}
             there = {program.device for _, program in self._programs.values()}
             # A pool without graphs cannot be used again.
             self.capture_pools = {d: pool for d, pool in self.capture_pools.items() if d in there}
-            if sum(v[0]() is cache and _kind(k) == _kind(key) for k, v in self._programs.items()) >= MOST:
+            if sum(v[0]() is owner and _kind(k) == _kind(key) for k, v in self._programs.items()) >= MOST:
                 return build("direct")
             start = perf_counter()
             program = build(self.backend)
-            self._programs[key] = (ref(cache), program)
+            self._programs[key] = (ref(owner), program)
             self.capture_s += perf_counter() - start
             return program
 
@@ -306,11 +347,4 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
 
 def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Run a drafter's routine as a function of device tensors, for capture."""
-    return finished(call.begin(*inputs), partial(run_pass if call.ours else _run_clamped, lean))
-
-
-def _run_clamped(lean: LeanText, one: Pass) -> Rows:
-    """Run a pass of a plugin's routine, with its slots clamped to the cache: the host cannot check them in a graph."""
-    most = one.cache.capacity - one.at - len(one)
-    base = one.base.clamp(0, most) if isinstance(one.base, Tensor) else min(max(one.base, 0), most)
-    return run_pass(lean, replace(one, base=base))
+    return finished(call.begin(*inputs), lambda one: run_pass(lean, one if call.ours else clamped(one)))

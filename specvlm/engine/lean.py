@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.engine import ops as plain
+from specvlm.engine.contexts import Contexts, on_device
 from specvlm.engine.ops import Experts, Weight
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import cross, current
@@ -28,6 +29,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
+JOINED = 128  # the same for passes of several requests
 # Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
 # Granite scales what its layers add, Gemma's norms multiply by 1 + weight.
 KNOWN = frozenset(
@@ -110,6 +112,44 @@ class Sight(NamedTuple):
     above_Q: Tensor | None = None
 
 
+class Place(NamedTuple):
+    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device."""
+
+    cache: KVCache
+    base: Tensor
+    at: int
+    sight: Sight
+
+    def rope(
+        self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
+    ) -> Tensor:
+        """Turn queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
+        keys, values = (store[0] for store in self.cache.layer(index))
+        return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
+
+    def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
+        """Attend from each row to what it sees of layer `index`."""
+        keys, values = (store[0] for store in self.cache.layer(index))
+        seen_QT, ways_QP, above_Q = self.sight
+        if ways_QP is None:
+            return ops.attention(q_QHD, keys, values, self.base, seen_QT, scale, kind)
+        return ops.path_attention(q_QHD, keys, values, self.base, above_Q, ways_QP, scale, kind)
+
+
+class Places(NamedTuple):
+    """Where the rows of several requests' joined pass lie. Needs the Triton kernels. Methods as those of `Place`."""
+
+    contexts: Contexts
+
+    def rope(
+        self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
+    ) -> Tensor:
+        return ops.rope_many(parts_SQN, layer.biases, *turns, self.contexts, index, heads, layer.norms, layer.eps)
+
+    def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
+        return ops.path_attention_many(q_QHD, self.contexts, index, scale, kind)
+
+
 class LeanText:
     """A VideoLM's language model as a function of device tensors, one per pipeline stage.
 
@@ -153,32 +193,25 @@ class LeanText:
         for number, stage in enumerate(self.stages):
             with current(stage.device):
                 x, depths_Q, base, offset, *tables = cross(stage.device, x, depths_Q, base, offset, *sight)
-                x = self.run(number, x, depths_Q, at, Sight(*tables), base, offset, cache)
+                x = self.run(number, x, base + offset + depths_Q, Place(cache, base, at, Sight(*tables)))
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
         """Embed tokens to the (Q, D) input of the first stage. Ids outside the vocabulary are clamped into it."""
         return self.text.embed_tokens(tokens_Q.clamp(0, self.vocabulary - 1))
 
-    def run(
-        self, number: int, x: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
-    ) -> Tensor:
+    def run(self, number: int, x: Tensor, positions_Q: Tensor, place: Place | Places) -> Tensor:
         """Run (Q, D) rows through one stage; the last one adds the final norm. Tensors are on the stage's device."""
         ops, scale, stage = self.ops, self.width**-0.5, self.stages[number]
-        angles = (base + offset + depths_Q).float()[:, None] * self.turns[number].float()
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        angles = positions_Q.float()[:, None] * self.turns[number].float()
+        turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         parts = None
         for index in range(stage.start, stage.end):
             layer = self.layers[index]
             kind, before, after = layer.kind, layer.before, layer.after
-            keys, values = (store[0] for store in cache.layer(index))
             x, y = self._add_norm(x, parts, before, kind)
-            turned = ops.linear(y, layer.qkv), layer.biases, cos, sin, keys, values, base, at, self.heads
-            q = ops.rope(*turned, layer.norms, layer.eps)
-            if sight.ways_QP is None:
-                read = ops.attention(q, keys, values, base, sight.seen_QT, scale, kind)
-            else:
-                read = ops.path_attention(q, keys, values, base, sight.above_Q, sight.ways_QP, scale, kind)
+            q = place.rope(ops, index, ops.linear(y, layer.qkv), turns, layer, self.heads)
+            read = place.attend(ops, index, q, scale, kind)
             x, y = self._add_norm(x, ops.linear(read, layer.o), after, layer.mlp_kind)
             if layer.experts is not None:
                 parts = ops.experts(y, layer.experts)
@@ -203,10 +236,15 @@ class LeanText:
             yield from (*layer.gate_up, *layer.down) if experts is None else (experts.router, experts.gate_up, experts.down)
         yield self.head
 
+    @property
+    def most(self) -> int:
+        """Maximum number of rows of a joined pass."""
+        return ROWS if any(layer.experts is not None for layer in self.layers) else JOINED
+
     def logits(self, hidden_QD: Tensor) -> Tensor:
-        """Compute the (Q, V) logits of hidden states that a pass returned, at most ROWS rows at a time."""
+        """Compute the (Q, V) logits of hidden states that a pass returned, at most JOINED rows at a time."""
         count = hidden_QD.data.shape[0]  # of a tensor, or of rows in 8 bits
-        pieces = [hidden_QD] if count <= ROWS else [hidden_QD[at : at + ROWS] for at in range(0, count, ROWS)]
+        pieces = [hidden_QD] if count <= JOINED else [hidden_QD[at : at + JOINED] for at in range(0, count, JOINED)]
         with current(self.stages[-1].device):
             found = [self.ops.linear(piece, (self.head,), whole=self.dtype)[0] for piece in pieces]
         mine_QV = found[0] if len(found) == 1 else torch.cat(found)
@@ -236,7 +274,7 @@ class _Layer:
 def run_pass(lean: LeanText, one: Pass) -> Rows:
     """Run one pass through the lean pass, without reading its device tensors on the host."""
     device = lean.stages[0].device
-    base, offset, depths_Q = (_on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
+    base, offset, depths_Q = (on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
     if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
         above_Q = torch.arange(len(one), device=device)
         sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
@@ -262,18 +300,3 @@ def _joined(found: Sequence[Any]) -> Any:
     if len(found) == 1:
         return found[0]
     return torch.cat(list(found)) if isinstance(found[0], Tensor) else type(found[0]).joined(found)
-
-
-def paths_of(seen_MM: Tensor) -> Tensor:
-    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
-    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
-
-
-def _on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
-    if isinstance(numbers, Tensor):
-        return numbers
-    if isinstance(numbers, range):
-        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
-    each = [numbers] if isinstance(numbers, int) else numbers
-    return torch.cat([torch.full((1,), number, device=device) for number in each])

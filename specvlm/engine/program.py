@@ -117,8 +117,7 @@ class Program:
             there = self._staged[number] = pinned, torch.cuda.Event()
         staged, copied = there
         copied.synchronize()
-        for at, integer in enumerate(value):
-            staged[at] = integer
+        staged.numpy()[:] = value
         return staged
 
 

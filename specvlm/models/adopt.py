@@ -4,10 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from specvlm.errors import UserError, explained
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.load import settle
+from specvlm.models.load import check_attention, settle
 from specvlm.models.partition import stages_of
 from specvlm.models.video_lm import VideoLM
 
@@ -24,15 +26,16 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
         mrope: As in `VideoLM`.
 
     Raises:
-        UserError: The model's family is not supported, it is in training mode, or the folder cannot be used.
+        UserError: The model's family is not supported, it computes something else than its weights say (`check_plain`),
+            or the folder cannot be used.
     """
     model_type = getattr(getattr(hf, "config", None), "model_type", None)
     if model_type is None or not hasattr(hf, "generation_config"):
-        raise UserError(f"a {type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
+        raise UserError(f"{type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
     family = families.find(model_type)
-    if hf.training:
-        raise UserError("the model is in training mode: call its eval() first")
+    check_plain(hf)
     held = _folder_of(hf, folder)
+    check_attention(held, hf.config)
     attention.register()
     own = twin(hf)
     with explained(f"{held}: no model can be made of this {type(hf).__name__}"):
@@ -42,6 +45,30 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
         model = family(own, tokenizer_of(held), held, mrope)
         model.check_settings()
     return model
+
+
+def check_plain(hf: Any) -> None:
+    """Raise UserError unless a copy of the model's modules computes what the model does, now and later.
+
+    Our passes call its layers one by one. So what wraps the model would be lost, as well as hooks, and adapters that may
+    be switched on and off. Hooks of transformers and accelerate change no result.
+    """
+    if not isinstance(hf, PreTrainedModel):
+        raise UserError(f"a {type(hf).__name__} wraps a model, which then computes something else: give the model itself")
+    if hf.training:
+        raise UserError("the model is in training mode: call its eval() first")
+    if lost := [name for name, tensor in hf.named_parameters() if tensor.is_meta]:
+        raise UserError(f"{len(lost)} weights are not on a device, {lost[0]} first: load the model without offloading")
+    for name, module in hf.named_modules():
+        if _package(type(module)) == "peft":
+            raise UserError(f"the module {name} is an adapter: merge it into the weights first")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(_package(hook) not in ("transformers", "accelerate") for hook in hooks):
+            raise UserError(f"the module {name or 'at the root'} has a forward hook, which would not be called: remove it")
+
+
+def _package(of: Any) -> str:
+    return str(getattr(of, "__module__", "")).partition(".")[0]
 
 
 def twin(hf: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specvlm.errors import UserError, explained, line
+from specvlm.errors import SURROGATE, UserError, explained, line
 from specvlm.models.placeholders import Spelling
 from specvlm.process.child import ChildError, in_child
 from specvlm.video.settings import read_json
@@ -110,6 +110,8 @@ def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[str]:
 def checked(messages: Sequence[Message]) -> list[Part]:
     """Return all parts of a chat, of texts given as such too, in order. Raises UserError for what is no message."""
     found: list[Part] = []
+    if not messages:
+        raise UserError("a chat needs a message")
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, str | list | tuple) or not isinstance(message.get("role"), str):
@@ -120,6 +122,8 @@ def checked(messages: Sequence[Message]) -> list[Part]:
         if kind not in ("text", "video", "image") or kind not in part:
             kinds = '{"type": "text", "text": …}, and video and image alike'
             raise UserError(f"a part of a message must be {kinds}: got {line(repr(part))}")
+        if kind == "text" and (not isinstance(part["text"], str) or SURROGATE.search(part["text"])):
+            raise UserError(f"this is no text: {line(repr(part['text']))}")
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specvlm.errors import UserError, did_you_mean, one_line
 from specvlm.models.plugins import PluginError, traced
-from specvlm.types import Features, TokenGrid, entering
+from specvlm.types import Features, TokenGrid, VideoPrompt, entering
 from specvlm.video.video import read_video
 
 # What torch's allocator and CUDA's libraries say if memory runs out, which is no fault of the family.
@@ -158,6 +158,10 @@ def _hf_inputs(result: Any, asked: Mapping[str, Any]) -> str:
     return "" if fits else f"must return a dict of tensors, got {_told(result)}"
 
 
+def _hf_prompt(result: Any, asked: Mapping[str, Any]) -> str:
+    return "" if isinstance(result, VideoPrompt) else f"must return a VideoPrompt, got {_told(result)}"
+
+
 def _told(value: Any) -> str:
     """Describe a value by its type, and a container by what is in it."""
     if isinstance(value, dict):
@@ -175,6 +179,7 @@ CHECKS: dict[str, Check] = {
     "runs": _runs,
     "sampling": _sampling,
     "hf_inputs": _hf_inputs,
+    "hf_prompt": _hf_prompt,
 }
 METHODS = frozenset((*CHECKS, "slots", "marks", "levels", "vision_values", "check_settings", "frame_patches", "positions"))
 METHODS |= {"spell_video", "spell_image"}

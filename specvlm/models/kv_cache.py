@@ -90,11 +90,11 @@ class KVCache:
         # Zeros, since an engine warms up over unwritten slots, which must not hold NaN.
         shapes = [((count, 1, heads, capacity, width), device) for count, device in parts]
         self.stores = tuple(Store(*(torch.zeros(s, dtype=dtype, device=d) for _ in "kv")) for s, d in shapes)
-        # Views, made once: `update` reads them in every layer of every pass.
         self._layers = [(store.keys[row], store.values[row]) for store in self.stores for row in range(len(store.keys))]
+        # Addresses of each stage. `_layers` holds their memory, whatever a strategy puts into `stores`.
+        self.starts = tuple((store.keys.data_ptr(), store.values.data_ptr()) for store in self.stores)
         self.capacity = capacity
-        self.length = 0
-        self.offset = 0
+        self.length = self.offset = 0
 
     @property
     def keys(self) -> Tensor:
@@ -303,10 +303,10 @@ class CachePool:
         """Bytes of all caches, free and leased."""
         return sum(cache.nbytes for cache in self.held)
 
-    def bytes_on(self, device: torch.device) -> int:
-        """Bytes on one device of all caches, free and leased."""
-        tensors = [t for cache in self.held for store in cache.stores for t in store]
-        return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
+    def bytes_on(self, device: torch.device, leased: bool = True) -> int:
+        """Bytes on one device of all caches. leased: False leaves out those that requests hold."""
+        held = [*self.held] if leased else [cache for free in [*self._free.values()] for cache in [*free]]
+        return sum(t.nbytes for cache in held for store in cache.stores for t in store if t.device == device)
 
 
 class CacheLease(AbstractContextManager["CacheLease"]):

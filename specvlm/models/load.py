@@ -63,17 +63,18 @@ def opened(path: str | Path, weights: bool, revision: str | None = None) -> Chec
     return Checkpoint(folder, config, family, method, tokenizer_of(folder), generation_of(folder))
 
 
-def skeleton(path: str | Path, mrope: str = "hf") -> VideoLM:
+def skeleton(path: str | Path, mrope: str = "hf", revision: str | None = None) -> VideoLM:
     """Load a model without its weights, to make prompts, check a pair or plan memory.
 
     Args:
         path: Folder, or name on the hub.
         mrope: As in `VideoLM`.
+        revision: Branch, tag or commit, for a name on the hub.
 
     Raises:
         UserError: The folder cannot be used.
     """
-    found = opened(path, weights=False)
+    found = opened(path, weights=False, revision=revision)
     with explained(f"{found.folder}: no model can be made of its config.json"):
         hf = _on_meta(found.config).eval()
         hf.generation_config = found.generation or hf.generation_config

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,16 @@ T = TypeVar("T")
 Y = TypeVar("Y")
 Guard: TypeAlias = Callable[[], AbstractContextManager[Any]]
 Passes: TypeAlias = "Generator[Pass, Any, T]"
+Jobs: TypeAlias = "Generator[Job, Any, T]"
 Work: TypeAlias = "Generator[Pass | Call, Any, T]"  # a drafter's generator, which may also yield calls of a `Routine`
+
+
+class Job(Protocol):
+    """What a request asks its engine to run: a `Pass`, or a step of the engine's own."""
+
+    @property
+    def model(self) -> VideoLM:
+        """The model that runs it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +157,8 @@ class Call:
         guard: Makes a context manager, entered whenever the routine's own code runs: several times, never nested.
         check: Called with each pass of the routine; raises if the pass cannot run.
         ours: Whether the drafter, its session and the function all belong to specvlm.
+        joins: Whether its passes may run together with other requests', which rounds them otherwise. False where guesses
+            change what is sampled.
     """
 
     routine: Routine
@@ -156,6 +167,7 @@ class Call:
     guard: Guard = nullcontext
     check: Callable[[Pass], None] = lambda one: None
     ours: bool = False
+    joins: bool = False
 
     @property
     def given(self) -> list[Tensor]:

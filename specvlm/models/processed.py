@@ -49,6 +49,18 @@ def assembled(
     Raises UserError if the tokens have another number of slots than videos and images, or no text after the video.
     """
     video_N, image_I = ((tokens_S == slot).nonzero().flatten() for slot in slots)
+    return placed(tokens_S, (video_N, image_I), grids, videos, images)
+
+
+def placed(
+    tokens_S: Tensor,
+    slots: tuple[Tensor, Tensor],
+    grids: Sequence[TokenGrid],
+    videos: Sequence[dict[str, Any]],
+    images: Sequence[dict[str, Any]] = (),
+) -> VideoPrompt:
+    """Build the prompt. slots: indices of the videos' and the images' slots. Raises UserError as `assembled` does."""
+    video_N, image_I = slots
     wanted = sum(map(len, grids)), sum(int(image["tokens"]) for image in images)
     if (len(video_N), len(image_I)) != wanted:
         seen = f"{len(video_N)} slots of videos and {len(image_I)} of images"

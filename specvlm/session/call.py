@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+
+import torch
 
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.prefill import SharedPrefill
 from specvlm.decoding.scheduler import Decoding
 from specvlm.decoding.shared import SharedScheduler
+from specvlm.decoding.watch import Watch
+from specvlm.errors import OutOfMemory
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.memory_plan import ran_out
+from specvlm.session.room import check_request
+from specvlm.strategies import Strategy
 from specvlm.types import GenerationOptions, Step, VideoPrompt
+
+
+class Requests:
+    """Submits the requests of a session to its scheduler.
+
+    Attributes:
+        scheduler: Runs them.
+        caches: KV caches that they lease.
+    """
+
+    def __init__(self, scheduler: SharedScheduler, caches: CachePool, watch: Watch) -> None:
+        self.scheduler, self.caches, self._watch = scheduler, caches, watch
+
+    def submit(self, work: Decoding, strategies: Sequence[Strategy] = ()) -> Call:
+        """Submit a request. strategies: Those that take part in it."""
+        return Call(self, self._watch.over(work, strategies))
+
+    def work(
+        self, graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions, shared: SharedPrefill | None = None
+    ) -> Call:
+        """Submit the request of a graph. It fails at its beginning if memory does not suffice."""
+
+        def decoding() -> Decoding:
+            check_request(graph, prompt, options)
+            yield from graph.work(prompt, options, shared)
+
+        return self.submit(decoding(), (graph.pruner, graph.drafter, graph.verifier))
 
 
 class Call:
@@ -19,15 +55,24 @@ class Call:
         cancelled: Whether it was cancelled before its end.
     """
 
-    def __init__(self, scheduler: SharedScheduler, work: Decoding) -> None:
-        self._scheduler, self._ticket = scheduler, scheduler.submit(work)
+    def __init__(self, requests: Requests, work: Decoding) -> None:
+        self._requests, self._ticket = requests, requests.scheduler.submit(work)
         self._ended = self.cancelled = False
 
     def __iter__(self) -> Iterator[Step]:
+        """Raises OutOfMemory if memory runs out, or the error that ended the request."""
         try:
-            while (step := self._scheduler.step(self._ticket)) is not None:
+            while (step := self._requests.scheduler.step(self._ticket)) is not None:
                 yield step
             self._ended = not self.cancelled
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            self._requests.caches.empty()  # those of running requests stay until these end
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            how = "ask for fewer frames, fewer new tokens, fewer answers, or less at a time"
+            raise OutOfMemory(f"memory ran out while decoding: {how}") from error
         finally:
             self.cancel()
 
@@ -35,23 +80,68 @@ class Call:
         """End the request, unless it has ended."""
         if not self._ended and not self.cancelled:
             self.cancelled = True
-            self._scheduler.cancel(self._ticket)
+            self._requests.scheduler.cancel(self._ticket)
+
+
+class Cancelled(Exception):
+    """A call of a session was cancelled while its thread decoded."""
+
+
+class Calls:
+    """The requests of one call of a session, which any thread may cancel together, also before they are submitted."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._cancelled = False
+
+    def add(self, submit: Callable[[], Call]) -> Call:
+        """Submit a request, unless the call is cancelled. Raises Cancelled if it is."""
+        self.check()
+        call = submit()
+        self._calls.append(call)
+        if self._cancelled:  # since `check`
+            call.cancel()
+        return call
+
+    def check(self) -> None:
+        """Raise Cancelled if the call is cancelled."""
+        if self._cancelled:
+            raise Cancelled
+
+    def steps(self, call: Call) -> list[Step]:
+        """Wait for all steps of a request. Raises Cancelled if the call is cancelled meanwhile."""
+        found = list(call)
+        self.check()
+        return found
+
+    def cancel(self) -> None:
+        """End the requests that have not ended."""
+        self._cancelled = True
+        for call in [*self._calls]:
+            call.cancel()
 
 
 @contextmanager
 def begun(
-    scheduler: SharedScheduler, graph: DecodingGraph, prompt: VideoPrompt, every: Sequence[GenerationOptions]
+    requests: Requests,
+    graph: DecodingGraph,
+    prompt: VideoPrompt,
+    every: Sequence[GenerationOptions],
+    calls: Calls | None = None,
 ) -> Iterator[list[Call]]:
     """Submit requests with one prompt, which share its prefill; at the end of the block, cancel those still running.
 
-    every: Options of each request.
+    Args:
+        requests: Submits them.
+        graph: Their models and strategies.
+        prompt: Their prompt.
+        every: Options of each request.
+        calls: Cancels them from another thread.
     """
-    calls: list[Call] = []
+    calls = calls or Calls()
     with SharedPrefill(graph.target, graph.caches, len(every)) as prefill:
         shared = prefill if len(every) > 1 else None
         try:
-            calls += [Call(scheduler, graph.work(prompt, options, shared)) for options in every]
-            yield calls
+            yield [calls.add(partial(requests.work, graph, prompt, options, shared)) for options in every]
         finally:
-            for call in calls:
-                call.cancel()
+            calls.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import is_not
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specvlm.errors import UserError
+from specvlm.models.adopt import check_plain
 from specvlm.session.call import begun
-from specvlm.session.hf_config import Ending, check_config, logits_rule, sampling_of, streamer_of_caller
+from specvlm.session.hf_config import Ending, check_config, check_positions, logits_rule, sampling_of, streamer_of_caller
 from specvlm.session.inputs import Reading, processed
-from specvlm.session.load import load_pair
+from specvlm.session.load import Side, paired
+from specvlm.session.options import Options
 from specvlm.session.result import statistics_of
 from specvlm.session.session import Session
 from specvlm.strategies.verifiers.coupled import own_rule
@@ -60,15 +63,16 @@ def custom_generate(draft: Any = None, *, processor: str | Path | None = None, e
         raise UserError(
             f"custom_generate has no option {', '.join(other)}: {', '.join(OPTIONS)} are its own, others go to generate"
         )
-    return Speculation(draft, {"processor": processor, "engine": engine} | options)
+    return Speculation(draft, processor, engine, options)
 
 
 class Speculation:
     """The decoding method that `custom_generate` makes. Keeps a session for each target that has called it."""
 
-    def __init__(self, draft: Any, settings: dict[str, Any]) -> None:
-        self._draft, self._settings = draft, settings
-        self._sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
+    def __init__(self, draft: Any, processor: str | Path | None, engine: str, options: dict[str, Any]) -> None:
+        self._draft, self._processor, self._engine, self._options = draft, processor, engine, options
+        # With the target's tensors when the session was made, which shares them.
+        self._sessions: WeakKeyDictionary[Any, tuple[Session, list[Tensor]]] = WeakKeyDictionary()
         self._loading = Lock()
 
     def __call__(
@@ -87,6 +91,9 @@ class Speculation:
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Any = None,
+        image_merge_sizes: Tensor | None = None,
+        video_merge_sizes: Tensor | None = None,
+        video_compression_mask: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         **others: Any,
     ) -> Any:
@@ -94,7 +101,8 @@ class Speculation:
         pixels = dict(
             pixel_values=pixel_values, image_grid_thw=image_grid_thw, image_sizes=image_sizes,
             batch_num_images=batch_num_images, pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
+            second_per_grid_ts=second_per_grid_ts, image_merge_sizes=image_merge_sizes, video_merge_sizes=video_merge_sizes,
+            video_compression_mask=video_compression_mask,
         )  # fmt: skip
         check_config(generation_config, others)
         count = int(generation_config.num_return_sequences or 1)
@@ -103,6 +111,7 @@ class Speculation:
             raise UserError("give one prompt at a time, and a streamer one answer; several calls run together")
         session = self._session(model)
         prompt = processed(session.target, {"input_ids": input_ids[:1]} | pixels)
+        check_positions(others.get("position_ids"), session.target.positions(prompt))
         found = self._decoded(session, prompt, (logits_processor, stopping_criteria), generation_config, count, streamer)
         sequences = _sequences(input_ids, [[t for step in steps for t in step.tokens] for steps in found], generation_config)
         if not generation_config.return_dict_in_generate:
@@ -110,13 +119,25 @@ class Speculation:
         return SpeculativeOutput(sequences=sequences, statistics=[statistics_of(Reading(prompt, None), s) for s in found])
 
     def _session(self, model: Any) -> Session:
-        """Return the session of a target, and load the draft for the first one."""
+        """Return the session of a target, made anew if its modules have been replaced. The first one loads the draft."""
+        check_plain(model)
         with self._loading:
-            if model not in self._sessions:
-                session = load_pair(model, self._draft, device=str(model.device), **self._settings)
+            session, tensors = self._sessions.get(model, (None, []))
+            now = [*model.parameters(), *model.buffers()]
+            if session is None or len(now) != len(tensors) or any(map(is_not, now, tensors)):
+                session = self._paired(model)
                 self._draft = session.draft
-                self._sessions[model] = session
-            return self._sessions[model]
+                self._sessions[model] = session, now
+            return session
+
+    def _paired(self, model: Any) -> Session:
+        """Make a session of a target. Its generation config is not read: `generate` hands one over."""
+        sides = [Side("target", model, processor=self._processor)]
+        if self._draft is not None:
+            draft, device = self._draft, model.device if isinstance(self._draft, str | Path) else "auto"
+            sides.append(Side("draft", draft, device=device, processor=None if device != "auto" else self._processor))
+        drafter = {} if len(sides) > 1 else {"drafter": "prompt_lookup"}
+        return paired(sides[0], sides[1] if sides[1:] else None, self._engine, Options().asked(drafter | self._options))
 
     def _decoded(
         self, session: Session, prompt: VideoPrompt, rules: tuple[Any, Any], config: Any, count: int, streamer: Any
@@ -129,7 +150,7 @@ class Speculation:
         made = GenerationOptions(
             most, defaults.ratio, defaults.positions, seed, stop_ids=frozenset(), **logits_rule(rest, prompt.tokens)
         )
-        with begun(session.scheduler, graph, prompt, [replace(made, seed=seed + number) for number in range(count)]) as calls:
+        with begun(session.requests, graph, prompt, [replace(made, seed=seed + number) for number in range(count)]) as calls:
             return [_cut(call, Ending(rules[1], prompt.tokens, session.target.device), streamer) for call in calls]
 
 

@@ -31,6 +31,13 @@ OTHER_WARPERS = frozenset(
 # Processors whose result depends on more than the token ids and the logits.
 STATEFUL = frozenset({"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"})
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# What `generate` hands over and a prompt alone decides, or that changes no token.
+UNUSED = frozenset(
+    (
+        *("use_cache", "attention_mask", "past_key_values", "cache_position", "logits_to_keep", "mm_token_type_ids"),
+        *("position_ids", "rope_deltas", "mm_encoder_outputs", "output_attentions", "output_hidden_states", "return_dict"),
+    )
+)
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -42,31 +49,47 @@ def check_config(config: Any, others: Mapping[str, Any]) -> None:
     for name in OUTPUTS:
         if getattr(config, name, None) and config.return_dict_in_generate:
             raise UserError(f"{name}=True is not supported with custom_generate: leave it out")
-    if others.get("inputs_embeds") is not None:
-        raise UserError("inputs_embeds are not supported with custom_generate: give input_ids and pixels")
     if others.get("attention_mask") is not None:  # dropped by `generate` if it is all ones
         raise UserError("the prompt has padding, which a single prompt does not need")
     cache = others.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise UserError("past_key_values are not supported with custom_generate: the prompt is read from its beginning")
+    for name, value in others.items():
+        if value is not None and name not in UNUSED:
+            raise UserError(f"{name} is not supported with custom_generate: give input_ids and pixels alone")
+
+
+def check_positions(given: Tensor | None, own_AS: Tensor) -> None:
+    """Raise UserError for other positions than the model's own. given: (axes, 1, S), with or without those of the text."""
+    if given is None:
+        return
+    theirs_AS = (given[-len(own_AS) :, 0] if given.ndim == 3 else given[:1]).cpu()
+    counted_S = torch.arange(own_AS.shape[1])  # what `generate` makes, to which it does not tell videos from text here
+    if not torch.equal(theirs_AS, own_AS.cpu()) and not bool((theirs_AS == counted_S).all()):
+        raise UserError("position_ids other than the model's own are not supported with custom_generate: leave them out")
 
 
 def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[Any]]:
     """Split processors into the sampling settings and those that change logits before.
 
-    Raises UserError for one that cannot be applied to guesses.
+    Raises UserError for one that cannot be applied to guesses, or that comes in another order than `Sampling` applies.
     """
     settings: dict[str, Any] = {}
-    rest = []
-    for one in processors:
+    rest, order = [], list(WARPERS.values())
+    for place, one in enumerate(processors):
+        name = type(one).__name__
         if type(one) in WARPERS:
-            name = WARPERS[type(one)]
-            settings[name] = getattr(one, name)
-        elif (name := type(one).__name__) in OTHER_WARPERS or name in STATEFUL:
+            field = WARPERS[type(one)]
+            if any(order.index(field) <= order.index(before) for before in settings):
+                raise UserError(f"{name} after {', '.join(settings)} is not supported with custom_generate: wanted each once")
+            settings[field] = getattr(one, field)
+        elif name in OTHER_WARPERS or name in STATEFUL:
             raise UserError(f"{name} is not supported with custom_generate")
-        elif not isinstance(one, LogitNormalization):  # a shift of all logits changes no choice
-            if settings:
-                raise UserError(f"{name} after the rules of sampling is not supported with custom_generate")
+        elif isinstance(one, LogitNormalization) and place == len(processors) - 1:
+            pass  # a shift of all logits changes no choice
+        elif settings:
+            raise UserError(f"{name} after the rules of sampling is not supported with custom_generate")
+        else:
             rest.append(one)
     return (Sampling(**{"temperature": 1.0} | settings) if config.do_sample else Sampling()), rest
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from specvlm.errors import UserError, explained
+from specvlm.errors import UserError, check_choice, explained
 from specvlm.models.chat import checked
 from specvlm.models.video_lm import VideoLM
 from specvlm.session.options import Options
@@ -21,6 +21,7 @@ from specvlm.video.video import Clip, probe, read_video
 
 BYTES = (bytes, bytearray, memoryview)
 MEDIA = ("video", "image")
+ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class Reading(NamedTuple):
@@ -55,8 +56,9 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
     if isinstance(prompt, str):
         count = sum(len(clip.frames) for clip in clips)
         return Reading(target.prompt(prompt, clips, pictures, options.max_pixels), count)
-    if not isinstance(prompt, Sequence):
-        raise UserError(f"a prompt is a text, a list of messages or a processor's inputs, got a {type(prompt).__name__}")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
+        hint = ": put the message into a list" if isinstance(prompt, Mapping) and "role" in prompt else ""
+        raise UserError(f"a prompt is a text, a list of messages or a processor's inputs, got a {type(prompt).__name__}{hint}")
     media = {"video": iter(clips), "image": iter(pictures)}
     messages = list(_filled(target, prompt, media, options))
     for kind, left in media.items():
@@ -113,7 +115,9 @@ def _filled(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the messages with clips and pictures in their parts. What is no message is left to `VideoLM.chat`."""
     for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
+        role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
+        if isinstance(role, str):
+            check_choice("the role of a message", role, ROLES)
         if not isinstance(content, list | tuple):
             yield message
         else:

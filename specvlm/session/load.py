@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specvlm.config import EMBEDDED, model_folder
+from specvlm.config import EMBEDDED, Mrope, model_folder
 from specvlm.engine import engine_for
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, check_choice, did_you_mean
 from specvlm.models.adopt import adopted
-from specvlm.models.load import check_pair, load
+from specvlm.models.checkpoint import DTYPES
+from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
+from specvlm.models.memory_plan import Need
+from specvlm.models.placement import device_of
 from specvlm.models.video_lm import VideoLM
 from specvlm.session.options import Options
+from specvlm.session.room import check_models
 from specvlm.session.session import Session
 
 
@@ -25,9 +30,9 @@ def load_pair(
     processor: str | Path | None = None,
     revision: str | None = None,
     draft_revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    draft_device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    draft_device: str | torch.device | None = None,
     weights: str | None = None,
     draft_weights: str | None = None,
     engine: str = "auto",
@@ -45,7 +50,7 @@ def load_pair(
         revision: Branch, tag or commit of the target on the hub.
         draft_revision: The same of the draft.
         dtype: Dtype of the weights; "auto" is the checkpoint's own, and float32 for the embedded pairs.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Loaded models stay where they are.
         draft_device: The draft's device; by default that of the target.
         weights: Quantise the target's text layers: "fp8", "int8" or "int4".
         draft_weights: The same of the draft.
@@ -54,69 +59,142 @@ def load_pair(
         options: Default options of calls, see `Options`.
 
     Returns:
-        The session.
+        The session. A warning tells of a draft that is larger than the target, of settings of the checkpoint that are
+        not applied, and of an engine that cannot run here.
 
     Raises:
-        UserError: A model or an option cannot be used, or the two models are no pair.
+        UserError: A model or an option cannot be used, the two models are no pair, or they do not fit into memory.
     """
-    target, draft, dtype = _embedded(target, draft, dtype)
-    first = _device(device)
-    ours = _model("target", target, (revision, processor), dtype, first, weights, mrope)
-    theirs = None
-    if draft is not None:
-        at = first if draft_device is None else _device(draft_device)
-        theirs = _model("draft", draft, (draft_revision, processor), dtype, at, draft_weights, mrope)
-    vocabulary = ours.vocabulary if theirs is None else check_pair(ours, theirs)
-    default: Mapping[str, Any] = {} if theirs is not None else {"drafter": "prompt_lookup"}
-    if ours.device.type == "cuda":
-        torch.cuda.set_device(ours.device)  # graphs are captured on the current device
-    return Session(ours, theirs, vocabulary, engine_for(engine, ours.device), Options(**default).asked(options))
+    check_choice("mrope", mrope, list(Mrope))
+    name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
+    check_choice("dtype", name, ("auto", *DTYPES))
+    default = (Options() if draft is not None or _pair_of(target) else Options(drafter="prompt_lookup")).asked(options)
+    target, draft = _embedded(target, draft)
+    first, second = Side("target", target, revision, name, device, weights, mrope, processor), None
+    if draft is None:
+        _unused(draft_revision=draft_revision, draft_device=draft_device, draft_weights=draft_weights)
+    else:
+        at = draft_device or (first.place if isinstance(draft, str | Path) else "auto")
+        second = Side("draft", draft, draft_revision, name, at, draft_weights, mrope, processor)
+    session = paired(first, second, engine, default)
+    _warn(session)
+    return session
 
 
-def _embedded(target: Any, draft: Any, dtype: str) -> tuple[Any, Any, str]:
+def paired(first: Side, second: Side | None, engine: str, default: Options) -> Session:
+    """Load target and draft as a session. Raises what `load_pair` raises."""
+    sides = (first,) if second is None else (first, second)
+    needs = [(side.need(default.max_new_tokens), side.place) for side in sides]
+    check_models([(need, place) for need, place in needs if need is not None])
+    target, draft = first.load(), None if second is None else second.load()
+    vocabulary = target.vocabulary if draft is None else check_pair(target, draft)
+    target.check_template()
+    if target.device.type == "cuda":
+        torch.cuda.set_device(target.device)  # graphs are captured on the current device
+    return Session(target, draft, vocabulary, engine_for(engine, target.device), default)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model to load, or a loaded one, with the arguments that are for it.
+
+    Raises:
+        UserError: An argument is not for a model that is given like this.
+    """
+
+    name: str
+    given: Any
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | torch.device = "auto"
+    weights: str | None = None
+    mrope: str = "hf"
+    processor: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.loads:
+            if self.processor is not None:
+                raise UserError(f"processor={self.processor} is for loaded models, the {self.name} is a folder: leave it out")
+            return
+        asked = {"dtype": None if self.dtype == "auto" else self.dtype, "revision": self.revision, "weights": self.weights}
+        for name, value in asked.items():
+            if value is not None:
+                raise UserError(f"{name}={value}: the {self.name} is loaded already: leave it out, or give a folder")
+
+    @property
+    def loads(self) -> bool:
+        """Whether the model is a folder or a name on the hub."""
+        return isinstance(self.given, str | Path)
+
+    @property
+    def place(self) -> torch.device:
+        """Device of the model. Raises UserError if there is no such device, or the model is elsewhere already."""
+        there = None if self.loads else getattr(self.given, "device", None)
+        if not isinstance(there, torch.device):
+            return device_of(self.device)
+        if self.device != "auto" and device_of(self.device) != there:
+            raise UserError(f"device={self.device}: the {self.name} is loaded already, on {there}: leave it out")
+        return there
+
+    @property
+    def _held_in(self) -> str:
+        """The name of the dtype to load."""
+        return "float32" if self.dtype == "auto" and str(self.given).startswith(EMBEDDED) else self.dtype
+
+    def need(self, slots: int) -> Need | None:
+        """What the model needs with a cache of `slots` tokens; None if it is loaded already. Reads no weights."""
+        if not self.loads:
+            return None
+        bare = skeleton(model_folder(str(self.given)), self.mrope, self.revision)
+        dtype = dtype_of(bare, self._held_in)
+        return Need(
+            bare,
+            slots,
+            dtype,
+            kind_of(self.weights, dtype, "weights" if self.name == "target" else "draft_weights", bare.quantised),
+        )
+
+    def load(self) -> VideoLM:
+        """Load the model, or take the loaded one."""
+        if isinstance(self.given, VideoLM):
+            return self.given
+        if not self.loads:
+            return adopted(self.given, self.processor, self.mrope)
+        where = (model_folder(str(self.given)), self._held_in, str(self.place))
+        return load(*where, self.mrope, self.weights, revision=self.revision)
+
+
+def _pair_of(target: Any) -> bool:
+    """Whether a target is the name of an embedded pair, whose draft comes with it."""
+    return isinstance(target, str) and target.startswith(EMBEDDED) and "/" not in target
+
+
+def _embedded(target: Any, draft: Any) -> tuple[Any, Any]:
     """Resolve the name of an embedded pair. Returns other arguments as they are."""
-    if not isinstance(target, str) or not target.startswith(EMBEDDED):
-        return target, draft, dtype
-    name = target.removeprefix(EMBEDDED)
-    if "/" not in name:
-        known = sorted(path.parent.name for path in model_folder(EMBEDDED).glob("*/target"))
-        if name not in known:
-            raise UserError(
-                f"{target}: there is no such embedded pair; there is {', '.join(known)}.{did_you_mean(name, known)}"
-            )
-        target, draft = f"{target}/target", f"{target}/plain" if draft is None else draft
-    return target, draft, "float32" if dtype == "auto" else dtype
+    if not _pair_of(target):
+        return target, draft
+    name, known = target.removeprefix(EMBEDDED), sorted(path.parent.name for path in model_folder(EMBEDDED).glob("*/target"))
+    if name not in known:
+        raise UserError(f"{target}: there is no such embedded pair; there is {', '.join(known)}.{did_you_mean(name, known)}")
+    return f"{target}/target", f"{target}/plain" if draft is None else draft
 
 
-def _model(
-    side: str,
-    given: Any,
-    places: tuple[str | None, str | Path | None],
-    dtype: str,
-    device: torch.device,
-    weights: str | None,
-    mrope: str,
-) -> VideoLM:
-    """Load one model, or take a loaded one. places: revision and processor. Raises UserError if it cannot be used."""
-    revision, processor = places
-    if isinstance(given, VideoLM):
-        return given
-    if isinstance(given, str | Path):
-        return load(model_folder(str(given)), dtype, str(device), mrope, weights, revision=revision)
-    for name, value in (("dtype", None if dtype == "auto" else dtype), ("revision", revision), ("weights", weights)):
+def _unused(**arguments: Any) -> None:
+    """Raise UserError for an argument of the draft, if there is none."""
+    for name, value in arguments.items():
         if value is not None:
-            raise UserError(f"{name}={value}: the {side} is loaded already: leave it out, or give a folder")
-    return adopted(given, processor, mrope)
+            raise UserError(f"{name}={value}, but there is no draft: give one, or leave it out")
 
 
-def _device(name: str) -> torch.device:
-    """Parse the name of a device. Raises UserError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name!r}: wanted auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices here")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+def _warn(session: Session) -> None:
+    """Warn of what costs speed, or makes the answer another one than that of `generate`."""
+    target, draft = session.target, session.draft
+    sizes = [0 if one is None else sum(weight.numel() for weight in one.hf.parameters()) for one in (target, draft)]
+    if sizes[1] > sizes[0]:
+        what = f"the draft has {sizes[1]:,} weights and the target, whose answer is given, {sizes[0]:,}"
+        warnings.warn(f"{what}: this is slow. Are the two swapped?", stacklevel=3)
+    if target.ignored_settings:
+        lost = ", ".join(map(str, target.ignored_settings))
+        warnings.warn(f"{target.folder}: its generation config sets what is not applied here: {lost}", stacklevel=3)
+    if session.engine.note:
+        warnings.warn(session.engine.note, stacklevel=3)

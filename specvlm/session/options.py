@@ -5,19 +5,27 @@ Shape suffixes: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError, did_you_mean
+from specvlm.errors import UserError, check_choice, check_range, did_you_mean, line
 from specvlm.strategies import Strategy, registry
 from specvlm.types import GenerationOptions
+from specvlm.video.readers import NAMES
 
 MOST_BIAS = 100.0
+MOST_SEED = 2**63 - 1
+LISTS = (list, tuple, set, frozenset)
+NUMBERS: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("max_new_tokens", "seed", "n", "logprobs", "max_pixels", "frames"), int),
+    **dict.fromkeys(("ratio", "repetition_penalty", "presence_penalty", "frequency_penalty", "fps"), float),
+}
 # What other libraries call things, and how to ask for them here.
 ELSEWHERE = {
     **dict.fromkeys(
@@ -47,7 +55,7 @@ class Options:
         seed: Seed of everything random. Answer number i of `n` has the seed `seed + i`.
         n: Number of answers to draw after one prefill. None gives one result, a number a list of results.
         stop: A text, or several, that end the answer. They are not part of its text.
-        stop_ids: Token ids that end the answer, instead of the checkpoint's.
+        stop_ids: A token id, or several, that end the answer, instead of the checkpoint's.
         logprobs: Return the log-probabilities of the answer's tokens, and of this many of the best tokens in place of each.
         repetition_penalty: Divides positive logits of tokens in prompt and answer. None takes the checkpoint's.
         presence_penalty: Subtracted from the logits of tokens in the answer.
@@ -71,13 +79,13 @@ class Options:
     max_new_tokens: int = 256
     seed: int = 0
     n: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_ids: Sequence[int] | frozenset[int] | None = None
+    stop: str | Iterable[str] | None = ()
+    stop_ids: int | Iterable[int] | None = None
     logprobs: int | None = None
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | None = None
     frames: int | None = None
     fps: float | None = None
     max_pixels: int | None = None
@@ -85,14 +93,18 @@ class Options:
     check: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "seed", "n", "logprobs", "max_pixels"):
-            _expect(name, getattr(self, name), int, "a whole number", optional=name not in ("max_new_tokens", "seed"))
-        for name in ("ratio", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            _expect(name, getattr(self, name), (int, float), "a number", optional=name == "repetition_penalty")
-        if self.n is not None and self.n < 1:
-            raise UserError(f"n={self.n}: wanted a number of answers, 1 or more")
-        _expect("check", self.check, bool, "True or False")
-        Penalties(self.presence_penalty, self.frequency_penalty, dict(self.logit_bias))
+        for name, kind in NUMBERS.items():
+            _number(name, getattr(self, name), kind, getattr(type(self), name) is None)
+        for name in ("n", "frames", "max_pixels"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1)
+        if self.fps is not None and self.fps <= 0:
+            raise UserError(f"fps={self.fps}: wanted frames per second, a number above 0")
+        check_range("seed", self.seed, 0, MOST_SEED - (self.n or 1))
+        if not isinstance(self.check, bool):
+            raise UserError(f"check={self.check!r}: wanted True or False")
+        check_choice("reader", self.reader, NAMES)
+        self.generation()
 
     def asked(self, given: Mapping[str, Any]) -> Self:
         """Replace options by those of a call. Raises UserError for one that does not exist."""
@@ -111,18 +123,17 @@ class Options:
 
     def generation(self) -> GenerationOptions:
         """Make the options of the first answer."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        penalties = Penalties(self.presence_penalty, self.frequency_penalty, dict(self.logit_bias))
+        penalties = Penalties(float(self.presence_penalty), float(self.frequency_penalty), _biases(self.logit_bias))
         return GenerationOptions(
-            self.max_new_tokens,
-            self.ratio,
+            int(self.max_new_tokens),
+            float(self.ratio),
             self.positions,
-            self.seed,
-            self.repetition_penalty,
-            None if self.stop_ids is None else frozenset(self.stop_ids),
-            stop=stop,
+            int(self.seed),
+            None if self.repetition_penalty is None else float(self.repetition_penalty),
+            _ids(self.stop_ids),
+            stop=_texts(self.stop),
             adjust=penalties if penalties.active else None,
-            logprobs=self.logprobs,
+            logprobs=None if self.logprobs is None else int(self.logprobs),
         )
 
 
@@ -133,7 +144,7 @@ class Penalties:
     The prompt does not count. Together: logit - presence * [count > 0] - frequency * count + bias.
 
     Raises:
-        UserError: A number is not finite, or a bias is outside of -100..100 or not of a token id.
+        UserError: A number is outside of -100..100.
     """
 
     presence: float = 0.0
@@ -142,13 +153,13 @@ class Penalties:
 
     def __post_init__(self) -> None:
         for name in ("presence", "frequency"):
-            if not isfinite(value := getattr(self, name)):
-                raise UserError(f"{name}_penalty={value}: wanted a finite number")
-        for token, value in self.bias.items():
-            if type(token) is not int or token < 0:
-                raise UserError(f"logit_bias has the key {token!r}: wanted token ids, whole numbers from 0")
-            if not isinstance(value, int | float) or not -MOST_BIAS <= value <= MOST_BIAS:
-                raise UserError(f"logit_bias of token {token} is {value!r}: wanted a number within -100 and 100")
+            if not abs(value := getattr(self, name)) <= MOST_BIAS:
+                raise UserError(f"{name}_penalty={value}: wanted a number within -100 and 100")
+
+    def check(self, vocabulary: int) -> None:
+        """Raise UserError if a token is not one of the target's."""
+        if self.bias and (largest := max(self.bias)) >= vocabulary:
+            raise UserError(f"logit_bias has token {largest}, but the target has {vocabulary} ids")
 
     @property
     def active(self) -> bool:
@@ -156,15 +167,14 @@ class Penalties:
         return bool(self.presence or self.frequency or self.bias)
 
     def __call__(self, answer: Sequence[int], logits_V: Tensor) -> Tensor:
-        added_V = torch.zeros_like(logits_V)
+        # In float32 as `generate` does: 16 bits would round a small penalty away.
+        added_V = torch.zeros_like(logits_V, dtype=torch.promote_types(logits_V.dtype, torch.float32))
         if answer:
             ids, counts = torch.tensor(answer, device=logits_V.device).unique(return_counts=True)
-            added_V[ids] -= self.presence + self.frequency * counts.to(logits_V.dtype)
+            added_V[ids] -= self.presence + self.frequency * counts.to(added_V.dtype)
         if self.bias:
-            if (largest := max(self.bias)) >= len(logits_V):
-                raise UserError(f"logit_bias has token {largest}, but the target has {len(logits_V)} ids")
             tokens = torch.tensor(list(self.bias), device=logits_V.device)
-            added_V[tokens] += torch.tensor(list(self.bias.values()), device=logits_V.device, dtype=logits_V.dtype)
+            added_V[tokens] += torch.tensor(list(self.bias.values()), device=logits_V.device, dtype=added_V.dtype)
         return logits_V + added_V
 
 
@@ -179,8 +189,52 @@ def _built(kind: str, chosen: Any) -> Any:
     return registry.build(kind, chosen)
 
 
-def _expect(name: str, value: Any, kind: Any, wanted: str, optional: bool = False) -> None:
-    """Raise UserError unless a value is of a type. A truth value is no number."""
-    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not (fits or (optional and value is None)):
-        raise UserError(f"{name}={value!r}: wanted {wanted}" + (" or None" if optional else ""))
+def _number(name: str, value: Any, kind: type[int] | type[float], optional: bool) -> None:
+    """Raise UserError unless a value is a number of a kind. A truth value is none."""
+    if value is None and optional:
+        return
+    fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not fits or (kind is float and not _finite(value)):
+        wanted = "a whole number" if kind is int else "a finite number"
+        raise UserError(f"{name}={line(repr(value))}: wanted {wanted}" + (" or None" if optional else ""))
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    """Return the stop texts. Raises UserError for anything else, and for an empty one."""
+    texts = (given,) if isinstance(given, str) else () if given is None else given
+    if not isinstance(texts, LISTS) or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"stop={given!r}: wanted texts, none of them empty")
+    return tuple(texts)
+
+
+def _ids(given: Any) -> frozenset[int] | None:
+    """Return the stop ids. Raises UserError for anything but token ids."""
+    if given is None:
+        return None
+    ids = (given,) if isinstance(given, Integral) else given
+    if not isinstance(ids, LISTS) or not all(map(_is_id, ids)):
+        raise UserError(f"stop_ids={given!r}: wanted token ids, whole numbers from 0")
+    return frozenset(map(int, ids))
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """Return the biases by token id. Raises UserError for anything else."""
+    if not isinstance(given, Mapping | None):
+        raise UserError(f"logit_bias={given!r}: wanted a mapping of token ids to numbers")
+    for token, value in (given or {}).items():
+        if not _is_id(token):
+            raise UserError(f"logit_bias has the key {token!r}: wanted token ids, whole numbers from 0")
+        if not isinstance(value, Real) or isinstance(value, bool) or not abs(float(value)) <= MOST_BIAS:
+            raise UserError(f"logit_bias of token {token} is {value!r}: wanted a number within -100 and 100")
+    return {int(token): float(value) for token, value in (given or {}).items()}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0

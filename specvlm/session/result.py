@@ -46,11 +46,11 @@ def result_of(
 ) -> GenerationResult:
     """Build the result of a finished request."""
     tokens, text = metrics.tokens_of(steps), AnswerText(target.tokenizer, options.stop)
-    pieces = [text.put(token) for token in tokens]
+    pieces = [*(text.put(token) for token in tokens), text.end()]
     stopped = text.stopped or (bool(tokens) and tokens[-1] in options.stop_ids_or(target.stop_ids))
     reason = "stop" if stopped else "length"
     logprobs = steps[-1].logprobs if steps else None
-    return GenerationResult("".join([*pieces, text.end()]), tokens, reason, statistics_of(reading, steps), verdict, logprobs)
+    return GenerationResult("".join(pieces), tokens, reason, statistics_of(reading, steps), verdict, logprobs)
 
 
 def statistics_of(reading: Reading, steps: Sequence[Step]) -> dict[str, Any]:

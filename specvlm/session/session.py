@@ -6,26 +6,37 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar, overload
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, overload
 
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.shared import SharedScheduler
+from specvlm.decoding.watch import Watch
 from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
-from specvlm.session.call import Call, begun
+from specvlm.session.call import Calls, Requests, begun
 from specvlm.session.inputs import Reading, read
-from specvlm.session.options import Options
+from specvlm.session.options import Options, Penalties
 from specvlm.session.result import GenerationResult, result_of
+from specvlm.session.room import check_answers
 from specvlm.session.stream import TextStream
 from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import GenerationOptions, Step
 
 T = TypeVar("T")
 MOST_CALLS = 256  # threads that wait for calls from asyncio
+
+
+class Asked(NamedTuple):
+    """A call's options, the graph that they make, and its prompt."""
+
+    options: Options
+    graph: DecodingGraph
+    reading: Reading
 
 
 class Session:
@@ -38,14 +49,18 @@ class Session:
         target: The target model.
         draft: The draft model, or None.
         options: Default options of calls.
+        engine: Runs the passes.
         caches: KV caches, kept between calls.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
+        requests: Submits requests to the scheduler.
     """
 
     def __init__(self, target: VideoLM, draft: VideoLM | None, vocabulary: int, engine: Engine, options: Options) -> None:
         self.target, self.draft, self.options = target, draft, options
+        self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
         self.scheduler = SharedScheduler(engine, target.device)
-        self._vocabulary, self._engine, self.caches = vocabulary, engine, CachePool()
+        watch = Watch([target, *([] if draft is None else [draft])], self.caches, engine)
+        self.requests = Requests(self.scheduler, self.caches, watch)
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
         self.graph(options)  # a default that does not fit the pair fails here
 
@@ -108,12 +123,11 @@ class Session:
         """Answer a prompt as `generate` does, without blocking the event loop. Cancelling it ends the request."""
         given = options | ({} if n is None else {"n": n})
         asked = await self._in_thread(lambda: self._prepared(prompt, videos, images, given))
-        calls: list[Call] = []
+        calls = Calls()
         try:
             return await self._in_thread(lambda: self._generated(*asked, calls))
         finally:
-            for call in calls:
-                call.cancel()
+            calls.cancel()
 
     async def stream_async(
         self, prompt: Any, videos: Any = None, images: Any = None, **options: Any
@@ -129,51 +143,51 @@ class Session:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> tuple[Options, Reading]:
+    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> Asked:
+        """Check the options, then read videos and images."""
         asked = self.options.asked(options)
-        return asked, read(self.target, prompt, videos, images, asked)
+        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked))
 
     def graph(self, options: Options) -> DecodingGraph:
         """Build the graph of a call. Raises UserError if the strategies do not fit the models."""
-        strategies = options.strategies()
-        models = self.target, self.draft
-        return DecodingGraph(*models, *strategies, options.generation(), self._vocabulary, self.caches, self._engine)
+        asked = options.generation()
+        if isinstance(asked.adjust, Penalties):
+            asked.adjust.check(self.target.vocabulary)
+        models = (self.target, self.draft, *options.strategies())
+        return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine)
 
-    def _streamed(self, asked: Options, reading: Reading) -> TextStream:
+    def _streamed(self, asked: Options, graph: DecodingGraph, reading: Reading) -> TextStream:
         """Begin a stream. Raises UserError for options that only whole results can have."""
         for name in ("n", "check"):
             if getattr(asked, name):
                 raise UserError(f"{name}={getattr(asked, name)}: a stream is one answer, not compared: call generate")
-        graph = self.graph(asked)
-        return TextStream(self.target, reading, graph.options, Call(self.scheduler, graph.work(reading.prompt)))
+        call = self.requests.work(graph, reading.prompt, graph.options)
+        return TextStream(self.target, reading, graph.options, call)
 
     def _generated(
-        self, asked: Options, reading: Reading, calls: list[Call] | None = None
+        self, asked: Options, graph: DecodingGraph, reading: Reading, calls: Calls | None = None
     ) -> GenerationResult | list[GenerationResult]:
-        """Decode one answer, or `n`. calls: Receives the requests, for another thread to cancel them."""
-        graph = self.graph(asked)
+        """Decode one answer, or `n`. calls: Cancels them from another thread, which raises Cancelled here."""
+        calls, found = calls or Calls(), []
+        check_answers(self.target, len(reading.prompt) + asked.max_new_tokens, asked.n or 1)
         every = [replace(graph.options, seed=graph.options.seed + number) for number in range(asked.n or 1)]
-        with begun(self.scheduler, graph, reading.prompt, every) as mine:
-            if calls is not None:
-                calls += mine
-            found = [
-                self._result(graph, asked, reading, options, list(call)) for options, call in zip(every, mine, strict=True)
-            ]
+        with begun(self.requests, graph, reading.prompt, every, calls) as mine:
+            for options, call in zip(every, mine, strict=True):
+                steps = calls.steps(call)
+                verdict = self._verdict(graph, reading, options, steps, calls) if asked.check else "not checked"
+                found.append(result_of(self.target, reading, options, steps, verdict))
         return found if asked.n else found[0]
 
-    def _result(
-        self, graph: DecodingGraph, asked: Options, reading: Reading, options: GenerationOptions, steps: list[Step]
-    ) -> GenerationResult:
-        verdict = self._verdict(graph, reading, options, steps) if asked.check else "not checked"
-        return result_of(self.target, reading, options, steps, verdict)
-
-    def _verdict(self, graph: DecodingGraph, reading: Reading, options: GenerationOptions, steps: list[Step]) -> str:
+    def _verdict(
+        self, graph: DecodingGraph, reading: Reading, options: GenerationOptions, steps: list[Step], calls: Calls
+    ) -> str:
         """Decode with the target alone and compare."""
         if not graph.lossless:
             return "lossy"
         if graph.sampling.temperature > 0 and not graph.sampling.coupled:
             return "sampled"
-        alone = (self.target, reading.prompt, options, own_rule(graph.sampling), self.caches, self._engine)
-        baseline = tokens_of(list(Call(self.scheduler, autoregressive_work(*alone))))
-        rest = (self.caches, self._engine, steps, graph.verifier, options, graph.sampling)
-        return str(lossless.compare(self.target, reading.prompt, baseline, tokens_of(steps), *rest))
+        alone = (self.target, reading.prompt, options, own_rule(graph.sampling), self.caches, self.engine)
+        baseline = tokens_of(calls.steps(calls.add(lambda: self.requests.submit(autoregressive_work(*alone)))))
+        rest = (self.caches, self.engine, steps, graph.verifier, options, graph.sampling)
+        compared = partial(lossless.compare, self.target, reading.prompt, baseline, tokens_of(steps), *rest)
+        return str(self.scheduler.between(compared))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Self
 from weakref import finalize
 
@@ -17,11 +18,11 @@ from specvlm.types import GenerationOptions, Step
 class TextStream(Iterator[str]):
     """The text of an answer as it is decoded, in whole characters.
 
-    A stream that is no longer referenced is closed.
+    A stream that is no longer referenced is closed. Of several threads that read it, each piece goes to one.
     """
 
     def __init__(self, target: VideoLM, reading: Reading, options: GenerationOptions, call: Call) -> None:
-        self._call, self._results = call, list[GenerationResult]()
+        self._call, self._results, self._reading = call, list[GenerationResult](), Lock()
         # It does not refer to this object, which is therefore freed as soon as its last reader is gone.
         self._pieces = _decoded(target, reading, options, call, self._results)
         finalize(self, call.cancel).atexit = False
@@ -32,7 +33,8 @@ class TextStream(Iterator[str]):
         return self._results[0] if self._results else None
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._reading:
+            return next(self._pieces)
 
     def cancel(self) -> None:
         """End the request. Any thread may call this, also while another one waits for a piece."""

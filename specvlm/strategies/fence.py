@@ -277,7 +277,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
         tokens = torch.tensor([root, *guesses])
     elif not ours:
         tokens = tokens.as_subclass(Tensor).clamp(0, vocabulary - 1)
-        tokens[0] = root
+        tokens[:1].fill_(root)  # an assignment would copy the number from the host, and wait for the device
     return DraftTree(tokens, parents, q, bool(tree.varies), ranks)
 
 

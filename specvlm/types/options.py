@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TypeAlias
 
 from torch import Tensor
@@ -56,8 +57,8 @@ class GenerationOptions:
             raise UserError(f"ratio={self.ratio} is not between 0 and 1: it is the share of video tokens dropped")
         if self.positions not in ("original", "reindexed"):
             raise UserError(f"positions={self.positions!r} is none of original, reindexed")
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < inf:
+            raise UserError(f"repetition_penalty must be finite and more than 0, got {self.repetition_penalty}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop={self.stop!r}: wanted texts, none of them empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:

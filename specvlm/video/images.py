@@ -18,7 +18,8 @@ from specvlm.errors import UserError, explained
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as (3, H, W) uint8 RGB, turned as its EXIF data say. Raises UserError if it cannot be read."""
-    with explained(f"{path}: the image cannot be read"), Image.open(path) as picture:
+    hint = " (addresses are not fetched: download it first)" if ":/" in str(path) else ""
+    with explained(f"{path}: the image cannot be read{hint}"), Image.open(path) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
         return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 

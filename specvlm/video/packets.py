@@ -133,7 +133,8 @@ class Packets:
         """
         codec = stream.codec_context
         container = self.kind in STAMPED or (self.kind in WITHOUT_B_FRAMES and not codec.has_b_frames)
-        halves = codec.field_order > PROGRESSIVE  # a packet may be half a frame
+        # A packet may be half a frame. PyAV before 16, which lmms-eval 0.7 pins, does not tell.
+        halves = getattr(codec, "field_order", PROGRESSIVE + 1) > PROGRESSIVE
         told = bool(self.stamp) and None not in self.stamp and len(set(self.stamp)) == len(self.stamp)
         doubtful = self.corrupt or self.invisible or self.spliced or halves or codec.pix_fmt == "pal8"
         return container and codec.name in ONE_TO_ONE and told and not doubtful
@@ -171,7 +172,7 @@ class Packets:
         Compares the packets with the index of a MOV or MP4 file, the number of frames that an AVI file states, or else
         the duration that the container states.
         """
-        if self.kind.startswith("mov"):
+        if self.kind.startswith("mov") and hasattr(stream, "index_entries"):  # PyAV 16 and later
             return any(entry.pos + entry.size > file_size for entry in stream.index_entries)
         if self.kind == "avi":
             return len(self.size) < stream.frames

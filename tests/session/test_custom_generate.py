@@ -18,7 +18,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
+    TopPLogitsWarper,
 )
 
 from specvlm import UserError, custom_generate
@@ -188,7 +190,7 @@ def test_calls_of_several_threads_share_passes():
     kinds = ("video", "other", "video", "other")
     want = [target.generate(**inputs("qwen2_5_vl", kind), max_new_tokens=12).tolist() for kind in kinds]
     target.generate(**inputs("qwen2_5_vl"), max_new_tokens=1, custom_generate=made)
-    scheduler = made._sessions[target].scheduler
+    scheduler = made._sessions[target][0].scheduler
     asked, run = scheduler.asked, scheduler.run
     with ThreadPoolExecutor(4) as pool:
         calls = [
@@ -207,12 +209,60 @@ def test_the_model_is_not_changed():
     assert (target.config.to_dict(), target.config.text_config._attn_implementation) == before
 
 
+@pytest.mark.slow
+def test_a_target_whose_modules_are_replaced_is_followed():
+    target = copy.deepcopy(model("llava_onevision"))
+    given, made = inputs("llava_onevision"), custom_generate(None)
+    before = target.generate(**given, max_new_tokens=6, custom_generate=made)
+    with torch.no_grad():
+        target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.roll(1, 0))
+    want = target.generate(**given, max_new_tokens=6)
+    assert not torch.equal(want, before)
+    assert torch.equal(target.generate(**given, max_new_tokens=6, custom_generate=made), want)
+
+
+class Calls(LogitsProcessor):
+    """A processor that calls `generate` itself."""
+
+    def __init__(self, generate):
+        self.generate = generate
+
+    def __call__(self, input_ids, scores):
+        self.generate()
+        return scores
+
+
+@pytest.mark.slow
+def test_a_processor_that_generates_is_refused_and_a_streamer_may():
+    target, given, made = model("qwen2_5_vl"), inputs("qwen2_5_vl"), method("qwen2_5_vl")
+
+    def again():
+        return target.generate(**given, max_new_tokens=2, custom_generate=made)
+
+    with pytest.raises(UserError, match="cannot wait for another one of the same session"):
+        target.generate(**given, max_new_tokens=2, custom_generate=made, logits_processor=[Calls(again)])
+    found, recorder = list[Any](), Recorder()
+    recorder.end = lambda: found.append(again())
+    want = target.generate(**given, max_new_tokens=2, custom_generate=made, streamer=recorder)
+    assert torch.equal(found[0], want)
+
+
 REFUSED = {
     "beams": ({"num_beams": 2}, "beam search"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     "logits": ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
     "min_p": ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper"),
     "guidance": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidance"),
+    "positions": ({"position_ids": torch.zeros(3, 1, 1, dtype=torch.long)}, "position_ids other than"),
+    "another order": ({"do_sample": True, "logits_processor": [TopPLogitsWarper(0.9)]}, "TemperatureLogitsWarper after top_p"),
+    "twice": (
+        {
+            "do_sample": True,
+            "temperature": 1.0,
+            "logits_processor": [TemperatureLogitsWarper(2.0), TemperatureLogitsWarper(3.0)],
+        },
+        "TemperatureLogitsWarper after temperature",
+    ),
 }
 
 
@@ -220,6 +270,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_speculative_is_refused_by_name(case):
     given, said = REFUSED[case]
+    if case == "another order":
+        given = given | {"temperature": 0.7}
+    if case == "positions":
+        given = {"position_ids": torch.full((3, 1, inputs("qwen2_5_vl")["input_ids"].shape[1]), 5)}
     with pytest.raises(UserError, match=said):
         model("qwen2_5_vl").generate(**inputs("qwen2_5_vl"), max_new_tokens=4, custom_generate=method("qwen2_5_vl"), **given)
 

@@ -232,14 +232,14 @@ def test_a_stream_that_is_dropped_frees_its_caches():
 def test_a_stream_is_closed_by_another_thread_while_a_round_runs(monkeypatch):
     of = new_session()
     stream, running, told = of.stream(QUESTION, videos=clip(), max_new_tokens=64), threading.Event(), threading.Event()
-    run = type(of._engine).run
+    run = type(of.engine).run
 
     def slow(self, passes):
         running.set()
         told.wait(60)
         return run(self, passes)
 
-    monkeypatch.setattr(type(of._engine), "run", slow)
+    monkeypatch.setattr(type(of.engine), "run", slow)
     with ThreadPoolExecutor(1) as pool:
         read = pool.submit(list, stream)
         assert running.wait(60)

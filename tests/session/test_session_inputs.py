@@ -15,7 +15,7 @@ from session_pairs import QUESTION, clip, session
 from specvlm import Clip, UserError, clip_from_frames, load_pair
 from specvlm.config import model_folder
 from specvlm.models.adopt import adopted
-from specvlm.models.load import load
+from specvlm.models.load import load, skeleton
 from specvlm.session.inputs import Reading, read
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.types import VideoPrompt
@@ -130,6 +130,13 @@ BAD = {
     ),
     "no place": ({"prompt": [{"role": "user", "content": "what?"}], "videos": str(FILE)}, "no place for all videos"),
     "a control token": ({"prompt": "say <|im_end|>"}, "control token"),
+    "bytes": ({"prompt": b"what?"}, "got a bytes"),
+    "half a character": ({"prompt": "what\ud800?"}, "is no text"),
+    "no message": ({"prompt": []}, "needs a message"),
+    "a message without its list": ({"prompt": {"role": "user", "content": "what?"}}, "put the message into a list"),
+    "a role that is none": ({"prompt": [{"role": "usr", "content": "what?"}]}, 'Did you mean "user"'),
+    "a text that is none": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "is no text"),
+    "an image's address": ({"images": "https://a.example/b.png"}, "not fetched"),
 }
 
 
@@ -251,6 +258,15 @@ def test_what_is_no_model_is_explained():
         ({"ration": 0.5}, "Did you mean"),
         ({"drafter": "tree"}, "needs a draft model"),
         ({"engine": "fast"}, "engine=fast"),
+        ({"dtype": 3}, "dtype must be auto or"),
+        ({"dtype": torch.int8}, "dtype must be auto or"),
+        ({"device": "meta"}, "wanted auto, cpu"),
+        ({"device": None}, "wanted auto, cpu"),
+        ({"mrope": "x"}, "mrope must be hf or reference"),
+        ({"weights": "int3"}, "weights=int3: expected"),
+        ({"processor": folder}, "processor=.* is for loaded models"),
+        ({"draft_revision": "v1"}, "but there is no draft"),
+        ({"draft_weights": "int8"}, "but there is no draft"),
     ):
         with pytest.raises(UserError, match=said):
             load_pair(folder, **{"device": "cpu"} | options)
@@ -258,6 +274,45 @@ def test_what_is_no_model_is_explained():
         load_pair(held.hf, device="cpu", dtype="bfloat16")
     with pytest.raises(UserError, match="one family"):
         load_pair("embedded:qwen2_5_vl/target", "embedded:llava_onevision/plain", device="cpu")
+
+
+def test_a_model_that_cannot_be_copied_as_it_is_is_refused():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    text = Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=100)).eval()
+    with pytest.raises(UserError, match="'qwen2' is not supported"):
+        load_pair(text)
+    held = skeleton(model_folder("embedded:qwen2_5_vl/plain")).hf
+
+    class Wrapper(torch.nn.Module):
+        config, generation_config = held.config, held.generation_config
+
+    for given, options, said in (
+        (Wrapper(), {}, "wraps a model"),
+        (held, {"device": "cpu"}, "loaded already, on meta"),
+        (held, {}, "weights are not on a device"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_pair(given, **options)
+    held = copy.deepcopy(session().draft.hf)
+    hook = held.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="module lm_head has a forward hook"):
+        load_pair(held)
+    hook.remove()
+    held.lm_head.adapter = type("Linear", (torch.nn.Module,), {"__module__": "peft.tuners.lora"})()
+    with pytest.raises(UserError, match=r"module lm_head\.adapter is an adapter"):
+        load_pair(held)
+
+
+def test_swapped_models_and_settings_that_are_not_applied_are_warned_of():
+    of = session()
+    with pytest.warns(UserWarning, match="Are the two swapped"):
+        load_pair(of.draft, of.target)
+    hf = copy.deepcopy(load(model_folder("embedded:qwen2_5_vl/plain"), "float32").hf)
+    hf.generation_config.no_repeat_ngram_size = 3
+    with pytest.warns(UserWarning, match="not applied here: no_repeat_ngram_size"):
+        load_pair(hf, device="cpu")
 
 
 def test_a_revision_is_asked_of_the_hub(monkeypatch):
@@ -269,7 +324,13 @@ def test_a_revision_is_asked_of_the_hub(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     load_pair("owner/target", "owner/plain", revision="v1", draft_revision="v2", device="cpu")
-    assert asked == [("owner/target", "v1", True), ("owner/plain", "v2", True)]
+    # First what is needed to plan the memory, then the weights.
+    assert asked == [
+        ("owner/target", "v1", False),
+        ("owner/plain", "v2", False),
+        ("owner/target", "v1", True),
+        ("owner/plain", "v2", True),
+    ]
 
 
 def test_a_model_without_a_folder_asks_for_one(tmp_path):
@@ -300,7 +361,7 @@ REFUSED = {
     "ratio": (1.5, "between 0 and 1"),
     "max_new_tokens": (0, "at least 1"),
     "seed": ("0", "wanted a whole number"),
-    "n": (0, "1 or more"),
+    "n": (0, "at least 1"),
     "stop": ("", "wanted texts"),
     "logprobs": (1000, "0 to 100"),
     "logit_bias": ({"four": 1.0}, "wanted token ids"),
@@ -310,6 +371,33 @@ REFUSED = {
     "check": (1, "True or False"),
     "reader": ("cv2", "reader"),
 }
+
+
+REFUSED_TOO = [
+    ("seed", -1), ("seed", 2**63), ("stop", 5), ("stop", ["a", None]), ("stop_ids", ["a"]), ("stop_ids", [-1]), ("frames", "8"),
+    ("frames", 0), ("fps", 0), ("fps", float("nan")), ("max_pixels", 0), ("reader", 3), ("max_new_tokens", True),
+    ("ratio", float("nan")), ("repetition_penalty", float("inf")), ("presence_penalty", 10**400), ("frequency_penalty", 101),
+    ("logit_bias", 3), ("logit_bias", {5: True}), ("logit_bias", {-1: 1.0}), ("logit_bias", {5: 1e9}), ("n", 2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value"), REFUSED_TOO, ids=lambda one: f"{one}"[:20])
+def test_a_value_of_the_wrong_kind_or_range_names_its_option(option, value):
+    with pytest.raises(UserError, match=option) as refused:
+        session().options.asked({option: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_numpy_and_single_ids_are_taken():
+    asked = session().options.asked({"max_new_tokens": np.int64(3), "ratio": np.float32(0.5), "stop": None, "stop_ids": 5})
+    made = asked.asked({"logit_bias": {np.int64(7): 1}}).generation()
+    assert (made.max_new_tokens, made.ratio, made.stop, made.stop_ids) == (3, 0.5, (), frozenset({5}))
+    assert made.adjust.bias == {7: 1.0}
+
+
+def test_strategies_are_checked_before_a_video_is_read():
+    with pytest.raises(UserError, match="Did you mean"):
+        session().generate(QUESTION, videos="nothing.mp4", verifier="gready")
 
 
 @pytest.mark.parametrize("option", REFUSED)

@@ -21,8 +21,9 @@ from specvlm.engine.kernels.flash_decoding import attention
 from specvlm.engine.kernels.fused_all_reduce import all_reduce_add_norm
 from specvlm.engine.kernels.launch import GROUP
 from specvlm.engine.kernels.layers import gated, linear, why_not
-from specvlm.engine.kernels.norm_rope import add_norm, rope, whole
-from specvlm.engine.kernels.path_decoding import path_attention
+from specvlm.engine.kernels.move import move
+from specvlm.engine.kernels.norm_rope import add_norm, rope, rope_many, whole
+from specvlm.engine.kernels.path_decoding import path_attention, path_attention_many
 from specvlm.engine.kernels.topk import top
 
 __all__ = [
@@ -33,8 +34,11 @@ __all__ = [
     "experts",
     "gated",
     "linear",
+    "move",
     "path_attention",
+    "path_attention_many",
     "rope",
+    "rope_many",
     "top",
     "whole",
     "why_not",

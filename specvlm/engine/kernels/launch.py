@@ -27,6 +27,21 @@ def to_8_bits(y, y_ptr):
     return narrow.to(kind), scale
 
 
+@triton.jit
+def context_of(table_ptr, k_ptr, v_ptr, request, layer, J: tl.constexpr, D: tl.constexpr):
+    """Look up a request's context (see `engine/contexts.py`): its keys and values of a layer, slot `base`, slots.
+
+    k_ptr and v_ptr are the anchor. Products by 8 tell the compiler that addresses are multiples of 16 bytes.
+    """
+    at = table_ptr + request * 4
+    keys = tl.load(at)
+    values = tl.load(at + 1)
+    capacity = tl.load(at + 2).to(tl.int32)
+    base = tl.load(at + 3).to(tl.int32)
+    earlier = layer.to(tl.int64) * J * capacity * D
+    return k_ptr + keys * 8 + earlier, v_ptr + values * 8 + earlier, base, capacity
+
+
 @dataclass(frozen=True)
 class Tile:
     """Tiling of a linear layer, and launch options of any kernel.

@@ -227,9 +227,11 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
     """Choose a tiling, tuned on an H200 to keep enough bytes in flight. double: for gate and up in one kernel."""
     if weight.kind == "full" and weight.inputs % GROUP:
         return Tile(64, min(GROUP, weight.inputs & -weight.inputs), 4, 4)  # small models
+    if weight.kind == "full" and rows > 64:
+        return Tile(64, 128, 3, 4)  # a stage of gate and up takes 64 KiB
     if weight.kind == "full":
         return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
-    return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6, 4)
+    return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6 if rows <= 64 else 4, 4)
 
 
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:

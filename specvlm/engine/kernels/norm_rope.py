@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, split, to_8_bits
+from specvlm.engine.contexts import Contexts
+from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, context_of, options_of, split, to_8_bits
 
 
 @triton.jit
@@ -71,16 +74,17 @@ def _whole_kernel(part_ptr, y_ptr, size, S: tl.constexpr, BLOCK: tl.constexpr, P
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _rope_kernel(
-    part_ptr, b0, b1, b2, norm_q, norm_k, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, at, Q, QB, stride_b, capacity,
-    eps, S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    part_ptr, b0, b1, b2, norm_q, norm_k, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, base_ptr, request_ptr, local_ptr,
+    at, layer, Q, capacity, eps,
+    S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write rotated queries to q (Q, H, D), rotated keys and values to slots base + at + row. Grid (Q, H + 2 J).
 
-    QB: rows of each request. stride_b: elements from one request's keys to the next one's. NORM: queries and keys pass
-    through an RMSNorm of their own first.
+    NORM: queries and keys pass through an RMSNorm of their own first. MANY: rows belong to several requests (see
+    `contexts.py`); base_ptr then is their table, and k_ptr and v_ptr are its anchor.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -124,16 +128,22 @@ def _rope_kernel(
         turned = (low * cos).to(kind).to(tl.float32) - (high * sin).to(kind).to(tl.float32)
         high = (high * cos).to(kind).to(tl.float32) + (low * sin).to(kind).to(tl.float32)
         low = turned
-    request = row // QB
-    slot = tl.load(base_ptr + request) + at + row % QB
-    shift = request.to(tl.int64) * stride_b
     if head < H:
         to = q_ptr + (row * H + head) * D + d
     else:
-        if head < H + J:
-            to = k_ptr + shift + ((head - H) * capacity + slot).to(tl.int64) * D + d
+        kv_head = (head - H) % J
+        if MANY:
+            request = tl.load(request_ptr + row)
+            ok = ok & (request >= 0)  # padding writes nothing
+            keys, values, base, slots = context_of(base_ptr, k_ptr, v_ptr, tl.maximum(request, 0), layer, J, D)
+            slot = kv_head * slots + base + tl.load(local_ptr + row).to(tl.int32)
         else:
-            to = v_ptr + shift + ((head - H - J) * capacity + slot).to(tl.int64) * D + d
+            keys, values = k_ptr, v_ptr
+            slot = kv_head * capacity + tl.load(base_ptr) + at + row
+        to = keys
+        if head >= H + J:
+            to = values
+        to += slot.to(tl.int64) * D + d
     tl.store(to, low.to(kind), mask=ok)
     tl.store(to + HALF, high.to(kind), mask=ok)
 
@@ -169,18 +179,35 @@ def rope(
 ) -> Tensor:  # fmt: skip
     """Return (Q, H, D) rotated queries; write keys and values to cache slots base + at + row.
 
-    cos, sin: (Q, D/2). base: (1,) on the device. For B requests with equally many rows each, base is (B,), keys and
-    values are (B, J, C, D), and rows are counted per request. norms: weights (D,) of the RMSNorm of each query and of
-    each key, if the model has them.
+    cos, sin: (Q, D/2). base: (1,) on the device. norms: weights (D,) of the RMSNorm of each query and of each key, if
+    the model has them.
     """
-    kv_heads, capacity, width = keys_JCD.shape[-3:]
-    rows = parts_SQN.shape[1]
-    q = torch.empty(rows, heads, width, dtype=keys_JCD.dtype, device=keys_JCD.device)
+    kv_heads, capacity, _ = keys_JCD.shape
+    where = (keys_JCD, values_JCD, base, base, base, at, 0)
+    return _rope(parts_SQN, biases, cos_QD, sin_QD, where, capacity, heads, kv_heads, norms, eps, many=False)
+
+
+def rope_many(
+    parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor, contexts: Contexts, layer: int, heads: int,
+    norms: tuple[Tensor, ...] = (), eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Do as `rope` with the rows of several requests, each of which writes to its own cache's `layer`."""
+    layout, anchor = contexts.layout, contexts.anchor
+    where = (anchor, anchor, contexts.table_B4, layout.request_Q, layout.local_Q, 0, layer)
+    return _rope(parts_SQN, biases, cos_QD, sin_QD, where, 0, heads, contexts.kv_heads, norms, eps, many=True)
+
+
+def _rope(
+    parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor, where: tuple[Any, ...], capacity: int,
+    heads: int, kv_heads: int, norms: tuple[Tensor, ...], eps: float, many: bool,
+) -> Tensor:  # fmt: skip
+    """Launch the kernel. where: its arguments from k_ptr to layer."""
+    rows, width = parts_SQN.shape[1], cos_QD.shape[1] * 2
+    q = torch.empty(rows, heads, width, dtype=where[0].dtype, device=parts_SQN.device)
     three = biases if biases else (q, q, q)
     _rope_kernel[(rows, heads + 2 * kv_heads)](
-        parts_SQN, *three, *(norms or (q, q)), cos_QD, sin_QD, q, keys_JCD, values_JCD, base, at,
-        rows, rows // base.numel(), keys_JCD.stride(0) if keys_JCD.ndim == 4 else 0, capacity, eps,
-        S=len(parts_SQN), H=heads, J=kv_heads, D=width,
-        BLOCK=triton.next_power_of_2(width // 2), BIAS=bool(biases), NORM=bool(norms), **options_of(Tile(warps=1)),
+        parts_SQN, *three, *(norms or (q, q)), cos_QD, sin_QD, q, *where, rows, capacity, eps,
+        S=len(parts_SQN), H=heads, J=kv_heads, D=width, BLOCK=triton.next_power_of_2(width // 2), BIAS=bool(biases),
+        NORM=bool(norms), MANY=many, **options_of(Tile(warps=1)),
     )  # fmt: skip
     return q

@@ -2,13 +2,13 @@
 
 The n keys of a row, in the order of its path, are split into segments that depend only on n and the number of KV heads:
 full chunks, then leaves of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, twice as many once a
-row would have more than EARLY of them (if there are MANY KV heads), and so on so that a row never has more than MOST.
+row would have more than EARLY of them (from HEADS KV heads on), and so on so that a row never has more than MOST.
 Segments that end below `base` are contiguous in the cache, and blocks of rows read them together. A row's other
 segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So
-neither the number of rows, nor the tree, nor the cache's capacity, nor other requests change a bit
+neither the number of rows, nor the tree, nor the cache's capacity, nor other requests in the pass change a bit
 (tests/test_exact_gpu.py).
 
-Shape suffixes: see the package docstring; B requests, P slots of a path, S segments.
+Shape suffixes: see the package docstring; P slots of a path, S segments.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from specvlm.engine.contexts import Contexts
 from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_heads
-from specvlm.engine.kernels.launch import Narrow, Tile, options_of, split, to_8_bits
+from specvlm.engine.kernels.launch import Narrow, Tile, context_of, options_of, split, to_8_bits
 
 CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
 LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
 MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
-EARLY = 32  # that maximum for the shortest chunks of MANY KV heads: fewer partial results of many rows to store and merge
-MANY = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
+EARLY = 32  # that maximum for the shortest chunks of HEADS KV heads: fewer partial results of many rows to store and merge
+HEADS = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
 LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
@@ -115,75 +116,97 @@ def _shared_segment(
         _store_part(out_ptr, lse_ptr, (rows + part * J) * (Q * G) + row, theirs, m, total, acc, D, DP)
 
 
-@triton.jit(do_not_specialize=["P", "before"])  # with P = 1, base + P is base + 1, and the compiler fails on the dead branch
+# P: with P = 1, base + P is base + 1, and the compiler fails on the dead branch.
+@triton.jit(do_not_specialize=["P", "before", "layer"])
 def _path_kernel(
-    q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, out_ptr, lse_ptr, Q, P, S, T, stride_b, capacity, scale, share, blocks,
-    before,
+    q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, request_ptr, block_ptr, out_ptr, lse_ptr,
+    Q, P, T, capacity, layer, scale, share, blocks, before,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all segments: each row's last T, and shared ones by block. Grid (J, T Q + S blocks, B).
+    """Attend to all segments: each row's last T, and shared ones by block. Grid (J, T Q + segments blocks).
 
     before: number of programs of shared segments, of each KV head, that start before those of rows' own.
+    MANY: rows belong to several requests (see `engine/contexts.py`); base_ptr then is their table, k_ptr and v_ptr are
+    its anchor, and blocks come from a table too.
     """
-    head, job, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, job = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    base = tl.load(base_ptr + request).to(tl.int32)
-    at = request.to(tl.int64) * stride_b + head.to(tl.int64) * capacity * D
-    k_ptr += at
-    v_ptr += at
-    q_ptr += request.to(tl.int64) * Q * H * D
-    depth_ptr += request * Q
-    rows = request.to(tl.int64) * S * J + head  # of part 0
+    G: tl.constexpr = H // J
+    rows = head.to(tl.int64)  # of part 0
     own = job - before
     if (own >= 0) & (own < T * Q):
-        ways_ptr += request.to(tl.int64) * Q * P
-        _own_segment(
-            q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, own // T, own % T, head, Q, P, scale,
-            H, J, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
-        )  # fmt: skip
+        node = own // T
+        live = True
+        if MANY:
+            request = tl.load(request_ptr + node)
+            live = request >= 0
+            keys, values, base, slots = context_of(base_ptr, k_ptr, v_ptr, tl.maximum(request, 0), layer, J, D)
+        else:
+            keys, values, base, slots = k_ptr, v_ptr, tl.load(base_ptr).to(tl.int32), capacity
+        if live:
+            at = head.to(tl.int64) * slots * D
+            _own_segment(
+                q_ptr, keys + at, values + at, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, node, own % T, head, Q, P,
+                scale, H, J, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
+            )  # fmt: skip
     else:
-        G: tl.constexpr = H // J
         shared = tl.where(own < 0, job, job - T * Q)
         part = shared // blocks
-        first = shared % blocks * share
+        block = shared % blocks
+        if MANY:
+            request = tl.load(block_ptr + block * 3)
+            first = tl.load(block_ptr + block * 3 + 1)
+            end = tl.load(block_ptr + block * 3 + 2)
+            keys, values, base, slots = context_of(base_ptr, k_ptr, v_ptr, request, layer, J, D)
+            base = tl.where(end == first, 0, base)  # padding: no segment ends there
+        else:
+            first = block * share
+            end = tl.minimum(first + share, Q * G)
+            keys, values, base, slots = k_ptr, v_ptr, tl.load(base_ptr).to(tl.int32), capacity
+        at = head.to(tl.int64) * slots * D
         row = first + tl.arange(0, R)
-        ok = row < tl.minimum(first + share, Q * G)
+        ok = row < end
         q = _load_heads(q_ptr, (row // G) * H + head * G + row % G, ok, D, DP, False)
         small = _chunk_of(base + 1, CHUNK, EARLY, MOST)
         large = _chunk_of(base + P, CHUNK, EARLY, MOST)
         _shared_segment(
-            q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
+            q, keys + at, values + at, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
             J, G, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
         )  # fmt: skip
         if large > small:  # the pass crosses a change of chunk length
             _shared_segment(
-                q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
+                q, keys + at, values + at, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
                 J, G, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
             )  # fmt: skip
 
 
 @triton.jit
 def _merge_path_kernel(
-    part_ptr, lse_ptr, depth_ptr, base_ptr, y_ptr, ys_ptr, Q, S,
+    part_ptr, lse_ptr, depth_ptr, base_ptr, request_ptr, y_ptr, ys_ptr, Q,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
-    LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+    LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, NARROW: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the segments of each row. Grid (Q, H, B).
+    """Merge the segments of each row. Grid (Q, H).
 
-    NARROW: store y in 8 bits, with a scale per head and row.
+    NARROW: store y in 8 bits, with a scale per head and row. MANY: as in `_path_kernel`.
     """
-    row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // J
     d = tl.arange(0, DP)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    n = tl.load(base_ptr + request).to(tl.int32) + tl.load(depth_ptr + request * Q + row).to(tl.int32) + 1
+    n = tl.load(depth_ptr + row).to(tl.int32) + 1
+    if MANY:
+        request = tl.load(request_ptr + row)
+        n = tl.where(request < 0, 0, n + tl.load(base_ptr + tl.maximum(request, 0) * 4 + 3).to(tl.int32))
+    else:
+        n += tl.load(base_ptr).to(tl.int32)
     count = _segments_of(n, _chunk_of(n, CHUNK, EARLY, MOST), LEAF)
-    first = (request.to(tl.int64) * S * J + head // G) * (Q * G) + row * G + head % G
+    first = (head // G).to(tl.int64) * (Q * G) + row * G + head % G
     step = J * Q * G
     every = tl.arange(0, 4 * MOST)
     highest = tl.max(tl.load(lse_ptr + first + every * step, mask=every < count, other=float("-inf")), 0)
@@ -196,8 +219,10 @@ def _merge_path_kernel(
         part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=(s < count)[:, None] & (d < D)[None, :], other=0.0)
         y += tl.sum(part * weight[:, None], 0)
         total += tl.sum(weight, 0)
+    if MANY:
+        total = tl.where(n == 0, 1.0, total)  # padding has no segments
     y /= total
-    out = (request * Q + row) * H + head
+    out = row * H + head
     if NARROW:
         narrow, narrow_scale = to_8_bits(y[:, None], y_ptr)
         tl.store(y_ptr + out * D + d[:, None], narrow)
@@ -220,7 +245,7 @@ def path_attention(
     q_QHD: Tensor,
     keys: Tensor,
     values: Tensor,
-    base_B: Tensor,
+    base: Tensor,
     depths_Q: Tensor,
     ways_QP: Tensor,
     scale: float,
@@ -230,10 +255,10 @@ def path_attention(
     """Attend from each row to the first `base` slots and its own path, bit-identical to a pass of one row.
 
     Args:
-        q_QHD: (Q, H, D) queries, request by request, with equally many rows each.
-        keys: (J, C, D) for one request, or (B, J, C, D).
-        values: In the shape of `keys`.
-        base_B: (B,) number of slots that all rows of a request see.
+        q_QHD: (Q, H, D) queries.
+        keys: (J, C, D).
+        values: (J, C, D).
+        base: (1,) number of slots that all rows see.
         depths_Q: (Q,) number of rows above each row on its path.
         ways_QP: (Q, P) rows on each row's path, from the first row of the tree to the row itself; the rest is not read.
         scale: Factor of the scores before the softmax.
@@ -246,33 +271,51 @@ def path_attention(
     Raises:
         ValueError: The cache has more than LONGEST slots, or a KV head serves more than ROWS query heads.
     """
-    requests, (rows, heads, width) = base_B.numel(), q_QHD.shape
-    rows //= requests
-    kv_heads, capacity, _ = keys.shape[-3:]
+    kv_heads, capacity, _ = keys.shape
+    group_rows = len(q_QHD) * (q_QHD.shape[1] // kv_heads)
+    blocks = triton.cdiv(group_rows, ROWS)
+    tables = (ways_QP, depths_Q, base, base, base)
+    return _launch(q_QHD, (keys, values), tables, kv_heads, capacity, 0, blocks, scale, kind, chunk, many=False)
+
+
+def path_attention_many(q_QHD: Tensor, contexts: Contexts, layer: int, scale: float, kind: str = "full") -> Tensor | Narrow:
+    """Do as `path_attention` with the rows of several requests: each attends to its own request's cache."""
+    layout, anchor = contexts.layout, contexts.anchor
+    tables = (layout.ways_QP, layout.above_Q, contexts.table_B4, layout.request_Q, layout.blocks_N3)
+    blocks, kv_heads = len(layout.blocks_N3), contexts.kv_heads
+    return _launch(q_QHD, (anchor, anchor), tables, kv_heads, contexts.longest, layer, blocks, scale, kind, CHUNK, many=True)
+
+
+def _launch(
+    q_QHD: Tensor, both: tuple[Tensor, Tensor], tables: tuple[Tensor, ...], kv_heads: int, capacity: int, layer: int,
+    blocks: int, scale: float, kind: str, chunk: int, many: bool,
+) -> Tensor | Narrow:  # fmt: skip
+    """Launch both kernels. both: keys and values, or the anchor. tables: `_path_kernel`'s arguments from ways_ptr on."""
+    rows, heads, width = q_QHD.shape
     if capacity > LONGEST or heads > ROWS * kv_heads:
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
-    early = EARLY if kv_heads >= MANY else MOST
+    early = EARLY if kv_heads >= HEADS else MOST
     group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk, early)
-    blocks, padded = triton.cdiv(group_rows, ROWS), triton.next_power_of_2(width)
-    device, row_bytes = q_QHD.device, padded * q_QHD.element_size()
-    part = torch.empty(requests, most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
-    lse = torch.empty(requests, most, kv_heads, group_rows, dtype=torch.float32, device=device)
-    sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF}
-    sizes |= {"EARLY": early, "MOST": MOST}
-    longest = ways_QP.shape[1]
+    device, padded = q_QHD.device, triton.next_power_of_2(width)
+    part = torch.empty(most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
+    lse = torch.empty(most, kv_heads, group_rows, dtype=torch.float32, device=device)
+    sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF, "EARLY": early, "MOST": MOST}
+    sizes |= {"MANY": many}
+    (ways, depths, base, requests, _), row_bytes = tables, padded * q_QHD.element_size()
+    longest = ways.shape[1]
     own = 1 + triton.cdiv(longest, LEAF)  # segments that a path may reach into
-    # Short programs last, where that fills the second wave of the long ones; they are too few otherwise.
-    before = most * blocks if blocks > 1 and capacity > early * chunk else 0
-    _path_kernel[(kv_heads, own * rows + most * blocks, requests)](
-        q_QHD, keys, values, ways_QP, depths_Q, base_B, part, lse,
-        rows, longest, most, own, keys.stride(0) if keys.ndim == 4 else 0, capacity, scale * LOG2_E,
-        triton.cdiv(group_rows, blocks), blocks, before, R=ROWS, BN=TILE, **sizes,
+    # Short programs last, where that fills the second wave of the long ones; not tried with several requests.
+    before = most * blocks if blocks > 1 and capacity > early * chunk and not many else 0
+    _path_kernel[(kv_heads, own * rows + most * blocks)](
+        q_QHD, *both, *tables, part, lse,
+        rows, longest, own, capacity, layer, scale * LOG2_E, triton.cdiv(group_rows, blocks), blocks, before,
+        R=ROWS, BN=TILE, **sizes,
         **options_of(Tile(warps=4, stages=3), 2 * TILE * row_bytes, ROWS * row_bytes),
     )  # fmt: skip
-    y = torch.empty(len(q_QHD), heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
-    out = Narrow.empty(len(q_QHD), heads * width, kind, device) if y is None else y
-    _merge_path_kernel[(rows, heads, requests)](
-        part, lse, depths_Q, base_B, *split(out), rows, most, BS=MERGED, NARROW=y is None, **sizes,
+    y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None
+    out = Narrow.empty(rows, heads * width, kind, device) if y is None else y
+    _merge_path_kernel[(rows, heads)](
+        part, lse, depths, base, requests, *split(out), rows, BS=MERGED, NARROW=y is None, **sizes,
         **options_of(Tile(warps=1, stages=3)),
     )  # fmt: skip
     return out

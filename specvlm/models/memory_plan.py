@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from specvlm.app.placement import Placement
 from specvlm.models.checkpoint import packed_bytes
 from specvlm.models.kv_cache import pooled
 from specvlm.models.partition import device_map, split
+from specvlm.models.placement import Placement
 from specvlm.models.quantize import stored
 from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.parallel.torchrun import rank_here

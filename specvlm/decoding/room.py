@@ -1,0 +1,49 @@
+"""Compute what memory a request needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from specvlm.decoding.collect import held_bytes
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.models.memory_plan import Need
+from specvlm.strategies.fence import needs_of, sizes_of
+from specvlm.types import GenerationOptions, VideoPrompt
+
+
+def needs_for(
+    graph: DecodingGraph,
+    prompt: VideoPrompt,
+    options: GenerationOptions,
+    dtypes: Mapping[str, torch.dtype],
+    kinds: Mapping[str, str | None],
+    ranks: int = 1,
+) -> list[Need]:
+    """Return the need of the target, and that of the model that drafts, if any does.
+
+    Args:
+        graph: May be of skeletons.
+        prompt: The request's prompt.
+        options: The request's options.
+        dtypes: Dtype of "target" and "draft".
+        kinds: Their quantisation, or None.
+        ranks: Number of processes that share the target.
+    """
+    target, pruner, drafter = graph.target, graph.pruner, graph.drafter
+    nodes, rows = sizes_of(drafter)
+    slots, total = len(prompt) + options.max_new_tokens + nodes, len(prompt.video_index)
+    kept = graph.budget(prompt, options.ratio)
+    pruned = slots - total + kept + rows - nodes
+    if pruner.draft_layers and 0 < kept < total:
+        pruned = max(pruned, len(prompt))  # its signal needs a draft pass over the whole prompt
+    asked = needs_of(pruner) | needs_of(drafter)
+    signals = held_bytes(asked, graph.verifier.reads_hidden, target, total, dtypes["target"], ranks)
+    found = [Need(target, slots, dtypes["target"], kinds.get("target"), signals)]
+    if drafter.model is not None:
+        side = drafter.model
+        model = target if side == "target" else graph.draft
+        assert model is not None
+        found.append(Need(model, pruned, dtypes[side], kinds.get(side)))
+    return found

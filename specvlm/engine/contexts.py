@@ -1,0 +1,188 @@
+"""Where the rows of several requests' joined pass lie: tables that the kernels read from the device.
+
+Requests keep caches of their own. The tables hold addresses, so a pass that was captured once serves any caches: what is
+captured goes by the number of rows and of requests alone.
+
+Shape suffixes: B requests, Q rows of the pass, P rows on the longest path, N blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.passes import Pass
+
+STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
+SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
+UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may load 16 bytes at once
+BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Tables of a joined pass that depend on the shapes of its parts alone, not on caches or tokens.
+
+    Padding rows belong to request -1: they write nothing, and attend to nothing.
+
+    Attributes:
+        request_Q: (Q,) int32 request of each row.
+        local_Q: (Q,) int64 slot of each row, relative to its request's base.
+        depth_Q: (Q,) int64 rotary position of each row, relative to that of its request's base.
+        above_Q: (Q,) int64 number of rows above each row on its path, from the base on.
+        ways_QP: (Q, P) int64 slots on each row's path, relative to its request's base; the rest of a row is not read.
+        blocks_N3: (N, 3) int32 of each block: its request, and its first and last query row of a KV head, the latter
+            exclusive. Rows of a block share their request. Padding has no rows.
+    """
+
+    request_Q: Tensor
+    local_Q: Tensor
+    depth_Q: Tensor
+    above_Q: Tensor
+    ways_QP: Tensor
+    blocks_N3: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tables, in order."""
+        return (self.request_Q, self.local_Q, self.depth_Q, self.above_Q, self.ways_QP, self.blocks_N3)
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """A layout, with the caches of its requests.
+
+    Attributes:
+        anchor: Tensor of the caches' dtype; addresses are counted from its own.
+        table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT bytes;
+            slots of the cache; slot `base`.
+        layout: What does not depend on the caches.
+        longest: No cache has more slots.
+        kv_heads: Number of KV heads.
+    """
+
+    anchor: Tensor
+    table_B4: Tensor
+    layout: Layout
+    longest: int
+    kv_heads: int
+
+
+def addresses(caches: Sequence[KVCache], anchor: Tensor, count: int) -> list[int]:
+    """List `Contexts.table_B4` without its last column, row by row, padded to `count` requests.
+
+    The caches are on one device, and their dtype is the anchor's.
+    """
+    start, found = anchor.data_ptr(), list[int]()
+    for cache in caches:
+        ((keys, values),) = cache.starts
+        found += ((keys - start) // UNIT, (values - start) // UNIT, cache.capacity)
+    return found + [0] * (3 * count - len(found))
+
+
+def blocks_of(rows: Sequence[int], group: int, count: int) -> Tensor:
+    """Divide the rows of each request into blocks of at most BLOCK query rows of a KV head.
+
+    Args:
+        rows: Rows of each request.
+        group: Query heads of a KV head.
+        count: Number of blocks to pad to.
+    """
+    found, first = list[tuple[int, int, int]](), 0
+    for request, own in enumerate(rows):
+        parts = -(-own * group // BLOCK)
+        share = -(-own * group // parts)
+        for part in range(parts):
+            found.append((request, first + part * share, first + min((part + 1) * share, own * group)))
+        first += own * group
+    return torch.tensor(found + [(0, 0, 0)] * (count - len(found)), dtype=torch.int32)
+
+
+def blocks_for(rows: int, requests: int, group: int) -> int:
+    """Return an upper bound on the number of blocks of a pass."""
+    return requests + rows * group // BLOCK
+
+
+class Shape(NamedTuple):
+    """Numbers that a joined pass is captured for: rows, requests, slots of a path, slots of a cache."""
+
+    rows: int
+    requests: int
+    path: int
+    longest: int
+
+    @classmethod
+    def of(cls, passes: Sequence[Pass]) -> Shape:
+        """Round the numbers of some passes up."""
+        return cls(
+            rounded(sum(map(len, passes)), STEP),
+            _power_of_2(len(passes)),
+            max(8, _power_of_2(max(one.at + len(one) for one in passes))),
+            rounded(max(one.cache.capacity for one in passes), SLOTS),
+        )
+
+
+def frame_of(shape: Shape, counts: Sequence[int], group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make the tables that need only the rows of each request: the requests of rows, and the blocks.
+
+    group: Query heads of a KV head.
+    """
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+    owners += [-1] * (shape.rows - len(owners))
+    blocks = blocks_of(counts, group, blocks_for(shape.rows, shape.requests, group))
+    return torch.tensor(owners, dtype=torch.int32, device=device), blocks.to(device)
+
+
+def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]) -> Layout:
+    """Make the tables of some passes, padded to a shape. Copies nothing from the host if `passes` are on the device."""
+    device, columns = frame[0].device, list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+    for one in passes:
+        local_Q = torch.arange(one.at, one.at + len(one), device=device)
+        above_Q, ways_QT = local_Q, torch.arange(one.at + len(one), device=device).expand(len(one), -1)
+        if one.seen_QT is not None:
+            seen_QT = one.seen_QT.to(device) != 0
+            above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
+        depths_Q = one.depths_Q
+        if not isinstance(depths_Q, Tensor) and not capturing(device):
+            depths_Q = torch.tensor(depths_Q, device=device)
+        depths_Q = on_device(depths_Q, device)
+        columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
+    spare = shape.rows - sum(map(len, passes))
+    local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
+    ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
+    return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def rounded(number: int, step: int) -> int:
+    """Round up to a multiple of `step`."""
+    return -(-number // step) * step
+
+
+def _power_of_2(number: int) -> int:
+    """Round up to a power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+def paths_of(seen_MM: Tensor) -> Tensor:
+    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
+    return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
+
+
+def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+    each = [numbers] if isinstance(numbers, int) else numbers
+    return torch.cat([torch.full((1,), number, device=device) for number in each])

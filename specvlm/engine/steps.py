@@ -1,0 +1,125 @@
+"""Steps that requests ask a captured engine to run, and how those of several requests are put together.
+
+Shape suffixes: Q rows of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from specvlm.engine.base import Request
+from specvlm.models.passes import Call, Pass, Passes, Rows
+from specvlm.types import DraftTree, Verdict
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+T = TypeVar("T")
+REQUESTS = 16  # maximum number of requests of a pass
+
+
+@dataclass(eq=False)
+class Check:
+    """A tree for the target to check. The engine answers with the verdict and the new tokens.
+
+    Attributes:
+        request: Request whose tree it is.
+        tree: The tree, on the target's device.
+        numbers: Uniform random numbers for the verifier, if it needs any.
+        answer: The answer, once there is one. A check changes its request's cache, so it must not run again when steps
+            are repeated one by one because another of them failed.
+    """
+
+    request: Request
+    tree: DraftTree
+    numbers: Tensor | None
+    answer: tuple[Verdict, list[int]] | None = None
+
+    @property
+    def model(self) -> VideoLM:
+        """The model that runs it."""
+        return self.request.target
+
+
+@dataclass(frozen=True, eq=False)
+class Drafting:
+    """A call of a drafter's routine. The engine answers with the routine's tensors.
+
+    Attributes:
+        call: The call.
+        mark: As in `Engine.call`.
+    """
+
+    call: Call
+    mark: Callable[[str], None]
+
+    @property
+    def model(self) -> VideoLM:
+        """The model that runs it."""
+        return self.call.routine.model
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Rows):
+    """Result of a joined pass, whose logits were computed in it.
+
+    Attributes:
+        logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
+        tokens_Q: (Q,) tokens on the device; overwritten too.
+    """
+
+    logits_QV: Tensor = field(default_factory=Tensor)
+    tokens_Q: Tensor = field(default_factory=Tensor)
+
+    def logits(self, last: int = 0) -> Tensor:
+        return self.logits_QV[-last:]
+
+
+def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Divide items, in order, into groups that fit into a pass of `most` rows and REQUESTS requests."""
+    group, total = list[T](), 0
+    for item in items:
+        if group and (total + rows(item) > most or len(group) == REQUESTS):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += rows(item)
+    if group:
+        yield group
+
+
+def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
+    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device.
+
+    capacity: Slots of the cache, if only the device knows them.
+    """
+    most = (one.cache.capacity if capacity is None else capacity) - one.at - len(one)
+    if isinstance(most, int) and isinstance(one.base, int):
+        return replace(one, base=min(max(one.base, 0), most))
+    return replace(one, base=torch.as_tensor(one.base).clamp(min=0).clamp(max=most))
+
+
+def side_by_side(
+    works: Sequence[Passes[tuple[Tensor, ...]]], run: Callable[[Sequence[tuple[int, Pass]]], list[Rows]]
+) -> list[tuple[Tensor, ...]]:
+    """Run generators of passes in step: all that yield one are resumed with its rows. Returns their results.
+
+    run: Maps numbers of generators with the passes that they yield to the rows of these.
+    """
+    found: dict[int, tuple[Tensor, ...]] = {}
+    answers: dict[int, Rows | None] = dict.fromkeys(range(len(works)))
+    while answers:
+        wanted = list[tuple[int, Pass]]()
+        for number, rows in answers.items():
+            try:
+                wanted.append((number, works[number].send(rows)))
+            except StopIteration as end:
+                found[number] = end.value
+        each = run(wanted) if wanted else []
+        answers = {number: rows for (number, _), rows in zip(wanted, each, strict=True)}
+    return [found[number] for number in range(len(works))]

@@ -1,0 +1,67 @@
+"""Check that models and requests fit into memory before any is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.room import needs_for
+from specvlm.errors import UserError
+from specvlm.models.kv_cache import pooled
+from specvlm.models.memory_plan import Need, activations, free_bytes, kv_bytes, weights
+from specvlm.models.video_lm import VideoLM
+from specvlm.types import GenerationOptions, VideoPrompt
+
+GIB = 2**30
+
+
+def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
+    """Check that models fit, with the caches of `Need.slots` tokens. Raises UserError.
+
+    models: Skeletons of models that are to be loaded, and their devices.
+    """
+    wanted: dict[torch.device, int] = {}
+    for need, device in models:
+        size = weights(need, [(need.model.layers, device)])[device] + kv_bytes(need.model, pooled(need.slots), need.dtype)
+        wanted[device] = wanted.get(device, 0) + size
+    _check(wanted, {}, "the models need", "take a smaller dtype, weights='int8', or another device")
+
+
+def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions) -> None:
+    """Check that a request's caches and activations fit, beside the caches that are free. Raises UserError."""
+    models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
+    dtypes = {side: model.dtype for side, model in models.items()}
+    needs = needs_for(graph, prompt, options, dtypes, {})
+    patches = max(map(graph.target.vision_rows, prompt.videos), default=0)
+    wanted = dict.fromkeys({stage.device for need in needs for stage in need.model.stages}, activations(needs, patches))
+    for need in needs:
+        for device, size in _cache(need.model, need.slots).items():
+            wanted[device] += size
+    free = {device: graph.caches.bytes_on(device, leased=False) for device in wanted}
+    _check(wanted, free, "the request needs", "ask for fewer frames, fewer new tokens, or less at a time")
+
+
+def check_answers(target: VideoLM, slots: int, count: int) -> None:
+    """Check that the target's caches of `count` answers of `slots` tokens fit, before any is made. Raises UserError."""
+    wanted = {device: count * size for device, size in _cache(target, slots).items()}
+    _check(
+        wanted, {}, f"{count} answers need" if count > 1 else "the answer needs", "ask for fewer answers, or fewer new tokens"
+    )
+
+
+def _cache(model: VideoLM, slots: int) -> dict[torch.device, int]:
+    """Bytes of a cache on each device."""
+    layer, found = kv_bytes(model, pooled(slots), model.dtype) // model.layers, dict[torch.device, int]()
+    for stage in model.stages:
+        found[stage.device] = found.get(stage.device, 0) + layer * stage.layers
+    return found
+
+
+def _check(wanted: Mapping[torch.device, int], held: Mapping[torch.device, int], what: str, how: str) -> None:
+    """Raise UserError if a device has too little. held: Bytes that are used again."""
+    for device, size in wanted.items():
+        have = free_bytes(device) + held.get(device, 0)
+        if size > have:
+            raise UserError(f"{what} about {size / GIB:.1f} GiB on {device}, but {have / GIB:.1f} GiB are free: {how}")
