@@ -32,7 +32,6 @@ EngineKind = StrEnum("EngineKind", "auto eager graphs")
 Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # how the text layers and head of target or draft are stored
 TargetParallel = StrEnum("TargetParallel", "layers tensor")
 DraftParallel = StrEnum("DraftParallel", "tensor")
-TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,10 @@ class DraftConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class WandbConfig:
-    """Keys of `tracker=wandb`, with their defaults. project, entity: passed to `wandb.init`."""
-
-    name: str = "wandb"
-    mode: TrackerMode = TrackerMode.online
-    project: str = "specvlm"
-    entity: str | None = None
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """All keys of a run. It serves as Hydra's schema, and later holds the checked values.
 
-    Then pruner, drafter, verifier, dataset and metric are what `registry.settings` returns.
+    Then pruner, drafter, verifier, dataset, metric and tracker are what `registry.settings` returns.
     """
 
     pruner: Any = MISSING
@@ -167,8 +156,8 @@ def validate(cfg: RunConfig) -> None:
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
-    mirrored = "tracker=wandb mirrors jobs over"
-    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), (cfg.tracker, mirrored))
+    mirrored = (cfg.tracker, f"tracker={getattr(cfg.tracker, 'name', None)} mirrors jobs over")
+    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), mirrored)
     for asked, what in (*parts, (cfg.metric, "metric scores answers to")):
         if asked and cfg.dataset is None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")

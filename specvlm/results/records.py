@@ -13,7 +13,8 @@ Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
 Rank = Annotated[int, Within(0, MOST_GUESSES)]  # of a guess among its siblings, from 0; or a number of siblings
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
-Score = Annotated[float, Within(-1e30, 1e30)] | None
+MOST_SCORE = 1e30  # in size, so that sums of scores stay finite
+Score = Annotated[float, Within(-MOST_SCORE, MOST_SCORE)] | None
 
 
 class Named(TypedDict):
