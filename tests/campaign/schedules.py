@@ -210,7 +210,7 @@ def played(guests: list[Guest], sizes: list[int], scheduler: Scheduler, engine: 
                 if guest.fate == "cancelled" and guest.comes + guest.goes == turn:
                     scheduler.cancel(guest.ticket)
             scheduler.turn()
-            here = [guest for guest in guests if guest.comes <= turn]
+            here = sorted((guest for guest in guests if guest.comes <= turn), key=lambda guest: guest.comes)
             started += [g.ticket for g in here if g.ticket not in started and g.ticket not in scheduler.waiting]
             if scheduler.room is not None and sum(ticket.size for ticket in scheduler.live) > scheduler.room:
                 yield "more requests run than there is room for"
