@@ -11,8 +11,8 @@ import tiny
 import torch
 from test_passes import DRAFTERS, graph_of, request_of
 
-from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.loop import autoregressive_work
+from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import PATIENCE, Scheduler
 from specvlm.decoding.shared import SharedScheduler
 from specvlm.engine import Engine

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from campaign import fork  # noqa: F401  (its environment: no hub, no plugins of the developer's)
-from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
+from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import PATIENCE, Decoding, Scheduler, Ticket
 from specvlm.engine import Engine
 from specvlm.models.kv_cache import CachePool
