@@ -20,6 +20,7 @@ EMBEDDED = "embedded:"
 CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass over the answer, or its `generate`
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
 SHARDS = 4096  # limit of N in shard=K/N
+BATCH = 256  # limit of batch=…
 # Keys whose value names a strategy or a preset; Hydra calls them groups.
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "metric", "tracker", "pair", "experiment")
 
@@ -106,6 +107,7 @@ class RunConfig:
     fail_fast: bool = MISSING
     shard: str | None = MISSING
     turn: Annotated[int, Within(1, 1_000_000)] = MISSING
+    batch: Annotated[int, Within(1, BATCH)] = MISSING
     prefetch: Any = MISSING
     record: bool = MISSING
 
@@ -158,7 +160,8 @@ def validate(cfg: RunConfig) -> None:
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
     mirrored = (cfg.tracker, f"tracker={getattr(cfg.tracker, 'name', None)} mirrors jobs over")
     parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), mirrored)
-    for asked, what in (*parts, (cfg.metric, "metric scores answers to")):
+    joint = (cfg.batch > 1, f"batch={cfg.batch} decodes together")
+    for asked, what in (*parts, joint, (cfg.metric, "metric scores answers to")):
         if asked and cfg.dataset is None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
@@ -170,6 +173,8 @@ def validate(cfg: RunConfig) -> None:
         raise UserError(f"target.parallel=layers cannot be combined with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor needs target.parallel=tensor")
+    if cfg.batch > 1 and cfg.target.parallel == "tensor":
+        raise UserError(f"batch={cfg.batch} cannot be combined with target.parallel=tensor yet: leave one of them out")
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")

@@ -21,6 +21,7 @@ from specvlm.app.model_cache import MODEL_CACHE, ModelCache
 from specvlm.app.placement import places_of
 from specvlm.app.quoting import FOLDERS
 from specvlm.app.readings import Readings
+from specvlm.app.together import job_class
 from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.parallel.ranks import joined
@@ -85,7 +86,7 @@ class Sweep:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several else folder
         label = self.labels.get(folder, "") if self.labels else job_names.label(hydra.overrides.task)
-        job = Job(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, tracking=self._tracking())
+        job = job_class(cfg)(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, tracking=self._tracking())
         try:
             with contained():
                 ranks = places_of(cfg).ranks  # builds the drafter, which may fail

@@ -209,7 +209,7 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
     rows: list[dict[str, Any]] = []
     for job in jobs:
         known, gain = job.totals, job.totals["tokens_per_round"]
-        if known["rounds"] and gain:
+        if known["rounds"] and gain and known["decode_s"] is not None:
             cost = 1000 * known["decode_s"] / known["rounds"]
             share = "" if job.ratio is None else f"{100 * job.ratio:g} %"
             figures = {"cost": cost, "gain": gain, "each": cost / gain}

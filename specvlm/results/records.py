@@ -81,13 +81,13 @@ class Figures(TypedDict):
     tokens_per_round: Real | None
     drafted_per_round: Real | None
     acceptance_by_depth: Annotated[list[Share], MaxLen(MOST_GUESSES)]
-    time_to_first_token_s: Seconds
-    drafter_start_s: Seconds
-    decode_s: Seconds
-    end_to_end_s: Seconds
+    time_to_first_token_s: Seconds | None
+    drafter_start_s: Seconds | None
+    decode_s: Seconds | None
+    end_to_end_s: Seconds | None
     file_to_first_token_s: NotRequired[Seconds | None]
     file_to_last_token_s: NotRequired[Seconds | None]
-    tokens_per_second: Real
+    tokens_per_second: Real | None
     baseline_decode_s: Seconds | None
     baseline_end_to_end_s: Seconds | None
     baseline_file_to_first_token_s: NotRequired[Seconds | None]
@@ -96,6 +96,7 @@ class Figures(TypedDict):
     speedup_end_to_end: Real | None
     speedup_file_to_last_token: NotRequired[Real | None]
     times_s: dict[str, Seconds]
+    batch: NotRequired[Tokens | None]
     reader: NotRequired[str | None]
     difference: NotRequired[dict[str, Any] | None]
     hf_check: NotRequired[str | None]
