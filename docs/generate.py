@@ -49,7 +49,14 @@ def wrapped(text: str) -> str:
 # ---- strategies ------------------------------------------------------------------------------------------------------
 
 
-TITLES = {"pruner": "Pruners", "drafter": "Drafters", "verifier": "Verifiers", "dataset": "Data sets", "metric": "Metrics"}
+TITLES = {
+    "pruner": "Pruners",
+    "drafter": "Drafters",
+    "verifier": "Verifiers",
+    "dataset": "Data sets",
+    "metric": "Metrics",
+    "tracker": "Trackers",
+}
 
 
 def strategies() -> str:
@@ -77,14 +84,17 @@ def strategies() -> str:
 
 def packages() -> str:
     """Page of the packages under plugins/."""
-    rows, brought = [], []
+    rows, others, brought = [], [], []
     for folder in sorted(file.parent for file in (ROOT / "plugins").glob("specvlm-*/specvlm_*.py")):
         module = module_of(folder)
         models = [f"`{model_type}`" for model_type in plugins.families_of(module)]
         brought += [(f"`{folder.name}`", name, (module.__doc__ or "").split("\n")[0]) for name in models]
         for cls in plugins.strategies_of(module):
             name, what, options, source = row(f"{cls.kind}={cls.name}", cls)
-            rows.append((f"`{folder.name}`", name, what, options, source))
+            if cls.kind == "pruner":
+                rows.append((f"`{folder.name}`", name, what, options, source))
+            else:
+                others.append((f"`{folder.name}`", name, what, options))
     return (
         "# Packages under `plugins/`\n\n"
         "Published ways to drop or merge video tokens. They are lossy in their papers; here they change only the drafter's "
@@ -93,15 +103,18 @@ def packages() -> str:
         "By default each follows its paper, as far as a drafter's context allows. "
         "Their docstrings list formulas, costs, limits and deviations.\n\n"
         + table(("package", "name", "what it does", "options", "source"), rows)
-        + "\n\nThe others bring a [model family](../write/family.md): checkpoints of its `model_type` load once the package is "
+        + "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
+        "nor its authors' code was available: [KiToke](https://arxiv.org/abs/2604.03414) and "
+        "[HieraVid](https://arxiv.org/abs/2604.01881)."
+        + "\n\n## Other strategies\n\n"
+        + table(("package", "name", "what it does", "options"), others)
+        + "\n\n## Model families\n\n"
+        + "The others bring a [model family](../write/family.md): checkpoints of its `model_type` load once the package is "
         "installed. Built in are "
         + ", ".join(f"`{name}`" for name in families.specvlm_families())
         + ".\n\n"
         + table(("package", "model_type", "what it is"), brought)
         + "\n\n`specvlm-lmms-eval` brings nothing to specvlm, but specvlm to [lmms-eval](../guides/lmms_eval.md)."
-        "\n\n[Results](../results.md#pruners-compared) compares them. Left out, since neither the text of the method "
-        "nor its authors' code was available: [KiToke](https://arxiv.org/abs/2604.03414) and "
-        "[HieraVid](https://arxiv.org/abs/2604.01881)."
     )
 
 
@@ -173,7 +186,6 @@ def keys() -> str:
             table(("key", "default", "meaning"), rows),
             "## Presets",
             table(("preset", "purpose"), presets),
-            "`tracker=wandb` takes " + ", ".join(f"`tracker.{f.name}={default(f)}`" for f in wandb()) + ".",
         )
     )
 
@@ -184,10 +196,6 @@ SIDES = ("target", "draft")
 def within(hint: object) -> str:
     bounds = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Within)]
     return f"({'more than ' if bounds[0].above else ''}{bounds[0].low} to {bounds[0].high})" if bounds else ""
-
-
-def wandb() -> list[dataclasses.Field[object]]:
-    return [field for field in dataclasses.fields(config.WandbConfig) if field.name != "name"]
 
 
 def comment(path: Path) -> str:
@@ -251,7 +259,7 @@ GROUPS = {
         *("Pruner", "PruneContext", "KeepSet", "TokenGrid"),
         *("Drafter", "DraftContext", "DraftSession", "DraftTree", "TreeShape"),
         *("Verifier", "VerifyContext", "Verdict", "Sampling", "gumbel"),
-        *("Dataset", "Sample", "VideoPrompt", "Metric", "Answer", "hookimpl"),
+        *("Dataset", "Sample", "VideoPrompt", "Metric", "Answer", "Tracker", "TrackContext", "TrackedRun", "hookimpl"),
     ),
     "Errors": ("UserError",),
 }

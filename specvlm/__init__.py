@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         Pruner,
         Sample,
         Sampling,
+        TrackContext,
+        TrackedRun,
+        Tracker,
         Verifier,
         VerifyContext,
         gumbel,
@@ -43,7 +46,10 @@ if TYPE_CHECKING:
         VideoPrompt,
     )
 
-_STRATEGY = ("Answer", "Dataset", "DraftContext", "Drafter", "DraftSession", "Metric", "PruneContext", "Pruner", "Sample")
+_STRATEGY = (
+    *("Answer", "Dataset", "DraftContext", "Drafter", "DraftSession", "Metric", "PruneContext", "Pruner", "Sample", "Sampling"),
+    *("TrackContext", "TrackedRun", "Tracker", "Verifier", "VerifyContext", "gumbel"),
+)
 _TYPES = (
     "DraftTree",
     "GenerationOptions",
@@ -56,7 +62,7 @@ _TYPES = (
     "VideoPrompt",
 )
 _LATER = {
-    **dict.fromkeys((*_STRATEGY, "Sampling", "Verifier", "VerifyContext", "gumbel"), "specvlm.strategies"),
+    **dict.fromkeys(_STRATEGY, "specvlm.strategies"),
     **dict.fromkeys(_TYPES, "specvlm.types"),
     "UserError": "specvlm.errors",
     "hookimpl": "specvlm.strategies.plugins",
@@ -81,9 +87,10 @@ _LATER = {
 __all__ = [
     "Answer", "Clip", "Dataset", "DecodingGraph", "DraftContext", "DraftSession", "DraftTree", "Drafter",
     "GenerationOptions", "GenerationResult", "KeepSet", "Metric", "Options", "PruneContext", "Pruner", "Sample",
-    "Sampling", "Scheduler", "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TreeShape", "UserError",
-    "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive", "check_pair", "clip_from_frames", "compare",
-    "custom_generate", "gumbel", "hookimpl", "load", "load_pair", "read_video", "registry",
+    "Sampling", "Scheduler", "Session", "Step", "TextStream", "TokenGrid", "TokenLogprobs", "TrackContext", "TrackedRun",
+    "Tracker", "TreeShape", "UserError", "Verdict", "Verifier", "VerifyContext", "VideoPrompt", "autoregressive",
+    "check_pair", "clip_from_frames", "compare", "custom_generate", "gumbel", "hookimpl", "load", "load_pair",
+    "read_video", "registry",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ EMBEDDED = "embedded:"
 CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass over the answer, or its `generate`
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
 SHARDS = 4096  # limit of N in shard=K/N
+BATCH = 256  # limit of batch=…
 # Keys whose value names a strategy or a preset; Hydra calls them groups.
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "metric", "tracker", "pair", "experiment")
 
@@ -32,7 +33,6 @@ EngineKind = StrEnum("EngineKind", "auto eager graphs")
 Weights = StrEnum("Weights", "bf16 fp8 int8 int4")  # how the text layers and head of target or draft are stored
 TargetParallel = StrEnum("TargetParallel", "layers tensor")
 DraftParallel = StrEnum("DraftParallel", "tensor")
-TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,10 @@ class DraftConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class WandbConfig:
-    """Keys of `tracker=wandb`, with their defaults. project, entity: passed to `wandb.init`."""
-
-    name: str = "wandb"
-    mode: TrackerMode = TrackerMode.online
-    project: str = "specvlm"
-    entity: str | None = None
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """All keys of a run. It serves as Hydra's schema, and later holds the checked values.
 
-    Then pruner, drafter, verifier, dataset and metric are what `registry.settings` returns.
+    Then pruner, drafter, verifier, dataset, metric and tracker are what `registry.settings` returns.
     """
 
     pruner: Any = MISSING
@@ -117,6 +107,7 @@ class RunConfig:
     fail_fast: bool = MISSING
     shard: str | None = MISSING
     turn: Annotated[int, Within(1, 1_000_000)] = MISSING
+    batch: Annotated[int, Within(1, BATCH)] = MISSING
     prefetch: Any = MISSING
     record: bool = MISSING
 
@@ -167,9 +158,10 @@ def validate(cfg: RunConfig) -> None:
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
-    mirrored = "tracker=wandb mirrors jobs over"
-    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), (cfg.tracker, mirrored))
-    for asked, what in (*parts, (cfg.metric, "metric scores answers to")):
+    mirrored = (cfg.tracker, f"tracker={getattr(cfg.tracker, 'name', None)} mirrors jobs over")
+    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), mirrored)
+    joint = (cfg.batch > 1, f"batch={cfg.batch} decodes together")
+    for asked, what in (*parts, joint, (cfg.metric, "metric scores answers to")):
         if asked and cfg.dataset is None:
             raise UserError(f"{what} the samples of a data set: give dataset=…, or leave it out")
     _expect(cfg, "device", re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", cfg.device) is not None, "auto, cpu, cuda or cuda:1")
@@ -181,6 +173,8 @@ def validate(cfg: RunConfig) -> None:
         raise UserError(f"target.parallel=layers cannot be combined with {wish}: use tensor, or one device")
     if cfg.draft.parallel and cfg.target.parallel != "tensor":
         raise UserError("draft.parallel=tensor needs target.parallel=tensor")
+    if cfg.batch > 1 and cfg.target.parallel == "tensor":
+        raise UserError(f"batch={cfg.batch} cannot be combined with target.parallel=tensor yet: leave one of them out")
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")

@@ -43,20 +43,20 @@ def trees_of(count: int, most: int) -> list[tuple[int, ...]]:
     return [random_parents(chance.randint(1, most), seed) if seed else (-1,) for seed in range(count)]
 
 
-@pytest.mark.parametrize("heads", WIDTHS)
+@pytest.mark.parametrize(("heads", "further"), [*((heads, 0) for heads in WIDTHS), ((40, 8, 128), 15_872)])
 @pytest.mark.parametrize(("requests", "most"), [(2, 26), (8, 8), (16, 4)])
 @torch.inference_mode()
-def test_rows_of_several_requests_have_the_bits_that_each_has_alone(heads, requests, most):
-    """Queries, keys, values and attention, with caches of unlike capacities."""
+def test_rows_of_several_requests_have_the_bits_that_each_has_alone(heads, further, requests, most):
+    """Queries, keys, values and attention, with caches of unlike capacities; also where chunks of 8 KV heads double."""
     count, kv, width = heads
     dtype, layer, cpu = torch.bfloat16, 1, torch.device("cpu")
     trees = [DraftTree(torch.zeros(len(parents)), parents) for parents in trees_of(requests, most)]
-    caches = [KVCache(3, kv, 1400 + 16 * n, width, dtype, torch.device("cuda")) for n in range(requests)]
+    caches = [KVCache(3, kv, further + 1400 + 16 * n, width, dtype, torch.device("cuda")) for n in range(requests)]
     for number, cache in enumerate(caches):
         for tensor in cache.stores[0]:
             tensor.copy_(rows(*tensor.shape, dtype=dtype, seed=number))
     passes = [
-        Pass(None, cache, tree.tokens, depths_of(tree.parents), tree.mask, base, 0)
+        Pass(None, cache, tree.tokens, depths_of(tree.parents), tree.mask, further + base, 0)
         for tree, cache, base in zip(trees, caches, BASES, strict=False)
     ]
     shape, anchor = Shape.of(passes), rows(8, dtype=dtype, seed=0)

@@ -31,7 +31,7 @@ def page(name):
 README = page("README.md")
 STRATEGIES, SUMMARY = page("docs/reference/strategies.md"), page("docs/reference/summary.md")
 DATASETS, PRUNER, OWN_PAIR = page("docs/guides/datasets.md"), page("docs/write/pruner.md"), page("docs/guides/own_pair.md")
-OWN_PAGES = {"dataset": DATASETS, "metric": page("docs/guides/metrics.md")}
+OWN_PAGES = {"dataset": DATASETS, "metric": page("docs/guides/metrics.md"), "tracker": page("docs/guides/sweeps.md")}
 FENCES = re.compile(r"^```.*?^```$", re.M | re.S)
 
 

@@ -5,6 +5,7 @@ The drafter goes through its contract suite in tests/test_passes.py, as the page
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -17,11 +18,11 @@ import pytest
 from specvlm.__main__ import main
 from specvlm.results.rows import rows_of, summary_of
 from specvlm.strategies import plugins, registry
-from specvlm.testing import check_metric, check_pruner, check_verifier
+from specvlm.testing import check_metric, check_pruner, check_tracker, check_verifier
 from specvlm.video.clips import find_clip
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("pruner", "drafter", "verifier", "dataset", "metric")
+STRATEGIES = ("pruner", "drafter", "verifier", "dataset", "metric", "tracker")
 ANSWER = "four objects appear on a checkered navy background."
 
 
@@ -62,7 +63,7 @@ def test_every_example_has_a_test():
 
 
 def test_the_pages_show_the_examples_as_they_stand():
-    for name in ("drafter", "verifier", "dataset", "metric"):
+    for name in ("drafter", "verifier", "dataset", "metric", "tracker"):
         page = (ROOT / "docs" / "write" / f"{name}.md").read_text(encoding="utf-8")
         code = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
         assert re.findall(r"```python\n(.*?)```", page, re.S) == [code], name
@@ -81,6 +82,11 @@ def test_the_metric_keeps_the_contract(example):
     check_metric(example("metric").WordRecallMetric)
 
 
+def test_the_tracker_keeps_the_contract(example):
+    check_tracker(example("tracker").LinesTracker)
+    check_tracker(example("tracker").LinesTracker, rounds=True)
+
+
 @pytest.mark.slow
 def test_it_decodes_a_clip(example, capsys):
     answer = example("decode").decode(max_new_tokens=16)
@@ -95,10 +101,12 @@ def test_all_strategies_work_together_from_the_command_line(installed, tmp_path)
     (videos / "one.txt").write_text("describe the video.\n", encoding="utf-8")
     words = ["pruner=centre", "drafter=best_chain", "verifier=sure", "verifier.margin=1", "dataset=text_files"]
     job = tmp_path / "job"
-    assert main([*words, f"dataset.root={videos}", "max_new_tokens=16", f"hydra.run.dir={job}"]) == 0
+    assert main([*words, f"dataset.root={videos}", "max_new_tokens=16", f"hydra.run.dir={job}", "tracker=lines"]) == 0
     (row,) = rows_of(job)
     assert (row["sample"], row["verdict"]) == ("one", "identical") and row["text"].startswith(ANSWER)
     assert row["kept_tokens"] == 102 and len(summary_of(job)["version"]) == 12
+    (mirrored,) = (job / "lines").glob("*.jsonl")
+    assert [*json.loads(mirrored.read_text().splitlines()[-1])] == ["exit_code"]
 
 
 @pytest.mark.slow

@@ -79,7 +79,12 @@ def test_help_lists_every_key_and_preset(columns, capsys):
     assert wanted <= names and all(found[name] for name in found if name.partition("=")[0] in wanted)
     assert found["sampling"].startswith("Sample from the target's own distribution")
     assert found["ratio_by_pruner"].startswith("Acceptance and speed")
-    assert "tracker.mode=online" in found["wandb"] and "\nhydra/launcher=NAME" in text and found["slurm"].endswith("[preset]")
+    assert (
+        found["wandb"].startswith("Weights & Biases")
+        and "\nhydra/launcher=NAME" in text
+        and found["slurm"].endswith("[preset]")
+    )
+    assert "tracker.mode=online" in entries_of(helped(capsys, "tracker"))
     for path in config.conf_dir().glob("*/*.yaml"):
         assert path.stem in entries_of(helped(capsys, "preset")) and path.stem in found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from specvlm.__main__ import main
 from specvlm.app import compose
@@ -17,8 +18,8 @@ from specvlm.app.console import RunConsole
 from specvlm.app.scoring import Scorer
 from specvlm.errors import UserError
 from specvlm.results import scores
+from specvlm.results.mirror import Mirror, Tracking
 from specvlm.results.rows import rows_of, summary_of
-from specvlm.results.tracker import Tracker
 from specvlm.strategies import Answer, Metric, Sample, registry
 from specvlm.strategies.datasets.synthetic import SyntheticDataset
 from specvlm.strategies.metrics.accuracy import AccuracyMetric
@@ -76,6 +77,33 @@ OPTIONS = ("A dog", "Two dogs", "A cat", "Nothing")
 )
 def test_our_own_rule_for_choices(text, score):
     assert choice(Answer(text, "Two dogs", OPTIONS)) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "options", "score"),
+    [
+        *(("It is dark red.", right, ("red", "dark red", ""), float(right == "dark red")) for right in ("red", "dark red", "")),
+        ("red or dark red", "dark red", ("red", "dark red"), 0.0),
+        *((text, "1", ("1", "10"), float(text == "1 man")) for text in ("1 man", "10 men", "2 men")),
+        *(("A woman.", right, ("man", "woman"), float(right == "woman")) for right in ("man", "woman")),
+        ("答案是红色。", "红色", ("红色", "蓝色"), 1.0),
+        ("(a+b)", "a+b", ("a+b", "a.b"), 1.0),
+        ("Z", "o25", tuple(f"o{number}" for number in range(30)), 1.0),
+    ],
+)
+def test_our_own_rule_tells_options_apart_that_contain_each_other(text, right, options, score):
+    assert choice(Answer(text, right, options)) == score
+
+
+def test_options_beyond_the_alphabet_have_no_letter_and_no_score():
+    options = tuple(f"o{number}" for number in range(30))
+    for name in (*PUBLISHED, "folder"):
+        assert AccuracyMetric().score(Answer("o29", "o29", options, name)) is None
+
+
+@pytest.mark.parametrize(("text", "reference"), [("a\u0300", "\u00e0"), ("\u00e0", "a\u0300"), ("ΟΔΟΣ", "οδος")])
+def test_a_letter_is_itself_however_it_is_composed(text, reference):
+    assert ExactMatchMetric().score(Answer(text, reference)) == 1.0
 
 
 def test_accuracy_leaves_out_what_has_no_options_or_no_known_answer():
@@ -171,7 +199,8 @@ class Raising(Metric):
     name = "raising"
 
     def score(self, answer):
-        return {"one": 0.5, "two": float("inf")}[answer.sample]
+        torch.set_default_dtype(torch.float64)  # which would change every later answer
+        return {"one": 0.5, "two": float("inf"), "four": 1e200, "five": 10**400, "six": float("nan")}[answer.sample]
 
 
 def scorer(monkeypatch, notes):
@@ -186,7 +215,13 @@ class Words:
         return " ".join(map(str, tokens))
 
 
-@pytest.mark.parametrize(("sample", "raising", "noted"), [("one", 0.5, ""), ("two", None, "inf"), ("three", None, "KeyError")])
+@pytest.mark.parametrize(
+    ("sample", "raising", "noted"),
+    [
+        *(("one", 0.5, ""), ("two", None, "inf"), ("three", None, "KeyError")),
+        *(("four", None, "1e+200"), ("five", None, "1000"), ("six", None, "nan")),  # no later command could read these
+    ],
+)
 def test_a_metric_that_fails_leaves_the_answer(monkeypatch, sample, raising, noted):
     notes: list[str] = []
     found = scorer(monkeypatch, notes).row(
@@ -197,6 +232,7 @@ def test_a_metric_that_fails_leaves_the_answer(monkeypatch, sample, raising, not
         "baseline_scores": {"exact_match": 0.0, "raising": raising},
     }
     assert all(noted in note and "metric=raising" in note for note in notes) and bool(notes) == bool(noted)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_what_is_cut_short_or_has_no_baseline(monkeypatch):
@@ -271,8 +307,8 @@ def test_the_table_shows_scores_and_what_a_lossy_rule_changes(capsys):
 
 
 def test_the_mirror_gets_every_score():
-    logged: list[dict] = []
-    tracker = Tracker(None)
-    tracker.run = SimpleNamespace(log=logged.append)
-    tracker.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
-    assert logged == [{"sample/score_accuracy": 1.0, "sample/index": 0}]
+    logged: list[tuple] = []
+    mirror = Mirror(Tracking(registry.settings("tracker", {"name": "wandb"}), logged.append))
+    mirror.run = SimpleNamespace(log=lambda *point: logged.append(point))
+    mirror.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
+    assert logged == [("sample", 0, {"score_accuracy": 1.0})]

@@ -1,164 +1,139 @@
-"""Compare rows of random trees with sequential steps, bit by bit, at published shapes on one GPU.
+"""Count how often speculation changes bits or tokens in 16 bits: at published shapes, and with the embedded pairs.
 
-Run `python -m experiments.exactness`. Weights are random (see `experiments.gpu_pair.shapes`), and so are the cached
-keys and values before the trees. Each tree node's logits, and its keys and values in all layers, are compared with
-those of a pass of one row after the same path. There are three arithmetics:
+    python -m experiments.exactness                      # everything, on one GPU of 96 GB or more
+    python -m experiments.exactness nodes --shapes qwen2_5_vl_7b_3b --ways ours,mask,sdpa
+    python -m experiments.exactness decodes --shapes qwen2_5_vl_7b_3b
+    python -m experiments.exactness answers --footage FOLDER --workers 8
+    python -m experiments.exactness report               # README.md's table from results.jsonl
 
-- `ours`: path attention, as in the captured engine.
-- `mask`: masked flash decoding, whose key splits depend on the number of rows, as drafters use it.
-- `sdpa`: Hugging Face's modules with SDPA attention.
-
-The models' own head has a far larger gap between its two best logits than a language model's, so rounding never changes
-the argmax. Argmaxes are therefore also counted with a random head of 32,768 tokens, whose gaps are far smaller than a
-language model's. The true rate lies between the two.
+Over two GPUs: `decodes --shapes llava_onevision_72b_7b --parallel layers`, or `torchrun --nproc-per-node 2 -m
+experiments.exactness decodes … --parallel tensor`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from experiments.exactness import answers, decodes, nodes, report
+from experiments.gpu_pair.__main__ import commit_of, free
+from experiments.gpu_pair.agreement import settle
 from experiments.gpu_pair.models import WRAPS
 from experiments.gpu_pair.shapes import build, pair_of
-from specvlm.engine.base import placed
-from specvlm.engine.cuda_graphs import kernels_for
-from specvlm.engine.lean import LeanText, Sight
-from specvlm.models.kv_cache import KVCache
+from experiments.gpu_pair.spread import stages_for
+from specvlm.engine import engine_for
 from specvlm.models.video_lm import VideoLM
-from specvlm.types import DraftTree
-from specvlm.types.tree import children_of
+from specvlm.parallel import torchrun
+from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined
 
-Rows = Callable[[DraftTree, KVCache, int], tuple[Tensor, Tensor]]  # (M, V) logits and (M, D) hidden states
-WAYS = ("ours", "mask", "sdpa")
+Row = dict[str, Any]
+PARTS = ("nodes", "decodes", "answers")
+PROMPTS = {"qwen2_5_vl_7b_3b": 30}  # of `decodes`; 10 of larger targets
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.exactness", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--shape",
-        default="qwen2_5_vl_7b_3b",
-        help="pair of experiments.gpu_pair, whose target is measured (default: %(default)s)",
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m experiments.exactness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--slots", type=int, default=16_384, help="cached tokens before the trees (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1000, help="minimum tree nodes per arithmetic (default: %(default)s)")
-    parser.add_argument("--ways", default=",".join(WAYS), help="arithmetics, with commas (default: %(default)s)")
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, "report", []), help="default: nodes decodes answers")
+    parser.add_argument("--shapes", default="qwen2_5_vl_7b_3b,qwen2_5_vl_32b_7b", help="pairs of gpu_pair (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--out", type=Path, help="file to append a line of JSON per arithmetic to")
-    options = parser.parse_args(argv)
+    parser.add_argument("--video-tokens", type=int, default=16_384, help="of the longest prompt (%(default)s)")
+    parser.add_argument("--nodes", type=int, default=2500, help="nodes: minimum per shape and arithmetic (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="nodes: number of the first tree (%(default)s)")
+    parser.add_argument("--ways", default="ours", help=f"nodes: arithmetics, of {','.join(nodes.WAYS)} (%(default)s)")
+    parser.add_argument("--prompts", type=int, help="decodes: number of prompts (30 for the 7B, 10 for others)")
+    parser.add_argument("--tokens", type=int, default=256, help="decodes: tokens of an answer (%(default)s)")
+    parser.add_argument("--control", type=int, default=0, help="decodes: prompts that Hugging Face's modules decode too")
+    parser.add_argument("--parallel", default="", choices=("", "layers", "tensor"), help="decodes: split over several GPUs")
+    parser.add_argument("--scenes", type=int, default=32, help="answers: held-out scenes per family (%(default)s)")
+    parser.add_argument("--footage", type=Path, help="answers: folder with a questions.jsonl")
+    parser.add_argument("--workers", type=int, default=4, help="answers: processes, over all GPUs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=report.ROWS, help="rows are appended to this file")
+    parser.add_argument("--commit", default="", help="if git is not available")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 1 if speculation changed anything where the engine is exact."""
+    options = parse(words)
+    if "report" in options.parts:
+        return report.write()
     torch.set_grad_enabled(False)
-    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, options.dtype)
-    shape = pair_of(options.shape).target
-    model = build(shape, WRAPS[shape.family], device, dtype)
-    for way in options.ways.split(","):
-        found = measure(model, way, options.slots, options.nodes)
-        found |= {
-            "shape": options.shape,
-            "slots": options.slots,
-            "dtype": options.dtype,
-            "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        }
-        print(told(found), flush=True)
-        if options.out:
+    device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if options.parallel != "tensor":
+        return run(options, device, SINGLE)
+    with joined(device) as ranks:
+        return run(options, device, ranks)
+
+
+def run(options: argparse.Namespace, device: torch.device, ranks: ProcessGroup) -> int:
+    """Measure the parts, append their rows and print a summary."""
+    parts, found = options.parts or PARTS, []
+    gpu = device.type == "cuda"
+    shared: Row = {"dtype": options.dtype, "machine": torch.cuda.get_device_name(device) if gpu else "CPU"}
+    shared |= {"commit": options.commit or commit_of(), "torch": torch.__version__.partition("+")[0]}
+    for row in measured(parts, options, device, ranks):
+        found.append(row | shared)
+        if not ranks.rank:
+            print(json.dumps(row), flush=True)
             with options.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-    return 0
+                file.write(json.dumps(found[-1]) + "\n")
+    if not ranks.rank:
+        print("\n".join(report.table(found)))
+    return 0 if report.agreed(found) else 1
 
 
-def measure(model: VideoLM, way: str, slots: int, least: int) -> dict[str, Any]:
-    """Count equal rows over random trees of 1 to 64 nodes, with varying alignments and cache capacities."""
-    rows, counts, start, seed = passes(model, way), Counter[str](), time.perf_counter(), 0
-    generator = torch.Generator(model.device).manual_seed(0)
-    other_head = torch.randn(model.text.config.hidden_size, 32_768, generator=generator, device=model.device).to(model.dtype)
-    caches = [model.new_cache(slots + 700 + extra) for extra in (0, 300)]
-    for cache in caches:
-        for store in cache.stores:
-            for tensor in store:
-                tensor.normal_(generator=generator.manual_seed(1))
-    while counts["nodes"] < least:
-        seed += 1
-        chance = random.Random(seed)
-        tree = random_tree(chance, model)
-        base = slots - chance.randrange(600)
-        logits_MV, hidden_MD = rows(tree, caches[0], base)
-        kept = [[part[0, :, base : base + len(tree)].clone() for part in caches[0].layer(n)] for n in range(model.layers)]
-        for depth, node in steps(tree):
-            one = DraftTree(tree.tokens[node : node + 1], (-1,))
-            logits_1V, hidden_1D = rows(one, caches[1], base + depth)
-            pairs = (pair for n in range(model.layers) for pair in zip(caches[1].layer(n), kept[n], strict=True))
-            same_kv = all(torch.equal(mine[0, :, base + depth], its[:, node]) for mine, its in pairs)
-            counts["nodes"] += 1
-            counts["bits"] += torch.equal(logits_1V[0], logits_MV[node]) and same_kv
-            counts["argmax"] += bool(logits_1V[0].argmax() == logits_MV[node].argmax())
-            best = [(hidden @ other_head).argmax() for hidden in (hidden_1D[0], hidden_MD[node])]
-            counts["argmax, random head"] += bool(best[0] == best[1])
-    return {"way": way, **counts, "trees": seed, "seconds": round(time.perf_counter() - start, 1)}
+def measured(parts: Sequence[str], options: argparse.Namespace, device: torch.device, ranks: ProcessGroup) -> Iterator[Row]:
+    """Yield the rows of all parts."""
+    for name in options.shapes.split(",") if set(parts) & {"nodes", "decodes"} else ():
+        model = built(name, options, device, ranks)
+        about = {"shape": name, "parallel": options.parallel or None}
+        if "nodes" in parts:
+            for way in options.ways.split(","):
+                found = nodes.measure(model, way, options.video_tokens, options.nodes, options.first)
+                yield {"part": "nodes"} | about | {"slots": options.video_tokens, "first": options.first} | found
+        if "decodes" in parts:
+            decodes.use_random_head(model)
+            counts = (options.prompts or PROMPTS.get(name, 10), options.tokens, options.control)
+            engine = engine_for("auto", device)
+            for found in decodes.measure(model, pair_of(name).target, engine, options.video_tokens, *counts):
+                yield {"part": "decodes"} | about | found
+            del engine
+        del model
+        free()
+    if "answers" in parts:
+        yield from answered(options, str(device.type))
 
 
-def random_tree(chance: random.Random, model: VideoLM) -> DraftTree:
-    """Make a random tree of 1 to 64 nodes, deep or wide."""
-    count, reach = chance.randint(1, 64), chance.choice((1, 3, 64))
-    parents = (-1, *(chance.randrange(max(0, node - reach), node) for node in range(1, count)))
-    tokens = torch.tensor([chance.randrange(model.vocabulary) for _ in parents], device=model.device)
-    return DraftTree(tokens, parents)
+def built(name: str, options: argparse.Namespace, device: torch.device, ranks: ProcessGroup) -> VideoLM:
+    """Build the target of a pair with random weights."""
+    shape = pair_of(name).target
+    stages = stages_for(shape.text.layers, device, 0) if options.parallel == "layers" else ()
+    return build(shape, WRAPS[shape.family], device, getattr(torch, options.dtype), stages=stages, ranks=ranks)
 
 
-def steps(tree: DraftTree) -> Iterator[tuple[int, int]]:
-    """Yield (depth, node) in preorder, so that a node's ancestors are in the cache when its turn comes."""
-    below, left = children_of(tree.parents), [0]
-    while left:
-        node = left.pop()
-        yield tree.depths[node], node
-        left += reversed(below[node])
-
-
-def passes(model: VideoLM, way: str) -> Rows:
-    """Return a function that runs a tree at a slot in one of the arithmetics."""
-    if way in ("ours", "mask"):
-        lean = LeanText(model)
-        lean.ops = kernels_for(model, lean)
-        return lambda tree, cache, base: _lean(lean, tree, cache, base, way == "ours")
-    model.hf.set_attn_implementation({"text_config": way})
-    return lambda tree, cache, base: _hugging_face(model, tree, cache, base)
-
-
-def _lean(lean: LeanText, tree: DraftTree, cache: KVCache, base: int, by_path: bool) -> tuple[Tensor, Tensor]:
-    """Run a tree through the lean pass, by paths or by mask."""
-    (depths, seen_MM), device = placed(tree), tree.tokens.device
-    depths_M = depths.to(device)
-    ways = [tree.way_to(node) for node in range(len(tree))]
-    longest = max(map(len, ways))
-    ways_MP = torch.tensor([[*way, *[0] * (longest - len(way))] for way in ways], device=device)
-    sight = Sight(None, ways_MP, depths_M) if by_path else Sight(seen_MM.to(device, torch.int8))
-    at, offset = torch.tensor([[base], [0]], device=device)
-    hidden_MD = lean(tree.tokens, depths_M, 0, sight, at, offset, cache)
-    return lean.logits(hidden_MD), hidden_MD
-
-
-def _hugging_face(model: VideoLM, tree: DraftTree, cache: KVCache, base: int) -> tuple[Tensor, Tensor]:
-    """Run a tree through Hugging Face's modules."""
-    depths_M, seen_MM = placed(tree)
-    cache.length, cache.offset = base, 0
-    seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
-    positions_AM = (depths_M + base).expand(model.axes, -1)
-    hidden_MD = model.forward(model.embed_tokens(tree.tokens), positions_AM, cache, seen_MK)
-    return model.head(hidden_MD), hidden_MD
-
-
-def told(found: dict[str, Any]) -> str:
-    """Format the counts as a line."""
-    nodes = found["nodes"]
-    shares = ", ".join(f"{name} {found.get(name, 0)}" for name in ("bits", "argmax", "argmax, random head"))
-    return f"{found['shape']} {found['way']:>5}: of {nodes} rows equal to a pass of one: {shares} ({found['seconds']} s)"
+def answered(options: argparse.Namespace, device: str) -> Iterator[Row]:
+    """Yield the rows of `answers`, from several processes."""
+    turns = get_context("spawn").Queue()
+    for number in range(options.workers):
+        turns.put(number)
+    with ProcessPoolExecutor(options.workers, get_context("spawn"), settle, (turns,)) as pool:
+        todo = [
+            pool.submit(answers.measure, *job, options.footage, options.dtype, device)
+            for job in answers.jobs(options.scenes, options.footage)
+        ]
+        for ready in as_completed(todo):
+            yield from ({"part": "answers"} | row for row in ready.result())
 
 
 if __name__ == "__main__":

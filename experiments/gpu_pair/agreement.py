@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from experiments.embedded_pair.evaluate import FAMILIES, PRUNERS, scene_request
+from experiments.embedded_pair.evaluate import DRAFTS, PRUNERS, scene_request
 from specvlm.config import model_folder
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive
@@ -127,11 +127,11 @@ def generated(target: Any, request: VideoPrompt) -> list[int]:
 
 
 def jobs(
-    count: int, eager: int, share: int, rows: list[dict[str, Any]]
+    count: int, eager: int, share: int, rows: list[dict[str, Any]], families: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[tuple[str, str, int, tuple[str, ...], int]]:
     """Yield the jobs that these rows lack. Scenes are the outer loop, so that a partial run covers all families."""
     done = {(row["family"], row["dtype"], row["scene"], name) for row in rows for name, key in KEYS.items() if row.get(key)}
-    for number, dtype, family in product(range(count), ("float32", "bfloat16"), FAMILIES):
+    for number, dtype, family in product(range(count), dtypes, families):
         wanted = ("captured", "eager") if dtype == "float32" and number < eager else ("captured",)
         if missing := tuple(name for name in wanted if (family, dtype, number, name) not in done):
             yield family, dtype, number, missing, share
@@ -175,13 +175,17 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--eager", type=int, default=32, help="scenes also decoded by the eager engine")
     parser.add_argument("--share", type=int, default=1, help="run one in SHARE (pruner, drafter) pairs per scene, in rotation")
+    parser.add_argument("--families", default=",".join(DRAFTS), help="with commas (default: %(default)s)")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("agreement.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    todo = list(jobs(options.scenes, options.eager, options.share, rows))
+    todo = list(
+        jobs(options.scenes, options.eager, options.share, rows, options.families.split(","), options.dtypes.split(","))
+    )
     turns, begun = get_context("spawn").Queue(), perf_counter()
     for number in range(options.workers):
         turns.put(number)

@@ -243,8 +243,6 @@ def frozen(cfg: DictConfig) -> RunConfig:
             raise UserError(f"{side}.path has no value: give {side}.path=FOLDER, a folder written by save_pretrained")
     kinds = [kind for kind in registry.KINDS if kind not in registry.OPTIONAL or cfg[kind] is not None]
     chosen = {kind: registry.settings(kind, cfg[kind]) for kind in kinds}
-    if cfg.tracker is not None:
-        chosen["tracker"] = OmegaConf.to_object(OmegaConf.merge(config.schema(config.WandbConfig), cfg.tracker))
     values: dict[str, Any] = {
         key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in config.KEYS
     }

@@ -22,12 +22,12 @@ KINDS = {
     "verifier": "accepts or rejects guesses",
     "dataset": "many videos and questions instead of one",
     "metric": "scores the answers of a data set",
+    "tracker": "mirrors jobs over a data set",
 }
 OTHERS = {
     "pair": "the target and the draft",
     "experiment": "predefined sweeps",
     "hydra/launcher": "where the jobs of a sweep run",
-    "tracker": "mirrors jobs over a data set",
 }
 GROUPS = (*KINDS, *OTHERS, "target", "draft", "preset")
 INTRODUCTION = """\
@@ -125,13 +125,8 @@ def _families() -> Entries:
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:
     """Yield name and description of each strategy of a kind, followed by one indented entry per key.
 
-    A tracker is one entry, whose description lists its keys. Yields nothing for other groups. Imports torch for a
-    strategy.
+    Yields nothing for other groups. Imports torch for a strategy.
     """
-    if kind == "tracker":
-        from specvlm.config import WandbConfig
-
-        yield "wandb", "\n".join(["Weights & Biases", *_keys_of(kind, dataclasses.fields(WandbConfig)[1:])])
     if kind not in KINDS:
         return
     loading()

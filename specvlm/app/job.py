@@ -28,8 +28,8 @@ from specvlm.models.kv_cache import pooled
 from specvlm.parallel.ranks import SINGLE, ProcessGroup
 from specvlm.results import metrics
 from specvlm.results.folder import write_attention, write_json, write_yaml
+from specvlm.results.mirror import Mirror, Tracking
 from specvlm.results.rows import CannotWrite, Rows, is_job, plain, room, rows_of, steps_of, writable
-from specvlm.results.tracker import Tracker, Wandb
 from specvlm.strategies import Dataset, Sample, registry
 from specvlm.strategies.fence import contained, inside, is_ours, sizes_of
 from specvlm.types import Step
@@ -42,7 +42,7 @@ class Job:
     be loaded, and under torchrun also an error while decoding.
 
     folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
-    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. wandb: None for no mirror.
+    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: None for no mirror.
     """
 
     quiet = True  # no progress bars, since several jobs share the screen
@@ -56,7 +56,7 @@ class Job:
         ranks: ProcessGroup = SINGLE,
         label: str = "",
         group: str = "",
-        wandb: Wandb | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.cfg, self.folder, self.above, self.held, self.ranks = cfg, folder, above, held, ranks
         self.label, self.group = label, group
@@ -64,7 +64,7 @@ class Job:
         self.screen, self.failure = RunConsole(quiet=self.quiet), ""
         self.left: Callable[[], str] = str  # estimated time left for the whole sweep
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
-        self.tracker = Tracker(wandb)
+        self.mirror = Mirror(tracking)
         self.rows: Rows | None = None
         self._own = object()  # makes a warm-up's key unique to this job
         self._told: set[str] = set()  # notes and reasons printed so far
@@ -122,7 +122,7 @@ class Job:
         self.todo.remove(index)
         count = f"{len(self.shard_indices) - len(self.todo)}/{len(self.shard_indices)}"
         self.screen.sample(self.label, count, found, self.left())
-        self.tracker.sample(found, self._rounds if found["status"] == "ok" else [])
+        self.mirror.sample(found, self._rounds if found["status"] == "ok" else [])
         if self.cfg.fail_fast and self.code_of([found]):
             raise JobFailed(self.code_of([found]))
 
@@ -148,7 +148,7 @@ class Job:
         self._note(too_many_ties(totals.get("ties")))
         mine = {self.samples[index].id for index in self.shard_indices}
         code = self.code_of([row for row in rows_of(self.folder) if row["sample"] in mine])
-        self.tracker.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))
+        self.mirror.finish(totals, worst([code, ExitCode.FAILED if self.failure else code]))
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
@@ -214,16 +214,16 @@ class Job:
         return mine if self.ranks.size == 1 else not self.ranks.sum(torch.tensor([float(not mine)], device=device)).item()
 
     def _mirror(self) -> None:
-        """Start the W&B mirror and log the rows that are ok already. Skips a complete job: it was mirrored before."""
+        """Start the mirror and log the rows that are ok already. Skips a complete job: it was mirrored before."""
         if self.folder and self.todo:
             part = f"{self.label or self.dataset.name} {self.cfg.shard or ''}".strip()
-            self.tracker.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
-            if self.tracker.run is None:
+            self.mirror.begin(part, self.group or self.above.name, self.above, plain(self.cfg))
+            if self.mirror.run is None:
                 return
             rounds, mine = steps_of(self.folder), {self.samples[index].id for index in self.shard_indices}
             for found in rows_of(self.folder):
                 if found["sample"] in mine and found["status"] == "ok":
-                    self.tracker.sample(found, rounds[found["sample"]])
+                    self.mirror.sample(found, rounds[found["sample"]])
 
     def _note(self, line: str) -> None:
         """Print a note, unless it is empty or this job has printed it before."""

@@ -34,6 +34,7 @@ class RequestResult:
         out_of_memory: The stage in which memory ran out, or None.
         peak_bytes: Peak memory in bytes, once measured.
         captured_s: Seconds that the engine had spent on capturing before this request.
+        known: Steps of the request, if it was decoded with others.
         save: Saves the work done before memory ran out and returns a note for the message. By default it saves nothing.
     """
 
@@ -43,6 +44,7 @@ class RequestResult:
     out_of_memory: str | None = None
     peak_bytes: int | None = None
     captured_s: float = 0.0
+    known: Iterator[Step] | None = None
     save: Callable[[], str] = str
 
 
@@ -62,9 +64,9 @@ def warm_up(steps: Iterator[Step], record: RequestResult) -> None:
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Iterator[Step]:
-    """Decode with the drafter; record and yield each step."""
+    """Decode with the drafter, unless the steps are known already; record and yield each step."""
     record.stage = "decoding"
-    for step in graph.decode(request.prompt):
+    for step in graph.decode(request.prompt) if record.known is None else record.known:
         record.steps.append(step)
         yield step
 
@@ -101,7 +103,11 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
     peak = max(map(memory_plan.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
     verdict, text, difference = judge(request, graph, record)
     tokens = metrics.tokens_of(steps)
+    times_s, batch = {"video": request.video_s} | metrics.times_of(steps), request.cfg.batch
     figures = spans(request.video_s, metrics.times_of(steps), len(tokens), baseline)
+    if batch > 1:  # the times are also those of other requests
+        figures |= dict.fromkeys(metrics.OF_ONE_REQUEST)
+        times_s = {"video": request.video_s}
     kept = next((len(step.keep) for step in steps if step.keep is not None), None)
     summary = {
         "verdict": text,
@@ -115,7 +121,8 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
         **metrics.acceptance_of(steps),
         **figures,
         **metrics.speedups(figures),
-        "times_s": {"video": request.video_s} | metrics.times_of(steps),
+        "times_s": times_s,
+        "batch": batch,
         "reader": request.reader,
         "peak_memory_bytes": peak,
         "difference": difference,

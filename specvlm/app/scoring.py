@@ -8,6 +8,8 @@ from typing import Any
 from specvlm.app.samples import writable_meta
 from specvlm.config import RunConfig
 from specvlm.errors import StrategyError, line, one_line
+from specvlm.process.settings import settled
+from specvlm.results.records import MOST_SCORE
 from specvlm.strategies import Answer, Dataset, Metric, Sample, registry
 from specvlm.strategies.fence import contained, inside
 
@@ -60,20 +62,22 @@ class Scorer:
     def _score(self, metric: Metric, answer: Answer) -> float | None:
         """Call a metric. Returns None, with a note, if it fails or its score is not a finite number."""
         try:
-            with contained(), inside(metric):
+            with settled(), contained(), inside(metric):
                 return finite(metric.score(answer), metric)
         except Exception as error:
             self.note(f"metric={metric.name} leaves answers without a score: {one_line(error)}")
             return None
 
 
-def finite(score: object, metric: Metric) -> float | None:
-    """Return a score as a float; None stays None. Raises StrategyError if it is no finite number."""
+def finite(score: Any, metric: Metric) -> float | None:
+    """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
     if score is None:
         return None
-    if isinstance(score, Real) and math.isfinite(score):
-        return float(score)
-    raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected a finite number or None")
+    number: Any = score if isinstance(score, Real) else math.nan
+    if abs(number) <= MOST_SCORE:  # false for NaN
+        return float(number)
+    wanted = f"a finite number of at most {MOST_SCORE:g} or None"
+    raise StrategyError(f"metric={metric.name} gave the score {line(repr(score))}: expected {wanted}")
 
 
 def source_of(metric: Metric, dataset: str) -> str:

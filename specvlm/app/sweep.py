@@ -21,12 +21,13 @@ from specvlm.app.model_cache import MODEL_CACHE, ModelCache
 from specvlm.app.placement import places_of
 from specvlm.app.quoting import FOLDERS
 from specvlm.app.readings import Readings
-from specvlm.config import RunConfig, WandbConfig
+from specvlm.app.together import job_class
+from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
 from specvlm.parallel.ranks import joined
 from specvlm.results.metrics import MEANS, SPANS, totals
+from specvlm.results.mirror import Mirror, Tracking
 from specvlm.results.rows import CannotWrite, Taken, config_of, rows_of, summary_of
-from specvlm.results.tracker import Tracker, Wandb, sync_line
 from specvlm.strategies.fence import contained
 
 FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the whole sweep
@@ -44,17 +45,17 @@ class Sweep:
 
     def __init__(self, folder: Path, tell: Callable[[Exception], int]) -> None:
         self.folder, self.tell, self.home, self.together = folder, tell, os.getpid(), False
-        self.tracker: WandbConfig | None = None
+        self.tracker: Any = None  # its settings
         self.words: dict[Path, str] = {}  # label of each job, by folder
         self.labels: dict[Path, str] = {}  # the same without the words that all jobs share
         self.common = self.name = ""
-        self.wandb: Wandb | None = None
+        self.tracking: Tracking | None = None
         self.jobs: list[Job] = []
         self.failures: dict[Path, dict[str, Any]] = {}  # summaries of jobs that could not start
         self.begun: list[tuple[Job, str]] = []  # started in this process, with the key that names the folder
         self.ended: Exception | None = None  # error that `add` keeps for `finish` to raise
 
-    def expect(self, words: Mapping[Path, str], tracker: WandbConfig | None) -> None:
+    def expect(self, words: Mapping[Path, str], tracker: Any) -> None:
         """Announce jobs, and take the words that all jobs share out of their labels. words: labels, by folder."""
         self.words |= words
         self.tracker = tracker
@@ -85,7 +86,7 @@ class Sweep:
         several = hydra.mode == RunMode.MULTIRUN
         above = self.folder if several else folder
         label = self.labels.get(folder, "") if self.labels else job_names.label(hydra.overrides.task)
-        job = Job(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, wandb=self._wandb())
+        job = job_class(cfg)(cfg, folder, above, MODEL_CACHE, label=label, group=self.name, tracking=self._tracking())
         try:
             with contained():
                 ranks = places_of(cfg).ranks  # builds the drafter, which may fail
@@ -112,11 +113,11 @@ class Sweep:
             return ExitCode.OK
         return take_turns([job], cfg.turn, self.tell)
 
-    def _wandb(self) -> Wandb | None:
-        """Access to W&B that all jobs share; None without a tracker."""
-        if self.wandb is None and self.tracker is not None:
-            self.wandb = Wandb(self.tracker, RunConsole().note)
-        return self.wandb
+    def _tracking(self) -> Tracking | None:
+        """The tracker that all jobs share; None without one."""
+        if self.tracking is None and self.tracker is not None:
+            self.tracking = Tracking(self.tracker, RunConsole().note)
+        return self.tracking
 
     def finish(self) -> int:
         """Run the waiting jobs; returns the worst exit code. Raises the error that `add` kept, if there is one."""
@@ -152,12 +153,12 @@ class Sweep:
         unfinished = [option for job, option in self.begun if job.todo or unchecked(job)]
         go_on = f"resume=true {shlex.quote(f'{unfinished[0]}={self.folder}')}" if unfinished else ""
         screen.jobs(told, self.common, self.folder, go_on)
-        if self.tracker is not None:
+        if tracking := self._tracking():
             if len(found) > 1:
-                tracker = Tracker(self._wandb())
-                tracker.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
-                tracker.plots([self._point(folder, found[folder]) for folder in found if "samples" in found[folder]])
-            screen.note(sync_line(self.folder))
+                mirror = Mirror(tracking)
+                mirror.begin(f"{self.name}: all jobs", self.name, self.folder, {"jobs": list(self.labels.values())}, "sweep")
+                mirror.jobs([self._point(folder, found[folder]) for folder in found if "samples" in found[folder]])
+            screen.note(tracking.next_step(self.folder))
 
     def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         """Row of a job in the table that the tracker gets. found: its summary."""

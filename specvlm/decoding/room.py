@@ -8,7 +8,8 @@ import torch
 
 from specvlm.decoding.collect import held_bytes
 from specvlm.decoding.loop import DecodingGraph
-from specvlm.models.memory_plan import Need
+from specvlm.models.kv_cache import pooled
+from specvlm.models.memory_plan import Need, kv_bytes
 from specvlm.strategies.fence import needs_of, sizes_of
 from specvlm.types import GenerationOptions, VideoPrompt
 
@@ -47,3 +48,16 @@ def needs_for(
         assert model is not None
         found.append(Need(model, pruned, dtypes[side], kinds.get(side)))
     return found
+
+
+def cache_bytes(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> int:
+    """Return the bytes of KV caches that a request leases from its graph's pool, for a `Scheduler` with `room`.
+
+    An upper bound for the drafters of specvlm. A plugin's drafter may take more caches.
+
+    options: As in `DecodingGraph.work`.
+    """
+    dtypes = {side: model.dtype for side, model in (("target", graph.target), ("draft", graph.draft)) if model is not None}
+    target, *drafting = needs_for(graph, prompt, graph.options.asked(options), dtypes, {})
+    slots = [(target.model, target.slots), *((need.model, need.slots + 2) for need in drafting)]  # the root, and one before
+    return sum(kv_bytes(model, pooled(most), model.dtype) for model, most in slots)

@@ -6,17 +6,19 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any, TypeAlias
 
 import torch
 
 from specvlm.engine import Engine
+from specvlm.errors import UserError
 from specvlm.models.passes import Job
 from specvlm.types import Step
 
 Decoding: TypeAlias = Generator[Job | Step, Any, None]
 
-
+PATIENCE = 8  # most turns that a pass of the largest model waits for passes of smaller ones
 NOTHING = nullcontext()
 
 
@@ -36,14 +38,18 @@ class Ticket:
         done: Whether the request has ended.
         wanted: Pass that the request waits for, if any.
         rows: Result of the request's last pass, until the request is resumed with it.
+        size: Bytes of KV caches that the request leases.
+        held: Number of turns that the pass in `wanted` has waited for those of smaller models.
     """
 
     work: Decoding
+    size: int = 0
     steps: deque[Step] = field(default_factory=deque)
     error: BaseException | None = None
     done: bool = False
     wanted: Job | None = None
     rows: Any = None
+    held: int = 0
 
     def advance(self, on: bool) -> None:
         """Run the request up to its next pass, its next step or its end.
@@ -59,15 +65,20 @@ class Ticket:
         except StopIteration:
             self.done = True
         except BaseException as error:  # the reader must not take the steps so far for a whole answer
-            self.done, self.error = True, error
+            self._ended_by(error)
             if not isinstance(error, Exception):
                 raise
 
     def fail(self, error: Exception) -> None:
         """End the request with an error and release its caches now, since its steps may never be read."""
-        self.done, self.error = True, error
+        self._ended_by(error)
         with inferring():
             self.work.close()
+
+    def _ended_by(self, error: BaseException) -> None:
+        """Store the error that ended the request, without the tensors in the frames of its traceback."""
+        self.done, self.error = True, error
+        clear_frames(error.__traceback__)
 
     def _next(self, rows: Any) -> Job | Step:
         """Resume the generator with a pass's result and store what it yields."""
@@ -85,46 +96,95 @@ class Scheduler:
     """Runs several requests on one engine. They may use different models, drafters and verifiers.
 
     A request is a generator of passes and steps, as `DecodingGraph.work` and `autoregressive_work` make them. Reading
-    the steps of one request advances all of them by equally many passes. Not thread-safe: give each thread its own
-    scheduler; several schedulers may share a graph.
+    the steps of one request advances all of them. Requests start in the order in which they were submitted, as soon as
+    there is room. None overtakes another, so a request waits at most until those before it have ended.
+
+    A request that fails, is cancelled or runs out of memory affects no other. Not thread-safe: give each thread its own
+    scheduler, or use a `SharedScheduler`; several schedulers may share a graph.
+
+    Args:
+        engine: Engine that runs the passes.
+        room: Bytes of KV caches that requests may lease at the same time. None: any number. Free caches that a pool
+            keeps for later requests do not count.
+        most: Maximum number of requests that run at the same time. None: any number.
 
     Attributes:
+        live: Requests that run.
+        waiting: Requests that wait for room, in the order in which they came.
         asked: Number of passes requested so far.
         run: Number of engine calls that served them.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, room: int | None = None, most: int | None = None) -> None:
+        if most is not None and most < 1:
+            raise UserError(f"most={most}: at least 1 request must be able to run")
+        self.engine, self.room, self.most = engine, room, most
         self.live: list[Ticket] = []
+        self.waiting: deque[Ticket] = deque()
         self.asked = self.run = 0
 
-    def submit(self, work: Decoding) -> Ticket:
-        """Add a request.
+    def submit(self, work: Decoding, size: int = 0) -> Ticket:
+        """Add a request. It starts with a later turn.
 
         Args:
             work: From `DecodingGraph.work` or `autoregressive_work`.
+            size: Bytes of KV caches that it leases (`room.cache_bytes`). Needed only with `room`.
 
         Returns:
             The request's ticket, to read its steps with `steps`.
+
+        Raises:
+            UserError: The request can never fit.
         """
-        ticket = Ticket(work)
-        self.live.append(ticket)
+        ticket = self.ticket(work, size)
+        self.waiting.append(ticket)
         return ticket
+
+    def ticket(self, work: Decoding, size: int = 0) -> Ticket:
+        """Make a ticket without adding it. Raises UserError if the request can never fit."""
+        if self.room is not None and size > self.room:
+            raise UserError(
+                f"a request needs {size / 2**20:,.1f} MiB of KV cache, and all of them may use {self.room / 2**20:,.1f} MiB:"
+                " lower max_new_tokens, frames or max_pixels, or allow more"
+            )
+        return Ticket(work, size)
 
     def turn(self) -> None:
         """Advance every request to its next pass, then run the pending passes; a lone request also stops at a step."""
+        self._admit()
         together = len(self.live) > 1  # a single request pauses at each step, so that it is read at once
         for ticket in self.live:
-            if ticket.wanted is None:  # otherwise an interrupt came before its pass ran
+            if ticket.wanted is None:  # otherwise its pass was held back, or an interrupt came before it ran
                 ticket.advance(together)
         self.live = [ticket for ticket in self.live if not ticket.done]
-        groups: dict[int, list[Ticket]] = {}  # by model
+        for group in self._groups():
+            self.asked += len(group)
+            self._run(group)
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come first served, while there is room."""
+        used = sum(ticket.size for ticket in self.live)
+        while self.waiting and (self.most is None or len(self.live) < self.most):
+            used += self.waiting[0].size
+            if self.room is not None and used > self.room:
+                return
+            self.live.append(self.waiting.popleft())
+
+    def _groups(self) -> list[list[Ticket]]:
+        """Group requests by the model of their pending pass, and choose the groups to run in this turn.
+
+        Passes of the largest model wait for those of smaller ones, at most PATIENCE turns. So requests that are out of
+        step, since they came later or draft less deeply, still have their trees checked in one pass.
+        """
+        groups: dict[int, list[Ticket]] = {}
         for ticket in self.live:
             if ticket.wanted is not None:
                 groups.setdefault(id(ticket.wanted.model), []).append(ticket)
-        for group in groups.values():
-            self.asked += len(group)
-            self._run(group)
+        ordered = sorted(groups.values(), key=_model_size)
+        if len(ordered) > 1 and all(ticket.held < PATIENCE for ticket in ordered[-1]):
+            for ticket in ordered.pop():
+                ticket.held += 1
+        return ordered
 
     def _run(self, group: Sequence[Ticket]) -> None:
         """Run the pending passes of requests on one model in one call of the engine; one by one if that fails."""
@@ -134,7 +194,7 @@ class Scheduler:
                 results = self.engine.run(passes)
             self.run += 1
             for ticket, rows in zip(group, results, strict=True):
-                ticket.rows, ticket.wanted = rows, None
+                ticket.rows, ticket.wanted, ticket.held = rows, None, 0
             return
         except Exception as error:
             if len(group) == 1:
@@ -171,8 +231,16 @@ class Scheduler:
         """Stop a request and release its caches."""
         ticket.done = True
         self.live = [other for other in self.live if other is not ticket]
+        self.waiting = deque(other for other in self.waiting if other is not ticket)
         with inferring():
             ticket.work.close()
+
+
+def _model_size(group: Sequence[Ticket]) -> int:
+    """A number that grows with the model of the passes that requests wait for."""
+    assert group[0].wanted is not None
+    model = group[0].wanted.model
+    return int(model.layers) * int(model.text.config.hidden_size) ** 2
 
 
 def alone(engine: Engine, work: Decoding) -> Iterator[Step]:

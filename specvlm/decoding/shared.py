@@ -26,10 +26,12 @@ class SharedScheduler:
     Args:
         engine: Engine that runs the passes.
         device: Device of the models. If it is a GPU, each thread makes it its current one.
+        room: As in `Scheduler`.
+        most: As in `Scheduler`.
     """
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
-        self._scheduler, self._device = Scheduler(engine), device
+    def __init__(self, engine: Engine, device: torch.device, room: int | None = None, most: int | None = None) -> None:
+        self._scheduler, self._device = Scheduler(engine, room, most), device
         self._changed = Condition()  # guards all below, and tells of the end of a turn
         self._runner: int | None = None  # the thread that runs a turn
         self._new: list[Ticket] = []
@@ -45,9 +47,9 @@ class SharedScheduler:
         """Number of engine calls that served them."""
         return self._scheduler.run
 
-    def submit(self, work: Decoding) -> Ticket:
-        """Add a request. It starts with the next turn."""
-        ticket = Ticket(work)
+    def submit(self, work: Decoding, size: int = 0) -> Ticket:
+        """Add a request, as `Scheduler.submit` does. Raises UserError if it can never fit."""
+        ticket = self._scheduler.ticket(work, size)
         with self._changed:
             self._new.append(ticket)
         return ticket
@@ -123,7 +125,7 @@ class SharedScheduler:
     def _settle(self) -> None:
         """Admit new requests and drop cancelled ones. Called with the lock, while no turn runs."""
         gone, self._gone = self._gone, []
-        self._scheduler.live += self._new
+        self._scheduler.waiting += self._new
         self._new = []
         for ticket in gone:
             self._scheduler.cancel(ticket)

@@ -32,6 +32,7 @@ from specvlm.engine.contexts import (
     addresses,
     blocks_for,
     capturing,
+    early_of,
     frame_of,
     layout_of,
     rounded,
@@ -74,7 +75,12 @@ def bytes_for(model: VideoLM, slots: int) -> int:
     slots: Slots of the longest cache.
     """
     heads = int(model.hf.config.get_text_config().num_attention_heads)
-    parts = segments_for(rounded(slots, SLOTS)) * heads * (model.head_dim + 1) * torch.float32.itemsize
+    parts = (
+        segments_for(rounded(slots, SLOTS), early=early_of(model.kv_heads))
+        * heads
+        * (model.head_dim + 1)
+        * torch.float32.itemsize
+    )
     return JOINED * (parts + 5 * model.vocabulary * model.dtype.itemsize)
 
 

@@ -25,6 +25,8 @@ UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may loa
 CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
 LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
 MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
+EARLY = 32  # that maximum for the shortest chunks of HEADS KV heads: fewer partial results of many rows to store and merge
+HEADS = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
 BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
 
 
@@ -166,13 +168,19 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def segments_for(slots: int, chunk: int = CHUNK) -> int:
+def early_of(kv_heads: int) -> int:
+    """Return the maximum number of shortest chunks of a row."""
+    return EARLY if kv_heads >= HEADS else MOST
+
+
+def segments_for(slots: int, chunk: int = CHUNK, early: int = MOST) -> int:
     """Return an upper bound on the number of segments of a row with at most `slots` keys."""
-    if slots <= chunk * MOST:
-        return slots // chunk + chunk // LEAF
-    while slots > chunk * MOST:
-        chunk *= 2
-    return MOST + chunk // LEAF
+    found, limit = 0, early
+    while True:
+        found = max(found, min(slots // chunk, limit) + chunk // LEAF)
+        if slots <= chunk * limit:
+            return found
+        chunk, limit = 2 * chunk, MOST
 
 
 def rounded(number: int, step: int) -> int:

@@ -1,16 +1,22 @@
-"""Passes through Hugging Face's modules: several requests' passes of one model run as a batch.
+"""Passes through Hugging Face's modules: several requests' passes of one model run as one.
 
-Shape suffixes: B passes, Q rows of the longest pass, T cache slots in use, H KV heads, D head width or hidden size.
+The rows of all passes go through every linear layer together, one after another in one sequence. Attention runs per
+pass, over its own cache, so nothing is padded or copied, and it is the arithmetic that the pass has alone.
+
+Shape suffixes: R rows of all passes, Q rows of a pass, K keys of a pass, T slots from its `base` on, H heads, D hidden
+size or head width, A rotary axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from specvlm.models.attention import Part
 from specvlm.models.partition import through
 from specvlm.models.passes import Pass, Rows
 
@@ -24,7 +30,7 @@ def run_joined(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
         return [_run_single(model, passes[0])]
     if len(model.stages) > 1 or model.ranks.size > 1:
         return [_run_single(model, one) for one in passes]
-    return _run_batch(model, passes)
+    return _run_together(model, passes)
 
 
 def _run_single(model: VideoLM, one: Pass) -> Rows:
@@ -35,48 +41,58 @@ def _run_single(model: VideoLM, one: Pass) -> Rows:
     return Rows(hidden_QD, model.head)
 
 
-def _run_batch(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
-    """Run passes as a batch. Padding rows attend to slot 0 only and are not written to any cache."""
-    batch = _Batch(passes)
-    count, rows, device = len(passes), batch.rows, model.device
-    tokens_BQ = torch.zeros(count, rows, dtype=torch.int64, device=device)
-    positions_BQ = torch.zeros(count, rows, dtype=torch.int64, device=device)
-    seen_BQT = torch.zeros(count, 1, rows, batch.slots, dtype=torch.bool, device=device)
-    for number, one in enumerate(passes):
-        own, start = len(one), batch.starts[number]
-        base = start - one.at
-        tokens_BQ[number, :own] = one.tokens_Q.to(device)
-        positions_BQ[number, :own] = torch.as_tensor(one.depths_Q, device=device) + base + int(one.offset)
-        seen_BQT[number, 0, :own, :base] = True
-        seen_BQT[number, 0, :own, base : start + own] = one.seen(device, torch.bool)
-        seen_BQT[number, 0, own:, 0] = True
-    embeds_BQD = model.embed_tokens(tokens_BQ)
-    positions = positions_BQ if model.axes == 1 else positions_BQ.expand(model.axes, count, rows)
-    out_BQD = through(model.stages, model.text, embeds_BQD, positions, batch, seen_BQT, {})
-    for one, start in zip(passes, batch.starts, strict=True):
+def _run_together(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
+    """Run passes as one sequence of rows."""
+    joined, device = _Joined(passes, model), model.device
+    tokens_R = torch.cat([one.tokens_Q.to(device) for one in passes])
+    positions_R = torch.cat([_positions(one, start, device) for one, start in zip(passes, joined.starts, strict=True)])
+    position_ids = positions_R[None] if model.axes == 1 else positions_R.expand(model.axes, 1, -1)
+    rows_1RD = model.embed_tokens(tokens_R)[None]
+    hidden_RD = through(model.stages, model.text, rows_1RD, position_ids, joined, None, {"parts": joined.parts})[0]
+    for one, start in zip(passes, joined.starts, strict=True):
         one.cache.length = start + len(one)
-    return [Rows(hidden_QD[: len(one)], model.head) for one, hidden_QD in zip(passes, out_BQD, strict=True)]
+    return [Rows(hidden_RD[rows], model.head) for rows in joined.rows]
 
 
-class _Batch:
-    """Presents several caches as one to Hugging Face's language model, which calls only these two methods."""
+def _positions(one: Pass, start: int, device: torch.device) -> Tensor:
+    """(Q,) rotary positions of a pass's rows."""
+    return torch.as_tensor(one.depths_Q, device=device) + (start - one.at + int(one.offset))
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        self.passes, self.starts = passes, [one.start for one in passes]
-        self.rows = max(map(len, passes))
-        self.slots = max(self.starts) + self.rows
+
+class _Joined:
+    """Presents several caches as one to Hugging Face's language model, which calls `update` and `get_seq_length`."""
+
+    def __init__(self, passes: Sequence[Pass], model: VideoLM) -> None:
+        self.starts = [one.start for one in passes]
+        self.rows = [slice(*ends) for ends in pairwise([0, *accumulate(map(len, passes))])]
+        masks = [_mask(one, start, model) for one, start in zip(passes, self.starts, strict=True)]
+        self._each = list(zip((one.cache for one in passes), self.rows, self.starts, masks, strict=True))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append (B, H, Q, D) rows to each pass's own cache; return the batch's (B, H, T, D) keys and values."""
-        shape = (len(self.passes), key.shape[1], self.slots, key.shape[3])
-        both = [key.new_zeros(shape), value.new_zeros(shape)]
-        for number, (one, start) in enumerate(zip(self.passes, self.starts, strict=True)):
-            end = start + len(one)
-            for all_BHTD, new_BHQD, store in zip(both, (key, value), one.cache.layer(layer_idx), strict=True):
-                store[0, :, start:end] = new_BHQD[number, :, : len(one)]
-                all_BHTD[number, :, :end] = store[0, :, :end]
-        return both[0], both[1]
+        """Write a layer's (1, H, R, D) rows to each pass's own cache. Returns them: `parts` gives what they attend to."""
+        for cache, rows, start, _mask in self._each:
+            keys, values = cache.layer(layer_idx)
+            end = start + rows.stop - rows.start
+            keys[:, :, start:end] = key[:, :, rows]
+            values[:, :, start:end] = value[:, :, rows]
+        return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of slots before the new rows, in the cache that is filled furthest."""
-        return self.slots - self.rows
+        return max(self.starts)
+
+    def parts(self, layer: int) -> Iterator[Part]:
+        """Yield each pass's rows, and the keys, values and mask of their attention."""
+        for cache, rows, start, mask in self._each:
+            keys, values = cache.layer(layer)
+            end = start + rows.stop - rows.start
+            yield Part(rows, keys[:, :, :end], values[:, :, :end], mask)
+
+
+def _mask(one: Pass, start: int, model: VideoLM) -> Tensor | None:
+    """(1, 1, Q, K) additive mask of a pass, or None if it is causal. Made once, not in every layer from a bool mask."""
+    if one.seen_QT is None:
+        return None
+    mask_QK = torch.zeros(len(one), start + len(one), dtype=model.dtype, device=model.device)
+    mask_QK[:, start - one.at :].masked_fill_(~one.seen(model.device, torch.bool), -torch.inf)
+    return mask_QK[None, None]

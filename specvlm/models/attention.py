@@ -7,9 +7,9 @@ Shape suffixes: H heads (KV heads if G is present), G query heads per KV head, Q
 windows, K keys, N video tokens, D head dimension, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ NAME = "specvlm"
 VISION = "specvlm_flash_windows"
 # Set on a loaded model (`set_attn_implementation`): while loading, "flash" in a name would fetch a kernel from the hub.
 IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
+
+
+class Part(NamedTuple):
+    """Rows of a joined pass that have keys of their own.
+
+    Attributes:
+        rows: Which rows of the pass.
+        keys: (1, H, K, D) keys that they attend to, their own last.
+        values: Their values.
+        mask: Mask of the rows over the keys. None: causal.
+    """
+
+    rows: slice
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
 
 
 class StopForward(Exception):
@@ -215,9 +231,17 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     collector: AttentionCollector | None = None,
+    parts: Callable[[int], Iterable[Part]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. Without a mask it is causal, and the queries belong to the last of the keys."""
+    """Scaled dot-product attention. Without a mask it is causal, and the queries belong to the last of the keys.
+
+    parts: Gives, for a layer, the rows of each request of a joined pass and the keys of its own that they attend to,
+        instead of `key`, `value` and `attention_mask`.
+    """
+    if parts is not None:
+        apart = (attend(module, query[:, :, part.rows], *part[1:], scaling) for part in parts(int(module.layer_idx)))  # type: ignore[arg-type]
+        return torch.cat([out for out, _ in apart], 1), None
     rows, keys = query.shape[2], key.shape[2]
     if attention_mask is None and 1 < rows < keys:
         out = _causal_after_prefix(query, key, value, scaling)

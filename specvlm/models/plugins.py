@@ -36,6 +36,7 @@ BUILTINS = (
     "specvlm.strategies.verifiers",
     "specvlm.strategies.datasets",
     "specvlm.strategies.metrics",
+    "specvlm.strategies.trackers",
 )
 
 hookspec = pluggy.HookspecMarker(GROUP)

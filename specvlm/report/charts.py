@@ -21,6 +21,7 @@ COLOURS = [f"var(--c{number})" for number in range(12)]  # of series and parts: 
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 PARTS = (*FIRST_TOKEN, *DRAFTER_START, "draft", "verify")
 HEIGHT, MANY = 260, 5  # height of a chart in pixels; most series whose bands are all shown
+BAR = 18  # pixels of a bar, also where a job's name takes several lines
 QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "titleFontWeight": 400}
 LOOKS = {
     "background": "transparent",
@@ -208,7 +209,7 @@ def pareto(jobs: Sequence[Job]) -> alt.LayerChart | None:
     rows: list[dict[str, Any]] = []
     for job in jobs:
         known, gain = job.totals, job.totals["tokens_per_round"]
-        if known["rounds"] and gain:
+        if known["rounds"] and gain and known["decode_s"] is not None:
             cost = 1000 * known["decode_s"] / known["rounds"]
             share = "" if job.ratio is None else f"{100 * job.ratio:g} %"
             figures = {"cost": cost, "gain": gain, "each": cost / gain}
@@ -291,7 +292,7 @@ def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
     axis, height = job_axis(names)
     y = alt.Y("job:N", title=None, sort=names, axis=axis)
     parts = [part.replace("_", " ") for part in PARTS if part.replace("_", " ") in {row["part"] for row in rows}]
-    bars = chart_of(rows, height=height).mark_bar()
+    bars = chart_of(rows, height=height).mark_bar(size=BAR)
     bars = bars.encode(
         x=alt.X("seconds:Q", title="seconds", stack="zero"),
         y=y,
@@ -301,5 +302,5 @@ def split(jobs: Sequence[Job]) -> alt.LayerChart | None:
     )
     alone = [(job.label, job.totals["baseline_end_to_end_s"]) for job in jobs]
     ends = [{"job": label, "seconds": seconds} for label, seconds in alone if seconds is not None]
-    tick = chart_of(ends).mark_tick(color="var(--ink)", thickness=2, size=18).encode(x="seconds:Q", y=y)
+    tick = chart_of(ends).mark_tick(color="var(--ink)", thickness=2, size=BAR).encode(x="seconds:Q", y=y)
     return alt.layer(bars, tick) if ends else alt.layer(bars)

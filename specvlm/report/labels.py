@@ -14,12 +14,14 @@ LINE_HEIGHT, GAP = 14, 8  # pixels of a line of text, and between two jobs
 def expression(most: int) -> str:
     """Vega expression that breaks `datum.label` into lines, between words where it can. Does what `lines` does."""
     pattern = f"(.{{1,{most}}})(?: |$)|(.{{{most}}})"
-    return f"split(trim(replace(datum.label, regexp('{pattern}', 'g'), '$1$2\\n')), '\\n')"
+    whole = "replace(datum.label, regexp(' %', 'g'), '\u00a0%')"  # "90 %" stays on one line
+    return f"split(trim(replace({whole}, regexp('{pattern}', 'g'), '$1$2\\n')), '\\n')"
 
 
 def lines(label: str, most: int) -> int:
     """Number of lines that `expression` breaks a label into."""
-    return len(re.sub(f"(.{{1,{most}}})(?: |$)|(.{{{most}}})", "\\1\\2\n", label).strip().split("\n"))
+    pattern = f"(.{{1,{most}}})(?: |$)|(.{{{most}}})"
+    return len(re.sub(pattern, "\\1\\2\n", label.replace(" %", "\u00a0%")).strip().split("\n"))
 
 
 def legend(names: Sequence[str]) -> alt.Legend:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -9,6 +10,7 @@ from importlib.resources import files
 import altair
 import vl_convert
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
 
 from specvlm.errors import UserError, did_you_mean
 from specvlm.report.reading import Job
@@ -98,6 +100,7 @@ def page(
     numbers = {job: number for number, job in enumerate(jobs)}
     # Escape everything that is not marked safe: texts come from models, file names and data sets.
     environment = Environment(loader=PackageLoader("specvlm.report", "template"), autoescape=True, trim_blocks=True)
+    environment.filters["breakable"] = breakable
     return environment.get_template("page.html.j2").render(
         title=title,
         facts=facts(jobs),
@@ -115,6 +118,11 @@ def page(
         script=script,
         hashes=" ".join(f"'sha256-{sha(text)}'" for text in (library, script)),
     )
+
+
+def breakable(name: str) -> Markup:
+    """Let a long name be broken behind the signs in it, not within a word. Escapes the name."""
+    return Markup(re.sub(r"([_=/,])", r"\1<wbr>", str(escape(name))))
 
 
 @cache

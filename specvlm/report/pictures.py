@@ -14,7 +14,9 @@ from specvlm.report.reading import Job
 from specvlm.report.table import groups
 
 WIDTH, MARGIN, HEAD = 560, 24, 34  # pixels: of a plot without its axes, around charts, and of a heading
-FONT = "sans-serif"
+COLUMN_GAP = 30  # pixels between columns of a legend, where a wider font may go
+# Names of one width each, since texts are measured here and drawn elsewhere.
+FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
 
 def svg_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str:
@@ -47,10 +49,12 @@ def heading(text: str, top: float, size: int) -> str:
 def chart_of(spec: dict[str, Any], prefix: str) -> tuple[str, float, float]:
     """Draw one chart. prefix: makes its ids unique in the picture. Returns the SVG element, its width and its height."""
     plain = coloured({key: value for key, value in spec.items() if key != "autosize"} | {"width": WIDTH})
-    plain["config"] = plain.get("config", {}) | {"font": FONT}
+    look = plain.get("config", {})
+    plain["config"] = look | {"font": FONT, "legend": look.get("legend", {}) | {"columnPadding": COLUMN_GAP}}
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     drawn: str = vl_convert.vegalite_to_svg(plain, vl_version=version)
     drawn = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}", drawn)
+    drawn = drawn.replace("<svg ", '<svg overflow="visible" ', 1)  # a wider font uses the margin; no label is cut
     width, height = (float(value) for value in re.findall(r' (?:width|height)="([\d.]+)"', drawn[: drawn.index(">")])[:2])
     return drawn, width, height
 

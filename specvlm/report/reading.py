@@ -16,6 +16,7 @@ from specvlm.results.records import Figures, Ran
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
 # Keys that the name of a series leaves out: ratio has its own axis, the others only change how a job was observed.
+LOOKS = ("metric", "tracker")  # groups that change no answer
 APART = ("ratio", "baseline", "record", "threads")
 
 
@@ -38,8 +39,8 @@ class Job:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration with keys as on the command line, such as `pruner.mass`; without the metric's own."""
-        return {key: value for key, value in flat(self.config) if key.partition(".")[0] != "metric"}
+        """The configuration with keys as on the command line, such as `pruner.mass`; without what only looks at answers."""
+        return {key: value for key, value in flat(self.config) if key.partition(".")[0] not in LOOKS}
 
     @property
     def done(self) -> list[Row]:

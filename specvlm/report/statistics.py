@@ -20,6 +20,7 @@ from specvlm.results import scores
 from specvlm.results.metrics import SPANS
 
 DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
+FEWEST = 6  # samples for a difference to be called one: 2 / 2**6 < 0.05
 SCORE, GAIN = "score:", "gain:"  # before the name of a metric: keys of its score, and of its gain over the target alone
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
@@ -36,8 +37,12 @@ class Interval:
 
     @property
     def sure(self) -> int:
-        """1 or -1 if the whole interval is above or below zero, else 0."""
-        if self.low is None or self.high is None:
+        """1 or -1 if the whole interval is above or below zero, else 0.
+
+        0 for fewer than FEWEST samples: those all have one sign by chance in more than 5 of 100 cases, and then every
+        resample has it too.
+        """
+        if self.low is None or self.high is None or self.count < FEWEST:
             return 0
         return (self.low > 0) - (self.high < 0)
 

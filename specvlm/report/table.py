@@ -8,7 +8,7 @@ from functools import partial
 from specvlm.app.console import seconds
 from specvlm.report.charts import Chart, charts
 from specvlm.report.reading import Job
-from specvlm.report.statistics import GAIN, SCORE, Interval, bases, difference, figure, total_of
+from specvlm.report.statistics import FEWEST, GAIN, SCORE, Interval, bases, difference, figure, total_of
 from specvlm.report.tasks import TaskTable, columns, differing, tables
 
 FINE = ("identical", "numeric tie", "sampled")  # verdicts of a lossless answer
@@ -219,5 +219,5 @@ def comparison_note(against: Mapping[Job, Job | None]) -> str:
         return ""
     series, labels = {base.series for base in others}, sorted(base.label for base in others)
     what = labels[0] if len(labels) == 1 else f"{series.pop()} at the same ratio" if len(series) == 1 else "; ".join(labels)
-    how = "paired by sample, with its 95 % interval; coloured where that has no 0."
+    how = f"paired by sample, with its 95 % interval; coloured where that has no 0, from {FEWEST} samples on."
     return f"Below each figure its difference to {what}, {how}"

@@ -5,9 +5,10 @@ import io
 import re
 from collections.abc import Sequence
 
+from specvlm.errors import visible
 from specvlm.report.reading import Job
 from specvlm.report.statistics import GAIN, Interval, bases, difference, figure, total_of
-from specvlm.report.table import Cell, Column, Group, Line, columns_of, groups
+from specvlm.report.table import Cell, Group, Line, columns_of, groups
 
 # Characters that LaTeX and Markdown read as commands.
 LATEX = {
@@ -24,6 +25,7 @@ LATEX = {
     "[": "{[}",  # a bracket behind a line break would be its argument
     "]": "{]}",
 }
+FOREIGN = re.compile("[^\u0000-\u024f\u2010-\u2026]")  # characters that pdfLaTeX does not set
 NOTE = "Intervals in brackets: 95 %"
 
 
@@ -80,31 +82,42 @@ def markdown_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str
 
 def latex_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str:
     """Make the summary tables as LaTeX, for the package booktabs. Differences from the base job are left out."""
+    made = [tabular(group) for group in groups(jobs, base)]
     parts = [f"% {one_line(title)}: needs \\usepackage{{booktabs}}"]
-    return "\n\n".join([*parts, *(tabular(group) for group in groups(jobs, base))]) + "\n"
+    if foreign := sorted(set(FOREIGN.findall("".join(made)))):
+        parts[0] += f"\n% LuaLaTeX or XeLaTeX, with a font that has {''.join(foreign)}"
+    return "\n\n".join([*parts, *made]) + "\n"
 
 
 def tabular(group: Group) -> str:
     """Make one table as LaTeX: figures with their intervals below them, in small print."""
     shown = [column for column in group.columns if column.key not in ("job", "verdict")]
-    heads = ["", *(head(column) for column in shown)]
+    heads = ["", *(escaped(column.title) for column in shown)]
+    units = ["", *(small(column.unit) for column in shown)]
     lines = [f"% {one_line(group.title)}. {one_line(group.verdict)}", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", r"\toprule"]
-    lines += [" & ".join(heads) + r" \\", r"\midrule"]
+    lines += [" & ".join(row) + r" \\" for row in (heads, units)] + [r"\midrule"]
     for line in group.lines:
-        found = {cell.key: cell for cell in line.cells}
-        lines.append(" & ".join([escaped(job_of(line)), *(escaped(found[column.key].text) for column in shown)]) + r" \\")
-        bounds = [found[column.key].bounds for column in shown]
+        found = {cell.key: figure_of(cell) for cell in line.cells}
+        lines.append(" & ".join([escaped(job_of(line)), *(escaped(found[column.key][0]) for column in shown)]) + r" \\")
+        bounds = [found[column.key][1] for column in shown]
         if any(bounds):
-            lines.append(" & ".join(["", *(f"{{\\scriptsize {escaped(text)}}}" if text else "" for text in bounds)]) + r" \\")
+            lines.append(" & ".join(["", *map(small, bounds)]) + r" \\")
     return "\n".join(
         [*lines, r"\bottomrule", rf"\multicolumn{{{len(heads)}}}{{l}}{{\scriptsize {escaped(NOTE)}}}", r"\end{tabular}"]
     )
 
 
-def head(column: Column) -> str:
-    """Heading of a column as LaTeX."""
-    unit = f" {{\\scriptsize {escaped(column.unit)}}}" if column.unit else ""
-    return escaped(column.title) + unit
+def small(text: str) -> str:
+    """Set a text in small print, as LaTeX; empty if it is."""
+    return f"{{\\scriptsize {escaped(text)}}}" if text else ""
+
+
+def figure_of(cell: Cell) -> tuple[str, str]:
+    """Text of a cell and of its interval. What a score gains is a difference itself: it is all that its cell holds."""
+    if cell.text:
+        return cell.text, cell.bounds
+    value, _, bounds = cell.against.partition(" ")
+    return value, bounds
 
 
 def job_of(line: Line) -> str:
@@ -123,13 +136,13 @@ def whole(cell: Cell) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace all white space by single spaces, so that a name cannot end a comment or a cell."""
-    return " ".join(text.split())
+    """Replace all white space by single spaces, so that a name cannot end a comment or a cell; drop control characters."""
+    return " ".join(visible(text).split())
 
 
 def marked(text: str) -> str:
     """Escape a text for Markdown: no name may end a cell, or become a link, a picture or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!~])", r"\\\1", one_line(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|!~&$])", r"\\\1", one_line(text))
 
 
 def escaped(text: str) -> str:

@@ -50,6 +50,8 @@ KEYS = {
     "times_s": "seconds by part: video (reading and preprocessing; in every row that shares the reading, and in full even "
     "if read ahead), embed, prefill, prune, draft_prefill, draft, verify; capture if the engine met a new tree shape or a new "
     "cache during the request",
+    "batch": "most samples decoded at the same time. Above 1, the times and speeds with the drafter are null, since they would "
+    "not be those of one request, and times_s has the video alone; those of the baseline are of one request",
     "reader": "the library that read the video, pyav or decord, and why; empty if no file was read",
     "peak_memory_bytes": "peak memory: of the GPU's allocator (the fullest GPU of this process), or of the whole "
     "process on a CPU",
@@ -75,7 +77,10 @@ KEYS = {
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # each has a `baseline_…_s` and a `speedup_…`
 # KEYS that rows and summaries of older versions may lack.
-LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "hf_check", "hf_difference")
+LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "batch", "hf_check", "hf_difference")
+# KEYS that are null for samples decoded together.
+OF_ONE_REQUEST = ("time_to_first_token_s", "drafter_start_s", "tokens_per_second",
+                  *(f"{where}_s" for where in (*SPANS, "file_to_first_token")))  # fmt: skip
 # Parts of a request's time that make up time_to_first_token_s and drafter_start_s.
 FIRST_TOKEN, DRAFTER_START = ("embed", "prefill"), ("prune", "draft_prefill")
 
@@ -123,7 +128,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
 
 def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """Compute `speedup_…` for each of SPANS; None without a baseline. figures: has `…_s` and `baseline_…_s` of each."""
-    return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"]) for span in SPANS}
+    return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"] or 0.0) for span in SPANS}
 
 
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
@@ -153,7 +158,7 @@ MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
          "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
-LAST = ("parallel", "devices", "weights", "engine")
+LAST = ("parallel", "devices", "weights", "engine", "batch")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
 HF_CHECKS = ("identical", "tie", "MISMATCH", "lossy", "not checked")
 
@@ -227,7 +232,7 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     found["times_s"] = {part: mean([row["times_s"].get(part, 0.0) for row in done]) for part in parts}
     found["peak_memory_bytes"] = max((row["peak_memory_bytes"] for row in done), default=None)
     found["capture_s"] = sum(row["capture_s"] for row in done)
-    return found | {key: done[-1][key] if done else None for key in LAST}
+    return found | {key: done[-1].get(key) if done else None for key in LAST}
 
 
 def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -13,7 +13,8 @@ Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
 Rank = Annotated[int, Within(0, MOST_GUESSES)]  # of a guess among its siblings, from 0; or a number of siblings
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
-Score = Annotated[float, Within(-1e30, 1e30)] | None
+MOST_SCORE = 1e30  # in size, so that sums of scores stay finite
+Score = Annotated[float, Within(-MOST_SCORE, MOST_SCORE)] | None
 
 
 class Named(TypedDict):
@@ -80,13 +81,13 @@ class Figures(TypedDict):
     tokens_per_round: Real | None
     drafted_per_round: Real | None
     acceptance_by_depth: Annotated[list[Share], MaxLen(MOST_GUESSES)]
-    time_to_first_token_s: Seconds
-    drafter_start_s: Seconds
-    decode_s: Seconds
-    end_to_end_s: Seconds
+    time_to_first_token_s: Seconds | None
+    drafter_start_s: Seconds | None
+    decode_s: Seconds | None
+    end_to_end_s: Seconds | None
     file_to_first_token_s: NotRequired[Seconds | None]
     file_to_last_token_s: NotRequired[Seconds | None]
-    tokens_per_second: Real
+    tokens_per_second: Real | None
     baseline_decode_s: Seconds | None
     baseline_end_to_end_s: Seconds | None
     baseline_file_to_first_token_s: NotRequired[Seconds | None]
@@ -95,6 +96,7 @@ class Figures(TypedDict):
     speedup_end_to_end: Real | None
     speedup_file_to_last_token: NotRequired[Real | None]
     times_s: dict[str, Seconds]
+    batch: NotRequired[Tokens | None]
     reader: NotRequired[str | None]
     difference: NotRequired[dict[str, Any] | None]
     hf_check: NotRequired[str | None]

@@ -10,6 +10,7 @@ import torch
 
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.prefill import SharedPrefill
+from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import Decoding
 from specvlm.decoding.shared import SharedScheduler
 from specvlm.decoding.watch import Watch
@@ -32,20 +33,29 @@ class Requests:
     def __init__(self, scheduler: SharedScheduler, caches: CachePool, watch: Watch) -> None:
         self.scheduler, self.caches, self._watch = scheduler, caches, watch
 
-    def submit(self, work: Decoding, strategies: Sequence[Strategy] = ()) -> Call:
-        """Submit a request. strategies: Those that take part in it."""
-        return Call(self, self._watch.over(work, strategies))
+    def submit(self, work: Decoding, strategies: Sequence[Strategy] = (), size: int = 0) -> Call:
+        """Submit a request. It waits until there is room.
+
+        Args:
+            work: The request.
+            strategies: Those that take part in it.
+            size: Bytes of its caches.
+        """
+        return Call(self, self._watch.over(work, strategies), size)
 
     def work(
         self, graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions, shared: SharedPrefill | None = None
     ) -> Call:
-        """Submit the request of a graph. It fails at its beginning if memory does not suffice."""
+        """Submit the request of a graph. It fails at its beginning if memory does not suffice.
+
+        Raises UserError if it can never have room.
+        """
 
         def decoding() -> Decoding:
             check_request(graph, prompt, options)
             yield from graph.work(prompt, options, shared)
 
-        return self.submit(decoding(), (graph.pruner, graph.drafter, graph.verifier))
+        return self.submit(decoding(), (graph.pruner, graph.drafter, graph.verifier), cache_bytes(graph, prompt, options))
 
 
 class Call:
@@ -55,8 +65,8 @@ class Call:
         cancelled: Whether it was cancelled before its end.
     """
 
-    def __init__(self, requests: Requests, work: Decoding) -> None:
-        self._requests, self._ticket = requests, requests.scheduler.submit(work)
+    def __init__(self, requests: Requests, work: Decoding, size: int = 0) -> None:
+        self._requests, self._ticket = requests, requests.scheduler.submit(work, size)
         self._ended = self.cancelled = False
 
     def __iter__(self) -> Iterator[Step]:

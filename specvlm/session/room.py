@@ -18,6 +18,14 @@ from specvlm.types import GenerationOptions, VideoPrompt
 GIB = 2**30
 
 
+FOR_CACHES = 0.8  # share of the free memory that the caches of running requests may take; activations need the rest
+
+
+def room_for(models: Sequence[VideoLM]) -> int:
+    """Return the bytes that the caches of requests that run at the same time may take. Other requests wait."""
+    return int(FOR_CACHES * sum(map(free_bytes, {stage.device for model in models for stage in model.stages})))
+
+
 def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
     """Check that models fit, with the caches of `Need.slots` tokens. Raises UserError.
 

@@ -22,7 +22,7 @@ from specvlm.session.call import Calls, Requests, begun
 from specvlm.session.inputs import Reading, read
 from specvlm.session.options import Options, Penalties
 from specvlm.session.result import GenerationResult, result_of
-from specvlm.session.room import check_answers
+from specvlm.session.room import check_answers, room_for
 from specvlm.session.stream import TextStream
 from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import GenerationOptions, Step
@@ -58,8 +58,9 @@ class Session:
     def __init__(self, target: VideoLM, draft: VideoLM | None, vocabulary: int, engine: Engine, options: Options) -> None:
         self.target, self.draft, self.options = target, draft, options
         self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
-        self.scheduler = SharedScheduler(engine, target.device)
-        watch = Watch([target, *([] if draft is None else [draft])], self.caches, engine)
+        models = [target, *([] if draft is None else [draft])]
+        self.scheduler = SharedScheduler(engine, target.device, room_for(models))
+        watch = Watch(models, self.caches, engine)
         self.requests = Requests(self.scheduler, self.caches, watch)
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
         self.graph(options)  # a default that does not fit the pair fails here

@@ -1,4 +1,4 @@
-"""Base classes of the five kinds of strategy, with the contexts they are called with. One file per kind.
+"""Base classes of the six kinds of strategy, with the contexts they are called with. One file per kind.
 
 A plugin needs only this package and `specvlm.types`; a drafter that runs a model also needs `specvlm.models.passes`.
 
@@ -13,10 +13,11 @@ from specvlm.strategies.metric import Answer, Metric
 from specvlm.strategies.noise import gumbel
 from specvlm.strategies.pruner import PruneContext, Pruner
 from specvlm.strategies.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, token_signals
+from specvlm.strategies.tracker import TrackContext, TrackedRun, Tracker
 from specvlm.strategies.verifier import Sampling, Verifier, VerifyContext, uniform
 
 __all__ = [
     "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "Answer", "Dataset", "DraftContext", "DraftSession", "Drafter",
-    "Metric", "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "Verifier", "VerifyContext", "gumbel",
-    "token_signals", "uniform",
+    "Metric", "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "TrackContext", "TrackedRun", "Tracker",
+    "Verifier", "VerifyContext", "gumbel", "token_signals", "uniform",
 ]  # fmt: skip

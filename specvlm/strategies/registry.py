@@ -23,7 +23,7 @@ from specvlm.models.plugins import PluginError
 from specvlm.parsing.bounds import check
 from specvlm.parsing.files import literal
 from specvlm.process.settings import settled
-from specvlm.strategies import Dataset, Drafter, Metric, Pruner, Strategy, Verifier
+from specvlm.strategies import Dataset, Drafter, Metric, Pruner, Strategy, Tracker, Verifier
 from specvlm.strategies.fence import inside
 
 KINDS: dict[str, type[Strategy]] = {
@@ -32,8 +32,9 @@ KINDS: dict[str, type[Strategy]] = {
     "verifier": Verifier,
     "dataset": Dataset,
     "metric": Metric,
+    "tracker": Tracker,
 }
-OPTIONAL = ("dataset", "metric")  # kinds that a run may do without: their key may be null
+OPTIONAL = ("dataset", "metric", "tracker")  # kinds that a run may do without: their key may be null
 # Fields may not have these names: they would shadow a key of the run or an attribute of the class.
 RESERVED = frozenset({*config.KEYS, *config.GROUPS, "budget", "name", "kind", "needs"})
 
@@ -104,7 +105,7 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
             valid name, or has a field that a config cannot hold or whose name is taken. The message names the class.
     """
     if not isinstance(cls, type) or not issubclass(cls, Strategy):
-        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier, Dataset or Metric")
+        raise PluginError(f"{cls!r} is not a class derived from Pruner, Drafter, Verifier, Dataset, Metric or Tracker")
     _check_class(cls)
     for field in _fields(cls):
         if field.name in RESERVED or field.name.startswith("_"):
@@ -114,10 +115,9 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
 
 
 def store() -> None:
-    """Register every strategy with Hydra, and the schemas of the run and of the tracker. May be called repeatedly."""
+    """Register every strategy with Hydra, and the schema of the run. May be called repeatedly."""
     options = ConfigStore.instance()
     options.store(name="schema", node=config.schema(config.RunConfig), provider="specvlm")
-    options.store(group="tracker", name="wandb", node=config.schema(config.WandbConfig), provider="specvlm")
     for kind, infos in collect().items():
         for name, info in infos.items():
             options.store(group=kind, name=name, node=config.schema(info.config), provider=info.plugin)
@@ -127,7 +127,7 @@ def find(kind: str, name: str) -> StrategyInfo:
     """Look up a strategy.
 
     Args:
-        kind: "pruner", "drafter", "verifier", "dataset" or "metric".
+        kind: "pruner", "drafter", "verifier", "dataset", "metric" or "tracker".
         name: The registered name.
 
     Raises:
@@ -151,7 +151,7 @@ def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
     """Convert a strategy's config to its typed dataclass, `StrategyInfo.config`.
 
     Args:
-        kind: "pruner", "drafter", "verifier", "dataset" or "metric".
+        kind: "pruner", "drafter", "verifier", "dataset", "metric" or "tracker".
         node: The strategy's `name` and any of its fields. Other fields take their defaults.
 
     Raises:
@@ -183,7 +183,7 @@ def build(kind: str, chosen: Any) -> Any:
     """Build a strategy.
 
     Args:
-        kind: "pruner", "drafter", "verifier", "dataset" or "metric".
+        kind: "pruner", "drafter", "verifier", "dataset", "metric" or "tracker".
         chosen: A registered name, a mapping of `name` and fields, or the result of `settings`.
 
     Returns:
@@ -214,7 +214,7 @@ def _check_class(cls: type[Strategy]) -> None:
     """Raise PluginError unless the class is a complete frozen dataclass with a valid kind and name."""
     kind = getattr(cls, "kind", None)
     if kind not in KINDS or not issubclass(cls, KINDS[kind]):
-        how = "derive from Pruner, Drafter, Verifier, Dataset or Metric"
+        how = "derive from Pruner, Drafter, Verifier, Dataset, Metric or Tracker"
         raise PluginError(f"{_full(cls)}: kind {kind!r} is none of {', '.join(KINDS)}: {how}")
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from specvlm.testing.drafter import check_drafter as check_drafter
     from specvlm.testing.family import check_family as check_family
     from specvlm.testing.metric import check_metric as check_metric
+    from specvlm.testing.tracker import check_tracker as check_tracker
     from specvlm.testing.verifier import check_verifier as check_verifier
 
-__all__ = ["check_drafter", "check_family", "check_metric", "check_pruner", "check_verifier"]
+__all__ = ["check_drafter", "check_family", "check_metric", "check_pruner", "check_tracker", "check_verifier"]
 
 PLAIN = TokenGrid(4, 2, 2)
 GRIDS: tuple[tuple[TokenGrid, ...], ...] = (
@@ -45,7 +46,7 @@ LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 def __getattr__(name: str) -> Any:
     """Import the other checks on first use, so that `check_pruner` need not wait for Hugging Face's models."""
-    if name in ("check_drafter", "check_family", "check_metric", "check_verifier"):
+    if name in ("check_drafter", "check_family", "check_metric", "check_tracker", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -85,7 +85,7 @@ def test_names_cannot_break_a_table(tmp_path):
     tex = [line for line in tables.latex_of(found, title).splitlines() if not line.startswith("%")]
     assert not any("\\input" in line for line in tex) and tex.count("\\toprule") == tex.count("\\end{tabular}") == 1
     rows = [line for line in tex if line.endswith("\\\\")]
-    assert len(rows) == len(NAMES) + 1 and len({len(re.findall(r"(?<!\\)&", line)) for line in rows}) == 1
+    assert len(rows) == len(NAMES) + 2 and len({len(re.findall(r"(?<!\\)&", line)) for line in rows}) == 1
     assert not any(line.startswith("[") for line in rows)
     assert ElementTree.fromstring(pictures.svg_of(found, title)) is not None
 
@@ -100,6 +100,42 @@ def test_tables_have_the_pages_figures(jobs):
                 assert cell.key == "verdict" or tables.escaped(cell.text) in tex
     assert "Lossy rules" in markdown and markdown.count("\n| job") == tex.count(r"\toprule") == 2
     assert "8 of 8 differ" in markdown and "accuracy gained vs target alone" in markdown
+
+
+HARD = {
+    "_": r"a\_b", "%": r"a\%b", "&": r"a\&b", "#": r"a\#b", "{": r"a\{b", "}": r"a\}b", "$": r"a\$b",
+    "\\": r"a\textbackslash{}b",
+    "~": r"a\textasciitilde{}b", "^": r"a\textasciicircum{}b", "\n": "a b", "\u2028": "a b", "\x00": "ab", "\x1b": "ab",
+    "é": "aéb", "青": "a青b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sign", HARD)
+def test_every_sign_of_a_name_is_a_sign_in_latex(sign):
+    assert tables.escaped(f"a{sign}b") == HARD[sign]
+
+
+def test_latex_says_which_letters_need_more_than_pdflatex(tmp_path):
+    job(tmp_path / "a", [row(0)], target__path="naïve – …")
+    job(tmp_path / "b", [row(0)], target__path="naïve — x")
+    assert "LuaLaTeX" not in tables.latex_of(read_jobs([tmp_path]), "One")
+    job(tmp_path / "c", [row(0)], target__path="青い动")
+    assert "\n% LuaLaTeX or XeLaTeX, with a font that has い动青\n" in tables.latex_of(read_jobs([tmp_path]), "One")
+
+
+@pytest.mark.slow
+def test_latex_shows_what_a_lossy_rule_gains(jobs):
+    (lossy,) = (group for group in groups(jobs) if group.name == "lossy")
+    tex = tables.tabular(lossy).splitlines()
+    heads = next(line for line in tex if "accuracy gained" in line).split(" & ")
+    line = next(line for line in tex if line.startswith("fastv")).split(" & ")
+    assert len(line) == len(heads) and line[heads.index("accuracy gained")] == "$-$0.500"
+    assert all(cell.strip() for cell in line)
+
+
+@pytest.mark.parametrize("sign", ["&lt;", "$x$", "&", "$"])
+def test_no_name_is_an_entity_or_a_formula_in_markdown(sign):
+    assert tables.marked(sign) == sign.replace("&", "\\&").replace("$", "\\$")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
@@ -120,6 +156,8 @@ def test_the_picture_has_every_chart_and_no_variable_of_the_page(jobs):
     ids = [part.get("id") for part in tree.iter() if part.get("id")]
     assert len(ids) == len(set(ids)) and float(tree.get("height")) > 250 * len(drawn)
     assert "…" not in text  # no label is cut
+    inner = tree.findall(".//{http://www.w3.org/2000/svg}svg")
+    assert len(inner) == len(drawn) and {part.get("overflow") for part in inner} == {"visible"}  # nor by a wider font
 
 
 @pytest.mark.slow

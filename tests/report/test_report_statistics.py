@@ -105,3 +105,11 @@ def test_without_uniform_the_first_job_is_the_baseline(tmp_path):
 def test_the_front_holds_what_no_other_beats():
     points = [(3.0, 3.0), (1.0, 1.0), (2.0, 2.0), (2.5, 1.5), (1.0, 0.5), (4.0, 3.0)]
     assert front(points) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(("count", "sure"), [(2, 0), (5, 0), (6, 1), (60, 1)])
+def test_a_difference_of_few_samples_is_never_called_one(count, sure):
+    """Of five samples, all have one sign by chance in 2 of 32 cases, and every resample has it too."""
+    found = interval([np.linspace(1, 2, count)])
+    assert found.low > 0 and found.sure == sure
+    assert interval([-np.linspace(1, 2, count)]).sure == -sure

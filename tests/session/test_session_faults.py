@@ -210,3 +210,18 @@ def test_memory_that_runs_out_is_told_in_one_line_and_the_session_goes_on(monkey
             ask(of)
     assert "memory ran out" in str(told.value) and "\n" not in str(told.value)
     assert len(ask(of).token_ids) == 4 and leased(of) == []
+
+
+def test_calls_wait_for_room_and_one_that_never_fits_is_refused():
+    """Two calls at once where only one has room: both answer as alone."""
+    of = beside()
+    right = ask(of).text
+    scheduler, size = of.scheduler._scheduler, of.caches.nbytes  # of one request: the pool keeps its caches
+    scheduler.room = int(1.5 * size)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: ask(of).text, range(2)))
+    assert found == [right] * 2 and of.caches.nbytes == size  # never two at once, so no caches for a second
+    scheduler.room = size // 2
+    with pytest.raises(UserError, match="lower max_new_tokens"):
+        ask(of)
+    assert leased(of) == []

@@ -1,7 +1,8 @@
 """Path attention: bit-exact attention, whose result for a row depends only on the row's own path.
 
-The n keys of a row, in the order of its path, are split into segments that depend on n alone: full chunks, then leaves
-of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, doubled until a row has at most MOST chunks.
+The n keys of a row, in the order of its path, are split into segments that depend only on n and the number of KV heads:
+full chunks, then leaves of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, twice as many once a
+row would have more than EARLY of them (from HEADS KV heads on), and so on so that a row never has more than MOST.
 Segments that end below `base` are contiguous in the cache, and blocks of rows read them together. A row's other
 segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So
 neither the number of rows, nor the tree, nor the cache's capacity, nor other requests in the pass change a bit
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specvlm.engine.contexts import CHUNK, LEAF, MOST, Contexts, segments_for
+from specvlm.engine.contexts import CHUNK, LEAF, MOST, Contexts, early_of, segments_for
 from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_heads
 from specvlm.engine.kernels.launch import Narrow, Tile, context_of, options_of, split, to_8_bits
 
@@ -29,9 +30,9 @@ MERGED = 32  # segments per step of the merge
 
 
 @triton.jit
-def _chunk_of(n, CHUNK: tl.constexpr, MOST: tl.constexpr):
+def _chunk_of(n, CHUNK: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr):
     """Compute the length in slots of a chunk, for rows with n keys."""
-    chunk = n * 0 + CHUNK
+    chunk = tl.where(n > CHUNK * EARLY, 2 * CHUNK, CHUNK)
     for _ in tl.static_range(12):
         chunk = tl.where(n > chunk * MOST, chunk * 2, chunk)
     return chunk
@@ -56,12 +57,12 @@ def _store_part(out_ptr, lse_ptr, to, ok, m, total, acc, D: tl.constexpr, DP: tl
 def _own_segment(
     q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, node, back, head, Q, P, scale,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Attend to a row's segment `back` (0 is its last), if that ends after `base`: gather keys along the row's path."""
     G: tl.constexpr = H // J
     n = base + tl.load(depth_ptr + node).to(tl.int32) + 1
-    chunk = _chunk_of(n, CHUNK, MOST)
+    chunk = _chunk_of(n, CHUNK, EARLY, MOST)
     whole = n // chunk
     part = _segments_of(n, chunk, LEAF) - 1 - back
     lo = tl.where(part < whole, part * chunk, whole * chunk + (part - whole) * LEAF)
@@ -90,7 +91,7 @@ def _own_segment(
 def _shared_segment(
     q, k_ptr, v_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, part, chunk, row, ok, Q, scale,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Attend to segment `part`, if it ends at or before `base`, for those of a block's rows with this chunk length."""
     whole = base // chunk
@@ -106,20 +107,21 @@ def _shared_segment(
             m, total, acc = _attend_tile(q, k, v, True, m, total, acc, scale, False, False)
         # For rows past the end of the chunk, a leaf is part of that chunk: do not store it.
         n = base + tl.load(depth_ptr + row // G, mask=ok, other=0).to(tl.int32) + 1
-        theirs = ok & (_chunk_of(n, CHUNK, MOST) == chunk) & ((part < whole) | (n // chunk == whole))
+        theirs = ok & (_chunk_of(n, CHUNK, EARLY, MOST) == chunk) & ((part < whole) | (n // chunk == whole))
         _store_part(out_ptr, lse_ptr, (rows + part * J) * (Q * G) + row, theirs, m, total, acc, D, DP)
 
 
 # P: with P = 1, base + P is base + 1, and the compiler fails on the dead branch.
-@triton.jit(do_not_specialize=["P", "layer"])
+@triton.jit(do_not_specialize=["P", "before", "layer"])
 def _path_kernel(
     q_ptr, k_ptr, v_ptr, ways_ptr, depth_ptr, base_ptr, request_ptr, block_ptr, out_ptr, lse_ptr,
-    Q, P, T, capacity, layer, scale, share, blocks,
+    Q, P, T, capacity, layer, scale, share, blocks, before,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, LEAF: tl.constexpr, MOST: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all segments. Grid (J, T Q + segments blocks): each row's last T segments, then shared ones by block.
+    """Attend to all segments: each row's last T, and shared ones by block. Grid (J, T Q + segments blocks).
 
+    before: number of programs of shared segments, of each KV head, that start before those of rows' own.
     MANY: rows belong to several requests (see `engine/contexts.py`); base_ptr then is their table, k_ptr and v_ptr are
     its anchor, and blocks come from a table too.
     """
@@ -129,8 +131,9 @@ def _path_kernel(
         gdc_launch_dependents()
     G: tl.constexpr = H // J
     rows = head.to(tl.int64)  # of part 0
-    if job < T * Q:
-        node = job // T
+    own = job - before
+    if (own >= 0) & (own < T * Q):
+        node = own // T
         live = True
         if MANY:
             request = tl.load(request_ptr + node)
@@ -141,12 +144,13 @@ def _path_kernel(
         if live:
             at = head.to(tl.int64) * slots * D
             _own_segment(
-                q_ptr, keys + at, values + at, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, node, job % T, head, Q, P,
-                scale, H, J, D, DP, R, BN, CHUNK, LEAF, MOST,
+                q_ptr, keys + at, values + at, ways_ptr, depth_ptr, out_ptr, lse_ptr, rows, base, node, own % T, head, Q, P,
+                scale, H, J, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
             )  # fmt: skip
     else:
-        part = (job - T * Q) // blocks
-        block = (job - T * Q) % blocks
+        shared = tl.where(own < 0, job, job - T * Q)
+        part = shared // blocks
+        block = shared % blocks
         if MANY:
             request = tl.load(block_ptr + block * 3)
             first = tl.load(block_ptr + block * 3 + 1)
@@ -161,16 +165,16 @@ def _path_kernel(
         row = first + tl.arange(0, R)
         ok = row < end
         q = _load_heads(q_ptr, (row // G) * H + head * G + row % G, ok, D, DP, False)
-        small = _chunk_of(base + 1, CHUNK, MOST)
-        large = _chunk_of(base + P, CHUNK, MOST)
+        small = _chunk_of(base + 1, CHUNK, EARLY, MOST)
+        large = _chunk_of(base + P, CHUNK, EARLY, MOST)
         _shared_segment(
             q, keys + at, values + at, depth_ptr, out_ptr, lse_ptr, rows, base, part, small, row, ok, Q, scale,
-            J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
+            J, G, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
         )  # fmt: skip
         if large > small:  # the pass crosses a change of chunk length
             _shared_segment(
                 q, keys + at, values + at, depth_ptr, out_ptr, lse_ptr, rows, base, part, large, row, ok, Q, scale,
-                J, G, D, DP, R, BN, CHUNK, LEAF, MOST,
+                J, G, D, DP, R, BN, CHUNK, LEAF, EARLY, MOST,
             )  # fmt: skip
 
 
@@ -178,7 +182,7 @@ def _path_kernel(
 def _merge_path_kernel(
     part_ptr, lse_ptr, depth_ptr, base_ptr, request_ptr, y_ptr, ys_ptr, Q,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
-    LEAF: tl.constexpr, MOST: tl.constexpr, NARROW: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
+    LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, NARROW: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the segments of each row. Grid (Q, H).
 
@@ -196,7 +200,7 @@ def _merge_path_kernel(
         n = tl.where(request < 0, 0, n + tl.load(base_ptr + tl.maximum(request, 0) * 4 + 3).to(tl.int32))
     else:
         n += tl.load(base_ptr).to(tl.int32)
-    count = _segments_of(n, _chunk_of(n, CHUNK, MOST), LEAF)
+    count = _segments_of(n, _chunk_of(n, CHUNK, EARLY, MOST), LEAF)
     first = (head // G).to(tl.int64) * (Q * G) + row * G + head % G
     step = J * Q * G
     every = tl.arange(0, 4 * MOST)
@@ -275,17 +279,22 @@ def _launch(
     rows, heads, width = q_QHD.shape
     if capacity > LONGEST or heads > ROWS * kv_heads:
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
-    group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk)
+    early = early_of(kv_heads)
+    group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk, early)
     device, padded = q_QHD.device, triton.next_power_of_2(width)
     part = torch.empty(most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
     lse = torch.empty(most, kv_heads, group_rows, dtype=torch.float32, device=device)
-    sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF, "MOST": MOST, "MANY": many}
+    sizes = {"H": heads, "J": kv_heads, "D": width, "DP": padded, "CHUNK": chunk, "LEAF": LEAF, "EARLY": early, "MOST": MOST}
+    sizes |= {"MANY": many}
     (ways, depths, base, requests, _), row_bytes = tables, padded * q_QHD.element_size()
     longest = ways.shape[1]
     own = 1 + triton.cdiv(longest, LEAF)  # segments that a path may reach into
+    # Short programs last, where that fills the second wave of the long ones; not tried with several requests.
+    before = most * blocks if blocks > 1 and capacity > early * chunk and not many else 0
     _path_kernel[(kv_heads, own * rows + most * blocks)](
         q_QHD, *both, *tables, part, lse,
-        rows, longest, own, capacity, layer, scale * LOG2_E, triton.cdiv(group_rows, blocks), blocks, R=ROWS, BN=TILE, **sizes,
+        rows, longest, own, capacity, layer, scale * LOG2_E, triton.cdiv(group_rows, blocks), blocks, before,
+        R=ROWS, BN=TILE, **sizes,
         **options_of(Tile(warps=4, stages=3), 2 * TILE * row_bytes, ROWS * row_bytes),
     )  # fmt: skip
     y = torch.empty(rows, heads * width, dtype=q_QHD.dtype, device=device) if kind == "full" else None

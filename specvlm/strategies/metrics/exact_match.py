@@ -1,6 +1,7 @@
 """Share of answers that equal the reference."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from specvlm.strategies.metric import Answer, Metric
@@ -8,7 +9,7 @@ from specvlm.strategies.metric import Answer, Metric
 
 @dataclass(frozen=True)
 class ExactMatchMetric(Metric):
-    """Share of answers that equal the reference, apart from white space.
+    """Share of answers that equal the reference, apart from white space and how Unicode composes letters.
 
     Attributes:
         ignore_case: Whether "Red" equals "red".
@@ -24,6 +25,7 @@ class ExactMatchMetric(Metric):
 
     def _plain(self, text: str) -> str:
         """Return a text without the differences to ignore."""
+        text = unicodedata.normalize("NFC", text)
         if self.ignore_punctuation:
             text = re.sub(r"[^\w\s]", "", text)
         return " ".join((text.casefold() if self.ignore_case else text).split())

@@ -81,8 +81,19 @@ def choice(answer: Answer) -> float:
         found = re.match(pattern, text, re.S)
         if found and found[1] in answer.letters:
             return float(found[1] == answer.letter)
-    said = {option for option in answer.options if option.rstrip(".").casefold() in text.casefold()}
-    return float(said == {answer.reference})
+    return float(_named(text, answer.options) == {answer.reference})
+
+
+def _named(text: str, options: Sequence[str]) -> set[str]:
+    """Options whose text stands in the answer as words of its own; of "red" and "dark red", the longer one counts."""
+    rest, found = text.casefold(), set[str]()
+    for option in sorted(set(options), key=len, reverse=True):
+        words = option.strip().rstrip(".").casefold()
+        pattern = rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])"
+        if words and re.search(pattern, rest):
+            found.add(option)
+            rest = re.sub(pattern, "\n", rest)
+    return found
 
 
 def _last_letter(answer: Answer) -> str:
