@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from dataclasses import dataclass, replace
+from threading import Thread
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from specvlm.results.metrics import tokens_of
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
-from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.drafters.tree import TreeDrafter, tables_of
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
@@ -132,3 +135,70 @@ def test_unlike_requests_answer_as_alone_in_bfloat16(family, seed):
     assert scheduler.run < scheduler.asked
     for number, tokens in found.items():
         assert tokens == right[number][: len(tokens)] and (number == 2 or len(tokens) == len(right[number])), number
+
+
+def greedy_graphs(engine, *drafters):
+    target, draft = (load(model_folder(f"embedded:qwen2_5_vl/{which}"), "bfloat16", "cuda") for which in ("target", "plain"))
+    options = GenerationOptions(24, ratio=0.5)
+    graphs = [DecodingGraph(target, draft, UniformPruner(), one, RULES[0], options, engine=engine) for one in drafters]
+    return graphs, list(samples_of(target, len(drafters)))
+
+
+def joined(engine, graphs, prompts):
+    scheduler = Scheduler(engine)
+    tickets = [scheduler.submit(graph.work(prompt)) for graph, prompt in zip(graphs, prompts, strict=True)]
+    return [list(scheduler.steps(ticket)) for ticket in tickets]
+
+
+def test_threads_with_schedulers_of_their_own_answer_as_alone():
+    engine, found = engine_for("graphs", "cuda"), {}
+    graphs, prompts = greedy_graphs(engine, *[TreeDrafter()] * 6)
+    right = [tokens_of(list(graph.decode(prompt))) for graph, prompt in zip(graphs, prompts, strict=True)]
+
+    def run(number: int, own: slice) -> None:
+        torch.cuda.set_device(0)
+        found[number] = [[*map(tokens_of, joined(engine, graphs[own], prompts[own]))] for _ in range(3)]
+
+    halves = slice(0, 3), slice(3, 6)
+    joined(engine, graphs[:3], prompts[:3])  # captures are made by one thread
+    threads = [Thread(target=run, args=pair) for pair in enumerate(halves)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(2)] == [[right[own]] * 3 for own in halves]
+
+
+def test_drafts_that_were_captured_together_outlive_the_tables_of_their_sessions():
+    engine = engine_for("graphs", "cuda")
+    graphs, prompts = greedy_graphs(engine, *[TreeDrafter()] * 3)
+    first = joined(engine, graphs, prompts)
+    assert any(key[0] == "drafts" for key in engine._programs)
+    tables_of.cache_clear()
+    gc.collect()
+    junk = [torch.full((64,), 2**40, device="cuda") for _ in range(20_000)]  # over whatever was freed
+    again = joined(engine, graphs, prompts)
+    del junk
+    assert [[step.tokens for step in steps] for steps in again] == [[step.tokens for step in steps] for steps in first]
+
+
+@dataclass(frozen=True)
+class Malformed(GreedyVerifier):
+    """A plugin's rule that returns a number too many."""
+
+    name = "malformed"
+
+    def decide(self, ctx):
+        return super().decide(ctx).repeat(2)[:3]
+
+
+def test_a_decision_of_the_wrong_shape_costs_its_own_request_alone():
+    engine = engine_for("graphs", "cuda")
+    graphs, prompts = greedy_graphs(engine, *[TreeDrafter()] * 3)
+    right = [tokens_of(list(graph.decode(prompt))) for graph, prompt in zip(graphs, prompts, strict=True)]
+    scheduler = Scheduler(engine)
+    graphs[0] = replace(graphs[0], verifier=Malformed())
+    bad, *good = [scheduler.submit(graph.work(prompt)) for graph, prompt in zip(graphs, prompts, strict=True)]
+    assert [tokens_of(list(scheduler.steps(ticket))) for ticket in good] == right[1:]
+    with pytest.raises(ValueError, match="integers"):
+        list(scheduler.steps(bad))

@@ -111,12 +111,20 @@ def check_of(
     logits_MV = lean.logits(hidden_MD)
     if factor != 1:
         logits_MV = RepetitionPenalty(factor, seen_V)(logits_MV, tree, above_MM)
-    decision_2 = verifier.decide(VerifyContext(tree, logits_MV, _NOBODY, dice, tables, key_2=key_2))
+    decision_2 = decision_of(verifier, VerifyContext(tree, logits_MV, _NOBODY, dice, tables, key_2=key_2))
     if sampled:  # sums over the vocabulary may round differently on two GPUs: their caches would diverge
         decision_2 = lean.ranks.first(decision_2)
     if len(parents) > 1:
         move_of(cache.stores[-1], paths, state_2, decision_2[:1])
     return (torch.cat([decision_2, tokens_M]),)
+
+
+def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
+    """Apply a rule. Raises ValueError unless it returns (2,) integers, which its reader could not tell from others."""
+    found = verifier.decide(context)
+    if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")
+    return found
 
 
 def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:

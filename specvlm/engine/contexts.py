@@ -1,7 +1,7 @@
 """Where the rows of several requests' joined pass lie: tables that the kernels read from the device.
 
-Requests keep caches of their own. The tables hold addresses, so a pass that was captured once serves any caches: what is
-captured goes by the number of rows and of requests alone.
+Each request keeps its own caches. The tables hold their addresses, so a captured pass serves any caches: passes are
+captured per `Shape`, not per request.
 
 Shape suffixes: B requests, Q rows of the pass, P rows on the longest path, N blocks of rows.
 """
@@ -22,6 +22,11 @@ from specvlm.models.passes import Pass
 STEP = 8  # rows are padded to a multiple of it, so that few programs are captured
 SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may load 16 bytes at once
+CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
+LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
+MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
+EARLY = 32  # that maximum for the shortest chunks of HEADS KV heads: fewer partial results of many rows to store and merge
+HEADS = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
 BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
 
 
@@ -55,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """A layout, with the caches of its requests.
+    """A layout, and where the caches of its requests are.
 
     Attributes:
         anchor: Tensor of the caches' dtype; addresses are counted from its own.
@@ -161,6 +166,21 @@ def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]
 def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on a device, during which nothing may be copied from the host."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def early_of(kv_heads: int) -> int:
+    """Return the maximum number of shortest chunks of a row."""
+    return EARLY if kv_heads >= HEADS else MOST
+
+
+def segments_for(slots: int, chunk: int = CHUNK, early: int = MOST) -> int:
+    """Return an upper bound on the number of segments of a row with at most `slots` keys."""
+    found, limit = 0, early
+    while True:
+        found = max(found, min(slots // chunk, limit) + chunk // LEAF)
+        if slots <= chunk * limit:
+            return found
+        chunk, limit = 2 * chunk, MOST
 
 
 def rounded(number: int, step: int) -> int:

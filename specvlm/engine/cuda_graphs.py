@@ -1,7 +1,8 @@
 """CUDA-graph engine: one graph for a drafter's routine, one for a tree's check, one for an autoregressive step.
 
 The host writes small inputs before each graph and reads one small tensor after the check. Graphs are captured per
-shape and cache, not per request: they read the context length from the device. Prefills are not captured.
+shape and cache, not per request: they read the context length from the device. Prefills are not captured. Steps that
+several requests ask for at the same time run as one where possible (see `batch.py` and `drafts.py`).
 
 Shape suffixes: M tree nodes, Q rows of a pass, D hidden size, P nodes of a path (padded), V vocabulary.
 """
@@ -26,11 +27,12 @@ from specvlm.engine.base import Engine, Inputs, Request, placed
 from specvlm.engine.batch import Batch, why_not_joined
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
 from specvlm.engine.contexts import paths_of
+from specvlm.engine.drafts import draft, routine_of
 from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
-from specvlm.engine.steps import Check, Drafting, clamped
+from specvlm.engine.steps import Check, Drafting
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Call, Jobs, Pass, Rows, finished
+from specvlm.models.passes import Call, Jobs, Pass, Rows
 from specvlm.strategies import Verifier, uniform
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.types import DraftTree, Verdict, VideoPrompt
@@ -187,7 +189,7 @@ class GraphsEngine(Engine):
 
         def build(backend: str) -> Program:
             inputs = [torch.tensor(routine.state, device=routine.model.head_device), *routine.inputs]
-            return self.capture(partial(_routine, lean, call), inputs, backend, routine.work)
+            return self.capture(partial(routine_of, lean, call), inputs, backend, routine.work)
 
         with call.guard():
             # Key by the function too: two plugins may use equal keys.
@@ -213,7 +215,7 @@ class GraphsEngine(Engine):
             return self._lean[model]
 
     def _batch(self, model: VideoLM, lean: LeanText) -> Batch | None:
-        """Return what joins the steps of a model's requests, cached. None if they run one by one."""
+        """Return the `Batch` of a model, cached. None if its requests' steps run one by one."""
         with self._lock:
             if model not in self._batches:
                 self._batches[model] = None if why_not_joined(lean) else Batch(lean, proxy(self))
@@ -228,30 +230,31 @@ class GraphsEngine(Engine):
         return Engine.name if self.lean(model) is None else self.name
 
     def run(self, passes: Sequence[Item]) -> list[Any]:
-        """Run steps of one model: checks of several requests together, and so their drafts; other passes one by one."""
+        """Run steps of one model: checks of several requests together, drafts together, and other passes one by one."""
         lean = self.lean(passes[0].model)
         if lean is None:
             return super().run(passes)
-        found, batch, spent = dict[int, Any](), self._batch(passes[0].model, lean), self.capture_s
-        if batch is not None and len(passes) > 1:
+        spent = self.capture_s
+        if len(passes) > 1 and (batch := self._batch(passes[0].model, lean)) is not None:
             checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
-            drafts = {n: one for n, one in enumerate(passes) if isinstance(one, Drafting) and one.call.joins}
+            drafts = [one for one in passes if isinstance(one, Drafting) and one.answer is None and one.call.joins]
             if len(drafts) > 1:
-                found |= zip(drafts, batch.draft([one.call for one in drafts.values()]), strict=True)
+                draft(batch, drafts)
             if len(checks) > 1:
                 batch.check(checks)
             if self.capture_s > spent:
-                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts.values())):
+                for mark in (*(one.request.mark for one in checks), *(one.mark for one in drafts)):
                     mark("capture")
-        return [found[number] if number in found else self._run_one(lean, one) for number, one in enumerate(passes)]
+        return [self._run_one(lean, one) for one in passes]
 
     def _run_one(self, lean: LeanText, one: Item) -> Any:
-        """Run one step. A pass of more than ROWS rows runs through Hugging Face's modules."""
+        """Run one step, unless it has its answer. A pass of more than ROWS rows runs through Hugging Face's modules."""
         if isinstance(one, Check):
-            one.answer = one.answer or self._check(lean, one)
+            one.answer = self._check(lean, one) if one.answer is None else one.answer
+        elif isinstance(one, Drafting):
+            one.answer = self._draft(lean, one.call, one.mark) if one.answer is None else one.answer
+        if not isinstance(one, Pass):
             return one.answer
-        if isinstance(one, Drafting):
-            return self._draft(lean, one.call, one.mark)
         if len(one) > ROWS:
             return super().run([one])[0]
         one.cache.length = one.start + len(one)
@@ -343,8 +346,3 @@ def kernels_for(model: VideoLM, lean: LeanText) -> ModuleType:
     if why:
         log.warning("%s runs without Triton kernels: %s", model, why)
     return ops if why else kernels
-
-
-def _routine(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Run a drafter's routine as a function of device tensors, for capture."""
-    return finished(call.begin(*inputs), lambda one: run_pass(lean, one if call.ours else clamped(one)))

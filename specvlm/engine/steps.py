@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 T = TypeVar("T")
+R = TypeVar("R")
 REQUESTS = 16  # maximum number of requests of a pass
 
 
@@ -31,8 +32,8 @@ class Check:
         request: Request whose tree it is.
         tree: The tree, on the target's device.
         numbers: Uniform random numbers for the verifier, if it needs any.
-        answer: The answer, once there is one. A check changes its request's cache, so it must not run again when steps
-            are repeated one by one because another of them failed.
+        answer: The answer, once there is one. A step changes its request's cache, so it must not run twice: if another
+            step fails, all are repeated one by one, but not those with an answer.
     """
 
     request: Request
@@ -46,17 +47,19 @@ class Check:
         return self.request.target
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Drafting:
     """A call of a drafter's routine. The engine answers with the routine's tensors.
 
     Attributes:
         call: The call.
         mark: As in `Engine.call`.
+        answer: As in `Check`.
     """
 
     call: Call
     mark: Callable[[str], None]
+    answer: Sequence[Tensor] | None = None
 
     @property
     def model(self) -> VideoLM:
@@ -105,21 +108,30 @@ def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
 
 
 def side_by_side(
-    works: Sequence[Passes[tuple[Tensor, ...]]], run: Callable[[Sequence[tuple[int, Pass]]], list[Rows]]
-) -> list[tuple[Tensor, ...]]:
+    works: Sequence[Passes[R]], run: Callable[[Sequence[tuple[int, Pass]]], Sequence[Rows | Exception]]
+) -> list[R]:
     """Run generators of passes in step: all that yield one are resumed with its rows. Returns their results.
 
-    run: Maps numbers of generators with the passes that they yield to the rows of these.
+    run: Maps numbers of generators with the passes that they yield to the rows of these, or to what to raise there.
     """
-    found: dict[int, tuple[Tensor, ...]] = {}
-    answers: dict[int, Rows | None] = dict.fromkeys(range(len(works)))
+    found: dict[int, R] = {}
+    answers: dict[int, Rows | Exception | None] = dict.fromkeys(range(len(works)))
     while answers:
         wanted = list[tuple[int, Pass]]()
         for number, rows in answers.items():
+            work = works[number]
             try:
-                wanted.append((number, works[number].send(rows)))
+                wanted.append((number, work.throw(rows) if isinstance(rows, Exception) else work.send(rows)))
             except StopIteration as end:
                 found[number] = end.value
         each = run(wanted) if wanted else []
         answers = {number: rows for (number, _), rows in zip(wanted, each, strict=True)}
     return [found[number] for number in range(len(works))]
+
+
+def or_none(work: Passes[R]) -> Passes[R | None]:
+    """Run a generator of passes. Its result is None if it fails."""
+    try:
+        return (yield from work)
+    except Exception:
+        return None

@@ -8,6 +8,7 @@ import torch
 
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.room import needs_for
+from specvlm.engine.batch import bytes_for
 from specvlm.errors import UserError
 from specvlm.models.kv_cache import pooled
 from specvlm.models.memory_plan import Need, activations, free_bytes, kv_bytes, weights
@@ -38,7 +39,10 @@ def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
 
 
 def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions) -> None:
-    """Check that a request's caches and activations fit, beside the caches that are free. Raises UserError."""
+    """Check that a request's caches, its activations and the passes that it may share fit into memory.
+
+    Caches that are free count as memory. Raises UserError.
+    """
     models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
     dtypes = {side: model.dtype for side, model in models.items()}
     needs = needs_for(graph, prompt, options, dtypes, {})
@@ -47,6 +51,8 @@ def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: Generation
     for need in needs:
         for device, size in _cache(need.model, need.slots).items():
             wanted[device] += size
+        if graph.engine.captures and len(need.model.stages) == 1:
+            wanted[need.model.device] += bytes_for(need.model, need.slots)
     free = {device: graph.caches.bytes_on(device, leased=False) for device in wanted}
     _check(wanted, free, "the request needs", "ask for fewer frames, fewer new tokens, or less at a time")
 

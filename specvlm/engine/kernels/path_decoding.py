@@ -19,15 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specvlm.engine.contexts import Contexts
+from specvlm.engine.contexts import CHUNK, LEAF, MOST, Contexts, early_of, segments_for
 from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_heads
 from specvlm.engine.kernels.launch import Narrow, Tile, context_of, options_of, split, to_8_bits
 
-CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
-LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
-MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
-EARLY = 32  # that maximum for the shortest chunks of HEADS KV heads: fewer partial results of many rows to store and merge
-HEADS = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
 LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
 TILE = 64  # keys per step
@@ -231,16 +226,6 @@ def _merge_path_kernel(
         tl.store(y_ptr + out * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-def segments_for(slots: int, chunk: int = CHUNK, early: int = MOST) -> int:
-    """Return an upper bound on the number of segments of a row with at most `slots` keys."""
-    found, limit = 0, early
-    while True:
-        found = max(found, min(slots // chunk, limit) + chunk // LEAF)
-        if slots <= chunk * limit:
-            return found
-        chunk, limit = 2 * chunk, MOST
-
-
 def path_attention(
     q_QHD: Tensor,
     keys: Tensor,
@@ -294,7 +279,7 @@ def _launch(
     rows, heads, width = q_QHD.shape
     if capacity > LONGEST or heads > ROWS * kv_heads:
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")
-    early = EARLY if kv_heads >= HEADS else MOST
+    early = early_of(kv_heads)
     group_rows, most = rows * (heads // kv_heads), segments_for(capacity, chunk, early)
     device, padded = q_QHD.device, triton.next_power_of_2(width)
     part = torch.empty(most, kv_heads, group_rows, width, dtype=torch.float32, device=device)
