@@ -25,10 +25,10 @@ from experiments.gpu_pair.__main__ import commit_of
 from experiments.gpu_pair.measure import copy_bandwidth, kv_bytes, synchronize, weight_bytes
 from experiments.gpu_pair.models import WRAPS
 from experiments.gpu_pair.shapes import build, pair_of, prompt_of
-from specvlm.app import memory_plan
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket
 from specvlm.engine import Engine, engine_for
+from specvlm.models import memory_plan
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results import metrics
@@ -71,7 +71,7 @@ class Bench:
             self.target,
             self.draft,
             UniformPruner(),
-            ChanceDrafter(TreeDrafter(tree), self.known[number], chance=chance),
+            ChanceDrafter(TreeDrafter(tree), self.known[number], accepted=0.0, chance=chance),
             GreedyVerifier(),
             caches=self.caches,
             engine=self.engine,
@@ -88,7 +88,7 @@ class Bench:
             found = one_round(scheduler, tickets, counted)
             walls.append(perf_counter() - before)
             tokens.append(found)
-        for ticket in tickets:
+        for ticket in reversed(tickets):  # the pool gives the last cache first: each request gets its own again
             scheduler.cancel(ticket)
         kept, made = walls[WARM:], sum(tokens[WARM:])
         return {
@@ -118,11 +118,11 @@ def one_round(scheduler: Scheduler, tickets: Sequence[Ticket], counted: dict[int
     return made
 
 
-def passes_of(engine: Engine) -> dict[str, float]:
-    """Time the captured joined passes that exist, on the device alone: ms by model and shape."""
+def passes_of(engine: Engine, requests: int) -> dict[str, float]:
+    """Time captured joined passes of so many requests, whose caches still exist, on the device alone: ms by shape."""
     found = {}
     for key, (owner, program) in getattr(engine, "_programs", {}).items():
-        if key[0] != "batch" or program.graph is None:
+        if key[0] != "batch" or key[2] != 1 << (requests - 1).bit_length() or program.graph is None:
             continue
         times = []
         for _ in range(8):
@@ -222,9 +222,9 @@ def main(words: Sequence[str]) -> int:
         for row in measured(bench, prompts, args, bandwidth):
             with args.out.open("a") as file:
                 file.write(json.dumps(about | {"peak_gib": memory_plan.peak_bytes(device) / 2**30} | row) + "\n")
+        print(json.dumps(passes_of(engine, count)))
         bench.caches.empty()
         gc.collect()
-    print(json.dumps(passes_of(engine)))
     synchronize(device)
     return 0
 

@@ -36,13 +36,13 @@ def text(rows: list[dict[str, Any]]) -> str:
             shape, machine, commit, date, tokens, _ = about
             parts += ["", f"## {shape} on {machine}, {date[:10]}, {tokens} video tokens", ""]
             parts += [
-                f"Commit {commit}. {row['weights']}; acceptance {row['acceptance']}. Copies run at {row['gb_per_s']} GB/s.",
+                f"Commit {commit}; {row['weights']}; acceptance {row['acceptance']}. Copies run at {row['gb_per_s']} GB/s.",
                 "",
             ]
             parts += [f"| {' | '.join(HEAD)} |", "|" + "---:|" * len(HEAD)]
         last = about
         parts.append(f"| {' | '.join(cells(row))} |")
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
 if __name__ == "__main__":

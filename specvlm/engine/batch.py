@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from specvlm.engine import ops
-from specvlm.engine.checking import decision_of
 from specvlm.engine.contexts import (
     SLOTS,
     UNIT,
@@ -46,6 +45,7 @@ from specvlm.models.memory_plan import ran_out
 from specvlm.models.passes import Pass, Rows
 from specvlm.strategies import VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside, is_ours
+from specvlm.strategies.verifier import decision_of
 from specvlm.types import DraftTree, ancestor_mask
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from specvlm.engine.lean import LeanText, Place, Sight
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import KVCache, Store
 from specvlm.strategies import Verifier, VerifyContext
+from specvlm.strategies.verifier import decision_of
 from specvlm.types import DraftTree
 
 _NOBODY = torch.Generator()  # unused: a captured step gets its random numbers as inputs
@@ -117,14 +118,6 @@ def check_of(
     if len(parents) > 1:
         move_of(cache.stores[-1], paths, state_2, decision_2[:1])
     return (torch.cat([decision_2, tokens_M]),)
-
-
-def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
-    """Apply a rule. Raises ValueError unless it returns (2,) integers, which its reader could not tell from others."""
-    found = verifier.decide(context)
-    if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")
-    return found
 
 
 def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: Tensor, rows: Tensor) -> tuple[Tensor]:

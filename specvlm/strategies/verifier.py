@@ -212,9 +212,10 @@ class Verifier(Strategy, ABC):
             The accepted path and the target's next token after it.
 
         Raises:
-            ValueError: `decide` reports that the logits give no distribution (NaN, +inf).
+            ValueError: `decide` reports that the logits give no distribution (NaN, +inf), or returns anything but (2,)
+                integers.
         """
-        last, bonus = self.decide(ctx).tolist()
+        last, bonus = decision_of(self, ctx).tolist()
         return self.verdict(last, bonus, ctx.tree)
 
     def verdict(self, last: int, bonus: int, tree: DraftTree) -> Verdict:
@@ -249,3 +250,11 @@ class Verifier(Strategy, ABC):
         """
         root = DraftTree(torch.zeros(1, dtype=torch.int64, device=logits_V.device), (-1,))
         return self.verify(VerifyContext(root, logits_V[None], generator, key_2=key_2)).bonus
+
+
+def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
+    """Apply a rule. Raises ValueError unless it returns (2,) integers, which its reader could not tell from others."""
+    found = verifier.decide(context)
+    if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")
+    return found
