@@ -1,5 +1,6 @@
 """The package's layers, and the import paths of the previous release, which work for one more."""
 
+import ast
 import subprocess
 import sys
 from importlib import import_module
@@ -54,3 +55,15 @@ def test_a_drafters_old_word_for_its_budget_works_with_a_warning():
     with pytest.warns(DeprecationWarning, match=r"^Old.sees is called own_budget now$"):
         old = type("Old", (TreeDrafter,), {"sees": lambda self, prompt: 7})
     assert old().own_budget(None) == 7
+
+
+def test_experiments_and_examples_import_names_that_exist():
+    """They are no part of the typed package, so nothing else would say so before they run."""
+    files = [path for folder in ("experiments", "examples", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "specvlm":
+                for name in node.names:
+                    module = import_module(str(node.module))
+                    assert hasattr(module, name.name) or import_module(f"{node.module}.{name.name}"), path
