@@ -57,6 +57,7 @@ def test_a_drafters_old_word_for_its_budget_works_with_a_warning():
     assert old().own_budget(None) == 7
 
 
+@pytest.mark.slow
 def test_experiments_and_examples_import_names_that_exist():
     """They are no part of the typed package, so nothing else would say so before they run."""
     files = [path for folder in ("experiments", "examples", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]

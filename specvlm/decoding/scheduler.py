@@ -106,7 +106,8 @@ class Scheduler:
         engine: Engine that runs the passes.
         room: Bytes of KV caches that requests may lease at the same time. None: any number. Free caches that a pool
             keeps for later requests do not count.
-        most: Maximum number of requests that run at the same time. None: any number.
+        most: Maximum number of requests that run at the same time. None: any number. With tensor parallelism give 1:
+            ranks that take unlike turns would wait for each other for ever.
 
     Attributes:
         live: Requests that run.
