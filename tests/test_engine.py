@@ -17,6 +17,7 @@ from specvlm.engine import Engine, Fallback, engine_for
 from specvlm.engine.base import tree_pass
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.engine.lean import LeanText, Sight, why_not
+from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.errors import UserError
 from specvlm.models.quantize import quantize_text
 from specvlm.results.metrics import acceptance_of, speed_of, tokens_of
@@ -142,6 +143,19 @@ def test_repetition_penalty(family, monkeypatch):
     outs = [tokens_of(list(graph_of(family, "tree", e).decode(request, 24))) for e in (Engine(), GraphsEngine("direct"))]
     assert outs[0] == outs[1]
     assert outs[0] != tiny.hf_greedy(tiny.model(family), request, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_penalty_is_applied_in_float32_as_generate_does(dtype):
+    """In 16 bits, the two logits would round to the same number."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    seen, logits_1V = torch.tensor([[0, 2]]), torch.tensor([[2.109375, 2.0, -1.0, 0.5]]).to(dtype)
+    penalty = RepetitionPenalty(1.05, torch.tensor([True, False, True, False]))
+    wide = logits_1V if dtype == torch.float64 else logits_1V.float()
+    right = RepetitionPenaltyLogitsProcessor(1.05)(seen, wide.clone())
+    assert torch.equal(penalty(logits_1V), right) and int(right.argmax()) == 0
+    assert RepetitionPenalty(1.0, penalty.seen_V)(logits_1V) is logits_1V
 
 
 @pytest.mark.parametrize("drafter", ["tree", "chain", "prompt_lookup"])

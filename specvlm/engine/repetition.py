@@ -56,10 +56,12 @@ class RepetitionPenalty:
                 captured for all trees of one size; by default made from the tree.
 
         Returns:
-            (M, V) logits.
+            (M, V) logits; with a factor other than 1 in float32 at least, as in `generate`: in 16 bits, logits that the
+            penalty brings close would round to the same number.
         """
         if self.factor == 1:
             return logits_MV
+        logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
         seen_MV = self.seen_V.expand(len(logits_MV), -1)
         if tree is not None:
             own_MV = torch.zeros_like(logits_MV, dtype=torch.bool)
