@@ -213,14 +213,18 @@ def test_speed_is_a_file_of_its_own_with_the_name_of_its_machine(sweep, tmp_path
 
 
 def test_a_table_has_means_over_scenes_and_differences_by_scene():
-    found = results(none=[[5, 5], [4, 4, 4], [3]], uniform_0_9=[[4, 4], [3, 3, 3], [2]], random_0_9=[[5, 4], [3, 4, 5]])
+    three = {"none": [[5, 5], [4, 4, 4], [3]], "uniform_0_9": [[4, 4], [3, 3, 3], [2]], "random_0_9": [[5, 4], [3, 4, 5]]}
+    found = results(**three)
     heads, *lines = tables.acceptance("main_table", found, QWEN)
     assert heads[3:] == ["accepted per round", "less `none`", "less `uniform`", "less `tree`"]
     cells = {line[0]: line for line in lines}
     assert list(cells) == ["`none`", "`random 0.9`", "`uniform 0.9`"]  # in the preset's order
     assert cells["`none`"][1:] == ["3", "1 of 10", "4.00 [3.00, 5.00]", "", "", ""]
-    assert cells["`uniform 0.9`"][4:] == ["**−1.00 [−1.00, −1.00]**", "", ""]
-    assert cells["`random 0.9`"][4].startswith("−0.25 [") and cells["`random 0.9`"][5] == "**+0.75 [+0.50, +1.00]**"
+    assert cells["`uniform 0.9`"][4:] == ["−1.00 [−1.00, −1.00]", "", ""]  # three scenes decide nothing
+    assert cells["`random 0.9`"][4].startswith("−0.25 [") and cells["`random 0.9`"][5] == "+0.75 [+0.50, +1.00]"
+    many = tables.acceptance("main_table", results(**{name: scenes * 3 for name, scenes in three.items()}), QWEN)
+    bold = {line[0]: line[4:] for line in many[1:]}
+    assert bold["`uniform 0.9`"] == ["**−1.00 [−1.00, −1.00]**", "", ""] and bold["`random 0.9`"][1].startswith("**+0.75 [+0.")
     plain_lines = list(tables.aligned([heads, *lines]))
     assert plain_lines[0].startswith("job ") and "`" not in "".join(plain_lines) and "*" not in "".join(plain_lines)
 
