@@ -128,6 +128,7 @@ def test_a_request_without_a_drafter_waits_for_deep_drafts_but_not_for_ever():
     assert tokens_of(list(slow.steps)) == tokens_of(list(plain.steps)) == want and max(gaps) == PATIENCE + 1
 
 
+@pytest.mark.slow
 def test_a_request_that_failed_holds_no_tensors_until_its_error_is_read():
     kept = []
 
