@@ -143,8 +143,7 @@ def measured(bench: Bench, prompts: Sequence[VideoPrompt], args: argparse.Namesp
     depth = max(TreeDrafter(tree).fixed.depth for tree in args.trees)
     limit = (args.rounds + WARM + 2) * (depth + 1) + 2
     most = max(TreeDrafter(tree).max_nodes for tree in args.trees)
-    for prompt in prompts:  # the largest need, so that no cache is replaced
-        bench.caches.reserve("target", target, len(prompt) + limit + most)
+    # A cache for each request, as large as the largest tree needs, so that none is replaced.
     held = [bench.caches.take("target", target, len(prompt) + limit + most) for prompt in prompts]
     for cache in held:
         bench.caches.give_back("target", cache)

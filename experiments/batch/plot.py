@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.gpu_pair.plot import GREY, INK
+
 HERE = Path(__file__).parent
-INK, GREY = "#222222", "#8a8a8a"
 LOOKS = {
     (0.9, "bf16"): ("#0b6e99", "90 % dropped"),
     (0.0, "bf16"): ("#d1495b", "nothing dropped"),

@@ -152,15 +152,12 @@ def layout_of(shape: Shape, passes: Sequence[Pass], frame: tuple[Tensor, Tensor]
         if one.seen_QT is not None:
             seen_QT = one.seen_QT.to(device) != 0
             above_Q, ways_QT = seen_QT.sum(1) - 1, paths_of(seen_QT)
-        depths_Q = one.depths_Q
-        if not isinstance(depths_Q, Tensor) and not capturing(device):
-            depths_Q = torch.tensor(depths_Q, device=device)
-        depths_Q = on_device(depths_Q, device)
-        columns.append((local_Q, depths_Q, above_Q, pad(ways_QT, (0, shape.path - ways_QT.shape[1]))))
+        ways_QP = pad(ways_QT, (0, shape.path - ways_QT.shape[1]))
+        columns.append((local_Q, on_device(one.depths_Q, device), above_Q, ways_QP))
     spare = shape.rows - sum(map(len, passes))
-    local_Q, depth_Q, above_Q = (pad(torch.cat(column), (0, spare)) for column in list(zip(*columns, strict=True))[:3])
-    ways_QP = pad(torch.cat([column[3] for column in columns]), (0, 0, 0, spare))
-    return Layout(frame[0], local_Q, depth_Q, above_Q, ways_QP, frame[1])
+    *flat, ways_QP = map(torch.cat, zip(*columns, strict=True))
+    local_Q, depth_Q, above_Q = (pad(column_Q, (0, spare)) for column_Q in flat)
+    return Layout(frame[0], local_Q, depth_Q, above_Q, pad(ways_QP, (0, 0, 0, spare)), frame[1])
 
 
 def capturing(device: torch.device) -> bool:
@@ -199,10 +196,12 @@ def paths_of(seen_MM: Tensor) -> Tensor:
 
 
 def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device without a host copy, which would block and is not allowed during a capture."""
+    """Put integers on the device. During a capture nothing may be copied from the host, so each is filled in there."""
     if isinstance(numbers, Tensor):
         return numbers
     if isinstance(numbers, range):
         return torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
     each = [numbers] if isinstance(numbers, int) else numbers
+    if len(each) > 1 and not capturing(device):
+        return torch.tensor([*each], device=device)
     return torch.cat([torch.full((1,), number, device=device) for number in each])

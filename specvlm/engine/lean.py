@@ -170,6 +170,8 @@ class LeanText:
         self.heads = self.layers[0].qkv[0].outputs // self.width  # of this rank
         self.hidden, self.dtype = int(model.text.config.hidden_size), model.text.embed_tokens.weight.dtype
         self.stages = model.stages
+        # Maximum number of rows of a joined pass.
+        self.most = ROWS if any(layer.experts is not None for layer in self.layers) else JOINED
         self.turns = [model.text.rotary_emb.inv_freq.to(stage.device) for stage in model.stages]
 
     def __call__(
@@ -235,11 +237,6 @@ class LeanText:
             experts = layer.experts
             yield from (*layer.gate_up, *layer.down) if experts is None else (experts.router, experts.gate_up, experts.down)
         yield self.head
-
-    @property
-    def most(self) -> int:
-        """Maximum number of rows of a joined pass."""
-        return ROWS if any(layer.experts is not None for layer in self.layers) else JOINED
 
     def logits(self, hidden_QD: Tensor) -> Tensor:
         """Compute the (Q, V) logits of hidden states that a pass returned, at most JOINED rows at a time."""

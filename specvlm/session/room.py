@@ -16,8 +16,6 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.types import GenerationOptions, VideoPrompt
 
 GIB = 2**30
-
-
 FOR_CACHES = 0.8  # share of the free memory that the caches of running requests may take; activations need the rest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from campaign import fork  # noqa: F401  (its environment: no hub, no plugins of the developer's)
+from campaign import fork, threads  # noqa: F401  (of fork the environment: no hub, no plugins of the developer's)
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import PATIENCE, Decoding, Scheduler, Ticket
@@ -21,12 +21,7 @@ from specvlm.engine import Engine
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.passes import Pass, Rows
 from specvlm.results.metrics import tokens_of
-from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
-from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
-from specvlm.strategies.drafters.self_draft import SelfDrafter
-from specvlm.strategies.drafters.sparse import SparseDrafter
-from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.random import RandomPruner
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.pruners.uniform import UniformPruner
@@ -37,16 +32,7 @@ from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.types import GenerationOptions
 
 COUNT, SAMPLE = 500, 15
-DRAFTERS = (
-    TreeDrafter(),
-    TreeDrafter("chain:3"),
-    DynamicTreeDrafter(nodes=8, depth=3, width=4),
-    EntropyTreeDrafter(),
-    SelfDrafter("chain:3"),
-    SparseDrafter(entries=64, length=3),
-    PromptLookupDrafter(),
-    None,  # the target alone
-)
+DRAFTERS = (*threads.DRAFTERS, None)  # None: the target alone
 PRUNERS = (UniformPruner(), TwoStagePruner(), RandomPruner())
 VERIFIERS = (GreedyVerifier(), SamplingVerifier(0.8, top_k=20), LooseVerifier(), CoupledVerifier(0.8, top_k=20))
 MOST_TURNS = 8 * (PATIENCE + 1)  # between two steps: a round has at most 6 passes, each held at most PATIENCE turns
