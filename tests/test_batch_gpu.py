@@ -99,10 +99,18 @@ RULES = [GreedyVerifier(), CoupledVerifier(0.8, top_p=0.95), SamplingVerifier(1.
 DRAFTERS = [TreeDrafter(), TreeDrafter("chain:5"), DynamicTreeDrafter(nodes=12), SelfDrafter("2x2"), PromptLookupDrafter()]
 
 
-@pytest.mark.parametrize("seed", range(4))
+def broken(work, passes: int):
+    """Run a request, but let it fail after some passes and steps."""
+    rows = None
+    for _ in range(passes):
+        rows = yield work.send(rows)
+    raise ArithmeticError
+
+
+@pytest.mark.parametrize("seed", range(17))  # with the families 51 schedules
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_unlike_requests_answer_as_alone_in_bfloat16(family, seed):
-    """They join between rounds, some leave early, some decode without a drafter; the pass of the target is shared."""
+    """They join between rounds, one is cancelled, one fails, some decode without a drafter; the target's pass is shared."""
     chance, engine = random.Random(seed), engine_for("graphs", "cuda")
     target, draft = (load(model_folder(f"embedded:{family}/{which}"), "bfloat16", "cuda") for which in ("target", "plain"))
     makers = []
@@ -117,6 +125,8 @@ def test_unlike_requests_answer_as_alone_in_bfloat16(family, seed):
         else:
             makers.append(lambda p=prompt, o=options, g=graph: g.work(p, o))
     right = [tokens_of(list(alone(engine, make()))) for make in makers]
+    whole, fails = makers[4], chance.randint(2, 12)
+    makers[4] = lambda: broken(whole(), fails)
     scheduler, found, tickets = Scheduler(engine), {n: [] for n in range(len(makers))}, {}
     arrivals = {number: chance.randint(0, 6) for number in found}
     for turn in range(400):
@@ -127,14 +137,14 @@ def test_unlike_requests_answer_as_alone_in_bfloat16(family, seed):
         if turn == 9:
             scheduler.cancel(tickets[2])
         for number, ticket in tickets.items():
-            assert ticket.error is None, ticket.error
+            assert ticket.error is None or (number == 4 and isinstance(ticket.error, ArithmeticError)), ticket.error
             while ticket.steps:
                 found[number] += ticket.steps.popleft().tokens
         if len(tickets) == len(makers) and not scheduler.live:
             break
     assert scheduler.run < scheduler.asked
     for number, tokens in found.items():
-        assert tokens == right[number][: len(tokens)] and (number == 2 or len(tokens) == len(right[number])), number
+        assert tokens == right[number][: len(tokens)] and (number in (2, 4) or len(tokens) == len(right[number])), number
 
 
 def greedy_graphs(engine, *drafters):

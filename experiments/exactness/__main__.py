@@ -49,7 +49,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--video-tokens", type=int, default=16_384, help="of the longest prompt (%(default)s)")
     parser.add_argument("--nodes", type=int, default=2500, help="nodes: minimum per shape and arithmetic (%(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="nodes: number of the first tree (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first tree or prompt (%(default)s)")
     parser.add_argument("--ways", default="ours", help=f"nodes: arithmetics, of {','.join(nodes.WAYS)} (%(default)s)")
     parser.add_argument("--prompts", type=int, help="decodes: number of prompts (30 for the 7B, 10 for others)")
     parser.add_argument("--tokens", type=int, default=256, help="decodes: tokens of an answer (%(default)s)")
@@ -104,9 +104,10 @@ def measured(parts: Sequence[str], options: argparse.Namespace, device: torch.de
                 yield {"part": "nodes"} | about | {"slots": options.video_tokens, "first": options.first} | found
         if "decodes" in parts:
             decodes.use_random_head(model)
-            counts = (options.prompts or PROMPTS.get(name, 10), options.tokens, options.control)
+            numbers = range(options.first, options.prompts or PROMPTS.get(name, 10))
             engine = engine_for("auto", device)
-            for found in decodes.measure(model, pair_of(name).target, engine, options.video_tokens, *counts):
+            size = options.video_tokens, numbers, options.tokens, options.control
+            for found in decodes.measure(model, pair_of(name).target, engine, *size):
                 yield {"part": "decodes"} | about | found
             del engine
         del model

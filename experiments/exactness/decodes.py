@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -93,21 +93,19 @@ def use_random_head(model: VideoLM) -> None:
     weight.normal_(0, model.text.config.hidden_size**-0.5, generator=generator)
 
 
-def prompts_of(model: VideoLM, shape: Shape, most: int) -> Iterator[tuple[int, VideoPrompt]]:
+def prompts_of(model: VideoLM, shape: Shape, most: int, numbers: Iterable[int]) -> Iterator[tuple[int, VideoPrompt]]:
     """Yield numbered prompts with random pixels and words, of an eighth of `most` to `most` video tokens."""
-    for number in count():
+    for number in numbers:
         share = random.Random(number).uniform(0.125, 1) if number else 1.0  # the longest first: caches are kept
         yield number, prompt_of(model, shape, round(share * most), True, seed=number)
 
 
 def measure(
-    model: VideoLM, shape: Shape, engine: Engine, video_tokens: int, prompts: int, limit: int, control: int
+    model: VideoLM, shape: Shape, engine: Engine, video_tokens: int, numbers: Iterable[int], limit: int, control: int
 ) -> Iterator[dict[str, Any]]:
     """Decode prompts plainly and with planted guesses. Yields a row for each, and for each decode of the control."""
     caches = CachePool()
-    for number, prompt in prompts_of(model, shape, video_tokens):
-        if number == prompts:
-            return
+    for number, prompt in prompts_of(model, shape, video_tokens, numbers):
         for name, by in (("ours", engine), ("control", Engine())):
             if name == "ours" or number < control:
                 found = compare(model, prompt, by, caches, limit, number)
