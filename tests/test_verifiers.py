@@ -56,6 +56,19 @@ def test_greedy_equals_the_naive_walk_on_random_trees():
     assert max(accepted) >= 5 and min(accepted) == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_on_the_host_decides_as_on_the_device(seed):
+    """With few tokens siblings share one, so that several nodes are equally deep."""
+    chance = torch.Generator().manual_seed(seed)
+    for size in (1, 2, 5, 26, 64):
+        for chain in (0.0, 0.5, 0.9):
+            parents, tokens = random_parents(size, chance, chain), torch.randint(2, (size,), generator=chance)
+            logits_MV = torch.randint(3, (size, 2), generator=chance).float()  # also ties
+            context = VerifyContext(DraftTree(tokens, parents), logits_MV, torch.Generator())
+            found = GreedyVerifier().follow(parents, tokens.tolist(), logits_MV.argmax(-1).tolist())
+            assert list(found) == GreedyVerifier().decide(context).tolist()
+
+
 def test_greedy_takes_every_leaf_of_the_paper_tree_when_the_target_wants_it():
     shape = TreeShape.parse("paper")
     for leaf in range(1, len(shape)):

@@ -122,29 +122,34 @@ class Batch:
     def check(self, checks: Sequence[Check]) -> None:
         """Check the trees of several requests, and set their answers. A check that fails gets none: run it alone."""
         with self.lock:
-            decided = [
-                pair for group in grouped(checks, lambda one: len(one.tree), self.lean.most) for pair in self._decided(group)
-            ]
+            groups = [self._decided(group) for group in grouped(checks, lambda one: len(one.tree), self.lean.most)]
+            decided, parts = ([one for each in both for one in each] for both in zip(*groups, strict=True))
             if not decided:
                 return
-            numbers, end = torch.cat([decision for _, decision in decided]).tolist(), 0  # the only host read
-        for one, decision in decided:
-            start, end = end, end + len(decision)
+            numbers, end = torch.cat(parts).tolist(), 0  # the only host read
+        for one in decided:
+            start, end = end, end + (2 * len(one.tree) if _follows(one) else 2 + len(one.tree))
             with suppress(Exception):
                 self._answer(one, numbers[start:end])
 
-    def _decided(self, checks: Sequence[Check]) -> list[tuple[Check, Tensor]]:
-        """Run the trees of some checks as one pass. Returns the checks that did not fail, with `_decision` of each."""
-        found = list[tuple[Check, Tensor]]()
+    def _decided(self, checks: Sequence[Check]) -> tuple[list[Check], list[Tensor]]:
+        """Run the trees of some checks as one pass. Returns the checks that did not fail, and `_decision` of all of them."""
+        found, parts = list[Check](), list[Tensor]()
         with suppress(Exception):
             for one, rows in zip(checks, self.run([*map(_pass_for, checks)]), strict=True):
                 with suppress(Exception):
-                    found.append((one, _decision(one, rows)))
-        return found
+                    parts += _decision(one, rows)
+                    found.append(one)
+        return found, [torch.cat(parts)] if parts else []  # a copy: the next pass overwrites the rows
 
     def _answer(self, check: Check, numbers: Sequence[int]) -> None:
         """Set the answer of a check from `_decision`, read on the host, and cut its cache to the accepted path."""
-        request, tree, (last, bonus, *tokens) = check.request, check.tree, numbers
+        request, tree = check.request, check.tree
+        if _follows(check):
+            best, tokens = numbers[: len(tree)], numbers[len(tree) :]
+            last, bonus = request.verifier.follow(tree.parents, tokens, best)
+        else:
+            last, bonus, *tokens = numbers
         with inside(request.verifier):
             verdict = request.verifier.verdict(last, bonus, tree)
             verdict = checked_verdict(request.verifier, verdict, tree, self.lean.vocabulary)
@@ -198,19 +203,20 @@ class Batch:
         else:
             given = torch.cat([*(tokens.to(self.device) for tokens in tokens_Q), *self._zeros(extra)])
         where = addresses([one.cache for one in passes], self.anchor, shape.requests)
-        bases, offsets = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
-        outputs = program(given, where, bases, offsets, *tables)
+        both = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
+        outputs = program(given, self._joined([where, *both]), *tables)
         self._held[program] = layout
         parts = [*outputs, program.inputs[0]]
         return self.split(passes, [part.clone() for part in parts] if copy else parts)
 
     def split(self, passes: Sequence[Pass], outputs: Sequence[Tensor]) -> list[Rows]:
-        """Divide the results of a joined pass among its passes: logits, hidden states and tokens."""
-        (logits_QV, *hidden, tokens_Q), found, end = outputs, list[Rows](), 0
+        """Divide the results of a joined pass among its passes: logits, hidden states, their argmax if given, and tokens."""
+        (logits_QV, *hidden, best_Q, tokens_Q), found, end = outputs, list[Rows](), 0
         for one in passes:
             start, end = end, end + len(one)
-            rows = _rows([part[start:end] for part in hidden])
-            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, logits_QV[start:end], tokens_Q[start:end]))
+            rows, mine = _rows([part[start:end] for part in hidden]), slice(start, end)
+            more = logits_QV[mine], tokens_Q[mine], best_Q[mine]
+            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, *more))
         return found
 
     def _build(self, shape: Shape, backend: str) -> Program:
@@ -219,15 +225,13 @@ class Batch:
         blocks = blocks_for(shape.rows, shape.requests, self.group)
         inputs = [
             zeros(shape.rows),
-            zeros(shape.requests * 3),
-            zeros(shape.requests),
-            zeros(shape.requests),
+            zeros(shape.requests * 5),
             torch.full((shape.rows,), -1, dtype=torch.int32, device=self.device),
             *(zeros(shape.rows) for _ in range(3)),
             zeros(shape.rows, shape.path),
             torch.zeros(blocks, 3, dtype=torch.int32, device=self.device),
         ]
-        return self.engine.capture(partial(pass_of_many, self.lean, self.anchor, self.kv_heads, shape.longest), inputs, backend)
+        return self.engine.capture(partial(_with_best, self.lean, self.anchor, self.kv_heads, shape.longest), inputs, backend)
 
     def _frame(self, shape: Shape, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the tables of `frame_of`, cached."""
@@ -243,6 +247,12 @@ class Batch:
             return [*map(int, values), *[0] * spare]
         each = [value if isinstance(value, Tensor) else torch.tensor([value], device=self.device) for value in values]
         return torch.cat([*each, *self._zeros(spare)])
+
+    def _joined(self, parts: Sequence[Tensor | list[int]]) -> Tensor | list[int]:
+        """Join integers, on the host if all are there: then the program copies them at once, without blocking."""
+        if all(isinstance(part, list) for part in parts):
+            return [number for part in parts for number in part]
+        return torch.cat([part if isinstance(part, Tensor) else torch.tensor(part, device=self.device) for part in parts])
 
     def _zeros(self, count: int) -> list[Tensor]:
         """Return a tensor of zeros as padding; nothing for none."""
@@ -276,6 +286,22 @@ def pass_of_many(
     return lean.logits(hidden_QD), *parts
 
 
+def _with_best(
+    lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, numbers: Tensor, *tables: Tensor
+) -> tuple[Tensor, ...]:
+    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, one after the other. Returns also the argmax (Q,)."""
+    count = len(numbers) // 5
+    logits_QV, *hidden = pass_of_many(
+        lean, anchor, kv_heads, longest, tokens_Q, *numbers.split([3 * count, count, count]), *tables
+    )
+    return logits_QV, *hidden, logits_QV.argmax(-1)
+
+
+def _follows(check: Check) -> bool:
+    """Whether the argmax of the logits of each node decides a check, so that all checks of a pass take one kernel."""
+    return check.request.penalty.factor == 1 and check.request.verifier.follows and is_ours(check.request.verifier)
+
+
 def _rows(parts: Sequence[Tensor]) -> Any:
     """Return hidden states as the lean pass does: a tensor, or rows in 8 bits of data and scales."""
     if len(parts) == 1:
@@ -298,8 +324,13 @@ def _mask_of(parents: tuple[int, ...]) -> Tensor:
     return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined]
 
 
-def _decision(check: Check, rows: Any) -> Tensor:
-    """Apply a request's penalty and rule: (M + 2,) last accepted node, bonus token, and the tree's tokens."""
+def _decision(check: Check, rows: Any) -> list[Tensor]:
+    """Apply a request's penalty and rule: (2,) last accepted node and bonus token, and (M,) the tree's tokens.
+
+    If the rule follows the argmax, returns that of each node, (M,), instead of the first.
+    """
+    if _follows(check):
+        return [rows.best_Q, rows.tokens_Q]
     request, logits_MV = check.request, rows.logits()
     if not is_ours(request.verifier):
         logits_MV = logits_MV.clone()  # other requests' rows share the memory
@@ -310,7 +341,7 @@ def _decision(check: Check, rows: Any) -> Tensor:
     logits_MV = request.penalty(logits_MV, tree)
     context = VerifyContext(tree, logits_MV, _NOBODY, dice.to(logits_MV.device), key_2=key_2)
     with inside(request.verifier):
-        return torch.cat([decision_of(request.verifier, context), tree.tokens])
+        return [decision_of(request.verifier, context), tree.tokens]
 
 
 def _key(value: Tensor | Sequence[int] | None) -> Hashable:

@@ -74,10 +74,12 @@ class Scored(Rows):
     Attributes:
         logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
         tokens_Q: (Q,) tokens on the device; overwritten too.
+        best_Q: (Q,) argmax of the logits; overwritten too. Empty if it was not computed.
     """
 
     logits_QV: Tensor = field(default_factory=Tensor)
     tokens_Q: Tensor = field(default_factory=Tensor)
+    best_Q: Tensor = field(default_factory=Tensor)
 
     def logits(self, last: int = 0) -> Tensor:
         return self.logits_QV[-last:]

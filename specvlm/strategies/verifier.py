@@ -4,6 +4,7 @@ Shape suffixes: M tree nodes, N video tokens, V vocabulary of the target, D widt
 """
 
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -169,6 +170,11 @@ class Verifier(Strategy, ABC):
         """True if the verifier implements `decide`, so that a step can be captured."""
         return type(self).verify is Verifier.verify
 
+    @property
+    def follows(self) -> bool:
+        """True if the verifier implements `follow`."""
+        return type(self).follow is not Verifier.follow
+
     def dice(self, nodes: int) -> int:
         """Return how many random numbers `decide` reads from `ctx.numbers` for a tree of `nodes` nodes."""
         return 0
@@ -201,6 +207,21 @@ class Verifier(Strategy, ABC):
             if the logits give no distribution.
         """
         raise NotImplementedError(f"verifier {self.name} has neither `decide` nor `verify`")
+
+    def follow(self, parents: Sequence[int], tokens: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
+        """Verify a tree on the host, as `decide` does, from the target's argmax after each node.
+
+        Only for a rule that reads nothing else of the logits. Used for requests that share a pass.
+
+        Args:
+            parents: Parent of each node; -1 for the root.
+            tokens: Token of each node.
+            best: Argmax of the logits after each node.
+
+        Returns:
+            The two integers of `decide`.
+        """
+        raise NotImplementedError(f"verifier {self.name} has no `follow`")
 
     def verify(self, ctx: VerifyContext) -> Verdict:
         """Verify a tree. The default calls `decide` and reads its result.

@@ -3,6 +3,7 @@
 Shape suffixes: M tree nodes, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,14 @@ class GreedyVerifier(Verifier):
         best_M = ctx.logits_MV.argmax(-1)
         last_1 = deepest(ctx, best_M)
         return torch.cat([last_1, best_M.index_select(0, last_1)])
+
+    def follow(self, parents: Sequence[int], tokens: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
+        depths = [0] * len(parents)  # of accepted nodes; of others -1
+        for node in range(1, len(parents)):
+            above = parents[node]
+            depths[node] = depths[above] + 1 if depths[above] >= 0 and tokens[node] == best[above] else -1
+        last = depths.index(max(depths))
+        return last, best[last]
 
 
 def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
