@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from experiments.gpu_pair.spread import Placement, as_share, skeleton
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models import attention
+from specvlm.models.padding import pad_tower, pays
 from specvlm.models.partition import Stage
 from specvlm.models.quantize import quantize, quantize_share
 from specvlm.models.video_lm import VideoLM
@@ -284,6 +285,8 @@ def build(
     left = [name for name, tensor in [*hf.named_parameters(), *hf.named_buffers()] if local_shard(tensor).is_meta]
     assert not left, left
     hf.set_attn_implementation(attention.IMPLEMENTATIONS)
+    if pays(dtype, device):
+        pad_tower(hf)
     return wrap(hf, stages=stages or None, ranks=ranks)
 
 

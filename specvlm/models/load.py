@@ -14,6 +14,7 @@ from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
 from specvlm.models.guard import is_builtin
+from specvlm.models.padding import pad_tower, pays
 from specvlm.models.partition import device_map, tensor_plan
 from specvlm.models.plugins import traced
 from specvlm.models.quantize import KINDS, left_full, quantize_text
@@ -197,6 +198,8 @@ def load(
         make_plain(hf)
     model = found.family(hf if spread else hf.to(device), found.tokenizer, found.folder, mrope, ranks=ranks)
     model.left_full = left
+    if pays(model.dtype, model.device):
+        pad_tower(hf)
     if not split and ranks.size == 1:
         try_out(model)
     return model

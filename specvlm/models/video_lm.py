@@ -193,11 +193,17 @@ class VideoLM(Family):
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
             some = pixels[first:end] if end - first == len(part) else pixels[part]  # a slice needs no copy
-            slots, rows = slots_FP[part.to(self.device)].flatten(), encode(some).to(self.dtype)
+            slots, rows = slots_FP[part.to(self.device)].flatten(), encode(self._entering(some)).to(self.dtype)
             if len(rows) != len(slots):
                 raise ValueError(f"encode gives {len(rows)} rows for {len(part)} frames of {grid.per_frame} tokens")
             found[slots] = rows
         return found
+
+    def _entering(self, pixels: Tensor) -> Tensor:
+        """Copy pixels to a GPU from pinned memory: the host casts those of the next pass while the device works."""
+        if self.device.type != "cuda" or pixels.device.type != "cpu":
+            return pixels
+        return pixels.to(self.dtype).pin_memory().to(self.device, non_blocking=True)
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor | Features:
         """(N, D) features of all videos. keep: unless it merges tokens, frames without kept ones are not encoded."""
