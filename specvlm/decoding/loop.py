@@ -103,7 +103,7 @@ def autoregressive_work(
             if output.done:
                 return
             clock.resume()
-            penalty.add(torch.tensor([token]))
+            penalty.add([token])
             token = yield from engine.next(request, token)
             clock.mark("verify")
 
@@ -192,7 +192,7 @@ class DecodingGraph:
             recorded = gathered(RECORDED, prompt, collector, features_ND) if asked.record else {}
             attention = recorded.get("verifier_attention")
             clock.resume()
-            penalty.add(torch.tensor([token]))
+            penalty.add([token])
             keep = self._select_on_rank0(copy, view, collector, features_ND, generator)
             clock.mark("prune")
             context = DraftContext(
@@ -235,7 +235,7 @@ class DecodingGraph:
                 if output.done:
                     return
                 clock.resume()
-                penalty.add(torch.tensor(new))
+                penalty.add(new)
                 token, shown, attention = verdict.bonus, None, None
 
     def _session(self, context: DraftContext) -> DraftSession:

@@ -16,14 +16,15 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.marks: list[tuple[str, Any]] = [("", self._now())]
 
     def _now(self) -> Any:
         """Return the time, or on a GPU an event that will hold it."""
-        if self.device.type != "cuda":
+        if self._stream is None:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self._stream)
         return event
 
     def mark(self, part: str) -> None:
@@ -32,10 +33,10 @@ class Clock:
 
     def wait(self, device: torch.device) -> None:
         """Include another GPU's work up to now: this clock's stream waits for that GPU; the host does not wait."""
-        if device.type == self.device.type == "cuda" and device != self.device:
+        if self._stream is not None and device.type == "cuda" and device != self.device:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
-            torch.cuda.current_stream(self.device).wait_event(event)
+            self._stream.wait_event(event)
 
     def resume(self) -> None:
         """Restart the clock here, to leave out the time that the caller spent on the last step."""

@@ -5,6 +5,7 @@ Shape suffixes: M tree nodes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +33,10 @@ class AdjustedLogits(RepetitionPenalty):
         self._adjust = adjust
         self._answer: list[int] = []
 
-    def add(self, tokens: Tensor) -> None:
+    def add(self, tokens: Sequence[int] | Tensor) -> None:
         """Append tokens to the answer."""
         super().add(tokens)
-        self._answer += tokens.tolist()
+        self._answer += torch.as_tensor(tokens).tolist()
 
     def __call__(self, logits_MV: Tensor, tree: DraftTree | None = None, above_MM: Tensor | None = None) -> Tensor:
         logits_MV = super().__call__(logits_MV, tree, above_MM)

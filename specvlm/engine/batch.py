@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -37,23 +37,19 @@ from specvlm.engine.contexts import (
     rounded,
     segments_for,
 )
+from specvlm.engine.decisions import answer, decision, follow, pass_for
 from specvlm.engine.lean import JOINED, LeanText, Places
 from specvlm.engine.program import Program
 from specvlm.engine.steps import Check, Scored, grouped
 from specvlm.errors import line
 from specvlm.models.memory_plan import ran_out
 from specvlm.models.passes import Pass, Rows
-from specvlm.strategies import VerifyContext
-from specvlm.strategies.fence import checked_verdict, inside, is_ours
-from specvlm.strategies.verifier import decision_of
-from specvlm.types import DraftTree, ancestor_mask
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 log = logging.getLogger(__name__)
 LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
-_NOBODY = torch.Generator()  # unused: random numbers are drawn ahead
 
 
 class Uncaptured(Exception):
@@ -122,39 +118,31 @@ class Batch:
     def check(self, checks: Sequence[Check]) -> None:
         """Check the trees of several requests, and set their answers. A check that fails gets none: run it alone."""
         with self.lock:
-            groups = [self._decided(group) for group in grouped(checks, lambda one: len(one.tree), self.lean.most)]
-            decided, parts = ([one for each in both for one in each] for both in zip(*groups, strict=True))
+            groups = grouped(checks, lambda one: len(one.tree), self.lean.most)
+            decided = [pair for group in groups for pair in self._decided(group)]
             if not decided:
                 return
-            numbers, end = torch.cat(parts).tolist(), 0  # the only host read
-        for one in decided:
-            start, end = end, end + (2 * len(one.tree) if _follows(one) else 2 + len(one.tree))
-            with suppress(Exception):
-                self._answer(one, numbers[start:end])
+            numbers, end = torch.cat([part for _, part in decided]).tolist(), 0  # the only host read
+        for read, part in decided:
+            start, end = end, end + len(part)
+            read(numbers[start:end])
 
-    def _decided(self, checks: Sequence[Check]) -> tuple[list[Check], list[Tensor]]:
-        """Run the trees of some checks as one pass. Returns the checks that did not fail, and `_decision` of all of them."""
-        found, parts = list[Check](), list[Tensor]()
+    def _decided(self, checks: Sequence[Check]) -> list[tuple[Callable[[Sequence[int]], None], Tensor]]:
+        """Run the trees of some checks as one pass. Returns what decides them, and who reads that on the host.
+
+        That is a copy: the next pass overwrites the rows. Checks that fail are left out.
+        """
+        found = list[tuple[Callable[[Sequence[int]], None], Tensor]]()
         with suppress(Exception):
-            for one, rows in zip(checks, self.run([*map(_pass_for, checks)]), strict=True):
+            passes = [*map(pass_for, checks)]
+            outputs = self._outputs(passes, True)
+            if all(one.follows for one in checks):  # one argmax, computed with the pass, decides all
+                count = sum(map(len, passes))
+                return [(partial(follow, checks), torch.cat([part[:count] for part in outputs[-2:]]))]
+            for one, rows in zip(checks, self.split(passes, outputs), strict=True):
                 with suppress(Exception):
-                    parts += _decision(one, rows)
-                    found.append(one)
-        return found, [torch.cat(parts)] if parts else []  # a copy: the next pass overwrites the rows
-
-    def _answer(self, check: Check, numbers: Sequence[int]) -> None:
-        """Set the answer of a check from `_decision`, read on the host, and cut its cache to the accepted path."""
-        request, tree = check.request, check.tree
-        if _follows(check):
-            best, tokens = numbers[: len(tree)], numbers[len(tree) :]
-            last, bonus = request.verifier.follow(tree.parents, tokens, best)
-        else:
-            last, bonus, *tokens = numbers
-        with inside(request.verifier):
-            verdict = request.verifier.verdict(last, bonus, tree)
-            verdict = checked_verdict(request.verifier, verdict, tree, self.lean.vocabulary)
-        request.cache.keep(request.cache.length, verdict.path)
-        check.answer = verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
+                    found.append((partial(answer, one, self.lean.vocabulary), decision(one, rows)))
+        return found
 
     def captured(self, key: tuple[Hashable, ...], build: Callable[[str], Program], what: str, kind: Hashable) -> Program | None:
         """Return the program of a key. None, told once, if it cannot be captured; then it is not tried again.
@@ -188,6 +176,11 @@ class Batch:
         Raises:
             Uncaptured: It cannot be captured.
         """
+        outputs = self._outputs(passes, fixed)
+        return self.split(passes, [part.clone() for part in outputs] if copy else outputs)
+
+    def _outputs(self, passes: Sequence[Pass], fixed: bool) -> list[Tensor]:
+        """Run passes as `run` does. Returns what `split` takes, which the next pass overwrites."""
         shape = Shape.of(passes)
         key = ("batch", *shape)
         program = self.captured(key, partial(self._build, shape), "passes of several requests run one by one", key)
@@ -206,17 +199,15 @@ class Batch:
         both = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
         outputs = program(given, self._joined([where, *both]), *tables)
         self._held[program] = layout
-        parts = [*outputs, program.inputs[0]]
-        return self.split(passes, [part.clone() for part in parts] if copy else parts)
+        return [*outputs, program.inputs[0]]
 
     def split(self, passes: Sequence[Pass], outputs: Sequence[Tensor]) -> list[Rows]:
-        """Divide the results of a joined pass among its passes: logits, hidden states, their argmax if given, and tokens."""
-        (logits_QV, *hidden, best_Q, tokens_Q), found, end = outputs, list[Rows](), 0
+        """Divide the results of a joined pass among its passes: logits, hidden states, argmax (not passed on), and tokens."""
+        (logits_QV, *hidden, _, tokens_Q), found, end = outputs, list[Rows](), 0
         for one in passes:
             start, end = end, end + len(one)
             rows, mine = _rows([part[start:end] for part in hidden]), slice(start, end)
-            more = logits_QV[mine], tokens_Q[mine], best_Q[mine]
-            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, *more))
+            found.append(Scored(rows, self.lean.logits, self.lean.ops.top, logits_QV[mine], tokens_Q[mine]))
         return found
 
     def _build(self, shape: Shape, backend: str) -> Program:
@@ -289,17 +280,12 @@ def pass_of_many(
 def _with_best(
     lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, numbers: Tensor, *tables: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, one after the other. Returns also the argmax (Q,)."""
+    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, one after the other. Returns the argmax (Q,), too."""
     count = len(numbers) // 5
     logits_QV, *hidden = pass_of_many(
         lean, anchor, kv_heads, longest, tokens_Q, *numbers.split([3 * count, count, count]), *tables
     )
     return logits_QV, *hidden, logits_QV.argmax(-1)
-
-
-def _follows(check: Check) -> bool:
-    """Whether the argmax of the logits of each node decides a check, so that all checks of a pass take one kernel."""
-    return check.request.penalty.factor == 1 and check.request.verifier.follows and is_ours(check.request.verifier)
 
 
 def _rows(parts: Sequence[Tensor]) -> Any:
@@ -309,39 +295,6 @@ def _rows(parts: Sequence[Tensor]) -> Any:
     from specvlm.engine.kernels.launch import Narrow
 
     return Narrow(*parts)
-
-
-def _pass_for(check: Check) -> Pass:
-    """Make the pass of a check. Raises IndexError if the tree does not fit into the cache."""
-    request, tree, cache = check.request, check.tree, check.request.cache
-    mask = _mask_of(tree.parents)
-    return Pass(request.target, cache, tree.tokens, tree.depths, mask, cache.length, cache.offset).placed()
-
-
-@lru_cache(LAYOUTS)
-def _mask_of(parents: tuple[int, ...]) -> Tensor:
-    """Make a tree's mask. Layouts are kept: what a plugin writes to `DraftTree.mask`, which it can reach, must not stay."""
-    return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined]
-
-
-def _decision(check: Check, rows: Any) -> list[Tensor]:
-    """Apply a request's penalty and rule: (2,) last accepted node and bonus token, and (M,) the tree's tokens.
-
-    If the rule follows the argmax, returns that of each node, (M,), instead of the first.
-    """
-    if _follows(check):
-        return [rows.best_Q, rows.tokens_Q]
-    request, logits_MV = check.request, rows.logits()
-    if not is_ours(request.verifier):
-        logits_MV = logits_MV.clone()  # other requests' rows share the memory
-    # As in `check_of`, a rule without random numbers does not see `q`.
-    dice, q = (torch.empty(0), None) if check.numbers is None else (check.numbers, check.tree.q)
-    tree = DraftTree(rows.tokens_Q, check.tree.parents, q, check.tree.varies)
-    key_2 = request.key_2(request.cache.length + 1, logits_MV.device)
-    logits_MV = request.penalty(logits_MV, tree)
-    context = VerifyContext(tree, logits_MV, _NOBODY, dice.to(logits_MV.device), key_2=key_2)
-    with inside(request.verifier):
-        return [decision_of(request.verifier, context), tree.tokens]
 
 
 def _key(value: Tensor | Sequence[int] | None) -> Hashable:

@@ -5,6 +5,7 @@ Released Qwen2.5-VL checkpoints set it to 1.05, so without it the output would d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +42,10 @@ class RepetitionPenalty:
         made.add(prompt.tokens)
         return made
 
-    def add(self, tokens: Tensor) -> None:
+    def add(self, tokens: Sequence[int] | Tensor) -> None:
         """Mark tokens as seen."""
         if self.factor != 1:
-            self.seen_V[tokens.to(self.seen_V.device)] = True
+            self.seen_V[torch.as_tensor(tokens, device=self.seen_V.device)] = True
 
     def __call__(self, logits_MV: Tensor, tree: DraftTree | None = None, above_MM: Tensor | None = None) -> Tensor:
         """Apply the penalty to the logits of each tree node.

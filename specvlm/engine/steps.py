@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from specvlm.engine.base import Request
 from specvlm.models.passes import Call, Pass, Passes, Rows
+from specvlm.strategies.fence import is_ours
 from specvlm.types import DraftTree, Verdict
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ class Check:
         """The model that runs it."""
         return self.request.target
 
+    @cached_property
+    def follows(self) -> bool:
+        """Whether the argmax of each node's logits decides the check (`Verifier.follow`)."""
+        request = self.request
+        return request.penalty.factor == 1 and request.verifier.follows and is_ours(request.verifier)
+
 
 @dataclass(eq=False)
 class Drafting:
@@ -74,12 +82,10 @@ class Scored(Rows):
     Attributes:
         logits_QV: (Q, V) logits of all rows. Another pass of as many rows overwrites them.
         tokens_Q: (Q,) tokens on the device; overwritten too.
-        best_Q: (Q,) argmax of the logits; overwritten too. Empty if it was not computed.
     """
 
     logits_QV: Tensor = field(default_factory=Tensor)
     tokens_Q: Tensor = field(default_factory=Tensor)
-    best_Q: Tensor = field(default_factory=Tensor)
 
     def logits(self, last: int = 0) -> Tensor:
         return self.logits_QV[-last:]

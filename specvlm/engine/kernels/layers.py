@@ -61,6 +61,21 @@ def _add_product(acc, w, x, s, KIND: tl.constexpr):
 
 
 @triton.jit
+def _add_nibbles(acc, packed, x_low, x_high, s_low, s_high, scale_at, further, ASM: tl.constexpr):
+    """Compute acc + w x for one tile of int4: low nibbles with some inputs, high ones with those half a row further.
+
+    scale_at: Addresses of the (BN,) scales of the low nibbles. further: Distance to those of the high ones.
+    """
+    w_low = tl.load(scale_at) * 0.0625
+    w_high = tl.load(scale_at + further) * 0.0625
+    low = tl.dot(_nibbles(packed, False, ASM), x_low, out_dtype=tl.int32)
+    high = tl.dot(_nibbles(packed, True, ASM), x_high, out_dtype=tl.int32)
+    acc += low.to(tl.float32) * (w_low[:, None] * s_low[None, :])
+    acc += high.to(tl.float32) * (w_high[:, None] * s_high[None, :])
+    return acc
+
+
+@triton.jit
 def _dot_rows(
     x_ptr, xs_ptr, w_ptr, ws_ptr, offs_n, offs_q, Q, N, K, k_lo, k_hi,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
@@ -90,14 +105,7 @@ def _dot_rows(
             s_low = tl.load(s_at)
             s_high = tl.load(s_at + groups // 2)
             scale_at = ws_ptr + offs_n * (K // GROUP) + k // GROUP
-            w_low = tl.load(scale_at) * 0.0625
-            w_high = tl.load(scale_at + half // GROUP) * 0.0625
-            acc += tl.dot(_nibbles(packed, False, PDL), x_low, out_dtype=tl.int32).to(tl.float32) * (
-                w_low[:, None] * s_low[None, :]
-            )
-            acc += tl.dot(_nibbles(packed, True, PDL), x_high, out_dtype=tl.int32).to(tl.float32) * (
-                w_high[:, None] * s_high[None, :]
-            )
+            acc = _add_nibbles(acc, packed, x_low, x_high, s_low, s_high, scale_at, half // GROUP, PDL)
     else:
         for k in range(k_lo, k_hi, BK):
             w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
@@ -168,31 +176,35 @@ def _gated_kernel(
             _prefetch(up, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
         gdc_wait()
     kind = like_ptr.dtype.element_ty
-    if KIND == "int4":
-        g = _dot_rows(x_ptr, xs_ptr, gate, gate_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
-        u = _dot_rows(x_ptr, xs_ptr, up, up_s, offs_n, offs_q, Q, N, K, 0, WIDTH, BQ, BN, BK, KIND, GROUP, PDL)
-    else:  # one loop over both, so that x is read once
-        rows = tl.minimum(offs_q, Q - 1)
-        groups = K // BK
-        g = tl.zeros((BN, BQ), dtype=tl.float32)
-        u = tl.zeros((BN, BQ), dtype=tl.float32)
-        s = tl.zeros((BQ,), dtype=tl.float32)
-        for k in range(0, WIDTH, BK):
-            w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
-            if KIND == "full":
-                x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
-                w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
-                w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
-            else:
-                x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
-                w_g = tl.load(gate + w_at, eviction_policy="evict_first")
-                w_u = tl.load(up + w_at, eviction_policy="evict_first")
-                s = tl.load(xs_ptr + rows * groups + k // BK)
+    # One loop over both, so that x is read once.
+    rows = tl.minimum(offs_q, Q - 1)
+    groups = K // BK
+    g = tl.zeros((BN, BQ), dtype=tl.float32)
+    u = tl.zeros((BN, BQ), dtype=tl.float32)
+    s = tl.zeros((BQ,), dtype=tl.float32)
+    for k in range(0, WIDTH, BK):
+        w_at = offs_n[:, None].to(tl.int64) * WIDTH + (k + offs_k)[None, :]
+        if KIND == "full":
+            x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+            w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+            w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+        else:
+            x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
+            w_g = tl.load(gate + w_at, eviction_policy="evict_first")
+            w_u = tl.load(up + w_at, eviction_policy="evict_first")
+            s = tl.load(xs_ptr + rows * groups + k // BK)
+        if KIND == "int4":
+            x_high = tl.load(x_ptr + WIDTH + rows[None, :] * K + (k + offs_k)[:, None])
+            s_high = tl.load(xs_ptr + groups // 2 + rows * groups + k // BK)
+            at = offs_n * (K // GROUP) + k // GROUP
+            g = _add_nibbles(g, w_g, x, x_high, s, s_high, gate_s + at, WIDTH // GROUP, PDL)
+            u = _add_nibbles(u, w_u, x, x_high, s, s_high, up_s + at, WIDTH // GROUP, PDL)
+        else:
             g = _add_product(g, w_g, x, s, KIND)
             u = _add_product(u, w_u, x, s, KIND)
-        if KIND != "full":
-            g *= tl.load(gate_s + offs_n)[:, None]
-            u *= tl.load(up_s + offs_n)[:, None]
+    if KIND == "fp8" or KIND == "int8":
+        g *= tl.load(gate_s + offs_n)[:, None]
+        u *= tl.load(up_s + offs_n)[:, None]
     g = g.to(kind).to(tl.float32)
     u = u.to(kind).to(tl.float32)
     out = ((g * tl.sigmoid(g)).to(kind).to(tl.float32) * u).to(kind).to(tl.float32)
