@@ -170,7 +170,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_drafter_yields_costs_its_own_request_alone(fault, monkeypatch):
-    monkeypatch.setattr("specvlm.decoding.loop.MOST_PASSES", 30)
+    monkeypatch.setattr("specvlm.decoding.proposals.MOST_PASSES", 30)
     family = "qwen2_5_vl"
     good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing(fault), GreedyVerifier())
     want = tokens_of(list(good.decode(*request_of(family, 0))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,15 @@ class BroadcastSession(DraftSession):
             proposed: Work[DraftTree] | DraftTree = self.session.propose(last)
             tree = (yield from driven(proposed)).to(self.device)
         return self._share_any_shape(tree) if self.shape is None else self._share_fixed_shape(tree)
+
+    def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
+        """Let rank 0 guess on, whose draft works alone."""
+        return None if self.session is None else self.session.guess_on(done)
+
+    @property
+    def drafted_ahead(self) -> int | None:  # type: ignore[override]
+        """The number that the drafter's session tells; None on other ranks."""
+        return None if self.session is None else self.session.drafted_ahead
 
     def _share_any_shape(self, tree: DraftTree | None) -> DraftTree:
         """Broadcast a tree of any shape through the host."""

@@ -18,32 +18,22 @@ from specvlm.decoding.collect import collector_for, gathered, state_layer
 from specvlm.decoding.logprobs import with_logprobs
 from specvlm.decoding.output import Output
 from specvlm.decoding.prefill import SharedPrefill, prefill
+from specvlm.decoding.proposals import Proposals
 from specvlm.decoding.scheduler import alone
 from specvlm.decoding.timing import Clock
 from specvlm.engine import Engine
 from specvlm.engine.adjusted import penalty_for
 from specvlm.engine.base import Request, first_token
-from specvlm.errors import StrategyError, UserError, line
+from specvlm.errors import UserError, line
 from specvlm.models.attention import AttentionCollector
-from specvlm.models.kv_cache import CacheLease, CachePool
-from specvlm.models.passes import Call, Job, Jobs, Pass, guarded
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.passes import Job
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
-from specvlm.strategies.fence import (
-    check_pass,
-    checked_item,
-    checked_tree,
-    claims_of,
-    defined_here,
-    inside,
-    is_ours,
-    label_of,
-    sizes_of,
-)
-from specvlm.types import DraftTree, Features, GenerationOptions, KeepSet, Step, Verdict, VideoPrompt
+from specvlm.strategies.fence import checked_tree, claims_of, inside, sizes_of
+from specvlm.types import Features, GenerationOptions, KeepSet, Step, VideoPrompt
 
 RECORDED = frozenset({"verifier_attention"})
-MOST_PASSES = 4096  # maximum number of passes and routine calls of a drafter in one round, above the depth of any tree
 
 
 def generator_for(seed: int) -> torch.Generator:
@@ -218,19 +208,20 @@ class DecodingGraph:
                 clock.wait(self.draft.device)
             clock.mark("draft_prefill")
 
-            ours = is_ours(session) and is_ours(drafter)  # our session may pass on trees of a plugin's drafter
+            drafting = Proposals(drafter, session, drafts, self.engine, clock, self.joins)
             shown = keep if drafter.model and not view.own else None
             if collector is not None and collector.hidden:
                 request = replace(request, video_ND=collector.video_hidden())
             verdict = None
             while True:
-                tree = yield from self._proposed(session, verdict, drafts, clock, ours)
-                tree = checked_tree(drafter, tree, token, most, target.vocabulary, ours).to(target.device)
+                tree = yield from drafting.tree(verdict)
+                tree = checked_tree(drafter, tree, token, most, target.vocabulary, drafting.ours).to(target.device)
                 clock.mark("draft")
-                verdict, new = yield from self.engine.check(request, tree)
+                verdict, new = yield from drafting.check(request, tree)
                 clock.mark("verify")
                 tokens, times = output.take(new), clock.lap()
-                step = Step(tokens, tree.on_host(), verdict, times, shown, attention, self.lossless)
+                seen = (shown, attention, self.lossless, None, drafting.drafted_ahead)
+                step = Step(tokens, tree.on_host(), verdict, times, *seen)
                 yield (yield from with_logprobs(step, output, request, logits_MV, asked.logprobs))
                 if output.done:
                     return
@@ -246,29 +237,6 @@ class DecodingGraph:
             if not on_rank0_only:
                 return self.drafter.start(context)
             return BroadcastSession(self.drafter, self.drafter.start(context) if ranks.rank == 0 else None, context)
-
-    def _proposed(
-        self, session: DraftSession, last: Verdict | None, lease: CacheLease, clock: Clock, ours: bool
-    ) -> Jobs[DraftTree]:
-        """Run the drafter's `propose` and yield its passes. They may write only to caches that `lease` holds."""
-        guard, check = partial(inside, label_of(self.drafter)), partial(check_pass, label_of(self.drafter))
-        with inside(self.drafter):
-            found = session.propose(last)
-        if not isinstance(found, Generator):
-            return found
-        asked, result = guarded(found, guard(), partial(checked_item, self.drafter, lease)), None
-        for _ in range(MOST_PASSES):
-            try:
-                item = asked.send(result)
-            except StopIteration as end:
-                return end.value
-            if isinstance(item, Pass):
-                result = yield item
-            else:
-                mine = ours and defined_here(item.routine.function)
-                call = Call(item.routine, item.state, item.inputs, guard, check, mine, self.joins)
-                result = yield from self.engine.call(call, clock.mark)
-        raise StrategyError(f"{label_of(self.drafter)} asks for more than {MOST_PASSES} passes in a round")
 
     def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
         """Return the number of video tokens that the drafter may see. ratio: By default that of the graph's options."""

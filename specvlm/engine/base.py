@@ -68,11 +68,30 @@ class Request:
         return torch.tensor(self.key(slot), device=device) if self.sampling.coupled else None
 
 
+@dataclass(eq=False)
+class Submitted:
+    """A tree's check that was submitted to an engine.
+
+    Attributes:
+        request: Request whose tree it is.
+        tree: The tree, on the target's device.
+    """
+
+    request: Request
+    tree: DraftTree
+
+    @property
+    def done(self) -> bool:
+        """Whether it is no use to wait: the answer is there, or the check only starts with `Engine.answer`."""
+        return True
+
+
 class Engine:
     """Eager engine, which runs Hugging Face's modules; base class of the others.
 
-    A subclass needs to override `run` only. One that captures graphs also overrides `call`, `check` and `next`. These
-    three are generators: they yield the passes that they do not run themselves, for `run` to serve.
+    A subclass needs to override `run` only. One that captures graphs also overrides `call`, `check` and `next`, and may
+    override `submit` and `answer`. These are generators: they yield the passes that they do not run themselves, for
+    `run` to serve.
     """
 
     name: ClassVar[str] = "eager"
@@ -137,6 +156,18 @@ class Engine:
         cache.keep(base, verdict.path)
         tokens = tree.tokens.tolist()  # on the host, choosing nodes takes less than an index of a tensor
         return verdict, [*(tokens[node] for node in verdict.path[1:]), verdict.bonus]
+
+    def submit(self, request: Request, tree: DraftTree) -> Jobs[Submitted]:
+        """Start a tree's check without waiting for it, if the engine can; `answer` waits for it.
+
+        This engine cannot: the check starts with `answer`.
+        """
+        yield from ()
+        return Submitted(request, tree)
+
+    def answer(self, submitted: Submitted) -> Jobs[tuple[Verdict, list[int]]]:
+        """Wait for a check that was submitted. Returns what `check` does."""
+        return (yield from self.check(submitted.request, submitted.tree))
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Jobs[Rows]:
         """Run the target over every node of a tree, after the cached tokens."""

@@ -22,19 +22,19 @@ from weakref import ReferenceType, WeakKeyDictionary, proxy, ref
 import torch
 from torch import Tensor
 
-from specvlm.engine import ops
-from specvlm.engine.base import Engine, Inputs, Request, placed
+from specvlm.engine import ops, single
+from specvlm.engine.base import Engine, Inputs, Request, Submitted, placed
 from specvlm.engine.batch import Batch, why_not_joined
-from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
+from specvlm.engine.checking import Paths
 from specvlm.engine.contexts import paths_of
 from specvlm.engine.drafts import draft, routine_of
 from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.engine.steps import Check, Drafting
+from specvlm.models.host_copy import HostCopy
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Jobs, Pass, Rows
 from specvlm.strategies import Verifier, uniform
-from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.types import DraftTree, Verdict, VideoPrompt
 
 if TYPE_CHECKING:
@@ -92,87 +92,31 @@ class GraphsEngine(Engine):
         return verdict.bonus
 
     def check(self, request: Request, tree: DraftTree) -> Jobs[tuple[Verdict, list[int]]]:
-        target, verifier, penalty = request.target, request.verifier, request.penalty
-        lean = self.lean(target)
+        return (yield from self.answer(self._check_of(request, tree)))
+
+    def submit(self, request: Request, tree: DraftTree) -> Jobs[Submitted]:
+        """Start a check. Where checks of several requests run as one, that also waits for it."""
+        check = self._check_of(request, tree)
+        if isinstance(check, Check):
+            check.waits = False
+            yield check
+            check.waits = True
+        return check
+
+    def answer(self, submitted: Submitted) -> Jobs[tuple[Verdict, list[int]]]:
+        if isinstance(submitted, Check):
+            return (yield submitted) if submitted.answer is None else submitted.answer
+        return (yield from super().check(submitted.request, submitted.tree))
+
+    def _check_of(self, request: Request, tree: DraftTree) -> Submitted:
+        """Make a tree's check: a `Check` if it can be captured."""
+        verifier, lean = request.verifier, self.lean(request.target)
         # `strict_ends` needs a lossy rule's logits, which a captured step does not return.
-        captured = len(tree) <= ROWS and verifier.on_device and request.lossless and penalty.captures
+        captured = len(tree) <= ROWS and verifier.on_device and request.lossless and request.penalty.captures
         if lean is None or not captured or (tree.varies and len(lean.stages) > 1):
-            return (yield from super().check(request, tree))
+            return Submitted(request, tree)
         dice = verifier.dice(len(tree))
-        return (yield Check(request, tree, uniform(dice, request.generator) if dice else None))
-
-    def _check(self, lean: LeanText, check: Check) -> tuple[Verdict, list[int]]:
-        """Check one request's tree."""
-        request, tree, numbers = check.request, check.tree, check.numbers
-        target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
-        device, count, base = target.head_device, len(tree), cache.length
-        # Inputs that this verifier, tree or model does not need are empty.
-        seen = penalty.seen_V if penalty.factor != 1 else torch.empty(0, dtype=torch.bool, device=device)
-        dice = 0 if numbers is None else len(numbers)
-        q = tree.q if tree.q is not None and dice else None
-        state, earlier = (base, cache.offset), range(len(lean.stages) - 1)
-        sampled = request.sampling.temperature > 0
-        spent, x = self.capture_s, tree.tokens
-        shape = shape_of(tree, verifier)
-        for number in earlier:
-            (x,) = self._stage_pass(number, lean, tree, cache)(state, x)
-
-        def build(backend: str) -> Program:
-            inputs = [
-                torch.tensor([cache.capacity - count, 0, 0, 0], device=device),
-                torch.zeros(count, dtype=torch.int64, device=device),
-                torch.zeros_like(seen),
-                torch.full((dice,), 0.5, dtype=torch.float64, device=device),
-                torch.empty(0, device=device) if q is None else torch.zeros_like(q, device=device),
-                torch.empty(0, device=device) if x is tree.tokens else torch.zeros_like(x, device=device),
-                *(table.to(device) for table in shape),
-            ]
-            paths = Paths.of(tree, device)
-            fn = partial(check_of, lean, verifier, sampled, tree.parents, tree.varies, cache, penalty.factor, paths)
-            return self.capture(fn, inputs, backend, paths)
-
-        rule = (type(verifier), repr(verifier), sampled)
-        key = ("check", lean, count if shape else tree.parents, rule, penalty.factor, None if q is None else q.shape)
-        again = shape or not tree.varies  # else the shape will not recur: do not capture it
-        with inside(verifier):  # capturing runs its rule
-            program = self.program(key, cache, build) if again else build("direct")
-        moves = [self._stage_move(number, lean, tree, cache) for number in earlier if count > 1]
-        if self.capture_s > spent:
-            request.mark("capture")
-        (outcome,) = program(
-            (*state, *request.key(base + 1)), tree.tokens, seen, numbers, q, None if x is tree.tokens else x, *shape
-        )
-        for move in moves:
-            move((base, 0), outcome[:1])
-        last, bonus, *tokens = outcome.tolist()  # the only host read of a check
-        with inside(verifier):
-            verdict = checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, target.vocabulary)
-        cache.length = base + len(verdict.path)
-        return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
-
-    def _stage_pass(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """Return the program that runs a tree through a pipeline stage other than the last."""
-        device, count = lean.stages[number].device, len(tree)
-
-        def build(backend: str) -> Program:
-            state, rows = torch.tensor([cache.capacity - count, 0], device=device), torch.zeros(count, dtype=torch.int64)
-            if number:
-                rows = torch.zeros(count, lean.hidden, dtype=lean.dtype)
-            paths = Paths.of(tree, device)
-            return self.capture(partial(pass_of, lean, number, cache, paths), [state, rows.to(device)], backend, paths)
-
-        return self.program((f"through {number}", lean, tree.parents), cache, build)
-
-    def _stage_move(self, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-        """Return the program that compacts such a stage's cache after the verdict."""
-        device = lean.stages[number].device
-
-        def build(backend: str) -> Program:
-            state = torch.tensor([cache.capacity - len(tree), 0], device=device)
-            last, paths = torch.zeros(1, dtype=torch.int64, device=device), Paths.of(tree, device)
-            return self.capture(partial(move_of, cache.stores[number], paths), [state, last], backend, paths)
-
-        return self.program((f"follow {number}", lean, tree.parents), cache, build)
+        return Check(request, tree, uniform(dice, request.generator) if dice else None)
 
     # ---- draft routines ---------------------------------------------------------------------------------------------
 
@@ -236,7 +180,7 @@ class GraphsEngine(Engine):
             return super().run(passes)
         spent = self.capture_s
         if len(passes) > 1 and (batch := self._batch(passes[0].model, lean)) is not None:
-            checks = [one for one in passes if isinstance(one, Check) and one.answer is None]
+            checks = [one for one in passes if isinstance(one, Check) and not (one.answer or one.decided)]
             drafts = [one for one in passes if isinstance(one, Drafting) and one.answer is None and one.call.joins]
             if len(drafts) > 1:
                 draft(batch, drafts)
@@ -250,15 +194,26 @@ class GraphsEngine(Engine):
     def _run_one(self, lean: LeanText, one: Item) -> Any:
         """Run one step, unless it has its answer. A pass of more than ROWS rows runs through Hugging Face's modules."""
         if isinstance(one, Check):
-            one.answer = self._check(lean, one) if one.answer is None else one.answer
-        elif isinstance(one, Drafting):
+            return self._run_check(lean, one)
+        if isinstance(one, Drafting):
             one.answer = self._draft(lean, one.call, one.mark) if one.answer is None else one.answer
-        if not isinstance(one, Pass):
             return one.answer
         if len(one) > ROWS:
             return super().run([one])[0]
         one.cache.length = one.start + len(one)
         return run_pass(lean, one)
+
+    def _run_check(self, lean: LeanText, check: Check) -> tuple[Verdict, list[int]] | None:
+        """Start a check that has not started, and return its answer if it waits for one."""
+        if check.decided is not None and check.waits:
+            check.answer = check.answer or single.decide(check, check.decided.read())
+        elif check.answer is None and check.decided is None:
+            outcome = single.start(self, lean, check)
+            if check.waits:
+                check.answer = single.decide(check, outcome.tolist())  # the only host read of a check
+            else:
+                check.decided = HostCopy(outcome)
+        return check.answer
 
     def exact(self, model: VideoLM) -> bool:
         lean = self.lean(model)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from specvlm.engine.base import Request
+from specvlm.engine.base import Submitted
+from specvlm.models.host_copy import HostCopy
 from specvlm.models.passes import Call, Pass, Passes, Rows
 from specvlm.strategies.fence import is_ours
-from specvlm.types import DraftTree, Verdict
+from specvlm.types import Verdict
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
@@ -27,21 +28,25 @@ REQUESTS = 16  # maximum number of requests of a pass
 
 
 @dataclass(eq=False)
-class Check:
+class Check(Submitted):
     """A tree for the target to check. The engine answers with the verdict and the new tokens.
 
     Attributes:
-        request: Request whose tree it is.
-        tree: The tree, on the target's device.
         numbers: Uniform random numbers for the verifier, if it needs any.
         answer: The answer, once there is one. A step changes its request's cache, so it must not run twice: if another
             step fails, all are repeated one by one, but not those with an answer.
+        waits: Whether the engine may wait for the answer. False: it only starts the check.
+        decided: The decision on its way to the host, once the check has started.
     """
 
-    request: Request
-    tree: DraftTree
-    numbers: Tensor | None
+    numbers: Tensor | None = None
     answer: tuple[Verdict, list[int]] | None = None
+    waits: bool = True
+    decided: HostCopy | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.answer is not None or (self.decided is not None and self.decided.done)
 
     @property
     def model(self) -> VideoLM:

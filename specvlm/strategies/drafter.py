@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -78,7 +79,13 @@ class DraftContext:
 
 
 class DraftSession(ABC):
-    """Drafter state of one request, created by `Drafter.start`."""
+    """Drafter state of one request, created by `Drafter.start`.
+
+    Attributes:
+        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session does not guess on.
+    """
+
+    drafted_ahead: int | None = None
 
     @abstractmethod
     def propose(self, last: Verdict | None) -> DraftTree | Work[DraftTree]:
@@ -97,6 +104,22 @@ class DraftSession(ABC):
         Returns:
             A tree of at most `max_nodes` nodes, or a generator that returns one.
         """
+
+    def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
+        """Draft below likely outcomes of the last tree's check, while the target runs it.
+
+        The next `propose` learns which outcome came true. Its tree must not depend on how far this got: under a rule that
+        samples, guesses that go by the device's speed would not be fair draws.
+
+        Args:
+            done: Says without waiting whether the verdict is there, or the check does not run at the same time. Then
+                return: the request waits for nothing else.
+
+        Returns:
+            None not to guess on, or a generator of passes and calls, as for `propose`. It must not read on the host
+            what depends on the check.
+        """
+        return None
 
 
 class Drafter(Strategy, ABC):

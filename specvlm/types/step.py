@@ -43,6 +43,8 @@ class Step:
         logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for them.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
             target would have chosen.
+        ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if that tree
+            was not there in time or not guessed. None if the drafter does not guess on.
     """
 
     tokens: tuple[int, ...]
@@ -53,6 +55,7 @@ class Step:
     attention: Tensor | None = None
     lossless: bool = True
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    ahead: int | None = None
 
     @property
     def drafted(self) -> int:

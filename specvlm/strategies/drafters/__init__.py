@@ -2,6 +2,7 @@
 
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.overlap import OverlapDrafter
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.sparse import SparseDrafter
@@ -11,4 +12,5 @@ from specvlm.strategies.plugins import hookimpl
 
 @hookimpl
 def specvlm_strategies() -> list[type]:
-    return [TreeDrafter, DynamicTreeDrafter, EntropyTreeDrafter, SelfDrafter, SparseDrafter, PromptLookupDrafter]
+    trees = [TreeDrafter, OverlapDrafter, DynamicTreeDrafter, EntropyTreeDrafter, SelfDrafter]
+    return [*trees, SparseDrafter, PromptLookupDrafter]

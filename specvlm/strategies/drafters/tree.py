@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from specvlm.errors import UserError
 from specvlm.models.passes import Routine, Work
@@ -67,8 +68,11 @@ class TreeDrafter(Drafter):
         return TreeShape.parse(self.shape)
 
     def start(self, ctx: DraftContext) -> TreeSession:
-        shape = self.fixed
-        widest = max(shape.ranks) + 1
+        return TreeSession(ctx, drafting_model(ctx, self.model), self.fixed, self.rule_of(ctx))
+
+    def rule_of(self, ctx: DraftContext) -> Sampling | None:
+        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if the keys conflict."""
+        widest = max(self.fixed.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
         rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
@@ -76,7 +80,7 @@ class TreeDrafter(Drafter):
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
         if rule is not None and self.children == "sample":
             rule = replace(rule, coupled=False)
-        return TreeSession(ctx, drafting_model(ctx, self.model), shape, rule)
+        return rule
 
 
 def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
@@ -113,35 +117,51 @@ class PrunedSession(DraftSession):
 
 
 class TreeSession(PrunedSession):
-    """Drafts a static tree, level by level."""
+    """Drafts a static tree, level by level.
 
-    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:
+    Args:
+        ctx: Context of the request.
+        model: The model that drafts.
+        shape: Shape of the tree.
+        rule: How children are drawn or scored; None takes the best tokens.
+        rows: Maximum number of rows that a round writes; by default those of the tree.
+        more: Number of corrections to find per expanded node.
+    """
+
+    def __init__(
+        self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None, rows: int = 0, more: int = 0
+    ) -> None:
         sample = rule is not None and not rule.coupled
         # Random numbers are drawn on the logits' device, seeded from the request's generator.
         seed = int(torch.randint(2**62, (), generator=ctx.generator)) if sample else 0
-        super().__init__(ctx, model, len(shape))
-        self.shape, self.rule, self.sample = shape, rule, sample
+        super().__init__(ctx, model, rows or len(shape))
+        self.shape, self.rule, self.sample, self.more = shape, rule, sample, more
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
         races = (sum(map(len, shape.levels)), ctx.vocabulary) if sample else (0,)
         self.races = torch.ones(races, dtype=torch.float64, device=self.device)
-        self.feed_both = self._round(2)
-        self.feed_root = self.feed_both if ctx.captured else self._round(1)
+        self.feed_both = self.round_of(2)
+        self.feed_root = self.feed_both if ctx.captured else self.round_of(1)
 
-    def _round(self, fed: int) -> Routine:
-        """Return the routine that drafts one round, with `fed` rows in its first pass.
+    def round_of(self, fed: int, first: int = 0, *known: Tensor) -> Routine:
+        """Return the routine that drafts one round.
 
         `Routine.state` is for the runs that capture it, and makes them write to free slots only.
+
+        Args:
+            fed: Number of rows of the first pass.
+            first: First level to expand; see `expand`.
+            known: Examples of more inputs.
         """
-        vocabulary = self.ctx.vocabulary
+        tables, vocabulary = tables_of(self.shape, self.sample, self.device, fed), self.ctx.vocabulary
         return Routine(
-            partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, self.rule, 0, 0),
-            ("tree", self.shape, vocabulary, self.rule, fed),
+            partial(expand, tables, vocabulary, self.rule, first, self.more),
+            ("tree", self.shape, vocabulary, self.rule, fed, first, self.more),
             self.model,
             self.cache,
             max(2, *map(len, self.shape.levels)),
             (self.free, self.free, 0, 0, 0, 0, 0),
-            (torch.zeros_like(self.tokens), self.races),
+            (torch.zeros_like(self.tokens), self.races, *known),
         )
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:

@@ -1,0 +1,39 @@
+"""A tensor on its way to the host, so that the host need not wait for the device where it asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Copy of a tensor of integers, made on the device's current stream. The host waits for it only to read it.
+
+    Args:
+        tensor: The tensor; on the host it is read at once.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values: list[int] | None = None
+        if tensor.device.type != "cuda":
+            self._values = tensor.tolist()
+            return
+        self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        with torch.cuda.device(tensor.device):
+            self._pinned.copy_(tensor, non_blocking=True)
+            self._copied: Any = torch.cuda.Event()
+            self._copied.record()
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has come this far."""
+        return self._values is not None or self._copied.query()
+
+    def read(self) -> list[int]:
+        """Return the values. Waits for the device."""
+        if self._values is None:
+            self._copied.synchronize()
+            self._values = self._pinned.tolist()
+        return self._values
