@@ -173,7 +173,7 @@ class OverlapSession(TreeSession):
             self.drawn = True
         return self.races
 
-    def _outcome(self, last: Verdict) -> int | None:
+    def outcome(self, last: Verdict) -> int | None:
         """Return the number of the outcome that came true, if any level of its tree is there."""
         if self.bonuses is None:
             return None
@@ -185,7 +185,7 @@ class OverlapSession(TreeSession):
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         """Take the tree of the outcome that came true and draft its missing levels, or draft the tree anew."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
-        number = None if last is None else self._outcome(last)
+        number = None if last is None else self.outcome(last)
         first = 0 if number is None else self.plan.levels(number, self.passes, self.depth)
         self.drafted_ahead = first if self.passes else None
         if self.passes:
