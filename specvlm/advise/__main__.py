@@ -24,6 +24,7 @@ from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
+from specvlm.advise.overlap import overlapped
 from specvlm.app import compose
 from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole, not_applied, size
@@ -112,8 +113,11 @@ class Wishes:
         return {name: every[name] for name in self.drafters if name in TREES}
 
     def others(self, cfg: RunConfig) -> list[Drafter]:
-        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults."""
-        names = [name for name in self.drafters if name not in TREES]
+        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults.
+
+        Without `draft.device`, `overlap` drafts as `tree` does.
+        """
+        names = [name for name in self.drafters if name not in TREES and (name != "overlap" or cfg.draft.device)]
         return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
 
 
@@ -236,6 +240,8 @@ def measure(
             for (name, ratio), keep in seen.kept.items()
         }
         found = candidates(seen.costs, known, trees)
+        if graph.engine.captures and graph.draft is not None and graph.draft.device not in job.places.target:
+            found += overlapped(found, known)
         for drafter in others:
             found.append(measured_candidate(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()
