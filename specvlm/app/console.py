@@ -303,10 +303,10 @@ def spread(request: Prepared) -> str:
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield name and value for each line of the table below the answer. summary: see `metrics.KEYS`."""
     yield "tokens", f"{summary['new_tokens']} in {summary['rounds']} rounds"
-    accepted = summary["accepted_per_round"]
-    if accepted is not None:
-        drafted = summary["drafted_per_round"]
-        yield "per round", f"{accepted:.2f} accepted of {drafted:.4g} guesses, {summary['tokens_per_round']:.2f} tokens"
+    if (accepted := summary["accepted_per_round"]) is not None:
+        ahead = "" if summary["hit_rate"] is None else f", {summary['hit_rate']:.0%} of the trees drafted ahead"
+        guesses = f"{accepted:.2f} accepted of {summary['drafted_per_round']:.4g} guesses"
+        yield "per round", f"{guesses}, {summary['tokens_per_round']:.2f} tokens{ahead}"
         yield "accepted by depth", "  ".join(f"{d}: {share:.0%}" for d, share in enumerate(summary["acceptance_by_depth"], 1))
     if summary["kept_tokens"] is not None:
         yield "drafter saw", f"{summary['kept_tokens']} of {summary['video_tokens']} video tokens"

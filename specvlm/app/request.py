@@ -92,6 +92,8 @@ def row(number: int, step: Step) -> dict[str, Any]:
     kept = {} if step.keep is None else {"kept": step.keep.index.tolist()}
     if step.widths:  # read by `fit_tree`
         fields |= {"ranks": step.ranks, "widths": step.widths}
+    if step.ahead is not None:
+        fields["ahead"] = step.ahead
     if step.refused:  # read by `report`
         fields["refused"] = step.refused
     return fields | {"times_s": {part: round(seconds, 6) for part, seconds in step.times_s.items()}} | kept

@@ -5,8 +5,9 @@ Shape suffixes: M tree nodes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +20,20 @@ from specvlm.models.kv_cache import KVCache
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.types import DraftTree, Verdict
 
-if TYPE_CHECKING:
-    from specvlm.engine.cuda_graphs import GraphsEngine
+
+class Keeper(Protocol):
+    """What a check needs of its engine, which makes programs and keeps them."""
+
+    capture_s: float
+
+    def program(self, key: tuple[Hashable, ...], owner: KVCache, build: Callable[[str], Program]) -> Program: ...
+
+    def capture(
+        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
+    ) -> Program: ...
 
 
-def start(engine: GraphsEngine, lean: LeanText, check: Check) -> Tensor:
+def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
     """Start the check of one request's tree. Returns what `decide` reads, on the device."""
     request, tree, numbers = check.request, check.tree, check.numbers
     target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
@@ -79,7 +89,7 @@ def decide(check: Check, numbers: list[int]) -> tuple[Verdict, list[int]]:
     return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 
 
-def _stage_pass(engine: GraphsEngine, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
+def _stage_pass(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
     """Return the program that runs a tree through a pipeline stage other than the last."""
     device, count = lean.stages[number].device, len(tree)
 
@@ -93,7 +103,7 @@ def _stage_pass(engine: GraphsEngine, number: int, lean: LeanText, tree: DraftTr
     return engine.program((f"through {number}", lean, tree.parents), cache, build)
 
 
-def _stage_move(engine: GraphsEngine, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
+def _stage_move(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
     """Return the program that compacts such a stage's cache after the verdict."""
     device = lean.stages[number].device
 

@@ -31,6 +31,8 @@ KEYS = {
     "tokens_per_round": "accepted_per_round + 1",
     "drafted_per_round": "mean guesses checked per round, over the same rounds",
     "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses, up to the depth of the tree",
+    "hit_rate": "share of rounds whose tree was drafted, at least in part, while the one before was checked; null if the "
+    "drafter did not guess on",
     "time_to_first_token_s": "embed + prefill, seconds",
     "drafter_start_s": "prune + draft_prefill, after the first token, seconds; 0 if nothing is drafted",
     "decode_s": "drafting and verification of all rounds, without both prefills, seconds (the paper's measure)",
@@ -77,7 +79,7 @@ KEYS = {
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # each has a `baseline_…_s` and a `speedup_…`
 # KEYS that rows and summaries of older versions may lack.
-LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "batch", "hf_check", "hf_difference")
+LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "batch", "hf_check", "hf_difference", "hit_rate")
 # KEYS that are null for samples decoded together.
 OF_ONE_REQUEST = ("time_to_first_token_s", "drafter_start_s", "tokens_per_second",
                   *(f"{where}_s" for where in (*SPANS, "file_to_first_token")))  # fmt: skip
@@ -132,18 +134,20 @@ def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
-    """Compute rounds, accepted_per_round, tokens_per_round, drafted_per_round and acceptance_by_depth (see KEYS)."""
+    """Compute rounds, the keys about what a round accepts, and hit_rate (see KEYS)."""
     rounds = steps[1:]
     full = [step for step in rounds if step.full]
     accepted = [step.accepted for step in full]
     mean = sum(accepted) / len(accepted) if accepted else None
     deepest = max((step.depth for step in full), default=0)
+    ahead = [step.ahead > 0 for step in rounds if step.ahead is not None]
     return {
         "rounds": len(rounds),
         "accepted_per_round": mean,
         "tokens_per_round": None if mean is None else mean + 1,
         "drafted_per_round": sum(step.drafted for step in full) / len(full) if full else None,
         "acceptance_by_depth": [sum(a >= depth for a in accepted) / len(accepted) for depth in range(1, deepest + 1)],
+        "hit_rate": sum(ahead) / len(ahead) if ahead else None,
     }
 
 
@@ -155,7 +159,8 @@ def ratio_of(baseline: float | None, ours: float) -> float | None:
 OF_JOB = ("strategies", "versions")  # KEYS that rows leave out, since all rows of a job have the same values
 # A job's totals have the mean over the samples of the KEYS in MEANS, and the last sample's value of those in LAST.
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
-         "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
+         "drafted_per_round", "hit_rate", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s",
+         "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
          "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
 LAST = ("parallel", "devices", "weights", "engine", "batch")

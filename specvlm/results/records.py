@@ -81,6 +81,7 @@ class Figures(TypedDict):
     tokens_per_round: Real | None
     drafted_per_round: Real | None
     acceptance_by_depth: Annotated[list[Share], MaxLen(MOST_GUESSES)]
+    hit_rate: NotRequired[Share | None]
     time_to_first_token_s: Seconds | None
     drafter_start_s: Seconds | None
     decode_s: Seconds | None
