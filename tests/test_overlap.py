@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import joined_ops
 import pytest
 import tiny
 import torch
@@ -252,8 +253,11 @@ def test_a_submitted_check_is_started_at_once_and_read_later(backend, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("backend", [None, "direct"])
-def test_several_requests_have_the_tokens_of_each_alone(family, backend):
+@pytest.mark.parametrize("backend", [None, "direct", "joined"])
+def test_several_requests_have_the_tokens_of_each_alone(family, backend, monkeypatch):
+    if backend == "joined":  # checks and drafts of several requests in one pass
+        joined_ops.install(monkeypatch)
+        backend = "direct"
     drafters = [OverlapDrafter("chain:3", ahead=ALL), OverlapDrafter("2x2", ahead=2), TreeDrafter("chain:3")]
     graphs = [graph_of(family, drafter, engine=engine_of(backend), seed=n) for n, drafter in enumerate(drafters)]
     prompts = [tiny.prompt(family, seed=number) for number in range(3)]
