@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 
@@ -21,11 +22,14 @@ from specvlm.engine import Engine
 from specvlm.engine.base import tree_pass
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load, skeleton
+from specvlm.models.passes import Work
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel import torchrun
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, joined
 from specvlm.results.metrics import tokens_of
+from specvlm.strategies import DraftContext
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
+from specvlm.strategies.drafters.overlap import OverlapDrafter, OverlapSession
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.sparse import SparseDrafter
@@ -52,6 +56,8 @@ CASES = (
     ("sparse", "lone", RandomPruner(), SparseDrafter(entries=256, length=3), GreedyVerifier()),
     ("sampled", "lone", RandomPruner(), TreeDrafter("3x2"), SAMPLING),
     ("coupled", "lone", RandomPruner(), TreeDrafter("3x2"), CoupledVerifier(0.8, top_k=20)),
+    ("overlap", "lone", TwoStagePruner(), OverlapDrafter("chain:4", ahead=5), GreedyVerifier()),
+    ("overlap_shared", "shared", TwoStagePruner(), OverlapDrafter("2x2", ahead=2), GreedyVerifier()),
 )
 
 
@@ -125,6 +131,36 @@ def quantised(ranks: ProcessGroup) -> dict[str, list[int]]:
     return found
 
 
+class Killed(OverlapDrafter):
+    """Kills its process while it guesses on."""
+
+    def start(self, ctx: DraftContext) -> OverlapSession:
+        session = super().start(ctx)
+        real, count = session.guess_on, iter(range(10**6))
+
+        def guess_on(done: Callable[[], bool]) -> Work[None]:
+            yield from real(done)
+            if next(count) == 2:
+                self.mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        session.guess_on = guess_on
+        return session
+
+
+def draft_until_killed(ranks: ProcessGroup, mark: Path) -> None:
+    """Decode until rank 0, which drafts, is killed during a check."""
+    target, engine = model("qwen2_5_vl", "target", ranks), engines(lone=False)["captured"]
+    folder = model_folder("embedded:qwen2_5_vl/plain")
+    draft = model("qwen2_5_vl", "plain", SINGLE) if ranks.rank == 0 else skeleton(folder)
+    drafter = Killed("chain:3", ahead=2)
+    object.__setattr__(drafter, "mark", mark)
+    for _ in DecodingGraph(target, draft, RandomPruner(), drafter, GreedyVerifier(), engine=engine).decode(
+        prompt_for(target), 60
+    ):
+        pass
+
+
 def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
     """Decode until rank 1 kills itself, or raises, in the middle."""
     target = model("qwen2_5_vl", "target", ranks)
@@ -174,9 +210,11 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
 
 
 def run(what: str, folder: Path) -> None:
-    """Run decode, signals, kernels, kill or raise as one of the ranks."""
+    """Run decode, signals, kernels, kill, kill draft or raise as one of the ranks."""
     torch.set_num_threads(1)
     with joined(device()) as ranks:
+        if what == "kill draft":
+            draft_until_killed(ranks, folder / "killed")
         if what in ("kill", "raise"):
             decode_for_ever(ranks, what, folder / "killed")
         if what == "signals":

@@ -96,6 +96,13 @@ def test_a_rank_that_dies_ends_the_other_with_one_line(how, line, tmp_path):
     assert done.codes == (ExitCode.LOST, -SIGKILL if how == "kill" else 1)
 
 
+def test_a_draft_that_is_killed_during_a_check_ends_all_with_one_line(tmp_path):
+    done = forked.ranks(partial(ranks_worker.run, "kill draft", tmp_path), tmp_path)
+    assert (tmp_path / "killed").exists() and done.codes == (-SIGKILL, ExitCode.LOST)
+    (said,) = done.lines()
+    assert said.startswith("specvlm: rank 0 of 2 died without a word"), done.err[-3000:]
+
+
 def test_the_command_line_runs_on_two_ranks(tmp_path):
     words = [
         "target.parallel=tensor",
