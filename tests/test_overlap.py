@@ -21,7 +21,7 @@ from specvlm.results.metrics import tokens_of
 from specvlm.strategies import DraftContext, Sampling
 from specvlm.strategies.drafters import ahead, overlap
 from specvlm.strategies.drafters.ahead import outcomes_of, plan_of
-from specvlm.strategies.drafters.overlap import PROBE, REST, OverlapDrafter, Worth
+from specvlm.strategies.drafters.overlap import PROBE, REST, OverlapDrafter, Pace, Worth
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
@@ -230,6 +230,27 @@ def test_what_guessing_on_costs_at_most():
         assert not worth.resting()
         worth.went(3, late=True)
         worth.went(0, late=True)
+
+
+def test_a_pass_starts_early_only_where_it_ends_before_the_check(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(overlap, "perf_counter", lambda: now[0])
+    pace = Pace()
+
+    def after(seconds: float, waiting: int = 1) -> bool:
+        now[0] = pace.begun + seconds
+        return pace.early(waiting)
+
+    assert not after(0.0)  # nothing is known yet
+    now[0] = pace.begun + 10.0
+    pace.end(passes=4, done=True)  # passes of 2.5 s, a check of 10 s
+    pace.begin()
+    assert after(0.0) and after(4.9) and not after(5.1)
+    assert after(2.4, waiting=2) and not after(2.6, waiting=2)
+    now[0] = pace.begun + 12.0
+    pace.end(passes=6, done=False)  # of 2 s, and the check takes longer than all of them
+    pace.begin()
+    assert after(7.9) and not after(8.1)
 
 
 # --- submitted checks -------------------------------------------------------------------------------------------------

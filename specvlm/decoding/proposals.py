@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from specvlm.decoding.timing import Clock
@@ -40,7 +40,7 @@ class Proposals:
     clock: Clock
     joins: bool
 
-    @property
+    @cached_property
     def ours(self) -> bool:
         """Whether drafter and session are specvlm's own. Our session may pass on trees of a plugin's drafter."""
         return is_ours(self.session) and is_ours(self.drafter)

@@ -6,9 +6,11 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -107,6 +109,31 @@ class Worth:
         return self.rest > 0
 
 
+class Pace:
+    """Learns how long checks and passes ahead take, to start a pass before the last one has ended where that is safe.
+
+    A pass that was started cannot be taken back, so near the end of a check only one is on its way.
+    """
+
+    def __init__(self) -> None:
+        self.check_s = self.pass_s = 0.0
+        self.begun = perf_counter()
+
+    def begin(self) -> None:
+        """Begin a round: the check has just started."""
+        self.begun = perf_counter()
+
+    def early(self, waiting: int) -> bool:
+        """Whether one pass more than the `waiting` ones will end before the check. False as long as nothing is known."""
+        return 0 < self.pass_s * (waiting + 1) < self.check_s - (perf_counter() - self.begun)
+
+    def end(self, passes: int, done: bool) -> None:
+        """End a round. passes: Those that have run since its beginning. done: Whether the verdict came meanwhile."""
+        passed = perf_counter() - self.begun
+        self.pass_s = passed / passes if passes else self.pass_s
+        self.check_s = passed if done else max(self.check_s, passed)
+
+
 class OverlapSession(TreeSession):
     """Drafts a static tree, or takes it from what was drafted during the check."""
 
@@ -117,12 +144,12 @@ class OverlapSession(TreeSession):
         super().__init__(ctx, model, shape, rule, self.plan.rows, more)
         apart = model.ranks.size == 1 and model.head_device not in [stage.device for stage in ctx.target.stages]
         self.limit, self.fitting = drafter.ahead or (len(self.plan.pieces) if apart else 0), not drafter.ahead
-        self.depth, self.worth = len(shape.levels), Worth()
+        self.depth, self.worth, self.pace = len(shape.levels), Worth(), Pace()
         self.expanded = torch.tensor([node for level in shape.levels for node in level], device=self.device)
         self.others = torch.zeros(len(self.expanded), more, dtype=torch.int64, device=self.device)
         self.drawn = False  # whether `races` are those of the next tree already
         self.pool = torch.zeros(self.plan.size, dtype=torch.int64, device=self.device)
-        self.passes, self.late = 0, False  # passes ahead so far in this round; whether the verdict waited for the last one
+        self.passes, self.late = 0, False  # passes ahead in this round; whether one still ran when the verdict came
         self.q_QV: list[Tensor] = []
         self.bonuses: HostCopy | None = None
         self.taking = Routine(
@@ -136,20 +163,31 @@ class OverlapSession(TreeSession):
         return self._guess_on(done)
 
     def _guess_on(self, done: Callable[[], bool]) -> Work[None]:
-        """Run passes below the outcomes, one at a time, until all have run or the verdict is there."""
-        found = [self.tokens, self.others.flatten()]
+        """Run passes below the outcomes until all have run or the verdict is there."""
+        found, running = [self.tokens, self.others.flatten()], deque[HostCopy]()
         self.pool = torch.cat([*found, self.pool.new_zeros(self.plan.size - sum(map(len, found)))])
         state = (self.root, self.cache.offset, *self.noise)
+        self.pace.begin()
         for number in range(min(self.limit, len(self.plan.pieces))):
-            if self.fitting and done():
-                return
+            if self.fitting and self._verdict_before(running, done):
+                break
             self.pool, *q = yield self._piece(number)(state, self.pool, self._races())
             self.passes, self.q_QV = number + 1, [*self.q_QV, *q]
-            copied = HostCopy(self.pool.index_select(0, self.plan.bonus_O))
-            self.bonuses = self.bonuses or copied
-            if self.fitting:
-                copied.read()  # at most one pass is on its way, since it cannot be taken back
-                self.late = done()
+            running.append(HostCopy(self.pool.index_select(0, self.plan.bonus_O)))
+            self.bonuses = self.bonuses or running[-1]
+        if self.fitting:
+            self.late = self._verdict_before(running, done)
+            self.pace.end(self.passes - len(running), self.late)
+
+    def _verdict_before(self, running: deque[HostCopy], done: Callable[[], bool]) -> bool:
+        """Wait until one more pass may start, and say whether the verdict came before. running: Passes on their way."""
+        while not done():
+            while running and running[0].done:
+                running.popleft()
+            if not running or self.pace.early(len(running)):
+                return False
+            sleep(0)  # other threads may run
+        return True
 
     def _piece(self, number: int) -> Routine:
         """Return the routine of one pass ahead."""
