@@ -73,10 +73,9 @@ class GivenOverlapSession(GivenRounds, OverlapSession):
 
     def outcome(self, last: Verdict) -> int | None:
         _, hit = self.given.of(self.rounds - 1)
-        if self.bonuses is None or len(self.bonuses.read()) == 0 or not hit:
-            return None
+        assert self.bonuses is not None and self.bonuses.read()  # the real one reads it too
         found = (number for number, (node, _) in enumerate(self.plan.outcomes) if node == last.path[-1])
-        return next((number for number in found if self.plan.levels(number, self.passes, self.depth)), None)
+        return next(found, None) if hit else None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 HOST = torch.device("cpu")
-PROBE, REST = 8, 64  # rounds of guessing on that are weighed up, and rounds without it if it did not pay
+HITS, FIRST, MEMORY = 0.8, 4, 32  # hit rate taken for granted, the rounds that this counts for, and those remembered
+FADE = 0.95  # factor by which a measured time fades in each round that does not measure it
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class OverlapDrafter(TreeDrafter):
     guess is checked at once, none in a later window; greedy, sampled and coupled trees.
 
     Cost: during each check, one pass more than the tree has levels, of at most 64 rows. A pass that still runs when the
-    verdict arrives delays the next round by its rest; if that outweighs the hits, guessing on rests for 64 rounds.
+    verdict arrives delays the next round by its rest, so one starts late in a check only if hits are frequent enough.
     Limits: it needs a device of its own for the draft (`draft.device=cuda:1`) and a target whose checks are captured;
     elsewhere, and while other requests share the checks, it drafts as `tree` does.
 
@@ -86,52 +87,50 @@ class OverlapDrafter(TreeDrafter):
         return OverlapSession(ctx, drafting_model(ctx, self.model), self, self.rule_of(ctx))
 
 
-class Worth:
-    """Decides whether guessing on pays: the levels saved by hits against the passes that delayed a verdict.
-
-    So a slow draft costs at most PROBE passes in PROBE + REST rounds.
-    """
-
-    def __init__(self) -> None:
-        self.rounds = self.gain = self.rest = 0
-
-    def went(self, saved: int, late: bool) -> None:
-        """Record a round in which the draft guessed on. saved: Levels of a hit. late: The verdict waited for a pass."""
-        self.rounds += 1
-        self.gain += saved - (late and not saved)
-        if self.rounds == PROBE:
-            self.rest = REST if self.gain < 0 else 0
-            self.rounds = self.gain = 0
-
-    def resting(self) -> bool:
-        """Whether not to guess on in this round. Counts the round."""
-        self.rest = max(0, self.rest - 1)
-        return self.rest > 0
-
-
 class Pace:
-    """Learns how long checks and passes ahead take, to start a pass before the last one has ended where that is safe.
+    """Decides when a pass ahead starts, from how long checks and passes take and how often the outcome was guessed.
 
-    A pass that was started cannot be taken back, so near the end of a check only one is on its way.
+    A pass that was started cannot be taken back: if it still runs when the verdict comes, that delays a miss by its rest.
     """
 
     def __init__(self) -> None:
-        self.check_s = self.pass_s = 0.0
-        self.begun = perf_counter()
+        self.check_s = self.pass_s = 0.0  # 0: not known yet
+        self.hits, self.seen = HITS, 0
+        self.begun, self.slow = perf_counter(), False
 
-    def begin(self) -> None:
-        """Begin a round: the check has just started."""
-        self.begun = perf_counter()
+    def begin(self, drafted: int) -> None:
+        """Begin a round: the check has just started. drafted: Levels of its tree that were not drafted ahead."""
+        now = perf_counter()
+        if self.slow:  # the only pass ahead outlasted the check, and those of the tree followed it
+            self.pass_s = (now - self.begun) / (1 + drafted)
+        self.begun, self.slow = now, False
 
-    def early(self, waiting: int) -> bool:
-        """Whether one pass more than the `waiting` ones will end before the check. False as long as nothing is known."""
-        return 0 < self.pass_s * (waiting + 1) < self.check_s - (perf_counter() - self.begun)
+    def starts(self, waiting: int) -> bool:
+        """Whether a pass starts now, behind `waiting` ones.
 
-    def end(self, passes: int, done: bool) -> None:
-        """End a round. passes: Those that have run since its beginning. done: Whether the verdict came meanwhile."""
-        passed = perf_counter() - self.begun
-        self.pass_s = passed / passes if passes else self.pass_s
-        self.check_s = passed if done else max(self.check_s, passed)
+        It does if it will end before the check. One that will not starts only when all others have ended, and if the
+        time that it saves after a hit outweighs the time that it costs after a miss.
+        """
+        if not (self.check_s and self.pass_s):
+            return not waiting
+        left = self.check_s - (perf_counter() - self.begun) - waiting * self.pass_s
+        if left >= self.pass_s:
+            return True
+        return not waiting and self.hits * max(left, 0.0) > (1 - self.hits) * (self.pass_s - left)
+
+    def end(self, started: int, ended: int) -> None:
+        """End a round: the verdict is there. Of the passes that have started, so many have ended."""
+        self.check_s = perf_counter() - self.begun
+        self.slow = started > 0 and not ended
+        if ended:
+            self.pass_s = self.check_s / ended
+        elif not started:
+            self.pass_s *= FADE  # so that it is measured again some time
+
+    def went(self, hit: bool) -> None:
+        """Record whether an outcome was guessed."""
+        self.seen += 1
+        self.hits += (hit - self.hits) / min(self.seen + FIRST, MEMORY)
 
 
 class OverlapSession(TreeSession):
@@ -144,12 +143,12 @@ class OverlapSession(TreeSession):
         super().__init__(ctx, model, shape, rule, self.plan.rows, more)
         apart = model.ranks.size == 1 and model.head_device not in [stage.device for stage in ctx.target.stages]
         self.limit, self.fitting = drafter.ahead or (len(self.plan.pieces) if apart else 0), not drafter.ahead
-        self.depth, self.worth, self.pace = len(shape.levels), Worth(), Pace()
+        self.depth, self.pace = len(shape.levels), Pace()
         self.expanded = torch.tensor([node for level in shape.levels for node in level], device=self.device)
         self.others = torch.zeros(len(self.expanded), more, dtype=torch.int64, device=self.device)
         self.drawn = False  # whether `races` are those of the next tree already
         self.pool = torch.zeros(self.plan.size, dtype=torch.int64, device=self.device)
-        self.passes, self.late = 0, False  # passes ahead in this round; whether one still ran when the verdict came
+        self.passes = self.anew = 0  # passes ahead in this round; levels of the last tree that were drafted after the verdict
         self.q_QV: list[Tensor] = []
         self.bonuses: HostCopy | None = None
         self.taking = Routine(
@@ -157,37 +156,29 @@ class OverlapSession(TreeSession):
         )
 
     def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
-        self.passes, self.late, self.q_QV, self.bonuses = 0, False, [], None
-        if not self.limit or (self.fitting and self.worth.resting()):
-            return None
-        return self._guess_on(done)
+        self.passes, self.q_QV, self.bonuses = 0, [], None
+        return self._guess_on(done) if self.limit else None
 
     def _guess_on(self, done: Callable[[], bool]) -> Work[None]:
-        """Run passes below the outcomes until all have run or the verdict is there."""
-        found, running = [self.tokens, self.others.flatten()], deque[HostCopy]()
+        """Run passes below the outcomes: the given number, or until the verdict is there."""
+        found, running, most = [self.tokens, self.others.flatten()], deque[HostCopy](), min(self.limit, len(self.plan.pieces))
         self.pool = torch.cat([*found, self.pool.new_zeros(self.plan.size - sum(map(len, found)))])
         state = (self.root, self.cache.offset, *self.noise)
-        self.pace.begin()
-        for number in range(min(self.limit, len(self.plan.pieces))):
-            if self.fitting and self._verdict_before(running, done):
-                break
-            self.pool, *q = yield self._piece(number)(state, self.pool, self._races())
-            self.passes, self.q_QV = number + 1, [*self.q_QV, *q]
-            running.append(HostCopy(self.pool.index_select(0, self.plan.bonus_O)))
-            self.bonuses = self.bonuses or running[-1]
-        if self.fitting:
-            self.late = self._verdict_before(running, done)
-            self.pace.end(self.passes - len(running), self.late)
-
-    def _verdict_before(self, running: deque[HostCopy], done: Callable[[], bool]) -> bool:
-        """Wait until one more pass may start, and say whether the verdict came before. running: Passes on their way."""
-        while not done():
+        self.pace.begin(self.anew)
+        while self.passes < most if not self.fitting else not done():
             while running and running[0].done:
                 running.popleft()
-            if not running or self.pace.early(len(running)):
-                return False
-            sleep(0)  # other threads may run
-        return True
+            if self.fitting and (self.passes == most or not self.pace.starts(len(running))):
+                sleep(0)  # other threads may run
+                continue
+            self.pool, *q = yield self._piece(self.passes)(state, self.pool, self._races())
+            running.append(HostCopy(self.pool.index_select(0, self.plan.bonus_O)))
+            self.passes, self.q_QV = self.passes + 1, [*self.q_QV, *q]
+            self.bonuses = self.bonuses or running[-1]
+        if self.fitting:
+            self.pace.end(self.passes, self.passes - len(running))
+        # What the corrections of expanded nodes are is known without a pass.
+        self.bonuses = self.bonuses or HostCopy(self.pool.index_select(0, self.plan.bonus_O))
 
     def _piece(self, number: int) -> Routine:
         """Return the routine of one pass ahead."""
@@ -212,24 +203,30 @@ class OverlapSession(TreeSession):
         return self.races
 
     def outcome(self, last: Verdict) -> int | None:
-        """Return the number of the outcome that came true, if any level of its tree is there."""
-        if self.bonuses is None:
-            return None
+        """Return the number of the outcome that came true; None if it was not guessed."""
+        assert self.bonuses is not None
         for number, ((node, _), bonus) in enumerate(zip(self.plan.outcomes, self.bonuses.read(), strict=True)):
-            if (node, bonus) == (last.path[-1], last.bonus) and self.plan.levels(number, self.passes, self.depth):
+            if (node, bonus) == (last.path[-1], last.bonus):
                 return number
         return None
+
+    def _there(self, last: Verdict | None) -> tuple[int, int]:
+        """Return the number of the outcome that came true, and how many levels of its tree are there; 0 if none are."""
+        self.drafted_ahead = None
+        if last is None or self.bonuses is None:
+            return 0, 0
+        number, unknown = self.outcome(last), not self.passes and not self.shape.children[last.path[-1]]
+        if not unknown:
+            self.pace.went(number is not None)
+        self.drafted_ahead = 0 if number is None else self.plan.levels(number, self.passes, self.depth)
+        return number or 0, self.drafted_ahead
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         """Take the tree of the outcome that came true and draft its missing levels, or draft the tree anew."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
-        number = None if last is None else self.outcome(last)
-        first = 0 if number is None else self.plan.levels(number, self.passes, self.depth)
-        self.drafted_ahead = first if self.passes else None
-        if self.passes:
-            self.worth.went(first, self.late)
+        number, first = self._there(last)
         races, base, q_MV = self._races(), self.root + self.shape.depths[node], self.races
-        if number is not None:
+        if first:
             self.tokens, self.others = yield self.taking((self.root, number), self.pool)
         if first < self.depth:
             routine = self.feed_root if self.shape.children[node] else self.feed_both
@@ -237,9 +234,9 @@ class OverlapSession(TreeSession):
             routine = self.round_of(2, first, *known) if first else routine
             state = (self.root, base, node, bonus, self.cache.offset, *self.noise)
             self.tokens, q_MV, self.others = yield routine(state, self.tokens, races, *known)
-        if self.sample and number is not None:
+        if self.sample and first:
             q_MV = self._with_those_ahead(q_MV if first < self.depth else None, number, first)
-        self.root, self.drawn, self.passes = base + 1, False, 0
+        self.root, self.drawn, self.anew = base + 1, False, self.depth - first
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
     def _with_those_ahead(self, q_MV: Tensor | None, number: int, first: int) -> Tensor:
