@@ -11,6 +11,7 @@ import torch
 from specvlm.strategies import DraftContext, Drafter, DraftSession, drafters
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.overlap import OverlapDrafter
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.sparse import SparseDrafter
@@ -21,6 +22,7 @@ from specvlm.types import DraftTree, Verdict
 INSTANCES = [
     TreeDrafter(),
     TreeDrafter("3x1", "sample"),
+    OverlapDrafter("2x1", ahead=2),
     DynamicTreeDrafter(nodes=9, depth=3, width=3),
     EntropyTreeDrafter(15, 5, 1, 2, 4),
     SelfDrafter("chain:2"),
