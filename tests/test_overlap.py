@@ -218,12 +218,13 @@ class Device:
         """Run a round of a tree of `passes` levels, none of whose outcomes follows a leaf. Returns how long it takes."""
         pace.begin(self.drafted)
         start, ends = self.now, list[float]()
-        while self.now < start + self.check_s:
+        while len(ends) < passes and self.now < start + self.check_s:
             running = sum(end > self.now for end in ends)
-            if len(ends) < passes and pace.starts(running):
+            if pace.starts(running):
                 ends.append(max([self.now, *ends]) + self.pass_s)
             self.now += self.check_s / 1000
-        pace.end(len(ends), sum(end <= self.now for end in ends))
+        pace.end(len(ends), sum(end <= self.now for end in ends), self.now >= start + self.check_s)
+        self.now = max(self.now, start + self.check_s)
         pace.went(hit)
         self.drafted = passes - len(ends) if hit else passes
         self.now = max([self.now, *ends]) + self.pass_s * self.drafted
@@ -249,7 +250,7 @@ def test_a_pass_starts_early_only_where_it_ends_before_the_check(monkeypatch):
     pace = Pace()
     assert pace.starts(0) and not pace.starts(1)  # nothing is known yet
     now[0] = 10.0
-    pace.end(4, 4)  # passes of 2.5 s, a check of 10 s
+    pace.end(4, 4, True)  # passes of 2.5 s, a check of 10 s
     pace.begin(0)
     for seconds, waiting, starts in [(4.9, 1, True), (5.1, 1, False), (2.4, 2, True), (2.6, 2, False), (7.4, 0, True)]:
         now[0] = pace.begun + seconds

@@ -268,9 +268,9 @@ class DecodingGraph:
         features_ND: Tensor | Features,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select` on each rank that has the draft, or on all if there is none, then use rank 0's choice everywhere."""
+        """Run `select` on rank 0 and on ranks with a draft, or on all if there is none, then use rank 0's choice everywhere."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
-        keep = self.select(prompt, collector, features_ND, generator, view) if here else None
+        keep = self.select(prompt, collector, features_ND, generator, view) if here or not ranks.rank else None
         if ranks.size > 1:
             keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
             generator.set_state(state)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HOST = torch.device("cpu")
 HITS, FIRST, MEMORY = 0.8, 4, 32  # hit rate taken for granted, the rounds that this counts for, and those remembered
+POLL_S = 5e-5  # seconds between two looks at whether a pass or the check has ended
 FADE = 0.95  # factor by which a measured time fades in each round that does not measure it
 
 
@@ -118,12 +119,13 @@ class Pace:
             return True
         return not waiting and self.hits * max(left, 0.0) > (1 - self.hits) * (self.pass_s - left)
 
-    def end(self, started: int, ended: int) -> None:
-        """End a round: the verdict is there. Of the passes that have started, so many have ended."""
-        self.check_s = perf_counter() - self.begun
-        self.slow = started > 0 and not ended
+    def end(self, started: int, ended: int, done: bool) -> None:
+        """End guessing on. Of the passes that have started, so many have ended. done: Whether the verdict is there."""
+        passed = perf_counter() - self.begun
+        self.check_s = passed if done else max(self.check_s, passed)
+        self.slow = done and started > 0 and not ended
         if ended:
-            self.pass_s = self.check_s / ended
+            self.pass_s = passed / ended
         elif not started:
             self.pass_s *= FADE  # so that it is measured again some time
 
@@ -165,18 +167,18 @@ class OverlapSession(TreeSession):
         self.pool = torch.cat([*found, self.pool.new_zeros(self.plan.size - sum(map(len, found)))])
         state = (self.root, self.cache.offset, *self.noise)
         self.pace.begin(self.anew)
-        while self.passes < most if not self.fitting else not done():
+        while self.passes < most and not (self.fitting and done()):
             while running and running[0].done:
                 running.popleft()
-            if self.fitting and (self.passes == most or not self.pace.starts(len(running))):
-                sleep(0)  # other threads may run
+            if self.fitting and not self.pace.starts(len(running)):
+                sleep(POLL_S)
                 continue
             self.pool, *q = yield self._piece(self.passes)(state, self.pool, self._races())
             running.append(HostCopy(self.pool.index_select(0, self.plan.bonus_O)))
             self.passes, self.q_QV = self.passes + 1, [*self.q_QV, *q]
             self.bonuses = self.bonuses or running[-1]
         if self.fitting:
-            self.pace.end(self.passes, self.passes - len(running))
+            self.pace.end(self.passes, self.passes - len(running), done())
         # What the corrections of expanded nodes are is known without a pass.
         self.bonuses = self.bonuses or HostCopy(self.pool.index_select(0, self.plan.bonus_O))
 

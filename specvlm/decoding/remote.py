@@ -1,0 +1,211 @@
+"""Draft in a process of its own, which guesses on while the target's processes check.
+
+The target's processes wait for nothing but trees: so an engine that cannot submit a check, such as the eager one on a
+CPU, gains too. Messages are pickled between a process and the one that it started; nothing else can write to the pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from specvlm.decoding.loop import generator_for
+from specvlm.engine import Engine
+from specvlm.errors import UserError, one_line
+from specvlm.models.kv_cache import CachePool
+from specvlm.models.passes import driven
+from specvlm.models.video_lm import VideoLM
+from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling
+from specvlm.types import DraftTree, KeepSet, TreeShape, Verdict, VideoPrompt
+
+HOST = torch.device("cpu")
+Models = tuple[VideoLM, VideoLM]  # target, which may be a skeleton, and draft
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Begin a request: the drafter, and what the `DraftContext` of its session has without the models."""
+
+    drafter: Drafter
+    prompt: VideoPrompt
+    keep: KeepSet
+    bonus: int
+    positions: str
+    max_new_tokens: int
+    vocabulary: int
+    sampling: Sampling
+    state: torch.Tensor
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Ask for the tree that follows a verdict. The answer has the same number."""
+
+    number: int
+    last: Verdict | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A tree on the host, and how many of its levels were drafted ahead. No tree: why there is none."""
+
+    number: int
+    tree: DraftTree | None = None
+    ahead: int | None = None
+    why: str = ""
+
+
+class RemoteDrafter(Drafter):
+    """Runs a drafter's sessions in another process. Signals of the target do not get there.
+
+    Args:
+        inner: The drafter.
+        link: Connection to a process that runs `serve`.
+
+    Raises:
+        UserError: The drafter needs signals, or runs no draft model.
+    """
+
+    name = "remote"
+    model = "draft"
+
+    def __init__(self, inner: Drafter, link: Connection) -> None:
+        if inner.needs or inner.model != "draft":
+            raise UserError(f"drafter={inner.name} cannot draft in a process of its own: it needs the target")
+        self.inner, self.link = inner, link
+
+    @property
+    def max_nodes(self) -> int:
+        return self.inner.max_nodes
+
+    @property
+    def fixed(self) -> TreeShape | None:
+        return self.inner.fixed
+
+    def start(self, ctx: DraftContext) -> DraftSession:
+        request = (ctx.bonus, ctx.positions, ctx.max_new_tokens, ctx.vocabulary, ctx.sampling)
+        tell(self.link, Begin(self.inner, ctx.prompt, ctx.keep.cpu(), *request, ctx.generator.get_state(), ctx.seed))
+        return RemoteSession(self.link)
+
+
+class RemoteSession(DraftSession):
+    """Sends verdicts, and receives trees."""
+
+    numbers = count()  # never repeat, so that the answer to a request that was given up is not taken for another
+
+    def __init__(self, link: Connection) -> None:
+        self.link = link
+
+    def propose(self, last: Verdict | None) -> DraftTree:
+        """Receive the tree that follows a verdict. Raises UserError if the process has died, RuntimeError if it failed."""
+        tell(self.link, Asked(number := next(self.numbers), last))
+        try:
+            while (found := heard(self.link)).number != number:
+                pass
+        except (EOFError, OSError):
+            raise UserError("the draft's process died without a word; the run cannot go on") from None
+        if found.tree is None:
+            raise RuntimeError(f"the draft's process failed: {found.why}")
+        self.drafted_ahead = found.ahead
+        return found.tree
+
+
+def tell(link: Connection, message: Any) -> None:
+    """Send a message. If nobody is there, the answer will be missing."""
+    with suppress(OSError):
+        link.send_bytes(pickle.dumps(message))
+
+
+def heard(link: Connection) -> Any:
+    """Wait for a message. Raises EOFError or OSError if the other end is gone."""
+    return pickle.loads(link.recv_bytes())
+
+
+@torch.inference_mode()
+def serve(link: Connection, models: Models, engine: Engine) -> None:
+    """Draft for requests, one after the other, until the other end is gone."""
+    caches, session, why = CachePool(), None, "no request has begun"
+    lease = caches.lease(drafter=True)
+    with suppress(EOFError, OSError):
+        while True:
+            asked = heard(link)
+            answer = None if isinstance(asked, Begin) else Answer(asked.number, why=why)
+            try:
+                if isinstance(asked, Begin):
+                    lease.release()
+                    lease, session = caches.lease(drafter=True), None
+                    session = asked.drafter.start(_context(asked, models, lease, engine))
+                elif session is not None:
+                    tree = engine.finish(session.propose(asked.last)).to(HOST)
+                    answer = Answer(asked.number, tree, session.drafted_ahead)
+            except Exception as error:
+                session, why = None, f"{type(error).__name__}: {one_line(error)}"
+                answer = answer and Answer(asked.number, why=why)
+            if answer is not None:
+                tell(link, answer)
+            if session is not None and answer is not None:
+                try:
+                    work: Any = session.guess_on(link.poll)
+                    engine.finish(driven(work))
+                except Exception as error:
+                    session, why = None, f"{type(error).__name__}: {one_line(error)}"
+
+
+def _context(asked: Begin, models: Models, lease: Any, engine: Engine) -> DraftContext:
+    """Make the context of a request's session."""
+    target, draft = models
+    generator = generator_for(0)
+    generator.set_state(asked.state)
+    return DraftContext(
+        prompt=asked.prompt,
+        keep=asked.keep,
+        bonus=asked.bonus,
+        target=target,
+        draft=draft,
+        features_ND=None,
+        positions=asked.positions,
+        max_new_tokens=asked.max_new_tokens,
+        vocabulary=asked.vocabulary,
+        sampling=asked.sampling,
+        generator=generator,
+        caches=lease,
+        captured=engine.captures,
+        seed=asked.seed,
+    )
+
+
+def _served(link: Connection, other: Connection, load: Callable[[], Models], make: Callable[[], Engine]) -> None:
+    """Load the models and serve; the process ends with this function."""
+    other.close()  # a fork has a copy of it, and would never see that the other process is gone
+    serve(link, load(), make())
+
+
+@contextmanager
+def draft_process(load: Callable[[], Models], make: Callable[[], Engine] = Engine, how: str = "spawn") -> Iterator[Connection]:
+    """Start a process that drafts, and end it at the end of the block.
+
+    Args:
+        load: Loads the models there; for "spawn", a module-level function or a `partial` of one.
+        make: Makes its engine.
+        how: How Python starts it: "spawn" or "fork".
+    """
+    context: Any = multiprocessing.get_context(how)
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_served, args=(theirs, mine, load, make), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield mine
+    finally:
+        mine.close()
+        process.join(5)
+        process.kill()
