@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 import torch
 from curious import Curious, signals_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specvlm.app.cli import guarded
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.decoding.lossless import compare
+from specvlm.decoding.remote import RemoteDrafter, draft_process
 from specvlm.engine import Engine
 from specvlm.engine.base import tree_pass
 from specvlm.engine.cuda_graphs import GraphsEngine
@@ -39,7 +46,7 @@ from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.strategies.verifiers.sampling import SamplingVerifier
-from specvlm.types import DraftTree, GenerationOptions, TreeShape, VideoPrompt
+from specvlm.types import DraftTree, GenerationOptions, Step, TreeShape, VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.video import read_video
 
@@ -161,6 +168,44 @@ def draft_until_killed(ranks: ProcessGroup, mark: Path) -> None:
         pass
 
 
+def apart_models(family: str, kill: bool) -> tuple[VideoLM, VideoLM]:
+    """Load what the draft's own process needs. kill: It is killed in its 20th pass."""
+    draft, passes = load(model_folder(f"embedded:{family}/plain"), "float32"), count(1)
+    real = draft.append_hidden
+
+    def append_hidden(*given: Any) -> Tensor:
+        if kill and next(passes) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    draft.append_hidden = append_hidden
+    return skeleton(model_folder(f"embedded:{family}/target")), draft
+
+
+def apart(family: str, how: str, folder: Path) -> int:
+    """Decode with a target over all ranks, and a draft in a process of its own that rank 0 starts.
+
+    how: "decode", or "draft" or "rank" to have the draft's process or rank 1 killed.
+    """
+    rank = int(os.environ["RANK"])
+    started = draft_process(partial(apart_models, family, how == "draft"), how="fork") if not rank else nullcontext()
+    with started as link, joined(device()) as ranks:
+        if not rank:
+            (child,) = multiprocessing.active_children()
+            (folder / "pid").write_text(str(child.pid))
+        target, draft = model(family, "target", ranks), skeleton(model_folder(f"embedded:{family}/plain"))
+        drafter = RemoteDrafter(OverlapDrafter("chain:4"), link)
+        graph = DecodingGraph(target, draft, TwoStagePruner(), drafter, GreedyVerifier(), GenerationOptions(ratio=0.9))
+        steps: list[Step] = []
+        for step in graph.decode(prompt_for(target), 60):
+            steps.append(step)
+            if how == "rank" and rank and len(steps) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        found = [tokens_of(steps), [step.accepted for step in steps], [step.ahead for step in steps]]
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+    return 0
+
+
 def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
     """Decode until rank 1 kills itself, or raises, in the middle."""
     target = model("qwen2_5_vl", "target", ranks)
@@ -209,9 +254,11 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
     return found
 
 
-def run(what: str, folder: Path) -> None:
-    """Run decode, signals, kernels, kill, kill draft or raise as one of the ranks."""
+def run(what: str, folder: Path) -> int:
+    """Run decode, signals, kernels, kill, kill draft, raise or "apart HOW" as one of the ranks."""
     torch.set_num_threads(1)
+    if what.startswith("apart"):
+        return guarded(lambda: apart("llava_onevision", what.split()[1], folder), full=False)
     with joined(device()) as ranks:
         if what == "kill draft":
             draft_until_killed(ranks, folder / "killed")
@@ -219,13 +266,14 @@ def run(what: str, folder: Path) -> None:
             decode_for_ever(ranks, what, folder / "killed")
         if what == "signals":
             save_file(signals(FAMILIES[0], ranks) | signals(FAMILIES[1], ranks), folder / f"{ranks.rank}.safetensors")
-            return
+            return 0
         if what == "kernels":
             found = {"errors": kernel_errors(ranks)}
         else:
             found = {family: answers(family, ranks) for family in FAMILIES} | {"quantised": quantised(ranks)}
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(run(sys.argv[1], Path(sys.argv[2])))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from specvlm.decoding import remote
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.remote import RemoteDrafter, RemoteSession, draft_process
 from specvlm.engine import Engine
@@ -51,10 +52,10 @@ def models(kill_in: int | None = None):
     return meta(tiny.model(FAMILY)), draft
 
 
-def graph_of(drafter, verifier, remote: bool) -> DecodingGraph:
+def graph_of(drafter, verifier, apart: bool) -> DecodingGraph:
     target, draft = tiny.model(FAMILY, dtype=torch.float32), tiny.draft_of(FAMILY, dtype=torch.float32)
     options = GenerationOptions(ratio=0.5, seed=3)
-    return DecodingGraph(target, meta(draft) if remote else draft, UniformPruner(), drafter, verifier, options, engine=Engine())
+    return DecodingGraph(target, meta(draft) if apart else draft, UniformPruner(), drafter, verifier, options, engine=Engine())
 
 
 def rounds_of(steps):
@@ -99,12 +100,22 @@ def test_an_answer_that_nobody_waited_for_is_not_taken_for_another():
         graph = graph_of(RemoteDrafter(OverlapDrafter("chain:2"), link), GreedyVerifier(), True)
         steps = graph.decode(tiny.prompt(FAMILY), 24)
         next(steps), next(steps)
-        from specvlm.decoding import remote
-
-        remote.tell(link, remote.Asked(next(RemoteSession.numbers), None))  # and interrupted
+        number = next(RemoteSession.numbers)
+        remote.tell(link, remote.Asked(number, number, None))  # and interrupted
         steps.close()
         prompt = tiny.prompt(FAMILY, seed=1)
         assert tokens_of(list(graph.decode(prompt, 12))) == tiny.hf_greedy(graph.target, prompt, 12)
+
+
+def test_requests_take_turns():
+    with draft_process(models, how="fork") as link:
+        graph = graph_of(RemoteDrafter(OverlapDrafter("chain:2"), link), GreedyVerifier(), True)
+        first, second = (graph.decode(tiny.prompt(FAMILY, seed=number), 12) for number in range(2))
+        for steps in (first, second):
+            next(steps), next(steps)
+        with pytest.raises(RuntimeError, match="another request has begun, and there is one at a time"):
+            list(first)
+        assert len(list(second)) > 1
 
 
 def test_drafters_that_read_the_target_are_refused():

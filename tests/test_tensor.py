@@ -9,8 +9,10 @@ import sys
 from functools import partial
 from pathlib import Path
 from signal import SIGKILL
+from time import sleep
 
 import forked
+import psutil
 import pytest
 import ranks_worker
 import torch
@@ -19,10 +21,16 @@ from safetensors.torch import load_file
 
 from experiments.gpu_pair.__main__ import main as benchmark
 from specvlm.config import model_folder
+from specvlm.decoding.loop import DecodingGraph
 from specvlm.errors import ExitCode
 from specvlm.models.load import skeleton
 from specvlm.parallel.ranks import SINGLE
+from specvlm.results.metrics import tokens_of
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.signals import axes_of
+from specvlm.strategies.verifiers.greedy import GreedyVerifier
+from specvlm.types import GenerationOptions
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.slow  # it starts processes
@@ -101,6 +109,37 @@ def test_a_draft_that_is_killed_during_a_check_ends_all_with_one_line(tmp_path):
     assert (tmp_path / "killed").exists() and done.codes == (-SIGKILL, ExitCode.LOST)
     (said,) = done.lines()
     assert said.startswith("specvlm: rank 0 of 2 died without a word"), done.err[-3000:]
+
+
+def test_a_draft_beside_two_ranks_gives_the_rounds_of_one_process(tmp_path):
+    done = forked.ranks(partial(ranks_worker.run, "apart decode", tmp_path), tmp_path)
+    assert done.codes == (0, 0), done.err[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first[:2] == second[:2] and any(first[2][2:]), "nothing was drafted ahead"
+    target, draft = (ranks_worker.model("llava_onevision", name, SINGLE) for name in ("target", "plain"))
+    strategies = TwoStagePruner(), TreeDrafter("chain:4"), GreedyVerifier()
+    graph = DecodingGraph(target, draft, *strategies, GenerationOptions(ratio=0.9))
+    steps = list(graph.decode(ranks_worker.prompt_for(target), 60))
+    assert first[:2] == [tokens_of(steps), [step.accepted for step in steps]]
+
+
+@pytest.mark.parametrize(
+    ("killed", "line", "codes"),
+    [
+        ("draft", "specvlm: the draft's process died without a word; the run cannot go on", (2, ExitCode.LOST)),
+        ("rank", "specvlm: rank 1 of 2 died without a word", (ExitCode.LOST, -SIGKILL)),
+    ],
+)
+def test_whoever_is_killed_none_is_left_and_one_line_says_why(killed, line, codes, tmp_path):
+    done = forked.ranks(partial(ranks_worker.run, f"apart {killed}", tmp_path), tmp_path)
+    (said,) = done.lines()
+    assert said.startswith(line) and done.codes == codes, (done.codes, done.err[-3000:])
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        sleep(0.1)
+    raise AssertionError("the draft's process is left")
 
 
 def test_the_command_line_runs_on_two_ranks(tmp_path):

@@ -32,8 +32,9 @@ Models = tuple[VideoLM, VideoLM]  # target, which may be a skeleton, and draft
 
 @dataclass(frozen=True)
 class Begin:
-    """Begin a request: the drafter, and what the `DraftContext` of its session has without the models."""
+    """Begin a request: its number, the drafter, and what the `DraftContext` of its session has without the models."""
 
+    number: int
     drafter: Drafter
     prompt: VideoPrompt
     keep: KeepSet
@@ -48,8 +49,9 @@ class Begin:
 
 @dataclass(frozen=True)
 class Asked:
-    """Ask for the tree that follows a verdict. The answer has the same number."""
+    """Ask for the tree that follows a verdict on one of a request. The answer has the same number."""
 
+    request: int
     number: int
     last: Verdict | None
 
@@ -93,21 +95,25 @@ class RemoteDrafter(Drafter):
 
     def start(self, ctx: DraftContext) -> DraftSession:
         request = (ctx.bonus, ctx.positions, ctx.max_new_tokens, ctx.vocabulary, ctx.sampling)
-        tell(self.link, Begin(self.inner, ctx.prompt, ctx.keep.cpu(), *request, ctx.generator.get_state(), ctx.seed))
-        return RemoteSession(self.link)
+        session = RemoteSession(self.link)
+        tell(
+            self.link,
+            Begin(session.request, self.inner, ctx.prompt, ctx.keep.cpu(), *request, ctx.generator.get_state(), ctx.seed),
+        )
+        return session
 
 
 class RemoteSession(DraftSession):
-    """Sends verdicts, and receives trees."""
+    """Sends verdicts, and receives trees. The process drafts for one request at a time, the one that began last."""
 
     numbers = count()  # never repeat, so that the answer to a request that was given up is not taken for another
 
     def __init__(self, link: Connection) -> None:
-        self.link = link
+        self.link, self.request = link, next(self.numbers)
 
     def propose(self, last: Verdict | None) -> DraftTree:
         """Receive the tree that follows a verdict. Raises UserError if the process has died, RuntimeError if it failed."""
-        tell(self.link, Asked(number := next(self.numbers), last))
+        tell(self.link, Asked(self.request, number := next(self.numbers), last))
         try:
             while (found := heard(self.link)).number != number:
                 pass
@@ -133,7 +139,7 @@ def heard(link: Connection) -> Any:
 @torch.inference_mode()
 def serve(link: Connection, models: Models, engine: Engine) -> None:
     """Draft for requests, one after the other, until the other end is gone."""
-    caches, session, why = CachePool(), None, "no request has begun"
+    caches, session, request, why = CachePool(), None, -1, ""
     lease = caches.lease(drafter=True)
     with suppress(EOFError, OSError):
         while True:
@@ -142,8 +148,10 @@ def serve(link: Connection, models: Models, engine: Engine) -> None:
             try:
                 if isinstance(asked, Begin):
                     lease.release()
-                    lease, session = caches.lease(drafter=True), None
+                    lease, session, request = caches.lease(drafter=True), None, asked.number
                     session = asked.drafter.start(_context(asked, models, lease, engine))
+                elif asked.request != request:
+                    answer = Answer(asked.number, why="another request has begun, and there is one at a time")
                 elif session is not None:
                     tree = engine.finish(session.propose(asked.last)).to(HOST)
                     answer = Answer(asked.number, tree, session.drafted_ahead)
@@ -152,7 +160,7 @@ def serve(link: Connection, models: Models, engine: Engine) -> None:
                 answer = answer and Answer(asked.number, why=why)
             if answer is not None:
                 tell(link, answer)
-            if session is not None and answer is not None:
+            if session is not None and answer is not None and answer.tree is not None:
                 try:
                     work: Any = session.guess_on(link.poll)
                     engine.finish(driven(work))
