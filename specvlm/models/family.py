@@ -28,7 +28,7 @@ class Family(ABC):
         lineage: Models of one lineage may be a pair. By default, those of the family.
         version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
             are part of it in any case.
-        hf: The Hugging Face model; its language model must be `hf.model.language_model`, its head `hf.lm_head`.
+        hf: The Hugging Face model; its language model is that of `hf.get_decoder()`, its head `hf.lm_head`.
         folder: The checkpoint's folder.
     """
 

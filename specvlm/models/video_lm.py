@@ -20,6 +20,7 @@ from specvlm.models.checkpoint import method_of
 from specvlm.models.family import Family
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.kv_cache import KVCache
+from specvlm.models.layer_kinds import language_model
 from specvlm.models.partition import Stage, stages_of, through
 from specvlm.models.placeholders import Spelling, expanded
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
@@ -56,7 +57,7 @@ class VideoLM(Family):
     ) -> None:
         self.hf, self.tokenizer, self.mrope = hf, tokenizer, mrope
         self.folder = Path(folder)
-        self.text = hf.model.language_model
+        self.text = language_model(hf)
         config = hf.config.get_text_config()
         self.layers = int(config.num_hidden_layers)
         self.stages = stages_of(self.text) if stages is None else tuple(stages)
