@@ -40,6 +40,7 @@ CHATS: dict[str, list[tuple[str, list[Any]]]] = {
 }
 STILL = (96, 160)  # height and width of a video in which only a corner moves
 UNEQUAL = {"still": ([(6, *STILL, 2.0)], []), "two of them": ([(4, *STILL, 0.4), (6, *STILL, 2.0)], [(90, 120)])}
+ONE = ([(1, 50, 130, 2.0)], [])
 STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
 TEXT = dict(
     intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
@@ -200,6 +201,36 @@ def write_video_llama_3(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
+def smolvlm(small: bool = False) -> Any:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = TEXT | dict(model_type="llama", hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=7,
+        initializer_range=0.2,
+    )  # fmt: skip
+    more = dict(image_token_id=9, scale_factor=4, tie_word_embeddings=False)
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=vision, **more))
+
+
+def write_smolvlm(folder: Path) -> None:
+    words = ["provided", "following", "series", "frames", "frame", "[", "]", "h", "mm", "ss", ":", "0"]
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
+    write_tokenizer(folder, [*words, *(f"{number:02d}" for number in range(18))], special)
+    template = (ASSETS / "chat_template.jinja").read_text()  # its mark of a video is none: a chat with one has another template
+    (folder / "chat_template.jinja").write_text(template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>"))
+    settings = PIXELS | dict(
+        processor_class="SmolVLMProcessor", image_processor_type="SmolVLMImageProcessor", resample=1, do_pad=True,
+        do_image_splitting=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"longest_edge": 112},
+        max_image_size={"longest_edge": 56}, video_sampling={"fps": 1, "max_frames": 8, "video_size": {"longest_edge": 56}},
+    )  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}))
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -213,6 +244,7 @@ FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
     "internvl": (internvl, write_internvl),
     "qwen2_vl": (qwen2_vl, write_qwen2),
     "video_llama_3": (video_llama_3, write_video_llama_3),
+    "smolvlm": (smolvlm, write_smolvlm),
 }
 
 
@@ -244,7 +276,9 @@ def shaken(hf: Any) -> Any:
 
 def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
     """Return the requests of a family. video_llama_3 leaves out patches that do not change."""
-    more = {"internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
+    # Of videos of unlike lengths, SmolVLM's processor counts black frames that it adds.
+    unlike = {"unlike videos": REQUESTS["two videos"], "one frame": ONE}
+    more = {"smolvlm": STACKED | unlike, "internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
     return REQUESTS | more.get(family, {})
 
 

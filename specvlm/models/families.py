@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 # Packages under plugins/ that bring families, for messages and the help.
-PACKAGES = {"internvl": "specvlm-internvl", "qwen2_vl": "specvlm-qwen2-vl", "video_llama_3": "specvlm-video-llama-3"}
+PACKAGES = {
+    "internvl": "specvlm-internvl",
+    "qwen2_vl": "specvlm-qwen2-vl",
+    "smolvlm": "specvlm-smolvlm2",
+    "video_llama_3": "specvlm-video-llama-3",
+}
 
 
 class Source(NamedTuple):
