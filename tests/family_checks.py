@@ -137,7 +137,7 @@ def unequal_strategies(family: str, request: str = "video") -> tuple[int, list[s
 
 
 def captured_answers(family: str, request: str = "video") -> list[list[int]]:
-    """Decode by the captured engine's own passes, in float64 on the CPU, alone and drafted, and alone by Hugging Face's modules."""
+    """Decode in float64 on the CPU: drafted and alone by the captured engine's own passes, and alone by Hugging Face's."""
     target, small = (
         type(lm)(copy.deepcopy(lm.hf).double(), lm.tokenizer, lm.folder) for lm in (model(family), model(family, "small"))
     )

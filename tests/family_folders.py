@@ -42,6 +42,7 @@ STILL = (96, 160)  # height and width of a video in which only a corner moves
 UNEQUAL = {"still": ([(6, *STILL, 2.0)], []), "two of them": ([(4, *STILL, 0.4), (6, *STILL, 2.0)], [(90, 120)])}
 ONE = ([(1, 50, 130, 2.0)], [])
 STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
+UNLIKE = STACKED | {"unlike videos": REQUESTS["two videos"], "one frame": ONE}
 TEXT = dict(
     intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
     vocab_size=192, bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
@@ -231,6 +232,41 @@ def write_smolvlm(folder: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}))
 
 
+def llava_next_video(small: bool = False) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = LlamaConfig(**TEXT, hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
+        initializer_range=0.2,
+    )  # fmt: skip
+    places = dict(image_token_index=7, video_token_index=6, tie_word_embeddings=False)
+    points = dict(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]], spatial_pool_stride=2)
+    return LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(vision_config=vision, text_config=text, **places, **points)
+    )
+
+
+def write_llava_next_video(folder: Path) -> None:
+    write_tokenizer(folder, [])
+    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    size = PIXELS | dict(
+        processor_class="LlavaNextVideoProcessor", image_mean=[0.481, 0.457, 0.408], image_std=[0.268, 0.261, 0.275],
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_center_crop=True,
+    )  # fmt: skip
+    points = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+    processor = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    files = {
+        "video_preprocessor_config.json": size | {"video_processor_type": "LlavaNextVideoVideoProcessor"},
+        "preprocessor_config.json": size | points | {"image_processor_type": "LlavaNextImageProcessor"},
+        "processor_config.json": processor | tokens | {"processor_class": "LlavaNextVideoProcessor"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -245,6 +281,7 @@ FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
     "qwen2_vl": (qwen2_vl, write_qwen2),
     "video_llama_3": (video_llama_3, write_video_llama_3),
     "smolvlm": (smolvlm, write_smolvlm),
+    "llava_next_video": (llava_next_video, write_llava_next_video),
 }
 
 
@@ -276,9 +313,8 @@ def shaken(hf: Any) -> Any:
 
 def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
     """Return the requests of a family. video_llama_3 leaves out patches that do not change."""
-    # Of videos of unlike lengths, SmolVLM's processor counts black frames that it adds.
-    unlike = {"unlike videos": REQUESTS["two videos"], "one frame": ONE}
-    more = {"smolvlm": STACKED | unlike, "internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
+    more = {"internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
+    more |= {"smolvlm": UNLIKE, "llava_next_video": UNLIKE}
     return REQUESTS | more.get(family, {})
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from num2words import num2words
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specvlm.errors import UserError
 from specvlm.models.processed import placed, row_of
@@ -65,7 +66,7 @@ class SmolVLMVideoConfig:
 
 
 class SmolVLM2(VideoLM):
-    """SmolVLM2. Videos are {"pixels": (F, 3, side, side), "times": seconds of frames, "duration"}, images {"pixels", "rows"}."""
+    """SmolVLM2. Videos are {"pixels": (F, 3, side, side), "times": of frames, "duration": s}, images {"pixels", "rows"}."""
 
     family = "smolvlm"
     axes = 1
@@ -107,7 +108,9 @@ class SmolVLM2(VideoLM):
     def spell_video(self, grid: TokenGrid, video: dict[str, Any]) -> str:
         spent = timedelta(seconds=int(video["duration"]))
         intro = f"You are provided the following series of {num2words(grid.frames)} frames from a {spent} [H:MM:SS] video.\n"
-        frames = (f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:{self.spell_image({'rows': (0, 0)})}" for s in video["times"])
+        frames = (
+            f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:{self.spell_image({'rows': (0, 0)})}" for s in video["times"]
+        )
         return f"{intro}{''.join(frames)}\n\n"
 
     def spell_image(self, image: dict[str, Any]) -> str:
@@ -203,10 +206,7 @@ class SmolVLM2(VideoLM):
         if not prompt.items:
             return inputs
         pixels = [item["pixels"] for item in prompt.items]
-        if prompt.images:
-            stack = torch.cat(pixels)[None]
-        else:
-            stack = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)
+        stack = torch.cat(pixels)[None] if prompt.images else pad_sequence(pixels, batch_first=True)
         mask = torch.ones(*stack.shape[:2], *stack.shape[3:], dtype=torch.int64)
         return inputs | {"pixel_values": stack, "pixel_attention_mask": mask}
 
@@ -261,7 +261,7 @@ def frame_numbers(total: int, fps: float, rate: float, most: int) -> list[int]:
 
 
 def longest_to(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Return the (height, width) whose longer side is `longest` and whose shorter one is even, as SmolVLMVideoProcessor does."""
+    """Return a (height, width) with `longest` as the longer side and an even shorter one, as SmolVLMVideoProcessor does."""
     longest = min(longest, LARGEST)
     if width >= height:
         other = int(longest / (width / height))

@@ -38,7 +38,9 @@ def test_prompts_equal_those_of_hugging_faces_processor():
 
 
 def test_a_chat_with_a_video_has_the_processors_template_and_any_other_the_checkpoints():
-    words = {request: checks.model(FAMILY).tokenizer.decode(checks.prompt(FAMILY, request).tokens) for request in ("image", "video")}
+    words = {
+        request: checks.model(FAMILY).tokenizer.decode(checks.prompt(FAMILY, request).tokens) for request in ("image", "video")
+    }
     assert "system" in words["image"] and "<end_of_utterance>" not in words["image"]
     assert "system" not in words["video"] and "<end_of_utterance>" in words["video"]
 
@@ -88,7 +90,9 @@ def test_recorded_attention_is_that_of_the_towers_last_layer():
 
 
 @pytest.mark.parametrize(("total", "fps"), [(300, 30000 / 1001), (90, 30.0), (3, 25.0), (9999, 23.976), (17, 2.0), (1, 8.0)])
-@pytest.mark.parametrize("sampling", [{"fps": 1, "max_frames": 64}, {"fps": 2.5, "max_frames": 9}, {"fps": 0.1, "max_frames": 3}])
+@pytest.mark.parametrize(
+    "sampling", [{"fps": 1, "max_frames": 64}, {"fps": 2.5, "max_frames": 9}, {"fps": 0.1, "max_frames": 3}]
+)
 def test_frames_are_those_of_hugging_faces_processor(tmp_path, monkeypatch, total, fps, sampling):
     lm = set_to(tmp_path, monkeypatch, video_sampling=sampling | {"video_size": {"longest_edge": 56}})
     asked = lm.sampling(VideoInfo(total, fps, 9, 9, total / fps))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Packages under plugins/ that bring families, for messages and the help.
 PACKAGES = {
     "internvl": "specvlm-internvl",
+    "llava_next_video": "specvlm-llava-next-video",
     "qwen2_vl": "specvlm-qwen2-vl",
     "smolvlm": "specvlm-smolvlm2",
     "video_llama_3": "specvlm-video-llama-3",
