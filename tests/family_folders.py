@@ -267,6 +267,62 @@ def write_llava_next_video(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
+def glm4v(small: bool = False, moe: bool = False, newer: bool = False) -> Any:
+    from transformers import (
+        Glm4vConfig,
+        Glm4vForConditionalGeneration,
+        Glm4vMoeConfig,
+        Glm4vMoeForConditionalGeneration,
+        Glm46VConfig,
+        Glm46VForConditionalGeneration,
+    )
+
+    hidden, heads = (32, 2) if small else (64, 4)
+    rope = dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2])
+    text = TEXT | dict(hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=hidden, num_heads=2, image_size=56, patch_size=14,
+        initializer_range=0.1,
+    )  # fmt: skip
+    names = ("image_start_token_id", "image_end_token_id", "image_token_id", "video_start_token_id", "video_end_token_id")
+    ids = dict(zip((*names, "video_token_id"), range(162, 168), strict=True))
+    if moe:
+        text |= dict(head_dim=16, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=2)
+        text |= dict(n_group=2, topk_group=1, routed_scaling_factor=1.5)
+        return Glm4vMoeForConditionalGeneration(Glm4vMoeConfig(text_config=text, vision_config=vision, **ids))
+    if newer:
+        settings = {
+            "text_config": text | {"model_type": "glm4v_text"},
+            "vision_config": vision | {"model_type": "glm4v_vision"},
+        }
+        return Glm46VForConditionalGeneration(Glm46VConfig(**settings, **ids))
+    return Glm4vForConditionalGeneration(Glm4vConfig(text_config=text, vision_config=vision, **ids))
+
+
+def write_glm4v(folder: Path, version: str = "Glm4v") -> None:
+    marks = [f"<|{mark}|>" for mark in ("begin_of_image", "end_of_image", "image", "begin_of_video", "end_of_video", "video")]
+    write_tokenizer(folder, [*map(str, range(31)), "seconds"], marks)
+    template = (ASSETS / "chat_template.jinja").read_text()
+    for kind in ("image", "video"):
+        whole = f"<|begin_of_{kind}|><|{kind}|><|end_of_{kind}|>"
+        template = template.replace(f"<|vision_start|><|{kind}_pad|><|vision_end|>", whole)
+    (folder / "chat_template.jinja").write_text(template)
+    size = PIXELS | dict(
+        processor_class=f"{version}Processor", image_mean=[0.481, 0.457, 0.408], image_std=[0.268, 0.261, 0.275],
+        patch_size=14, temporal_patch_size=2, merge_size=2,
+    )  # fmt: skip
+    video = {"size": {"shortest_edge": 3136, "longest_edge": 75264}, "fps": 2, "num_frames": 16, "max_duration": 300}
+    files = {
+        "video_preprocessor_config.json": size | video | {"video_processor_type": f"{version}VideoProcessor"},
+        "preprocessor_config.json": size | {
+            "image_processor_type": f"{version}ImageProcessor", "size": {"shortest_edge": 3136, "longest_edge": 25088},
+        },
+        "processor_config.json": {"processor_class": f"{version}Processor"},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -282,6 +338,10 @@ FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
     "video_llama_3": (video_llama_3, write_video_llama_3),
     "smolvlm": (smolvlm, write_smolvlm),
     "llava_next_video": (llava_next_video, write_llava_next_video),
+    "glm4v": (glm4v, write_glm4v),
+    # Its small draft is dense, and of the older class, as GLM-4.6V-Flash.
+    "glm4v_moe": (lambda small: glm4v(small, moe=not small), lambda folder: write_glm4v(folder, "Glm46V")),
+    "glm46v": (lambda small: glm4v(small, newer=True), lambda folder: write_glm4v(folder, "Glm46V")),
 }
 
 

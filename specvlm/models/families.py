@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Packages under plugins/ that bring families, for messages and the help.
 PACKAGES = {
+    "glm46v": "specvlm-glm4v",
+    "glm4v": "specvlm-glm4v",
+    "glm4v_moe": "specvlm-glm4v",
     "internvl": "specvlm-internvl",
     "llava_next_video": "specvlm-llava-next-video",
     "qwen2_vl": "specvlm-qwen2-vl",

@@ -15,7 +15,7 @@ from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
 from specvlm.models.guard import is_builtin
 from specvlm.models.layer_kinds import check_layers, language_model, name_of_text
-from specvlm.models.partition import device_map, tensor_plan
+from specvlm.models.partition import check_linear, device_map, tensor_plan
 from specvlm.models.plugins import traced
 from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.video_lm import VideoLM
@@ -271,7 +271,9 @@ def spread_of(
         return {"device_map": device_map(_on_meta(config), [n for n, _ in split], [device for _, device in split])}
     from transformers.distributed import DistributedConfig
 
-    plan = tensor_plan(config, ranks.size, name_of_text(_on_meta(config)))
+    hf = _on_meta(config)
+    check_linear(hf)
+    plan = tensor_plan(config, ranks.size, name_of_text(hf))
     return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=plan)}
 
 

@@ -14,7 +14,7 @@ from itertools import groupby, islice, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specvlm.errors import UserError
 from specvlm.models.layer_kinds import language_model, name_of_text
@@ -170,6 +170,14 @@ def tensor_plan(config: Any, ranks: int, own: str = "language_model") -> dict[st
         plan["lm_head"] = "colwise_gather_output"
     # transformers 5.23 merges the plan into the class's own, which shards both; 5.17 replaces it, and lacks this style.
     return plan | (dict.fromkeys(whole, "replicate") if "replicate" in ALL_PARALLEL_STYLES else {})
+
+
+def check_linear(hf: Any) -> None:
+    """Raise UserError if the layers have linear parts that the plan does not name, such as fused ones."""
+    for name, module in language_model(hf).layers.named_modules():
+        part = name.partition(".")[2]
+        if isinstance(module, nn.Linear) and part not in SHARED:
+            raise UserError(f"parallel=tensor: ranks cannot share {part} of its layers; use parallel=layers, or leave it out")
 
 
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
