@@ -78,15 +78,13 @@ class Glm4v(Qwen2_5_VL):
 
     @property
     def marks(self) -> tuple[str, str]:
-        config = self.hf.config
-        video, image = self.tokenizer.convert_ids_to_tokens([config.video_token_id, config.image_token_id])
+        named = (getattr(self.tokenizer, f"{kind}_token", None) or f"<|{kind}|>" for kind in ("video", "image"))
+        video, image = map(str, named)
         return video, image
 
     def spell_video(self, grid: TokenGrid, video: dict[str, Any]) -> str:
-        config = self.hf.config
-        start, end = self.tokenizer.convert_ids_to_tokens([config.image_start_token_id, config.image_end_token_id])
         times = (f"{time:.1f} seconds" if self._newer else str(int(time)) for time in video["times"])
-        return "".join(f"{start}{self.marks[1]}{end}{time}" for time in times)
+        return "".join(f"<|begin_of_image|>{self.marks[1]}<|end_of_image|>{time}" for time in times)
 
     def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
         return [grid.per_frame] * grid.frames
@@ -173,8 +171,8 @@ class Glm4v(Qwen2_5_VL):
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
         """Image tokens are of a video between its start and its end. Times are in the text alone; here they are counted."""
         names = frozenset({"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"})
-        tokens_S, config = row_of(inputs, names), self.hf.config
-        starts_S, ends_S = ((tokens_S == token).cumsum(0) for token in (config.video_start_token_id, config.video_end_token_id))
+        tokens_S, tags = row_of(inputs, names), ["<|begin_of_video|>", "<|end_of_video|>"]
+        starts_S, ends_S = ((tokens_S == tag).cumsum(0) for tag in self.tokenizer.convert_tokens_to_ids(tags))
         slot_S, inside_S = tokens_S == self.image_token, starts_S > ends_S
         videos = parts_of(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw"))
         images, slots = [], slot_S.nonzero().flatten() if not videos else (slot_S & ~inside_S).nonzero().flatten()
