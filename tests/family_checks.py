@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 from specvlm import custom_generate, load_pair
 from specvlm.decoding.loop import DecodingGraph, autoregressive
+from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
@@ -132,6 +134,18 @@ def unequal_strategies(family: str, request: str = "video") -> tuple[int, list[s
         wrong += [] if tokens == answer else [f"{drafter!r}, ratio {ratio}, {positions}"]
         tried += 1
     return tried, wrong
+
+
+def captured_answers(family: str, request: str = "video") -> list[list[int]]:
+    """Decode in float64 on the CPU: drafted and alone by the captured engine's own passes, and alone by Hugging Face's."""
+    target, small = (
+        type(lm)(copy.deepcopy(lm.hf).double(), lm.tokenizer, lm.folder) for lm in (model(family), model(family, "small"))
+    )
+    engine, greedy, asked = GraphsEngine("direct"), GreedyVerifier(), prompt(family, request)
+    graph = DecodingGraph(target, small, TwoStagePruner(), TreeDrafter(), greedy, GenerationOptions(LIMIT, 0.5), engine=engine)
+    found = [list(graph.decode(asked)), list(autoregressive(target, asked, LIMIT, greedy, engine=engine))]
+    assert engine.runs(target) == engine.runs(small) == engine.name
+    return [tokens_of(steps) for steps in (*found, list(autoregressive(target, asked, LIMIT, greedy)))]
 
 
 def unlike_the_processor(family: str) -> tuple[int, list[str]]:

@@ -40,7 +40,9 @@ CHATS: dict[str, list[tuple[str, list[Any]]]] = {
 }
 STILL = (96, 160)  # height and width of a video in which only a corner moves
 UNEQUAL = {"still": ([(6, *STILL, 2.0)], []), "two of them": ([(4, *STILL, 0.4), (6, *STILL, 2.0)], [(90, 120)])}
+ONE = ([(1, 50, 130, 2.0)], [])
 STACKED = {"two videos": ([(6, 96, 128, 2.0), (6, 64, 80, 0.4)], [])}  # instead, where Hugging Face stacks the videos
+UNLIKE = STACKED | {"unlike videos": REQUESTS["two videos"], "one frame": ONE}
 TEXT = dict(
     intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
     vocab_size=192, bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
@@ -200,6 +202,127 @@ def write_video_llama_3(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
+def smolvlm(small: bool = False) -> Any:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = TEXT | dict(model_type="llama", hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=7,
+        initializer_range=0.2,
+    )  # fmt: skip
+    more = dict(image_token_id=9, scale_factor=4, tie_word_embeddings=False)
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=vision, **more))
+
+
+def write_smolvlm(folder: Path) -> None:
+    words = ["provided", "following", "series", "frames", "frame", "[", "]", "h", "mm", "ss", ":", "0"]
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
+    write_tokenizer(folder, [*words, *(f"{number:02d}" for number in range(18))], special)
+    template = (ASSETS / "chat_template.jinja").read_text()  # its mark of a video is none: a chat with one has another template
+    (folder / "chat_template.jinja").write_text(template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>"))
+    settings = PIXELS | dict(
+        processor_class="SmolVLMProcessor", image_processor_type="SmolVLMImageProcessor", resample=1, do_pad=True,
+        do_image_splitting=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"longest_edge": 112},
+        max_image_size={"longest_edge": 56}, video_sampling={"fps": 1, "max_frames": 8, "video_size": {"longest_edge": 56}},
+    )  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}))
+
+
+def llava_next_video(small: bool = False) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    hidden = 32 if small else 64
+    rope = dict(rope_type="default", rope_theta=5000.0)
+    text = LlamaConfig(**TEXT, hidden_size=hidden, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
+        initializer_range=0.2,
+    )  # fmt: skip
+    places = dict(image_token_index=7, video_token_index=6, tie_word_embeddings=False)
+    points = dict(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]], spatial_pool_stride=2)
+    return LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(vision_config=vision, text_config=text, **places, **points)
+    )
+
+
+def write_llava_next_video(folder: Path) -> None:
+    write_tokenizer(folder, [])
+    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    size = PIXELS | dict(
+        processor_class="LlavaNextVideoProcessor", image_mean=[0.481, 0.457, 0.408], image_std=[0.268, 0.261, 0.275],
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_center_crop=True,
+    )  # fmt: skip
+    points = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+    processor = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    files = {
+        "video_preprocessor_config.json": size | {"video_processor_type": "LlavaNextVideoVideoProcessor"},
+        "preprocessor_config.json": size | points | {"image_processor_type": "LlavaNextImageProcessor"},
+        "processor_config.json": processor | tokens | {"processor_class": "LlavaNextVideoProcessor"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def glm4v(small: bool = False, moe: bool = False, newer: bool = False) -> Any:
+    from transformers import (
+        Glm4vConfig,
+        Glm4vForConditionalGeneration,
+        Glm4vMoeConfig,
+        Glm4vMoeForConditionalGeneration,
+        Glm46VConfig,
+        Glm46VForConditionalGeneration,
+    )
+
+    hidden, heads = (32, 2) if small else (64, 4)
+    rope = dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2])
+    text = TEXT | dict(hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=2 if small else 4, rope_parameters=rope)
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=hidden, num_heads=2, image_size=56, patch_size=14,
+        initializer_range=0.1,
+    )  # fmt: skip
+    names = ("image_start_token_id", "image_end_token_id", "image_token_id", "video_start_token_id", "video_end_token_id")
+    ids = dict(zip((*names, "video_token_id"), range(162, 168), strict=True))
+    if moe:
+        text |= dict(head_dim=16, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=2)
+        text |= dict(n_group=2, topk_group=1, routed_scaling_factor=1.5)
+        return Glm4vMoeForConditionalGeneration(Glm4vMoeConfig(text_config=text, vision_config=vision, **ids))
+    if newer:
+        settings = {
+            "text_config": text | {"model_type": "glm4v_text"},
+            "vision_config": vision | {"model_type": "glm4v_vision"},
+        }
+        return Glm46VForConditionalGeneration(Glm46VConfig(**settings, **ids))
+    return Glm4vForConditionalGeneration(Glm4vConfig(text_config=text, vision_config=vision, **ids))
+
+
+def write_glm4v(folder: Path, version: str = "Glm4v") -> None:
+    marks = [f"<|{mark}|>" for mark in ("begin_of_image", "end_of_image", "image", "begin_of_video", "end_of_video", "video")]
+    write_tokenizer(folder, [*map(str, range(31)), "seconds"], marks)
+    template = (ASSETS / "chat_template.jinja").read_text()
+    for kind in ("image", "video"):
+        whole = f"<|begin_of_{kind}|><|{kind}|><|end_of_{kind}|>"
+        template = template.replace(f"<|vision_start|><|{kind}_pad|><|vision_end|>", whole)
+    (folder / "chat_template.jinja").write_text(template)
+    size = PIXELS | dict(
+        processor_class=f"{version}Processor", image_mean=[0.481, 0.457, 0.408], image_std=[0.268, 0.261, 0.275],
+        patch_size=14, temporal_patch_size=2, merge_size=2,
+    )  # fmt: skip
+    video = {"size": {"shortest_edge": 3136, "longest_edge": 75264}, "fps": 2, "num_frames": 16, "max_duration": 300}
+    files = {
+        "video_preprocessor_config.json": size | video | {"video_processor_type": f"{version}VideoProcessor"},
+        "preprocessor_config.json": size | {
+            "image_processor_type": f"{version}ImageProcessor", "size": {"shortest_edge": 3136, "longest_edge": 25088},
+        },
+        "processor_config.json": {"processor_class": f"{version}Processor"},
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -213,6 +336,12 @@ FAMILIES: dict[str, tuple[Callable[[bool], Any], Callable[[Path], None]]] = {
     "internvl": (internvl, write_internvl),
     "qwen2_vl": (qwen2_vl, write_qwen2),
     "video_llama_3": (video_llama_3, write_video_llama_3),
+    "smolvlm": (smolvlm, write_smolvlm),
+    "llava_next_video": (llava_next_video, write_llava_next_video),
+    "glm4v": (glm4v, write_glm4v),
+    # Its small draft is dense, and of the older class, as GLM-4.6V-Flash.
+    "glm4v_moe": (lambda small: glm4v(small, moe=not small), lambda folder: write_glm4v(folder, "Glm46V")),
+    "glm46v": (lambda small: glm4v(small, newer=True), lambda folder: write_glm4v(folder, "Glm46V")),
 }
 
 
@@ -245,6 +374,7 @@ def shaken(hf: Any) -> Any:
 def requests(family: str) -> dict[str, tuple[list[tuple[int, int, int, float]], list[tuple[int, int]]]]:
     """Return the requests of a family. video_llama_3 leaves out patches that do not change."""
     more = {"internvl": STACKED, "llava_onevision": STACKED, "video_llama_3": UNEQUAL}
+    more |= {"smolvlm": UNLIKE, "llava_next_video": UNLIKE}
     return REQUESTS | more.get(family, {})
 
 

@@ -179,9 +179,9 @@ def test_captured_is_eager(family, backend, verifier):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "internvl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "internvl", "qwen2_vl", "smolvlm", "llava_next_video"])
 def test_every_kind_of_request_runs_captured_as_it_does_eagerly(family):
-    with packages.installed("specvlm-internvl", "specvlm-qwen2-vl"):
+    with packages.installed("specvlm-internvl", "specvlm-qwen2-vl", "specvlm-smolvlm2", "specvlm-llava-next-video"):
         models = [checks.model(family, name) for name in ("target", "draft", "small")]
         target, near, small = (type(lm)(copy.deepcopy(lm.hf).cuda(), lm.tokenizer, lm.folder) for lm in models)
         engine, greedy = GraphsEngine(), GreedyVerifier()

@@ -28,6 +28,8 @@ from specvlm.strategies.pruners.two_stage import TwoStagePruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, TreeShape
 
+PACKAGES = ("tiny_smolvlm2", "tiny_llava_next", "tiny_glm4v")
+
 SMALL = ["video_tokens=64", "rounds=3", "warmup=1", "prefills=1", "device=cpu"]
 FAST = [*SMALL, "ratio=0.5,0", "accepted=2,3.5"]
 
@@ -90,7 +92,7 @@ def test_more_accepted_than_the_tree_is_deep_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_qwen3", "tiny_experts", "tiny_self"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny_llava", "tiny_qwen3", "tiny_experts", "tiny_self", *PACKAGES])
 def test_a_run_writes_its_rows_and_prints_its_tables(shape, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     assert main([f"shape={shape}", f"out={out}", *FAST]) == 0
@@ -245,7 +247,15 @@ def test_lists_and_numbers_are_read():
 
 
 @pytest.mark.parametrize(
-    ("shape", "billions"), [("qwen2_5_vl_32b_7b", 33.45), ("llava_onevision_72b_7b", 73.18), ("qwen2_5_vl_7b_3b", 8.29)]
+    ("shape", "billions"),
+    [
+        ("qwen2_5_vl_32b_7b", 33.45),
+        ("llava_onevision_72b_7b", 73.18),
+        ("qwen2_5_vl_7b_3b", 8.29),
+        ("smolvlm2_500m_256m", 0.51),
+        ("llava_next_video_7b_self", 7.06),
+        ("glm4_1v_9b_self", 10.29),
+    ],
 )
 def test_shapes_have_the_released_models_parameters(shape, billions):
     with torch.device("meta"):

@@ -23,7 +23,7 @@ import torch
 from experiments.batch.drafter import ChanceDrafter
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.gpu_pair.measure import copy_bandwidth, kv_bytes, synchronize, weight_bytes
-from experiments.gpu_pair.models import WRAPS
+from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import build, pair_of, prompt_of
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket
@@ -198,7 +198,7 @@ def main(words: Sequence[str]) -> int:
     bandwidth = copy_bandwidth(device)["gb_per_s"] * 1e9
     with torch.inference_mode():
         models = [
-            build(shape, WRAPS[shape.family], device, dtype, weights)
+            build(shape, wrap_of(shape.family), device, dtype, weights)
             for shape, weights in ((pair.target, "bf16"), (pair.draft, args.draft_weights))
         ]
     engine = engine_for("auto", device)

@@ -26,7 +26,7 @@ import torch
 from experiments.exactness import answers, decodes, nodes, report
 from experiments.gpu_pair.__main__ import commit_of, free
 from experiments.gpu_pair.agreement import settle
-from experiments.gpu_pair.models import WRAPS
+from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import build, pair_of
 from experiments.gpu_pair.spread import stages_for
 from specvlm.engine import engine_for
@@ -120,7 +120,7 @@ def built(name: str, options: argparse.Namespace, device: torch.device, ranks: P
     """Build the target of a pair with random weights."""
     shape = pair_of(name).target
     stages = stages_for(shape.text.layers, device, 0) if options.parallel == "layers" else ()
-    return build(shape, WRAPS[shape.family], device, getattr(torch, options.dtype), stages=stages, ranks=ranks)
+    return build(shape, wrap_of(shape.family), device, getattr(torch, options.dtype), stages=stages, ranks=ranks)
 
 
 def answered(options: argparse.Namespace, device: str) -> Iterator[Row]:

@@ -24,7 +24,7 @@ import torch
 
 from experiments.gpu_pair import report
 from experiments.gpu_pair.measure import Bench, Counts, copy_bandwidth, kv_bytes, weight_bytes
-from experiments.gpu_pair.models import WRAPS, read
+from experiments.gpu_pair.models import read, wrap_of
 from experiments.gpu_pair.options import Options
 from experiments.gpu_pair.shapes import Shape, build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton, stages_for
@@ -163,7 +163,7 @@ class Run:
         folder = folder or (self.options.target if shape is self.pair.target else "")
         if folder:
             return read(model_folder(folder), self.device, self.options.dtype, weights)
-        wrap, seed, stages, ranks = WRAPS[shape.family], self.options.seed, (), SINGLE
+        wrap, seed, stages, ranks = wrap_of(shape.family), self.options.seed, (), SINGLE
         if shape is self.pair.target:
             ranks = self.ranks
             stages = self.stages() if self.options.parallel == "layers" else ()

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from experiments.gpu_pair.packages import family_of
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
@@ -70,11 +71,19 @@ class BenchedLlava(Benched, LlavaOneVision):
     """LLaVA-OneVision."""
 
 
-WRAPS: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, BenchedQwen3, BenchedQwen3Moe, BenchedLlava)}
+BUILT_IN: dict[str, type[Benched]] = {cls.family: cls for cls in (BenchedQwen, BenchedQwen3, BenchedQwen3Moe, BenchedLlava)}
+
+
+def wrap_of(family: str) -> type[Benched]:
+    """Return the benchmark version of a family, built in or of a package under plugins/."""
+    if family in BUILT_IN:
+        return BUILT_IN[family]
+    own = family_of(family)
+    return type(f"Benched{own.__name__}", (Benched, own), {})
 
 
 def read(folder: str | Path, device: torch.device, dtype: str, weights: str) -> VideoLM:
     """Load a checkpoint instead of random weights."""
     lm = load(folder, dtype, str(device), weights=None if weights == "bf16" else weights)
     lm.hf.generation_config.eos_token_id = None  # a benchmark goes on past the end of an answer
-    return WRAPS[lm.family](lm.hf, lm.tokenizer, lm.folder, lm.mrope)
+    return wrap_of(lm.family)(lm.hf, lm.tokenizer, lm.folder, lm.mrope)

@@ -16,47 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.gpu_pair.packages import Glm4v, LlavaNextVideo, SmolVLM
 from experiments.gpu_pair.spread import Placement, as_share, skeleton
+from experiments.gpu_pair.text import Text
 from specvlm.errors import UserError, did_you_mean
 from specvlm.models import attention
+from specvlm.models.layer_kinds import language_model
 from specvlm.models.padding import pad_tower, pays
 from specvlm.models.partition import Stage
 from specvlm.models.quantize import quantize, quantize_share
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 from specvlm.types import TokenGrid, VideoPrompt
-
-TEXT = dict(
-    max_position_embeddings=128000, rms_norm_eps=1e-6, use_sliding_window=False,
-    bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Text:
-    """Shape of a language model.
-
-    width: hidden size. mlp: width of the MLP. tied: the head is the embedding. experts: number of experts, how many a
-    token has, and the width of each.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocabulary: int
-    tied: bool = False
-    experts: tuple[int, int, int] | None = None
-
-    def config(self, **more: Any) -> dict[str, Any]:
-        """Make the arguments of a Hugging Face text config."""
-        sizes = dict(hidden_size=self.width, intermediate_size=self.mlp, vocab_size=self.vocabulary)
-        counts = dict(
-            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_window_layers=self.layers,
-        )  # fmt: skip
-        return TEXT | sizes | counts | {"tie_word_embeddings": self.tied} | more
 
 
 @dataclass(frozen=True)
@@ -190,7 +161,7 @@ class Llava:
         return TokenGrid(frames, side, side, newline=1), {"pixels": pixels}
 
 
-Shape = Qwen | Qwen3 | Llava
+Shape = Qwen | Qwen3 | Llava | Glm4v | SmolVLM | LlavaNextVideo
 QWEN_3B = Qwen(Text(36, 2048, 16, 2, 11008, 151936, tied=True))
 QWEN_7B = Qwen(Text(28, 3584, 28, 4, 18944, 152064))
 QWEN_32B = Qwen(Text(64, 5120, 40, 8, 27648, 152064), vision_mlp=3456)
@@ -200,6 +171,10 @@ QWEN3_2B = Qwen3(Text(28, 2048, 16, 8, 6144, 151936, tied=True), (24, 1024, 4096
 QWEN3_4B = Qwen3(Text(36, 2560, 32, 8, 9728, 151936, tied=True), (24, 1024, 4096), (5, 11, 17))
 QWEN3_32B = Qwen3(Text(64, 5120, 64, 8, 25600, 151936))
 QWEN3_30B_A3B = Qwen3(Text(48, 2048, 32, 4, 6144, 151936, experts=(128, 8, 768)))
+SMOL_500M = SmolVLM(Text(32, 960, 15, 5, 2560, 49280))
+SMOL_256M = SmolVLM(Text(30, 576, 9, 3, 1536, 49280))
+LLAVA_NEXT_7B = LlavaNextVideo(Text(32, 4096, 32, 32, 11008, 32064))
+GLM4V_9B = Glm4v(Text(40, 4096, 32, 2, 13696, 151552))
 TINY, TINY_DRAFT = Text(3, 32, 4, 2, 64, 997), Text(2, 32, 4, 2, 64, 997, tied=True)
 
 
@@ -220,9 +195,15 @@ SHAPES = {
     "llava_onevision_72b_7b": Pair(LLAVA_72B, LLAVA_7B, "fp8"),
     "qwen3_vl_32b_4b": Pair(QWEN3_32B, QWEN3_4B),
     "qwen3_vl_30b_a3b_2b": Pair(QWEN3_30B_A3B, QWEN3_2B),
+    "smolvlm2_500m_256m": Pair(SMOL_500M, SMOL_256M),
+    "llava_next_video_7b_self": Pair(LLAVA_NEXT_7B, None),
+    "glm4_1v_9b_self": Pair(GLM4V_9B, None),
     "tiny": Pair(Qwen(TINY, small=True), Qwen(TINY_DRAFT, small=True)),
     "tiny_self": Pair(Qwen(TINY, small=True), None),
     "tiny_llava": Pair(Llava(TINY, small=True), Llava(TINY_DRAFT, small=True)),
+    "tiny_smolvlm2": Pair(SmolVLM(TINY, small=True), SmolVLM(TINY_DRAFT, small=True)),
+    "tiny_llava_next": Pair(LlavaNextVideo(TINY, small=True), LlavaNextVideo(TINY_DRAFT, small=True)),
+    "tiny_glm4v": Pair(Glm4v(TINY, small=True), Glm4v(TINY_DRAFT, small=True)),
     "tiny_qwen3": Pair(Qwen3(TINY, small=True), Qwen3(TINY_DRAFT, small=True)),
     "tiny_experts": Pair(Qwen3(replace(TINY, experts=(4, 2, 64)), small=True), Qwen3(TINY_DRAFT, small=True)),
 }
@@ -299,6 +280,9 @@ def model_class(shape: Shape) -> Any:
         "qwen3_vl": "Qwen3VL",
         "qwen3_vl_moe": "Qwen3VLMoe",
         "llava_onevision": "LlavaOnevision",
+        "smolvlm": "SmolVLM",
+        "llava_next_video": "LlavaNextVideo",
+        "glm4v": "Glm4v",
     }
     family = names[shape.family]
     return getattr(transformers, f"{family}ForConditionalGeneration")
@@ -306,7 +290,7 @@ def model_class(shape: Shape) -> Any:
 
 def _fill(hf: Any, text: Text, place: Placement, dtype: torch.dtype, weights: str, ranks: ProcessGroup) -> None:
     """Create all parameters, module by module. Quantise each linear layer of the text model before the next."""
-    core = hf.model.language_model
+    core = language_model(hf)
     stored: set[int] = set()
     if weights != "bf16":
         stored = {id(m) for m in core.layers.modules() if isinstance(m, nn.Linear)} | {id(hf.lm_head)}
@@ -367,7 +351,7 @@ def _buffers(hf: Any, shape: Shape, place: Placement) -> None:
     vision.intermediate_size = 8
     if shape.text.experts:
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 1, 1, 8
-    setattr(vision, "num_hidden_layers" if isinstance(shape, Llava) else "depth", 1)
+    setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", 1)
     known = dict(model_class(shape)(config).named_buffers())
     for name, buffer in list(hf.named_buffers()):
         if buffer.is_meta:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from specvlm.errors import UserError, explained
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.load import check_attention, settle
+from specvlm.models.layer_kinds import check_layers, language_model
+from specvlm.models.load import settle
 from specvlm.models.partition import stages_of
 from specvlm.models.video_lm import VideoLM
 
@@ -32,15 +33,15 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
     model_type = getattr(getattr(hf, "config", None), "model_type", None)
     if model_type is None or not hasattr(hf, "generation_config"):
         raise UserError(f"{type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
+    check_layers(type(hf).__name__, hf.config)
     family = families.find(model_type)
     check_plain(hf)
     held = _folder_of(hf, folder)
-    check_attention(held, hf.config)
     attention.register()
     own = twin(hf)
     with explained(f"{held}: no model can be made of this {type(hf).__name__}"):
         own.set_attn_implementation(attention.IMPLEMENTATIONS)
-        if len(stages_of(own.model.language_model)) > 1:
+        if len(stages_of(language_model(own))) > 1:
             settle(own)
         model = family(own, tokenizer_of(held), held, mrope)
         model.check_settings()

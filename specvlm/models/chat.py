@@ -59,21 +59,25 @@ def processor_template(folder: Path) -> Any:
         return found.get("chat_template")
 
 
-def prompt_ids(tokenizer: Any, content: Sequence[Part], question: str) -> list[int]:
+def prompt_ids(tokenizer: Any, content: Sequence[Part], question: str, template: str | None = None) -> list[int]:
     """Return the token ids of a user turn, `content` followed by the question. Raises UserError as `chat_ids`."""
-    return chat_ids(tokenizer, [{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
+    turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    return chat_ids(tokenizer, [turn], template=template)
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Message], spelling: Spelling | None = None) -> list[int]:
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Message], spelling: Spelling | None = None, template: str | None = None
+) -> list[int]:
     """Return the token ids of a chat, up to where the assistant begins its answer.
 
     spelling: Replaces the marks of videos and images in the rendered text.
+    template: The chat template. None: the tokenizer's.
 
     Raises UserError if the template fails or a text puts control tokens into the prompt. Those are found by comparing
     the token ids with those of a harmless text: tokenizers and templates may transform a text before they match control
     tokens in it.
     """
-    text, plain = rendered(tokenizer, [messages, [_plain(message) for message in messages]])
+    text, plain = rendered(tokenizer, [messages, [_plain(message) for message in messages]], template)
     spelled = spelling or str
     ids, its = (encoded(tokenizer, spelled(one)) for one in (text, plain))
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if not entry.content.isspace()}
@@ -95,11 +99,12 @@ def _plain(message: Message) -> Message:
     return {**message, "content": PLAIN}
 
 
-def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[str]:
+def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | None = None) -> list[str]:
     """Render the prompt text of each chat. The template is untrusted, so its time and memory are limited."""
 
     def render() -> str:
-        return json.dumps(tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True))
+        asked: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        return json.dumps(tokenizer.apply_chat_template(list(chats), **asked))
 
     try:
         return json.loads(in_child(render))

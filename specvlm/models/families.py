@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 # Packages under plugins/ that bring families, for messages and the help.
-PACKAGES = {"internvl": "specvlm-internvl", "qwen2_vl": "specvlm-qwen2-vl", "video_llama_3": "specvlm-video-llama-3"}
+PACKAGES = {
+    "glm46v": "specvlm-glm4v",
+    "glm4v": "specvlm-glm4v",
+    "glm4v_moe": "specvlm-glm4v",
+    "internvl": "specvlm-internvl",
+    "llava_next_video": "specvlm-llava-next-video",
+    "qwen2_vl": "specvlm-qwen2-vl",
+    "smolvlm": "specvlm-smolvlm2",
+    "video_llama_3": "specvlm-video-llama-3",
+}
 
 
 class Source(NamedTuple):

@@ -28,7 +28,7 @@ class Family(ABC):
         lineage: Models of one lineage may be a pair. By default, those of the family.
         version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
             are part of it in any case.
-        hf: The Hugging Face model; its language model must be `hf.model.language_model`, its head `hf.lm_head`.
+        hf: The Hugging Face model; its language model is that of `hf.get_decoder()`, its head `hf.lm_head`.
         folder: The checkpoint's folder.
     """
 
@@ -79,7 +79,7 @@ class Family(ABC):
         return self.marks[0]
 
     def spell_image(self, image: dict[str, Any]) -> str:
-        """Return the text that replaces an image's mark, with one slot token."""
+        """Return the text that replaces an image's mark, with one slot token for each run of features (`image_runs`)."""
         return self.marks[1]
 
     def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
@@ -88,6 +88,14 @@ class Family(ABC):
         video: What `process_video` returned with the grid.
         """
         return [len(grid)]
+
+    def image_runs(self, image: dict[str, Any]) -> list[int]:
+        """Return the lengths of an image's runs of adjacent slots, which sum to `image["tokens"]`, like `runs`."""
+        return [int(image["tokens"])]
+
+    def template(self, videos: bool) -> str | None:
+        """Return the chat template of a chat with or without videos. None: the checkpoint's own."""
+        return None
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
         """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""

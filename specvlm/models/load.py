@@ -14,8 +14,9 @@ from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
 from specvlm.models.guard import is_builtin
+from specvlm.models.layer_kinds import check_layers, language_model, name_of_text
 from specvlm.models.padding import pad_tower, pays
-from specvlm.models.partition import device_map, tensor_plan
+from specvlm.models.partition import check_linear, device_map, tensor_plan
 from specvlm.models.plugins import traced
 from specvlm.models.quantize import KINDS, left_full, quantize_text
 from specvlm.models.video_lm import VideoLM
@@ -54,6 +55,7 @@ def opened(path: str | Path, weights: bool, revision: str | None = None) -> Chec
     """
     folder = checkpoint.folder_of(path, weights, revision)
     config = checkpoint.config_of(folder)
+    check_layers(folder, config)
     family = family_of(folder, config)
     method = checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None
     if config.dtype is None and not Path(path).exists():
@@ -183,7 +185,6 @@ def load(
     with explained(f"{path}: {what}"), nullcontext() if progress else _no_bars():
         hf, info = _read(found, held_in, spread)
         hf.set_attn_implementation(attention.IMPLEMENTATIONS)
-    check_attention(path, hf.config)
     if lost := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
         raise UserError(f"{path}: the weights lack {len(lost)} tensors that the model needs, {lost[0]} first")
     hf.generation_config = found.generation or hf.generation_config
@@ -203,17 +204,6 @@ def load(
     if not split and ranks.size == 1:
         try_out(model)
     return model
-
-
-def check_attention(path: str | Path, config: Any) -> None:
-    """Raise UserError if any layer attends to less than all earlier tokens: our passes make no mask of that kind."""
-    text = config.get_text_config()
-    # Configurations without types of layers, such as Mistral's, have one window for all.
-    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    kinds = getattr(text, "layer_types", None) or (["sliding_attention"] if window else [])
-    if others := {*kinds} - {"full_attention"}:
-        kind = min(others).replace("sliding_", "sliding-window ").replace("_", " ")
-        raise UserError(f"{path}: has layers of {kind}, which are not supported")
 
 
 def try_out(model: VideoLM) -> None:
@@ -284,7 +274,10 @@ def spread_of(
         return {"device_map": device_map(_on_meta(config), [n for n, _ in split], [device for _, device in split])}
     from transformers.distributed import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=tensor_plan(config, ranks.size))}
+    hf = _on_meta(config)
+    check_linear(hf)
+    plan = tensor_plan(config, ranks.size, name_of_text(hf))
+    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=plan)}
 
 
 def make_plain(hf: Any) -> None:
@@ -303,7 +296,7 @@ def settle(hf: Any) -> None:
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(hf)
-    last = hf.model.language_model.norm.weight.device
+    last = language_model(hf).norm.weight.device
     if hf.lm_head.weight.device != last:
         hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.to(last), requires_grad=False)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from specvlm.models.layer_kinds import language_model
+
 READ = 8  # elements of 16 bits that are read at once: other widths are padded
 TILE = 64  # to a multiple of this
 
@@ -42,7 +44,7 @@ def pad_tower(hf: Any) -> int:
 
 def _gated(hf: Any) -> Iterator[Any]:
     """Yield the gated MLPs to pad: of plain linear layers, and not of the text model, whose widths its kernels know."""
-    text = {id(module) for module in hf.model.language_model.modules()}
+    text = {id(module) for module in language_model(hf).modules()}
     for module in hf.modules():
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if id(module) in text or any(type(part) is not nn.Linear for part in parts):

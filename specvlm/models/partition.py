@@ -14,9 +14,10 @@ from itertools import groupby, islice, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specvlm.errors import UserError
+from specvlm.models.layer_kinds import language_model, name_of_text
 from specvlm.models.vision_probe import HiddenStateProbe
 
 
@@ -135,13 +136,14 @@ def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) 
         counts: Number of layers on each device.
         devices: The devices, in the order of the layers.
     """
-    text, first, last = hf.model.language_model, devices[0], devices[-1]
-    placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != "language_model"}
+    own, first, last = name_of_text(hf), devices[0], devices[-1]
+    placed = {f"model.{name}": first for name, _ in hf.model.named_children() if name != own}
     placed |= {f"model.{name}": first for name, _ in hf.model.named_parameters(recurse=False)}
-    placed |= {f"model.language_model.{name}": first for name, _ in text.named_children() if name not in ("layers", "norm")}
+    inside = [name for name, _ in language_model(hf).named_children() if name not in ("layers", "norm")]
+    placed |= {f"model.{own}.{name}": first for name in inside}
     lie = [device for count, device in zip(counts, devices, strict=True) for _ in range(count)]
-    placed |= {f"model.language_model.layers.{number}": device for number, device in enumerate(lie)}
-    return placed | {"model.language_model.norm": last, "lm_head": last}
+    placed |= {f"model.{own}.layers.{number}": device for number, device in enumerate(lie)}
+    return placed | {f"model.{own}.norm": last, "lm_head": last}
 
 
 # Tensor-parallel style of each linear layer that ranks share.
@@ -151,8 +153,8 @@ SHARED = {
 }
 
 
-def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
-    """Make Hugging Face's `tp_plan`, from names of layers to how ranks share them.
+def tensor_plan(config: Any, ranks: int, own: str = "language_model") -> dict[str, str]:
+    """Make Hugging Face's `tp_plan`, from names of layers to how ranks share them. own: see `name_of_text`.
 
     Every rank holds the whole embedding and vision tower, and the whole head if it is tied to the embedding or its rows
     cannot be divided evenly. The plan "auto" is not used, since releases differ in what it shards of these.
@@ -160,14 +162,22 @@ def tensor_plan(config: Any, ranks: int) -> dict[str, str]:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     text = config.get_text_config()
-    plan = {f"model.language_model.layers.*.{name}": style for name, style in SHARED.items()}
-    whole = ["model.language_model.embed_tokens"]
+    plan = {f"model.{own}.layers.*.{name}": style for name, style in SHARED.items()}
+    whole = [f"model.{own}.embed_tokens"]
     if config.tie_word_embeddings or text.tie_word_embeddings or text.vocab_size % ranks:
         whole.append("lm_head")
     else:
         plan["lm_head"] = "colwise_gather_output"
     # transformers 5.23 merges the plan into the class's own, which shards both; 5.17 replaces it, and lacks this style.
     return plan | (dict.fromkeys(whole, "replicate") if "replicate" in ALL_PARALLEL_STYLES else {})
+
+
+def check_linear(hf: Any) -> None:
+    """Raise UserError if the layers have linear parts that the plan does not name, such as fused ones."""
+    for name, module in language_model(hf).layers.named_modules():
+        part = name.partition(".")[2]
+        if isinstance(module, nn.Linear) and part not in SHARED:
+            raise UserError(f"parallel=tensor: ranks cannot share {part} of its layers; use parallel=layers, or leave it out")
 
 
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:

@@ -38,14 +38,13 @@ def expanded(
     slots: tuple[int, int],
     vocabulary: int,
     grids: Sequence[TokenGrid],
-    runs: Sequence[Sequence[int]],
+    runs: Mapping[str, Sequence[Sequence[int]]],
     videos: Sequence[dict[str, Any]],
     images: Sequence[dict[str, Any]],
     order: Sequence[str] = (),
 ) -> VideoPrompt:
-    """Implement `VideoLM.expand`. slots: token ids of a video and of an image. runs: lengths of each video's runs."""
-    sizes: dict[str, Sequence[Sequence[int]]] = {"video": runs, "image": [[int(image["tokens"])] for image in images]}
-    wanted = _wanted(slots, sizes, order or ["image"] * len(images) + ["video"] * len(grids))
+    """Implement `VideoLM.expand`. slots: token ids of a video and an image. runs: lengths of each video's and image's runs."""
+    wanted = _wanted(slots, runs, order or ["image"] * len(images) + ["video"] * len(grids))
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):
             what = "videos" if token == slots[0] else "images"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_of
 
 from specvlm.errors import UserError
+from specvlm.models.layer_kinds import language_model, name_of_text
 from specvlm.models.partition import tensor_plan
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 
@@ -230,7 +231,7 @@ def left_full(hf: Any, kind: str) -> str:
 
     Empty if there are none. Routers, which are small, always keep their weights.
     """
-    layers = hf.model.language_model.layers
+    layers = language_model(hf).layers
     routers = {id(m.gate.weight) for m in layers.modules() if isinstance(getattr(m, "experts", None), QuantizedExperts)}
     left = {name: weight for name, weight in layers.named_parameters() if weight.dim() > 1 and id(weight) not in routers}
     if not left:
@@ -257,7 +258,7 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
         kind: Kind of quantisation of text layers and head; None for none.
         ranks: Number of ranks that share the model.
     """
-    styles = tensor_plan(hf.config, ranks) if ranks > 1 else {}
+    styles = tensor_plan(hf.config, ranks, name_of_text(hf)) if ranks > 1 else {}
     quantised = {id(getattr(parent, name)) for parent, name in _quantisable(hf)} if kind else set()
     for path, module in hf.named_modules():
         style = styles.get(re.sub(r"\.\d+(?=\.)", ".*", path), "")
@@ -280,5 +281,5 @@ def _quantisable(hf: Any) -> list[tuple[nn.Module, str]]:
     def whole(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or type(module).__name__ in EXPERTS
 
-    owners = [module for module in hf.model.language_model.layers.modules() if not whole(module)]
+    owners = [module for module in language_model(hf).layers.modules() if not whole(module)]
     return [*((o, name) for o in owners for name, child in o.named_children() if whole(child)), (hf, "lm_head")]

@@ -163,8 +163,8 @@ class Qwen2_5_VL(VideoLM):
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
         made = frozenset({"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"})
         tokens_S = row_of(inputs, made)
-        videos = _parts(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw"))
-        images = _parts(inputs.get("pixel_values"), inputs.get("image_grid_thw"))
+        videos = parts_of(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw"))
+        images = parts_of(inputs.get("pixel_values"), inputs.get("image_grid_thw"))
         given = inputs.get("second_per_grid_ts")
         seconds = [1.0] * len(videos) if given is None else [float(number) for number in given]  # as get_rope_index does
         videos = [video | {"seconds": pace} for video, pace in zip(videos, seconds, strict=True)]
@@ -192,7 +192,7 @@ class Qwen2_5_VL(VideoLM):
         return TokenGrid(frames, 4, 2), {"pixels": pixels, "thw": (frames, 8, 4), "seconds": 1.0}
 
 
-def _parts(pixels: Tensor | None, grids: Any) -> list[dict[str, Any]]:
+def parts_of(pixels: Tensor | None, grids: Any) -> list[dict[str, Any]]:
     """Split the patches of all videos, or of all images, by their grids. Returns `pixels` and `thw` of each."""
     if pixels is None:
         return []

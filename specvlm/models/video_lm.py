@@ -20,6 +20,7 @@ from specvlm.models.checkpoint import method_of
 from specvlm.models.family import Family
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.kv_cache import KVCache
+from specvlm.models.layer_kinds import language_model
 from specvlm.models.partition import Stage, stages_of, through
 from specvlm.models.placeholders import Spelling, expanded
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
@@ -56,7 +57,7 @@ class VideoLM(Family):
     ) -> None:
         self.hf, self.tokenizer, self.mrope = hf, tokenizer, mrope
         self.folder = Path(folder)
-        self.text = hf.model.language_model
+        self.text = language_model(hf)
         config = hf.config.get_text_config()
         self.layers = int(config.num_hidden_layers)
         self.stages = stages_of(self.text) if stages is None else tuple(stages)
@@ -134,14 +135,14 @@ class VideoLM(Family):
         videos = [self.process_video(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
         spelt = [self.spell_video(*video) for video in videos], [self.spell_image(picture) for picture in pictures]
-        ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt))
+        ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt), self.template(bool(clips)))
         pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
         order = [part["type"] for part in parts if part["type"] != "text"]
         return self.expand(ids, [grid for grid, _ in videos], pixels, pictures, order)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""
-        prompt_ids(self.tokenizer, [{"type": "video"}], PLAIN)
+        prompt_ids(self.tokenizer, [{"type": "video"}], PLAIN, self.template(videos=True))
 
     def expand(
         self,
@@ -151,14 +152,17 @@ class VideoLM(Family):
         images: Sequence[dict[str, Any]] = (),
         order: Sequence[str] = (),
     ) -> VideoPrompt:
-        """Expand each slot token in `ids`, one for each of a video's `runs` and for each image, to one per feature.
+        """Expand each slot token in `ids`, one for each of a video's `runs` and an image's `image_runs`, to one per feature.
 
         order: "video" or "image" for each of them, where they share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
         """
-        runs = [self.runs(*pair) for pair in zip(grids, videos, strict=True)]
+        runs = {
+            "video": [self.runs(*pair) for pair in zip(grids, videos, strict=True)],
+            "image": [self.image_runs(image) for image in images],
+        }
         slots = (self.video_token, self.image_token)
         return expanded(ids, slots, self.vocabulary, grids, runs, videos, images, order)
 

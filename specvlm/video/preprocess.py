@@ -11,7 +11,7 @@ Source of both recipes: transformers ``video_processing_qwen2_vl.py``, ``video_p
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class QwenVideoConfig:
             max_pixels=size["longest_edge"],
             cap_pixels_per_frame=bool(found.get("cap_pixels_per_frame")),
             **{name: found[name] for name in plain if found.get(name) is not None},
-            **_normalisation(found),
+            **normalization_of(found),
         )
 
     def seconds_per_grid(self, fps: float) -> float:
@@ -166,7 +166,7 @@ class LlavaVideoConfig:
         size = found.get("size") or {"height": cls.height, "width": cls.width}
         if not isinstance(size, dict) or not size.get("height") or not size.get("width"):
             raise UserError(f"{folder}: size={size} of the video processor: only height and width are supported")
-        return cls(height=size["height"], width=size["width"], **_normalisation(found))
+        return cls(height=size["height"], width=size["width"], **normalization_of(found))
 
 
 def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[int, int, int]]:
@@ -192,7 +192,7 @@ def qwen_video(frames: Tensor, config: QwenVideoConfig) -> tuple[Tensor, tuple[i
     patches = torch.empty(grid_t * cells, 3 * group * patch * patch)
     done = 0
     for chunk in _chunks(frames, max(_CHUNK // group, 1) * group):
-        pixels = _normalise(_resize(chunk, size), config)
+        pixels = normalized(resized(chunk, size), config)
         if rest := -len(pixels) % group:
             pixels = torch.cat([pixels, pixels[-1:].expand(rest, -1, -1, -1)])
         blocks = pixels.view(-1, group, 3, grid_h // merge, merge, patch, grid_w // merge, merge, patch)
@@ -220,7 +220,7 @@ def llava_video(frames: Tensor, config: LlavaVideoConfig) -> Tensor:
     size = (config.height, config.width)
     pixels = torch.empty(len(frames), 3, *size)
     for place, chunk in enumerate(_chunks(frames, _CHUNK)):
-        pixels[place * _CHUNK : place * _CHUNK + len(chunk)] = _normalise(_resize(chunk, size), config)
+        pixels[place * _CHUNK : place * _CHUNK + len(chunk)] = normalized(resized(chunk, size), config)
     return pixels
 
 
@@ -238,14 +238,25 @@ def _chunks(frames: Tensor, size: int) -> Iterator[Tensor]:
     return (frames[first : first + size] for first in range(0, len(frames), size))
 
 
-def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 frames to (height, width) as torchvision's v2 resize does: bicubic, with antialiasing."""
+def resized(frames: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Resize uint8 frames (T, 3, H, W) to (height, width) as torchvision's v2 resize does, with antialiasing."""
     if tuple(frames.shape[2:]) == size:
         return frames
-    return interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
+    return interpolate(frames, size, mode=mode, align_corners=False, antialias=True)
 
 
-def _normalise(frames: Tensor, config: QwenVideoConfig | LlavaVideoConfig) -> Tensor:
+class Normalization(Protocol):
+    """Mean and std of each channel on the scale 0 to 1, and the factor to it from 8-bit values."""
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def rescale(self) -> float: ...
+
+
+def normalized(frames: Tensor, config: Normalization) -> Tensor:
     """Rescale and normalize 8-bit values in one step, as Hugging Face does. Returns float32."""
     mean = torch.tensor(config.mean) * (1.0 / config.rescale)
     std = torch.tensor(config.std) * (1.0 / config.rescale)
@@ -264,7 +275,7 @@ def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pix
     return smart_resize(height, width, factor, min_pixels, max_pixels)
 
 
-def _normalisation(found: dict[str, Any]) -> dict[str, Any]:
+def normalization_of(found: dict[str, Any]) -> dict[str, Any]:
     """Return those settings of normalization that are given, under the names of our fields."""
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
     values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}

@@ -17,6 +17,7 @@ WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("max_pixels", "longest_edge", "max_video_tokens"), LARGEST),
     **dict.fromkeys(("num_frames", "min_frames", "max_frames"), LARGEST),
 }
+WAYS = {1: "Lanczos", 2: "bilinear", 3: "bicubic"}  # of resizing, by the numbers of PIL
 POSITIVE = ("fps", "rescale_factor")
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample_frames", "cap_pixels_per_frame")
 
@@ -61,16 +62,17 @@ class SamplingSettings:
         return cls(**given)
 
 
-def read_video_settings(folder: str | Path, families: tuple[str, ...]) -> dict[str, Any]:
+def read_video_settings(folder: str | Path, families: tuple[str, ...], resamples: tuple[int, ...] = (3,)) -> dict[str, Any]:
     """Read the settings of the video processor, or those of the image processor if a folder has no others.
 
     Args:
         folder: The model folder.
         families: Allowed beginnings of the processor's class name.
+        resamples: Allowed values of ``resample``: 1 is Lanczos, 3 bicubic.
 
     Raises:
         UserError: There is no such folder, it has no settings or a broken file, or the settings belong to another
-            family, have an invalid value, turn off a step of ``preprocess.py``, or ask for other than bicubic resizing.
+            family, have an invalid value, turn off a step of ``preprocess.py``, or ask for another way of resizing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -90,8 +92,9 @@ def read_video_settings(folder: str | Path, families: tuple[str, ...]) -> dict[s
     if kind and not str(kind).startswith(families):
         raise UserError(f"{folder} is set up for {kind}; wanted one of {', '.join(families)}")
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if found.get(name) is False]
-    if off or found.get("resample") not in (None, 3):
-        what = f"{off[0]}=false" if off else f"resample={found['resample']}, which is not bicubic (3),"
+    if off or found.get("resample") not in (None, *resamples):
+        known = " or ".join(f"{WAYS[way]} ({way})" for way in resamples)
+        what = f"{off[0]}=false" if off else f"resample={found['resample']}, which is not {known},"
         raise UserError(f"{folder}: {what} of the video processor is not supported")
     return found
 

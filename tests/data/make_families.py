@@ -1,6 +1,9 @@
 """Write families.json: what Hugging Face's own processors make of the requests in tests/family_folders.py.
 
-They need torchvision, so this runs in an environment of its own, like make_prompts.py.
+    python tests/data/make_families.py
+
+They need torchvision, or what stands in for it: `stand_in.py`, with which this writes the same of the families that were
+frozen with torchvision. With either, this runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import sys
 import tempfile
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import family_folders  # noqa: E402
+import stand_in  # noqa: E402
 
 
 def digest(pixels: torch.Tensor) -> str:
@@ -35,7 +40,7 @@ def messages(videos: list, images: list) -> list[dict[str, Any]]:
 def video(count: int, height: int, width: int, fps: float) -> tuple[torch.Tensor, dict[str, Any]]:
     index = list(range(0, 4 * count, 4))
     return family_folders.frames(count, height, width), {
-        "total_num_frames": 4 * count, "fps": 4 * fps, "frames_indices": index,
+        "total_num_frames": 4 * count, "fps": 4 * fps, "frames_indices": index, "duration": count / fps,
     }  # fmt: skip
 
 
@@ -62,11 +67,19 @@ def asked(processor: Any, chat: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")  # its compiled part wants CUDA; without these two it imports
+def make_importable() -> None:
+    """Make torchvision importable: its compiled part wants CUDA. Without it, let ours stand in for it."""
+    if find_spec("torchvision") is None:
+        stand_in.install()
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with suppress(RuntimeError):
             library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def main() -> None:
+    make_importable()
     from transformers import AutoProcessor
 
     found = {}
@@ -75,6 +88,8 @@ def main() -> None:
             folder = family_folders.make(Path(scratch), family) / "target"
             processor = AutoProcessor.from_pretrained(folder)
             requests = {name: messages(*parts) for name, parts in family_folders.requests(family).items()}
+            if family == "llava_next_video":  # its processor stacks videos
+                del requests["unlike videos"]
             requests |= {name: family_folders.chat(name, video, image) for name in family_folders.CHATS}
             found[family] = {name: asked(processor, chat) for name, chat in requests.items()}
     assert not any(module.partition(".")[0] == "specvlm" for module in sys.modules)

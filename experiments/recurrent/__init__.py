@@ -1,0 +1,1 @@
+"""Speculative decoding of a model with recurrent layers: a prototype, chains only."""
