@@ -1,8 +1,4 @@
-"""`python -m specvlm.serve`: answer OpenAI's chat completions with a pair.
-
-Takes the overrides of a run that load the pair and set defaults, such as pair=… ratio=… max_new_tokens=…, and the keys below.
-Exit codes are those of a run; 0 after SIGTERM.
-"""
+"""`python -m specvlm.serve`: answer OpenAI's chat completions with a pair; --help lists its keys."""
 
 # Nothing heavy is imported here: processes that read videos import this module again.
 import sys

@@ -29,10 +29,8 @@ from specvlm.video.clips import names
 PAGE = Path(__file__).parent / "page"
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
-SAFE = {
-    "x-content-type-options": "nosniff",
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'",
-}
+POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'"
+SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode())]
 
 
 class App:
@@ -67,9 +65,15 @@ class App:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Check host and key, then answer."""
         if scope["type"] == "http" and (error := self._refused(scope)):
-            await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            await error.response()(scope, receive, send)
             return
-        await self._inner(scope, receive, send)
+
+        async def safe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *SAFE]
+            await send(message)
+
+        await self._inner(scope, receive, safe)
 
     def _refused(self, scope: Message) -> ApiError | None:
         """Why a request is not let in. A server for this machine alone refuses pages that call it by another name."""

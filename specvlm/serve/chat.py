@@ -6,10 +6,8 @@ import asyncio
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic, perf_counter
-from typing import Any
 
 from starlette.datastructures import Headers
 
@@ -26,7 +24,11 @@ from specvlm.serve.views import Views, view_of, with_kept
 from specvlm.serve.wire import DONE, Completion, event, new_id
 from specvlm.session.session import Asked, Session
 
-STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 BODIES = 16  # bodies of the largest size that may be held together
 
 
@@ -68,7 +70,7 @@ class Chat:
             await self._until_gone(Answer(self, request, arrival, send, scope), receive, body)
         except ApiError as error:
             self.metrics.answered(error.status)
-            await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            await error.response()(scope, receive, send)
         except Gone:
             self.metrics.cancelled()
         finally:
@@ -247,7 +249,8 @@ class Answer:
 
     async def _begin(self, headers: list[tuple[bytes, bytes]]) -> None:
         self._begun = True
-        await self._sent({"type": "http.response.start", "status": 200, "headers": [*headers, (b"x-request-id", self._name.encode())]})
+        own = [*headers, (b"x-request-id", self._name.encode())]
+        await self._sent({"type": "http.response.start", "status": 200, "headers": own})
 
     async def _write(self, content: bytes, last: bool = False) -> None:
         await self._sent({"type": "http.response.body", "body": content, "more_body": not last})
@@ -286,5 +289,3 @@ async def _gone(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-

@@ -20,18 +20,20 @@ MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_ANSWERS = 256, 512, 1_000_000, 8
 MOST_STOPS, LONGEST_STOP = 16, 1000
 # Fields that OpenAI's clients send and that change nothing here.
 HARMLESS = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity parallel_tool_calls "
-    "request_id priority".split()
+    (
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("verbosity", "parallel_tool_calls", "request_id", "priority"),
+    )
 )
 # Fields of OpenAI or vLLM that would change the answer, and the values that ask for nothing.
+NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        "tools functions function_call audio prediction reasoning_effort web_search_options guided_json guided_regex "
-        "guided_choice guided_grammar structured_outputs min_p best_of use_beam_search length_penalty prompt_logprobs echo "
-        "chat_template chat_template_kwargs documents bad_words allowed_token_ids logits_processors truncate_prompt_tokens "
-        "include_stop_str_in_output return_token_ids add_special_tokens continue_final_message vllm_xargs".split(),
-        (None, False, 0, [], {}, ""),
-    ),
+    **dict.fromkeys(("tools", "functions", "function_call", "audio", "prediction", "web_search_options"), NOTHING),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), NOTHING),
+    **dict.fromkeys(("min_p", "use_beam_search", "prompt_logprobs", "echo", "bad_words", "allowed_token_ids"), NOTHING),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "logits_processors", "vllm_xargs"), NOTHING),
+    **dict.fromkeys(("truncate_prompt_tokens", "include_stop_str_in_output", "return_token_ids"), NOTHING),
+    **dict.fromkeys(("add_special_tokens", "continue_final_message"), NOTHING),
     "tool_choice": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
@@ -319,9 +321,10 @@ def _named(strategy: Any) -> tuple[str, dict[str, Any]]:
     """Name and sampling fields of a verifier, given as a name, a mapping or an instance."""
     if isinstance(strategy, str):
         return strategy, {}
-    get = strategy.get if isinstance(strategy, Mapping) else lambda key: getattr(strategy, key, None)
-    values = {key: get(key) for key in ("temperature", "top_p", "top_k")}
-    return str(get("name")), {key: value for key, value in values.items() if value is not None}
+    keys = ("name", "temperature", "top_p", "top_k")
+    is_mapping = isinstance(strategy, Mapping)
+    values = {key: strategy.get(key) if is_mapping else getattr(strategy, key, None) for key in keys}
+    return str(values.pop("name")), {key: value for key, value in values.items() if value is not None}
 
 
 def _is_random(verifier: Any) -> bool:

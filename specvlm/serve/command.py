@@ -11,6 +11,12 @@ from specvlm.app.terminal import Terminal, loading
 from specvlm.config import EMBEDDED, RunConfig, model_folder
 from specvlm.errors import ExitCode, UserError
 
+PAGE = """
+`python -m specvlm.serve`: answer OpenAI's chat completions with a pair.
+
+Takes the overrides of a run that load the pair and set defaults, such as pair=… ratio=… max_new_tokens=…, and the keys
+below. Exit codes are those of a run; 0 after SIGTERM.
+"""
 EXTRA = ("starlette", "uvicorn", "prometheus_client", "httpcore")
 OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "check")  # keys that a server has no use for
 
@@ -19,13 +25,12 @@ def show_help() -> None:
     """Print the help, as wide as the terminal."""
     from rich.table import Column, Table
 
-    from specvlm.serve import __main__ as page
     from specvlm.serve.settings import HELP
 
     own = Table(Column(no_wrap=True), Column(), show_header=False, box=None, padding=(0, 0, 0, 2))
     for key, meaning in HELP.items():
         own.add_row(f"{key}=…", meaning)
-    Terminal().print((page.__doc__ or "").strip(), "", own, sep="\n")
+    Terminal().print(PAGE.strip(), "", own, sep="\n")
 
 
 def command(words: Sequence[str]) -> int:
@@ -37,6 +42,7 @@ def command(words: Sequence[str]) -> int:
     from specvlm.app.quoting import quoted
     from specvlm.app.request import threads
     from specvlm.serve.app import App
+    from specvlm.serve.reading import warm_up
     from specvlm.serve.server import Server, bound
     from specvlm.serve.settings import NAMES, Keys, Settings
 
@@ -48,6 +54,7 @@ def command(words: Sequence[str]) -> int:
     cfg = compose.jobs(quoted([word for word in words if word not in own], sweep=False), sweep=False)[0].cfg
     check(cfg)
     with bound(settings) as taken, threads(cfg.threads):
+        warm_up()
         session = session_of(cfg)
         server = Server(App(session, settings, settings.name or name_of(cfg), keys), settings)
         server.run(sockets=[taken])

@@ -84,9 +84,8 @@ def check_url(url: str, hosts: Iterable[str]) -> None:
             IPv6Address(host)
         except ValueError:
             raise refused from None
-    if hosts := list(hosts):
-        if host.rstrip(".") not in [one.lower() for one in hosts]:
-            raise bad(f"{line(host)[:80]}: this server fetches from {', '.join(hosts)} alone", code="address_refused")
+    if (hosts := list(hosts)) and host.rstrip(".") not in [one.lower() for one in hosts]:
+        raise bad(f"{line(host)[:80]}: this server fetches from {', '.join(hosts)} alone", code="address_refused")
 
 
 class CheckedBackend(SyncBackend):

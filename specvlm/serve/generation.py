@@ -148,7 +148,7 @@ class Generation:
         for step in call:
             steps.append(step)
             piece = "".join(text.put(token) for token in step.tokens)
-            self._post(Round(answer, step, piece, marks and marks.of(step), perf_counter()))
+            self._post(Round(answer, step, piece, None if marks is None else marks.of(step), perf_counter()))
         self._calls.check()
         if call.cancelled:
             raise Cancelled

@@ -22,7 +22,8 @@ from specvlm.errors import UserError, line, message
 from specvlm.serve.chat_request import ChatRequest
 from specvlm.serve.errors import ApiError, bad
 from specvlm.serve.fetch import fetched
-from specvlm.serve.reading import Limits, read_clip
+from specvlm.serve.read_process import Limits
+from specvlm.serve.reading import read_clip
 from specvlm.serve.settings import Settings
 from specvlm.session.session import Session
 from specvlm.video.clips import FOLDER, names

@@ -114,12 +114,14 @@ class _Engine:
         """The queue, the scheduler and the caches now."""
         scheduler, admission, caches = self._session.scheduler, self._admission, self._session.caches
         device = self._session.target.device
+        every = caches.bytes_on(device)
+        leased = every - caches.bytes_on(device, leased=False)
         return [
             self._gauge("num_requests_running", "Requests that are read or decoded", admission.running),
             self._gauge("num_requests_waiting", "Requests that wait", admission.waiting),
             self._gauge("body_bytes", "Bytes of bodies that are held", admission.held_bytes),
-            self._gauge("cache_bytes", "Bytes of KV caches, free ones included", caches.bytes_on(device)),
-            self._gauge("leased_cache_bytes", "Those that requests lease", caches.bytes_on(device) - caches.bytes_on(device, leased=False)),
+            self._gauge("cache_bytes", "Bytes of KV caches, free ones included", every),
+            self._gauge("leased_cache_bytes", "Those that requests lease", leased),
             self._count("passes_asked", "Passes that requests asked for", scheduler.asked),
             self._count("passes_run", "Calls of the engine that served them: fewer, since requests share them", scheduler.run),
         ]
@@ -133,5 +135,3 @@ class _Engine:
         found = CounterMetricFamily(self._prefix + name, what, labels=["model_name"])
         found.add_metric([self._model], value)
         return found
-
-

@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: App, settings: Settings) -> None:
         protocol = type("BoundProtocol", (Protocol,), {"header_timeout": settings.header_timeout})
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             http=protocol,
             ws="none",
             lifespan="off",

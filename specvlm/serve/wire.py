@@ -59,7 +59,8 @@ class Completion:
         """The chunk of a round; None if it has nothing to tell."""
         if one.marks is None:
             return self._chunk(one.answer, {"content": one.text}) if one.text else None
-        return self._chunk(one.answer, {"content": one.text}) | {"specvlm": {"round": one.marks}}
+        view = {"view": f"/specvlm/views/{self.name}"} if one.step.keep is not None else {}
+        return self._chunk(one.answer, {"content": one.text}) | {"specvlm": {"round": one.marks, **view}}
 
     def end(self, one: Ended) -> list[dict[str, Any]]:
         """The chunks that end an answer: the rest of its text, with all logprobs, then the reason."""
@@ -76,7 +77,11 @@ class Completion:
 
     def whole(self) -> dict[str, Any]:
         """The completion of a request that is no stream."""
-        return self._head("chat.completion") | {"choices": [self._choice(self.ends[at]) for at in sorted(self.ends)]} | self._numbers()
+        return (
+            self._head("chat.completion")
+            | {"choices": [self._choice(self.ends[at]) for at in sorted(self.ends)]}
+            | self._numbers()
+        )
 
     def _head(self, kind: str) -> dict[str, Any]:
         version = f"specvlm-{versions()['specvlm']}"
