@@ -49,12 +49,15 @@ class App:
     def __init__(self, session: Session, settings: Settings, model: str, keys: Keys) -> None:
         self.chat = Chat(session, settings, model)
         self._keys, self._local, self._created = keys, _is_local(settings.host), int(time.time())
+        v1 = [
+            Route("/chat/completions", _Endpoint(self.chat), methods=["POST"]),
+            Route("/models", self._models, methods=["GET"]),
+            Route("/models/{name:path}", self._model, methods=["GET"]),
+        ]
+        own = [Route("/views/{name}", self._view, methods=["GET"]), Route("/info", self._info, methods=["GET"])]
         routes = [
-            Route("/v1/chat/completions", _Endpoint(self.chat), methods=["POST"]),
-            Route("/v1/models", self._models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
-            Route("/specvlm/views/{name}", self._view, methods=["GET"]),
-            Route("/specvlm/info", self._info, methods=["GET"]),
+            Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
+            Mount("/specvlm", routes=own),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
