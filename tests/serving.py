@@ -43,7 +43,7 @@ class Live:
             assert self.thread.is_alive()
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx2.Client(base_url=self.url, timeout=60)
+        self.client = httpx2.Client(base_url=self.url, timeout=180)
 
     @property
     def chat(self) -> Any:
@@ -127,12 +127,12 @@ class Process:
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         self.url = self.line.strip().rpartition(" ")[2]
-        self.client = httpx2.Client(base_url=self.url, timeout=60) if self.url else None
+        self.client = httpx2.Client(base_url=self.url, timeout=180) if self.url else None
 
     def end(self, sig: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal and wait. Returns the exit code and what was printed as errors."""
         self.process.send_signal(sig)
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=180)
         return self.process.returncode, errors
 
     def __enter__(self) -> Process:
