@@ -20,6 +20,7 @@ import httpx2
 from session_pairs import QUESTION, leased, session
 
 from specvlm.serve.app import App
+from specvlm.serve.chat import Chat
 from specvlm.serve.server import Server, bound
 from specvlm.serve.settings import Keys, Settings
 from specvlm.video.clips import find_clip
@@ -35,8 +36,8 @@ class Live:
     def __init__(self, *words: str, of: Any = None, variables: dict[str, str] | None = None) -> None:
         self.session = of or session()
         self.settings = Settings.of_words(["port=0", *words])
-        self.app = App(self.session, self.settings, MODEL, Keys(self.settings.api_keys, variables or {}))
-        self.server, taken = Server(self.app, self.settings), bound(self.settings)
+        self.app = App(Chat(self.session, self.settings, MODEL), Keys(self.settings.api_keys, variables or {}))
+        self.server, taken = Server(self.app), bound(self.settings)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [taken]}, daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -19,13 +19,27 @@ def lines_of():
 
 
 def test_the_dockerfile_copies_what_exists_and_what_is_not_ignored():
-    known = {"ARG", "FROM", "WORKDIR", "COPY", "SHELL", "RUN", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    known = {
+        "ARG",
+        "FROM",
+        "WORKDIR",
+        "COPY",
+        "SHELL",
+        "RUN",
+        "ENV",
+        "USER",
+        "EXPOSE",
+        "STOPSIGNAL",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+    }
     assert {word for word, _ in lines_of()} <= known
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = [rest.split()[:-1] for word, rest in lines_of() if word == "COPY" and not rest.startswith("--from")]
     for name in (name for names in copied for name in names):
         assert (ROOT / name).exists() and name in kept
-    assert lines_of()[-1][0] == "CMD" and any(line == ["USER", "specvlm"] for line in lines_of())
+    assert lines_of()[-1][0] == "CMD" and any(line == ["USER", "10001"] for line in lines_of())
 
 
 def test_its_command_line_is_one_that_the_server_takes():

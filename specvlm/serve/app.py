@@ -22,8 +22,7 @@ from specvlm.serve.body import Message, Receive, Send
 from specvlm.serve.chat import Chat
 from specvlm.serve.errors import DRAINING, FAULT, ApiError
 from specvlm.serve.metrics import TYPE
-from specvlm.serve.settings import Keys, Settings
-from specvlm.session.session import Session
+from specvlm.serve.settings import Keys
 from specvlm.video.clips import names
 
 PAGE = Path(__file__).parent / "page"
@@ -37,18 +36,13 @@ class App:
     """The application.
 
     Args:
-        session: Answers.
-        settings: The server's keys.
-        model: Name of the model.
-        keys: API keys.
-
-    Attributes:
         chat: The endpoint of chat completions.
+        keys: API keys.
     """
 
-    def __init__(self, session: Session, settings: Settings, model: str, keys: Keys) -> None:
-        self.chat = Chat(session, settings, model)
-        self._keys, self._local, self._created = keys, _is_local(settings.host), int(time.time())
+    def __init__(self, chat: Chat, keys: Keys) -> None:
+        self.chat = chat
+        self._keys, self._local, self._created = keys, _is_local(chat.settings.host), int(time.time())
         v1 = [
             Route("/chat/completions", _Endpoint(self.chat), methods=["POST"]),
             Route("/models", self._models, methods=["GET"]),

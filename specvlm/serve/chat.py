@@ -45,13 +45,16 @@ class Chat:
         model: Name of the model.
 
     Attributes:
+        session: The session.
+        settings: The settings.
+        model: Name of the model.
         admission: Lets requests in.
         metrics: Counts them.
         views: What drafters saw.
     """
 
     def __init__(self, session: Session, settings: Settings, model: str) -> None:
-        self._session, self._settings, self.model = session, settings, model
+        self.session, self.settings, self.model = session, settings, model
         self.admission = Admission(settings.running, settings.queue, BODIES * settings.max_body_mib * MIB)
         self.metrics, self.views = Metrics(session, self.admission, model, settings.metrics_prefix), Views()
         self._media, self._threads = MediaReader(session, settings), Threads(settings.running)
@@ -59,11 +62,11 @@ class Chat:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, as an ASGI application. An error before the answer's first byte has its own status."""
-        arrival, body = perf_counter(), Body(self.admission, self._settings.max_body, self._settings.body_timeout)
+        arrival, body = perf_counter(), Body(self.admission, self.settings.max_body, self.settings.body_timeout)
         try:
             self.admission.check()
             _check_type(Headers(scope=scope))
-            request = chat_request(await body.read(Headers(scope=scope), receive), self._session.options)
+            request = chat_request(await body.read(Headers(scope=scope), receive), self.session.options)
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; there is {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
@@ -93,13 +96,13 @@ class Chat:
 
     def prepare(self, request: ChatRequest, body: Body, name: str) -> Asked:
         """Read the prompt of a request. Runs in a thread. Raises ApiError if it cannot be used, or is too long."""
-        target, options = self._session.target, dict(request.options)
+        target, options = self.session.target, dict(request.options)
         if request.ignore_eos or request.stop_ids:
             own = set() if request.ignore_eos else set(target.stop_ids)
             options["stop_ids"] = sorted(own | set(request.stop_ids))
-        self._session.graph(self._session.options.asked(options))  # options that do not fit fail before anything is read
+        self.session.graph(self.session.options.asked(options))  # options that do not fit fail before anything is read
         media = self._media.read(request)
-        asked = self._session.prepare(media.messages, None, None, options)
+        asked = self.session.prepare(media.messages, None, None, options)
         self._check_length(asked)
         if request.explain:
             self.views.put(name, view_of(media.clips, asked.reading.prompt.grids))
@@ -108,12 +111,12 @@ class Chat:
 
     def _check_length(self, asked: Asked) -> None:
         """Raise ApiError if prompt and answers are longer than allowed."""
-        config, prompt = self._session.target.text.config, len(asked.reading.prompt)
+        config, prompt = self.session.target.text.config, len(asked.reading.prompt)
         context = int(getattr(config, "max_position_embeddings", 0) or 2**31)
-        most, answer = self._settings.max_prompt_tokens or context, asked.options.max_new_tokens
+        most, answer = self.settings.max_prompt_tokens or context, asked.options.max_new_tokens
         if prompt > most:
             raise bad(f"the prompt has {prompt} tokens, at most {most} are allowed", "messages", "context_length_exceeded")
-        limit = self._settings.max_answer_tokens or context
+        limit = self.settings.max_answer_tokens or context
         if answer * (asked.options.n or 1) > limit or prompt + answer > context:
             there = f"the prompt's {prompt} and {asked.options.n or 1} answers of at most {answer} tokens"
             raise bad(f"{there} are more than {min(limit, context)}: lower max_tokens", "max_tokens", "context_length_exceeded")
@@ -121,7 +124,7 @@ class Chat:
     def begin(self, request: ChatRequest, body: Body, name: str) -> Generation:
         """Start a request that was let in. Its place is given back when no thread works for it any more."""
         loop, start = asyncio.get_running_loop(), monotonic()
-        generation = Generation(self._session, self._threads, lambda: self.prepare(request, body, name), request.explain)
+        generation = Generation(self.session, self._threads, lambda: self.prepare(request, body, name), request.explain)
         self._running.add(generation)
 
         def left() -> None:
@@ -138,7 +141,7 @@ class Chat:
     async def drain(self) -> None:
         """Let nobody in any more, and wait until all have ended; those that have not within the bound get an error."""
         self.admission.draining = True
-        end = monotonic() + self._settings.shutdown_timeout
+        end = monotonic() + self.settings.shutdown_timeout
         while (self._running or self.admission.waiting) and monotonic() < end:
             await asyncio.sleep(0.02)
         ended = ApiError(DRAINING, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
@@ -148,16 +151,6 @@ class Chat:
         end = monotonic() + 5
         while self._running and monotonic() < end:
             await asyncio.sleep(0.02)
-
-    @property
-    def session(self) -> Session:
-        """The session."""
-        return self._session
-
-    @property
-    def settings(self) -> Settings:
-        """The settings."""
-        return self._settings
 
 
 class Answer:

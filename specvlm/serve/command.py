@@ -42,6 +42,7 @@ def command(words: Sequence[str]) -> int:
     from specvlm.app.quoting import quoted
     from specvlm.app.request import threads
     from specvlm.serve.app import App
+    from specvlm.serve.chat import Chat
     from specvlm.serve.reading import warm_up
     from specvlm.serve.server import Server, bound
     from specvlm.serve.settings import NAMES, Keys, Settings
@@ -56,7 +57,7 @@ def command(words: Sequence[str]) -> int:
     with bound(settings) as taken, threads(cfg.threads):
         warm_up()
         session = session_of(cfg)
-        server = Server(App(session, settings, settings.name or name_of(cfg), keys), settings)
+        server = Server(App(Chat(session, settings, settings.name or name_of(cfg)), keys))
         server.run(sockets=[taken])
     return ExitCode.INTERRUPTED if signal.SIGINT in server.heard else ExitCode.OK
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter
 
 from specvlm.decoding.text import AnswerText
-from specvlm.serve.chat_request import MOST_ANSWERS
+from specvlm.serve.chat_body import MOST_ANSWERS
 from specvlm.serve.errors import ApiError
 from specvlm.serve.marks import Marks
 from specvlm.session.call import Call, Calls, Cancelled

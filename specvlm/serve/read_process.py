@@ -49,7 +49,7 @@ def answer(connection: Connection, path: str, reader: str, limits: Limits) -> No
         clip = read_video(path, reader=reader, **bounded(info, connection.recv(), limits))
         told: dict[str, Any] = {name: getattr(clip, name) for name in TOLD}
         connection.send_bytes(json.dumps(told | {"shape": list(clip.frames.shape)}).encode())
-        connection.send_bytes(memoryview(clip.frames.contiguous().numpy().reshape(-1)))
+        connection.send_bytes(clip.frames.contiguous().numpy().reshape(-1).data)
     except UserError as error:
         _say(connection, message(error))
     except MemoryError:

@@ -106,7 +106,8 @@ class Server(uvicorn.Server):
         heard: Signals that came.
     """
 
-    def __init__(self, app: App, settings: Settings) -> None:
+    def __init__(self, app: App) -> None:
+        settings = app.chat.settings
         protocol = type("BoundProtocol", (Protocol,), {"header_timeout": settings.header_timeout})
         config = uvicorn.Config(
             app,
