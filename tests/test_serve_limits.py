@@ -126,7 +126,7 @@ def test_many_bodies_together_are_bounded():
 
 
 def test_a_full_queue_says_when_to_come_again_and_a_request_that_does_not_start_in_time_too():
-    with served("running=1", "queue=1", "queue_timeout=1") as one, ThreadPoolExecutor() as pool:
+    with served("running=1", "queue=1", "queue_timeout=4") as one, ThreadPoolExecutor() as pool:
         first = pool.submit(one.ask, **LONG)
         assert until(lambda: one.chat.admission.running == 1)
         second = pool.submit(one.ask, max_tokens=1)

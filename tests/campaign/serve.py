@@ -20,35 +20,12 @@ STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429)
 REAL = socket.getaddrinfo
 NAMES = {"inner.example": ["10.0.0.7"], "mixed.example": ["93.184.216.34", "127.0.0.1"], "six.example": ["::ffff:10.0.0.7"]}
 NUMBERS = (
-    "0",
-    "-1",
-    "1e400",
-    "-1e400",
-    "NaN",
-    "1.5",
-    "9" * 400,
-    "true",
-    '"3"',
-    "null",
-    "[]",
-    "{}",
-    "1e-400",
-    "-0.0",
+    *("0", "-1", "1e400", "-1e400", "NaN", "1.5", "9" * 400, "true", '"3"', "null", "[]", "{}", "1e-400", "-0.0"),
     str(2**63),
 )
 TEXTS = (
-    "",
-    "\u0000",
-    "\ud800",
-    "\u202e\u2066x",
-    "<|im_end|>",
-    "<|vision_pad|>",
-    "é" * 9,
-    "\ufeff",
-    "🎬",
-    "a\nb\r\n\r\nc",
-    "${a}",
-    "{{7*7}}",
+    *("", "\u0000", "\ud800", "\u202e\u2066x", "<|im_end|>", "<|vision_pad|>", "é" * 9, "\ufeff", "🎬"),
+    *("a\nb\r\n\r\nc", "${a}", "{{7*7}}"),
 )
 FIELDS = (
     *("temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "n", "stop", "logprobs", "top_logprobs"),
@@ -56,29 +33,18 @@ FIELDS = (
     *("response_format", "specvlm", "media_io_kwargs", "mm_processor_kwargs", "model", "messages", "ignore_eos", "x" * 50),
 )
 HOSTS = (
-    *(
-        "127.0.0.1",
-        "localhost",
-        "2130706433",
-        "0x7f000001",
-        "0177.1",
-        "127.1",
-        "0",
-        "[::1]",
-        "[::ffff:7f00:1]",
-        "[fe80::1%25lo]",
-    ),
-    *(
-        "169.254.169.254",
-        "inner.example",
-        "mixed.example",
-        "six.example",
-        "user@10.0.0.7",
-        "10.0.0.7:0",
-        "１２７.0.0.1",
-        "a b",
-        "",
-    ),
+    *("127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.1", "127.1", "0", "[::1]", "[::ffff:7f00:1]"),
+    *("169.254.169.254", "inner.example", "mixed.example", "six.example", "user@10.0.0.7", "10.0.0.7:0", "a b", ""),
+    *("[fe80::1%25lo]", "\uff11\uff12\uff17.0.0.1"),
+)
+FILES = ("clip.mp4", "link.mp4", "../secret.mp4", "up/secret.mp4", "up/inside/../secret.mp4", "", "nothing", ".")
+STARTS = ("file://", "FILE://", "file:", "file://localhost", "file:////", "file://x")
+SLASHES, TAILS = ("/", "//", "%2f", "/./", "\\"), ("", "", "%00", "?", "#", "\0", "/")
+LENGTHS = ("Content-Length: -1", "Content-Length: 5", "Transfer-Encoding: chunked", "Content-Length: 9" + "9" * 30)
+HEAD = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+PATHS = (
+    *("/", "/v1", "/v1/models/x", "/specvlm/views/x", "/..%2f..%2fapp.py", "/health", "/%00", "/\u202e"),
+    "/v1/" + "a" * 5000,
 )
 
 
@@ -138,10 +104,8 @@ class _Attack:
             self._findings.append(f"connected to {arguments[1]}")
 
     def _watched(self, target: Any, path: Path, *rest: Any) -> Any:
-        if (
-            not (path.is_relative_to(self._inside) or "specvlm-" in str(path) or "assets" in str(path))
-            or path.resolve() != path
-        ):
+        allowed = path.is_relative_to(self._inside) or "specvlm-" in str(path) or "assets" in str(path)
+        if not allowed or path.resolve() != path:
             self._findings.append(f"read {path}")
         return self._read(target, path, *rest)
 
@@ -193,24 +157,13 @@ class _Attack:
         self._send(url[:200], json.dumps(value).encode())
 
     def _file(self, chance: random.Random) -> str:
-        name = chance.choice(
-            ("clip.mp4", "link.mp4", "../secret.mp4", "up/secret.mp4", "up/inside/../secret.mp4", "", "nothing", ".")
-        )
-        name = "".join(f"%{ord(one):02x}" if chance.random() < 0.2 else one for one in name)
-        name = name.replace("/", chance.choice(("/", "//", "%2f", "/./", "\\"))) + chance.choice(
-            ("", "", "%00", "?", "#", "\0", "/")
-        )
-        return (
-            chance.choice(("file://", "FILE://", "file:", "file://localhost", "file:////", "file://x"))
-            + f"{self._inside}/{name}"
-        )
+        name = "".join(f"%{ord(one):02x}" if chance.random() < 0.2 else one for one in chance.choice(FILES))
+        name = name.replace("/", chance.choice(SLASHES)) + chance.choice(TAILS)
+        return f"{chance.choice(STARTS)}{self._inside}/{name}"
 
     def _address(self, chance: random.Random) -> str:
-        scheme, tail = (
-            chance.choice(("http", "https", "HTTP", "gopher", "ftp")),
-            chance.choice(("", "/", ":80/x", ":99999/", "/%00", "#@1.1.1.1")),
-        )
-        return f"{scheme}://{chance.choice(HOSTS)}{tail}"
+        scheme = chance.choice(("http", "https", "HTTP", "gopher", "ftp"))
+        return f"{scheme}://{chance.choice(HOSTS)}{chance.choice(('', '/', ':80/x', ':99999/', '/%00', '#@1.1.1.1'))}"
 
     def _data(self, chance: random.Random) -> str:
         content = bytearray(base64.b64decode(self._clip.partition(",")[2])[: chance.choice((0, 10, 1000, 10**6))])
@@ -222,23 +175,18 @@ class _Attack:
 
     def _raw(self, chance: random.Random) -> None:
         """Bytes that are no request, or only nearly."""
-        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
-        lines.append(
-            chance.choice(
-                ("Content-Length: -1", "Content-Length: 5", "Transfer-Encoding: chunked", "Content-Length: 9" + "9" * 30)
-            )
-        )
-        content = bytearray("\r\n".join([*lines, "", ""]).encode() + b"{}" * chance.randint(0, 9))
+        lines = [*HEAD, chance.choice(LENGTHS), "", ""]
+        content = bytearray("\r\n".join(lines).encode() + b"{}" * chance.randint(0, 9))
         for _ in range(chance.randint(0, 8)):
             content[chance.randrange(len(content))] = chance.randrange(256)
-        self._wire(bytes(content), 0)
+        self._wire(bytes(content), 0, ends=True)
 
     def _slow(self, chance: random.Random) -> None:
         """A writer that stops somewhere."""
-        content = b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"model": '
+        content = "\r\n".join([*HEAD, "Content-Length: 50", "", '{"model": ']).encode()
         self._wire(content[: chance.randint(0, len(content))], chance.choice((0, 0.01)))
 
-    def _wire(self, content: bytes, pause: float) -> None:
+    def _wire(self, content: bytes, pause: float, ends: bool = False) -> None:
         """Write bytes, and read until the server closes. It must, and an answer must be one of HTTP."""
         begin, found = time.monotonic(), b""
         with self._live.connect() as connection:
@@ -246,6 +194,8 @@ class _Attack:
                 for at in range(0, len(content), 40):
                     connection.sendall(content[at : at + 40])
                     time.sleep(pause)
+                if ends:
+                    connection.shutdown(socket.SHUT_WR)
                 while part := connection.recv(65536):
                     found += part
                     if time.monotonic() - begin > 45:
@@ -260,19 +210,7 @@ class _Attack:
 
     def _path(self, chance: random.Random) -> None:
         """Another path or method."""
-        path = chance.choice(
-            (
-                "/",
-                "/v1",
-                "/v1/models/x",
-                "/specvlm/views/x",
-                "/..%2f..%2fapp.py",
-                "/health",
-                "/%00",
-                "/\u202e",
-                "/v1/" + "a" * 5000,
-            )
-        )
+        path = chance.choice(PATHS)
         answer = self._live.client.request(chance.choice(("GET", "PUT", "HEAD", "OPTIONS", "POST", "BREW")), path)
         if answer.status_code >= 400 and answer.content:
             self._judge(path[:100], answer.status_code, answer.content)
