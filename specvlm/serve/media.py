@@ -109,7 +109,9 @@ class MediaReader:
                 if opened.width * opened.height > most:
                     raise bad(f"an image of {opened.width}x{opened.height}: at most {most:,} pixels", code="image_too_large")
                 return picture(opened)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError:
+            raise bad(f"the image has more than {most:,} pixels", code="image_too_large") from None
+        except (OSError, ValueError, SyntaxError) as error:
             raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
 
     def _video(self, url: str, request: ChatRequest, left: int) -> Clip:

@@ -78,29 +78,29 @@ class _Attack:
         fetch.socket = SimpleNamespace(getaddrinfo=_resolved, SOCK_STREAM=socket.SOCK_STREAM)  # type: ignore[assignment]
         self._read, media.read_clip = media.read_clip, self._watched
         self._live = Live(*words, "read_timeout=20", of=new_session())
-        sys.addaudithook(self._heard)
         self._on = True
+        sys.addaudithook(self._heard)
 
     def run(self, count: int) -> list[str]:
-        chance = random.Random(self._seed)
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda number: self._one(random.Random(f"{self._seed}/{number}")), range(count)))
         if not self._until(self._live.idle, 60):
             self._findings.append("something is left of the requests")
         good = self._live.ask(max_tokens=1)
         if good.status_code != 200:
-            self._findings.append(f"afterwards a good request gets {good.status_code} {good.text[:200]} ({chance.random()})")
+            self._findings.append(f"afterwards a good request gets {good.status_code} {good.text[:200]}")
         self._on = False
         self._live.stop()
         return self._findings
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Note a file that is opened outside, and a connection that is made to another than the server."""
-        if not getattr(self, "_on", False):
+        if not self._on:  # a hook cannot be taken away
             return
         if event == "open" and str(arguments[0]) == str(self._outside):
             self._findings.append(f"the file outside was opened: {arguments[0]}")
-        if event == "socket.connect" and arguments[1][:2] != ("127.0.0.1", self._live.port):
+        here = ("127.0.0.1", self._live.port)
+        if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][:2] != here:
             self._findings.append(f"connected to {arguments[1]}")
 
     def _watched(self, target: Any, path: Path, *rest: Any) -> Any:
