@@ -11,6 +11,8 @@ from PIL import Image
 from serving import FEW, MODEL, PATH, body, data_url, events_of, live, served, text_of, until
 from session_pairs import COUPLED, QUESTION, UNLIKE, session
 
+from specvlm.video.clips import find_clip
+
 pytestmark = pytest.mark.slow
 VIDEO = {"type": "video_url", "video_url": {"url": "embedded:synthetic_1"}}
 
@@ -222,6 +224,7 @@ def test_rounds_and_what_the_drafter_saw_are_told_if_asked_for():
         ({"specvlm": {"drafter": {"name": "tree", "shape": "tree.json"}}}, "specvlm.drafter"),
         ({"media_io_kwargs": {"video": {"num_frames": 2, "fps": 1}}}, "media_io_kwargs.video"),
         ({"media_io_kwargs": {"video": {"num_frames": 0}}}, "media_io_kwargs.video.num_frames"),
+        ({"logprobs": True, "specvlm": {"speculate": False}}, None),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
@@ -319,6 +322,8 @@ def test_a_page_health_and_what_the_server_can_do():
     assert client.get("/health").json() == {"status": "ok"}
     info = client.get("/specvlm/info").json()
     assert info["model"] == MODEL and "synthetic_1" in info["clips"] and info["defaults"]["pruner"] == "two_stage"
+    assert client.get("/specvlm/clips/synthetic_1").content == find_clip("synthetic_1").read_bytes()
+    error_of(client.get("/specvlm/clips/..%2f..%2fpage"), 404)
     for path in ("/../serve/app.py", "/..%2f..%2fapp.py", "/%2e%2e/app.py", "/page/../../__init__.py"):
         assert client.get(path).status_code == 404
 

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -23,7 +23,7 @@ from specvlm.serve.chat import Chat
 from specvlm.serve.errors import DRAINING, FAULT, ApiError
 from specvlm.serve.metrics import TYPE
 from specvlm.serve.settings import Keys
-from specvlm.video.clips import names
+from specvlm.video.clips import FOLDER, names
 
 PAGE = Path(__file__).parent / "page"
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
@@ -48,7 +48,11 @@ class App:
             Route("/models", self._models, methods=["GET"]),
             Route("/models/{name:path}", self._model, methods=["GET"]),
         ]
-        own = [Route("/views/{name}", self._view, methods=["GET"]), Route("/info", self._info, methods=["GET"])]
+        own = [
+            Route("/views/{name}", self._view, methods=["GET"]),
+            Route("/clips/{name}", self._clip, methods=["GET"]),
+            Route("/info", self._info, methods=["GET"]),
+        ]
         routes = [
             Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
             Mount("/specvlm", routes=own),
@@ -98,6 +102,11 @@ class App:
         if (view := self.chat.views.get(request.path_params["name"])) is None:
             raise ApiError(404, "there is no view of this answer (any more): ask with specvlm.explain", code="no_view")
         return JSONResponse(view, headers={"cache-control": "no-store"})
+
+    async def _clip(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) not in names():
+            raise ApiError(404, "there is no such clip", code="no_such_file")
+        return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
         settings, options = self.chat.settings, self.chat.session.options

@@ -185,6 +185,7 @@ class Answer:
             self._scope.get("state", {}).get("abort", bool)()
         except Exception as error:
             told = told_of(error)
+            error.__traceback__ = None  # its frames refer to it, and to the request's pixels
             if not self._begun:
                 raise told from None
             chat.metrics.answered(told.status)

@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
-from httpcore._backends.sync import SyncBackend
 
 from specvlm.errors import line
 from specvlm.serve.errors import ApiError, bad
@@ -88,7 +87,7 @@ def check_url(url: str, hosts: Iterable[str]) -> None:
         raise bad(f"{line(host)[:80]}: this server fetches from {', '.join(hosts)} alone", code="address_refused")
 
 
-class CheckedBackend(SyncBackend):
+class CheckedBackend(httpcore.SyncBackend):
     """Connects to public addresses alone."""
 
     def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,7 +196,8 @@ class _Attack:
                     connection.sendall(content[at : at + 40])
                     time.sleep(pause)
                 if ends:
-                    connection.shutdown(socket.SHUT_WR)
+                    with suppress(OSError):  # the server may have closed it
+                        connection.shutdown(socket.SHUT_WR)
                 while part := connection.recv(65536):
                     found += part
                     if time.monotonic() - begin > 45:
