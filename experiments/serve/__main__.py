@@ -186,11 +186,12 @@ async def loaded(url: str, wanted: Sequence[tuple[Asked, str]], clients: int, se
                 await asyncio.sleep(10)
 
         await asyncio.gather(watch(), *(one(number) for number in range(clients)))
+    async with httpx2.AsyncClient(base_url=url) as client:  # connections of the others are closed
         for _ in range(500):
+            await asyncio.sleep(0.1)
             seen.samples.append(await metrics(client))
             if not seen.samples[-1]["num_requests_running"]:
                 break
-            await asyncio.sleep(0.1)
     return seen
 
 
