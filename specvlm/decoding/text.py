@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+CONTEXT = 8  # previous tokens that the text of a token may depend on
 BROKEN = "\ufffd"  # decoders put it in place of a character whose last bytes have not come yet
 
 
@@ -63,3 +64,17 @@ class AnswerText:
         keep = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
+    """Decode each of `tokens` to its text, given those before. A character of several tokens goes to the last one.
+
+    skip: Omit special tokens.
+    """
+    line, texts = list(before[-CONTEXT:]), []
+    for token in tokens:
+        known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
+        line.append(token)
+        text = tokenizer.decode(line, skip_special_tokens=skip)
+        texts.append("" if text.endswith("\ufffd") else text[len(known) :])
+    return texts

@@ -5,7 +5,6 @@ tokenizer, no weights). If the video, the sample or that folder is missing, the 
 """
 
 import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -23,6 +21,7 @@ from safetensors.torch import load_file
 
 from specvlm.app.prepare import frames_of, own_sample
 from specvlm.config import model_folder
+from specvlm.decoding.text import spell
 from specvlm.errors import UserError, line, message
 from specvlm.models.load import skeleton
 from specvlm.models.video_lm import VideoLM
@@ -30,13 +29,12 @@ from specvlm.parsing.bounds import parse
 from specvlm.report.reading import Job, Row
 from specvlm.results.folder import attention_file
 from specvlm.results.records import Round as RoundRecord
+from specvlm.results.thumbnails import bits, data_uri, picture
 from specvlm.strategies import Sample, registry
 from specvlm.types import TokenGrid
 from specvlm.video.video import SAMPLINGS
 
-SIDE = 384  # most pixels on the longer side of a picture
 ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_round", "new_tokens")  # keys for the player
-CONTEXT = 8  # previous tokens that the text of a token may depend on
 
 
 @dataclass(frozen=True)
@@ -243,41 +241,6 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
         rounds.append(Round(accepted, refused, spell(tokenizer, before + guesses, own)[0] if own else None))
         before += new
     return rounds
-
-
-def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Decode each of `tokens` to its text, given those before. A character of several tokens goes to the last one.
-
-    skip: Omit special tokens.
-    """
-    line, texts = list(before[-CONTEXT:]), []
-    for token in tokens:
-        known = tokenizer.decode(line, skip_special_tokens=skip).rstrip("\ufffd")
-        line.append(token)
-        text = tokenizer.decode(line, skip_special_tokens=skip)
-        texts.append("" if text.endswith("\ufffd") else text[len(known) :])
-    return texts
-
-
-def picture(frame: torch.Tensor) -> Image.Image:
-    """Make a picture of at most SIDE pixels a side of a frame, uint8 (3, height, width)."""
-    image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-    image.thumbnail((SIDE, SIDE))
-    return image
-
-
-def data_uri(image: Image.Image) -> str:
-    """Encode a picture as a WebP data URI."""
-    file = io.BytesIO()
-    image.save(file, "webp", quality=70)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def bits(kept: Sequence[int], total: int) -> str:
-    """Encode the indices of kept tokens as base64: one bit for each of `total` tokens, most significant bit first."""
-    mask = np.zeros(total, dtype=np.uint8)
-    mask[list(kept)] = 1
-    return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.prefill import SharedPrefill
 from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import Decoding
@@ -19,6 +19,7 @@ from specvlm.models.kv_cache import CachePool
 from specvlm.models.memory_plan import ran_out
 from specvlm.session.room import check_request
 from specvlm.strategies import Strategy
+from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import GenerationOptions, Step, VideoPrompt
 
 
@@ -44,16 +45,36 @@ class Requests:
         return Call(self, self._watch.over(work, strategies), size)
 
     def work(
-        self, graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions, shared: SharedPrefill | None = None
+        self,
+        graph: DecodingGraph,
+        prompt: VideoPrompt,
+        options: GenerationOptions,
+        shared: SharedPrefill | None = None,
+        speculate: bool = True,
+        started: Callable[[], object] = bool,
     ) -> Call:
         """Submit the request of a graph. It fails at its beginning if memory does not suffice.
 
-        Raises UserError if it can never have room.
+        Args:
+            graph: Its models and strategies.
+            prompt: Its prompt.
+            options: Its options.
+            shared: Prefill to share with other requests.
+            speculate: False decodes with the target alone.
+            started: Called once there is room for the request.
+
+        Raises:
+            UserError: It can never have room.
         """
 
         def decoding() -> Decoding:
+            started()
             check_request(graph, prompt, options)
-            yield from graph.work(prompt, options, shared)
+            if speculate:
+                yield from graph.work(prompt, options, shared)
+            else:
+                rule, rest = own_rule(graph.sampling), (graph.caches, graph.engine)
+                yield from autoregressive_work(graph.target, prompt, options, rule, *rest)
 
         return self.submit(decoding(), (graph.pruner, graph.drafter, graph.verifier), cache_bytes(graph, prompt, options))
 
@@ -138,6 +159,8 @@ def begun(
     prompt: VideoPrompt,
     every: Sequence[GenerationOptions],
     calls: Calls | None = None,
+    speculate: bool = True,
+    started: Callable[[], object] = bool,
 ) -> Iterator[list[Call]]:
     """Submit requests with one prompt, which share its prefill; at the end of the block, cancel those still running.
 
@@ -147,11 +170,13 @@ def begun(
         prompt: Their prompt.
         every: Options of each request.
         calls: Cancels them from another thread.
+        speculate: False decodes with the target alone.
+        started: Called once there is room for a request.
     """
     calls = calls or Calls()
     with SharedPrefill(graph.target, graph.caches, len(every)) as prefill:
-        shared = prefill if len(every) > 1 else None
+        rest = (prefill if speculate and len(every) > 1 else None, speculate, started)
         try:
-            yield [calls.add(partial(requests.work, graph, prompt, options, shared)) for options in every]
+            yield [calls.add(partial(requests.work, graph, prompt, options, *rest)) for options in every]
         finally:
             calls.cancel()

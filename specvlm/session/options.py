@@ -66,6 +66,7 @@ class Options:
         max_pixels: Most pixels of a frame. None: the checkpoint's limit.
         reader: Reader of video files: "auto", "pyav" or "decord".
         check: Also decode with the target alone and compare: see `GenerationResult.verdict`.
+        speculate: Draft. False decodes with the target alone, without logprobs; the answer is the same.
 
     Raises:
         UserError: A value is not allowed.
@@ -91,6 +92,7 @@ class Options:
     max_pixels: int | None = None
     reader: str = "auto"
     check: bool = False
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in NUMBERS.items():
@@ -101,8 +103,11 @@ class Options:
         if self.fps is not None and self.fps <= 0:
             raise UserError(f"fps={self.fps}: wanted frames per second, a number above 0")
         check_range("seed", self.seed, 0, MOST_SEED - (self.n or 1))
-        if not isinstance(self.check, bool):
-            raise UserError(f"check={self.check!r}: wanted True or False")
+        for name in ("check", "speculate"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r}: wanted True or False")
+        if self.logprobs is not None and not self.speculate:
+            raise UserError("logprobs and speculate=False cannot be combined yet: leave one of them out")
         check_choice("reader", self.reader, NAMES)
         self.generation()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, overload
@@ -18,7 +19,7 @@ from specvlm.errors import UserError
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
-from specvlm.session.call import Calls, Requests, begun
+from specvlm.session.call import Call, Calls, Requests, begun
 from specvlm.session.inputs import Reading, read
 from specvlm.session.options import Options, Penalties
 from specvlm.session.result import GenerationResult, result_of
@@ -94,7 +95,7 @@ class Session:
         Raises:
             UserError: The prompt, a video or an option cannot be used.
         """
-        return self._generated(*self._prepared(prompt, videos, images, options | ({} if n is None else {"n": n})))
+        return self._generated(*self.prepare(prompt, videos, images, options | ({} if n is None else {"n": n})))
 
     def stream(self, prompt: Any, videos: Any = None, images: Any = None, **options: Any) -> TextStream:
         """Answer a prompt piece by piece: the text of each round as soon as it is decoded.
@@ -108,7 +109,7 @@ class Session:
         Raises:
             UserError: As `generate` does.
         """
-        return self._streamed(*self._prepared(prompt, videos, images, options))
+        return self._streamed(*self.prepare(prompt, videos, images, options))
 
     @overload
     async def generate_async(
@@ -123,7 +124,7 @@ class Session:
     ) -> GenerationResult | list[GenerationResult]:
         """Answer a prompt as `generate` does, without blocking the event loop. Cancelling it ends the request."""
         given = options | ({} if n is None else {"n": n})
-        asked = await self._in_thread(lambda: self._prepared(prompt, videos, images, given))
+        asked = await self._in_thread(lambda: self.prepare(prompt, videos, images, given))
         calls = Calls()
         try:
             return await self._in_thread(lambda: self._generated(*asked, calls))
@@ -134,7 +135,7 @@ class Session:
         self, prompt: Any, videos: Any = None, images: Any = None, **options: Any
     ) -> AsyncGenerator[str, None]:
         """Answer a prompt as `stream` does, as an asynchronous iterator. Cancelling or closing it ends the request."""
-        pieces = self._streamed(*await self._in_thread(lambda: self._prepared(prompt, videos, images, options)))
+        pieces = self._streamed(*await self._in_thread(lambda: self.prepare(prompt, videos, images, options)))
         try:
             while (piece := await self._in_thread(lambda: next(pieces, None))) is not None:
                 yield piece
@@ -144,8 +145,8 @@ class Session:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> Asked:
-        """Check the options, then read videos and images."""
+    def prepare(self, prompt: Any, videos: Any, images: Any, options: Mapping[str, Any]) -> Asked:
+        """Check the options of a call, then read videos and images. Arguments and errors are those of `generate`."""
         asked = self.options.asked(options)
         return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked))
 
@@ -162,7 +163,7 @@ class Session:
         for name in ("n", "check"):
             if getattr(asked, name):
                 raise UserError(f"{name}={getattr(asked, name)}: a stream is one answer, not compared: call generate")
-        call = self.requests.work(graph, reading.prompt, graph.options)
+        call = self.requests.work(graph, reading.prompt, graph.options, speculate=asked.speculate)
         return TextStream(self.target, reading, graph.options, call)
 
     def _generated(
@@ -170,14 +171,32 @@ class Session:
     ) -> GenerationResult | list[GenerationResult]:
         """Decode one answer, or `n`. calls: Cancels them from another thread, which raises Cancelled here."""
         calls, found = calls or Calls(), []
-        check_answers(self.target, len(reading.prompt) + asked.max_new_tokens, asked.n or 1)
-        every = [replace(graph.options, seed=graph.options.seed + number) for number in range(asked.n or 1)]
-        with begun(self.requests, graph, reading.prompt, every, calls) as mine:
-            for options, call in zip(every, mine, strict=True):
+        with self.begun(Asked(asked, graph, reading), calls) as answers:
+            for options, call in answers:
                 steps = calls.steps(call)
                 verdict = self._verdict(graph, reading, options, steps, calls) if asked.check else "not checked"
                 found.append(result_of(self.target, reading, options, steps, verdict))
         return found if asked.n else found[0]
+
+    @contextmanager
+    def begun(
+        self, asked: Asked, calls: Calls, started: Callable[[], object] = bool
+    ) -> Iterator[list[tuple[GenerationOptions, Call]]]:
+        """Submit the answers of a call, which share its prefill; at the end of the block, cancel those still running.
+
+        Args:
+            asked: From `prepare`.
+            calls: Cancels them from another thread.
+            started: Called once there is room for an answer.
+
+        Yields:
+            Options of each answer, and its steps.
+        """
+        options, graph, reading = asked
+        check_answers(self.target, len(reading.prompt) + options.max_new_tokens, options.n or 1)
+        every = [replace(graph.options, seed=graph.options.seed + number) for number in range(options.n or 1)]
+        with begun(self.requests, graph, reading.prompt, every, calls, options.speculate, started) as mine:
+            yield list(zip(every, mine, strict=True))
 
     def _verdict(
         self, graph: DecodingGraph, reading: Reading, options: GenerationOptions, steps: list[Step], calls: Calls

@@ -1,0 +1,1 @@
+"""A server of a pair that speaks OpenAI's chat completions: `python -m specvlm.serve`."""

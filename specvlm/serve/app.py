@@ -1,0 +1,155 @@
+"""The server's application: its paths, API keys, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from specvlm.serve.body import Message, Receive, Send
+from specvlm.serve.chat import Chat
+from specvlm.serve.errors import DRAINING, FAULT, ApiError
+from specvlm.serve.metrics import TYPE
+from specvlm.serve.settings import Keys
+from specvlm.video.clips import FOLDER, names
+
+PAGE = Path(__file__).parent / "page"
+GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
+LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
+POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'"
+SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode())]
+
+
+class App:
+    """The application.
+
+    Args:
+        chat: The endpoint of chat completions.
+        keys: API keys.
+    """
+
+    def __init__(self, chat: Chat, keys: Keys) -> None:
+        self.chat = chat
+        self._keys, self._local, self._created = keys, _is_local(chat.settings.host), int(time.time())
+        v1 = [
+            Route("/chat/completions", _Endpoint(self.chat), methods=["POST"]),
+            Route("/models", self._models, methods=["GET"]),
+            Route("/models/{name:path}", self._model, methods=["GET"]),
+        ]
+        own = [
+            Route("/views/{name}", self._view, methods=["GET"]),
+            Route("/clips/{name}", self._clip, methods=["GET"]),
+            Route("/info", self._info, methods=["GET"]),
+        ]
+        routes = [
+            Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
+            Mount("/specvlm", routes=own),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+            Mount("/", StaticFiles(directory=PAGE, html=True)),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: _told, ApiError: _told, Exception: _fault}
+        self._inner = Starlette(routes=routes, exception_handlers=handlers)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Check host and key, then answer."""
+        if scope["type"] == "http" and (error := self._refused(scope)):
+            await error.response()(scope, receive, send)
+            return
+
+        async def safe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *SAFE]
+            await send(message)
+
+        await self._inner(scope, receive, safe)
+
+    def _refused(self, scope: Message) -> ApiError | None:
+        """Why a request is not let in. A server for this machine alone refuses pages that call it by another name."""
+        headers = Headers(scope=scope)
+        host = re.sub(r":\d+$", "", headers.get("host", "localhost").lower())
+        if self._local and host not in LOCAL:
+            return ApiError(403, "this server answers localhost alone: give host=0.0.0.0 for other names", code="host_refused")
+        if scope["path"].startswith(GUARDED) and not self._keys.allow(headers.get("authorization")):
+            told = "no valid API key: send the header Authorization: Bearer KEY"
+            return ApiError(401, told, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return None
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.chat.model, "object": "model", "created": self._created, "owned_by": "specvlm"}
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.chat.model:
+            raise ApiError(404, "this model does not exist", param="model", code="model_not_found")
+        return JSONResponse(self._card())
+
+    async def _view(self, request: Request) -> Response:
+        if (view := self.chat.views.get(request.path_params["name"])) is None:
+            raise ApiError(404, "there is no view of this answer (any more): ask with specvlm.explain", code="no_view")
+        return JSONResponse(view, headers={"cache-control": "no-store"})
+
+    async def _clip(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) not in names():
+            raise ApiError(404, "there is no such clip", code="no_such_file")
+        return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
+
+    async def _info(self, request: Request) -> Response:
+        settings, options = self.chat.settings, self.chat.session.options
+        limits = {key: getattr(settings, key) for key in ("max_body_mib", "max_media", "max_frames", "fetch")}
+        strategies = {kind: one.name for kind, one in zip(("pruner", "drafter", "verifier"), options.strategies(), strict=True)}
+        own = {"max_new_tokens": options.max_new_tokens, "ratio": options.ratio}
+        return JSONResponse({"model": self.chat.model, "clips": names(), "limits": limits, "defaults": strategies | own})
+
+    async def _health(self, request: Request) -> Response:
+        if self.chat.admission.draining:
+            raise ApiError(DRAINING, "the server is shutting down", code="shutting_down")
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.chat.metrics.text(), media_type=TYPE)
+
+
+class _Endpoint:
+    """An ASGI application as an endpoint of a route. It is a class, or Starlette would call it with a request."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _told(request: Request, error: Any) -> Response:
+    """Answer with an error in OpenAI's form."""
+    if isinstance(error, ApiError):
+        return error.response()
+    what = {404: "there is nothing at this path", 405: f"{request.method} is not allowed here"}.get(error.status_code)
+    return ApiError(error.status_code, what or str(error.detail), headers=error.headers).response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """Answer after a fault of the server, which is printed."""
+    traceback.print_exception(error, file=sys.stderr)
+    return ApiError(FAULT, f"a fault of the server ({type(error).__name__})", code="server_error").response()

@@ -1,0 +1,285 @@
+"""Answer chat completions: let a request in, decode it, and write its answer as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import traceback
+from contextlib import suppress
+from time import monotonic, perf_counter
+
+from starlette.datastructures import Headers
+
+from specvlm.errors import OutOfMemory, StrategyError, UserError, message, one_line
+from specvlm.serve.admission import Admission
+from specvlm.serve.body import Body, Gone, Message, Receive, Send
+from specvlm.serve.chat_request import ChatRequest, chat_request
+from specvlm.serve.errors import DRAINING, FAULT, ApiError, bad, busy
+from specvlm.serve.generation import Ended, Event, Failed, Generation, Round, Threads
+from specvlm.serve.media import MediaReader
+from specvlm.serve.metrics import Metrics
+from specvlm.serve.settings import MIB, Settings
+from specvlm.serve.views import Views, view_of, with_kept
+from specvlm.serve.wire import DONE, Completion, event, new_id
+from specvlm.session.session import Asked, Session
+
+STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+BODIES = 16  # bodies of the largest size that may be held together
+
+
+class SlowReader(Exception):
+    """The client does not read its answer."""
+
+
+class Chat:
+    """The endpoint of chat completions, for one event loop.
+
+    Args:
+        session: Decodes.
+        settings: Limits.
+        model: Name of the model.
+
+    Attributes:
+        session: The session.
+        settings: The settings.
+        model: Name of the model.
+        admission: Lets requests in.
+        metrics: Counts them.
+        views: What drafters saw.
+    """
+
+    def __init__(self, session: Session, settings: Settings, model: str) -> None:
+        self.session, self.settings, self.model = session, settings, model
+        self.admission = Admission(settings.running, settings.queue, BODIES * settings.max_body_mib * MIB)
+        self.metrics, self.views = Metrics(session, self.admission, model, settings.metrics_prefix), Views()
+        self._media, self._threads = MediaReader(session, settings), Threads(settings.running)
+        self._running: set[Generation] = set()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request, as an ASGI application. An error before the answer's first byte has its own status."""
+        arrival, body = perf_counter(), Body(self.admission, self.settings.max_body, self.settings.body_timeout)
+        try:
+            self.admission.check()
+            _check_type(Headers(scope=scope))
+            request = chat_request(await body.read(Headers(scope=scope), receive), self.session.options)
+            if request.model != self.model:
+                told = f"the model {request.model!r} does not exist; there is {self.model!r}"
+                raise ApiError(404, told, param="model", code="model_not_found")
+            await self._until_gone(Answer(self, request, arrival, send, scope), receive, body)
+        except ApiError as error:
+            self.metrics.answered(error.status)
+            await error.response()(scope, receive, send)
+        except Gone:
+            self.metrics.cancelled()
+        finally:
+            body.release()
+
+    async def _until_gone(self, answer: Answer, receive: Receive, body: Body) -> None:
+        """Answer a request, unless its client goes before the end. Raises what ends it before its first byte."""
+        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+            else:
+                raise Gone
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            with suppress(BaseException):
+                await asyncio.gather(work, gone, return_exceptions=True)
+
+    def prepare(self, request: ChatRequest, body: Body, name: str) -> Asked:
+        """Read the prompt of a request. Runs in a thread. Raises ApiError if it cannot be used, or is too long."""
+        target, options = self.session.target, dict(request.options)
+        if request.ignore_eos or request.stop_ids:
+            own = set() if request.ignore_eos else set(target.stop_ids)
+            options["stop_ids"] = sorted(own | set(request.stop_ids))
+        self.session.graph(self.session.options.asked(options))  # options that do not fit fail before anything is read
+        media = self._media.read(request)
+        asked = self.session.prepare(media.messages, None, None, options)
+        self._check_length(asked)
+        if request.explain:
+            self.views.put(name, view_of(media.clips, asked.reading.prompt.grids))
+        request.messages.clear()  # the body's data
+        return asked
+
+    def _check_length(self, asked: Asked) -> None:
+        """Raise ApiError if prompt and answers are longer than allowed."""
+        config, prompt = self.session.target.text.config, len(asked.reading.prompt)
+        context = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        most, answer = self.settings.max_prompt_tokens or context, asked.options.max_new_tokens
+        if prompt > most:
+            raise bad(f"the prompt has {prompt} tokens, at most {most} are allowed", "messages", "context_length_exceeded")
+        limit = self.settings.max_answer_tokens or context
+        if answer * (asked.options.n or 1) > limit or prompt + answer > context:
+            there = f"the prompt's {prompt} and {asked.options.n or 1} answers of at most {answer} tokens"
+            raise bad(f"{there} are more than {min(limit, context)}: lower max_tokens", "max_tokens", "context_length_exceeded")
+
+    def begin(self, request: ChatRequest, body: Body, name: str) -> Generation:
+        """Start a request that was let in. Its place is given back when no thread works for it any more."""
+        loop, start = asyncio.get_running_loop(), monotonic()
+        generation = Generation(self.session, self._threads, lambda: self.prepare(request, body, name), request.explain)
+        self._running.add(generation)
+
+        def left() -> None:
+            self._running.discard(generation)
+            self.admission.leave(monotonic() - start)
+
+        def done(_: object) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(left)
+
+        generation.done.add_done_callback(done)
+        return generation
+
+    async def drain(self) -> None:
+        """Let nobody in any more, and wait until all have ended; those that have not within the bound get an error."""
+        self.admission.draining = True
+        end = monotonic() + self.settings.shutdown_timeout
+        while (self._running or self.admission.waiting) and monotonic() < end:
+            await asyncio.sleep(0.02)
+        ended = ApiError(DRAINING, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
+        self.admission.refuse(ended)
+        for generation in [*self._running]:
+            generation.fail(ended)
+        end = monotonic() + 5
+        while self._running and monotonic() < end:
+            await asyncio.sleep(0.02)
+
+
+class Answer:
+    """One request that is answered.
+
+    Args:
+        chat: The endpoint.
+        request: What is asked for.
+        arrival: When it came, by `perf_counter`.
+        send: Writes to the client.
+        scope: ASGI's scope.
+    """
+
+    def __init__(self, chat: Chat, request: ChatRequest, arrival: float, send: Send, scope: Message) -> None:
+        self._chat, self._request, self._arrival, self._send, self._scope = chat, request, arrival, send, scope
+        self._name, self._last, self._begun = new_id(), dict[int, float](), False
+
+    async def run(self, body: Body) -> None:
+        """Wait for a place, then decode and write. Raises ApiError if nothing was written yet."""
+        chat, deadline = self._chat, monotonic() + self._chat.settings.queue_timeout
+        await chat.admission.enter(deadline)
+        generation = chat.begin(self._request, body, self._name)
+        try:
+            asked = await generation.started(deadline, self._late)
+            body.release()
+            chat.metrics.started(self._arrival, len(asked.reading.prompt))
+            completion = Completion(self._request, chat.model, asked, chat.session.target.tokenizer, self._name)
+            await (self._stream if self._request.stream else self._whole)(generation, completion)
+            chat.metrics.answered(200)
+        except SlowReader:
+            chat.metrics.cancelled()
+            self._scope.get("state", {}).get("abort", bool)()
+        except Exception as error:
+            told = told_of(error)
+            error.__traceback__ = None  # its frames refer to it, and to the request's pixels
+            if not self._begun:
+                raise told from None
+            chat.metrics.answered(told.status)
+            with suppress(SlowReader):
+                await self._write(event(told.body), last=True)
+        finally:
+            generation.cancel()
+
+    def _late(self) -> ApiError:
+        return busy("the request did not start in time: try again later", self._chat.admission.retry_after)
+
+    async def _whole(self, generation: Generation, completion: Completion) -> None:
+        while len(completion.ends) < self._request.answers:
+            one = self._seen(await generation.events.get(), completion)
+            if isinstance(one, Ended):
+                completion.ends[one.answer] = one
+        content = json.dumps(completion.whole(), ensure_ascii=False).encode("utf-8", "replace")
+        size = (b"content-length", str(len(content)).encode())
+        await self._begin([(b"content-type", b"application/json"), size])
+        await self._write(content, last=True)
+
+    async def _stream(self, generation: Generation, completion: Completion) -> None:
+        """Write chunks as rounds end; those that have come together are written together."""
+        first = b"".join(event(completion.first(answer)) for answer in range(self._request.answers))
+        while len(completion.ends) < self._request.answers:
+            found = [await generation.events.get()]
+            while not generation.events.empty():
+                found.append(generation.events.get_nowait())
+            for one in found:
+                first += self._chunks(self._seen(one, completion), completion)
+            if not self._begun:
+                await self._begin(STREAM)
+            if first:
+                await self._write(first)
+            first = b""
+        await self._write((event(completion.summary()) if self._request.usage else b"") + DONE, last=True)
+
+    def _chunks(self, one: Round | Ended, completion: Completion) -> bytes:
+        found = completion.end(one) if isinstance(one, Ended) else [chunk] if (chunk := completion.round(one)) else []
+        return b"".join(map(event, found))
+
+    def _seen(self, one: Event, completion: Completion) -> Round | Ended:
+        """Count an event. Raises the error that it tells."""
+        if isinstance(one, Failed):
+            raise one.error
+        if isinstance(one, Round):
+            self._chat.metrics.round(one, self._last.get(one.answer), self._arrival)
+            self._last[one.answer] = one.at
+            if one.step.keep is not None and (view := self._chat.views.get(self._name)):
+                with_kept(view, one.step.keep, completion.asked.reading.prompt.grids)
+        if isinstance(one, Ended):
+            self._chat.metrics.ended(one, self._arrival)
+        assert isinstance(one, Round | Ended)
+        return one
+
+    async def _begin(self, headers: list[tuple[bytes, bytes]]) -> None:
+        self._begun = True
+        own = [*headers, (b"x-request-id", self._name.encode())]
+        await self._sent({"type": "http.response.start", "status": 200, "headers": own})
+
+    async def _write(self, content: bytes, last: bool = False) -> None:
+        await self._sent({"type": "http.response.body", "body": content, "more_body": not last})
+
+    async def _sent(self, what: Message) -> None:
+        """Send, and wait while the client's buffer is full. Raises SlowReader if it does not empty in time."""
+        try:
+            async with asyncio.timeout(self._chat.settings.write_timeout):
+                await self._send(what)
+        except TimeoutError:
+            raise SlowReader from None
+
+
+def told_of(error: BaseException) -> ApiError:
+    """Turn what ended a request into what its client is told. What nobody expects is printed."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, OutOfMemory):
+        return ApiError(DRAINING, message(error), code="out_of_memory", headers={"retry-after": "5"})
+    if isinstance(error, UserError):
+        return bad(message(error))
+    if isinstance(error, StrategyError):
+        return ApiError(FAULT, one_line(error), code="strategy_error")
+    traceback.print_exception(error, file=sys.stderr)
+    return ApiError(FAULT, f"a fault of the server ({type(error).__name__})", code="server_error")
+
+
+def _check_type(headers: Headers) -> None:
+    """Refuse other bodies than JSON: pages of other sites can send those without asking the browser."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
+
+
+async def _gone(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
