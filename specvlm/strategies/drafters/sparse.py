@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specvlm.models.passes import Pass, Work
 from specvlm.strategies import DraftContext, Drafter, DraftSession, gumbel
-from specvlm.strategies.drafters.tree import draw
+from specvlm.strategies.drafters.pruned import draw
 from specvlm.types import DEEPEST, DraftTree, Verdict, VideoPrompt, Within
 
 

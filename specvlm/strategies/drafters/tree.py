@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError
+from specvlm.errors import UserError, message
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass, Passes, Routine, Work
 from specvlm.process.memo import remembered
-from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling, gumbel
+from specvlm.strategies import DraftContext, Drafter, Sampling, gumbel
+from specvlm.strategies.drafters.pruned import PrunedSession, drafting_model, draw
+from specvlm.strategies.drafters.shapes import AUTO, ROOT, STEADY, shapes_for
 from specvlm.types import DraftTree, TreeShape, Verdict, ancestor_mask
+from specvlm.types.costs import RoundCost, read_costs
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
+
+AT_ONCE = 64  # rows of a pass that reads tokens without guessing
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,18 @@ class TreeDrafter(Drafter):
     the last accepted node are computed again, in the pass of the next root, if it was a leaf or the engine captures.
 
     Attributes:
-        shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
+        shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]`, a .json file with such a list, or
+            `auto`: chosen for each round by measured costs, acceptance and the number of requests that run
+            (docs/guides/trees.md).
         children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
             distribution, warped like the verifier's; `auto` goes by the verifier: it samples for `sampling`, takes the
             best tokens by score with the shared noise for `coupled`, and the best tokens for others. The output is
             exact under every lossless verifier.
+        costs: With `shape=auto`, the costs.json of `python -m specvlm.advise` to start from; without one, costs are
+            measured while decoding.
 
     Raises:
-        ValueError: The shape is malformed, or `children` is unknown.
+        ValueError: The shape is malformed, `children` is unknown, or `costs` is no such file or not for `auto`.
     """
 
     name = "tree"
@@ -55,22 +65,43 @@ class TreeDrafter(Drafter):
     model = "draft"
     shape: str = "paper"
     children: str = "auto"
+    costs: str = ""
 
     def __post_init__(self) -> None:
-        TreeShape.parse(self.shape)
+        if self.shape != AUTO:
+            TreeShape.parse(self.shape)
         if self.children not in ("auto", "top", "sample"):
             raise ValueError(f"children={self.children!r} is none of auto, top, sample")
+        if self.costs and self.shape != AUTO:
+            raise ValueError("costs is for shape=auto")
+        self.known()
+
+    def known(self) -> tuple[RoundCost, ...]:
+        """Read `costs`. Raises ValueError if it is not the file of a profile."""
+        try:
+            return read_costs(Path(self.costs), self.name) if self.costs else ()
+        except OSError as error:
+            raise ValueError(f"costs={self.costs}: {message(error)}") from None
+
+    @property
+    def shapes(self) -> tuple[TreeShape, ...]:
+        """Every shape that a tree may have."""
+        return shapes_for(captured=False) if self.shape == AUTO else (TreeShape.parse(self.shape),)
 
     @property
     def max_nodes(self) -> int:
-        return len(TreeShape.parse(self.shape))
+        return max(map(len, self.shapes))
 
     @property
-    def fixed(self) -> TreeShape:
-        return TreeShape.parse(self.shape)
+    def fixed(self) -> TreeShape | None:
+        return None if self.shape == AUTO else TreeShape.parse(self.shape)
+
+    @property
+    def adapts(self) -> bool:
+        return self.shape == AUTO
 
     def start(self, ctx: DraftContext) -> TreeSession:
-        shape = self.fixed
+        shape = max(self.shapes, key=len)
         widest = max(shape.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
@@ -79,55 +110,18 @@ class TreeDrafter(Drafter):
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
         if rule is not None and self.children == "sample":
             rule = replace(rule, coupled=False)
-        return TreeSession(ctx, drafting_model(ctx, self.model), shape, rule)
+        return (TreeSession if self.fixed else VaryingTreeSession)(ctx, drafting_model(ctx, self.model), shape, rule)
 
 
-def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
-    """Draw (Q, count) ids without replacement by exponential races (Gumbel top-k).
-
-    Args:
-        q_QV: Distribution of each row.
-        race_QV: Exponential random numbers, float64.
-        count: Number of ids per row. They are returned in the order drawn.
-    """
-    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # ids with q = 0 come last, as inf
-
-
-def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
-    """Return the model that a drafter runs, by its attribute `model`, "draft" or "target"."""
-    model = ctx.target if which == "target" else ctx.draft
-    assert model is not None
-    return model
-
-
-class PrunedSession(DraftSession):
-    """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
-
-    A round compacts the accepted rows, then feeds the last accepted node of the old tree and the new root. The former
-    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. Where
-    routines are not captured, `TreeSession` feeds the root alone if that row is there.
+class TreeSession(PrunedSession):
+    """Drafts static trees, level by level. Their shape stays, or `ctx.next_shape` chooses one for each round.
 
     Args:
         ctx: Context of the request.
         model: The model that drafts.
-        rows: Maximum number of rows that a round writes, the last accepted node's aside.
+        shape: The shape, or the largest that may be chosen.
+        rule: How children are drawn, or scored if the rule is coupled; None takes the best tokens by logits.
     """
-
-    def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
-        self.ctx, self.model, self.device = ctx, model, model.head_device
-        prompt, keep = ctx.prompt, ctx.keep
-        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
-        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
-        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
-        model.prefill(embeds, positions, self.cache)
-        # Key of the coupled rule's noise: the seed, and the slot of the answer's first token.
-        self.noise = (ctx.seed or 0, self.cache.length)
-        self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token
-        self.free = self.cache.capacity - rows - 2  # a trial run of a routine writes from this slot on
-
-
-class TreeSession(PrunedSession):
-    """Drafts a static tree, level by level."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:
         sample = rule is not None and not rule.coupled
@@ -137,36 +131,87 @@ class TreeSession(PrunedSession):
         self.shape, self.rule, self.sample = shape, rule, sample
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
-        races = (sum(map(len, shape.levels)), ctx.vocabulary) if sample else (0,)
-        self.races = torch.ones(races, dtype=torch.float64, device=self.device)
-        self.feed_both = self._round(2)
-        self.feed_root = self.feed_both if ctx.captured else self._round(1)
+        self.routines: dict[tuple[TreeShape, int], Routine] = {}
 
-    def _round(self, fed: int) -> Routine:
+    def routine(self, shape: TreeShape, fed: int) -> Routine:
         """Return the routine that drafts one round, with `fed` rows in its first pass.
 
         `Routine.state` is for the runs that capture it, and makes them write to free slots only.
         """
-        vocabulary = self.ctx.vocabulary
-        return Routine(
-            partial(expand, tables_of(self.shape, self.sample, self.device, fed), vocabulary, self.rule),
-            ("tree", self.shape, vocabulary, self.rule, fed),
-            self.model,
-            self.cache,
-            max(2, *map(len, self.shape.levels)),
-            (self.free, self.free, 0, 0, 0, 0, 0),
-            (torch.zeros_like(self.tokens), self.races),
-        )
+        if (shape, fed) not in self.routines:
+            vocabulary = self.ctx.vocabulary
+            races = (sum(map(len, shape.levels)), vocabulary) if self.sample else (0,)
+            self.routines[shape, fed] = Routine(
+                partial(expand, tables_of(shape, self.sample, self.device, fed), vocabulary, self.rule),
+                ("tree", shape, vocabulary, self.rule, fed),
+                self.model,
+                self.cache,
+                max(2, *map(len, shape.levels)),
+                (self.free, self.free, 0, 0, 0, 0, 0),
+                (
+                    torch.zeros(len(shape), dtype=torch.int64, device=self.device),
+                    torch.ones(races, dtype=torch.float64, device=self.device),
+                ),
+            )
+        return self.routines[shape, fed]
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         """Draft the tree below the bonus token, which follows the last accepted node."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
-        base = self.root + self.shape.depths[node]
-        races = self.races.exponential_(generator=self.generator) if self.sample else None
-        routine = self.feed_root if self.shape.children[node] else self.feed_both
+        return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
+
+    def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
+        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is there."""
+        routine, base = (
+            self.routine(self.shape, 1 if there and not self.ctx.captured else 2),
+            self.root + self.shape.depths[node],
+        )
+        races = routine.inputs[1].exponential_(generator=self.generator) if self.sample else None
         self.tokens, q_MV = yield routine((self.root, base, node, bonus, self.cache.offset, *self.noise), self.tokens, races)
         self.root = base + 1
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
+
+
+class VaryingTreeSession(TreeSession):
+    """Drafts a tree of the shape that `ctx.next_shape` chooses, which may have no guesses.
+
+    Rounds without guesses run no pass of the draft. The next one that drafts first reads their tokens.
+    """
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:
+        super().__init__(ctx, model, shape, rule)
+        self.next_shape = ctx.next_shape or partial(TreeShape.parse, STEADY)
+        self.unread: list[Tensor] = []  # (1,) tokens before the new root whose rows are missing
+
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        shape, there = self.next_shape(), bool(self.shape.children[node])
+        if not there:
+            self.unread.append(self.tokens[node : node + 1])
+        if shape != self.shape:
+            node = self._leave(node, shape)
+        if shape == ROOT:
+            self.root, self.tokens = self.root + 1, torch.tensor([bonus], device=self.device)
+            return DraftTree(self.tokens, ROOT.parents, ranks=ROOT.ranks)
+        yield from self._read()
+        return (yield from self.draft(node, bonus, there))
+
+    def _leave(self, node: int, shape: TreeShape) -> int:
+        """Go on from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
+        tables = tables_of(self.shape, self.sample, self.device, 2)
+        if tables.moves:
+            self.cache.move(torch.tensor([self.root], device=self.device), tables.ways_MD[node])
+        self.root += self.shape.depths[node]
+        self.shape, self.tokens = shape, self.tokens[node : node + 1].repeat(len(shape))
+        return 0
+
+    def _read(self) -> Work[None]:
+        """Read the tokens that the draft has not seen, but for the last, which the first pass of the tree feeds."""
+        many = torch.cat(self.unread[:-1]) if len(self.unread) > 1 else torch.empty(0, dtype=torch.int64)
+        self.unread, at = [], self.root - len(many)
+        for part in many.split(AT_ONCE) if len(many) else ():
+            yield Pass(self.model, self.cache, part, range(len(part)), None, at, self.cache.offset)
+            at += len(part)
 
 
 FED_22 = torch.ones(2, 2, dtype=torch.bool).tril()  # mask of the last accepted node and the new root

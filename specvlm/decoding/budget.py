@@ -1,0 +1,298 @@
+"""How much requests guess: shapes of the trees of a round, for the most tokens per millisecond.
+
+Requests that run at the same time share a round: the target's pass over all their rows, and a draft pass for each
+level. The shape chosen for all has the highest expected tokens (the products of acceptance along each path, summed) per
+ms of that round. Where a shape is not captured, a request that accepts less may take a smaller one: one whose last rows
+are worth their cost at that rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock, RLock
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from specvlm.decoding.prices import Prices
+from specvlm.engine import Engine
+from specvlm.engine.steps import REQUESTS
+from specvlm.strategies import Drafter
+from specvlm.strategies.drafters.shapes import ROOT, shapes_for
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.fence import inside, sizes_of
+from specvlm.types import DraftTree, TreeShape, Verdict, children_of
+from specvlm.types.chances import expected
+from specvlm.types.costs import RoundCost, sizes_of_round
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+# All constants of the decision.
+ROWS = 128  # most rows of the target's pass that trees of more than one path may fill: captured passes have no more
+FIRST, WEIGHT = 0.7, 4.0  # acceptance that is assumed, and how many guesses it counts as
+FORGETS = 0.95  # weight of a verdict after each further one
+TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
+RETRY = 48  # rounds without guesses until a round tries some
+
+
+class Acceptance:
+    """Chance that the best guess of a depth is right, given that those above are: Beta counts of verdicts.
+
+    Args:
+        prior: What is assumed of depth 1. Of a greater depth, that of the depth above is.
+    """
+
+    def __init__(self, prior: Acceptance | None = None) -> None:
+        self.prior = prior
+        self.right: list[float] = []
+        self.tried: list[float] = []
+
+    def saw(self, tree: DraftTree, path: tuple[int, ...]) -> None:
+        """Add a verdict."""
+        self.right, self.tried = ([FORGETS * count for count in counts] for counts in (self.right, self.tried))
+        below, following = children_of(tree.parents), (*path[1:], -1)
+        for depth, (node, taken) in enumerate(zip(path, following, strict=True)):
+            if not below[node]:
+                break
+            if depth == len(self.tried):
+                self.right.append(0.0)
+                self.tried.append(0.0)
+            self.tried[depth] += 1
+            self.right[depth] += taken == below[node][0]
+
+    def chances(self, depth: int) -> list[float]:
+        """Return the chances of depths 1 to `depth`."""
+        found, assumed = list[float](), self.prior.chances(1)[0] if self.prior else FIRST
+        for at in range(depth):
+            right, tried = (self.right[at], self.tried[at]) if at < len(self.tried) else (0.0, 0.0)
+            assumed = (right + WEIGHT * assumed) / (tried + WEIGHT)
+            found.append(assumed)
+        return found
+
+    def tokens(self, shape: TreeShape) -> float:
+        """Return the tokens that a round with a tree of this shape is expected to give."""
+        if shape == ROOT:
+            return 1.0
+        chances = self.chances(shape.depth)
+        return 1.0 + expected(shape, lambda depth: chances[depth - 1])
+
+
+@dataclass(eq=False)
+class Share:
+    """A running request, for the budget of its rounds.
+
+    Attributes:
+        target: Number of its target: requests with one target share passes.
+        rows: Rows of its last tree.
+        budget: The budget of its pair. None: it chooses its shapes itself.
+        most: Maximum number of nodes of its trees.
+        steady: Prices for a request whose answer depends on its guesses. Its shapes follow from these and its own
+            verdicts alone, never from a clock or other requests: the same seed gives the same answer.
+    """
+
+    target: int
+    rows: int = 1
+    budget: Budget | None = None
+    most: int = 1
+    steady: Prices | None = None
+
+    def __post_init__(self) -> None:
+        self.acceptance = Acceptance(self.budget.acceptance if self.budget and self.steady is None else None)
+
+    def next_shape(self) -> TreeShape:
+        """Choose the shape of this request's next tree."""
+        assert self.budget is not None
+        shape = self.budget.shape_for(self)
+        self.rows = len(shape)
+        return shape
+
+    def saw(self, tree: DraftTree, verdict: Verdict, times_s: Mapping[str, float]) -> None:
+        """Learn from a round. times_s: as in `Step`."""
+        if self.budget is not None:
+            self.budget.saw(self, tree, verdict, times_s)
+
+
+@dataclass(eq=False)
+class Round:
+    """Shapes chosen for the requests of a round.
+
+    Attributes:
+        shape: The shape of most of them, and the deepest.
+        rate: Expected tokens per ms; 0 if the shape is a trial.
+        others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
+        shapes: The shape of each request that takes part.
+        times_s: Least time of drafting, and of the check, that a request with all levels had.
+    """
+
+    shape: TreeShape
+    rate: float
+    others: tuple[int, int]
+    shapes: dict[Share, TreeShape] = field(default_factory=dict)
+    times_s: tuple[float, float] | None = None
+
+    def saw(self, shape: TreeShape, draft_s: float, check_s: float) -> None:
+        """Add a request's times. One with fewer levels waited for the others in its check."""
+        if shape.depth == self.shape.depth:
+            known = self.times_s or (draft_s, check_s)
+            self.times_s = min(known[0], draft_s), min(known[1], check_s)
+
+    def cost(self) -> RoundCost | None:
+        """Return what it cost; None if it was not measured."""
+        if self.times_s is None:
+            return None
+        (count, more), sizes = self.others, [sizes_of_round(shape) for shape in self.shapes.values()]
+        passes, rows, draft_rows = map(sum, zip(*sizes, strict=True))
+        passes = max(each[0] for each in sizes)
+        draft_ms, check_ms = (1000 * seconds for seconds in self.times_s)
+        return RoundCost(len(sizes) + count, rows + more, passes, draft_rows, draft_ms, check_ms)
+
+
+class Budget:
+    """Chooses the shapes of the requests that run on one engine with one pair. Thread-safe.
+
+    Args:
+        running: Every request that runs on the engine, and a lock for it and for the budgets of all pairs.
+        captured: Whether the engine captures each shape.
+        known: Costs measured earlier.
+    """
+
+    def __init__(self, running: Running, captured: bool, known: tuple[RoundCost, ...]) -> None:
+        self.running, self.captured, self.shapes = running, captured, shapes_for(captured)
+        self.prices, self.acceptance = Prices(known), Acceptance()
+        self.round: Round | None = None
+        self.plain = 0  # rounds without guesses, one after another
+        self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
+
+    def shape_for(self, share: Share) -> TreeShape:
+        """Choose a request's shape: that of the round. A round begins when a request asks for the second time."""
+        if share.steady is not None:
+            return max(
+                self._allowed(share.most, 1, chains=True), key=lambda one: self._rate([share], one, (0, 0), share.steady)
+            )
+        with self.running.lock:
+            if self.round is None or share in self.round.shapes:
+                self._end()
+                self.round = self._begin(share.target)
+            shape = self._own(share, self.round)
+            self.round.shapes[share] = shape
+            return shape
+
+    def saw(self, share: Share, tree: DraftTree, verdict: Verdict, times_s: Mapping[str, float]) -> None:
+        """Learn from a request's round."""
+        with self.running.lock:
+            share.acceptance.saw(tree, verdict.path)
+            if share.steady is not None:
+                return
+            self.acceptance.saw(tree, verdict.path)
+            if self.round is not None and share in self.round.shapes and "capture" not in times_s:
+                self.round.saw(self.round.shapes[share], times_s.get("draft", 0.0), times_s.get("verify", 0.0))
+
+    def _begin(self, target: int) -> Round:
+        """Choose the shape of a round."""
+        every = [share for share in self.running.shares if share.target == target]
+        mine = [share for share in every if share.budget is self and share.steady is None]
+        others = len(every) - len(mine), sum(share.rows for share in every) - sum(share.rows for share in mine)
+        allowed = self._allowed(min(share.most for share in mine), len(mine))
+        trial = self.trials.pop() if self.trials else allowed[1] if self.plain >= RETRY and len(allowed) > 1 else None
+        if trial in allowed:
+            return Round(trial, 0.0, others)
+        best = max(allowed, key=lambda shape: self._rate(mine, shape, others, self.prices))
+        return Round(best, self._rate(mine, best, others, self.prices), others)
+
+    def _end(self) -> None:
+        """Learn what the last round cost."""
+        if self.round is None:
+            return
+        self.plain = self.plain + 1 if self.round.shape == ROOT else 0
+        if (cost := self.round.cost()) is not None:
+            self.prices.saw(cost)
+
+    def _allowed(self, most: int, requests: int, chains: bool = False) -> list[TreeShape]:
+        """List the shapes whose rows fit into a pass of so many requests; first the one without guesses."""
+        most = min(most, ROWS // min(requests, REQUESTS))
+        found = [shape for shape in self.shapes if len(shape) <= most and not (chains and len(shape) > shape.depth + 1)]
+        return found or [ROOT]
+
+    def _rate(self, shares: Sequence[Share], shape: TreeShape, others: tuple[int, int], prices: Prices) -> float:
+        """Return the expected tokens per ms of a round in which these requests have this shape."""
+        (count, more), (passes, rows, draft_rows), many = others, sizes_of_round(shape), len(shares)
+        tokens = count + sum(share.acceptance.tokens(shape) for share in shares)
+        return tokens / prices.round_ms(many + count, many * rows + more, passes, many * draft_rows)
+
+    def _own(self, share: Share, now: Round) -> TreeShape:
+        """Return the shape of a request in a round: that of the round, or one with fewer rows if these do not pay.
+
+        Captured drafts of equal shapes are one program, so there all have the same.
+        """
+        if self.captured or not now.rate or now.shape == ROOT or len(self.running.shares) == 1:
+            return now.shape
+        row_ms, draft_row_ms = self.prices.row_ms
+
+        def worth(shape: TreeShape) -> float:
+            _, rows, draft_rows = sizes_of_round(shape)
+            return share.acceptance.tokens(shape) - now.rate * (rows * row_ms + draft_rows * draft_row_ms)
+
+        others = [shape for shape in self.shapes if shape.depth <= now.shape.depth and len(shape) < len(now.shape)]
+        return max([now.shape, *others], key=worth)
+
+
+class Running:
+    """The requests that run on an engine."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.shares: dict[Share, None] = {}
+        self.pairs: WeakKeyDictionary[VideoLM, WeakKeyDictionary[VideoLM, dict[Hashable, Budget]]] = WeakKeyDictionary()
+
+    def budget(self, target: VideoLM, draft: VideoLM, captured: bool, known: tuple[RoundCost, ...]) -> Budget:
+        """Return the budget of a pair; it learns as long as its models and the engine live."""
+        found = self.pairs.setdefault(target, WeakKeyDictionary()).setdefault(draft, {})
+        return found.setdefault(known, Budget(self, captured, known))
+
+
+_RUNNING: WeakKeyDictionary[Engine, Running] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+@contextmanager
+def sharing(
+    engine: Engine,
+    target: VideoLM,
+    draft: VideoLM | None = None,
+    drafter: Drafter | None = None,
+    joins: bool = True,
+) -> Iterator[Share]:
+    """Context manager that counts a request among those that run on an engine, and chooses its shapes.
+
+    Args:
+        engine: The engine.
+        target: The target.
+        draft: The model that drafts, if any does.
+        drafter: Its drafter; None for the target alone.
+        joins: Whether the answer is the same whatever is guessed.
+    """
+    with _LOCK:
+        running = _RUNNING.setdefault(engine, Running())
+    share = Share(id(target)) if drafter is None else _share(running, engine, target, draft or target, drafter, joins)
+    with running.lock:
+        running.shares[share] = None
+    try:
+        yield share
+    finally:
+        with running.lock:
+            del running.shares[share]
+
+
+def _share(running: Running, engine: Engine, target: VideoLM, draft: VideoLM, drafter: Drafter, joins: bool) -> Share:
+    """Make the share of a request with a drafter."""
+    most, known = sizes_of(drafter)[0], drafter.known() if isinstance(drafter, TreeDrafter) else ()
+    with inside(drafter):
+        adapts = bool(drafter.adapts)
+    if not adapts:
+        return Share(id(target), most)
+    with running.lock:
+        budget = running.budget(target, draft, engine.captures, known)
+    # Ranks whose clocks differ must not draft different trees.
+    return Share(id(target), most, budget, most, None if joins and target.ranks.size == 1 else Prices(known))

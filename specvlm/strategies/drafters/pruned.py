@@ -1,0 +1,59 @@
+"""What drafters share that run a model over the pruned prompt.
+
+Shape suffixes: Q rows of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from specvlm.strategies import DraftContext, DraftSession
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+
+def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
+    """Draw (Q, count) ids without replacement by exponential races (Gumbel top-k).
+
+    Args:
+        q_QV: Distribution of each row.
+        race_QV: Exponential random numbers, float64.
+        count: Number of ids per row. They are returned in the order drawn.
+    """
+    return (race_QV / q_QV.double()).topk(count, largest=False).indices  # ids with q = 0 come last, as inf
+
+
+def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
+    """Return the model that a drafter runs, by its attribute `model`, "draft" or "target"."""
+    model = ctx.target if which == "target" else ctx.draft
+    assert model is not None
+    return model
+
+
+class PrunedSession(DraftSession):
+    """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
+
+    A round compacts the accepted rows, then feeds the last accepted node of the old tree and the new root. The former
+    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. Where
+    routines are not captured, `TreeSession` feeds the root alone if that row is there.
+
+    Args:
+        ctx: Context of the request.
+        model: The model that drafts.
+        rows: Maximum number of rows that a round writes, the last accepted node's aside.
+    """
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
+        self.ctx, self.model, self.device = ctx, model, model.head_device
+        prompt, keep = ctx.prompt, ctx.keep
+        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
+        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
+        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
+        model.prefill(embeds, positions, self.cache)
+        # Key of the coupled rule's noise: the seed, and the slot of the answer's first token.
+        self.noise = (ctx.seed or 0, self.cache.length)
+        self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token
+        self.free = self.cache.capacity - rows - 2  # a trial run of a routine writes from this slot on
