@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 # All constants of the decision.
 ROWS = 128  # most rows of the target's pass that trees of more than one path may fill: captured passes have no more
 FIRST, WEIGHT = 0.7, 4.0  # acceptance that is assumed, and how many guesses it counts as
-FORGETS = 0.95  # weight of a verdict after each further one
+FORGETS = 0.98  # weight of a verdict after each further one
+REVIEW = 4  # rounds of the same requests until their shape is chosen anew
+BETTER = 1.03  # times the rate of the last shape that another must have to take its place
 TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
 RETRY = 48  # rounds without guesses until a round tries some
 
@@ -48,9 +50,11 @@ class Acceptance:
         self.prior = prior
         self.right: list[float] = []
         self.tried: list[float] = []
+        self._tokens: dict[TreeShape, float] = {}
 
     def saw(self, tree: DraftTree, path: tuple[int, ...]) -> None:
         """Add a verdict."""
+        self._tokens.clear()
         self.right, self.tried = ([FORGETS * count for count in counts] for counts in (self.right, self.tried))
         below, following = children_of(tree.parents), (*path[1:], -1)
         for depth, (node, taken) in enumerate(zip(path, following, strict=True)):
@@ -73,10 +77,9 @@ class Acceptance:
 
     def tokens(self, shape: TreeShape) -> float:
         """Return the tokens that a round with a tree of this shape is expected to give."""
-        if shape == ROOT:
-            return 1.0
-        chances = self.chances(shape.depth)
-        return 1.0 + expected(shape, lambda depth: chances[depth - 1])
+        if shape not in self._tokens:
+            self._tokens[shape] = 1.0 + expected(shape, self.chances(shape.depth))
+        return self._tokens[shape]
 
 
 @dataclass(eq=False)
@@ -100,6 +103,7 @@ class Share:
 
     def __post_init__(self) -> None:
         self.acceptance = Acceptance(self.budget.acceptance if self.budget and self.steady is None else None)
+        self.round: Round | None = None  # the last one in which it took part
 
     def next_shape(self) -> TreeShape:
         """Choose the shape of this request's next tree."""
@@ -121,15 +125,19 @@ class Round:
     Attributes:
         shape: The shape of most of them, and the deepest.
         rate: Expected tokens per ms; 0 if the shape is a trial.
+        mine: Number of requests whose shapes the budget chooses.
         others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
         shapes: The shape of each request that takes part.
+        told: Whether a request has its verdict, so that others that come begin a new round.
         times_s: Least time of drafting, and of the check, that a request with all levels had.
     """
 
     shape: TreeShape
     rate: float
+    mine: int
     others: tuple[int, int]
     shapes: dict[Share, TreeShape] = field(default_factory=dict)
+    told: bool = False
     times_s: tuple[float, float] | None = None
 
     def saw(self, shape: TreeShape, draft_s: float, check_s: float) -> None:
@@ -162,21 +170,22 @@ class Budget:
         self.running, self.captured, self.shapes = running, captured, shapes_for(captured)
         self.prices, self.acceptance = Prices(known), Acceptance()
         self.round: Round | None = None
+        self.last: Round | None = None  # not all its requests may have told their times yet
         self.plain = 0  # rounds without guesses, one after another
+        self.number = 0  # of the round
         self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
 
     def shape_for(self, share: Share) -> TreeShape:
-        """Choose a request's shape: that of the round. A round begins when a request asks for the second time."""
-        if share.steady is not None:
-            return max(
-                self._allowed(share.most, 1, chains=True), key=lambda one: self._rate([share], one, (0, 0), share.steady)
-            )
+        """Choose a request's shape: that of the round. All its requests ask before any of them has its verdict."""
+        if (steady := share.steady) is not None:
+            allowed = self._allowed(share.most, 1, chains=True)
+            return max(allowed, key=lambda shape: self._rate([share], shape, (0, 0), steady))
         with self.running.lock:
-            if self.round is None or share in self.round.shapes:
+            if self.round is None or self.round.told or share in self.round.shapes:
                 self._end()
-                self.round = self._begin(share.target)
-            shape = self._own(share, self.round)
-            self.round.shapes[share] = shape
+                self.last, self.round = self.round, self._begin(share.target)
+            share.round = self.round
+            share.round.shapes[share] = shape = self._own(share, self.round)
             return shape
 
     def saw(self, share: Share, tree: DraftTree, verdict: Verdict, times_s: Mapping[str, float]) -> None:
@@ -186,27 +195,36 @@ class Budget:
             if share.steady is not None:
                 return
             self.acceptance.saw(tree, verdict.path)
-            if self.round is not None and share in self.round.shapes and "capture" not in times_s:
-                self.round.saw(self.round.shapes[share], times_s.get("draft", 0.0), times_s.get("verify", 0.0))
+            if share.round is not None:
+                share.round.told = True
+                if "capture" not in times_s:
+                    share.round.saw(share.round.shapes[share], times_s.get("draft", 0.0), times_s.get("verify", 0.0))
 
     def _begin(self, target: int) -> Round:
         """Choose the shape of a round."""
+        self.number += 1
         every = [share for share in self.running.shares if share.target == target]
         mine = [share for share in every if share.budget is self and share.steady is None]
         others = len(every) - len(mine), sum(share.rows for share in every) - sum(share.rows for share in mine)
+        old = self.round if self.round is not None and self.round.rate else None
+        if old is not None and self.number % REVIEW and (old.mine, old.others) == (len(mine), others):
+            return Round(old.shape, old.rate, old.mine, others)
         allowed = self._allowed(min(share.most for share in mine), len(mine))
-        trial = self.trials.pop() if self.trials else allowed[1] if self.plain >= RETRY and len(allowed) > 1 else None
-        if trial in allowed:
-            return Round(trial, 0.0, others)
-        best = max(allowed, key=lambda shape: self._rate(mine, shape, others, self.prices))
-        return Round(best, self._rate(mine, best, others, self.prices), others)
+        if self.trials and (trial := self.trials.pop()) in allowed:
+            return Round(trial, 0.0, len(mine), others)
+        if self.plain >= RETRY and len(allowed) > 1:
+            return Round(allowed[1], 0.0, len(mine), others)
+        rates = {shape: self._rate(mine, shape, others, self.prices) for shape in allowed}
+        best = max(allowed, key=lambda shape: rates[shape])
+        if old is not None and rates.get(old.shape, 0.0) * BETTER >= rates[best]:
+            best = old.shape
+        return Round(best, rates[best], len(mine), others)
 
     def _end(self) -> None:
-        """Learn what the last round cost."""
-        if self.round is None:
-            return
-        self.plain = self.plain + 1 if self.round.shape == ROOT else 0
-        if (cost := self.round.cost()) is not None:
+        """Learn what the round before this one cost, since the last request of it has its verdict by now."""
+        if self.round is not None:
+            self.plain = self.plain + 1 if self.round.shape == ROOT else 0
+        if self.last is not None and (cost := self.last.cost()) is not None:
             self.prices.saw(cost)
 
     def _allowed(self, most: int, requests: int, chains: bool = False) -> list[TreeShape]:

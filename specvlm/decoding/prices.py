@@ -17,13 +17,14 @@ DRAFT_SHARES = (0.05, 0.2, 0.01)  # assumed cost of drafting: a round, each pass
 FASTER, SLOWER = 0.5, 0.1  # shares by which a shorter and a longer time move a smoothed one: delays are longer
 LONGEST = 2.0  # a time counts as at most so many times the smoothed one
 FADES = 0.98  # weight of a time after each round in which its sizes were not seen again
+SURE = 8  # times after which a size's own time counts as much as the fit
 KEPT = 64  # sizes whose times are kept
-ASSUMED = 0.02  # weight of the assumed costs, where a measured time has 1
+ASSUMED = 0.005  # weight of the assumed costs, where a measured time has 1
 REFIT = 8  # rounds between two fits, once there were as many
 
 
 class Meter:
-    """Predicts a time in ms by sizes. Measured sizes have their smoothed time, which fades; others that of a linear fit.
+    """Predicts a time in ms by sizes: that of a linear fit, corrected where these sizes were measured often and of late.
 
     Args:
         shares: Assumed cost of each size, relative to each other. The fit leaves them as times are measured.
@@ -32,16 +33,16 @@ class Meter:
 
     def __init__(self, shares: Sequence[float], scale: float = 1.0) -> None:
         self.shares, self.costs = np.array(shares), scale * np.array(shares)
-        self.times: dict[Sizes, tuple[float, int]] = {}  # smoothed ms, and the round in which it was seen last
+        self.times: dict[Sizes, tuple[float, int, int]] = {}  # smoothed ms, last round in which it was seen, and how often
         self.round = 0
 
     def saw(self, sizes: Sizes, ms: float) -> None:
         """Add a measured time."""
         self.round += 1
-        if sizes in self.times:
-            old = self.times.pop(sizes)[0]
+        old, _, often = self.times.pop(sizes, (0.0, 0, 0))
+        if often:
             ms = old + (FASTER if ms < old else SLOWER) * (min(ms, LONGEST * old) - old)
-        self.times[sizes] = ms, self.round
+        self.times[sizes] = ms, self.round, often + 1
         if len(self.times) > KEPT:
             del self.times[next(iter(self.times))]
         if self.round < REFIT or self.round % REFIT == 0:
@@ -49,8 +50,8 @@ class Meter:
 
     def fit(self) -> None:
         """Fit the costs to the times: least squares of relative errors, pulled towards the assumed costs."""
-        sizes, ms = np.array([*self.times]), np.array([time for time, _ in self.times.values()])
-        weights = FADES ** (self.round - np.array([seen for _, seen in self.times.values()]))
+        sizes, (ms, seen, often) = np.array([*self.times]), np.array([*self.times.values()]).T
+        weights = FADES ** (self.round - seen) * np.minimum(often, SURE) / SURE
         scaled = np.median(ms / (sizes @ self.shares)) * self.shares
         rows, used = sizes * scaled / ms[:, None], np.ones(len(scaled), dtype=bool)
         factors = np.zeros(len(scaled))
@@ -66,8 +67,8 @@ class Meter:
     def __call__(self, sizes: Sizes) -> float:
         """Predict the time of these sizes."""
         fitted = float(np.dot(self.costs, sizes))
-        ms, seen = self.times.get(sizes, (0.0, 0))
-        known = FADES ** (self.round - seen) if seen else 0.0
+        ms, seen, often = self.times.get(sizes, (0.0, 0, 0))
+        known = FADES ** (self.round - seen) * often / (often + SURE)
         return known * ms + (1 - known) * fitted
 
 

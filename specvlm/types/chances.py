@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 
 from specvlm.types.tree import TreeShape
@@ -17,17 +17,19 @@ def chance_of(first: float, rank: int) -> float:
     return first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
-def expected(shape: TreeShape, first: Callable[[int], float]) -> float:
+def expected(shape: TreeShape, first: Sequence[float]) -> float:
     """Return the expected number of accepted guesses per round, without the bonus token.
 
     Args:
         shape: Shape of the tree.
-        first: Maps a depth, from 1, to the chance that the best guess there is right if those above it are.
+        first: Chances, by depth, that the best guess there is right if those above it are.
     """
-    chances, reach = [first(depth) for depth in range(1, shape.depth + 1)], [1.0]
-    for node in range(1, len(shape)):
-        reach.append(reach[shape.parents[node]] * chance_of(chances[shape.depths[node] - 1], shape.ranks[node]))
-    return sum(reach[1:])
+    reach, total = [1.0], 0.0
+    for parent, rank, depth in zip(shape.parents[1:], shape.ranks[1:], shape.depths[1:], strict=True):
+        chance = first[depth - 1]
+        reach.append(reach[parent] * (chance_of(chance, rank) if rank else chance))
+        total += reach[-1]
+    return total
 
 
 @lru_cache(16)
@@ -39,7 +41,8 @@ def best_shape(guesses: int, depth: int, first: float) -> TreeShape:
         depth: Maximum depth of a guess.
         first: The chance, less than 1.
     """
-    paths, open_ = list[list[int]](), {(0,): first}
+    paths, open_ = list[list[int]](), dict[tuple[int, ...], float]()
+    open_[0,] = first
     while len(paths) < guesses:
         path = max(open_, key=lambda each: open_[each])
         reach, rank = open_.pop(path), path[-1]
