@@ -36,6 +36,9 @@ FORGETS = 0.98  # weight of a verdict after each further one
 REVIEW = 4  # rounds of the same requests until their shape is chosen anew
 BETTER = 1.03  # times the rate of the last shape that another must have to take its place
 TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
+STEADY = tuple(
+    shape for shape in shapes_for(captured=True) if len(shape) == shape.depth + 1
+)  # of `Share.steady`: on all engines
 RETRY = 48  # rounds without guesses until a round tries some
 
 
@@ -178,7 +181,7 @@ class Budget:
     def shape_for(self, share: Share) -> TreeShape:
         """Choose a request's shape: that of the round. All its requests ask before any of them has its verdict."""
         if (steady := share.steady) is not None:
-            allowed = self._allowed(share.most, 1, chains=True)
+            allowed = [shape for shape in STEADY if len(shape) <= share.most]
             return max(allowed, key=lambda shape: self._rate([share], shape, (0, 0), steady))
         with self.running.lock:
             if self.round is None or self.round.told or share in self.round.shapes:
@@ -227,11 +230,10 @@ class Budget:
         if self.last is not None and (cost := self.last.cost()) is not None:
             self.prices.saw(cost)
 
-    def _allowed(self, most: int, requests: int, chains: bool = False) -> list[TreeShape]:
+    def _allowed(self, most: int, requests: int) -> list[TreeShape]:
         """List the shapes whose rows fit into a pass of so many requests; first the one without guesses."""
         most = min(most, ROWS // min(requests, REQUESTS))
-        found = [shape for shape in self.shapes if len(shape) <= most and not (chains and len(shape) > shape.depth + 1)]
-        return found or [ROOT]
+        return [shape for shape in self.shapes if len(shape) <= most]
 
     def _rate(self, shares: Sequence[Share], shape: TreeShape, others: tuple[int, int], prices: Prices) -> float:
         """Return the expected tokens per ms of a round in which these requests have this shape."""
