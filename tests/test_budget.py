@@ -312,7 +312,7 @@ def test_costs_of_a_profile_are_where_auto_starts(tmp_path):
     timing = {"drafter": "tree", "shape": "chain:3", "ratio": 0.9, "context": 200, "draft_ms": 6.0, "check_ms": 11.0}
     shared = {"requests": 8, "rows": 40, "passes": 4, "draft_rows": 32, "draft_ms": 17.0, "check_ms": 26.0}
     path.write_text(json.dumps({"alone_ms": 10.0, "timings": [timing, timing | {"drafter": "self"}], "shared": [shared]}))
-    wanted = (RoundCost(1, 1, 0, 0, 0.0, 10.0), RoundCost(1, 4, 3, 3, 6.0, 11.0), RoundCost(**shared))
+    wanted = (RoundCost(1, 1, 0, 0, 0.0, 10.0), RoundCost(1, 4, 3, 3, 6.0, 11.0, 0.9), RoundCost(**shared))
     assert read_costs(path, "tree") == wanted
     drafter = TreeDrafter("auto", costs=str(path))
     with sharing(Engine(), tiny.model("qwen2_5_vl"), drafter=drafter) as share:

@@ -19,7 +19,7 @@ LONGEST = 2.0  # a time counts as at most so many times the smoothed one
 FADES = 0.98  # weight of a time after each round in which its sizes were not seen again
 SURE = 8  # times after which a size's own time counts as much as the fit
 KEPT = 64  # sizes whose times are kept
-ASSUMED = 0.005  # weight of the assumed costs, where a measured time has 1
+ASSUMED = 0.001  # weight of the assumed costs, where a measured time has 1
 REFIT = 8  # rounds between two fits, once there were as many
 
 
@@ -47,6 +47,11 @@ class Meter:
             del self.times[next(iter(self.times))]
         if self.round < REFIT or self.round % REFIT == 0:
             self.fit()
+
+    def know(self, sizes: Sizes, ms: float) -> None:
+        """Add a time that was measured earlier, over many rounds. Call `fit` after the last."""
+        if ms > 0:
+            self.times[sizes] = ms, self.round, SURE
 
     def fit(self) -> None:
         """Fit the costs to the times: least squares of relative errors, pulled towards the assumed costs."""
@@ -82,16 +87,26 @@ class Prices:
     def __init__(self, known: Iterable[RoundCost] = ()) -> None:
         self.check, self.draft = Meter(CHECK_SHARES), Meter(DRAFT_SHARES)
         for cost in known:
-            self.saw(cost)
+            self.check.know((1, cost.requests, cost.rows), cost.check_ms)
+            if cost.passes:
+                self.draft.know((1, cost.passes, cost.draft_rows), cost.draft_ms)
+        for meter in (self.check, self.draft):
+            if meter.times:
+                meter.fit()
+        self._assume()
 
     def saw(self, cost: RoundCost) -> None:
         """Add a measured round."""
         if cost.check_ms > 0:
             self.check.saw((1, cost.requests, cost.rows), cost.check_ms)
-        if not self.draft.times:  # until drafting is measured, it costs what is assumed of the target's pass
-            self.draft.costs = self.check.costs.sum() / sum(CHECK_SHARES) * self.draft.shares
+        self._assume()
         if cost.passes and cost.draft_ms > 0:
             self.draft.saw((1, cost.passes, cost.draft_rows), cost.draft_ms)
+
+    def _assume(self) -> None:
+        """Until drafting is measured, let it cost what is assumed, relative to the target's pass."""
+        if not self.draft.times:
+            self.draft.costs = self.check.costs.sum() / sum(CHECK_SHARES) * self.draft.shares
 
     def draft_ms(self, passes: int, draft_rows: int) -> float:
         """Predict the time of drafting."""

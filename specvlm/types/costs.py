@@ -27,6 +27,7 @@ class RoundCost:
         draft_rows: Rows of these passes together, of all requests.
         draft_ms: Time of drafting.
         check_ms: Time of the target's pass, and of the host.
+        ratio: Share of the video tokens that the draft does not see; 0 without a draft.
     """
 
     requests: Annotated[int, Within(1, 4096)]
@@ -35,12 +36,13 @@ class RoundCost:
     draft_rows: Count
     draft_ms: Milliseconds
     check_ms: Milliseconds
+    ratio: Annotated[float, Within(0, 1)] = 0.0
 
     @classmethod
-    def of_shape(cls, shape: TreeShape, requests: int, draft_ms: float, check_ms: float) -> RoundCost:
+    def of_shape(cls, shape: TreeShape, requests: int, draft_ms: float, check_ms: float, ratio: float = 0.0) -> RoundCost:
         """Make the cost of a round in which each request has a tree of this shape."""
         passes, rows, draft_rows = sizes_of_round(shape)
-        return cls(requests, rows * requests, passes, draft_rows * requests, draft_ms, check_ms)
+        return cls(requests, rows * requests, passes, draft_rows * requests, draft_ms, check_ms, ratio)
 
 
 def sizes_of_round(shape: TreeShape) -> tuple[int, int, int]:
@@ -55,6 +57,7 @@ class _Timing(TypedDict):
     shape: str
     draft_ms: Milliseconds
     check_ms: Milliseconds
+    ratio: Annotated[float, Within(0, 1)]
 
 
 class _Profile(TypedDict):
@@ -71,5 +74,6 @@ def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
     rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
     for one in found["timings"]:
         if one["drafter"] == drafter:
-            rounds.append(RoundCost.of_shape(TreeShape.parse(one["shape"]), 1, one["draft_ms"], one["check_ms"]))
+            times = one["draft_ms"], one["check_ms"], one["ratio"]
+            rounds.append(RoundCost.of_shape(TreeShape.parse(one["shape"]), 1, *times))
     return (*rounds, *found.get("shared", ()))
