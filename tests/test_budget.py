@@ -202,7 +202,7 @@ def test_first_rounds_try_two_depths_and_plain_rounds_try_again():
 def test_a_round_is_measured_by_requests_with_all_levels_and_not_when_something_was_captured():
     deep, flat = TreeShape.parse("chain:4"), TreeShape.parse("chain:1")
     one, other = Share(0), Share(0)
-    now = Round(deep, 1.0, 2, (1, 6), {one: deep, other: flat})
+    now = Round(deep, 1.0, 2, (1, 6), shapes={one: deep, other: flat})
     assert now.cost() is None
     now.saw(flat, 0.001, 0.9)
     now.saw(deep, 0.04, 0.02)

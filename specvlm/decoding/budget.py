@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 # All constants of the decision.
 ROWS = 128  # most rows of the target's pass that trees of more than one path may fill: captured passes have no more
-FIRST, WEIGHT = 0.7, 4.0  # acceptance that is assumed, and how many guesses it counts as
-FORGETS = 0.98  # weight of a verdict after each further one
-REVIEW = 4  # rounds of the same requests until their shape is chosen anew
-BETTER = 1.03  # times the rate of the last shape that another must have to take its place
+FIRST, WEIGHT = 0.7, 8.0  # acceptance that is assumed, and how many guesses it counts as
+FORGETS, POOL_FORGETS = 0.97, 0.995  # weight of a verdict after each further one: of a request, of all of a pair
+REVIEW = 8  # rounds of the same requests until their shape is chosen anew
+BETTER = 1.05  # times the rate of the last shape that another must have to take its place
 TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
 STEADY = tuple(
     shape for shape in shapes_for(captured=True) if len(shape) == shape.depth + 1
@@ -46,11 +46,12 @@ class Acceptance:
     """Chance that the best guess of a depth is right, given that those above are: Beta counts of verdicts.
 
     Args:
-        prior: What is assumed of depth 1. Of a greater depth, that of the depth above is.
+        prior: What is assumed: the acceptance of the pair's requests so far. None: FIRST of depth 1, and of a greater
+            depth what is found of the depth above.
     """
 
     def __init__(self, prior: Acceptance | None = None) -> None:
-        self.prior = prior
+        self.prior, self.forgets = prior, FORGETS if prior else POOL_FORGETS
         self.right: list[float] = []
         self.tried: list[float] = []
         self._tokens: dict[TreeShape, float] = {}
@@ -58,7 +59,7 @@ class Acceptance:
     def saw(self, tree: DraftTree, path: tuple[int, ...]) -> None:
         """Add a verdict."""
         self._tokens.clear()
-        self.right, self.tried = ([FORGETS * count for count in counts] for counts in (self.right, self.tried))
+        self.right, self.tried = ([self.forgets * count for count in counts] for counts in (self.right, self.tried))
         below, following = children_of(tree.parents), (*path[1:], -1)
         for depth, (node, taken) in enumerate(zip(path, following, strict=True)):
             if not below[node]:
@@ -71,10 +72,10 @@ class Acceptance:
 
     def chances(self, depth: int) -> list[float]:
         """Return the chances of depths 1 to `depth`."""
-        found, assumed = list[float](), self.prior.chances(1)[0] if self.prior else FIRST
+        found, assumed, prior = list[float](), FIRST, self.prior.chances(depth) if self.prior else []
         for at in range(depth):
             right, tried = (self.right[at], self.tried[at]) if at < len(self.tried) else (0.0, 0.0)
-            assumed = (right + WEIGHT * assumed) / (tried + WEIGHT)
+            assumed = (right + WEIGHT * (prior[at] if prior else assumed)) / (tried + WEIGHT)
             found.append(assumed)
         return found
 
@@ -130,6 +131,7 @@ class Round:
         rate: Expected tokens per ms; 0 if the shape is a trial.
         mine: Number of requests whose shapes the budget chooses.
         others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
+        own: The shape of each request that has chosen since the last review.
         shapes: The shape of each request that takes part.
         told: Whether a request has its verdict, so that others that come begin a new round.
         times_s: Least time of drafting, and of the check, that a request with all levels had.
@@ -139,6 +141,7 @@ class Round:
     rate: float
     mine: int
     others: tuple[int, int]
+    own: dict[Share, TreeShape] = field(default_factory=dict)
     shapes: dict[Share, TreeShape] = field(default_factory=dict)
     told: bool = False
     times_s: tuple[float, float] | None = None
@@ -171,6 +174,7 @@ class Budget:
 
     def __init__(self, running: Running, captured: bool, known: tuple[RoundCost, ...]) -> None:
         self.running, self.captured, self.shapes = running, captured, shapes_for(captured)
+        self.chains = [shape for shape in self.shapes if len(shape) == shape.depth + 1]
         self.prices, self.acceptance = Prices(known), Acceptance()
         self.round: Round | None = None
         self.last: Round | None = None  # not all its requests may have told their times yet
@@ -211,7 +215,7 @@ class Budget:
         others = len(every) - len(mine), sum(share.rows for share in every) - sum(share.rows for share in mine)
         old = self.round if self.round is not None and self.round.rate else None
         if old is not None and self.number % REVIEW and (old.mine, old.others) == (len(mine), others):
-            return Round(old.shape, old.rate, old.mine, others)
+            return Round(old.shape, old.rate, old.mine, others, old.own)
         allowed = self._allowed(min(share.most for share in mine), len(mine))
         if self.trials and (trial := self.trials.pop()) in allowed:
             return Round(trial, 0.0, len(mine), others)
@@ -254,8 +258,9 @@ class Budget:
             _, rows, draft_rows = sizes_of_round(shape)
             return share.acceptance.tokens(shape) - now.rate * (rows * row_ms + draft_rows * draft_row_ms)
 
-        others = [shape for shape in self.shapes if shape.depth <= now.shape.depth and len(shape) < len(now.shape)]
-        return max([now.shape, *others], key=worth)
+        if share not in now.own:
+            now.own[share] = max([now.shape, *(one for one in self.chains if len(one) < len(now.shape))], key=worth)
+        return now.own[share]
 
 
 class Running:
